@@ -1,0 +1,71 @@
+"""Conversations to tokens and labels, through any tokenizer's chat template."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from anygpt.errors import InputError
+from anygpt.merging import IGNORE
+
+# For base models, whose tokenizers have no template of their own. Vicuna's form, which NExT-GPT's recipe uses.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: "
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ message['role'] | upper }}: {{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+_MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    """The conversation as text. `options` go to the template, `add_generation_prompt` among them."""
+    return tokenizer.apply_chat_template(
+        messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
+    )
+
+
+def tokenize_with_labels(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on the assistant's turns alone.
+
+    The mask comes from the template where it marks what is generated; else a turn's labels are the tokens by which
+    the conversation up to and with it is longer than the prompt for it.
+
+    Returns:
+        ids and labels of equal length; labels are `-100` outside the assistant's turns.
+
+    Raises:
+        InputError: the template renders a conversation's beginning differently once it goes on, so that turns cannot
+            be told apart.
+    """
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    if _MARKS_GENERATION.search(template):
+        encoded = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        return ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)]
+
+    def ids_of(part: list[dict[str, str]], prompt: bool) -> list[int]:
+        return tokenizer.apply_chat_template(
+            part, chat_template=template, tokenize=True, return_dict=True, add_generation_prompt=prompt
+        )["input_ids"]
+
+    ids = ids_of(messages, prompt=False)
+    labels = [IGNORE] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answered = ids_of(messages[:turn], prompt=True), ids_of(messages[: turn + 1], prompt=False)
+        if ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
+            raise InputError(
+                "the tokenizer's chat template renders the beginning of a conversation differently once it goes on, "
+                "so the assistant's turns cannot be found; mark them in the template with {% generation %}"
+            )
+        labels[len(prompt) : len(answered)] = answered[len(prompt) :]
+    return ids, labels

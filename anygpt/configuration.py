@@ -1,0 +1,89 @@
+"""`MultimodalConfig`: what a composition consists of, one entry a part, as JSON beside its tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from anygpt.encoders.module import base_model
+from anygpt.encoders.video import VideoEncoder
+from anygpt.parts import class_name, is_peft, source_dict, source_of
+
+if TYPE_CHECKING:
+    from anygpt.modeling import MultimodalModel
+
+FORMAT_VERSION = 1
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """The composition.
+
+    Attributes:
+        encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "projector"}}`.
+        language_model: `{"class", "source", "fingerprint", "adapter"}`.
+        decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
+            "projector"}}`.
+        token_ids: `{encoder key: placeholder id}`, or None for prepending.
+        signal_token_ids: `{decoder key: ids}`.
+
+    `source` is `{path, revision, dtype, …}` (`anygpt.parts.Source`), or None: the part then lies whole under
+    `parts/`. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
+    `adapters/`.
+    """
+
+    model_type = "anygpt"
+
+    def __init__(
+        self,
+        encoders: dict[str, dict[str, Any]] | None = None,
+        language_model: dict[str, Any] | None = None,
+        decoders: dict[str, dict[str, Any]] | None = None,
+        token_ids: dict[str, int] | None = None,
+        signal_token_ids: dict[str, list[int]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.encoders = encoders or {}
+        self.language_model = language_model or {}
+        self.decoders = decoders or {}
+        self.token_ids = token_ids
+        self.signal_token_ids = signal_token_ids or {}
+        self.format_version = format_version
+
+    @classmethod
+    def of(cls, model: MultimodalModel) -> MultimodalConfig:
+        """Describe a model as it stands; fingerprints are added when it is saved."""
+        encoders = {
+            key: {
+                "modality": encoder.modality,
+                **_part(encoder.module),
+                "additional_args": list(encoder.additional_args),
+                "projector": encoder.projector.config.to_diff_dict(),
+            }
+            for key, encoder in model.encoders.items()
+        }
+        decoders = {
+            key: {
+                "modality": decoder.modality,
+                **_part(decoder.module),
+                "num_signal_tokens": decoder.num_signal_tokens,
+                "hidden_layer": decoder.hidden_layer,
+                "projector": decoder.projector.config.to_diff_dict(),
+            }
+            for key, decoder in model.decoders.items()
+        }
+        return cls(
+            encoders,
+            _part(model.language_model),
+            decoders,
+            token_ids=model.token_ids,
+            signal_token_ids=model.signal_tokens.ids,
+            architectures=["MultimodalModel"],
+        )
+
+
+def _part(part: Any) -> dict[str, Any]:
+    entry = {"class": class_name(part), "source": source_dict(source_of(part)), "adapter": is_peft(part)}
+    return entry | ({"num_frames": part.config.num_frames} if isinstance(base_model(part), VideoEncoder) else {})

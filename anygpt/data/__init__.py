@@ -1,0 +1,43 @@
+"""Conversations with media: their schema, file formats, decoding, dataset and sampling."""
+
+from anygpt.data.dataset import BadSample, ConversationDataset, DataSource, LoadedSample
+from anygpt.data.formats import FORMATS, read_samples
+from anygpt.data.media import (
+    Audio,
+    MediaLimits,
+    Video,
+    read_audio,
+    read_image,
+    read_media,
+    read_video,
+    write_audio,
+    write_image,
+    write_video,
+)
+from anygpt.data.sampling import UpdateSampler
+from anygpt.data.schema import ContentPart, MediaRoot, Message, Sample, parse_sample
+
+__all__ = [
+    "FORMATS",
+    "Audio",
+    "BadSample",
+    "ContentPart",
+    "ConversationDataset",
+    "DataSource",
+    "LoadedSample",
+    "MediaLimits",
+    "MediaRoot",
+    "Message",
+    "Sample",
+    "UpdateSampler",
+    "Video",
+    "parse_sample",
+    "read_audio",
+    "read_image",
+    "read_media",
+    "read_samples",
+    "read_video",
+    "write_audio",
+    "write_image",
+    "write_video",
+]

@@ -1,0 +1,173 @@
+"""A map-style dataset of conversations whose media are decoded when a sample is asked for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from anygpt.data.formats import read_samples
+from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
+from anygpt.data.schema import Sample
+from anygpt.errors import InputError
+
+Media = Image.Image | Video | Audio
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data file of a run.
+
+    path, format, media_root: see `anygpt.data.formats.read_samples`.
+    weight: how often an epoch goes over the file: 1 once, 0.5 half of it, 2 twice (see `UpdateSampler`).
+    """
+
+    path: str
+    format: str | None = None
+    media_root: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class LoadedSample:
+    """A sample with its media decoded, by media type, each in order of appearance.
+
+    inputs: what the user gives. targets: what the assistant answers with. captions: those of the targets,
+    one each. Types that do not occur are not keys. A file that occurs twice is the same object twice: do
+    not change it in place.
+    """
+
+    sample: Sample
+    inputs: dict[str, list[Media]] = field(default_factory=dict)
+    targets: dict[str, list[Media]] = field(default_factory=dict)
+    captions: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """Stands in for a sample that could not be loaded, for the collator to drop and count."""
+
+    id: str
+    reason: str
+
+
+class ConversationDataset(Dataset):
+    """Samples by index, in the order given.
+
+    Args:
+        samples: from `read_samples`; their ids must be unique.
+        num_video_frames: frames a video, evenly spaced (see `read_video`); None keeps all.
+        on_bad_sample: what to do where media cannot be decoded: "error" raises `InputError`, "skip" gives a
+            `BadSample` in its place, so that indices and lengths stay what they are.
+        limits: see `MediaLimits`.
+
+    Attributes:
+        lengths, weights: one a data source, for `UpdateSampler`.
+        faults: with "skip" and `from_files`, one `InputError` a row that was left out when reading.
+
+    Raises:
+        InputError: no samples, repeated ids, or another `on_bad_sample`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        num_video_frames: int | None = None,
+        on_bad_sample: str = "error",
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ):
+        if on_bad_sample not in ("error", "skip"):
+            raise InputError(f"on_bad_sample is {on_bad_sample!r}, and must be 'error' or 'skip'.")
+        if not samples:
+            raise InputError("The dataset has no samples: give at least one data file with a usable row.")
+        self.samples = list(samples)
+        first_source: dict[str, str] = {}
+        for sample in self.samples:
+            if sample.id in first_source:
+                raise InputError(
+                    f"The id {sample.id!r} is used at {first_source[sample.id]} and {sample.source}: make ids unique."
+                )
+            first_source[sample.id] = sample.source
+        self.num_video_frames = num_video_frames
+        self.on_bad_sample = on_bad_sample
+        self.limits = limits
+        self.lengths: list[int] = [len(self.samples)]
+        self.weights: list[float] = [1.0]
+        self.faults: list[InputError] = []
+
+    @classmethod
+    def from_files(
+        cls,
+        sources: Sequence[DataSource],
+        num_video_frames: int | None = None,
+        on_bad_sample: str = "error",
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> "ConversationDataset":
+        """The samples of all files, one file after the other.
+
+        Ids that occur in several files get the file's stem in front (`cc3m-7`), so that they are unique and
+        do not depend on the order of the files; equal stems are told apart by a number.
+
+        Raises:
+            InputError: what `read_samples` raises (with "skip", bad rows go to `faults` instead), a file
+                without a usable row, a weight that is negative or not finite.
+        """
+        faults: list[InputError] = []
+        by_source = []
+        for source in sources:
+            found: list[InputError] | None = [] if on_bad_sample == "skip" else None
+            by_source.append(read_samples(source.path, source.format, source.media_root, found))
+            if not by_source[-1]:
+                raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
+            faults += found or []
+        dataset = cls(_with_unique_ids(sources, by_source), num_video_frames, on_bad_sample, limits)
+        dataset.lengths = [len(samples) for samples in by_source]
+        dataset.weights = [source.weight for source in sources]
+        dataset.faults = faults
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> LoadedSample | BadSample:
+        sample = self.samples[index]
+        try:
+            return self._load(sample)
+        except InputError as error:
+            if self.on_bad_sample == "error":
+                raise
+            return BadSample(id=sample.id, reason=str(error))
+
+    def _load(self, sample: Sample) -> LoadedSample:
+        loaded = LoadedSample(sample)
+        decoded: dict[tuple[str, Path], Media] = {}  # each file once, however often it occurs
+        for role, part in sample.media():
+            key = (part.type, part.path)
+            if key not in decoded:
+                decoded[key] = self._decode(sample, role, *key)
+            if role == "assistant":
+                loaded.targets.setdefault(part.type, []).append(decoded[key])
+                loaded.captions.setdefault(part.type, []).append(part.caption)
+            else:
+                loaded.inputs.setdefault(part.type, []).append(decoded[key])
+        return loaded
+
+    def _decode(self, sample: Sample, role: str, media_type: str, path: Path) -> Media:
+        try:
+            return read_media(media_type, path, self.num_video_frames, self.limits)
+        except InputError as error:
+            use = "target" if role == "assistant" else "input"
+            raise InputError(f"{sample.source} (sample {sample.id!r}), {use} {media_type}: {error}") from error
+
+
+def _with_unique_ids(sources: Sequence[DataSource], by_source: list[list[Sample]]) -> list[Sample]:
+    stems = Counter(Path(source.path).stem for source in sources)
+    uses = Counter(sample.id for samples in by_source for sample in samples)
+    result = []
+    for number, (source, samples) in enumerate(zip(sources, by_source, strict=True)):
+        stem = Path(source.path).stem
+        prefix = stem if stems[stem] == 1 else f"{stem}.{number}"
+        result += [replace(s, id=f"{prefix}-{s.id}") if uses[s.id] > 1 else s for s in samples]
+    return result

@@ -1,0 +1,130 @@
+"""Which samples an update sees: a pure function of the seed and the update's number."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from anygpt.errors import InputError
+
+
+class UpdateSampler(Sampler[list[int]]):
+    """A batch sampler: yields the micro-batches of one rank, lists of `batch_size` dataset indices.
+
+    All epochs, each in its own order, are laid end to end; update u takes the u-th run of
+    `batch_size · gradient_accumulation_steps · world_size` positions of that endless row (so an update may
+    reach into the next epoch, and no sample is left out). Its m-th micro-batch takes the m-th slice of
+    `batch_size · world_size`, and rank r the r-th part of the slice: one process with batch size 2b and two
+    with b see the same samples in the same micro-batches.
+
+    An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and a
+    random part without repetition for the rest. With weights of 1 it visits every sample once.
+
+    The order depends on `(seed, epoch)` alone, so starting at update k gives what the uninterrupted run
+    gives from k on. The batches are for this rank already: do not let accelerate shard them again.
+
+    Args:
+        lengths: samples in each of the datasets that are concatenated, or one number.
+        weights: one a dataset, at least 0; None is 1 for each.
+        batch_size: samples in a micro-batch of one rank.
+        gradient_accumulation_steps: micro-batches of one rank in an update.
+        num_updates: updates in the whole run, those before `start_update` included.
+        start_update: the first update to give, counted from 0.
+
+    Raises:
+        InputError: a size that is not positive, a rank or a start out of range, weights of a wrong number or
+            value, a weight so small that its dataset would never be drawn from.
+    """
+
+    def __init__(
+        self,
+        lengths: int | Sequence[int],
+        *,
+        batch_size: int,
+        num_updates: int,
+        weights: Sequence[float] | None = None,
+        gradient_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_update: int = 0,
+    ):
+        self.lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+        self.batch_size = batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start_update = start_update
+        self.num_updates = num_updates
+        self._check_sizes()
+        self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
+        self.epoch_size = sum(self.draws)
+        self._cached_epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return (self.num_updates - self.start_update) * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro = self.batch_size * self.world_size
+        for update in range(self.start_update, self.num_updates):
+            for step in range(self.gradient_accumulation_steps):
+                first = (update * self.gradient_accumulation_steps + step) * micro + self.rank * self.batch_size
+                yield [self._index_at(position) for position in range(first, first + self.batch_size)]
+
+    def _index_at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.epoch_size)
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            self._cached_epoch = (epoch, self._epoch_order(epoch))
+        return int(self._cached_epoch[1][offset])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The dataset indices of one epoch in their order, int64 (epoch_size,)."""
+        generator = np.random.default_rng([self.seed, epoch])
+        parts, first = [], 0
+        for length, draws in zip(self.lengths, self.draws, strict=True):
+            copies, rest = divmod(draws, length)
+            parts += [np.arange(first, first + length)] * copies
+            parts.append(first + generator.permutation(length)[:rest])
+            first += length
+        return generator.permutation(np.concatenate(parts))
+
+    def _check_sizes(self) -> None:
+        sizes = {
+            "batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "world_size": self.world_size,
+            "num_updates": self.num_updates,
+            **{f"lengths[{i}]": length for i, length in enumerate(self.lengths)},
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise InputError(f"{name} is {value}, and must be at least 1.")
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank is {self.rank}, and must be at least 0 and below world_size = {self.world_size}.")
+        if not 0 <= self.start_update <= self.num_updates:
+            raise InputError(
+                f"start_update is {self.start_update}, and must be from 0 to num_updates = {self.num_updates}."
+            )
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, and must be at least 0.")
+
+
+def _draws(lengths: list[int], weights: list[float]) -> list[int]:
+    """How many samples an epoch takes from each dataset."""
+    if len(weights) != len(lengths):
+        raise InputError(f"There are {len(lengths)} datasets and {len(weights)} weights: give one weight a dataset.")
+    draws = []
+    for i, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"The weight of dataset {i} is {weight}, and must be a finite number of at least 0.")
+        draws.append(round(weight * length))
+        if weight > 0 and draws[-1] == 0:
+            raise InputError(
+                f"The weight of dataset {i}, {weight}, of {length} sample(s) rounds to none: "
+                f"raise it to {1 / length:.3g} or more, or set it to 0 to leave the dataset out."
+            )
+    if sum(draws) == 0:
+        raise InputError("All weights are 0: give at least one dataset a positive weight.")
+    return draws

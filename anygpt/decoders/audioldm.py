@@ -1,0 +1,99 @@
+"""Sound from AudioLDM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AudioLDMPipeline, DiffusionPipeline
+from torch import Tensor
+
+from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.targets import AudioTargets
+
+
+class AudioLDMDecoder(DiffusionDecoder):
+    """Conditions `(B, 1, D)`, unit vectors of CLAP's text projection -> float32 waveforms `(N,)` at `sampling_rate`.
+
+    `audio_length_in_s` (seconds) of targets and samples defaults to the U-Net's `sample_size` × the VAE's factor ×
+    the vocoder's hop. `normalize_waveform` says whether target waveforms are centred and scaled to a peak of 0.5,
+    as AudioLDM's were.
+    """
+
+    modality = "audio"
+    pipeline_class = AudioLDMPipeline
+    size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        audio_length_in_s: float | None = None,
+        normalize_waveform: bool = True,
+    ):
+        super().__init__(pipeline)
+        native = self.unet.config.sample_size * pipeline.vae_scale_factor * self._seconds_per_frame
+        self.audio_length_in_s = audio_length_in_s or native
+        self.normalize_waveform = normalize_waveform
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of the waveforms generated, Hz; the vocoder's."""
+        return self.vocoder.config.sampling_rate
+
+    @property
+    def _hop_length(self) -> int:
+        return math.prod(self.vocoder.config.upsample_rates)
+
+    @property
+    def _seconds_per_frame(self) -> float:
+        return self._hop_length / self.sampling_rate
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """`(1, D)`, D the dimension of CLAP's projection."""
+        return 1, self.text_encoder.config.projection_dim
+
+    @property
+    def targets(self) -> AudioTargets:
+        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline makes."""
+        factor = self.pipeline.vae_scale_factor
+        # The pipeline's own arithmetic, its rounding down and up included.
+        frames = math.ceil(int(self.audio_length_in_s / self._seconds_per_frame) / factor) * factor
+        return AudioTargets(
+            num_frames=frames,
+            sampling_rate=self.sampling_rate,
+            hop_length=self._hop_length,
+            num_mel_bins=self.vocoder.config.model_in_dim,
+            fmax=min(AudioTargets.fmax, self.sampling_rate / 2),
+            normalize=self.normalize_waveform,
+        )
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """The normalised CLAP projection, `(B, 1, D)`."""
+        return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
+
+    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
+        """To unit length, as the pipeline does with CLAP's projection."""
+        if isinstance(condition, Tensor):
+            return F.normalize(condition, dim=-1)
+        return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """AudioLDM's U-Net adds the condition to the time embedding; it attends to nothing but itself."""
+        labels = condition.embeds.squeeze(1)
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Tensor | None]:
+        """This pipeline takes `(B, D)`."""
+        arguments = super().prompt_arguments(condition, negative)
+        return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}
+
+    def collect(self, output: Any) -> list[np.ndarray]:
+        """float32 waveforms `(N,)`, cut by the pipeline to the length asked for."""
+        return list(output.audios)

@@ -1,0 +1,409 @@
+"""What every diffusion decoder does: encode captions and media, give the denoising loss, sample.
+
+Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim, `C` latent channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from anygpt.decoders.targets import TargetProcessor
+from anygpt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "anygpt_decoder.json"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(eq=False)
+class Condition:
+    """What a decoder is conditioned on: embeds `(B, T, D)`, and where it has them pooled `(B, P)`, mask `(B, T)`."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, condition: Condition | Tensor) -> Condition:
+        """A plain tensor means `Condition(embeds=tensor)`."""
+        return condition if isinstance(condition, cls) else cls(embeds=condition)
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def __getitem__(self, rows: slice | list[int] | Tensor) -> Condition:
+        """The samples of `rows`; the batch dimension stays, so an `int` is not taken."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Moved to `device`; floating-point tensors also cast to `dtype`. Differentiable."""
+        return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+
+    def _map(self, function) -> Condition:
+        return Condition(*(None if x is None else function(x) for x in (self.embeds, self.pooled, self.mask)))
+
+
+class DiffusionDecoder(nn.Module, ABC):
+    """A diffusers pipeline as a frozen, differentiable decoder of conditions.
+
+    The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
+    eval mode, and its progress bar is switched off; `.pipeline` is the pipeline itself. The defaults below are those
+    of a U-Net that attends to a CLIP text encoder; a family overrides where it differs. The other constructor
+    arguments of a family are kept as attributes of the same names and saved beside the pipeline.
+    """
+
+    modality: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    size_names: ClassVar[tuple[str, ...]]
+    """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
+    _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "pipeline_class" in cls.__dict__:
+            DiffusionDecoder._registry[cls.pipeline_class.__name__] = cls
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__()
+        if not isinstance(pipeline, self.pipeline_class):
+            raise InputError(
+                f"{type(self).__name__} needs a {self.pipeline_class.__name__}, but was given a "
+                f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained."
+            )
+        self.pipeline = pipeline
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                self.add_module(name, component)
+        self.requires_grad_(False).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        if pipeline.components.get("safety_checker") is None:
+            _warn_once(f"{self.pipeline_class.__name__} has no safety checker: what it generates is not filtered.")
+
+    # ---- loading and saving
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> DiffusionDecoder:
+        """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
+
+        `kwargs` that the family's constructor names go there, the others (`torch_dtype`, `revision`, …) to the
+        pipeline's `from_pretrained`. Only safetensors are read: pickled weights are refused.
+
+        Raises:
+            InputError: no pipeline there, one of another or an unknown class, or weights that are not safetensors.
+        """
+        if kwargs.pop("use_safetensors", True) is not True:
+            raise InputError(f"{path_or_id}: use_safetensors can only be True, as pickled weights are never read.")
+        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+        try:
+            class_name = DiffusionPipeline.load_config(str(path_or_id), **hub)["_class_name"]
+        except (OSError, KeyError) as error:
+            raise InputError(
+                f"No diffusers pipeline at {str(path_or_id)!r}: expected a folder with a model_index.json, or a hub id "
+                f"({str(error).splitlines()[0]})."
+            ) from error
+        found = cls if hasattr(cls, "pipeline_class") else DiffusionDecoder._registry.get(str(class_name))
+        if found is None:
+            raise InputError(
+                f"{path_or_id}: no decoder for the pipeline class {class_name}; "
+                f"known are {', '.join(sorted(DiffusionDecoder._registry))}."
+            )
+        if found.pipeline_class.__name__ != class_name:
+            raise InputError(
+                f"{path_or_id} holds a {class_name}, but {cls.__name__} needs a {found.pipeline_class.__name__}: "
+                "name a folder of that kind, or use DiffusionDecoder.from_pretrained."
+            )
+        names = found._setting_names()
+        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        saved = Path(path_or_id, SETTINGS_FILE)
+        if saved.is_file():
+            settings = {**json.loads(saved.read_text()), **settings}
+        try:
+            pipeline = found.pipeline_class.from_pretrained(str(path_or_id), use_safetensors=True, **kwargs)
+        except OSError as error:
+            raise InputError(
+                f"{path_or_id}: could not load every part from safetensors ({str(error).splitlines()[0]}); pickled "
+                "weights are refused, so name a revision that has safetensors, or convert them where you trust them."
+            ) from error
+        return found(pipeline, **settings)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the pipeline (safetensors) and this decoder's own settings into the folder `path`."""
+        self.pipeline.save_pretrained(str(path), safe_serialization=True)
+        settings = {name: getattr(self, name) for name in self._setting_names()}
+        Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def _setting_names(cls) -> list[str]:
+        return [name for name in inspect.signature(cls).parameters if name != "pipeline"]
+
+    # ---- what a family says about itself
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts: `(noisy latents, timestep, condition) -> prediction`."""
+        return self.unet
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
+        return self.pipeline._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """`(T, D)` of a condition, from the configs of the tokenizer and the text encoder."""
+        return self.pipeline.tokenizer.model_max_length, self.text_encoder.config.hidden_size
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """`P` of a pooled condition; None where the decoder has none."""
+        return None
+
+    @property
+    @abstractmethod
+    def targets(self) -> TargetProcessor:
+        """Turns raw media into what `encode_media` takes, at this decoder's default size; needs no weights."""
+
+    @abstractmethod
+    def collect(self, output: Any) -> list:
+        """The samples in a pipeline's output, one an element, in this modality's form."""
+
+    # ---- conditions and latents
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Tensor | Condition:
+        """The decoder's own encoding of `B` captions, `(B, T, D)`: what the pipeline would condition on."""
+        return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
+
+    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
+        """Bring a projected condition to where the text encoder's lie; by default nothing. Applied by the loss and
+        by sampling, harmless when applied twice, and of the type given."""
+        return condition
+
+    @torch.no_grad()
+    def encode_media(self, media: list | Tensor, generator: Generators = None) -> Tensor:
+        """Latents `(B, C, …)` of raw media, or of a tensor made by `self.targets`.
+
+        The VAE's posterior is sampled with `generator` (a list: one a sample), or its mode taken if there is none;
+        then shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it.
+        """
+        pixels = media if isinstance(media, Tensor) else self.targets(media)
+        latents, std = self.posterior(pixels.to(self.device, self.vae.dtype))
+        if generator is not None:
+            _check_generators(generator, len(latents))
+            latents = latents + std * randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(B, C, …)` of the VAE's posterior, not scaled."""
+        distribution = self.vae.encode(pixels).latent_dist
+        return distribution.mean, distribution.std
+
+    # ---- training
+
+    @cached_property
+    def training_schedule(self) -> Any:
+        """Made once, apart from the pipeline's scheduler, whose tables change with every `set_timesteps`."""
+        return self.make_training_schedule()
+
+    def make_training_schedule(self) -> DDPMScheduler:
+        """The DDPM noise schedule of the pipeline's scheduler config.
+
+        A family trained otherwise (flow matching) overrides this, `draw_timesteps`, `noise_and_target`, `snr_weight`.
+
+        Raises:
+            InputError: a config without betas, as flow matching's (DDPM would take it, with betas of its own), or
+                a prediction type other than epsilon, v_prediction and sample.
+        """
+        config = self.pipeline.scheduler.config
+        kind = config.get("prediction_type", PREDICTION_TYPES[0])
+        if "beta_schedule" not in config or config.get("use_flow_sigmas") or kind == "flow_prediction":
+            raise InputError(
+                f"{type(self).__name__} trains with a DDPM noise schedule, but the pipeline's "
+                f"{type(self.pipeline.scheduler).__name__} is configured for flow matching or continuous noise "
+                "levels: give the pipeline the diffusion scheduler that it was trained with."
+            )
+        if kind not in PREDICTION_TYPES:
+            raise InputError(
+                f"The scheduler's prediction_type is {kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
+                "correct scheduler_config.json."
+            )
+        # Without this key: from_config would replace whatever the other class had as a default (LCM's betas, for one)
+        # by DDPM's default.
+        return DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+
+    def draw_timesteps(self, batch_size: int, generator: Generators) -> Tensor:
+        """Uniform training timesteps `(B,)`, int64."""
+        high = self.training_schedule.config.num_train_timesteps
+        if isinstance(generator, list):
+            return torch.cat([self.draw_timesteps(1, g) for g in generator])
+        device = self.device if generator is None else generator.device
+        return torch.randint(high, (batch_size,), generator=generator, device=device).to(self.device)
+
+    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents and what the network should predict from them, both like `latents`."""
+        schedule = self.training_schedule
+        target = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: schedule.get_velocity(latents, noise, timesteps),
+            "sample": lambda: latents,
+        }[schedule.config.prediction_type]()
+        return schedule.add_noise(latents, noise, timesteps), target
+
+    def snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR-γ loss weights `(B,)` (arXiv 2303.09556), s the signal-to-noise ratio: epsilon min(s,γ)/s,
+        v_prediction min(s,γ)/(s+1), sample min(s,γ)."""
+        schedule = self.training_schedule
+        kind = schedule.config.prediction_type
+        if kind == "epsilon" and schedule.alphas_cumprod.min() == 0:
+            raise InputError(
+                "snr_gamma cannot be used with epsilon prediction at zero terminal SNR (the weight is 0/0): "
+                "leave snr_gamma unset, or use a v_prediction model."
+            )
+        snr = compute_snr(schedule, timesteps)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+        return snr.clamp(max=gamma) / divisor
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The network's prediction, like `noisy`."""
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=condition.embeds).sample
+
+    def denoising_loss(
+        self,
+        condition: Tensor | Condition,
+        latents: Tensor,
+        *,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        generator: Generators = None,
+        snr_gamma: float | None = None,
+    ) -> Tensor:
+        """Mean squared error of the prediction, one number a sample: `(B,)`, float32.
+
+        Args:
+            condition: `(B, T, D)`; gradients reach it through the frozen network.
+            latents: `(B, C, …)` from `encode_media`.
+            noise: like `latents`; drawn if not given.
+            timesteps: `(B,)` int64 training steps; drawn, uniformly, if not given.
+            generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
+                the batch it is in. A CPU generator serves any device.
+            snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
+
+        Raises:
+            InputError: shapes that do not fit, or a schedule that cannot be trained with (see
+                `make_training_schedule`, `snr_weight`).
+        """
+        condition = self._ready(condition, len(latents))
+        _check_generators(generator, len(latents))
+        # Noise, target and error in float32 (or more): bfloat16 has too few digits to subtract in.
+        latents = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        if noise is None:
+            noise = randn_tensor(latents.shape, generator, self.device, latents.dtype)
+        elif noise.shape != latents.shape:
+            raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
+        if timesteps is None:
+            timesteps = self.draw_timesteps(len(latents), generator)
+        timesteps = timesteps.to(self.device)
+        noisy, target = self.noise_and_target(latents, noise.to(latents), timesteps)
+        prediction = self.predict(noisy.to(self.dtype), timesteps, condition)
+        loss = F.mse_loss(prediction.to(target.dtype), target, reduction="none").flatten(1).mean(1)
+        if snr_gamma is not None:
+            loss = loss * self.snr_weight(timesteps, snr_gamma)
+        return loss
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the network's activations in the backward pass, to save memory."""
+        self.denoiser.enable_gradient_checkpointing()
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Tensor | Condition,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_condition: Tensor | Condition | None = None,
+        generator: Generators = None,
+        **size: float,
+    ) -> list:
+        """Generate `B` media by calling the pipeline on the condition, as it would on captions encoded to it.
+
+        Args:
+            condition: `(B, T, D)`.
+            num_inference_steps, guidance_scale: the pipeline's own defaults if None.
+            negative_condition: `(B, T, D)`; if None, what the pipeline uses when given no negative prompt.
+            generator: one, or a list with one a sample.
+            size: the family's `size_names`; the decoder's own by default.
+
+        Raises:
+            InputError: shapes that do not fit, or a size this decoder does not have.
+        """
+        unknown = sorted(set(size) - set(self.size_names))
+        if unknown:
+            raise InputError(
+                f"{type(self).__name__}.sample has no argument {', '.join(unknown)}: sizes are "
+                f"{', '.join(self.size_names)}."
+            )
+        condition = self._ready(condition)
+        if negative_condition is not None:
+            negative_condition = self._ready(negative_condition, len(condition))
+        _check_generators(generator, len(condition))
+        # All sizes are passed: given only one of height and width, diffusers would drop it.
+        arguments = {name: getattr(self, name) for name in self.size_names} | size
+        steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        arguments |= {name: value for name, value in steering.items() if value is not None}
+        prompts = self.prompt_arguments(condition, negative_condition)
+        return self.collect(self.pipeline(**prompts, **arguments, generator=generator))
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Tensor | None]:
+        """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
+        return {
+            "prompt_embeds": condition.embeds,
+            "negative_prompt_embeds": None if negative is None else negative.embeds,
+        }
+
+    def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
+        """Checked, normalised, on the decoder's device and in its dtype."""
+        condition = Condition.of(condition)
+        given = tuple(condition.embeds.shape)
+        expected = (len(condition) if batch_size is None else batch_size, *self.condition_shape)
+        if given != expected:
+            raise InputError(
+                f"The condition of {type(self).__name__} is {given}, expected (batch, tokens, dim) = {expected}: "
+                "make the output projector for this decoder's condition_shape, with one condition a sample."
+            )
+        if self.pooled_dim is not None and (condition.pooled is None or condition.pooled.shape[-1] != self.pooled_dim):
+            raise InputError(f"{type(self).__name__} needs a pooled condition of dim {self.pooled_dim} beside embeds.")
+        return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
+
+
+def _check_generators(generator: Generators, batch_size: int) -> None:
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one a sample.")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,111 @@
+"""`ModalDecoderModule`: a diffusion decoder, its output projector, and which states feed it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.errors import InputError
+
+
+class ModalDecoderModule(nn.Module):
+    """One output modality: states at a signal span → output projector → condition → diffusion decoder.
+
+    Args:
+        model: the diffusion decoder.
+        projector: built by `MultimodalModel`, with sizes from both sides, when None.
+        num_signal_tokens: `N`; the paper's count for the modality when None.
+        hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the
+            paper), any other index into `hidden_states` (0 are the embeddings), or `"mix"`, a learned softmax over
+            all of them.
+        modality: media type in the data; the decoder's own when None.
+
+    Attributes:
+        module: the diffusion decoder.
+        projector: the `OutputProjector`.
+        layer_weights: `(layers + 1,)` logits of the mix, or None.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionDecoder,
+        projector: OutputProjector | None = None,
+        num_signal_tokens: int | None = None,
+        hidden_layer: int | str = -1,
+        modality: str | None = None,
+    ):
+        super().__init__()
+        if not isinstance(model, DiffusionDecoder):
+            raise InputError(
+                f"ModalDecoderModule takes a DiffusionDecoder, got {type(model).__name__}; wrap a diffusers pipeline "
+                "first, for instance StableDiffusionDecoder(pipe)"
+            )
+        if not (hidden_layer == "mix" or isinstance(hidden_layer, int)):
+            raise InputError(f"hidden_layer is {hidden_layer!r}; expected a layer index or 'mix'")
+        self.module = model
+        self.projector = projector
+        self.num_signal_tokens = num_signal_tokens
+        self.hidden_layer = hidden_layer
+        self.modality = modality or model.modality
+        self.layer_weights: nn.Parameter | None = None
+
+    @property
+    def needs_all_states(self) -> bool:
+        """Whether the language model must return the states of its inner layers, which costs memory."""
+        return self.hidden_layer != -1
+
+    def init_projector(self, in_features: int, num_layers: int, projection_type: str) -> None:
+        """Build the output projector if there is none, and check that it fits the decoder and the language model.
+
+        Args:
+            in_features: `H`.
+            num_layers: layers of the language model.
+            projection_type: type to build.
+
+        Raises:
+            InputError: a given projector does not fit; both shapes are named.
+        """
+        expected = {
+            "in_features": in_features,
+            "num_signal_tokens": self.num_signal_tokens,
+            "condition_shape": list(self.module.condition_shape),
+            "pooled_dim": self.module.pooled_dim,
+        }
+        if self.projector is None:
+            self.projector = OutputProjector(OutputProjectorConfig(projection_type=projection_type, **expected))
+        for name, value in expected.items():
+            given = getattr(self.projector.config, name)
+            if given != value:
+                raise InputError(
+                    f"the {self.modality} output projector has {name}={given}, but this decoder and language model "
+                    f"need {name}={value}"
+                )
+        if self.hidden_layer == "mix":
+            self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1))
+        elif not -num_layers - 1 <= self.hidden_layer <= num_layers:
+            raise InputError(
+                f"hidden_layer={self.hidden_layer} is not among the language model's {num_layers + 1} states"
+            )
+
+    def select_states(self, last: Tensor, all_states: tuple[Tensor, ...] | None) -> Tensor:
+        """The `(B, S, H)` states that this decoder reads.
+
+        Args:
+            last: what the language model's head reads.
+            all_states: embeddings and the output of each layer; needed if `needs_all_states`.
+        """
+        if self.hidden_layer == -1:
+            return last
+        if self.hidden_layer == "mix":
+            weights = self.layer_weights.softmax(dim=0)
+            return sum(w * state for w, state in zip(weights, all_states, strict=True))
+        return all_states[self.hidden_layer]
+
+    def condition(self, states: Tensor, embeddings: Tensor) -> Condition:
+        """`(K, N, H)` states at the spans, plus the token embeddings there, to the decoder's condition.
+
+        The condition is normalised as the decoder wants it, so training and generation see the same one.
+        """
+        return self.module.normalize_condition(self.projector(states + embeddings))

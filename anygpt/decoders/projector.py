@@ -1,0 +1,183 @@
+"""`OutputProjector`: the language model's states at a signal span to a decoder's condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from anygpt.decoders.base import Condition
+from anygpt.errors import InputError
+
+PROJECTION_TYPES = ("linear", "mlp", "transformer", "qformer")
+
+
+class OutputProjectorConfig(PreTrainedConfig):
+    """What an output projector needs to be built.
+
+    Args:
+        projection_type: `linear` (one Linear on the flattened span), `mlp` (two, with `activation` between them),
+            `transformer` (the paper's: in-projection, encoder and decoder layers, one learned query a condition
+            token; arXiv 2309.05519, §3 and its code) or `qformer` (BLIP-2's, without the encoder layers).
+        in_features: `H`, width of the language model's states.
+        num_signal_tokens: `N`.
+        condition_shape: `(T, D)` of the decoder.
+        pooled_dim: `P` where the decoder has a pooled condition: a second head then gives it.
+        activation: any name that `transformers.activations.ACT2FN` builds.
+        d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: the paper's sizes.
+    """
+
+    model_type = "anygpt_output_projector"
+
+    def __init__(
+        self,
+        projection_type: str = "transformer",
+        in_features: int | None = None,
+        num_signal_tokens: int | None = None,
+        condition_shape: tuple[int, int] | None = None,
+        pooled_dim: int | None = None,
+        activation: str = "gelu",
+        d_model: int = 512,
+        num_encoder_layers: int = 4,
+        num_decoder_layers: int = 4,
+        num_attention_heads: int = 4,
+        ffn_dim: int = 2048,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if projection_type not in PROJECTION_TYPES:
+            raise InputError(
+                f"unknown output projector type {projection_type!r}; expected {', '.join(PROJECTION_TYPES)}"
+            )
+        if activation not in ACT2FN:
+            raise InputError(f"unknown activation {activation!r}; expected one of {', '.join(sorted(ACT2FN))}")
+        self.projection_type = projection_type
+        self.in_features = in_features
+        self.num_signal_tokens = num_signal_tokens
+        self.condition_shape = None if condition_shape is None else list(condition_shape)
+        self.pooled_dim = pooled_dim
+        self.activation = activation
+        self.d_model = d_model
+        self.num_encoder_layers = num_encoder_layers
+        self.num_decoder_layers = num_decoder_layers
+        self.num_attention_heads = num_attention_heads
+        self.ffn_dim = ffn_dim
+
+
+class OutputProjector(PreTrainedModel):
+    """Maps `(K, N, H)` states at signal spans to a `Condition` of embeds `(K, T, D)` and, if asked, pooled `(K, P)`.
+
+    Args:
+        config: sizes and type.
+        projection: a module of your own to wrap, called with the states and giving `(K, T, D)`; built from the
+            config when None.
+
+    Raises:
+        InputError: sizes are missing.
+    """
+
+    config_class = OutputProjectorConfig
+    base_model_prefix = "projection"
+
+    def __init__(self, config: OutputProjectorConfig, projection: nn.Module | None = None):
+        super().__init__(config)
+        missing = [n for n in ("in_features", "num_signal_tokens", "condition_shape") if getattr(config, n) is None]
+        if missing:
+            raise InputError(f"an output projector needs {', '.join(missing)} in its OutputProjectorConfig")
+        self.projection = projection if projection is not None else _BUILDERS[config.projection_type](config)
+        self.wraps_own_module = projection is not None
+        flat = config.num_signal_tokens * config.in_features
+        self.pooled_head = nn.Linear(flat, config.pooled_dim) if config.pooled_dim is not None else None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules keep the initialisation that their constructors gave them."""
+
+    def forward(self, states: Tensor) -> Condition:
+        """`(K, N, H)` in any float dtype; computed in the dtype of the projector's own parameters."""
+        states = states.to(next(self.parameters()).dtype)
+        pooled = None if self.pooled_head is None else self.pooled_head(states.flatten(1))
+        return Condition(self.projection(states), pooled=pooled)
+
+
+class FlatProjection(nn.Module):
+    """All `N` states side by side, through one or two Linears, to all `T` condition tokens at once."""
+
+    def __init__(self, config: OutputProjectorConfig):
+        super().__init__()
+        inputs = config.num_signal_tokens * config.in_features
+        outputs = config.condition_shape[0] * config.condition_shape[1]
+        if config.projection_type == "linear":
+            self.layers = nn.Linear(inputs, outputs)
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(inputs, config.d_model), ACT2FN[config.activation], nn.Linear(config.d_model, outputs)
+            )
+        self.condition_shape = tuple(config.condition_shape)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.layers(states.flatten(1)).unflatten(1, self.condition_shape)
+
+
+class TransformerProjection(nn.Module):
+    """The paper's: in-projection, `nn.Transformer` with a learned query for each condition token, out-projection.
+
+    No dropout, pre-norm. The queries start random: queries that start at zero or identical stay identical.
+    """
+
+    def __init__(self, config: OutputProjectorConfig):
+        super().__init__()
+        tokens, width = config.condition_shape
+        self.input = nn.Linear(config.in_features, config.d_model)
+        self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
+        self.transformer = nn.Transformer(
+            d_model=config.d_model,
+            nhead=config.num_attention_heads,
+            num_encoder_layers=config.num_encoder_layers,
+            num_decoder_layers=config.num_decoder_layers,
+            dim_feedforward=config.ffn_dim,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.output = nn.Linear(config.d_model, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        queries = self.queries.expand(states.shape[0], -1, -1)
+        return self.output(self.transformer(self.input(states), queries))
+
+
+class QFormerProjection(nn.Module):
+    """A learned query for each condition token that attends to the states (transformers' `Blip2QFormerModel`)."""
+
+    def __init__(self, config: OutputProjectorConfig):
+        super().__init__()
+        tokens, width = config.condition_shape
+        self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model) * 0.02)
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=config.d_model,
+                encoder_hidden_size=config.in_features,
+                intermediate_size=config.ffn_dim,
+                num_hidden_layers=config.num_decoder_layers,
+                num_attention_heads=config.num_attention_heads,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        self.output = nn.Linear(config.d_model, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        queries = self.queries.expand(states.shape[0], -1, -1)
+        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=states).last_hidden_state)
+
+
+_BUILDERS = {
+    "linear": FlatProjection,
+    "mlp": FlatProjection,
+    "transformer": TransformerProjection,
+    "qformer": QFormerProjection,
+}

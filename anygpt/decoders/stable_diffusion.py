@@ -1,0 +1,39 @@
+"""Images from Stable Diffusion (1.x, 2.x)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.targets import ImageTargets
+
+
+class StableDiffusionDecoder(DiffusionDecoder):
+    """Conditions `(B, T, D)` of a CLIP text encoder -> PIL images.
+
+    `height` and `width` (pixels) of targets and samples default to the U-Net's `sample_size` × the VAE's factor. A
+    safety checker in the pipeline blackens what it flags, here as there.
+    """
+
+    modality = "image"
+    pipeline_class = StableDiffusionPipeline
+    size_names: ClassVar[tuple[str, ...]] = ("height", "width")
+
+    def __init__(self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None):
+        super().__init__(pipeline)
+        sample_size = self.unet.config.sample_size
+        native = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self.height = height or native[0] * pipeline.vae_scale_factor
+        self.width = width or native[1] * pipeline.vae_scale_factor
+
+    @property
+    def targets(self) -> ImageTargets:
+        """PIL images -> `(B, 3, height, width)` in [-1, 1]."""
+        return ImageTargets(self.height, self.width)
+
+    def collect(self, output: Any) -> list[Image.Image]:
+        """PIL images."""
+        return output.images

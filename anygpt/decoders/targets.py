@@ -1,0 +1,183 @@
+"""Raw media -> what a decoder's VAE encodes. Configuration and numpy only, so data workers need no weights.
+
+Shapes: `B` batch, `F` frames, `H` height, `W` width (pixels), `N` waveform samples.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from anygpt.audio import resample, to_mono
+from anygpt.errors import InputError
+
+LOG_FLOOR = 1e-5
+"""Mel magnitudes are clipped to this before the logarithm (HiFi-GAN's dynamic range compression)."""
+PEAK = 0.5
+"""Peak of a normalised waveform, as in AudioLDM's loader."""
+
+
+class TargetProcessor(ABC):
+    """Turns a list of raw media into a float32 batch; a frozen dataclass of numbers that fits in JSON."""
+
+    modality: ClassVar[str]
+    _registry: ClassVar[dict[str, type[TargetProcessor]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        TargetProcessor._registry[cls.__name__] = cls
+
+    def __call__(self, media: list) -> Tensor:
+        """`B` media -> `(B, …)` float32.
+
+        Raises:
+            InputError: no media, or one of the wrong kind or shape, with its row.
+        """
+        if not isinstance(media, (list, tuple)) or not media:
+            raise InputError(f"{type(self).__name__} needs a list of at least one {self.modality}, not {media!r:.80}.")
+        return torch.stack([torch.from_numpy(self.one(item, row)) for row, item in enumerate(media)])
+
+    @abstractmethod
+    def one(self, item: Any, row: int) -> np.ndarray:
+        """The float32 array of one medium; `row` is for messages."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `target_processor_from_dict` takes; JSON-able."""
+        return {"type": type(self).__name__, **asdict(self)}
+
+
+def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
+    """The inverse of `to_dict`.
+
+    Raises:
+        InputError: an unknown `type` or setting, naming the known ones.
+    """
+    settings = {name: value for name, value in config.items() if name != "type"}
+    kind = TargetProcessor._registry.get(config.get("type"))
+    if kind is None:
+        known = ", ".join(TargetProcessor._registry)
+        raise InputError(f"Unknown target processor type {config.get('type')!r}: expected one of {known}.")
+    names = [field.name for field in fields(kind)]
+    unknown = sorted(set(settings) - set(names))
+    if unknown:
+        raise InputError(f"{kind.__name__} has no setting {', '.join(unknown)}: it has {', '.join(names)}.")
+    return kind(**settings)
+
+
+@dataclass(frozen=True)
+class ImageTargets(TargetProcessor):
+    """PIL images of any mode and size -> `(B, 3, H, W)` in [-1, 1].
+
+    Transparency is laid on white. The image is scaled (Lanczos) until it covers `height` × `width`, and the middle
+    is kept; the value range is that of diffusers' `VaeImageProcessor`.
+    """
+
+    modality: ClassVar[str] = "image"
+    height: int
+    width: int
+
+    def one(self, item: Image.Image, row: int) -> np.ndarray:
+        if not isinstance(item, Image.Image):
+            raise InputError(f"Image {row} is a {type(item).__name__}, expected a PIL image.")
+        if item.has_transparency_data:
+            item = Image.alpha_composite(Image.new("RGBA", item.size, "white"), item.convert("RGBA"))
+        return _pixels(item.convert("RGB"), self.height, self.width)
+
+
+@dataclass(frozen=True)
+class VideoTargets(TargetProcessor):
+    """uint8 arrays `(F, H, W, 3)` of any length and size -> `(B, 3, num_frames, H, W)` in [-1, 1].
+
+    Frames are taken at even distances from first to last, repeated where there are too few; each is scaled and
+    cropped as `ImageTargets` does.
+    """
+
+    modality: ClassVar[str] = "video"
+    height: int
+    width: int
+    num_frames: int
+
+    def one(self, item: np.ndarray, row: int) -> np.ndarray:
+        shape, dtype = getattr(item, "shape", ()), getattr(item, "dtype", type(item).__name__)
+        if len(shape) != 4 or shape[0] == 0 or shape[-1] != 3 or dtype != np.uint8:
+            raise InputError(
+                f"Video {row} is {dtype} {tuple(shape)}, expected a uint8 array (frames, height, width, 3)."
+            )
+        chosen = np.linspace(0, len(item) - 1, self.num_frames).round().astype(int)
+        frames = [_pixels(Image.fromarray(frame), self.height, self.width) for frame in item[chosen]]
+        return np.stack(frames, axis=1)
+
+
+@dataclass(frozen=True)
+class AudioTargets(TargetProcessor):
+    """Pairs of a float waveform in [-1, 1], `(N,)` or `(C, N)`, and its rate in Hz -> log-mel `(B, 1, frames, mels)`.
+
+    What AudioLDM was trained on: mixed to mono, resampled, cut (from the start) to the wanted length, `normalize`d
+    (mean removed, peak scaled to 0.5), filled up with silence; then reflect padding of `(n_fft - hop_length) / 2`
+    with uncentred frames, Hann window, magnitude, Slaney mels, the natural logarithm of max(x, 1e-5).
+    """
+
+    modality: ClassVar[str] = "audio"
+    num_frames: int
+    """Frames of the result, `hop_length` samples each."""
+    sampling_rate: int = 16000
+    """Hz."""
+    n_fft: int = 1024
+    """FFT and window length, samples."""
+    hop_length: int = 160
+    """Samples between frames."""
+    num_mel_bins: int = 64
+    fmin: float = 0.0
+    """Lowest mel frequency, Hz."""
+    fmax: float = 8000.0
+    """Highest mel frequency, Hz."""
+    normalize: bool = True
+    """Remove the mean and scale the peak to 0.5 first."""
+
+    def one(self, item: tuple[np.ndarray, int], row: int) -> np.ndarray:
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):
+            raise InputError(
+                f"Audio {row} is a {type(item).__name__}, expected a (waveform array, sampling rate) pair."
+            )
+        waveform, rate = item
+        if waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating) or not np.isfinite(waveform).all():
+            raise InputError(
+                f"Audio {row} is {waveform.dtype} {waveform.shape}, expected finite floating-point samples in [-1, 1]."
+            )
+        length = self.num_frames * self.hop_length
+        waveform = resample(to_mono(waveform), rate, self.sampling_rate)[:length].astype(np.float32)
+        if self.normalize:
+            waveform = waveform - waveform.mean()
+            waveform = PEAK * waveform / (np.abs(waveform).max() + 1e-8)
+        waveform = np.pad(waveform, (0, length - len(waveform)))
+        log_mel = spectrogram(
+            np.pad(waveform, (self.n_fft - self.hop_length) // 2, mode="reflect"),
+            window_function(self.n_fft, "hann"),
+            frame_length=self.n_fft,
+            hop_length=self.hop_length,
+            power=1.0,
+            center=False,
+            mel_filters=_mel_filters(self.n_fft, self.num_mel_bins, self.fmin, self.fmax, self.sampling_rate),
+            mel_floor=LOG_FLOOR,
+            log_mel="log",
+        )
+        return log_mel.T[None].astype(np.float32)
+
+
+@cache
+def _mel_filters(n_fft: int, num_mel_bins: int, fmin: float, fmax: float, sampling_rate: int) -> np.ndarray:
+    return mel_filter_bank(n_fft // 2 + 1, num_mel_bins, fmin, fmax, sampling_rate, norm="slaney", mel_scale="slaney")
+
+
+def _pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """An RGB image, scaled and cropped, as float32 `(3, height, width)` in [-1, 1]."""
+    image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    return (np.asarray(image, dtype=np.float32) / 255.0 * 2.0 - 1.0).transpose(2, 0, 1)

@@ -1,0 +1,158 @@
+"""`MultimodalProjector`: encoder features to the language model's embedding space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ModelOutput
+
+from anygpt.errors import InputError
+
+PROJECTION_TYPES = ("linear", "mlp", "qformer")
+
+
+def hidden_size_of(config: Any) -> int:
+    """The width of a part's output, under whichever name its family gives it.
+
+    Raises:
+        InputError: no known name is there.
+    """
+    for name in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise InputError(
+        f"cannot tell the feature size of {type(config).__name__}; give the module a projector with "
+        "MultimodalProjectorConfig(in_features=…, out_features=…)"
+    )
+
+
+class MultimodalProjectorConfig(PreTrainedConfig):
+    """What a projector needs to be built.
+
+    Args:
+        encoder_config: config of the encoder, from which `in_features` is read unless it is given.
+        text_config: config of the language model, from which `out_features` is read unless it is given.
+        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them) or `qformer` (BLIP-2's,
+            arXiv 2301.12597: `num_query_tokens` learned queries look at the features).
+        activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
+        in_features, out_features: sizes, in place of the two configs.
+        num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives
+            `num_query_tokens` features.
+    """
+
+    model_type = "anygpt_projector"
+
+    def __init__(
+        self,
+        encoder_config: PreTrainedConfig | None = None,
+        text_config: PreTrainedConfig | None = None,
+        projection_type: str = "linear",
+        activation: str = "gelu",
+        in_features: int | None = None,
+        out_features: int | None = None,
+        num_query_tokens: int = 32,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if projection_type not in PROJECTION_TYPES:
+            raise InputError(f"unknown projector type {projection_type!r}; expected {', '.join(PROJECTION_TYPES)}")
+        if activation not in ACT2FN:
+            raise InputError(f"unknown activation {activation!r}; expected one of {', '.join(sorted(ACT2FN))}")
+        self.projection_type = projection_type
+        self.activation = activation
+        self.in_features = hidden_size_of(encoder_config) if in_features is None and encoder_config else in_features
+        self.out_features = hidden_size_of(text_config) if out_features is None and text_config else out_features
+        self.num_query_tokens = num_query_tokens
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+
+
+class MultimodalProjector(PreTrainedModel):
+    """Maps encoder features `(items, n, in_features)` to `(items, n', out_features)`; `n' = n` but for `qformer`.
+
+    Args:
+        config: sizes and type.
+        projection: a module of your own to wrap; built from the config when None. It is called with the features
+            alone.
+
+    Raises:
+        InputError: sizes are missing, or at call time the features have another width than `in_features`.
+    """
+
+    config_class = MultimodalProjectorConfig
+    base_model_prefix = "projection"
+
+    def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
+        super().__init__(config)
+        self.projection = projection if projection is not None else _build(config)
+        self.wraps_own_module = projection is not None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules keep the initialisation that their constructors gave them."""
+
+    def forward(self, features: Tensor | ModelOutput | tuple) -> Any:
+        """A tensor gives a tensor; an encoder's output gives the same kind of output with its first entry projected."""
+        if isinstance(features, Tensor):
+            return self._project(features)
+        if isinstance(features, ModelOutput):
+            projected = self._project(features[0])
+            return type(features)(**{next(iter(features.keys())): projected})
+        return (self._project(features[0]), *features[1:])
+
+    def _project(self, features: Tensor) -> Tensor:
+        expected = self.config.in_features
+        if expected is not None and features.shape[-1] != expected:
+            raise InputError(
+                f"the encoder gives features of size {features.shape[-1]}, but its projector expects {expected}"
+            )
+        # Features of a frozen half-precision encoder meet a projector whose parameters are kept in fp32.
+        dtype = next((p.dtype for p in self.projection.parameters()), features.dtype)
+        return self.projection(features.to(dtype))
+
+
+class QFormerProjection(nn.Module):
+    """`num_query_tokens` learned queries that attend to the features of each input, then one Linear.
+
+    transformers' `Blip2QFormerModel` does the work; the queries start random, never zero or identical.
+    """
+
+    def __init__(self, config: MultimodalProjectorConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, config.num_query_tokens, config.in_features) * 0.02)
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=config.in_features,
+                encoder_hidden_size=config.in_features,
+                intermediate_size=4 * config.in_features,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        self.output = nn.Linear(config.in_features, config.out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        queries = self.queries.expand(features.shape[0], -1, -1)
+        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
+
+
+def _build(config: MultimodalProjectorConfig) -> nn.Module:
+    sizes = config.in_features, config.out_features
+    if None in sizes:
+        raise InputError(
+            f"a projector needs both sizes, got in_features={sizes[0]} and out_features={sizes[1]}; give "
+            "MultimodalProjectorConfig the encoder's and the language model's config, or the sizes themselves"
+        )
+    if config.projection_type == "linear":
+        return nn.Linear(*sizes)
+    if config.projection_type == "mlp":
+        return nn.Sequential(nn.Linear(*sizes), ACT2FN[config.activation], nn.Linear(sizes[1], sizes[1]))
+    return QFormerProjection(config)

@@ -1,0 +1,109 @@
+"""Video through any image encoder: frame by frame, with the frames' places in time added."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from anygpt.errors import InputError
+
+
+class VideoEncoderConfig(PreTrainedConfig):
+    """Config of a `VideoEncoder`.
+
+    Args:
+        image_encoder: config of the image encoder, as a config or its dict.
+        num_frames: frames that a clip is sampled to.
+    """
+
+    model_type = "anygpt_video_encoder"
+
+    def __init__(self, image_encoder: PreTrainedConfig | dict | None = None, num_frames: int = 8, **kwargs: Any):
+        super().__init__(**kwargs)
+        if isinstance(image_encoder, dict):
+            image_encoder = AutoConfig.for_model(**image_encoder)
+        self.image_encoder = image_encoder
+        self.num_frames = num_frames
+
+    @property
+    def hidden_size(self) -> int:
+        return self.image_encoder.hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}
+
+
+class VideoEncoder(PreTrainedModel):
+    """Runs an image encoder on every frame and gives one feature a frame: the mean of its tokens plus its time.
+
+    The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the frame's
+    index; without it the language model could still tell the frames' order from its own positions, but the
+    projector could not.
+
+    Args:
+        image_encoder: any encoder whose first output is `(items, n, features)`.
+        num_frames: frames that a clip is sampled to.
+    """
+
+    config_class = VideoEncoderConfig
+    main_input_name = "pixel_values_videos"
+    base_model_prefix = "image_encoder"
+
+    def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8):
+        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames))
+        self.image_encoder = image_encoder
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """The image encoder comes with its weights, and nothing else has any."""
+
+    @property
+    def name_or_path(self) -> str:
+        return self.image_encoder.name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        """`PreTrainedModel.__init__` sets it before there is an image encoder; the encoder's own stands."""
+
+    def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
+        """`(B, frames, 3, height, width)` pixels give `(B, frames, features)`."""
+        clips, frames = pixel_values_videos.shape[:2]
+        states = self.image_encoder(pixel_values_videos.flatten(0, 1))[0].mean(dim=1)
+        states = states.unflatten(0, (clips, frames))
+        return BaseModelOutput(last_hidden_state=states + _sinusoid(frames, states.shape[-1]).to(states))
+
+
+class VideoFrameProcessor:
+    """Clips to pixels: an image processor on each of `num_frames` frames, evenly sampled."""
+
+    model_input_names = ("pixel_values_videos",)
+
+    def __init__(self, image_processor: Any, num_frames: int = 8):
+        self.image_processor = image_processor
+        self.num_frames = num_frames
+
+    def __call__(self, videos: list[np.ndarray], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+        """`videos`: uint8 `(frames, height, width, 3)` each. Gives `pixel_values_videos (B, num_frames, 3, h, w)`."""
+        clips = []
+        for video in videos:
+            if video.ndim != 4 or video.shape[-1] != 3 or not len(video):
+                raise InputError(f"a video has shape {video.shape}; expected (frames, height, width, 3)")
+            frames = video[np.linspace(0, len(video) - 1, self.num_frames).round().astype(int)]
+            clips.append(self.image_processor(images=list(frames), return_tensors="pt", **kwargs)["pixel_values"])
+        return BatchFeature({"pixel_values_videos": torch.stack(clips)}, tensor_type=return_tensors)
+
+
+def _sinusoid(length: int, size: int) -> Tensor:
+    """`(length, size)` sines and cosines of falling frequency."""
+    position = torch.arange(length)[:, None]
+    frequency = torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))
+    table = torch.zeros(length, size)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency[: size // 2])
+    return table

@@ -1,0 +1,160 @@
+"""The losses, each as a sum and a count, and the routing of rows to the six terms.
+
+A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). A row of a
+batch feeds exactly one NLL term, by what stands in it:
+
+=================  ==================================  ==============================================
+term               rows                                sub-terms
+=================  ==================================  ==============================================
+`llm`              text in, text out                   `nll`
+`encoder_llm`      media in, text out                  `nll`
+`llm_decoder`      text in, media out                  `nll`, `alignment/<modality>`, `denoising/<modality>`
+`encoder_decoder`  media in, media out                 `nll`, `alignment/<modality>`, `denoising/<modality>`
+=================  ==================================  ==============================================
+
+Denominators: label tokens for `nll`, samples for the other two. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anygpt.errors import InputError
+from anygpt.outputs import LossTerm
+
+TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
+ALIGNMENTS = ("l2", "mse", "cosine")
+
+
+@dataclass
+class LossWeights:
+    """The weight of each term, of each sub-term, and of each modality; a sub-term's weight is their product.
+
+    A sub-term of weight zero is not computed at all.
+
+    Attributes:
+        llm: NLL of rows without media.
+        encoder_llm: NLL of the answer given the media (stage 1).
+        llm_decoder: all sub-terms of rows that turn text into media (stage 2).
+        encoder_decoder: all sub-terms of rows that turn media into media (stage 3).
+        nll: next-token negative log-likelihood, text and signal tokens alike.
+        alignment: distance between the projected condition and the decoder's own encoding of the caption.
+        denoising: the frozen decoder's denoising loss under the projected condition.
+        by_modality: factor on the alignment and denoising of one decoder key; 1 where not named.
+        alignment_kind: `l2`, `mse` or `cosine`.
+        snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
+    """
+
+    llm: float = 1.0
+    encoder_llm: float = 1.0
+    llm_decoder: float = 1.0
+    encoder_decoder: float = 1.0
+    nll: float = 1.0
+    alignment: float = 1.0
+    denoising: float = 1.0
+    by_modality: dict[str, float] = field(default_factory=dict)
+    alignment_kind: str = "l2"
+    snr_gamma: float | None = None
+
+    def of(self, name: str) -> float:
+        """The weight of `"<term>/<sub-term>[/<modality>]"`."""
+        term, sub, *modality = name.split("/")
+        weight = getattr(self, term) * getattr(self, sub)
+        return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
+
+    def wants(self, sub: str, modality: str) -> bool:
+        """Whether any term uses this sub-term of this modality."""
+        return any(self.of(f"{term}/{sub}/{modality}") for term in ("llm_decoder", "encoder_decoder"))
+
+
+def route(media_in: Tensor, media_out: Tensor) -> list[str]:
+    """The term that each row feeds.
+
+    Args:
+        media_in: `(B,)` bool, whether encoder features stand in the row.
+        media_out: `(B,)` bool, whether a signal span stands in the row.
+    """
+    names = {
+        (False, False): "llm",
+        (True, False): "encoder_llm",
+        (False, True): "llm_decoder",
+        (True, True): "encoder_decoder",
+    }
+    return [names[pair] for pair in zip(media_in.tolist(), media_out.tolist(), strict=True)]
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in fp32: `(M, V')` logits and `(M,)` labels give `(M,)`."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
+    """Distance between a projected condition and the decoder's text encoding, by sample, in fp32.
+
+    `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean
+    squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos.
+
+    Args:
+        condition, target: `(K, T, D)`.
+
+    Returns:
+        `(K,)` float32. `torch.linalg.vector_norm` is used because √Σx² has a NaN gradient at zero.
+    """
+    if condition.shape != target.shape:
+        raise InputError(
+            f"the projected condition has shape {tuple(condition.shape)} and the decoder's text encoding "
+            f"{tuple(target.shape)}; the output projector must be built for this decoder's condition_shape"
+        )
+    condition, target = condition.float(), target.float()
+    if kind == "l2":
+        return torch.linalg.vector_norm(condition - target, dim=-1).mean(dim=-1)
+    if kind == "mse":
+        return (condition - target).square().mean(dim=(-2, -1))
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(condition, target, dim=-1)).mean(dim=-1)
+    raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
+
+
+def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> dict[str, LossTerm]:
+    """Add up per-token or per-sample values under the term of the row that each belongs to.
+
+    Args:
+        values: `(M,)` float32.
+        rows: `(M,)` int64, the batch row of each value.
+        terms: the term of each row.
+        suffix: the rest of the name, `nll` or `alignment/image`.
+    """
+    sums: dict[str, LossTerm] = {}
+    for term in TERMS:
+        members = torch.tensor([name == term for name in terms], device=values.device)[rows]
+        count = int(members.sum())
+        if count:
+            sums[f"{term}/{suffix}"] = LossTerm(values[members].sum(), count)
+    return sums
+
+
+def weighted_total(
+    losses: Mapping[str, LossTerm], weights: LossWeights, counts: Mapping[str, int] | None = None
+) -> Tensor | None:
+    """`Σ w · sum / count`, without touching the terms themselves.
+
+    Args:
+        losses: the terms of this micro-batch.
+        weights: their weights.
+        counts: denominators by name. A training loop gives the counts of the whole update, over all micro-batches
+            and ranks, so that the value does not depend on how the update was split; without them the
+            micro-batch's own counts are used.
+    """
+    total = None
+    for name, term in losses.items():
+        weight = weights.of(name)
+        if not weight:
+            continue
+        part = weight * term.total / (counts or {}).get(name, term.count)
+        total = part if total is None else total + part
+    return total

@@ -1,0 +1,179 @@
+"""How encoder features enter the language model's sequence: injected at placeholders, or prepended.
+
+Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anygpt.errors import InputError
+
+FEATURE_ID = -1  # stands in `Merged.input_ids` where a prepended feature stands; no tokenizer has it
+IGNORE = -100  # torch's and transformers' ignore index for labels
+
+
+@dataclass
+class Merged:
+    """A batch after merging.
+
+    Attributes:
+        inputs_embeds: `(B, S, H)`.
+        input_ids: `(B, S)` int64; `FEATURE_ID` at prepended features.
+        attention_mask: `(B, S)` int64.
+        labels: `(B, S)` int64 or None; `-100` at features.
+        media_in: `(B,)` bool, whether any feature stands in the row.
+    """
+
+    inputs_embeds: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None
+    media_in: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        """`(B, S)` int64, counted over what the mask keeps, so that a row's positions do not depend on its padding."""
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def inject(text: Merged, features: Mapping[str, Tensor], token_ids: Mapping[str, int]) -> Merged:
+    """Replace placeholders by features, in order.
+
+    Args:
+        text: the batch before merging.
+        features: by encoder, `(items, n, H)` or packed `(features, H)`.
+        token_ids: the placeholder of each encoder.
+
+    Raises:
+        InputError: an encoder has other than as many features as placeholders (modality, row and both counts are
+            named), or placeholders without an input, or an input without placeholders.
+    """
+    embeds, media_in = text.inputs_embeds, text.media_in
+    for key, token_id in token_ids.items():
+        held = text.input_ids == token_id
+        per_row = held.sum(dim=1).tolist()
+        given = features.get(key)
+        _check_counts(key, per_row, given)
+        if given is None:
+            continue
+        embeds = embeds.masked_scatter(held[..., None], given.reshape(-1, given.shape[-1]).to(embeds.dtype))
+        media_in = media_in | held.any(dim=1)
+    without = sorted(set(features) - set(token_ids))
+    if without:
+        raise InputError(
+            f"inputs for {', '.join(map(repr, without))} were given, but no placeholder token is set for them, so "
+            "their features would be dropped; name every encoder in set_token_ids"
+        )
+    labels = text.labels
+    if labels is not None:
+        placeholders = torch.tensor(list(token_ids.values()), device=labels.device)
+        labels = labels.masked_fill(torch.isin(text.input_ids, placeholders), IGNORE)
+    return Merged(embeds, text.input_ids, text.attention_mask, labels, media_in)
+
+
+def _check_counts(key: str, per_row: list[int], features: Tensor | None) -> None:
+    available = 0 if features is None else features.numel() // features.shape[-1]
+    if available == sum(per_row):
+        # Whole inputs must not be split between rows: one row's surplus would hide the next one's lack.
+        if features is None or features.dim() == 2:
+            return
+        bad = next((row for row, count in enumerate(per_row) if count % features.shape[1]), None)
+        if bad is None:
+            return
+        raise InputError(
+            f"{key!r}: row {bad} has {per_row[bad]} placeholder tokens, which is no multiple of the "
+            f"{features.shape[1]} features of each input"
+        )
+    seen, bad = 0, max((row for row, count in enumerate(per_row) if count), default=0)
+    for row, count in enumerate(per_row):
+        seen += count
+        if seen > available:
+            bad = row
+            break
+    raise InputError(
+        f"{key!r}: the batch has {sum(per_row)} placeholder tokens but {available} features; the counts part in row "
+        f"{bad}, which has {per_row[bad]} placeholders. Each input needs exactly as many placeholders as it has "
+        "features (MultimodalProcessor writes them)"
+    )
+
+
+def prepend(
+    text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping[str, list[int]] | None = None
+) -> Merged:
+    """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
+
+    A row's features stand before its own text and after its padding, if it is padded on the left.
+
+    Args:
+        text: the batch before merging.
+        features: by encoder, `(items, n, H)`.
+        items_per_row: inputs that belong to each row; one each when left out.
+
+    Raises:
+        InputError: the inputs cannot be assigned to rows.
+    """
+    if not features:
+        return text
+    rows = text.input_ids.shape[0]
+    by_row: list[list[Tensor]] = [[] for _ in range(rows)]
+    for key, values in features.items():
+        counts = (items_per_row or {}).get(key) or ([1] * rows if len(values) == rows else [len(values)] * (rows == 1))
+        if values.dim() != 3 or len(counts) != rows or sum(counts) != len(values):
+            raise InputError(
+                f"{key!r}: {len(values)} inputs cannot be assigned to {rows} rows; give one input a row, or say how "
+                "many each row has with items_per_row (the processor does, given one list a row)"
+            )
+        for row, items in enumerate(values.split(list(counts))):
+            by_row[row].append(items.flatten(0, 1))
+    lengths = [sum(len(part) for part in parts) for parts in by_row]
+    total = text.input_ids.shape[1] + max(lengths)
+    left_padded = bool((text.attention_mask[:, 0] == 0).any())
+
+    def build(row: int, values: Tensor, media: Tensor | None, fill: float) -> Tensor:
+        """One row of the result: padding, features and text in their places."""
+        start = int(text.attention_mask[row].argmax()) if left_padded else 0
+        media = values.new_full((lengths[row], *values.shape[1:]), FEATURE_ID) if media is None else media
+        out = values.new_full((total, *values.shape[1:]), fill)
+        body = torch.cat([values[:start], media, values[start:]])
+        return torch.cat([out[: total - len(body)], body] if left_padded else [body, out[: total - len(body)]])
+
+    def rows_of(values: Tensor, media: float, fill: float) -> Tensor:
+        parts = [values.new_full((n,), media) for n in lengths]
+        return torch.stack([build(row, values[row], parts[row], fill) for row in range(rows)])
+
+    embeds = torch.stack(
+        [
+            build(row, text.inputs_embeds[row], torch.cat(parts).to(text.inputs_embeds) if parts else None, 0)
+            for row, parts in enumerate(by_row)
+        ]
+    )
+    return Merged(
+        inputs_embeds=embeds,
+        input_ids=rows_of(text.input_ids, FEATURE_ID, FEATURE_ID),
+        attention_mask=rows_of(text.attention_mask, 1, 0),
+        labels=None if text.labels is None else rows_of(text.labels, IGNORE, IGNORE),
+        media_in=text.media_in | torch.tensor([n > 0 for n in lengths], device=text.media_in.device),
+    )
+
+
+def pad_left(merged: Merged) -> Merged:
+    """Move every row's padding to its left, as generation needs it; rows without right padding stay as they are."""
+    if bool((merged.attention_mask[:, -1] == 1).all()):
+        return merged
+    length = merged.attention_mask.shape[1]
+    # a stable sort by the mask brings the masked places to the front and keeps the others in order
+    order = merged.attention_mask.to(torch.int8).argsort(dim=1, stable=True)
+    rows = torch.arange(len(order), device=order.device)[:, None].expand(-1, length)
+    labels = None if merged.labels is None else merged.labels[rows, order]
+    return Merged(
+        merged.inputs_embeds[rows, order],
+        merged.input_ids[rows, order],
+        merged.attention_mask[rows, order],
+        labels,
+        merged.media_in,
+    )

@@ -1,0 +1,371 @@
+"""`MultimodalModel`: encoders, input projectors, language model, signal tokens, output projectors, decoders.
+
+`forward` is the figure, one line a hop. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anygpt.configuration import MultimodalConfig
+from anygpt.decoders.base import Condition
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
+from anygpt.errors import InputError
+from anygpt.freezing import PartTraining
+from anygpt.generation import GenerationMixin
+from anygpt.losses import LossWeights, caption_alignment, route, sum_by_term, token_nll, weighted_total
+from anygpt.merging import IGNORE, Merged, inject, prepend
+from anygpt.outputs import LossTerm, MultimodalOutput
+from anygpt.saving import SavingMixin
+from anygpt.signal_tokens import DEFAULT_COUNTS, SignalTokens, Spans, Tap
+
+
+class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
+    """Any encoders, any causal language model and any diffusion decoders as one model.
+
+    Args:
+        encoders: input modules by key, in the order in which features are prepended.
+        language_model: a transformers causal language model, or a `PeftModel` around one.
+        decoders: output modules by key.
+        preprocess_llm_callback: called with those of the language model's arguments, `input_ids` and encoder
+            inputs that it names; the dict that it returns changes what the language model is called with.
+        init_projector_type, init_activation: for encoders that come without a projector.
+        init_output_projector_type: for decoders that come without a projector.
+
+    Attributes:
+        <key>_encoder, <key>_decoder, language_model, signal_tokens: the parts.
+        loss_weights: weights of the loss terms, a `LossWeights`.
+        tokenizer: set by `MultimodalProcessor(model=…)` and by `from_pretrained`; generation reads text with it.
+
+    Raises:
+        InputError: a projector does not fit its two sides.
+    """
+
+    config_class = MultimodalConfig
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        encoders: Mapping[str, ModalEncoderModule],
+        language_model: PreTrainedModel,
+        decoders: Mapping[str, ModalDecoderModule] | None = None,
+        *,
+        preprocess_llm_callback: Callable[..., dict[str, Any]] | None = None,
+        init_projector_type: str = "linear",
+        init_activation: str = "gelu",
+        init_output_projector_type: str = "transformer",
+    ):
+        super().__init__(MultimodalConfig())
+        decoders = decoders or {}
+        embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+        if head is None:
+            raise InputError(
+                f"{type(language_model).__name__} has no language-model head; give a causal language model "
+                "(AutoModelForCausalLM)"
+            )
+        self.encoder_keys, self.decoder_keys = tuple(encoders), tuple(decoders)
+        for key, encoder in encoders.items():
+            encoder.modality = encoder.modality or key
+            encoder.init_projector(embedding.weight.shape[1], init_projector_type, init_activation)
+            self.add_module(f"{key}_encoder", encoder)
+        self.language_model = language_model
+        for key, decoder in decoders.items():
+            if decoder.num_signal_tokens is None:
+                decoder.num_signal_tokens = DEFAULT_COUNTS[decoder.modality]
+            num_layers = base_model(language_model).config.get_text_config().num_hidden_layers
+            decoder.init_projector(head.weight.shape[1], num_layers, init_output_projector_type)
+            self.add_module(f"{key}_decoder", decoder)
+        counts = {key: decoder.num_signal_tokens for key, decoder in decoders.items()}
+        self.signal_tokens = SignalTokens(counts, embedding, head)
+        self.preprocess_llm_callback = preprocess_llm_callback
+        self.loss_weights = LossWeights()
+        self.token_ids: dict[str, int] | None = None
+        self.tokenizer = None
+        self.init_part_training()
+        self.remember_parts()
+        self.config = MultimodalConfig.of(self)
+
+    @property
+    def encoders(self) -> dict[str, ModalEncoderModule]:
+        """The input modules by key, in order: a view, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_encoder") for key in self.encoder_keys}
+
+    @property
+    def decoders(self) -> dict[str, ModalDecoderModule]:
+        """The output modules by key, in order: a view, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.get_input_embeddings().weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
+        """Inject features at these placeholder tokens, `{encoder key: id}`; None goes back to prepending.
+
+        Raises:
+            InputError: an unknown encoder, or one id for two encoders.
+        """
+        if token_ids is not None:
+            unknown = sorted(set(token_ids) - set(self.encoder_keys))
+            if unknown:
+                raise InputError(f"set_token_ids names {unknown}; the encoders are {list(self.encoder_keys)}")
+            if len(set(token_ids.values())) != len(token_ids):
+                raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")
+        self.token_ids = dict(token_ids) if token_ids is not None else None
+
+    # ------------------------------------------------------------------------------------------------- the figure
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        decoder_targets: Mapping[str, Mapping[str, Any]] | None = None,
+        items_per_row: Mapping[str, list[int]] | None = None,
+        return_logits: bool | None = None,
+        loss_counts: Mapping[str, int] | None = None,
+        generators: Mapping[str, list[torch.Generator]] | None = None,
+        **encoder_inputs: Any,
+    ) -> MultimodalOutput:
+        """Text and media in; logits, conditions and losses out.
+
+        Args:
+            input_ids: `(B, S)` int64, with one placeholder a feature if token ids are set.
+            attention_mask: `(B, S)`; ones where left out. It is kept, padding on either side included.
+            labels: `(B, S)` int64, `-100` where no loss is taken; not shifted.
+            decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
+                spans, as `MultimodalProcessor` gives them. Either entry may be missing: without captions there is
+                no alignment, without media no denoising.
+            items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
+            return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
+            loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
+            generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
+            encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
+                `<key>.<name>` (`**{"image.pixel_values": …}`).
+
+        Raises:
+            InputError: an input that no encoder takes, or that several could take; placeholders and features, or
+                spans and targets, that do not match in number.
+        """
+        return_logits = labels is None if return_logits is None else return_logits
+        with self.signal_tokens.attached(self.language_model) as tap:
+            features = self.encode(encoder_inputs)
+            text = self.embed(input_ids, attention_mask, labels)
+            merged = self.merge(text, features, items_per_row)
+            logits, all_states = self.run_language_model(merged, tap, return_logits, encoder_inputs)
+        spans = {key: self.signal_tokens.find_spans(merged.input_ids, key) for key in self.signal_tokens.ids}
+        conditions = self.project(merged, spans, tap.hidden, all_states)
+        losses = self.compute_losses(merged, logits, spans, conditions, decoder_targets or {}, generators or {})
+        loss = weighted_total(losses, self.loss_weights, loss_counts)
+        if self.training and loss is not None:
+            loss = loss + self.touch_trainable()
+        return MultimodalOutput(
+            loss=loss,
+            losses=losses,
+            logits=logits if return_logits else None,
+            hidden_states=tap.hidden,
+            conditions={key: condition.embeds for key, condition in conditions.items()},
+            labels=merged.labels,
+            attention_mask=merged.attention_mask,
+        )
+
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Media to features: each encoder that was given something, and its input projector.
+
+        Returns:
+            `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
+        """
+        by_encoder = self.assign_inputs(inputs)
+        return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
+        """Token embeddings, those of signal tokens included. Call inside `signal_tokens.attached`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
+
+    def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:
+        """Features into the sequence: injected where token ids are set, else prepended."""
+        text.media_in = text.media_in.to(text.inputs_embeds.device)
+        if self.token_ids is None:
+            return prepend(text, features, items_per_row)
+        return inject(text, features, self.token_ids)
+
+    def run_language_model(
+        self, merged: Merged, tap: Tap, return_logits: bool, encoder_inputs: Mapping[str, Any]
+    ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+        """The language model, with its head only where it is needed.
+
+        Returns:
+            Logits, `(B, S, V')` if all are wanted, else `(M, V')` at the places that predict a label; and the
+            `(B, S, H)` states of all layers if a decoder reads others than the last.
+        """
+        arguments = {
+            "inputs_embeds": merged.inputs_embeds,
+            "attention_mask": merged.attention_mask,
+            "position_ids": merged.position_ids,
+            "use_cache": False,
+            "output_hidden_states": any(decoder.needs_all_states for decoder in self.decoders.values()),
+            "return_dict": True,
+        }
+        if "position_ids" not in argument_names(self.language_model):
+            del arguments["position_ids"]
+        if self.preprocess_llm_callback is not None:
+            known = {"input_ids": merged.input_ids, **encoder_inputs, **arguments}
+            wanted = inspect.signature(self.preprocess_llm_callback).parameters
+            arguments |= self.preprocess_llm_callback(**{k: v for k, v in known.items() if k in wanted})
+        if not return_logits:
+            tap.select = label_positions(merged.labels, merged.input_ids)
+        output = self.language_model(**arguments)
+        logits = output.logits if return_logits else output.logits[0]
+        return logits, output.hidden_states if arguments["output_hidden_states"] else None
+
+    def project(
+        self,
+        merged: Merged,
+        spans: Mapping[str, Spans],
+        last: Tensor,
+        all_states: tuple[Tensor, ...] | None,
+    ) -> dict[str, Condition]:
+        """States at signal spans, plus the token embeddings there, to each decoder's condition `(K, T, D)`."""
+        return {
+            key: decoder.condition(
+                spans[key].gather(decoder.select_states(last, all_states)), spans[key].gather(merged.inputs_embeds)
+            )
+            for key, decoder in self.decoders.items()
+            if key in spans and len(spans[key])
+        }
+
+    # ------------------------------------------------------------------------------------------------- the losses
+
+    def compute_losses(
+        self,
+        merged: Merged,
+        logits: Tensor | None,
+        spans: Mapping[str, Spans],
+        conditions: Mapping[str, Condition],
+        targets: Mapping[str, Mapping[str, Any]],
+        generators: Mapping[str, list[torch.Generator]],
+    ) -> dict[str, LossTerm]:
+        """NLL, caption alignment and denoising, each under the term of its row; see `anygpt.losses`."""
+        terms = self.route(merged.media_in, spans, len(merged.input_ids))
+        losses: dict[str, LossTerm] = {}
+        if merged.labels is not None:
+            rows, positions = label_positions(merged.labels, merged.input_ids)
+            chosen = logits if logits.dim() == 2 else logits[rows, positions]
+            nll = token_nll(chosen, merged.labels[rows, positions + 1])
+            losses |= sum_by_term(nll, rows, terms, "nll")
+        for key, target in targets.items():
+            self.check_targets(key, target, spans)
+            if key not in conditions:
+                continue
+            decoder, condition, rows = self.decoders[key].module, conditions[key], spans[key].rows
+            if target.get("captions") is not None and self.loss_weights.wants("alignment", key):
+                encoding = Condition.of(decoder.encode_text(target["captions"])).embeds
+                distance = caption_alignment(condition.embeds, encoding, self.loss_weights.alignment_kind)
+                losses |= sum_by_term(distance, rows, terms, f"alignment/{key}")
+            if target.get("media") is not None and self.loss_weights.wants("denoising", key):
+                generator = generators.get(key)
+                latents = decoder.encode_media(target["media"], generator=generator)
+                denoising = decoder.denoising_loss(
+                    condition, latents, generator=generator, snr_gamma=self.loss_weights.snr_gamma
+                )
+                losses |= sum_by_term(denoising, rows, terms, f"denoising/{key}")
+        return losses
+
+    @staticmethod
+    def route(media_in: Tensor, spans: Mapping[str, Spans], rows: int) -> list[str]:
+        """The loss term of each row; see `losses.route`."""
+        media_out = torch.zeros(rows, dtype=torch.bool, device=media_in.device)
+        for found in spans.values():
+            media_out[found.rows] = True
+        return route(media_in, media_out)
+
+    def check_targets(self, key: str, target: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
+        """Targets must be of a known decoder, and as many as its signal spans."""
+        if key not in self.decoders:
+            raise InputError(f"there are targets for {key!r}; the decoders are {list(self.decoder_keys)}")
+        if key not in spans:
+            raise InputError(
+                f"there are targets for {key!r}, but the model does not know its signal tokens' ids; build the "
+                "MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
+            )
+        for name, values in target.items():
+            if values is not None and len(values) != len(spans[key]):
+                raise InputError(
+                    f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
+                    "one, in the order of the batch"
+                )
+
+    def count_losses(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """The denominators that `forward` would use for a batch of injected features, without running anything.
+
+        A training loop adds them up over micro-batches and ranks before the first backward of an update.
+        """
+        ids, labels = batch["input_ids"], batch.get("labels")
+        spans = {key: self.signal_tokens.find_spans(ids, key) for key in self.signal_tokens.ids}
+        placeholders = torch.tensor(list((self.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
+        terms = self.route(torch.isin(ids, placeholders).any(dim=1), spans, len(ids))
+        found: list[tuple[str, Tensor]] = []
+        if labels is not None:
+            found.append(("nll", label_positions(labels, ids)[0]))
+        for key, target in (batch.get("decoder_targets") or {}).items():
+            for sub, name in (("alignment", "captions"), ("denoising", "media")):
+                if target.get(name) is not None and self.loss_weights.wants(sub, key):
+                    found.append((f"{sub}/{key}", spans[key].rows))
+        counts: dict[str, int] = {}
+        for suffix, rows in found:
+            zeros = torch.zeros(len(rows), device=rows.device)
+            counts |= {name: term.count for name, term in sum_by_term(zeros, rows, terms, suffix).items()}
+        return counts
+
+    # ------------------------------------------------------------------------------------------------- the inputs
+
+    def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sort keyword arguments by encoder: `<key>.<name>` to that one, a bare name to the one that takes it.
+
+        Raises:
+            InputError: no encoder takes it, or several could.
+        """
+        by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
+        for full_name, value in inputs.items():
+            if value is None:
+                continue
+            key, _, name = full_name.rpartition(".")
+            takers = [k for k, encoder in self.encoders.items() if name in encoder.input_names and key in ("", k)]
+            if not takers:
+                known = ", ".join(f"{k}: {sorted(encoder.input_names)}" for k, encoder in self.encoders.items())
+                raise InputError(
+                    f"no encoder takes the input {full_name!r}; the encoders take {known or 'nothing: there are none'}"
+                    ". Inputs that only a callback needs are named in ModalEncoderModule(additional_args=…)"
+                )
+            if len(takers) > 1:
+                raise InputError(
+                    f"the input {name!r} could go to {' or '.join(map(repr, takers))}; write it as "
+                    f"{' or '.join(repr(f'{k}.{name}') for k in takers)}"
+                )
+            by_encoder[takers[0]][name] = value
+        return by_encoder
+
+
+def label_positions(labels: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`."""
+    if labels is None:
+        empty = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        return empty, empty
+    return (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)

@@ -1,0 +1,146 @@
+"""Output containers, and the shape legend of the whole project.
+
+Shape legend, used by every docstring and comment:
+
+====  ==========================================================================
+`B`   rows of a batch
+`S`   sequence length after merging (text tokens and encoder features)
+`N`   signal tokens of one span
+`T`   condition tokens of a decoder
+`D`   width of a decoder's condition
+`H`   width of the language model
+`P`   width of a pooled condition
+`V`   size of the language model's own vocabulary
+`K`   targets (signal spans) of one modality in a batch
+====  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+
+class LossTerm(NamedTuple):
+    """One sub-term of the loss as a sum and the number of things summed, never as a mean.
+
+    A mean of means over micro-batches or ranks is wrong as soon as their counts differ, so sums and counts
+    are kept apart until the very end.
+
+    Attributes:
+        total: scalar tensor, float32: the sum over label tokens (NLL) or samples (alignment, denoising).
+        count: how many were summed.
+    """
+
+    total: Tensor
+    count: int
+
+    @property
+    def mean(self) -> Tensor:
+        """The local mean; zero where nothing was summed."""
+        return self.total / max(self.count, 1)
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """What `MultimodalModel.forward` returns.
+
+    Attributes:
+        loss: scalar float32, the weighted sum of the terms, or None without labels and targets.
+        losses: `{"<term>/<sub-term>[/<modality>]": LossTerm}`, each unweighted.
+        logits: `(B, S, V')`, or None where labels are given and `return_logits` is not. `V'` is the smallest
+            size that holds both the model's own vocabulary and the signal tokens.
+        hidden_states: `(B, S, H)`, the states that the language model's head reads.
+        conditions: `{decoder key: (K, T, D)}`, the projected conditions of the batch's signal spans.
+        labels: `(B, S)` int64, the labels after merging.
+        attention_mask: `(B, S)` int64, the mask after merging.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, LossTerm] | None = None
+    logits: Tensor | None = None
+    hidden_states: Tensor | None = None
+    conditions: dict[str, Any] | None = None
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+@dataclass
+class Segment:
+    """One piece of an answer.
+
+    Attributes:
+        type: `"text"`, or the modality of a decoder (`"image"`, `"video"`, `"audio"`).
+        content: `str`; a `PIL.Image`; a video as uint8 `(frames, height, width, 3)`; a waveform as float32
+            `(samples,)`. None for a medium when generation ran with `decode_media=False`.
+        key: the decoder that made it; None for text.
+        condition: `(T, D)`, what the decoder was conditioned on; None for text.
+    """
+
+    type: str
+    content: Any
+    key: str | None = None
+    condition: Tensor | None = None
+
+
+@dataclass
+class Answer:
+    """One row of `MultimodalModel.generate`: segments in the order in which they were said."""
+
+    segments: list[Segment] = field(default_factory=list)
+
+    def _of(self, type: str) -> list[Any]:
+        return [segment.content for segment in self.segments if segment.type == type]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._of("text"))
+
+    @property
+    def images(self) -> list[Any]:
+        return self._of("image")
+
+    @property
+    def videos(self) -> list[Any]:
+        return self._of("video")
+
+    @property
+    def audios(self) -> list[Any]:
+        return self._of("audio")
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """What `MultimodalModel.generate` returns.
+
+    Attributes:
+        sequences: `(B, new tokens)` int64, right-padded with the pad token; the prompt is not repeated.
+        answers: one `Answer` a row.
+    """
+
+    sequences: torch.LongTensor | None = None
+    answers: list[Answer] | None = None
+
+    @property
+    def text(self) -> list[str]:
+        return [answer.text for answer in self.answers]
+
+    @property
+    def segments(self) -> list[list[Segment]]:
+        return [answer.segments for answer in self.answers]
+
+    @property
+    def images(self) -> list[list[Any]]:
+        return [answer.images for answer in self.answers]
+
+    @property
+    def videos(self) -> list[list[Any]]:
+        return [answer.videos for answer in self.answers]
+
+    @property
+    def audios(self) -> list[list[Any]]:
+        return [answer.audios for answer in self.answers]

@@ -1,0 +1,284 @@
+"""Saving and loading a composition: every tensor that no source supplies, and nothing else.
+
+A folder holds::
+
+    config.json               the composition; source and fingerprint of each frozen part
+    model.safetensors         projectors, signal tokens, layer mixes
+    adapters/<part>/          PEFT adapters, in PEFT's own format
+    parts/<part>/             parts without a source, or changed since they were loaded, whole
+    tokenizer and processor   written by `MultimodalProcessor.save_pretrained`
+
+Loading is strict: a missing, unexpected or mis-shaped tensor is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from anygpt.configuration import FORMAT_VERSION, MultimodalConfig
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.encoders.module import ModalEncoderModule, base_model
+from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
+from anygpt.encoders.video import VideoEncoder
+from anygpt.errors import InputError
+from anygpt.parts import (
+    Source,
+    fingerprint,
+    import_class,
+    load_decoder,
+    load_encoder,
+    load_language_model,
+    own_state,
+    source_of,
+)
+
+TENSORS = "model.safetensors"
+
+
+class SavingMixin:
+    """`save_pretrained` and `from_pretrained`, mixed into `MultimodalModel`."""
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the composition that belongs to no part: projectors, signal tokens, layer mixes."""
+        prefixes = tuple(
+            f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(self)
+        )
+        return {n: tensor.detach() for n, tensor in self.state_dict().items() if not n.startswith(prefixes)}
+
+    def remember_parts(self) -> None:
+        """Take the fingerprints of all parts that have a source, so that `save_pretrained` sees which ones changed."""
+        self._fingerprints = {
+            name: getattr(base_model(part), "anygpt_fingerprint", None) or fingerprint(part)
+            for name, part in part_modules(self).items()
+            if source_of(part) is not None
+        }
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the composition into `folder`.
+
+        A part with a source is written only as that source, as long as its tensors are what they were when the
+        model was made; a part without one, or trained since, is written whole under `parts/`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = MultimodalConfig.of(self)
+        modules = part_modules(self)
+        for name, entry in part_entries(config).items():
+            entry["fingerprint"] = fingerprint(modules[name])
+            if entry["fingerprint"] != self._fingerprints.get(name):
+                entry["source"] = None
+                _save_part(modules[name], folder / "parts" / name)
+            if entry["adapter"]:
+                modules[name].save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
+        config.save_pretrained(folder)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.own_tensors().items()}
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        projections: Mapping[str, nn.Module] | None = None,
+        **init_options: Any,
+    ) -> Any:
+        """Give a saved composition back, tensors strict and frozen parts verified.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
+            init_options: `preprocess_llm_callback` of `MultimodalModel`; callbacks cannot be saved.
+
+        Raises:
+            InputError: no such folder; a part that changed at its source; tensors missing, unexpected or of
+                another shape, all by name.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        parts = {name: _load_part(folder, name, entry) for name, entry in part_entries(config).items()}
+        projections = projections or {}
+        encoders = {
+            key: ModalEncoderModule(
+                parts[f"{key}_encoder"],
+                projector=MultimodalProjector(
+                    MultimodalProjectorConfig(**entry["projector"]), projections.get(f"{key}_projector")
+                ),
+                additional_args=entry["additional_args"],
+                modality=entry["modality"],
+            )
+            for key, entry in config.encoders.items()
+        }
+        decoders = {
+            key: ModalDecoderModule(
+                parts[f"{key}_decoder"],
+                projector=OutputProjector(
+                    OutputProjectorConfig(**entry["projector"]), projections.get(f"{key}_output_projector")
+                ),
+                num_signal_tokens=entry["num_signal_tokens"],
+                hidden_layer=entry["hidden_layer"],
+                modality=entry["modality"],
+            )
+            for key, entry in config.decoders.items()
+        }
+        model = cls(encoders, parts["language_model"], decoders, **init_options)
+        model.load_own_tensors(folder)
+        if config.signal_token_ids:
+            model.signal_tokens.set_ids(config.signal_token_ids)
+        model.set_token_ids(config.token_ids)
+        if (folder / "tokenizer_config.json").is_file():
+            model.tokenizer = AutoTokenizer.from_pretrained(folder)
+        return model.eval()
+
+    def load_own_tensors(self, folder: str | Path, *, may_lack: tuple[str, ...] = ()) -> None:
+        """Load `model.safetensors` strictly.
+
+        Args:
+            folder: a saved composition.
+            may_lack: prefixes of tensors that the file need not have: those of parts that are new in this model.
+
+        Raises:
+            InputError: tensors that are missing, unexpected or of another shape, all by name.
+        """
+        path = Path(folder) / TENSORS
+        if not path.is_file():
+            raise InputError(f"{folder} has no {TENSORS}; expected a folder written by save_pretrained")
+        try:
+            found = load_file(path)
+        except Exception as error:  # safetensors raises its own type, which it does not export
+            raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+        check_tensors(str(path), self.own_tensors(), found, may_lack)
+        self.load_state_dict(found, strict=False)
+
+
+def check_tensors(
+    where: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()
+) -> None:
+    """Raise one `InputError` that lists every missing, unexpected and mis-shaped tensor."""
+    missing = sorted(n for n in set(expected) - set(found) if not n.startswith(may_lack or ("\0",)))
+    unexpected = sorted(set(found) - set(expected))
+    reshaped = [
+        f"{n} is {tuple(found[n].shape)}, expected {tuple(expected[n].shape)}"
+        for n in sorted(set(found) & set(expected))
+        if found[n].shape != expected[n].shape
+    ]
+    faults = [
+        f"{label}: {', '.join(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    if faults:
+        raise InputError(
+            f"{where} does not fit this model ({'; '.join(faults)}); it was written by a model with other parts or sizes"
+        )
+
+
+def part_modules(model: Any) -> dict[str, nn.Module]:
+    """The pretrained parts by name."""
+    return {
+        **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},
+        "language_model": model.language_model,
+        **{f"{key}_decoder": decoder.module for key, decoder in model.decoders.items()},
+    }
+
+
+def part_entries(config: MultimodalConfig) -> dict[str, dict[str, Any]]:
+    """The config's entry of each part, by the same names as `part_modules`."""
+    return {
+        **{f"{key}_encoder": entry for key, entry in config.encoders.items()},
+        "language_model": config.language_model,
+        **{f"{key}_decoder": entry for key, entry in config.decoders.items()},
+    }
+
+
+def read_config(folder: Path) -> MultimodalConfig:
+    """The composition's config, or an `InputError` that says what the folder is not."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no saved model: there is no config.json; expected a run's final/ folder")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if content.get("model_type") != MultimodalConfig.model_type:
+        raise InputError(
+            f"{path} describes a {content.get('model_type')!r} model; expected {MultimodalConfig.model_type!r}, as in a "
+            "run's final/ folder"
+        )
+    if content.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format_version {content.get('format_version')}; this version of anygpt reads {FORMAT_VERSION}"
+        )
+    return MultimodalConfig(**content)
+
+
+def _save_part(part: nn.Module, folder: Path) -> None:
+    if isinstance(part, DiffusionDecoder):
+        part.save_pretrained(folder)
+        return
+    inner, state = base_model(part), own_state(part)
+    if isinstance(inner, VideoEncoder):
+        prefix = f"{VideoEncoder.base_model_prefix}."
+        inner, state = inner.image_encoder, {name.removeprefix(prefix): t for name, t in state.items()}
+    inner.save_pretrained(folder, state_dict=state)
+
+
+def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
+    if entry["source"] is not None:
+        part = _load_source(Source(**entry["source"]), entry)
+    else:
+        part = _load_own(folder / "parts" / name, entry)
+    actual = fingerprint(part)
+    if actual != entry["fingerprint"]:
+        where = entry["source"]["path"] if entry["source"] else str(folder / "parts" / name)
+        raise InputError(
+            f"the {name} at {where!r} is not the one that {folder} was trained with (its tensors have fingerprint "
+            f"{actual}, expected {entry['fingerprint']}); restore the original, or train again on the new one"
+        )
+    part.anygpt_fingerprint = actual
+    if entry["adapter"]:
+        part = _load_adapter(part, folder / "adapters" / name)
+    return part
+
+
+def _load_source(source: Source, entry: dict[str, Any]) -> nn.Module:
+    cls = import_class(entry["class"])
+    if issubclass(cls, DiffusionDecoder):
+        return load_decoder(source)
+    if "modality" in entry:
+        return load_encoder(source, entry["modality"])
+    return load_language_model(source)
+
+
+def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
+    if not folder.is_dir():
+        raise InputError(f"the checkpoint lacks its folder {folder}, which should hold a {entry['class']}")
+    cls = import_class(entry["class"])
+    if issubclass(cls, DiffusionDecoder):
+        return load_decoder(Source(str(folder)))
+    if cls is VideoEncoder:
+        part = load_encoder(Source(str(folder), num_frames=entry.get("num_frames")), "video")
+    else:
+        part = cls.from_pretrained(folder, use_safetensors=True, dtype="auto")
+    # It was saved whole because it has no source, and the folder that it now comes from is not one either.
+    part.anygpt_source = None
+    return part
+
+
+def _load_adapter(part: nn.Module, folder: Path) -> PeftModel:
+    """Wrap a part with its saved adapter, strictly: PEFT itself only warns about tensors that do not match."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise InputError(f"the checkpoint lacks its adapter {path}")
+    wrapped = PeftModel.from_pretrained(part, folder, is_trainable=True)
+    check_tensors(str(path), get_peft_model_state_dict(wrapped, save_embedding_layers=False), load_file(path))
+    return wrapped

@@ -1,0 +1,208 @@
+"""Signal tokens: `[IMG0]…[IMG3]`, their rows, their spans, and how they enter and leave any language model.
+
+A decoder is called for by a span of `N` contiguous signal tokens. The tokenizer knows them as special tokens; the
+language model's own matrices stay as they are. `SignalTokens` owns the input and the output rows instead, and
+`attached` lends them to a language model for the length of a `with` block: its embedding then knows the new ids,
+and its head gives them logits, whatever the model does after its head (soft-capping, scaling), tied or not, wrapped
+by PEFT or not. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anygpt.errors import InputError
+
+# The paper's counts (NExT-GPT, arXiv 2309.05519, §4.2) and names; any other key gives [KEY0], [KEY1], …
+DEFAULT_COUNTS = {"image": 4, "video": 24, "audio": 8}
+PREFIXES = {"image": "IMG", "video": "VID", "audio": "AUD"}
+
+
+def token_names(key: str, count: int) -> list[str]:
+    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`."""
+    prefix = PREFIXES.get(key, key.upper())
+    return [f"[{prefix}{i}]" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The signal spans of one decoder in a batch, in row-major order.
+
+    Attributes:
+        rows: `(K,)` int64, the row of each span.
+        positions: `(K, N)` int64, the places that hold its tokens.
+    """
+
+    rows: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def gather(self, states: Tensor) -> Tensor:
+        """`(B, S, H)` states to the `(K, N, H)` ones at the spans."""
+        return states[self.rows[:, None], self.positions]
+
+
+@dataclass
+class Tap:
+    """What a language model's head read during the last forward inside `SignalTokens.attached`."""
+
+    hidden: Tensor | None = None  # (B, S, H)
+    select: tuple[Tensor, Tensor] | None = None  # rows and positions (M,), where logits are wanted; None: everywhere
+
+
+class SignalTokens(nn.Module):
+    """Input and output rows of all signal tokens, by decoder key.
+
+    Args:
+        counts: `{decoder key: N}`.
+        embedding, head: the language model's own, from whose rows the statistics of the new ones are taken.
+
+    Attributes:
+        input_rows, output_rows: `{key: (N, H)}` float32 parameters.
+        ids: `{key: [id, …]}`, the tokenizer's ids; empty until `set_ids`. A padded vocabulary puts some of them
+            inside the model's own matrices and others beyond them, so rows are looked up by id, never by offset.
+    """
+
+    def __init__(self, counts: Mapping[str, int], embedding: nn.Module, head: nn.Module):
+        super().__init__()
+        self.input_rows = nn.ParameterDict()
+        self.output_rows = nn.ParameterDict()
+        self.ids: dict[str, list[int]] = {}
+        for key, count in counts.items():
+            if count < 1:
+                raise InputError(f"decoder {key!r} has num_signal_tokens={count}; expected at least 1")
+            self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count))
+            self.output_rows[key] = nn.Parameter(_rows_like(head.weight, count))
+        self.register_buffer("_row_of_id", torch.empty(0, dtype=torch.long), persistent=False)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {key: rows.shape[0] for key, rows in self.input_rows.items()}
+
+    def set_ids(self, ids: Mapping[str, list[int]]) -> None:
+        """Tell which token ids the rows belong to: `{decoder key: N ids}`, for every decoder.
+
+        Raises:
+            InputError: a decoder without ids, the wrong number of them, or an id used twice.
+        """
+        if set(ids) != set(self.counts):
+            raise InputError(f"signal token ids are given for {sorted(ids)}; expected {sorted(self.counts)}")
+        for key, count in self.counts.items():
+            if len(ids[key]) != count:
+                raise InputError(f"decoder {key!r} has {count} signal tokens, but {len(ids[key])} ids were given")
+        flat = [i for key in self.counts for i in ids[key]]
+        if len(set(flat)) != len(flat):
+            raise InputError(f"signal token ids must all differ, got {dict(ids)}")
+        self.ids = {key: list(ids[key]) for key in self.counts}
+        row_of_id = torch.full((max(flat, default=-1) + 1,), -1, dtype=torch.long, device=self._row_of_id.device)
+        row_of_id[flat] = torch.arange(len(flat), device=row_of_id.device)
+        self._row_of_id = row_of_id
+
+    def row_of(self, input_ids: Tensor) -> Tensor:
+        """The row of each id in the concatenation of all keys' rows, -1 where it is no signal token. Same shape."""
+        if not len(self._row_of_id):
+            return torch.full_like(input_ids, -1)
+        inside = (input_ids >= 0) & (input_ids < len(self._row_of_id))
+        return torch.where(inside, self._row_of_id[input_ids.clamp(0, len(self._row_of_id) - 1)], -1)
+
+    def find_spans(self, input_ids: Tensor, key: str) -> Spans:
+        """The spans of one decoder in `(B, S)` ids.
+
+        Raises:
+            InputError: a span that is not whole and in order; it names the row.
+        """
+        ids = torch.tensor(self.ids.get(key, [-1]), device=input_ids.device)
+        count = len(ids)
+        rows, starts = (input_ids == ids[0]).nonzero(as_tuple=True)
+        positions = starts[:, None] + torch.arange(count, device=input_ids.device)
+        inside = positions[:, -1] < input_ids.shape[1] if len(rows) else rows.bool()
+        found = input_ids[rows[:, None], positions.clamp(max=input_ids.shape[1] - 1)]
+        whole = inside & (found == ids).all(dim=1)
+        stray = torch.isin(input_ids, ids).sum(dim=1) - torch.bincount(rows, minlength=input_ids.shape[0]) * count
+        if not bool(whole.all()) or bool(stray.any()):
+            bad = int(rows[~whole][0]) if not bool(whole.all()) else int(stray.nonzero()[0])
+            raise InputError(
+                f"row {bad} holds a broken {key!r} signal span; expected the {count} tokens "
+                f"{' '.join(token_names(key, count))} one after the other"
+            )
+        return Spans(rows, positions)
+
+    def fill_embeddings(self, embeds: Tensor, input_ids: Tensor) -> Tensor:
+        """Write the input rows over the embeddings of signal tokens: `(…, H)` and `(…,)` ids give `(…, H)`."""
+        row = self.row_of(input_ids)
+        held = row >= 0
+        if not bool(held.any()):
+            return embeds
+        rows = torch.cat(list(self.input_rows.values())).to(embeds.dtype)
+        return embeds.masked_scatter(held[..., None], rows[row[held]])
+
+    def extend_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Give the signal tokens their logits: `(…, V)` and `(…, H)` states give `(…, V')`.
+
+        Ids between the model's vocabulary and the last signal token that are no signal tokens (the encoders'
+        placeholders) can never be said: they get the lowest finite number.
+        """
+        if not self.ids:
+            return logits
+        ids = torch.tensor([i for key in self.ids for i in self.ids[key]], device=logits.device)
+        rows = torch.cat(list(self.output_rows.values()))
+        signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
+        extra = max(0, len(self._row_of_id) - logits.shape[-1])
+        # pad makes the one copy that is needed; where nothing is to be added, clone does
+        wide = F.pad(logits, (0, extra), value=torch.finfo(logits.dtype).min) if extra else logits.clone()
+        return wide.index_copy_(-1, ids, signal)
+
+    @contextmanager
+    def attached(self, language_model: nn.Module) -> Iterator[Tap]:
+        """Let `language_model` know the signal tokens inside the block, and see what its head reads.
+
+        The yielded `Tap` holds the head's input after each forward; `tap.select` restricts the head, and whatever
+        the model does after it, to some positions: logits are then `(1, M, V')`.
+        """
+        embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+        tap, ids = Tap(), []
+
+        def clamp_ids(module: nn.Module, args: tuple) -> tuple:
+            ids[:] = [args[0]]
+            return (args[0].clamp(max=module.weight.shape[0] - 1), *args[1:])
+
+        def fill(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return self.fill_embeddings(output, ids[0])
+
+        def read(module: nn.Module, args: tuple) -> tuple:
+            tap.hidden = args[0]
+            chosen = tap.hidden if tap.select is None else tap.hidden[tap.select][None]
+            return (chosen, *args[1:])
+
+        def extend(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return self.extend_logits(output, args[0])
+
+        handles = [
+            embedding.register_forward_pre_hook(clamp_ids),
+            embedding.register_forward_hook(fill),
+            head.register_forward_pre_hook(read),
+            head.register_forward_hook(extend),
+        ]
+        try:
+            yield tap
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _rows_like(matrix: Tensor, count: int) -> Tensor:
+    """`count` random rows with the mean and spread of `matrix`'s rows, all different, float32.
+
+    Rows that start identical would stay interchangeable: every signal token would learn the same thing.
+    """
+    matrix = matrix.detach().float()
+    mean, std = matrix.mean(dim=0), matrix.std(dim=0)
+    return mean + std * torch.randn(count, matrix.shape[1], device=matrix.device)

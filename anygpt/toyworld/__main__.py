@@ -1,0 +1,42 @@
+"""`python -m anygpt.toyworld --output DIR`: write ToyWorld's datasets for the three stages and for evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from anygpt.errors import InputError
+from anygpt.toyworld.datasets import KINDS, write_dataset
+from anygpt.toyworld.world import HELD_OUT, SEEN
+
+EVAL_SAMPLES = 160
+"""10 rows for each of the 16 cells of the any-to-any matrix."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the datasets and print where they are; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m anygpt.toyworld",
+        description="Write ToyWorld's datasets: pictures, clips, sounds and words about coloured shapes. "
+        f"The stages see {len(SEEN)} things; the evaluation is about the other {len(HELD_OUT)}. "
+        "A dataset that is there already, made with the same arguments, is kept.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
+    parser.add_argument("--samples", type=int, default=600, help="rows for each stage (default: %(default)s)")
+    parser.add_argument("--eval-samples", type=int, default=EVAL_SAMPLES, help="rows to judge (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        for kind in KINDS:
+            samples, things = (options.eval_samples, HELD_OUT) if kind == "eval" else (options.samples, SEEN)
+            print(write_dataset(options.output, kind, samples, options.seed, things, progress=True))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What is said in ToyWorld: captions, questions, requests, small talk, refusals, and questions about words.
+
+Every function draws from a `numpy.random.Generator`. Sentences that name a thing take the thing as an
+argument, so a split by things is a split of the sentences too. `sentences()` is the corpus for the tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from anygpt.errors import InputError
+from anygpt.toyworld.world import COLOURS, MODALITIES, MOTIONS, SHAPES, THINGS, Thing
+
+T = TypeVar("T")
+
+_NOUNS = {
+    "image": ("picture", "image", "photo"),
+    "video": ("video", "clip", "short film"),
+    "audio": ("sound", "recording", "audio"),
+}
+_SHOWS = {"image": ("shows", "has"), "video": ("shows", "has"), "audio": ("is of", "comes from")}
+_HERE = {
+    "image": ("Here is the picture: ", "It looks like this: ", "This is the image: "),
+    "video": ("Here is the video: ", "It moves like this: ", "This is the clip: "),
+    "audio": ("Here is the sound: ", "It sounds like this: ", "This is the recording: "),
+}
+_QUESTIONS = {
+    "image": ("What is in this picture?", "What do you see?", "Describe the image.", "Which shape is this?"),
+    "video": ("What happens in this video?", "What moves here?", "Describe the clip.", "What is it doing?"),
+    "audio": ("What makes this sound?", "What do you hear?", "Describe the sound.", "Which thing is this?"),
+}
+_CONVERSIONS = {
+    "image": ("What does this look like?", "Show me a picture of this.", "Draw this, please.", "Make an image of it."),
+    "video": (
+        "Show it moving {motion}.",
+        "Make a video of this going {motion}.",
+        "Let it move {motion}.",
+        "What does it look like when this moves {motion}?",
+    ),
+    "audio": ("What does this sound like?", "Let me hear this.", "Play its sound.", "Make the sound of this."),
+}
+_SMALL_TALK = (
+    ("Hello!", "Hello! What can I do for you?"),
+    ("Hi there.", "Hi! What can I do for you?"),
+    ("How are you?", "I am fine, thank you."),
+    ("Who are you?", "I am a model that reads and makes text, pictures, videos and sounds."),
+    ("What can you do?", "I can describe, draw, film and play shapes."),
+    ("Thank you!", "You are welcome."),
+    ("Good morning.", "Good morning! What can I do for you?"),
+    ("Goodbye.", "Goodbye! See you soon."),
+    ("Which shapes do you know?", f"I know the {', the '.join(SHAPES[:-1])} and the {SHAPES[-1]}."),
+    ("Which colours do you know?", f"I know {', '.join(COLOURS[:-1])} and {COLOURS[-1]}."),
+)
+_NONSENSE = (
+    "the smell of Tuesday",
+    "the weight of a song",
+    "a round number's shadow",
+    "the taste of seven",
+    "yesterday's colour",
+    "a silent noise",
+    "the edge of nothing",
+    "a sleeping question",
+)
+_NONSENSE_ASKED = ("Show me {x}.", "Draw {x}.", "Play {x}.", "Film {x}.", "Can I see {x}?", "Let me hear {x}.")
+_REFUSALS = (
+    "I cannot do that: there is no such thing.",
+    "Sorry, I do not know what that is.",
+    "That makes no sense to me.",
+    "I cannot make that. Ask me for a shape and a colour.",
+)
+# Descriptions that do not use the shape's own name, for questions that need more than copying.
+_IN_OTHER_WORDS = {
+    "circle": ("is round and filled", "is a full disc"),
+    "square": ("has four equal sides and lies flat", "is a box with four corners"),
+    "triangle": ("has three corners", "has three sides"),
+    "cross": ("is two bars, one over the other", "looks like a plus sign"),
+    "ring": ("is round with a hole in it", "is an empty round band"),
+    "diamond": ("has four sides and stands on its tip", "is a box on its point"),
+}
+
+
+def article(noun: str) -> str:
+    """The noun phrase with its indefinite article: "a red ring", "an orange ring"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plain_caption(thing: Thing, motion: str | None = None) -> str:
+    """The one plain caption of a medium, as decoders are given it: "a red circle [moving left]"."""
+    return f"{article(str(thing))}{f' moving {motion}' if motion else ''}"
+
+
+def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
+    """A sentence, or a bare phrase, that names the thing (and its motion).
+
+    Args:
+        thing: what is shown or heard.
+        rng: picks the paraphrase.
+        motion: one of `MOTIONS`, or None where nothing moves.
+        modality: with one of `MODALITIES` the sentence may speak of "the picture", "the sound" and so on.
+    """
+    what = plain_caption(thing)
+    moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
+    forms = ["{what}{moves}", "This is {what}{moves}.", "It is {what}{moves}."]
+    if modality is not None:
+        noun, verb = pick(rng, _of(_NOUNS, modality)), pick(rng, _SHOWS[modality])
+        forms += [f"The {noun} {verb} {{what}}{{moves}}.", f"This {noun} {verb} {{what}}{{moves}}."]
+    return pick(rng, forms).format(what=what, moves=moves)
+
+
+def describe_question(modality: str, rng: np.random.Generator) -> str:
+    """A question about a medium that is given, whose answer is a caption."""
+    return pick(rng, _of(_QUESTIONS, modality))
+
+
+def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
+    """A request, in words, for a medium that shows or sounds like the thing (moving, where `motion` says so)."""
+    noun = pick(rng, _of(_NOUNS, modality))
+    ways = {"image": ("Draw {what}.",), "video": ("Film {what}.",), "audio": ("Let me hear {what}.", "Play {what}.")}
+    forms = (f"Make {article(noun)} of {{what}}.", f"I want {article(noun)} of {{what}}.", *ways[modality])
+    return pick(rng, forms).format(what=plain_caption(thing, motion))
+
+
+def convert_request(modality: str, rng: np.random.Generator, motion: str | None = None) -> str:
+    """A request for a medium of the kind `modality` about something that was given as another medium.
+
+    Raises:
+        InputError: for a video without a motion; which way it moves would be anybody's guess.
+    """
+    if modality == "video" and motion not in MOTIONS:
+        raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
+    return pick(rng, _of(_CONVERSIONS, modality)).format(motion=motion)
+
+
+def media_reply(modality: str, rng: np.random.Generator) -> str:
+    """The text before a medium in an answer; it ends with a space."""
+    return pick(rng, _of(_HERE, modality))
+
+
+def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about a thing described in words, and its answer."""
+    given = pick(rng, ("There is {what}. ", "I have {what}. ", "Think of {what}. ")).format(what=plain_caption(thing))
+    riddle = f"Something {thing.colour} {pick(rng, _IN_OTHER_WORDS[thing.shape])}. "
+    kind = pick(rng, ("colour", "shape", "yes or no", "riddle"))
+    if kind == "colour":
+        question = pick(rng, ("What colour is it?", "Which colour does it have?"))
+        return given + question, pick(rng, ("It is {c}.", "Its colour is {c}.")).format(c=thing.colour)
+    if kind == "shape":
+        question = pick(rng, ("What shape is it?", "Which shape does it have?"))
+        return given + question, pick(rng, ("It is {s}.", "Its shape is {s}.")).format(s=article(thing.shape))
+    if kind == "riddle":
+        question = pick(rng, ("What is it?", "Which thing is that?"))
+        return riddle + question, f"It is {plain_caption(thing)}."
+    asked = pick(rng, (thing.shape, pick(rng, SHAPES)))  # half of the answers or a little more are "yes"
+    answer = f"Yes, it is {article(asked)}." if asked == thing.shape else f"No, it is {article(thing.shape)}."
+    return f"{given}Is it {article(asked)}?", answer
+
+
+def small_talk(rng: np.random.Generator) -> tuple[str, str]:
+    """Something said to the model that needs no media, and its answer."""
+    return pick(rng, _SMALL_TALK)
+
+
+def refusal(rng: np.random.Generator) -> tuple[str, str]:
+    """A request for something that does not exist, and the answer that says so."""
+    return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, _REFUSALS)
+
+
+def sentences(rng: np.random.Generator, rounds: int = 4) -> Iterator[str]:
+    """A corpus of everything above about all things, for training tokenizers."""
+    for thing in [thing for _ in range(rounds) for thing in THINGS]:
+        motion = pick(rng, MOTIONS)
+        for modality in MODALITIES:
+            moving = motion if modality == "video" else None
+            yield caption(thing, rng, moving, modality)
+            yield describe_question(modality, rng)
+            yield media_request(modality, thing, rng, moving)
+            yield convert_request(modality, rng, moving)
+            yield media_reply(modality, rng)
+        for question, answer in (text_qa(thing, rng), small_talk(rng), refusal(rng)):
+            yield question
+            yield answer
+
+
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+def _of(table: dict[str, tuple[str, ...]], modality: str) -> tuple[str, ...]:
+    """The table's entry for a modality."""
+    if modality not in table:
+        raise InputError(f"Unknown modality {modality!r}: expected one of {', '.join(table)}.")
+    return table[modality]

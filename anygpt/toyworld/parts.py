@@ -1,0 +1,244 @@
+"""The recipes of the zoo's parts: one function a part, which makes it with random weights and saves it.
+
+The weights come from torch's global generator. Sizes differ between the parts on purpose, so that code which
+mixes them up fails.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from diffusers import (
+    AudioLDMPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+)
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from anygpt.toyworld.tokenizers import clip_tokenizer, llm_tokenizer, roberta_tokenizer
+
+_MEL_BINS = 64
+"""Of AudioLDM: its VAE sees (frames, 64) log-mel pictures, its vocoder takes 64 bins."""
+_TEXT_TOKENS = 16
+"""Longest caption of the image and video decoders; "a purple triangle moving right" needs 7."""
+_CLAP_DIM = 32
+"""CLAP's projection, the whole condition of AudioLDM. The pipeline pads its empty negative prompt to this many
+tokens (not to the tokenizer's length), so CLAP needs at least that many positions."""
+
+
+def save_image_encoder(folder: Path) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=64,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    # The PIL one, by name: the default backend needs torchvision.
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def save_audio_encoder(folder: Path) -> None:
+    config = WhisperConfig(
+        vocab_size=1,  # of the decoder that an encoder alone does not have; so are the token ids below
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+        num_mel_bins=80,
+        d_model=64,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        max_source_positions=50,  # 1 s: 100 mel frames, halved by the second convolution
+    )
+    WhisperEncoder(config).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80, sampling_rate=16_000, chunk_length=1).save_pretrained(folder)
+
+
+def save_language_model(folder: Path) -> None:
+    tokenizer = llm_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_image_decoder(folder: Path) -> None:
+    text_encoder, tokenizer = _clip_text(hidden_size=64)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(24, 48),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    StableDiffusionPipeline(
+        vae=_vae(channels=3, sample_size=32),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def save_video_decoder(folder: Path) -> None:
+    text_encoder, tokenizer = _clip_text(hidden_size=48)
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=48,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    TextToVideoSDPipeline(
+        vae=_vae(channels=3, sample_size=32),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+    ).save_pretrained(folder)
+
+
+def save_audio_decoder(folder: Path) -> None:
+    tokenizer = roberta_tokenizer(model_max_length=24)
+    text_encoder = ClapTextModelWithProjection(
+        ClapTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=_CLAP_DIM + 2,  # RoBERTa counts positions from the padding's id (1) plus one
+            projection_dim=_CLAP_DIM,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    channels = (16, 32)
+    unet = UNet2DConditionModel(
+        sample_size=_MEL_BINS // 4,  # in latent frames: 16 · 4 mel frames · 10 ms = 0.64 s
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        # As in AudioLDM itself: there is no text to attend to, so the "cross" attention, with the blocks' own
+        # widths, falls back to self-attention; the condition comes in as a class embedding.
+        cross_attention_dim=channels,
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=_CLAP_DIM,
+        class_embeddings_concat=True,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=_MEL_BINS,
+            sampling_rate=16_000,
+            upsample_initial_channel=64,
+            upsample_rates=[5, 4, 4, 2],  # their product is the hop, 160 samples
+            upsample_kernel_sizes=[11, 8, 8, 4],
+            resblock_kernel_sizes=[3, 7],
+            resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+            initializer_range=0.11,  # at the usual 0.01 random weights give silence, in which all sounds are equal
+            normalize_before=False,
+        )
+    )
+    AudioLDMPipeline(
+        vae=_vae(channels=1, sample_size=_MEL_BINS),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+        vocoder=vocoder,
+    ).save_pretrained(folder)
+
+
+def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    tokenizer = clip_tokenizer(model_max_length=_TEXT_TOKENS)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        projection_dim=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=_TEXT_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModel(config), tokenizer
+
+
+def _vae(channels: int, sample_size: int) -> AutoencoderKL:
+    """Three levels, so latents are a quarter as wide and high; 4 latent channels."""
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=sample_size,
+        block_out_channels=(8, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=0.18215,
+    )
+
+
+_scheduler = partial(
+    DDIMScheduler,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+"""Stable Diffusion's noise schedule."""

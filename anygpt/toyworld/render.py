@@ -1,0 +1,192 @@
+"""How things look, move and sound.
+
+Everything is drawn from a `numpy.random.Generator`: the same state gives the same pixels and samples.
+Size, position, brightness, speed, tempo, loudness, tuning and phase vary; shape and colour never blur.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from anygpt.errors import InputError
+from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
+
+SAMPLING_RATE = 16_000
+"""Hz; that of Whisper and of AudioLDM."""
+AUDIO_SECONDS = 0.64
+"""64 mel frames at a hop of 160 samples, the window of the tiny AudioLDM; it fits the tiny Whisper's 1 s."""
+
+RGB = {
+    "red": (230, 25, 35),
+    "green": (30, 180, 40),
+    "blue": (35, 60, 235),
+    "yellow": (245, 230, 20),
+    "purple": (160, 40, 200),
+    "orange": (250, 130, 10),
+    "cyan": (30, 215, 230),
+    "white": (245, 245, 245),
+}
+# Four semitones apart: at the lowest pair that is 62 Hz, more than one bin (46 Hz) of a 64-bin Slaney mel scale.
+PITCH_HZ = {colour: 240.0 * 2 ** (step / 3) for step, colour in enumerate(COLOURS)}
+
+_SUPERSAMPLING = 8
+_MAX_HZ = 7_600.0
+"""Partials above it are left out: they would alias, or fall outside the mel scale."""
+
+
+def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Image.Image:
+    """A picture of the thing on a dark background.
+
+    Args:
+        thing: what to draw.
+        rng: decides radius, position, brightness and background; it is advanced.
+        size: width and height in pixels.
+
+    Returns:
+        An RGB image of (size, size).
+    """
+    radius = size * rng.uniform(0.20, 0.36)
+    room = size / 2 - radius - size / 32  # one pixel (at size 32) is kept free at the border
+    centre = size / 2 + rng.uniform(-room, room, size=2)
+    foreground, background = _colours(thing, rng)
+    return _draw(thing.shape, size, centre, radius, foreground, background)
+
+
+def render_video(
+    thing: Thing, motion: str, rng: np.random.Generator, size: int = 32, num_frames: int = 8
+) -> np.ndarray:
+    """A clip of the thing moving in a straight line at constant speed.
+
+    Args:
+        thing: what to draw.
+        motion: one of `MOTIONS`.
+        rng: decides radius, path, speed, brightness and background; it is advanced.
+        size: width and height in pixels.
+        num_frames: at least 2.
+
+    Returns:
+        uint8 array of (num_frames, size, size, 3).
+
+    Raises:
+        InputError: for an unknown motion, or fewer than two frames.
+    """
+    if motion not in MOTIONS:
+        raise InputError(f"Unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}.")
+    if num_frames < 2:
+        raise InputError(f"A clip needs at least 2 frames to show a motion, but num_frames is {num_frames}.")
+    radius = size * rng.uniform(0.18, 0.26)
+    room = size / 2 - radius - size / 32
+    travel = rng.uniform(0.7, 1.0) * 2 * room
+    # Along the motion the path is centred but for the room that the travel leaves; across it the lane is free.
+    along = np.linspace(-travel / 2, travel / 2, num_frames) + rng.uniform(-1, 1) * (room - travel / 2)
+    across = np.full(num_frames, rng.uniform(-room, room))
+    if motion in ("left", "up"):  # image rows grow downwards
+        along = along[::-1]
+    x, y = (along, across) if motion in ("left", "right") else (across, along)
+    foreground, background = _colours(thing, rng)
+    centres = np.stack([x, y], axis=1) + size / 2
+    frames = [_draw(thing.shape, size, centre, radius, foreground, background) for centre in centres]
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def render_audio(
+    thing: Thing, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE, seconds: float = AUDIO_SECONDS
+) -> np.ndarray:
+    """A few notes at the colour's pitch, in the shape's timbre (its partials and its envelope).
+
+    Args:
+        thing: what is heard.
+        rng: decides tempo, loudness, tuning (±0.8%) and phases; it is advanced.
+        sampling_rate: in Hz.
+        seconds: duration.
+
+    Returns:
+        float32 array of (round(sampling_rate · seconds),) in [-1, 1].
+    """
+    time = np.arange(round(sampling_rate * seconds)) / sampling_rate
+    pitch = PITCH_HZ[thing.colour] * rng.uniform(0.992, 1.008)
+    # 2 to 3 notes in 0.64 s; `beat` runs from 0 to 1 within each note.
+    beat = (time * rng.uniform(3.5, 5.0) + rng.uniform(0.0, 0.15)) % 1.0
+    wave = np.zeros_like(time)
+    for ratio, amplitude in _PARTIALS[thing.shape]:
+        phase = rng.uniform(0, 2 * math.pi)  # drawn for every partial, so that the draws do not depend on the pitch
+        if ratio * pitch < min(_MAX_HZ, sampling_rate / 2):
+            wave += amplitude * np.sin(2 * math.pi * ratio * pitch * time + phase)
+    if thing.shape == "cross":
+        wave += 0.5 * rng.standard_normal(time.shape)
+    wave *= _envelope(thing.shape, beat)
+    fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # 10 ms in and out: no click at the ends
+    wave *= fade
+    return (wave / np.abs(wave).max() * rng.uniform(0.4, 0.9)).astype(np.float32)
+
+
+# (frequency as a multiple of the pitch, amplitude). The pitch itself is always there.
+_PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": ((1, 1.0),),  # a pure tone
+    "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),  # a square wave
+    "triangle": ((1, 1.0), (2, 0.9), (4, 0.8), (8, 0.5)),  # octaves
+    "cross": ((1, 1.0),),  # a tone in noise
+    "ring": ((1, 1.0), (1.5, 0.8), (2.76, 0.7), (5.4, 0.5)),  # a bell: inharmonic
+    "diamond": ((1, 0.7), (4, 0.6), (5, 0.8), (6, 0.8)),  # a hollow, glassy tone
+}
+
+
+def _envelope(shape: str, beat: np.ndarray) -> np.ndarray:
+    """Loudness over the position in the note: `beat` (N,) in [0, 1) -> (N,) in [0, 1]."""
+    if shape == "circle":  # held
+        return np.ones_like(beat)
+    edges = np.clip(np.minimum(beat, 1 - beat) / 0.06, 0, 1)  # soft on- and offsets, no clicks between notes
+    if shape == "square":  # on and off
+        return np.clip(12 * (0.35 - np.abs(beat - 0.4)), 0.02, 1.0)
+    if shape == "triangle":  # plucked
+        return edges * np.exp(-5 * beat)
+    if shape == "cross":  # struck
+        return edges * np.exp(-9 * beat)
+    if shape == "ring":  # rings on
+        return edges * np.exp(-1.5 * beat)
+    return edges * (0.05 + 0.95 * beat**2)  # diamond: swells
+
+
+def _colours(thing: Thing, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """RGB of the thing (80 to 100% bright) and of its dark, slightly tinted background."""
+    foreground = np.array(RGB[thing.colour]) * rng.uniform(0.8, 1.0)
+    background = rng.uniform(5, 35) + rng.uniform(-5, 5, size=3)
+    return tuple(int(c) for c in foreground.round()), tuple(int(c) for c in background.round())
+
+
+def _draw(
+    shape: str,
+    size: int,
+    centre: np.ndarray,
+    radius: float,
+    foreground: tuple[int, ...],
+    background: tuple[int, ...],
+) -> Image.Image:
+    """One anti-aliased shape: drawn `_SUPERSAMPLING` times as large, then averaged down."""
+    large = size * _SUPERSAMPLING
+    x, y = centre * _SUPERSAMPLING
+    r = radius * _SUPERSAMPLING
+    image = Image.new("RGB", (large, large), background)
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=foreground)
+    elif shape == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=foreground)
+        draw.ellipse((x - 0.55 * r, y - 0.55 * r, x + 0.55 * r, y + 0.55 * r), fill=background)
+    elif shape == "square":
+        s = 0.88 * r
+        draw.rectangle((x - s, y - s, x + s, y + s), fill=foreground)
+    elif shape == "cross":
+        w = 0.30 * r
+        draw.rectangle((x - r, y - w, x + r, y + w), fill=foreground)
+        draw.rectangle((x - w, y - r, x + w, y + r), fill=foreground)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=foreground)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + 0.75 * r, y), (x, y + r), (x - 0.75 * r, y)], fill=foreground)
+    else:
+        raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
+    return image.resize((size, size), Image.Resampling.BOX)

@@ -1,0 +1,122 @@
+"""The zoo: tiny parts of the real classes, each an ordinary `from_pretrained` folder.
+
+    image_encoder    CLIPVisionModel + CLIPImageProcessor      pixel_values (B, 3, 32, 32) -> (B, 17, 64)
+    audio_encoder    WhisperEncoder + WhisperFeatureExtractor  input_features (B, 80, 100) -> (B, 50, 64)
+    language_model   LlamaForCausalLM + tokenizer              hidden size 128, 4 layers
+    image_decoder    StableDiffusionPipeline                   condition (B, 16, 64) -> 32×32 RGB
+    video_decoder    TextToVideoSDPipeline                     condition (B, 16, 48) -> 8 frames of 32×32
+    audio_decoder    AudioLDMPipeline                          condition (B, 32) -> 0.64 s at 16 kHz
+
+The weights are random, drawn from a seed; the tokenizers are trained. The recipes are in `parts.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from anygpt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "video_decoder", "audio_decoder")
+
+
+def zoo() -> Path:
+    """The folder of the tiny parts, built on first use (some seconds) under `$ANYGPT_CACHE`.
+
+    The cache defaults to `~/.cache/anygpt`. The folder's name holds a hash of the recipe (the source that
+    makes the parts, and the versions of the libraries), so an outdated zoo is never used.
+    """
+    cache = Path(os.environ.get("ANYGPT_CACHE") or Path.home() / ".cache" / "anygpt").expanduser()
+    return build_zoo(cache / f"zoo-{_recipe_hash()}")
+
+
+def part_path(name: str) -> Path:
+    """The `from_pretrained` folder of one part, one of `PARTS`.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in PARTS:
+        raise InputError(f"The zoo has no part {name!r}: expected one of {', '.join(PARTS)}.")
+    return zoo() / name
+
+
+def build_zoo(folder: Path, seed: int = 0) -> Path:
+    """Write all parts to `folder`, unless it is there already.
+
+    The same seed gives the same bytes in every safetensors file. The parts are written beside the folder and
+    renamed, so a folder that exists is complete, and two processes at once do not disturb each other.
+
+    Args:
+        folder: made here; one that exists is taken as a finished zoo and left alone.
+        seed: of all the weights.
+
+    Returns:
+        `folder`.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+
+    import torch  # here, not above: these take seconds, and a zoo that is there does not need them
+
+    from anygpt.toyworld import parts
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        # The caller's random state stays as it is.
+        with _quiet_libraries(), torch.random.fork_rng(devices=[]):
+            for index, name in enumerate(PARTS):
+                logger.info("Building the tiny %s", name)
+                torch.manual_seed(seed * len(PARTS) + index)
+                getattr(parts, f"save_{name}")(temporary / name)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars for files of a few kB, and no notes that the pipelines are deprecated (they are on purpose)."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (transformers_logging, diffusers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def _recipe_hash() -> str:
+    """12 hex digits over everything that decides what the parts are."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in ("world.py", "language.py", "tokenizers.py", "parts.py", "zoo.py"):
+        digest.update((here / source).read_bytes())
+    for library in ("torch", "transformers", "diffusers", "tokenizers", "numpy"):
+        digest.update(f"{library}=={version(library)}\n".encode())
+    return digest.hexdigest()[:12]

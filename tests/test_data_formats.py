@@ -1,0 +1,307 @@
+"""Data files into samples: both formats, and the message of every fault."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from anygpt.data import ContentPart, Message, Sample, read_samples
+from anygpt.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A media root with four (empty) files; reading a data file looks only at whether they exist."""
+    for name in ("a.jpg", "b.jpg", "a.wav", "a.mp4"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def jsonl(folder: Path, *rows: dict) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def nextgpt(folder: Path, *rows: dict) -> Path:
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def row(user="hello", assistant="hi", **more) -> dict:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": messages, **more}
+
+
+def talk(human: str, gpt: str, **more) -> dict:
+    return {"conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}], **more}
+
+
+def image(name="a.jpg", **more) -> dict:
+    return {"type": "image", "path": name, **more}
+
+
+# -- jsonl -----------------------------------------------------------------------------------------------
+
+
+def test_jsonl_gives_messages_with_resolved_media(folder):
+    path = jsonl(
+        folder,
+        row(
+            [image(), {"type": "text", "text": "Sound?"}],
+            [{"type": "audio", "path": "a.wav", "caption": "a horn"}],
+            id="7",
+        ),
+        row(),
+    )
+    first, second = read_samples(path)
+    assert first == Sample(
+        id="7",
+        messages=(
+            Message("user", (ContentPart("image", path=folder / "a.jpg"), ContentPart("text", text="Sound?"))),
+            Message("assistant", (ContentPart("audio", path=folder / "a.wav", caption="a horn"),)),
+        ),
+        source=f"{path}:1",
+    )
+    assert second.id == "data-1"
+    assert second.messages[0].content == (ContentPart("text", text="hello"),)
+
+
+def test_blank_lines_bom_crlf_and_number_ids_are_accepted(folder):
+    path = folder / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(id=1)).encode() + b"\r\n\r\n" + json.dumps(row()).encode())
+    assert [(s.id, s.source) for s in read_samples(path)] == [("1", f"{path}:1"), ("data-1", f"{path}:3")]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"mesages": []}, r"'mesages' is not known: did you mean 'messages'\?"),
+        ([1], "must be a JSON object"),
+        ({"messages": []}, "at least one message"),
+        (row(id=""), "'id' is empty"),
+        (row(id=True), "'id' must be a string, and is True"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        ({"messages": [{"role": "assistent", "content": "x"}]}, "did you mean 'assistant'"),
+        ({"messages": [{"role": "assistant", "content": 3}]}, "'content' must be a string or a list of parts"),
+        (row(assistant=""), r"messages\[1\] is empty"),
+        (row([{"type": "imge", "path": "a.jpg"}]), "did you mean 'image'"),
+        (row([{"type": "image", "pth": "a.jpg"}]), "did you mean 'path'"),
+        (row([{"type": "text"}]), "'text' must be a string, and is missing"),
+        (row([{"type": "text", "text": "x", "path": "a.jpg"}]), "'path' is not known"),
+        (row([{"type": "image"}]), "has no 'path'"),
+        (row([image(7)]), "the path must be a string"),
+        (row([image("")]), "is not a file name"),
+        (row([image("a\0.jpg")]), "is not a file name"),
+        (row("\ud83d"), "lone surrogate"),
+        (row(assistant=[image()]), "has no 'caption'"),
+        (row(assistant=[image(caption="  ")]), "has no 'caption'"),
+        (row(assistant=[{"type": "image", "caption": "a cat"}]), "has no 'path'"),
+        ({"messages": [{"role": "system", "content": [image()]}]}, "a system message holds text only"),
+        (row([image("https://example.com/a.jpg")]), "URLs are not fetched"),
+        (row([image("data:image/png;base64,AAAA")]), "URLs are not fetched"),
+        (row([image("../secret.jpg")]), "not inside the media root"),
+        (row([image("x/../../secret.jpg")]), "not inside the media root"),
+        (row([image("/etc/passwd")]), "not inside the media root"),
+        (row([image("..")]), "not inside the media root"),
+    ],
+)
+def test_a_bad_row_is_an_error_with_its_line(folder, bad, message):
+    path = jsonl(folder, row(), bad)
+    with pytest.raises(InputError, match=message) as caught:
+        read_samples(path)
+    assert f"{path}:2" in str(caught.value)
+
+
+def test_links_may_not_lead_out_of_the_media_root(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "secret.jpg").touch()
+    (folder / "link.jpg").symlink_to(outside / "secret.jpg")
+    (folder / "sub").symlink_to(outside)
+    (folder / "inner.jpg").symlink_to(folder / "a.jpg")
+    for name in ("link.jpg", "sub/secret.jpg"):
+        with pytest.raises(InputError, match="not inside the media root"):
+            read_samples(jsonl(folder, row([image(name)])))
+    (sample,) = read_samples(jsonl(folder, row([image("inner.jpg")])))
+    assert sample.messages[0].content[0].path == folder / "a.jpg"
+
+
+def test_a_neighbour_with_the_same_prefix_is_outside(folder):
+    (folder / "media").mkdir()
+    (folder / "media2").mkdir()
+    (folder / "media2" / "x.jpg").touch()
+    with pytest.raises(InputError, match="not inside the media root"):
+        read_samples(jsonl(folder, row([image("../media2/x.jpg")])), media_root=folder / "media")
+
+
+def test_missing_media_are_counted_and_the_first_is_named(folder):
+    path = jsonl(folder, row([image()]), row([image("x.jpg"), image("y.jpg")], id="two"), row([image("x.jpg")]))
+    with pytest.raises(
+        InputError, match=rf"{path}:2 \(sample 'two'\): .*x\.jpg does not exist or is not a file \(2 media files"
+    ):
+        read_samples(path)
+    (folder / "sub.jpg").mkdir()
+    with pytest.raises(InputError, match="does not exist or is not a file"):
+        read_samples(jsonl(folder, row([image("sub.jpg")])))
+
+
+def test_faults_are_collected_and_the_good_rows_are_given(folder):
+    path = jsonl(folder, row(id="a"), row(id="a"), row([image("x.jpg")]), {}, row(id="z"))
+    with path.open("a") as file:
+        file.write("{broken\n")
+    faults = []
+    assert [sample.id for sample in read_samples(path, faults=faults)] == ["a", "z"]
+    assert [re.search(r"jsonl:(\d)", str(fault))[1] for fault in faults] == ["2", "3", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b" \n\n", "it is empty"),
+        (b'{"messages": [\n', r"data\.jsonl:1 is not valid JSON"),
+        (b"\n\n{]\n", r"data\.jsonl:3 is not valid JSON: .* at column 2"),
+        (b'{"id": "\xff"}\n', r"data\.jsonl:1 is not UTF-8 \(byte 0xff\)"),
+        (b"[" * 100_000, "is not JSON that can be read|is not valid JSON"),
+        (b"9" * 5000, "is not JSON that can be read"),
+    ],
+)
+def test_files_that_are_not_jsonl(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_samples(tmp_path / "data.jsonl")
+
+
+def test_the_file_the_format_and_the_media_root_are_checked(folder):
+    path = jsonl(folder, row())
+    with pytest.raises(InputError, match="does not exist"):
+        read_samples(folder / "nowhere.jsonl")
+    with pytest.raises(InputError, match="is not a file"):
+        read_samples(folder)
+    with pytest.raises(InputError, match="did you mean 'jsonl'"):
+        read_samples(path, format="json1")
+    with pytest.raises(InputError, match="cannot be told from its suffix"):
+        read_samples(path.rename(folder / "data.txt"))
+    assert len(read_samples(folder / "data.txt", format="jsonl")) == 1
+    with pytest.raises(InputError, match=r"media root .* is not a folder"):
+        read_samples(folder / "data.txt", format="jsonl", media_root=folder / "nowhere")
+
+
+# -- NExT-GPT --------------------------------------------------------------------------------------------
+
+
+def test_nextgpt_comprehension_and_generation_rows(folder):
+    path = nextgpt(
+        folder,
+        talk("<image>\nWhat is it?", "a cat", input_image="a.jpg"),
+        talk(
+            "Draw a cat",
+            "Sure! <image>",
+            output_image="a.jpg",
+            image_captions="a cat",
+            image_caption_embeddings="a.npy",
+        ),
+    )
+    comprehension, generation = read_samples(path)
+    assert (comprehension.id, comprehension.source) == ("rows-0", f"{path}[0]")
+    assert comprehension.messages[0].content == (
+        ContentPart("image", path=folder / "a.jpg"),
+        ContentPart("text", text="What is it?"),
+    )
+    assert generation.messages[1].content == (
+        ContentPart("text", text="Sure! "),
+        ContentPart("image", path=folder / "a.jpg", caption="a cat"),
+    )
+
+
+def test_nextgpt_several_turns_media_and_types_in_order(folder):
+    turns = [
+        {"from": "system", "value": "Write <image> where a picture goes."},
+        {"from": "human", "value": "<image><image>\nand <audio>", "input_modality": "image"},
+        {"from": "gpt", "value": "One: <image>\n\nTwo: <video>"},
+        {"from": "human", "value": "More"},
+        {"from": "gpt", "value": "<image>"},
+    ]
+    media = {
+        "input_image": ["a.jpg", "b.jpg"],
+        "input_audio": "a.wav",
+        "output_image": ["b.jpg", "a.jpg"],
+        "image_captions": ["B", "A"],
+        "output_video": "a.mp4",
+        "video_captions": ["V"],
+    }
+    (sample,) = read_samples(nextgpt(folder, {"id": 5, "conversations": turns, **media}))
+    shown = [[part.text or (part.path.name, part.caption) for part in m.content] for m in sample.messages]
+    assert sample.id == "5"
+    assert shown == [
+        ["Write <image> where a picture goes."],
+        [("a.jpg", None), ("b.jpg", None), "and ", ("a.wav", None)],
+        ["One: ", ("b.jpg", "B"), "\nTwo: ", ("a.mp4", "V")],
+        ["More"],
+        [("a.jpg", "A")],
+    ]
+
+
+def test_nextgpt_inputs_without_a_marker_open_the_first_human_turn(folder):
+    (sample,) = read_samples(nextgpt(folder, talk("What is it?", "a cat", input_image="a.jpg")))
+    assert [part.type for part in sample.messages[0].content] == ["image", "text"]
+
+
+def test_nextgpt_takes_the_turns_own_caption_where_the_row_has_none(folder):
+    gpt = {"from": "gpt", "value": "<audio>", "caption": "a horn", "output_modality": "audio"}
+    rows = {"conversations": [{"from": "human", "value": "Honk"}, gpt], "output_audio": "a.wav"}
+    (sample,) = read_samples(nextgpt(folder, rows))
+    assert sample.messages[1].content[0].caption == "a horn"
+
+
+def test_nextgpt_looks_in_the_conventional_folders_too(folder):
+    (folder / "images").mkdir()
+    (folder / "a.jpg").rename(folder / "images" / "a.jpg")
+    path = nextgpt(folder, talk("<image>", "a cat", input_image="a.jpg"))
+    found = [read_samples(path, media_root=root)[0].messages[0].content[0].path for root in (None, folder / "images")]
+    assert found == [folder / "images" / "a.jpg"] * 2
+    (folder / "a.jpg").touch()  # what lies in the root itself comes first
+    assert read_samples(path)[0].messages[0].content[0].path == folder / "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (talk("<image><image>", "x", input_image="a.jpg"), "hold 2 '<image>' marker.* names 1 file"),
+        (talk("<image>", "x"), "hold 1 '<image>' marker.* names 0 file"),
+        (talk("x", "done", output_image="a.jpg", image_captions="A"), "gpt turns hold 0 '<image>' marker"),
+        (talk("x", "<image>", output_image="a.jpg"), "holds 0 caption"),
+        (talk("x", "<image>", output_image="a.jpg", image_captions=["A", "B"]), "holds 2 caption"),
+        (talk("x", "<audio>", audio_captions=["A"]), "'audio_captions' but no 'output_audio'"),
+        (talk("x", "y", input_image=3), "'input_image' must be a string"),
+        (talk("x", "y", image="a.jpg"), "'image' is not known: did you mean 'input_image'"),
+        ({"conversation": []}, "did you mean 'conversations'"),
+        ({"conversations": []}, "at least one turn"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "'from' is"),
+        ({"conversations": [{"from": "human"}]}, "'value' must be a string, and is missing"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "input_image": "a.jpg"}, "human turns hold 0"),
+        (talk("x", "y", input_image="../a.jpg"), "not inside the media root"),
+    ],
+)
+def test_a_bad_nextgpt_row_is_an_error_with_its_index(folder, bad, message):
+    path = nextgpt(folder, talk("x", "y"), bad)
+    with pytest.raises(InputError, match=message) as caught:
+        read_samples(path)
+    assert f"{path}[1]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "it is empty"),
+        ("[]", "it is empty"),
+        ("{}", "one JSON list"),
+        ("[\n{]\n]", r"rows\.json:2 is not valid JSON"),
+    ],
+)
+def test_files_that_are_not_nextgpt(tmp_path, content, message):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_samples(tmp_path / "rows.json")

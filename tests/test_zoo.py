@@ -1,0 +1,185 @@
+"""The tiny parts load as their real classes do, run, and are the same every time."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AudioLDMPipeline, DiffusionPipeline, StableDiffusionPipeline, TextToVideoSDPipeline
+from PIL import Image
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from anygpt.errors import InputError
+from anygpt.toyworld import PARTS, THINGS, build_zoo, language, part_path, zoo
+
+PIPELINES = {
+    "image_decoder": StableDiffusionPipeline,
+    "video_decoder": TextToVideoSDPipeline,
+    "audio_decoder": AudioLDMPipeline,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANYGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of every safetensors and tokenizer file below a folder."""
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("tokenizer.json")]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_image_encoder_runs():
+    processor = AutoImageProcessor.from_pretrained(part_path("image_encoder"))
+    model = CLIPVisionModel.from_pretrained(part_path("image_encoder")).eval()
+    pixels = processor(images=[Image.new("RGB", (50, 40), "red")], return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 32, 32)
+    assert model(pixels).last_hidden_state.shape == (1, 17, 64)
+
+
+def test_audio_encoder_runs():
+    extractor = AutoFeatureExtractor.from_pretrained(part_path("audio_encoder"))
+    model = WhisperEncoder.from_pretrained(part_path("audio_encoder")).eval()
+    features = extractor([np.zeros(10_240)], sampling_rate=16_000, return_tensors="pt").input_features
+    assert features.shape == (1, 80, 100)
+    assert model(features).last_hidden_state.shape == (1, 50, 64)
+
+
+def test_language_model_generates():
+    tokenizer = AutoTokenizer.from_pretrained(part_path("language_model"))
+    model = AutoModelForCausalLM.from_pretrained(part_path("language_model")).eval()
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    batch = tokenizer(["Hello", "Draw a red circle."], padding=True, return_tensors="pt")
+    assert batch.attention_mask[0, 0] == 0  # padded on the left, for generation
+    ids = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert ids.shape[0] == 2 and ids.shape[1] <= batch.input_ids.shape[1] + 3
+
+
+@pytest.mark.parametrize("text", ["Zürich, 東京 🎉", "  two  spaces\n\ttab", "\x00\x7f", "A Red CIRCLE"])
+def test_the_tokenizer_gives_any_text_back(text):
+    tokenizer = AutoTokenizer.from_pretrained(part_path("language_model"))
+    ids = tokenizer(text).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_chat_template_marks_what_the_assistant_says():
+    tokenizer = AutoTokenizer.from_pretrained(part_path("language_model"))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there. "}]},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Bye."}]},
+    ]
+    batch = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert tokenizer.decode(batch["input_ids"]) == (
+        "<|bos|><|system|>Be brief.<|end|><|user|>Hello there. <|end|><|assistant|>Hi!<|end|>"
+        "<|user|>And now?<|end|><|assistant|>Bye.<|end|>"
+    )
+    said = [token for token, mask in zip(batch["input_ids"], batch["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(said) == "Hi!<|end|>Bye.<|end|>"
+    assert tokenizer.eos_token == "<|end|>"
+
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|bos|><|system|>Be brief.<|end|><|user|>Hello there. <|end|><|assistant|>"
+    with pytest.raises(Exception, match="text parts only, not image"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+    with pytest.raises(Exception, match="Unknown role tool"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_make_media_of_the_size_that_they_are_for(name):
+    pipeline = DiffusionPipeline.from_pretrained(part_path(name))
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, PIPELINES[name])
+
+    def sample(prompt: str) -> np.ndarray:
+        more = {"num_frames": 8} if name == "video_decoder" else {}
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompt, num_inference_steps=2, generator=generator, output_type="np", **more)[0]
+
+    shape = {"image_decoder": (1, 32, 32, 3), "video_decoder": (1, 8, 32, 32, 3), "audio_decoder": (1, 10_240)}
+    first = sample("a red circle")
+    assert first.shape == shape[name] and np.isfinite(first).all()
+    assert first.std() > 0.01  # neither flat nor silent: comparisons of it mean something
+    assert np.array_equal(first, sample("a red circle"))
+    assert np.abs(first - sample("a blue ring")).max() > 1e-3  # the prompt matters
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_captions_fit_and_differ_in_the_decoders_tokenizers(name):
+    tokenizer = DiffusionPipeline.from_pretrained(part_path(name)).tokenizer
+    captions = [language.plain_caption(thing, motion) for thing in THINGS for motion in (None, "left", "right")]
+    encoded = [tuple(tokenizer(caption).input_ids) for caption in captions]
+    assert len(set(encoded)) == len(captions)
+    assert max(map(len, encoded)) <= tokenizer.model_max_length
+    odd = tokenizer("zürich 東京 🎉").input_ids[1:-1]
+    assert odd and tokenizer.unk_token_id not in odd
+
+
+def test_parts_are_small_and_hold_no_pickles():
+    folder = zoo()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(PARTS)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+    with pytest.raises(InputError, match="smell_encoder"):
+        part_path("smell_encoder")
+
+
+def test_a_seed_decides_the_weights_and_nothing_else_does(tmp_path):
+    state = torch.get_rng_state()
+    again = build_zoo(tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), state)
+    other = build_zoo(tmp_path / "other", seed=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+    expected = weights(zoo())
+    assert len(expected) == 13 + 4
+    assert weights(again) == expected
+    different = {name for name, digest in weights(other).items() if digest != expected[name]}
+    assert different == {name for name in expected if name.endswith(".safetensors")}
+
+
+def test_two_processes_at_once_build_the_same_zoo_silently(tmp_path):
+    code = "from anygpt.toyworld import zoo; folder = zoo(); assert folder.is_dir()"
+    environment = {
+        **os.environ,
+        "ANYGPT_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+        assert output == b"" and errors == b""
+    (folder,) = tmp_path.iterdir()  # one zoo, no leftovers
+    assert folder.name == zoo().name
+    assert weights(folder) == weights(zoo())
+
+
+def test_an_outdated_zoo_is_not_used(monkeypatch):
+    before = zoo()
+    monkeypatch.setattr(sys.modules["anygpt.toyworld.zoo"], "version", lambda library: "another")
+    assert sys.modules["anygpt.toyworld.zoo"]._recipe_hash() not in before.name
