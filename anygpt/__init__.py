@@ -1,0 +1,39 @@
+"""Any-to-any multimodal language models from pretrained Hugging Face parts."""
+
+from anygpt.configuration import MultimodalConfig
+from anygpt.decoders import (
+    AudioLDMDecoder,
+    Condition,
+    DiffusionDecoder,
+    ModalDecoderModule,
+    OutputProjector,
+    OutputProjectorConfig,
+    StableDiffusionDecoder,
+    ZeroscopeDecoder,
+)
+from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
+from anygpt.errors import InputError
+from anygpt.losses import LossWeights
+from anygpt.modeling import MultimodalModel
+from anygpt.processing import MultimodalProcessor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AudioLDMDecoder",
+    "Condition",
+    "DiffusionDecoder",
+    "InputError",
+    "LossWeights",
+    "ModalDecoderModule",
+    "ModalEncoderModule",
+    "MultimodalConfig",
+    "MultimodalModel",
+    "MultimodalProcessor",
+    "MultimodalProjector",
+    "MultimodalProjectorConfig",
+    "OutputProjector",
+    "OutputProjectorConfig",
+    "StableDiffusionDecoder",
+    "ZeroscopeDecoder",
+]

@@ -24,7 +24,7 @@ from anygpt.losses import LossWeights, caption_alignment, route, sum_by_term, to
 from anygpt.merging import IGNORE, Merged, inject, prepend
 from anygpt.outputs import LossTerm, MultimodalOutput
 from anygpt.saving import SavingMixin
-from anygpt.signal_tokens import DEFAULT_COUNTS, SignalTokens, Spans, Tap
+from anygpt.signal_tokens import SignalTokens, Spans, Tap
 
 
 class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
@@ -77,8 +77,6 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
             self.add_module(f"{key}_encoder", encoder)
         self.language_model = language_model
         for key, decoder in decoders.items():
-            if decoder.num_signal_tokens is None:
-                decoder.num_signal_tokens = DEFAULT_COUNTS[decoder.modality]
             num_layers = base_model(language_model).config.get_text_config().num_hidden_layers
             decoder.init_projector(head.weight.shape[1], num_layers, init_output_projector_type)
             self.add_module(f"{key}_decoder", decoder)
@@ -323,6 +321,7 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
         terms = self.route(torch.isin(ids, placeholders).any(dim=1), spans, len(ids))
         found: list[tuple[str, Tensor]] = []
         if labels is not None:
+            labels = labels.masked_fill(torch.isin(ids, placeholders), IGNORE)
             found.append(("nll", label_positions(labels, ids)[0]))
         for key, target in (batch.get("decoder_targets") or {}).items():
             for sub, name in (("alignment", "captions"), ("denoising", "media")):

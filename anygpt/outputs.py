@@ -76,15 +76,17 @@ class Segment:
     Attributes:
         type: `"text"`, or the modality of a decoder (`"image"`, `"video"`, `"audio"`).
         content: `str`; a `PIL.Image`; a video as uint8 `(frames, height, width, 3)`; a waveform as float32
-            `(samples,)`. None for a medium when generation ran with `decode_media=False`.
+            `(samples,)`.
         key: the decoder that made it; None for text.
         condition: `(T, D)`, what the decoder was conditioned on; None for text.
+        states: `(N, H)`, the language model's states at the span; None for text.
     """
 
     type: str
     content: Any
     key: str | None = None
     condition: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Source:
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice when None.
         quantization_config: keyword arguments of transformers' `BitsAndBytesConfig`, for encoders and language
             models.
-        num_frames: run an image encoder frame by frame on clips of this many frames.
+        num_frames: frames of a clip, for video encoders and decoders.
     """
 
     path: str
@@ -91,7 +91,8 @@ def _load(source: Source, kind: str, load: Any) -> Any:
         where = "" if Path(source.folder).is_dir() else " (there is no such folder, so it is taken for a hub id)"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load the {kind} {source.path!r}{where}: {reason}") from error
-    part.anygpt_source = source
+    if isinstance(part, nn.Module):
+        part.anygpt_source = source
     return part
 
 
@@ -123,6 +124,7 @@ def load_language_model(source: Source) -> nn.Module:
 
 def load_decoder(source: Source) -> DiffusionDecoder:
     options = {"torch_dtype": getattr(torch, source.dtype)} if source.dtype else {}
+    options |= {"num_frames": source.num_frames} if source.num_frames else {}
     return _load(
         source,
         "decoder",
@@ -131,9 +133,7 @@ def load_decoder(source: Source) -> DiffusionDecoder:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    return _load(
-        source, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder, revision=source.revision)
-    )
+    return _load(source, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder, revision=source.revision))
 
 
 def load_encoder_processor(source: Source, modality: str) -> Any:

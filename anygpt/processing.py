@@ -66,9 +66,7 @@ class MultimodalProcessor:
         for what, names in (("feature function", self.num_feature_funcs), ("placeholder token", self.tokens)):
             unknown = sorted(set(names) - set(self.encoder_processors))
             if unknown:
-                raise InputError(
-                    f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}"
-                )
+                raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs: dict[str, PreTrainedConfig] = {}
         self.signal_tokens: dict[str, list[str]] = {}
@@ -233,8 +231,8 @@ class MultimodalProcessor:
                 continue  # prepending needs no placeholders
             if given is None:
                 raise InputError(
-                    f"nothing tells how many features the {key!r} encoder gives; build the processor with model= (for a "
-                    f"known encoder family) or with num_feature_calculation_funcs={{{key!r}: …}}"
+                    f"nothing tells how many features the {key!r} encoder gives; build the processor with model= (for "
+                    f"a known encoder family) or with num_feature_calculation_funcs={{{key!r}: …}}"
                 )
             rows = (per_row or {}).get(key)
             _check_placeholders(key, token, in_rows, len(given), rows)
@@ -373,13 +371,11 @@ class MultimodalProcessor:
             raise InputError(f"{folder} holds no saved processor: there is no {CONFIG}; expected a run's final/ folder")
         content = json.loads(path.read_text())
         functions = dict(num_feature_calculation_funcs or {})
-        lacking = [
-            key for key, e in content["encoders"].items() if e["own_feature_function"] and key not in functions
-        ]
+        lacking = [key for key, e in content["encoders"].items() if e["own_feature_function"] and key not in functions]
         if lacking:
             raise InputError(
-                f"the processor in {folder} was saved with feature functions of your own for {lacking}, which cannot be "
-                "saved; give them again with num_feature_calculation_funcs="
+                f"the processor in {folder} was saved with feature functions of your own for {lacking}, which cannot "
+                "be saved; give them again with num_feature_calculation_funcs="
             )
         processors = {}
         for key, entry in content["encoders"].items():
@@ -443,7 +439,7 @@ def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, r
         )
 
 
-def stack_labels(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+def stack_rows(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """`(B, S)` int64 of ragged rows, padded on the right with `fill`."""
     length = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

@@ -50,9 +50,7 @@ class SavingMixin:
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the composition that belongs to no part: projectors, signal tokens, layer mixes."""
-        prefixes = tuple(
-            f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(self)
-        )
+        prefixes = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(self))
         return {n: tensor.detach() for n, tensor in self.state_dict().items() if not n.startswith(prefixes)}
 
     def remember_parts(self) -> None:
@@ -178,7 +176,7 @@ def check_tensors(
     ]
     if faults:
         raise InputError(
-            f"{where} does not fit this model ({'; '.join(faults)}); it was written by a model with other parts or sizes"
+            f"{where} does not fit this model ({'; '.join(faults)}); it is of a model with other parts or sizes"
         )
 
 
@@ -211,8 +209,8 @@ def read_config(folder: Path) -> MultimodalConfig:
         raise InputError(f"{path} is damaged: {error}") from error
     if content.get("model_type") != MultimodalConfig.model_type:
         raise InputError(
-            f"{path} describes a {content.get('model_type')!r} model; expected {MultimodalConfig.model_type!r}, as in a "
-            "run's final/ folder"
+            f"{path} describes a {content.get('model_type')!r} model; expected {MultimodalConfig.model_type!r}, "
+            "as in a run's final/ folder"
         )
     if content.get("format_version") != FORMAT_VERSION:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Images, videos and sounds: files to arrays and back, with Pillow and PyAV only.
+"""Images, videos and sounds: files to arrays, with Pillow and PyAV only (`media_writing` is the way back).
 
 Nothing here resizes, crops or resamples; each consumer does that for itself. What cannot be decoded in full
 is an `InputError` with the path, the reason and what to do. Only plain local files in well-known containers
@@ -6,11 +6,7 @@ are opened: no URLs, no playlists, nothing that makes a decoder open a second fi
 """
 
 import contextlib
-import math
-import os
-import secrets
 import struct
-import wave
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -293,65 +289,7 @@ def read_audio(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
         return Audio(waveform=np.clip(waveform, -1, 1), sampling_rate=rate)
 
 
-# -- writing ---------------------------------------------------------------------------------------------
-
-
-def write_image(path: str | Path, image: Image.Image) -> None:
-    """Writes an image in the format of the path's suffix (`.png`, `.jpg`, …)."""
-    Image.init()
-    image_format = Image.registered_extensions().get(Path(path).suffix.lower())
-    if image_format not in Image.SAVE:
-        raise InputError(f"{path}: the suffix {Path(path).suffix!r} names no image format: use .png or .jpg.")
-    with _replacing(path) as temporary:
-        image.save(temporary, format=image_format)
-
-
-def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames, uint8 (F, H, W, 3), as H.264 (yuv420p) in an MP4 file, `fps` frames a second.
-
-    The codec wants even sizes: an odd height or width gets its last row or column once more.
-    """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise InputError(f"{path}: frames must be uint8 (F, H, W, 3), and are {frames.dtype} {frames.shape}.")
-    if not (math.isfinite(fps) and fps > 0):
-        raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second.")
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with _replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
-    """Writes float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file. What is beyond is clipped."""
-    waveform = np.atleast_2d(waveform)
-    if waveform.ndim != 2 or waveform.size == 0 or not np.isfinite(waveform).all():
-        raise InputError(f"{path}: the waveform must be finite and (N,) or (C, N), and is {waveform.shape}.")
-    samples = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
-    with _replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(len(samples))
-        file.setsampwidth(2)
-        file.setframerate(sampling_rate)
-        file.writeframes(samples.T.tobytes())
-
-
 # -- files -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place at the end, so that nothing half-written is ever there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

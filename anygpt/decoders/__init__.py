@@ -2,6 +2,8 @@
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 from anygpt.decoders.targets import (
     AudioTargets,
@@ -18,6 +20,9 @@ __all__ = [
     "Condition",
     "DiffusionDecoder",
     "ImageTargets",
+    "ModalDecoderModule",
+    "OutputProjector",
+    "OutputProjectorConfig",
     "StableDiffusionDecoder",
     "TargetProcessor",
     "VideoTargets",

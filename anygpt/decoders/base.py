@@ -10,25 +10,22 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline
-from diffusers.training_utils import compute_snr
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from anygpt.decoders.denoising import DenoisingLoss, Generators, check_generators
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "anygpt_decoder.json"
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass(eq=False)
@@ -59,7 +56,7 @@ class Condition:
         return Condition(*(None if x is None else function(x) for x in (self.embeds, self.pooled, self.mask)))
 
 
-class DiffusionDecoder(nn.Module, ABC):
+class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
     """A diffusers pipeline as a frozen, differentiable decoder of conditions.
 
     The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
@@ -209,7 +206,7 @@ class DiffusionDecoder(nn.Module, ABC):
         pixels = media if isinstance(media, Tensor) else self.targets(media)
         latents, std = self.posterior(pixels.to(self.device, self.vae.dtype))
         if generator is not None:
-            _check_generators(generator, len(latents))
+            check_generators(generator, len(latents))
             latents = latents + std * randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * self.vae.config.scaling_factor
@@ -218,122 +215,6 @@ class DiffusionDecoder(nn.Module, ABC):
         """Mean and standard deviation `(B, C, …)` of the VAE's posterior, not scaled."""
         distribution = self.vae.encode(pixels).latent_dist
         return distribution.mean, distribution.std
-
-    # ---- training
-
-    @cached_property
-    def training_schedule(self) -> Any:
-        """Made once, apart from the pipeline's scheduler, whose tables change with every `set_timesteps`."""
-        return self.make_training_schedule()
-
-    def make_training_schedule(self) -> DDPMScheduler:
-        """The DDPM noise schedule of the pipeline's scheduler config.
-
-        A family trained otherwise (flow matching) overrides this, `draw_timesteps`, `noise_and_target`, `snr_weight`.
-
-        Raises:
-            InputError: a config without betas, as flow matching's (DDPM would take it, with betas of its own), or
-                a prediction type other than epsilon, v_prediction and sample.
-        """
-        config = self.pipeline.scheduler.config
-        kind = config.get("prediction_type", PREDICTION_TYPES[0])
-        if "beta_schedule" not in config or config.get("use_flow_sigmas") or kind == "flow_prediction":
-            raise InputError(
-                f"{type(self).__name__} trains with a DDPM noise schedule, but the pipeline's "
-                f"{type(self.pipeline.scheduler).__name__} is configured for flow matching or continuous noise "
-                "levels: give the pipeline the diffusion scheduler that it was trained with."
-            )
-        if kind not in PREDICTION_TYPES:
-            raise InputError(
-                f"The scheduler's prediction_type is {kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
-                "correct scheduler_config.json."
-            )
-        # Without this key: from_config would replace whatever the other class had as a default (LCM's betas, for one)
-        # by DDPM's default.
-        return DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
-
-    def draw_timesteps(self, batch_size: int, generator: Generators) -> Tensor:
-        """Uniform training timesteps `(B,)`, int64."""
-        high = self.training_schedule.config.num_train_timesteps
-        if isinstance(generator, list):
-            return torch.cat([self.draw_timesteps(1, g) for g in generator])
-        device = self.device if generator is None else generator.device
-        return torch.randint(high, (batch_size,), generator=generator, device=device).to(self.device)
-
-    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents and what the network should predict from them, both like `latents`."""
-        schedule = self.training_schedule
-        target = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: schedule.get_velocity(latents, noise, timesteps),
-            "sample": lambda: latents,
-        }[schedule.config.prediction_type]()
-        return schedule.add_noise(latents, noise, timesteps), target
-
-    def snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR-γ loss weights `(B,)` (arXiv 2303.09556), s the signal-to-noise ratio: epsilon min(s,γ)/s,
-        v_prediction min(s,γ)/(s+1), sample min(s,γ)."""
-        schedule = self.training_schedule
-        kind = schedule.config.prediction_type
-        if kind == "epsilon" and schedule.alphas_cumprod.min() == 0:
-            raise InputError(
-                "snr_gamma cannot be used with epsilon prediction at zero terminal SNR (the weight is 0/0): "
-                "leave snr_gamma unset, or use a v_prediction model."
-            )
-        snr = compute_snr(schedule, timesteps)
-        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
-        return snr.clamp(max=gamma) / divisor
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, like `noisy`."""
-        return self.denoiser(noisy, timesteps, encoder_hidden_states=condition.embeds).sample
-
-    def denoising_loss(
-        self,
-        condition: Tensor | Condition,
-        latents: Tensor,
-        *,
-        noise: Tensor | None = None,
-        timesteps: Tensor | None = None,
-        generator: Generators = None,
-        snr_gamma: float | None = None,
-    ) -> Tensor:
-        """Mean squared error of the prediction, one number a sample: `(B,)`, float32.
-
-        Args:
-            condition: `(B, T, D)`; gradients reach it through the frozen network.
-            latents: `(B, C, …)` from `encode_media`.
-            noise: like `latents`; drawn if not given.
-            timesteps: `(B,)` int64 training steps; drawn, uniformly, if not given.
-            generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
-                the batch it is in. A CPU generator serves any device.
-            snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
-
-        Raises:
-            InputError: shapes that do not fit, or a schedule that cannot be trained with (see
-                `make_training_schedule`, `snr_weight`).
-        """
-        condition = self._ready(condition, len(latents))
-        _check_generators(generator, len(latents))
-        # Noise, target and error in float32 (or more): bfloat16 has too few digits to subtract in.
-        latents = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
-        if noise is None:
-            noise = randn_tensor(latents.shape, generator, self.device, latents.dtype)
-        elif noise.shape != latents.shape:
-            raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
-        if timesteps is None:
-            timesteps = self.draw_timesteps(len(latents), generator)
-        timesteps = timesteps.to(self.device)
-        noisy, target = self.noise_and_target(latents, noise.to(latents), timesteps)
-        prediction = self.predict(noisy.to(self.dtype), timesteps, condition)
-        loss = F.mse_loss(prediction.to(target.dtype), target, reduction="none").flatten(1).mean(1)
-        if snr_gamma is not None:
-            loss = loss * self.snr_weight(timesteps, snr_gamma)
-        return loss
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the network's activations in the backward pass, to save memory."""
-        self.denoiser.enable_gradient_checkpointing()
 
     # ---- sampling
 
@@ -369,7 +250,7 @@ class DiffusionDecoder(nn.Module, ABC):
         condition = self._ready(condition)
         if negative_condition is not None:
             negative_condition = self._ready(negative_condition, len(condition))
-        _check_generators(generator, len(condition))
+        check_generators(generator, len(condition))
         # All sizes are passed: given only one of height and width, diffusers would drop it.
         arguments = {name: getattr(self, name) for name in self.size_names} | size
         steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -397,11 +278,6 @@ class DiffusionDecoder(nn.Module, ABC):
         if self.pooled_dim is not None and (condition.pooled is None or condition.pooled.shape[-1] != self.pooled_dim):
             raise InputError(f"{type(self).__name__} needs a pooled condition of dim {self.pooled_dim} beside embeds.")
         return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
-
-
-def _check_generators(generator: Generators, batch_size: int) -> None:
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one a sample.")
 
 
 @cache

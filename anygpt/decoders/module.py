@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from anygpt.decoders.base import Condition, DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.errors import InputError
+from anygpt.signal_tokens import DEFAULT_COUNTS
 
 
 class ModalDecoderModule(nn.Module):
@@ -56,6 +59,17 @@ class ModalDecoderModule(nn.Module):
         """Whether the language model must return the states of its inner layers, which costs memory."""
         return self.hidden_layer != -1
 
+    def projector_sizes(self, in_features: int) -> dict[str, Any]:
+        """The sizes that an output projector must have between `H = in_features` and this decoder."""
+        if self.num_signal_tokens is None:
+            self.num_signal_tokens = DEFAULT_COUNTS[self.modality]
+        return {
+            "in_features": in_features,
+            "num_signal_tokens": self.num_signal_tokens,
+            "condition_shape": list(self.module.condition_shape),
+            "pooled_dim": self.module.pooled_dim,
+        }
+
     def init_projector(self, in_features: int, num_layers: int, projection_type: str) -> None:
         """Build the output projector if there is none, and check that it fits the decoder and the language model.
 
@@ -67,12 +81,7 @@ class ModalDecoderModule(nn.Module):
         Raises:
             InputError: a given projector does not fit; both shapes are named.
         """
-        expected = {
-            "in_features": in_features,
-            "num_signal_tokens": self.num_signal_tokens,
-            "condition_shape": list(self.module.condition_shape),
-            "pooled_dim": self.module.pooled_dim,
-        }
+        expected = self.projector_sizes(in_features)
         if self.projector is None:
             self.projector = OutputProjector(OutputProjectorConfig(projection_type=projection_type, **expected))
         for name, value in expected.items():

@@ -133,16 +133,22 @@ class TransformerProjection(nn.Module):
         tokens, width = config.condition_shape
         self.input = nn.Linear(config.in_features, config.d_model)
         self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
-        self.transformer = nn.Transformer(
-            d_model=config.d_model,
-            nhead=config.num_attention_heads,
-            num_encoder_layers=config.num_encoder_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            dim_feedforward=config.ffn_dim,
-            dropout=0.0,
-            batch_first=True,
-            norm_first=True,
+        layer = {
+            "d_model": config.d_model,
+            "nhead": config.num_attention_heads,
+            "dim_feedforward": config.ffn_dim,
+            "dropout": 0.0,
+            "batch_first": True,
+            "norm_first": True,
+        }
+        # The encoder is built here because nn.Transformer's own warns that pre-norm has no fast path.
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**layer),
+            config.num_encoder_layers,
+            nn.LayerNorm(config.d_model),
+            enable_nested_tensor=False,
         )
+        self.transformer = nn.Transformer(**layer, num_decoder_layers=config.num_decoder_layers, custom_encoder=encoder)
         self.output = nn.Linear(config.d_model, width)
 
     def forward(self, states: Tensor) -> Tensor:

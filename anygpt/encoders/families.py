@@ -74,7 +74,5 @@ FAMILIES: dict[str, EncoderFamily] = {
     "vit": _VIT,
     "dinov2": _VIT,
     "whisper": EncoderFamily("input_features", _whisper, "transformers.models.whisper.modeling_whisper.WhisperEncoder"),
-    "anygpt_video_encoder": EncoderFamily(
-        "pixel_values_videos", _video, "anygpt.encoders.video.VideoEncoder"
-    ),
+    "anygpt_video_encoder": EncoderFamily("pixel_values_videos", _video, "anygpt.encoders.video.VideoEncoder"),
 }

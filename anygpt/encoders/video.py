@@ -79,6 +79,10 @@ class VideoEncoder(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=states + _sinusoid(frames, states.shape[-1]).to(states))
 
 
+# So that a saved processor can read the config back by its model_type.
+AutoConfig.register(VideoEncoderConfig.model_type, VideoEncoderConfig)
+
+
 class VideoFrameProcessor:
     """Clips to pixels: an image processor on each of `num_frames` frames, evenly sampled."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anygpt.data.media import write_audio, write_image, write_video
+from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.errors import InputError
 from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video

@@ -1,0 +1,137 @@
+"""Loaded samples to a batch of `MultimodalModel.forward`, with labels on the assistant's turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from anygpt.audio import resample, to_mono
+from anygpt.chat import tokenize_with_labels
+from anygpt.data.dataset import BadSample, LoadedSample
+from anygpt.data.media import Audio, Video
+from anygpt.errors import InputError
+from anygpt.merging import IGNORE
+from anygpt.processing import MultimodalProcessor, stack_rows
+
+# What the loop reads; the rest of a batch goes to the model.
+SAMPLE_IDS, TARGET_IDS, BAD = "sample_ids", "target_ids", "bad_samples"
+
+
+class Collator:
+    """Makes batches, in the workers: every encoder processor, target transform and tokenizer runs here.
+
+    A batch holds the arguments of `MultimodalModel.forward` and beside them `sample_ids` (the ids of its rows),
+    `target_ids` (`{decoder key: one id a target}`, which the noise is keyed by) and `bad_samples` (those left out).
+
+    Args:
+        processor: its model registered, so that it knows decoders and signal tokens.
+    """
+
+    def __init__(self, processor: MultimodalProcessor):
+        self.processor = processor
+        tokenizer = processor.llm_tokenizer
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.reserved = [
+            *processor.tokens.values(),
+            *(t for tokens in processor.signal_tokens.values() for t in tokens),
+        ]
+
+    def __call__(self, items: Sequence[LoadedSample | BadSample]) -> dict[str, Any]:
+        """`(B, S)` ids, mask and labels padded on the right; encoder inputs and decoder targets in the rows' order."""
+        bad = [item for item in items if isinstance(item, BadSample)]
+        good: list[LoadedSample] = []
+        for item in items:
+            if isinstance(item, LoadedSample):
+                try:
+                    self.check_text(item)
+                    good.append(item)
+                except InputError as error:
+                    bad.append(BadSample(item.sample.id, str(error)))
+        batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
+        if not good:
+            return batch
+        data, counts, _ = self.processor.process_media(self.encoder_inputs(good))
+        conversations = [self.messages(item) for item in good]
+        contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
+        expanded = iter(contents)
+        conversations = [[m | {"content": next(expanded)} for m in messages] for messages in conversations]
+        rows = [tokenize_with_labels(self.processor.llm_tokenizer, messages) for messages in conversations]
+        ids = [row for row, _ in rows]
+        targets, batch[TARGET_IDS] = self.decoder_targets(good)
+        return (
+            batch
+            | data
+            | {
+                "input_ids": stack_rows(ids, self.pad_id),
+                "attention_mask": stack_rows([[1] * len(row) for row in ids], 0),
+                "labels": stack_rows([labels for _, labels in rows], IGNORE),
+                "decoder_targets": targets,
+            }
+        )
+
+    def messages(self, item: LoadedSample) -> list[dict[str, str]]:
+        """The sample's messages with media as placeholders and signal spans."""
+        return self.processor.flatten_messages(
+            [
+                {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
+                for m in item.sample.messages
+            ]
+        )
+
+    def encoder_inputs(self, items: Sequence[LoadedSample]) -> dict[str, dict[str, Any]]:
+        """All inputs of each modality, in the order of the rows, in the form that its processor takes."""
+        inputs: dict[str, dict[str, Any]] = {}
+        for item in items:
+            for modality, media in item.inputs.items():
+                key = self.processor.encoder_key(modality)
+                arguments = inputs.setdefault(key, {self.processor.media_argument(key): []})
+                values = arguments[self.processor.media_argument(key)]
+                for medium in media:
+                    if isinstance(medium, Audio):
+                        rate = self.processor.encoder_processors[key].sampling_rate
+                        arguments["sampling_rate"] = rate
+                        values.append(resample(to_mono(medium.waveform), medium.sampling_rate, rate))
+                    else:
+                        values.append(medium.frames if isinstance(medium, Video) else medium)
+        return inputs
+
+    def decoder_targets(self, items: Sequence[LoadedSample]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+        """Captions and target tensors of each decoder in the order of the spans, and an id of each target."""
+        raw: dict[str, dict[str, list[Any]]] = {}
+        ids: dict[str, list[str]] = {}
+        for item in items:
+            for modality, media in item.targets.items():
+                key = self.processor.decoder_key(modality)
+                target = raw.setdefault(key, {"captions": [], f"{modality}s": []})
+                target["captions"] += item.captions[modality]
+                target[f"{modality}s"] += [_target(medium) for medium in media]
+                ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(media)))
+        return self.processor.process_targets(raw), ids
+
+    def check_text(self, item: LoadedSample) -> None:
+        """Text that contains a placeholder or signal token would be taken for one."""
+        for message in item.sample.messages:
+            for part in message.content:
+                found = next((token for token in self.reserved if part.text and token in part.text), None)
+                if found:
+                    raise InputError(
+                        f"{item.sample.source} (sample {item.sample.id!r}): the text contains {found!r}, which is a "
+                        "reserved token; write media as content parts, and leave the token out of the text"
+                    )
+
+
+def _target(medium: Any) -> Any:
+    if isinstance(medium, Audio):
+        return medium.waveform, medium.sampling_rate
+    return medium.frames if isinstance(medium, Video) else medium
+
+
+def move(batch: Any, device: Any) -> Any:
+    """Tensors of a nested batch to a device; everything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: move(value, device) for key, value in batch.items()}
+    return batch

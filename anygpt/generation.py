@@ -1,0 +1,396 @@
+"""Generation: text, then conditions at signal spans, then media, in the order in which they were said.
+
+transformers' `generate` prepares everything (cache, logits processors, stopping criteria) and hands over to
+`SpanDecoder`, a decoding loop for greedy search and sampling that runs a span in one forward over the cache. Beam
+search stays transformers' own, with the span forced token by token. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMode
+
+from anygpt.encoders.module import argument_names, base_model
+from anygpt.errors import InputError
+from anygpt.merging import Merged, pad_left
+from anygpt.outputs import Answer, GenerationOutput, Segment
+from anygpt.signal_tokens import Tap
+
+OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+@dataclass
+class SpanStates:
+    """The states of one finished span, as an output projector reads them.
+
+    Attributes:
+        row, start: the row, and the place of the span's first token in the answer.
+        key: its decoder.
+        states, embeddings: `(N, H)`.
+    """
+
+    row: int
+    start: int
+    key: str
+    states: Tensor
+    embeddings: Tensor
+
+
+@dataclass
+class SpanRules:
+    """Which token may come next, given what a row has said: spans whole, within the budget, and as required.
+
+    Attributes:
+        ids: `{decoder key: the N ids of its span}`.
+        budget: new tokens a row may have.
+        require: decoders that every row must call at least once.
+        forbid: decoders that no row may call.
+    """
+
+    ids: Mapping[str, list[int]]
+    budget: int
+    require: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.key_of_first = {span[0]: key for key, span in self.ids.items()}
+        needed = sum(len(self.ids[key]) for key in self.require)
+        if needed > self.budget:
+            raise InputError(
+                f"max_new_tokens={self.budget} has no room for the {needed} signal tokens of the required "
+                f"{', '.join(self.require)}"
+            )
+
+    def missing(self, answer: list[int]) -> list[str]:
+        """Required decoders that an answer has not called yet."""
+        return [key for key in self.require if self.ids[key][0] not in answer]
+
+    def banned(self, answer: list[int]) -> list[int]:
+        """Tokens that may not come next: the inside of spans, forbidden spans, spans that leave too little room."""
+        missing = self.missing(answer)
+        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
+        banned = []
+        for key, span in self.ids.items():
+            fits = key in missing or len(span) <= room
+            banned += span[1:] if fits and key not in self.forbid else span
+        return banned
+
+    def forced(self, answer: list[int], token: int, ends: bool) -> int:
+        """`token`, or the beginning of a required span where the answer would otherwise end without it."""
+        missing = self.missing(answer)
+        if not missing or token in self.key_of_first:
+            return token
+        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
+        return self.ids[missing[0]][0] if ends or room < 1 else token
+
+
+@dataclass
+class SpanDecoder:
+    """The decoding loop that transformers' `generate(custom_generate=…)` calls, for greedy search and sampling.
+
+    Attributes:
+        model: the `MultimodalModel`, its signal tokens attached to the language model.
+        tap: what the language model's head reads.
+        rules: which tokens may come next.
+        spans: the spans that came out, filled while decoding.
+    """
+
+    model: Any = field(repr=False)
+    tap: Tap
+    rules: SpanRules
+    spans: list[SpanStates] = field(default_factory=list)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        language_model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Callable,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Decode until every row has stopped.
+
+        Each step feeds a chunk, aligned to the right: one token for ordinary rows, all tokens of a span for rows
+        that begin one. What lies to the left of shorter rows is masked, so that a row's answer does not depend on
+        what its neighbours say.
+
+        Returns:
+            `(B, new tokens)` int64, padded on the right.
+        """
+        chunk, mask = model_kwargs["inputs_embeds"], model_kwargs.get("attention_mask")
+        past_key_values = model_kwargs.get("past_key_values")
+        rows, device = chunk.shape[0], chunk.device
+        # transformers drops a mask of ones
+        mask = chunk.new_ones(chunk.shape[:2], dtype=torch.long) if mask is None else mask
+        embedding = language_model.get_input_embeddings()
+        eos = generation_config._eos_token_tensor
+        eos = set() if eos is None else set(eos.flatten().tolist())
+        pad = generation_config._pad_token_tensor
+        pad = 0 if pad is None else int(pad.flatten()[0])
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        running = [True] * rows
+        fed: list[list[int]] = [[] for _ in range(rows)]
+        while True:
+            outputs = self._forward(language_model, chunk, mask, past_key_values)
+            past_key_values = outputs.past_key_values
+            self._collect(answers, fed, chunk, outputs.hidden_states)
+            scores = outputs.logits[0].float()  # (B, V'): the head ran on the last place of each row alone
+            fed = [[] for _ in range(rows)]
+            for row in (row for row in range(rows) if running[row]):
+                answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
+                score = scores[row : row + 1]
+                score[:, self.rules.banned(answers[row])] = -torch.inf
+                # row by row, because rows have different lengths once one of them has said a span
+                score = logits_processor(answer, score)
+                token = int(
+                    torch.multinomial(score.softmax(dim=-1), 1) if generation_config.do_sample else score.argmax(dim=-1)
+                )
+                token = self.rules.forced(answers[row], token, ends=token in eos)
+                key = self.rules.key_of_first.get(token)
+                new = self.rules.ids[key] if key else [token]
+                answers[row] += new
+                said = torch.tensor([answers[row]], dtype=torch.long, device=device)
+                running[row] = not bool(stopping_criteria(said, None).any())
+                # A span that ends the answer must run all the same: the decoder is conditioned on its states.
+                fed[row] = new if running[row] or key else []
+            if not any(fed):
+                return _pad_right(answers, pad, device)
+            tokens, chunk_mask = _align_right(fed, pad, device)
+            chunk = embedding(tokens)
+            mask = torch.cat([mask, chunk_mask], dim=1)
+
+    def _forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
+        rows, length = chunk.shape[:2]
+        last = torch.full((rows,), length - 1, device=chunk.device)
+        self.tap.select = (torch.arange(rows, device=chunk.device), last)
+        options = {}
+        if "position_ids" in argument_names(language_model):
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        return language_model(
+            inputs_embeds=chunk,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=True,
+            output_hidden_states=any(decoder.needs_all_states for decoder in self.model.decoders.values()),
+            return_dict=True,
+            **options,
+        )
+
+    def _collect(
+        self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
+    ) -> None:
+        """Keep the states of the spans that the last forward ran."""
+        for row, new in enumerate(fed):
+            key = self.rules.key_of_first.get(new[0]) if new else None
+            if key is None:
+                continue
+            states = self.model.decoders[key].select_states(self.tap.hidden, all_states)
+            start = len(answers[row]) - len(new)
+            self.spans.append(
+                SpanStates(row, start, key, states[row, -len(new) :], chunk[row, -len(new) :]),
+            )
+
+
+class SpanForcing(LogitsProcessor):
+    """The same rules as a logits processor, for beam search: inside a span only its next token may follow."""
+
+    def __init__(self, rules: SpanRules, eos: list[int]):
+        self.rules = rules
+        self.eos = eos
+        self.follows = {a: b for span in rules.ids.values() for a, b in itertools.pairwise(span)}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, answer in enumerate(input_ids.tolist()):
+            last = answer[-1] if answer else None
+            token = self.follows.get(last)
+            if token is None:
+                scores[row, self.rules.banned(answer)] = -torch.inf
+                token = self.rules.forced(answer, -1, ends=False)
+                if self.rules.missing(answer):
+                    scores[row, self.eos] = -torch.inf
+            if token >= 0:
+                scores[row] = torch.full_like(scores[row], -torch.inf).index_fill_(0, input_ids.new_tensor([token]), 0)
+        return scores
+
+
+class GenerationMixin:
+    """`generate`, mixed into `MultimodalModel`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        items_per_row: Mapping[str, list[int]] | None = None,
+        require: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> GenerationOutput:
+        """Answer a batch of prompts with text and media.
+
+        Args:
+            input_ids, attention_mask: `(B, S)`, padded on either side.
+            items_per_row: see `forward`.
+            require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
+            forbid: decoders that no answer may call.
+            decoder_kwargs: `{decoder key: arguments of its sample}`: `num_inference_steps`, `guidance_scale`,
+                `generator`, sizes.
+            generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
+            kwargs: encoder inputs, as in `forward`, and generation options.
+
+        Returns:
+            The new tokens, and one `Answer` a row: its segments in order.
+
+        Raises:
+            InputError: an unknown decoder; a decoding mode other than greedy search, sampling and beam search.
+        """
+        require, forbid, decoder_kwargs = tuple(require), tuple(forbid), decoder_kwargs or {}
+        self._check_decoders(require, forbid, decoder_kwargs)
+        inputs, options = self._split_inputs(kwargs)
+        options = self._special_tokens() | options
+        config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
+        config.update(**options)
+        mode = config.get_generation_mode()
+        if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
+            raise InputError(
+                f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
+                "supported; use greedy search, sampling or beam search, one answer a row"
+            )
+        budget = config.max_new_tokens
+        if budget is None:
+            raise InputError(
+                "max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have"
+            )
+        rules = SpanRules(self.signal_tokens.ids, budget, require, forbid)
+        if generation_config is not None:
+            options["generation_config"] = generation_config
+        training = self.training
+        self.eval()
+        try:
+            with self.signal_tokens.attached(self.language_model) as tap:
+                merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs), items_per_row)
+                decode = self._decode_stepwise if mode in OWN_MODES else self._decode_with_beams
+                sequences, spans = decode(pad_left(merged), tap, rules, options)
+            return GenerationOutput(sequences=sequences, answers=self._assemble(sequences, spans, decoder_kwargs))
+        finally:
+            self.train(training)
+
+    def _decode_stepwise(self, merged: Merged, tap: Tap, rules: SpanRules, options: dict[str, Any]):
+        decoder = SpanDecoder(self, tap, rules)
+        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+        return self.language_model.generate(**prompt, custom_generate=decoder, **options), decoder.spans
+
+    def _decode_with_beams(self, merged: Merged, tap: Tap, rules: SpanRules, options: dict[str, Any]):
+        """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
+        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+        processors = LogitsProcessorList([SpanForcing(rules, self._eos_ids(options))])
+        sequences = self.language_model.generate(**prompt, logits_processor=processors, **options)
+        embeds = self.language_model.get_input_embeddings()(sequences)
+        whole = Merged(
+            torch.cat([merged.inputs_embeds, embeds], dim=1),
+            torch.cat([merged.input_ids, sequences], dim=1),
+            torch.cat([merged.attention_mask, torch.ones_like(sequences)], dim=1),
+            None,
+            merged.media_in,
+        )
+        _, all_states = self.run_language_model(whole, tap, False, {})
+        prompt, found = merged.input_ids.shape[1], []
+        for key, decoder in self.decoders.items():
+            spans = self.signal_tokens.find_spans(sequences, key)
+            states = decoder.select_states(tap.hidden, all_states)
+            for row, positions in zip(spans.rows.tolist(), spans.positions, strict=True):
+                at = positions + prompt
+                found.append(SpanStates(row, int(positions[0]), key, states[row, at], whole.inputs_embeds[row, at]))
+        return sequences, found
+
+    def _assemble(self, sequences: Tensor, spans: list[SpanStates], decoder_kwargs: Mapping) -> list[Answer]:
+        """Run each decoder once, batched over its spans, and put text and media in order."""
+        media: dict[tuple[int, int], Segment] = {}
+        for key, decoder in self.decoders.items():
+            mine = [span for span in spans if span.key == key]
+            if not mine:
+                continue
+            states = torch.stack([span.states for span in mine])
+            condition = decoder.condition(states, torch.stack([span.embeddings for span in mine]))
+            contents = decoder.module.sample(condition, **decoder_kwargs.get(key, {}))
+            for span, content, embeds in zip(mine, contents, condition.embeds, strict=True):
+                media[span.row, span.start] = Segment(decoder.modality, content, key, embeds, span.states)
+        answers = []
+        for row, ids in enumerate(sequences.tolist()):
+            answer, text, position = Answer(), [], 0
+            while position <= len(ids):
+                segment = media.get((row, position))
+                if (segment or position == len(ids)) and text:
+                    said = self._text(text)
+                    answer.segments += [Segment("text", said)] if said else []
+                    text = []
+                if segment:
+                    answer.segments.append(segment)
+                    position += len(self.signal_tokens.ids[segment.key])
+                    continue
+                text += ids[position : position + 1]
+                position += 1
+            answers.append(answer)
+        return answers
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else ""
+
+    def _special_tokens(self) -> dict[str, int]:
+        """End and padding as the tokenizer has them, where the language model's own config does not say."""
+        own = base_model(self.language_model).generation_config
+        tokens = {}
+        if self.tokenizer is not None and own.eos_token_id is None and self.tokenizer.eos_token_id is not None:
+            tokens["eos_token_id"] = self.tokenizer.eos_token_id
+        if own.pad_token_id is None:
+            eos = tokens.get("eos_token_id", own.eos_token_id)
+            pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+            pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
+            tokens |= {} if pad is None else {"pad_token_id": pad}
+        return tokens
+
+    def _eos_ids(self, options: Mapping[str, Any]) -> list[int]:
+        eos = options.get("eos_token_id", base_model(self.language_model).generation_config.eos_token_id)
+        return list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+
+    def _split_inputs(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Encoder inputs and generation options; what only training needs is left out."""
+        names = {name for encoder in self.encoders.values() for name in encoder.input_names}
+        inputs, options = {}, {}
+        for name, value in kwargs.items():
+            if name in ("labels", "decoder_targets"):
+                continue
+            (inputs if name in names or "." in name else options)[name] = value
+        return inputs, options
+
+    def _check_decoders(self, *named: Iterable[str]) -> None:
+        unknown = sorted({key for keys in named for key in keys} - set(self.decoder_keys))
+        if unknown:
+            raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(self.decoder_keys)}")
+
+
+def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(B, longest)`, each row at the right."""
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _pad_right(rows: list[list[int]], pad: int, device: torch.device) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows], dtype=torch.long, device=device)

@@ -1,0 +1,324 @@
+"""A run's settings: typed sections, one YAML a run, dotted overrides on the command line.
+
+jsonargparse reads them; unknown keys are collected first, all at once, each with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from anygpt.data.dataset import DataSource
+from anygpt.errors import InputError
+from anygpt.losses import ALIGNMENTS, LossWeights
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, and how it is followed.
+
+    Attributes:
+        output_dir: folder of the run: `checkpoint-<step>/`, `final/`, `config.yaml`, `log.txt`.
+        name: name of the run in the tracker; the folder's own name by default.
+        project: project in the tracker.
+        seed: of everything that is drawn: new tensors, data order, noise.
+        tracker: where metrics go. `WANDB_MODE=offline` keeps wandb off the network.
+        resume: `auto` continues from the newest checkpoint in output_dir if there is one; `never` starts over and
+            removes what an earlier run left there; anything else is the path of a checkpoint to continue from.
+        device: `auto`, or `cpu` to leave an accelerator alone.
+    """
+
+    output_dir: str = "runs/run"
+    name: str | None = None
+    project: str = "anygpt"
+    seed: int = 0
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    resume: str = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+
+
+@dataclass
+class PartConfig:
+    """A pretrained part.
+
+    Attributes:
+        path: hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
+        revision: branch, tag or commit of a hub id.
+        dtype: dtype to load it in (`float32`, `bfloat16`); the checkpoint's own by default.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …
+        quantization_config: arguments of transformers' `BitsAndBytesConfig`.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+@dataclass
+class EncoderConfig(PartConfig):
+    """An encoder and its input projector.
+
+    Attributes:
+        modality: media type in the data; the key by default.
+        num_frames: frames of a clip, for an image encoder under `video`.
+        projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, qformer), `activation`, ….
+    """
+
+    modality: str | None = None
+    num_frames: int | None = None
+    projector: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DecoderConfig(PartConfig):
+    """A diffusion decoder and its output projector.
+
+    Attributes:
+        num_frames: frames of a clip, for video decoders.
+        num_signal_tokens: tokens of a span; the paper's count by default (image 4, video 24, audio 8).
+        hidden_layer: states that are read: -1 the last, any other index, or `mix`.
+        projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
+            `d_model`, ….
+    """
+
+    num_frames: int | None = None
+    num_signal_tokens: int | None = None
+    hidden_layer: int | str = -1
+    projector: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ModelConfig:
+    """The composition.
+
+    Attributes:
+        init_from: a `final/` folder to start from. Parts that are named here as well must be the same ones; parts
+            that it lacks are added.
+        encoders: by key, in the order in which features are prepended.
+        language_model: a causal language model.
+        decoders: by key.
+    """
+
+    init_from: str | None = None
+    encoders: dict[str, EncoderConfig] = field(default_factory=dict)
+    language_model: PartConfig | None = None
+    decoders: dict[str, DecoderConfig] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """The data.
+
+    Attributes:
+        train: files to train on.
+        eval: files to take the evaluation loss on, every `train.eval_steps`.
+        num_workers: processes that decode media; 0 decodes in the main one.
+        on_bad_sample: `error` stops at the first sample that cannot be read; `skip` leaves it out and counts it.
+    """
+
+    train: list[DataSource] = field(default_factory=list)
+    eval: list[DataSource] = field(default_factory=list)
+    num_workers: int = 0
+    on_bad_sample: Literal["error", "skip"] = "error"
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation.
+
+    Attributes:
+        max_steps: updates.
+        batch_size: rows of a micro-batch on one process.
+        gradient_accumulation_steps: micro-batches of an update on one process.
+        learning_rate: peak learning rate of AdamW.
+        scheduler: how it falls after the warm-up.
+        warmup_steps: updates of linear warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: the gradient is clipped to this norm.
+        mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
+        save_steps: a checkpoint every so many updates; 0 writes none before the end.
+        keep_checkpoints: older ones are removed beyond this number.
+        eval_steps: the evaluation loss every so many updates; 0 never.
+        log_steps: metrics every so many updates.
+        signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, and nothing
+            upstream of the language model's last states trains), or `none`.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "no"
+    save_steps: int = 0
+    keep_checkpoints: int = 2
+    eval_steps: int = 0
+    log_steps: int = 10
+    signal_rows: Literal["both", "output", "none"] = "both"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraSettings:
+    """LoRA on the language model (arXiv 2106.09685), through PEFT; used by stage 3.
+
+    Attributes:
+        r: rank.
+        alpha: scale, as in alpha / r.
+        dropout: on the adapters' input.
+        target_modules: names of the layers to adapt; `all-linear` for all but the head.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+
+
+@dataclass
+class Config:
+    """All sections of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_config(arguments: Sequence[str], description: str = "") -> Config:
+    """Settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`), checked.
+
+    Raises:
+        InputError: unknown keys (all of them), values of a wrong type, values out of range (all of them).
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file with the sections below")
+    for section in fields(Config):
+        cls = typing.get_type_hints(Config)[section.name]
+        parser.add_argument(f"--{section.name}", type=cls, default=cls())
+    check_keys(arguments)
+    try:
+        parsed = parser.instantiate(parser.parse_args(list(arguments)))
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except Exception as error:  # jsonargparse passes argparse's own error on, which is no ValueError
+        if type(error).__name__ != "ArgumentError":
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+    config = Config(**{section.name: getattr(parsed, section.name) for section in fields(Config)})
+    check_values(config)
+    return config
+
+
+def check_keys(arguments: Sequence[str]) -> None:
+    """Raise one `InputError` that names every unknown key in the files and on the command line."""
+    faults = []
+    for place, content in _given(arguments):
+        faults += [f"{place}: {fault}" for fault in _unknown_keys(content, Config, "")]
+    if faults:
+        raise InputError("; ".join(faults))
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Every mapping of settings that a command line gives, with the place where it stands."""
+    names = list(arguments)
+    for index, argument in enumerate(names):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument[2:].partition("=")
+        value = value if equals else names[index + 1] if index + 1 < len(names) else ""
+        if name == "config":
+            path = Path(value)
+            if not path.is_file():
+                raise InputError(f"--config {value!r}: there is no such file; give the path of a YAML file")
+            try:
+                yield str(path), yaml.safe_load(path.read_text()) or {}
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        elif name not in ("help", "print_config") and not name.endswith(".help"):
+            content: Any = value
+            for part in reversed(name.rstrip("+").split(".")):
+                content = {part: content}
+            yield f"--{name}", content
+
+
+def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[str]:
+    """Keys of `content` that the type `kind` does not have, at any depth."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in inner:
+            if is_dataclass(option):
+                yield from _unknown_keys(content, option, prefix)
+    elif origin is list and isinstance(content, list):
+        for item in content:
+            yield from _unknown_keys(item, inner[0], prefix)
+    elif origin is dict and isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _unknown_keys(value, inner[1], f"{prefix}{key}.")
+    elif is_dataclass(kind):
+        if not isinstance(content, Mapping):
+            return
+        known = typing.get_type_hints(kind)
+        for key, value in content.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                yield f"unknown setting {prefix}{key!s}; did you mean {prefix}{near[0]}?"
+            else:
+                yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
+
+
+def check_values(config: Config) -> None:
+    """Raise one `InputError` that names every value out of range, what it is and what it should be."""
+    train, loss, lora = config.train, config.loss, config.lora
+    rules = [
+        ("train.max_steps", train.max_steps, train.max_steps >= 1, "at least 1"),
+        ("train.batch_size", train.batch_size, train.batch_size >= 1, "at least 1"),
+        (
+            "train.gradient_accumulation_steps",
+            train.gradient_accumulation_steps,
+            train.gradient_accumulation_steps >= 1,
+            "at least 1",
+        ),
+        ("train.learning_rate", train.learning_rate, 0 < train.learning_rate < float("inf"), "a number above 0"),
+        ("train.warmup_steps", train.warmup_steps, train.warmup_steps >= 0, "at least 0"),
+        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
+        ("train.max_grad_norm", train.max_grad_norm, train.max_grad_norm > 0, "above 0"),
+        ("train.save_steps", train.save_steps, train.save_steps >= 0, "at least 0"),
+        ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, "at least 1"),
+        ("train.eval_steps", train.eval_steps, train.eval_steps >= 0, "at least 0"),
+        ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
+        ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
+        ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
+        ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
+        ("lora.r", lora.r, lora.r >= 1, "at least 1"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "from 0 up to, but not, 1"),
+    ]
+    weights = {f.name: getattr(loss, f.name) for f in fields(loss) if f.type == "float"}
+    weights |= {f"by_modality.{key}": value for key, value in loss.by_modality.items()}
+    rules += [(f"loss.{name}", value, 0 <= value < float("inf"), "at least 0") for name, value in weights.items()]
+    faults = [f"{name} is {value!r}, expected {expected}" for name, value, good, expected in rules if not good]
+    if config.model.language_model is None and config.model.init_from is None:
+        faults.append("model has neither language_model nor init_from, expected at least one of them")
+    if not config.data.train:
+        faults.append("data.train is empty, expected at least one file, as in [{path: data.jsonl}]")
+    if faults:
+        raise InputError("; ".join(faults))

@@ -1,0 +1,299 @@
+"""The training loop of all stages.
+
+An update is some micro-batches on every process. Their losses are sums; the counts that they are divided by are those
+of the whole update, so that its gradient does not depend on how the update was split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
+from anygpt.data.dataset import ConversationDataset
+from anygpt.data.sampling import UpdateSampler
+from anygpt.errors import InputError
+from anygpt.losses import TERMS
+from anygpt.training.checkpoint import (
+    choose_checkpoint,
+    find_checkpoints,
+    load_training_state,
+    save_checkpoint,
+    save_model,
+)
+from anygpt.training.config import Config
+from anygpt.training.setup import build, build_dataset
+from anygpt.training.stages import Stage, prepare_stage
+from anygpt.training.tracking import RunLog, check_tracker, part_table
+
+FINAL = "final"
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is no finite number; the update was not made."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT came; the run was checkpointed. The exit code is 128 + the signal's number."""
+
+
+def train(config: Config, stage: Stage) -> Path:
+    """Run a stage from its settings to its `final/` folder.
+
+    Returns:
+        The `final/` folder.
+
+    Raises:
+        InputError: settings, parts or data that are wrong; nothing is written then.
+        NonFiniteLoss: a loss or gradient that is not finite.
+    """
+    check_tracker(config)
+    folder = Path(config.run.output_dir)
+    checkpoint = choose_checkpoint(config)
+    if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
+        raise InputError(
+            f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
+            "replace it with run.resume=never"
+        )
+    accelerator = Accelerator(
+        cpu=config.run.device == "cpu",
+        mixed_precision=config.train.mixed_precision,
+        log_with=None if config.run.tracker == "none" else config.run.tracker,
+        project_dir=str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(config.run.seed)
+    model, processor = build(config)
+    model.remember_parts()
+    names = prepare_stage(model, stage, config)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    dataset = build_dataset(config.data.train, model, config, stage)
+    held_out = build_dataset(config.data.eval, model, config, stage) if config.data.eval else None
+    collator = Collator(processor)
+    for data in filter(None, (dataset, held_out)):
+        use_frames_of(data, processor)
+
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+    )
+    scheduler = get_scheduler(config.train.scheduler, optimizer, config.train.warmup_steps, config.train.max_steps)
+    step = 0 if checkpoint is None else load_training_state(checkpoint, model, optimizer, scheduler, accelerator)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+
+    prepare_folder(folder, config, accelerator)
+    log = RunLog(accelerator, config, config.train.max_steps, step)
+    log.say(
+        f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n{part_table(model.summarize_parts())}"
+    )
+    if checkpoint is not None:
+        log.say(f"continues from {checkpoint} after update {step}")
+    loader = make_loader(dataset, collator, config, accelerator, start=step)
+    batches = iter(loader)
+    with caught_signals() as caught:
+        while step < config.train.max_steps:
+            micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
+            metrics = update(wrapped, model, optimizer, micro_batches, step, config, accelerator, log)
+            scheduler.step()
+            step += 1
+            log.bar.update()
+            log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+            if step % config.train.log_steps == 0 or step == config.train.max_steps:
+                log.metrics(step, metrics | {"learning_rate": scheduler.get_last_lr()[0]})
+            if held_out is not None and config.train.eval_steps and step % config.train.eval_steps == 0:
+                log.metrics(step, evaluate(wrapped, model, held_out, collator, config, accelerator))
+            interrupted = any_rank(bool(caught), accelerator)
+            due = config.train.save_steps and step % config.train.save_steps == 0
+            if due or interrupted or (config.train.save_steps and step == config.train.max_steps):
+                save_checkpoint(folder, step, model, processor, optimizer, scheduler, accelerator, config)
+            if interrupted and step < config.train.max_steps:
+                log.say(f"interrupted; checkpoint after update {step} written, the same command continues from it")
+                log.close()
+                raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+    save_model(folder / FINAL, model, processor, accelerator)
+    log.say(f"finished: {folder / FINAL}")
+    log.close()
+    return folder / FINAL
+
+
+def update(
+    wrapped: Any,
+    model: Any,
+    optimizer: Any,
+    micro_batches: list[dict[str, Any]],
+    step: int,
+    config: Config,
+    accelerator: Accelerator,
+    log: RunLog,
+) -> dict[str, float]:
+    """One update; returns its loss, every sub-term of it by itself, and the gradient's norm.
+
+    Raises:
+        NonFiniteLoss: before the optimizer's step.
+        InputError: a sample that could not be read, unless they are to be skipped.
+    """
+    batches = [(batch, take_ids(batch, config)) for batch in micro_batches]
+    names = loss_names(model)
+    counts = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
+    for batch, _ in batches:
+        found = model.count_losses(batch)
+        counts += torch.tensor([found.get(name, 0) for name in names], dtype=torch.float64, device=counts.device)
+    counts = accelerator.reduce(counts, reduction="sum")
+    denominators = dict(zip(names, counts.tolist(), strict=True))
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator.device)
+    for index, (batch, ids) in enumerate(batches):
+        last = index == len(batches) - 1
+        generators = make_generators(ids[TARGET_IDS], config.run.seed, step)
+        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+            output = wrapped(**move(batch, accelerator.device), loss_counts=denominators, generators=generators)
+            # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
+            accelerator.backward(output.loss * accelerator.num_processes)
+        sums[-1] += output.loss.detach().double()
+        for name, term in output.losses.items():
+            assert term.count <= denominators[name], f"{name} was counted as {denominators[name]}, not {term.count}"
+            sums[names.index(name)] += term.total.detach().double()
+        log.count(tokens=int(batch["attention_mask"].sum()), samples=len(ids[SAMPLE_IDS]))
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+    sums = accelerator.reduce(sums, reduction="sum")
+    if not (math.isfinite(sums[-1]) and math.isfinite(norm)):
+        bad = [name for name, value in zip(names, sums.tolist(), strict=False) if not math.isfinite(value)]
+        seen = [sample for _, ids in batches for sample in ids[SAMPLE_IDS]]
+        raise NonFiniteLoss(
+            f"update {step + 1}: loss {float(sums[-1])}, gradient norm {float(norm)}, not finite: "
+            f"{', '.join(bad) or 'the gradient'}; samples {', '.join(seen)}. The optimizer's step was not made"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    means = {n: float(s) / c for n, s, c in zip(names, sums[:-1], counts.tolist(), strict=True) if c}
+    return {"loss": float(sums[-1]), **means, "gradient_norm": float(norm)}
+
+
+@torch.no_grad()
+def evaluate(
+    wrapped: Any, model: Any, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
+) -> dict[str, float]:
+    """Every sub-term's mean over a dataset, and the weighted loss; noise is the same each time."""
+    names = loss_names(model)
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=accelerator.device)
+    size, rank, world = config.train.batch_size, accelerator.process_index, accelerator.num_processes
+    order = range(len(dataset))[rank::world]
+    chunks = [list(order[i : i + size]) for i in range(0, len(order), size)]
+    wrapped.eval()
+    for batch in DataLoader(dataset, batch_sampler=chunks, collate_fn=collator, num_workers=config.data.num_workers):
+        ids = take_ids(batch, config)
+        generators = make_generators(ids[TARGET_IDS], config.run.seed, 0)
+        output = model(**move(batch, accelerator.device), generators=generators)
+        for name, term in output.losses.items():
+            sums[:, names.index(name)] += torch.tensor([float(term.total), term.count], dtype=torch.float64).to(sums)
+    wrapped.train()
+    totals, counts = accelerator.reduce(sums, reduction="sum").tolist()
+    means = {name: t / c for name, t, c in zip(names, totals, counts, strict=True) if c}
+    loss = sum(model.loss_weights.of(name) * mean for name, mean in means.items())
+    return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
+
+
+def loss_names(model: Any) -> list[str]:
+    """Every sub-term that a batch of this model can have, in a fixed order: processes add them up by place."""
+    subs = [f"{sub}/{key}" for key in model.decoder_keys for sub in ("alignment", "denoising")]
+    return [f"{term}/{sub}" for term in TERMS for sub in ("nll", *subs)]
+
+
+def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Take what is not for the model out of a batch, and stop at a bad sample if that is wanted."""
+    ids = {name: batch.pop(name, {}) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
+    if ids[BAD] and (config.data.on_bad_sample == "error" or not ids[SAMPLE_IDS]):
+        raise InputError(ids[BAD][0].reason)
+    return ids
+
+
+def make_generators(target_ids: dict[str, list[str]], seed: int, step: int) -> dict[str, list[torch.Generator]]:
+    """One generator a target, keyed by (seed, update, target), so that noise is the same under any split."""
+
+    def generator(target: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed}/{step}/{target}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    return {key: [generator(target) for target in targets] for key, targets in target_ids.items()}
+
+
+def make_loader(
+    dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator, start: int
+) -> DataLoader:
+    """Micro-batches of this process from update `start` on; accelerate must not shard them again."""
+    sampler = UpdateSampler(
+        dataset.lengths,
+        weights=dataset.weights,
+        batch_size=config.train.batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        num_updates=config.train.max_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=config.run.seed,
+        start_update=start,
+    )
+    workers = config.data.num_workers
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Workers draw nothing; a fixed generator keeps the main process's random state out of the loader's hands.
+        generator=torch.Generator().manual_seed(config.run.seed),
+    )
+
+
+def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
+    """Decode no more frames of a clip than its consumers sample, and let the loop judge samples that fail."""
+    consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
+    dataset.num_video_frames = max((c.num_frames for c in consumers if _is_video(c)), default=None)
+    dataset.on_bad_sample = "skip"
+
+
+def _is_video(consumer: Any) -> bool:
+    return getattr(consumer, "modality", "video") == "video" and hasattr(consumer, "num_frames")
+
+
+def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
+    """The run's folder with its resolved settings; `run.resume=never` removes what an earlier run left."""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.run.resume == "never":
+            for old in [*find_checkpoints(folder), folder / FINAL]:
+                shutil.rmtree(old, ignore_errors=True)
+            (folder / "log.txt").unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    accelerator.wait_for_everyone()
+
+
+def any_rank(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Note SIGTERM and SIGINT instead of dying of them: the loop checkpoints first."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,176 @@
+"""From settings to a model, its processor, and its data."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.encoders.module import ModalEncoderModule
+from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
+from anygpt.errors import InputError
+from anygpt.modeling import MultimodalModel
+from anygpt.parts import (
+    Source,
+    load_decoder,
+    load_encoder,
+    load_encoder_processor,
+    load_language_model,
+    load_tokenizer,
+)
+from anygpt.processing import MultimodalProcessor
+from anygpt.saving import read_config
+from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig
+from anygpt.training.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+_BF16 = "bfloat16"
+
+
+def source(part: PartConfig, mixed_precision: str) -> Source:
+    """A part's source; with bf16, frozen parts are loaded in it unless the config says otherwise."""
+    known = {f.name for f in fields(Source)}
+    settings = {name: value for name, value in asdict(part).items() if name in known}
+    if settings["dtype"] is None and mixed_precision == "bf16":
+        settings["dtype"] = _BF16
+    return Source(**settings)
+
+
+def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
+    """The composition that the config describes, on top of `model.init_from` where that is given.
+
+    Raises:
+        InputError: a part cannot be loaded, or is another one than in `init_from`.
+    """
+    encoders, decoders, language_model, start = {}, {}, None, None
+    processors: dict[str, Any] = {}
+    tokenizer = None
+    precision = config.train.mixed_precision
+    if config.model.init_from is not None:
+        folder = Path(config.model.init_from)
+        check_same_parts(folder, config)
+        start = MultimodalModel.from_pretrained(folder)
+        before = MultimodalProcessor.from_pretrained(folder)
+        encoders, decoders, language_model = start.encoders, start.decoders, start.language_model
+        processors, tokenizer = before.encoder_processors, before.llm_tokenizer
+    if language_model is None:
+        part = source(config.model.language_model, precision)
+        language_model, tokenizer = load_language_model(part), load_tokenizer(part)
+    width = language_model.get_input_embeddings().weight.shape[1]
+    for key, entry in config.model.encoders.items():
+        if key not in encoders:
+            encoders[key], processors[key] = new_encoder(key, entry, width, precision)
+    for key, entry in config.model.decoders.items():
+        if key not in decoders:
+            decoders[key] = new_decoder(key, entry, language_model, precision)
+    model = MultimodalModel(encoders, language_model, decoders)
+    processor = MultimodalProcessor(processors, tokenizer, model=model)
+    if start is not None:
+        new = [f"{key}_encoder." for key in encoders if key not in start.encoder_keys]
+        new += [f"{key}_decoder." for key in decoders if key not in start.decoder_keys]
+        new += [
+            f"signal_tokens.{rows}.{key}"
+            for rows in ("input_rows", "output_rows")
+            for key in decoders
+            if key not in start.decoder_keys
+        ]
+        model.load_own_tensors(config.model.init_from, may_lack=tuple(new))
+    model.loss_weights = config.loss
+    return model, processor
+
+
+def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
+    """An encoder with its projector, and its processor."""
+    modality, part = entry.modality or key, source(entry, precision)
+    encoder = load_encoder(part, modality)
+    check_arguments(f"model.encoders.{key}.projector", entry.projector, MultimodalProjectorConfig)
+    sizes = {"in_features": hidden_size_of(encoder.config), "out_features": width}
+    projector = MultimodalProjector(MultimodalProjectorConfig(**sizes | entry.projector))
+    return ModalEncoderModule(encoder, projector, modality=modality), load_encoder_processor(part, modality)
+
+
+def new_decoder(key: str, entry: DecoderConfig, language_model: nn.Module, precision: str) -> ModalDecoderModule:
+    """A decoder with its output projector, sized when the decoder module meets the language model."""
+    decoder = load_decoder(source(entry, precision))
+    module = ModalDecoderModule(decoder, None, entry.num_signal_tokens, entry.hidden_layer)
+    if entry.projector:
+        check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
+        sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
+        module.projector = OutputProjector(OutputProjectorConfig(**sizes | entry.projector))
+    return module
+
+
+def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
+    """transformers' configs take any argument and use those that they know: a typing mistake would pass unseen."""
+    known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(f"{where} has the unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def check_same_parts(folder: Path, config: Config) -> None:
+    """A part named by both the config and `init_from` must be the same one."""
+    saved = read_config(folder)
+    pairs = {
+        **{f"encoders.{k}": (e, saved.encoders.get(k)) for k, e in config.model.encoders.items()},
+        **{f"decoders.{k}": (e, saved.decoders.get(k)) for k, e in config.model.decoders.items()},
+        "language_model": (config.model.language_model, saved.language_model),
+    }
+    for name, (wanted, found) in pairs.items():
+        if wanted is None or found is None or found["source"] is None:
+            continue
+        if (wanted.path, wanted.revision) != (found["source"]["path"], found["source"].get("revision")):
+            raise InputError(
+                f"model.{name} is {wanted.path!r}, but {folder} was trained with {found['source']['path']!r}; name the "
+                "same part, leave it out, or start from other weights with model.init_from"
+            )
+
+
+def build_dataset(
+    sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
+) -> ConversationDataset:
+    """The samples of all files, checked to be of the kinds that the stage can use.
+
+    Raises:
+        InputError: unreadable files, media without encoder or decoder, rows that feed no loss of the stage.
+    """
+    dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
+    inputs = {encoder.modality for encoder in model.encoders.values()}
+    outputs = {decoder.modality for decoder in model.decoders.values()}
+    terms: Counter[str] = Counter()
+    for sample in dataset.samples:
+        found = {"user": set(), "assistant": set()}
+        for role, part in sample.media():
+            found["assistant" if role == "assistant" else "user"].add(part.type)
+        for kinds, known, what in (
+            (found["user"], inputs, "an encoder"),
+            (found["assistant"], outputs, "a decoder"),
+        ):
+            if kinds - known:
+                raise InputError(
+                    f"{sample.source} (sample {sample.id!r}) needs {what} for {', '.join(sorted(kinds - known))}, but "
+                    f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
+                    "such rows out"
+                )
+        term = {(0, 0): "llm", (1, 0): "encoder_llm", (0, 1): "llm_decoder", (1, 1): "encoder_decoder"}[
+            bool(found["user"]), bool(found["assistant"])
+        ]
+        if term not in stage.terms:
+            raise InputError(
+                f"{sample.source} (sample {sample.id!r}) is a row of the kind {term}, which {stage.name} does not "
+                f"train on; it takes {', '.join(stage.terms)}"
+            )
+        terms[term] += 1
+    logger.info("%d samples: %s", len(dataset), ", ".join(f"{n} {term}" for term, n in terms.items()))
+    if dataset.faults:
+        logger.warning("%d rows were left out, the first because: %s", len(dataset.faults), dataset.faults[0])
+    return dataset

@@ -1,0 +1,107 @@
+"""What each stage trains, and on which losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+
+from anygpt.errors import InputError
+from anygpt.losses import TERMS
+from anygpt.parts import is_peft
+from anygpt.training.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe (NExT-GPT, arXiv 2309.05519, §4).
+
+    Attributes:
+        name: for messages and the tracker.
+        trains: suffixes of the parts that train: `projector`, `output_projector`, `signal_tokens`, `language_model`.
+        terms: loss terms that the stage uses; rows of other kinds are an error.
+        lora: put LoRA adapters on the language model; they train in its place.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    terms: tuple[str, ...]
+    lora: bool = False
+
+    def parts(self, model: Any) -> list[str]:
+        """The parts of a model that this stage trains."""
+        keys = {
+            "projector": [f"{key}_projector" for key in model.encoder_keys],
+            "output_projector": [f"{key}_output_projector" for key in model.decoder_keys],
+            "signal_tokens": ["signal_tokens"] if model.decoder_keys else [],
+            "language_model": ["language_model"],
+        }
+        return [part for kind in self.trains for part in keys[kind]]
+
+
+ENCODER_LLM = Stage("stage 1, encoder-LLM", ("projector",), ("encoder_llm",))
+LLM_DECODER = Stage("stage 2, LLM-decoder", ("output_projector", "signal_tokens"), ("llm_decoder",))
+INSTRUCTION_TUNING = Stage(
+    "stage 3, instruction tuning",
+    ("projector", "output_projector", "signal_tokens", "language_model"),
+    TERMS,
+    lora=True,
+)
+
+
+def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
+    """Freeze, adapt and unfreeze as the stage wants it, and prove that exactly that trains.
+
+    Freezing comes before the adapters: the other way round would freeze them too, and nothing would train.
+
+    Returns:
+        The names of the trainable parameters.
+    """
+    model.train_only([])
+    if stage.lora and not is_peft(model.language_model):
+        adapter = LoraConfig(
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model.language_model = get_peft_model(model.language_model, adapter)
+        except ValueError as error:
+            raise InputError(f"lora.target_modules={config.lora.target_modules!r} does not fit: {error}") from error
+    parts = stage.parts(model)
+    model.train_only(parts)
+    rows = config.train.signal_rows
+    if "signal_tokens" in parts:
+        model.signal_tokens.input_rows.requires_grad_(rows == "both")
+        model.signal_tokens.output_rows.requires_grad_(rows in ("both", "output"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a half-precision parameter would swallow small updates
+    trainable = model.trainable_names()
+    expected = expected_names(model, parts, rows)
+    assert set(trainable) == expected, f"{stage.name} trains {set(trainable) ^ expected} by mistake, or not"
+    if not trainable:
+        raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
+    return trainable
+
+
+def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
+    """The parameters that should train, found by their names alone and not by `requires_grad`."""
+    wanted = []
+    for part in parts:
+        key, _, kind = part.rpartition("_")
+        if part.endswith("_output_projector"):
+            key = part.removesuffix("_output_projector")
+            wanted += [f"{key}_decoder.projector.", f"{key}_decoder.layer_weights"]
+        elif kind == "projector":
+            wanted.append(f"{key}_encoder.projector.")
+        elif part == "signal_tokens":
+            rows = {"both": ["input_rows", "output_rows"], "output": ["output_rows"], "none": []}[signal_rows]
+            wanted += [f"signal_tokens.{name}." for name in rows]
+    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(wanted or ["\0"]))}
+    if "language_model" in parts:
+        names |= {n for n, _ in model.named_parameters() if n.startswith("language_model.") and ".lora_" in n}
+    return names

@@ -1,0 +1,100 @@
+"""Where a run's numbers go: the console, `log.txt`, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from anygpt.errors import InputError
+from anygpt.freezing import PartSummary
+from anygpt.training.config import Config
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key: value`, with values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+def part_table(parts: list[PartSummary]) -> str:
+    """What trains, as a table: part, parameters, trainable, share."""
+    total = sum(p.parameters for p in parts)
+    trainable = sum(p.trainable for p in parts)
+    rows = [(p.part, p.parameters, p.trainable) for p in parts] + [("total", total, trainable)]
+    lines = [f"{'part':<28}{'parameters':>14}{'trainable':>14}{'share':>9}"]
+    lines += [f"{name:<28}{n:>14,}{t:>14,}{t / n if n else 0:>9.2%}" for name, n, t in rows]
+    return "\n".join(lines)
+
+
+class RunLog:
+    """Writes lines to the console and `log.txt`, and metrics to the tracker; on the main process only.
+
+    Args:
+        accelerator: its `log_with` says which tracker.
+        config: the run's settings, sent to the tracker.
+        total, done: updates of the run, and those done before (for the progress bar).
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, total: int, done: int):
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        self.folder = Path(config.run.output_dir)
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=self.folder.name,
+            unit="update",
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=1,
+        )
+        if config.run.tracker != "none":
+            name = config.run.name or self.folder.name
+            options = {"wandb": {"name": name, "dir": str(self.folder)}} if config.run.tracker == "wandb" else {}
+            os.environ.setdefault("WANDB_SILENT", "true")
+            accelerator.init_trackers(config.run.project, flatten(config.to_dict()), init_kwargs=options)
+        self.since = time.perf_counter()
+        self.tokens = self.samples = 0
+
+    def say(self, text: str) -> None:
+        """A line, or several, for people."""
+        if self.main:
+            tqdm.write(text)
+            with (self.folder / "log.txt").open("a") as file:
+                file.write(f"{text}\n")
+
+    def count(self, tokens: int, samples: int) -> None:
+        """Add to what was done since the last metrics."""
+        self.tokens += tokens
+        self.samples += samples
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line, and the tracker, with throughput since the last call."""
+        seconds = time.perf_counter() - self.since
+        values = values | {"tok/s": self.tokens / seconds, "samples/s": self.samples / seconds}
+        self.since, self.tokens, self.samples = time.perf_counter(), 0, 0
+        self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def check_tracker(config: Config) -> None:
+    """Say which package a tracker needs before anything is loaded."""
+    if config.run.tracker == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            raise InputError("run.tracker is tensorboard, which is not installed; pip install tensorboard") from error
