@@ -8,7 +8,9 @@ from anygpt.decoders import (
     ModalDecoderModule,
     OutputProjector,
     OutputProjectorConfig,
+    StableDiffusion3Decoder,
     StableDiffusionDecoder,
+    StableDiffusionXLDecoder,
     ZeroscopeDecoder,
 )
 from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
@@ -34,6 +36,8 @@ __all__ = [
     "MultimodalProjectorConfig",
     "OutputProjector",
     "OutputProjectorConfig",
+    "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
+    "StableDiffusionXLDecoder",
     "ZeroscopeDecoder",
 ]

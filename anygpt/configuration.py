@@ -24,6 +24,7 @@ class MultimodalConfig(PreTrainedConfig):
         language_model: `{"class", "source", "fingerprint", "adapter"}`.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
             "projector"}}`.
+        encoder_keys, decoder_keys: the keys in their order.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
 
@@ -39,15 +40,20 @@ class MultimodalConfig(PreTrainedConfig):
         encoders: dict[str, dict[str, Any]] | None = None,
         language_model: dict[str, Any] | None = None,
         decoders: dict[str, dict[str, Any]] | None = None,
+        encoder_keys: list[str] | None = None,
+        decoder_keys: list[str] | None = None,
         token_ids: dict[str, int] | None = None,
         signal_token_ids: dict[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.encoders = encoders or {}
+        # transformers sorts a config's keys when it writes them, but features are prepended in the encoders' order
+        self.encoder_keys = encoder_keys or list(encoders or {})
+        self.decoder_keys = decoder_keys or list(decoders or {})
+        self.encoders = {key: encoders[key] for key in self.encoder_keys}
         self.language_model = language_model or {}
-        self.decoders = decoders or {}
+        self.decoders = {key: decoders[key] for key in self.decoder_keys}
         self.token_ids = token_ids
         self.signal_token_ids = signal_token_ids or {}
         self.format_version = format_version

@@ -10,7 +10,11 @@ from diffusers import (
     AudioLDMPipeline,
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
@@ -20,17 +24,21 @@ from transformers import (
     ClapTextModelWithProjection,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
 
 
-def stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """16 × 16 images, conditions (12, 32)."""
+def stable_diffusion(prediction_type: str = "epsilon", vae_levels: int = 2) -> StableDiffusionPipeline:
+    """16 × 16 images, conditions (12, 32); with 4 VAE levels 64 × 64, of 8 pixels a latent as the real ones have."""
     with _seeded():
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -43,7 +51,7 @@ def stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipelin
             norm_num_groups=4,
         )
         return StableDiffusionPipeline(
-            vae=_vae(channels=3),
+            vae=_vae(channels=3, levels=vae_levels),
             text_encoder=_clip_text_encoder(hidden_size=32, length=12),
             tokenizer=_clip_tokenizer(length=12),
             unet=unet.eval(),
@@ -51,6 +59,68 @@ def stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipelin
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+
+
+def stable_diffusion_xl(force_zeros: bool = True, vae_levels: int = 2) -> StableDiffusionXLPipeline:
+    """16 × 16 images, conditions (12, 24 + 32), pooled (20)."""
+    with _seeded():
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=56,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=6,
+            projection_class_embeddings_input_dim=6 * 6 + 20,
+            norm_num_groups=4,
+        )
+        return StableDiffusionXLPipeline(
+            vae=_vae(channels=3, levels=vae_levels),
+            text_encoder=_clip_text_encoder(hidden_size=24, length=12),
+            text_encoder_2=_clip_text_encoder(hidden_size=32, length=12, projection_dim=20),
+            tokenizer=_clip_tokenizer(length=12),
+            tokenizer_2=_clip_tokenizer(length=12),
+            unet=unet.eval(),
+            scheduler=_scheduler("epsilon"),
+            force_zeros_for_empty_prompt=force_zeros,
+            add_watermarker=False,
+        )
+
+
+def stable_diffusion_3(with_t5: bool = True) -> StableDiffusion3Pipeline:
+    """16 × 16 images, conditions (12 + T5's, 64), pooled (20 + 28)."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
+    with _seeded():
+        t5 = T5Config(vocab_size=len(pieces), d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            caption_projection_dim=24,
+            joint_attention_dim=64,
+            pooled_projection_dim=48,
+            pos_embed_max_size=14,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(channels=3, shift_factor=0.2),
+            text_encoder=_clip_text_encoder(hidden_size=24, length=12, projection_dim=20),
+            tokenizer=_clip_tokenizer(length=12),
+            text_encoder_2=_clip_text_encoder(hidden_size=32, length=12, projection_dim=28),
+            tokenizer_2=_clip_tokenizer(length=12),
+            text_encoder_3=T5EncoderModel(t5).eval() if with_t5 else None,
+            tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[]) if with_t5 else None,
         )
 
 
@@ -138,16 +208,17 @@ def _seeded():
         yield
 
 
-def _vae(channels: int) -> AutoencoderKL:
+def _vae(channels: int, levels: int = 2, shift_factor: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16, 16, 16)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=4,
         scaling_factor=0.37,
+        shift_factor=shift_factor,
     ).eval()
 
 
@@ -163,7 +234,9 @@ def _scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def _clip_text_encoder(hidden_size: int, length: int) -> CLIPTextModel:
+def _clip_text_encoder(
+    hidden_size: int, length: int, projection_dim: int | None = None
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=2 + 2 * len(CHARACTERS),
         hidden_size=hidden_size,
@@ -174,8 +247,9 @@ def _clip_text_encoder(hidden_size: int, length: int) -> CLIPTextModel:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        projection_dim=projection_dim,
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModel if projection_dim is None else CLIPTextModelWithProjection)(config).eval()
 
 
 def _clip_tokenizer(length: int) -> CLIPTokenizer:

@@ -4,6 +4,8 @@ from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.base import Condition, DiffusionDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.decoders.sd3 import StableDiffusion3Decoder
+from anygpt.decoders.sdxl import StableDiffusionXLDecoder
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 from anygpt.decoders.targets import (
     AudioTargets,
@@ -23,7 +25,9 @@ __all__ = [
     "ModalDecoderModule",
     "OutputProjector",
     "OutputProjectorConfig",
+    "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
+    "StableDiffusionXLDecoder",
     "TargetProcessor",
     "VideoTargets",
     "ZeroscopeDecoder",

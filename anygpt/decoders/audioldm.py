@@ -89,7 +89,7 @@ class AudioLDMDecoder(DiffusionDecoder):
         labels = condition.embeds.squeeze(1)
         return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
 
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Tensor | None]:
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """This pipeline takes `(B, D)`."""
         arguments = super().prompt_arguments(condition, negative)
         return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}

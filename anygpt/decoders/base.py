@@ -188,7 +188,7 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
-        """The decoder's own encoding of `B` captions, `(B, T, D)`: what the pipeline would condition on."""
+        """What the pipeline would condition on for `B` captions: `(B, T, D)`, a `Condition` if it has a pooled part."""
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
@@ -201,20 +201,27 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         """Latents `(B, C, …)` of raw media, or of a tensor made by `self.targets`.
 
         The VAE's posterior is sampled with `generator` (a list: one a sample), or its mode taken if there is none;
-        then shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it.
+        then brought to the network's scale (`scale_latents`).
+
+        Raises:
+            InputError: raw media that `targets` does not take, or a list of another number of generators.
         """
         pixels = media if isinstance(media, Tensor) else self.targets(media)
         latents, std = self.posterior(pixels.to(self.device, self.vae.dtype))
         if generator is not None:
             check_generators(generator, len(latents))
             latents = latents + std * randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * self.vae.config.scaling_factor
+        return self.scale_latents(latents)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(B, C, …)` of the VAE's posterior, not scaled."""
         distribution = self.vae.encode(pixels).latent_dist
         return distribution.mean, distribution.std
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
 
     # ---- sampling
 
@@ -258,12 +265,14 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         prompts = self.prompt_arguments(condition, negative_condition)
         return self.collect(self.pipeline(**prompts, **arguments, generator=generator))
 
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Tensor | None]:
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
-        return {
-            "prompt_embeds": condition.embeds,
-            "negative_prompt_embeds": None if negative is None else negative.embeds,
-        }
+        parts = {"prompt_embeds": "embeds"} | ({} if self.pooled_dim is None else {"pooled_prompt_embeds": "pooled"})
+        arguments = {}
+        for name, part in parts.items():
+            arguments[name] = getattr(condition, part)
+            arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
+        return arguments
 
     def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
         """Checked, normalised, on the decoder's device and in its dtype."""
@@ -275,8 +284,12 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
                 f"The condition of {type(self).__name__} is {given}, expected (batch, tokens, dim) = {expected}: "
                 "make the output projector for this decoder's condition_shape, with one condition a sample."
             )
-        if self.pooled_dim is not None and (condition.pooled is None or condition.pooled.shape[-1] != self.pooled_dim):
-            raise InputError(f"{type(self).__name__} needs a pooled condition of dim {self.pooled_dim} beside embeds.")
+        pooled = None if condition.pooled is None else tuple(condition.pooled.shape)
+        if self.pooled_dim is not None and pooled != (expected[0], self.pooled_dim):
+            raise InputError(
+                f"The pooled condition of {type(self).__name__} is {pooled}, expected (batch, dim) = "
+                f"{(expected[0], self.pooled_dim)}: give Condition(embeds, pooled), as a projector with pooled_dim does."
+            )
         return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
 
 

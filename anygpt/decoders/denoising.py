@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from anygpt.errors import InputError
 
@@ -28,8 +28,14 @@ class DenoisingLoss:
     """The training half of a `DiffusionDecoder`, a mixin of that class alone.
 
     The defaults are those of a network trained on a DDPM schedule. A family trained otherwise (flow matching)
-    overrides `make_training_schedule`, `draw_timesteps`, `noise_and_target` and `loss_weight`.
+    overrides `make_training_schedule`, `timestep_density`, `noise_and_target` and `loss_weight`.
     """
+
+    # From the other half.
+    pipeline: DiffusionPipeline
+    denoiser: nn.Module
+    device: torch.device
+    dtype: torch.dtype
 
     @cached_property
     def training_schedule(self) -> Any:
@@ -67,9 +73,7 @@ class DenoisingLoss:
         device = self.device if generator is None else generator.device
         return self.timestep_density(batch_size, generator, device).to(self.device)
 
-    def timestep_density(
-        self, batch_size: int, generator: torch.Generator | None, device: torch.device
-    ) -> Tensor:
+    def timestep_density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Timesteps `(B,)`, int64, drawn on `device`: uniform over the schedule (arXiv 2006.11239)."""
         high = self.training_schedule.config.num_train_timesteps
         return torch.randint(high, (batch_size,), generator=generator, device=device)
@@ -144,6 +148,8 @@ class DenoisingLoss:
             raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
         if timesteps is None:
             timesteps = self.draw_timesteps(len(latents), generator)
+        elif timesteps.shape != (len(latents),):
+            raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one a sample: ({len(latents)},).")
         timesteps = timesteps.to(self.device)
         weight = self.loss_weight(timesteps, snr_gamma)
         noisy, target = self.noise_and_target(latents, noise.to(latents), timesteps)

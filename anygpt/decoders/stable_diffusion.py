@@ -14,7 +14,7 @@ from anygpt.decoders.targets import ImageTargets
 class StableDiffusionDecoder(DiffusionDecoder):
     """Conditions `(B, T, D)` of a CLIP text encoder -> PIL images.
 
-    `height` and `width` (pixels) of targets and samples default to the U-Net's `sample_size` × the VAE's factor. A
+    `height` and `width` (pixels) of targets and samples default to the network's `sample_size` × the VAE's factor. A
     safety checker in the pipeline blackens what it flags, here as there.
     """
 
@@ -24,7 +24,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None):
         super().__init__(pipeline)
-        sample_size = self.unet.config.sample_size
+        sample_size = self.denoiser.config.sample_size
         native = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.height = height or native[0] * pipeline.vae_scale_factor
         self.width = width or native[1] * pipeline.vae_scale_factor
