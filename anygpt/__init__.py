@@ -1,5 +1,13 @@
 """Any-to-any multimodal language models from pretrained Hugging Face parts."""
 
+import logging
+
+# diffusers imports image processors whose default needs torchvision. Nothing here does: the PIL versions are what we
+# want, so the two notes about them at every start say nothing new.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
+
 from anygpt.configuration import MultimodalConfig
 from anygpt.decoders import (
     AudioLDMDecoder,

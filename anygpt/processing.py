@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 
 from anygpt import chat
+from anygpt.audio import resample, to_mono
+from anygpt.data.media import Audio, Video
 from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.video import VideoFrameProcessor
@@ -269,16 +271,54 @@ class MultimodalProcessor:
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]], **kwargs: Any
-    ) -> str | list[str]:
+    ) -> str | list[str] | BatchFeature:
         """A conversation, or several, with media content parts as text, through the tokenizer's template.
 
         A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder.
         `kwargs` go to the template (`add_generation_prompt=True`).
+
+        With `tokenize=True` the result is a batch for the model instead: users' media parts must then hold their
+        medium under their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or
+        `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`.
         """
+        if kwargs.pop("tokenize", False):
+            return self._batch_of_conversations(conversation, **kwargs)
         if conversation and not isinstance(conversation[0], Mapping):
             return [self.apply_chat_template(one, **kwargs) for one in conversation]
-        kwargs.pop("tokenize", None)
         return chat.render(self.llm_tokenizer, self.flatten_messages(conversation), **kwargs)
+
+    def _batch_of_conversations(self, conversation: Sequence[Any], **kwargs: Any) -> BatchFeature:
+        conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
+        media = []
+        for message in (m for messages in conversations for m in messages if m["role"] != "assistant"):
+            parts = [] if isinstance(message["content"], str) else message["content"]
+            for part in (p for p in parts if p["type"] != "text"):
+                if part["type"] not in part:
+                    raise InputError(
+                        f"a media part has the keys {sorted(part)}; with tokenize=True it must hold its medium under "
+                        f"{part['type']!r}"
+                    )
+                media.append((part["type"], part[part["type"]]))
+        texts = [chat.render(self.llm_tokenizer, self.flatten_messages(c), **kwargs) for c in conversations]
+        # The template writes what begins a text, so the tokenizer must not write it a second time.
+        return self(self.arrange_media(media), {"text": texts, "add_special_tokens": False})
+
+    def arrange_media(self, media: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+        """`(media type, medium)` pairs as `encoder_inputs`: sorted by encoder, in the form that its processor takes.
+
+        Sounds are mixed to mono and resampled to what the encoder's feature extractor wants.
+        """
+        inputs: dict[str, dict[str, Any]] = {}
+        for modality, medium in media:
+            key = self.encoder_key(modality)
+            name = self.media_argument(key)
+            arguments = inputs.setdefault(key, {name: []})
+            if modality == "audio":
+                waveform, rate = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
+                arguments["sampling_rate"] = self.encoder_processors[key].sampling_rate
+                medium = resample(to_mono(waveform), rate, arguments["sampling_rate"])
+            arguments[name].append(medium.frames if isinstance(medium, Video) else medium)
+        return inputs
 
     def flatten_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Messages whose content is one string, media parts written as placeholders and signal spans."""

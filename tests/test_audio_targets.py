@@ -62,6 +62,28 @@ def test_log_mel_without_normalisation_is_torch_stft_with_audioldms_settings():
     torch.testing.assert_close(ours[0, 0], expected, atol=1e-3, rtol=0)
 
 
+def test_log_mel_is_librosas():
+    librosa = pytest.importorskip("librosa")
+    waveform = noise(6400) + tone(700, 16000, seconds=0.4)
+    mel = librosa.feature.melspectrogram(
+        y=np.pad(waveform, 432, mode="reflect"),
+        sr=16000,
+        n_fft=1024,
+        hop_length=160,
+        window="hann",
+        center=False,
+        power=1.0,
+        n_mels=64,
+        fmin=0,
+        fmax=8000,
+        htk=False,
+        norm="slaney",
+    )
+    ours = AudioTargets(num_frames=40, normalize=False)([(waveform, 16000)])
+    assert ours.shape == (1, 1, 40, 64)
+    np.testing.assert_allclose(ours[0, 0], np.log(np.maximum(mel, 1e-5)).T, atol=1e-3, rtol=0)
+
+
 def test_normalisation_is_a_switch():
     waveform = noise(6400)
     louder = 0.3 * waveform + 0.2
@@ -125,6 +147,20 @@ def test_resampling_keeps_tones_in_place(source, target):
 def test_nothing_above_the_new_nyquist_comes_back(frequency):
     resampled = resample(tone(frequency, 44100), 44100, 16000)
     assert np.abs(resampled[800:-800]).max() < 0.5 * 10 ** (-60 / 20)
+
+
+def test_stereo_at_48_khz():
+    kept, gone = [440, 3000, 7400], [8100, 9000, 15999, 23000]
+    left = sum(tone(f, 48000, seconds=1) / 8 for f in kept + gone)
+    right = sum(tone(f, 48000, seconds=1) / 8 for f in gone)
+    both = resample(np.stack([left, right]), 48000, 16000)
+    assert both.shape == (2, 16000)
+    # Half a second from the middle, whole periods of the tones: a line is 2 Hz, amplitude 1/16.
+    lines = np.abs(np.fft.rfft(both[:, 4000:12000])) / 4000
+    assert np.flatnonzero(lines[0] > 1e-4).tolist() == [f // 2 for f in kept]
+    np.testing.assert_allclose(lines[0, [f // 2 for f in kept]], 1 / 16, rtol=1e-3)
+    assert lines[1].max() < 1e-6
+    np.testing.assert_allclose(resample(to_mono(np.stack([left, right])), 48000, 16000), both.mean(0), atol=1e-6)
 
 
 def test_resampling_channels_impulses_and_nothing():

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import accelerate
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -10,13 +11,32 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from anygpt.decoders import AudioLDMDecoder, Condition, DiffusionDecoder, StableDiffusionDecoder, ZeroscopeDecoder
+from anygpt.decoders import (
+    AudioLDMDecoder,
+    Condition,
+    DiffusionDecoder,
+    ModalDecoderModule,
+    StableDiffusion3Decoder,
+    StableDiffusionDecoder,
+    StableDiffusionXLDecoder,
+    ZeroscopeDecoder,
+)
 from anygpt.errors import InputError
 
 FAMILIES = {
-    "image": (StableDiffusionDecoder, tiny_pipelines.stable_diffusion),
-    "video": (ZeroscopeDecoder, tiny_pipelines.zeroscope),
-    "audio": (AudioLDMDecoder, tiny_pipelines.audioldm),
+    "sd": (StableDiffusionDecoder, tiny_pipelines.stable_diffusion),
+    "sdxl": (StableDiffusionXLDecoder, tiny_pipelines.stable_diffusion_xl),
+    "sd3": (StableDiffusion3Decoder, tiny_pipelines.stable_diffusion_3),
+    "zeroscope": (ZeroscopeDecoder, tiny_pipelines.zeroscope),
+    "audioldm": (AudioLDMDecoder, tiny_pipelines.audioldm),
+}
+# condition_shape and pooled_dim
+SHAPES = {
+    StableDiffusionDecoder: ((12, 32), None),
+    StableDiffusionXLDecoder: ((12, 56), 20),
+    StableDiffusion3Decoder: ((12 + 256, 64), 48),
+    ZeroscopeDecoder: ((10, 24), None),
+    AudioLDMDecoder: ((1, 20), None),
 }
 CAPTIONS = ["a red ring", "two dogs, and rather more words than fit", ""]
 
@@ -35,6 +55,13 @@ def same(ours: list, theirs: list, exact: bool) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype
         # AudioLDM's condition is normalised once more, which may move its last bit.
         np.testing.assert_array_equal(a, b) if exact else np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def mapped(condition, function):
+    """A plain tensor or a `Condition`, with `function` applied to its tensors."""
+    if isinstance(condition, torch.Tensor):
+        return function(condition)
+    return Condition(function(condition.embeds), function(condition.pooled))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -68,11 +95,66 @@ def test_sampling_the_text_encoding_is_what_the_pipeline_does(decoder, batch_siz
     same(ours, theirs, exact=decoder.modality != "audio")
 
 
+SIZES = {
+    "sd": (lambda: tiny_pipelines.stable_diffusion(vae_levels=4), {"height": 24, "width": 40}),  # latents 3 × 5
+    "sdxl": (lambda: tiny_pipelines.stable_diffusion_xl(vae_levels=4), {"height": 40, "width": 24}),
+    "sd3": (tiny_pipelines.stable_diffusion_3, {"height": 12, "width": 20}),  # 3 × 5 patches
+    "zeroscope": (tiny_pipelines.zeroscope, {"height": 24, "width": 8, "num_frames": 3}),
+    "audioldm": (tiny_pipelines.audioldm, {"audio_length_in_s": 0.2512}),  # latents 13 × 8
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sampling_at_other_sizes_is_what_the_pipeline_does(name):
+    pipeline, size = SIZES[name]
+    decoder = FAMILIES[name][0](pipeline())
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0, **size}
+    theirs = raw_output(decoder, prompt=CAPTIONS, generator=generator(), **call)
+    same(
+        decoder.sample(decoder.encode_text(CAPTIONS), generator=generator(), **call),
+        theirs,
+        exact=name != "audioldm",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "settings"),
+    [
+        ("sd", lambda: tiny_pipelines.stable_diffusion("v_prediction"), {}),  # as Stable Diffusion 2
+        ("sdxl", lambda: tiny_pipelines.stable_diffusion_xl(force_zeros=False), {}),
+        ("sd3", lambda: tiny_pipelines.stable_diffusion_3(with_t5=False), {}),
+        ("sd3", tiny_pipelines.stable_diffusion_3, {"max_sequence_length": 7}),
+    ],
+)
+def test_variations_of_a_pipeline(name, pipeline, settings, tmp_path):
+    decoder = FAMILIES[name][0](pipeline(), **settings)
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    theirs = raw_output(decoder, prompt=CAPTIONS, generator=generator(), **call, **settings)
+    condition = decoder.encode_text(CAPTIONS)
+    assert Condition.of(condition).embeds.shape == (3, *decoder.condition_shape)
+    same(decoder.sample(condition, generator=generator(), **call), theirs, exact=True)
+    decoder.save_pretrained(tmp_path)
+    again = DiffusionDecoder.from_pretrained(tmp_path)
+    assert again.condition_shape == decoder.condition_shape
+    same(again.sample(condition, generator=generator(), **call), theirs, exact=True)
+
+
+def test_without_a_negative_sdxl_is_guided_away_from_zeros():
+    decoder = StableDiffusionXLDecoder(tiny_pipelines.stable_diffusion_xl())
+    condition = decoder.encode_text(CAPTIONS[:1])
+    negatives = [None, mapped(condition, torch.zeros_like), decoder.encode_text([""])]
+    default, zeros, empty = (
+        decoder.sample(condition, negative_condition=n, num_inference_steps=2, generator=generator()) for n in negatives
+    )
+    same(default, zeros, exact=True)
+    assert (np.asarray(default[0]) != np.asarray(empty[0])).any()
+
+
 def test_the_condition_and_the_seed_matter(decoder):
     condition = decoder.encode_text(CAPTIONS[:1])
     first, again, seed, other = (
         arrays(decoder.sample(c, num_inference_steps=3, guidance_scale=5.0, generator=generator(s)))[0].astype(float)
-        for c, s in [(condition, 0), (condition, 0), (condition, 1), (condition.flip(-1), 0)]
+        for c, s in [(condition, 0), (condition, 0), (condition, 1), (mapped(condition, lambda x: x.flip(-1)), 0)]
     )
     assert (first == again).all() and (first != seed).any() and (first != other).any()
 
@@ -135,11 +217,13 @@ def test_sizes_can_be_set_for_a_call_and_for_a_decoder():
 
 
 def test_condition_shape_comes_from_the_configs(decoder):
-    shapes = {"image": (12, 32), "video": (10, 24), "audio": (1, 20)}
+    shape, pooled_dim = SHAPES[type(decoder)]
     encoding = decoder.encode_text(CAPTIONS)
-    assert decoder.condition_shape == shapes[decoder.modality] and decoder.pooled_dim is None
-    assert isinstance(encoding, torch.Tensor) and encoding.shape == (3, *decoder.condition_shape)
-    assert not encoding.requires_grad
+    assert decoder.condition_shape == shape and decoder.pooled_dim == pooled_dim
+    assert isinstance(encoding, torch.Tensor if pooled_dim is None else Condition)
+    encoding = Condition.of(encoding)
+    assert encoding.embeds.shape == (3, *shape) and not encoding.embeds.requires_grad
+    assert pooled_dim is None or (encoding.pooled.shape == (3, pooled_dim) and not encoding.pooled.requires_grad)
 
 
 def test_the_condition_of_audioldm_is_normalised_in_loss_and_sampling():
@@ -168,11 +252,12 @@ def test_latents_follow_the_vae(decoder):
         modes = torch.stack([vae.encode(frame).latent_dist.mode() for frame in targets.unbind(2)], dim=2)
     else:
         modes = vae.encode(targets).latent_dist.mode()
-    torch.testing.assert_close(latents, modes * 0.37)
+    shift = 0.2 if isinstance(decoder, StableDiffusion3Decoder) else 0.0
+    torch.testing.assert_close(latents, (modes - shift) * 0.37)
     assert not latents.requires_grad
 
     if decoder.modality != "video":
-        expected = vae.encode(targets).latent_dist.sample(generator(3)) * 0.37
+        expected = (vae.encode(targets).latent_dist.sample(generator(3)) - shift) * 0.37
         torch.testing.assert_close(decoder.encode_media(targets, generator(3)), expected)
     together = decoder.encode_media(targets, [generator(0), generator(1)])
     assert not torch.equal(together, latents)
@@ -213,20 +298,23 @@ def test_image_targets_are_what_the_pipeline_makes_of_an_image(image_decoder):
 def test_the_networks_are_frozen_submodules(decoder):
     networks = {name for name, c in decoder.pipeline.components.items() if isinstance(c, torch.nn.Module)}
     assert networks == {name for name, _ in decoder.named_children()}
-    assert decoder.unet is decoder.pipeline.unet
+    assert any(decoder.denoiser is child for child in decoder.children())
     assert not any(p.requires_grad for p in decoder.parameters()) and not any(m.training for m in decoder.modules())
-    assert sum(p.numel() for p in decoder.unet.parameters()) < sum(p.numel() for p in decoder.parameters())
-    assert decoder.train() is decoder and decoder.unet.training
+    assert sum(p.numel() for p in decoder.denoiser.parameters()) < sum(p.numel() for p in decoder.parameters())
+    assert decoder.train() is decoder and decoder.denoiser.training
     decoder.eval()
 
 
-def test_dtype_moves_with_the_module(image_decoder):
-    decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion()).to(torch.bfloat16)
-    condition = decoder.encode_text(CAPTIONS)
-    assert condition.dtype == decoder.dtype == torch.bfloat16
-    loss = decoder.denoising_loss(condition.float(), torch.randn(3, 4, 8, 8, generator=generator()))
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_dtype_moves_with_the_module(name):
+    cls, pipeline = FAMILIES[name]
+    decoder = cls(pipeline()).to(torch.bfloat16)
+    condition = Condition.of(decoder.encode_text(CAPTIONS))
+    assert condition.embeds.dtype == decoder.dtype == torch.bfloat16
+    condition = condition.to(dtype=torch.float32)
+    loss = decoder.denoising_loss(condition, torch.randn(3, 4, 8, 8, generator=generator()))
     assert loss.dtype == torch.float32 and loss.isfinite().all()
-    assert len(decoder.sample(condition.float(), num_inference_steps=1, guidance_scale=2.0)) == 3
+    assert len(decoder.sample(condition, num_inference_steps=1, guidance_scale=2.0)) == 3
 
 
 def test_round_trip_through_the_base_class(decoder, tmp_path):
@@ -236,7 +324,9 @@ def test_round_trip_through_the_base_class(decoder, tmp_path):
     state, loaded = decoder.state_dict(), again.state_dict()
     assert list(state) == list(loaded) and all(torch.equal(state[name], loaded[name]) for name in state)
     condition = decoder.encode_text(CAPTIONS)
-    torch.testing.assert_close(condition, again.encode_text(CAPTIONS), rtol=0, atol=0)
+    torch.testing.assert_close(
+        Condition.of(condition).embeds, Condition.of(again.encode_text(CAPTIONS)).embeds, rtol=0, atol=0
+    )
     same(*(d.sample(condition, num_inference_steps=2, generator=generator()) for d in (decoder, again)), exact=True)
     assert not list(tmp_path.rglob("*.bin")) and load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
 
@@ -269,7 +359,7 @@ def test_the_wrong_class_and_no_pipeline_are_said(image_decoder, tmp_path):
         ZeroscopeDecoder(image_decoder.pipeline)
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "ShapEPipeline"}))
-    with pytest.raises(InputError, match=r"ShapEPipeline; known are AudioLDMPipeline, StableDiffusionPipeline"):
+    with pytest.raises(InputError, match=r"ShapEPipeline; known are AudioLDMPipeline, StableDiffusion3Pipeline"):
         DiffusionDecoder.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="No diffusers pipeline at"):
         DiffusionDecoder.from_pretrained(tmp_path / "unet")
@@ -291,6 +381,166 @@ def test_conditions_that_do_not_fit_name_both_shapes(decoder):
         decoder.sample(wrong)
     with pytest.raises(InputError, match=rf"\(2, {tokens}, {dim}\), expected .* \(3, {tokens}, {dim}\)"):
         decoder.denoising_loss(wrong[..., :-1], torch.zeros(3, 4, 8, 8))
+    if decoder.pooled_dim is not None:
+        for pooled in (None, torch.zeros(2, decoder.pooled_dim - 1), torch.zeros(1, decoder.pooled_dim)):
+            shape = "None" if pooled is None else rf"\({pooled.shape[0]}, {pooled.shape[1]}\)"
+            with pytest.raises(InputError, match=rf"pooled .* is {shape}, expected .* \(2, {decoder.pooled_dim}\)"):
+                decoder.sample(Condition(wrong[..., :-1], pooled))
+
+
+def test_a_plain_tensor_means_a_condition_of_embeds(decoder):
+    tensor = torch.randn(2, *decoder.condition_shape, generator=generator())
+    if decoder.pooled_dim is not None:  # it has no pooled part
+        with pytest.raises(InputError, match=r"pooled .* is None"):
+            decoder.sample(tensor)
+        return
+    latents = decoder.encode_media([_medium(decoder)] * 2)
+    losses, media = [], []
+    for condition in (tensor, Condition(tensor)):
+        normalised = decoder.normalize_condition(condition)
+        assert type(normalised) is type(condition)
+        losses.append(decoder.denoising_loss(condition, latents, generator=generator()))
+        call = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator()}
+        media.append(decoder.sample(condition, negative_condition=normalised[[1, 0]], **call))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    same(*media, exact=True)
+
+
+def test_an_output_projector_feeds_it(decoder):
+    module = ModalDecoderModule(decoder, num_signal_tokens=3)
+    module.init_projector(in_features=6, num_layers=2, projection_type="linear")
+    states = torch.randn(2, 3, 6, generator=generator())
+    condition = module.condition(states, torch.zeros_like(states))
+    latents = decoder.encode_media([_medium(decoder)] * 2)
+    decoder.denoising_loss(condition, latents, generator=generator()).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith("projector.") and gradient.any() for name, gradient in gradients.items())
+    assert len(gradients) == (2 if decoder.pooled_dim is None else 4)  # the pooled head's too
+    assert len(decoder.sample(condition, num_inference_steps=1)) == 2
+
+
+# ---- the pipeline's memory helpers
+
+
+def test_slicing_and_tiling_of_the_vae_change_nothing(decoder):
+    condition = decoder.encode_text(CAPTIONS)
+    media = [_medium(decoder)] * 2
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    expected, latents = decoder.sample(condition, generator=generator(), **call), decoder.encode_media(media)
+    vae = decoder.pipeline.vae
+    vae.enable_slicing()
+    vae.enable_tiling()  # what is smaller than a tile stays whole
+    try:
+        sliced = decoder.sample(condition, generator=generator(), **call)
+        torch.testing.assert_close(decoder.encode_media(media), latents)
+    finally:
+        vae.disable_slicing()
+        vae.disable_tiling()
+    for a, b in zip(expected, sliced, strict=True):
+        tolerance = 1e-4 if decoder.modality == "audio" else 1  # a grey level
+        assert np.abs(np.float64(a) - np.float64(b)).max() <= tolerance
+
+
+def test_tiles_of_the_vae_are_used_where_they_are_smaller_than_the_image(image_decoder):
+    condition = image_decoder.encode_text(["x"])
+    vae, calls = image_decoder.pipeline.vae, []
+    hook = vae.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    sizes = vae.tile_sample_min_size, vae.tile_latent_min_size
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 16, 8
+    try:
+        (image,) = image_decoder.sample(condition, height=32, width=32, num_inference_steps=1)
+    finally:
+        hook.remove()
+        vae.disable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = sizes
+    assert image.size == (32, 32) and len(calls) > 1
+
+
+def test_attention_slicing_changes_nothing(decoder):
+    condition = decoder.encode_text(CAPTIONS[:2])
+    latents = decoder.encode_media([_medium(decoder)] * 2)
+    expected = decoder.denoising_loss(condition, latents, generator=generator())
+    processors = {
+        name: module.processor for name, module in decoder.denoiser.named_modules() if hasattr(module, "processor")
+    }
+    decoder.pipeline.enable_attention_slicing(1)
+    try:
+        now = [decoder.denoiser.get_submodule(name).processor for name in processors]
+        # SD 3's transformer has no such attention: there the pipeline's switch does nothing
+        sliced = any("Sliced" in type(processor).__name__ for processor in now)
+        assert sliced != isinstance(decoder, StableDiffusion3Decoder)
+        loss = decoder.denoising_loss(condition, latents, generator=generator())
+    finally:
+        for name, processor in processors.items():
+            decoder.denoiser.get_submodule(name).set_processor(processor)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_may_be_kept_elsewhere_than_where_is_computed(name):
+    # What enable_sequential_cpu_offload does, which itself asks for an accelerator: the weights are on the "meta"
+    # device, and come to the CPU layer by layer.
+    cls, pipeline = FAMILIES[name]
+    plain, offloaded = cls(pipeline()), cls(pipeline())
+    for network in offloaded.children():
+        accelerate.cpu_offload(network, torch.device("cpu"), offload_buffers=True)
+    assert offloaded.pipeline.device.type == "meta" and offloaded.device == torch.device("cpu")
+    assert {p.device.type for p in offloaded.denoiser.parameters()} == {"meta"}
+    results = []
+    for decoder in (plain, offloaded):
+        condition = Condition.of(decoder.encode_text(CAPTIONS))
+        embeds = condition.embeds.clone().requires_grad_()
+        latents = decoder.encode_media([_medium(decoder)] * 3)
+        loss = decoder.denoising_loss(Condition(embeds, condition.pooled), latents, generator=generator())
+        loss.sum().backward()
+        media = decoder.sample(condition, num_inference_steps=1, guidance_scale=3.0, generator=generator())
+        results.append((latents, loss, embeds.grad, media))
+    for ours, theirs in zip(*(result[:3] for result in results), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    same(results[0][3], results[1][3], exact=name != "audioldm")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="enable_model_cpu_offload needs an accelerator")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_offloading(name):
+    cls, pipeline = FAMILIES[name]
+    decoder = cls(pipeline())
+    decoder.pipeline.enable_model_cpu_offload()
+    assert decoder.device.type == "cuda" and decoder.vae.device.type == "cpu"
+    condition = Condition.of(decoder.encode_text(CAPTIONS))
+    embeds = condition.embeds.clone().requires_grad_()
+    latents = decoder.encode_media([_medium(decoder)] * 3)
+    decoder.denoising_loss(Condition(embeds, condition.pooled), latents, generator=generator()).sum().backward()
+    assert latents.device.type == "cuda" and embeds.grad.isfinite().all() and embeds.grad.any()
+    assert len(decoder.sample(condition, num_inference_steps=1, guidance_scale=3.0)) == 3
+
+
+# ---- half precision and other VAEs of SDXL
+
+
+def test_the_vae_of_sdxl_encodes_in_float32_where_it_overflows_in_float16():
+    decoder = StableDiffusionXLDecoder(tiny_pipelines.stable_diffusion_xl())
+    expected = decoder.encode_media([_medium(decoder)])
+    decoder.vae.half()
+    seen = []
+    hook = decoder.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    try:
+        torch.testing.assert_close(decoder.encode_media([_medium(decoder)]), expected, rtol=1e-2, atol=1e-2)
+    finally:
+        hook.remove()
+    assert seen == [torch.float32] and decoder.vae.dtype == torch.float16
+
+
+def test_channel_means_of_a_vae_are_undone():
+    decoder = StableDiffusionXLDecoder(tiny_pipelines.stable_diffusion_xl())
+    means, deviations = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+    decoder.vae.register_to_config(latents_mean=means, latents_std=deviations)
+    latents = decoder.encode_media([_medium(decoder)])
+    mean, std = (torch.tensor(x).view(1, 4, 1, 1) for x in (means, deviations))
+    modes = decoder.vae.encode(decoder.targets([_medium(decoder)])).latent_dist.mode()
+    # the pipeline's line
+    torch.testing.assert_close(latents * std / decoder.vae.config.scaling_factor + mean, modes)
 
 
 def test_a_safety_checker_stays_in_force_and_its_absence_is_logged_once(caplog):

@@ -7,31 +7,53 @@ import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 
-from anygpt.decoders import AudioLDMDecoder, StableDiffusionDecoder, ZeroscopeDecoder
+from anygpt.decoders import (
+    AudioLDMDecoder,
+    Condition,
+    StableDiffusion3Decoder,
+    StableDiffusionDecoder,
+    StableDiffusionXLDecoder,
+    ZeroscopeDecoder,
+)
 from anygpt.errors import InputError
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 FAMILIES = {
-    "image": (StableDiffusionDecoder, tiny_pipelines.stable_diffusion, (4, 8, 8)),
-    "video": (ZeroscopeDecoder, tiny_pipelines.zeroscope, (4, 3, 8, 8)),
-    "audio": (AudioLDMDecoder, tiny_pipelines.audioldm, (4, 16, 8)),
+    "sd": (StableDiffusionDecoder, tiny_pipelines.stable_diffusion, (4, 8, 8)),
+    "sdxl": (StableDiffusionXLDecoder, tiny_pipelines.stable_diffusion_xl, (4, 7, 5)),
+    "sd3": (StableDiffusion3Decoder, tiny_pipelines.stable_diffusion_3, (4, 6, 10)),
+    "zeroscope": (ZeroscopeDecoder, tiny_pipelines.zeroscope, (4, 3, 8, 8)),
+    "audioldm": (AudioLDMDecoder, tiny_pipelines.audioldm, (4, 16, 8)),
 }
+
+
+def random_inputs(decoder, batch_size: int, shape: tuple[int, ...]) -> tuple[Condition, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    embeds = torch.randn(batch_size, *decoder.condition_shape, generator=draw)
+    pooled = None if decoder.pooled_dim is None else torch.randn(batch_size, decoder.pooled_dim, generator=draw)
+    return Condition(embeds, pooled), torch.randn(batch_size, *shape, generator=draw)
+
+
+def leaves(condition: Condition) -> tuple[Condition, list[torch.Tensor]]:
+    """The condition with gradients, and its tensors that have them."""
+    parts = [None if x is None else x.clone().requires_grad_() for x in (condition.embeds, condition.pooled)]
+    return Condition(*parts), [part for part in parts if part is not None]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     cls, pipeline, shape = FAMILIES[request.param]
     decoder = cls(pipeline())
-    batch = torch.Generator().manual_seed(0)
-    condition = torch.randn(3, *decoder.condition_shape, generator=batch)
-    return decoder, condition, torch.randn(3, *shape, generator=batch)
+    return decoder, *random_inputs(decoder, 3, shape)
 
 
 def image_decoder(kind: str = "epsilon", **scheduler) -> StableDiffusionDecoder:
@@ -110,25 +132,29 @@ def test_the_training_schedule_has_the_noise_levels_of_the_pipelines(scheduler):
 
 def test_gradients_reach_the_condition_and_nothing_else(family):
     decoder, condition, latents = family
-    condition = condition.clone().requires_grad_()
+    condition, parts = leaves(condition)
     loss = decoder.denoising_loss(condition, latents, generator=torch.Generator().manual_seed(0))
     assert loss.shape == (3,) and loss.dtype == torch.float32
     loss.sum().backward()
-    assert (condition.grad.flatten(1).norm(dim=1) > 0).all()
+    assert all((part.grad.flatten(1).norm(dim=1) > 0).all() for part in parts)
     assert all(p.grad is None for p in decoder.parameters())
 
 
 def test_only_an_own_condition_moves_a_sample(family):
     decoder, condition, latents = family
-    condition = condition.clone().requires_grad_()
+    condition, parts = leaves(condition)
     decoder.denoising_loss(condition, latents, generator=torch.Generator().manual_seed(0))[1].backward()
-    reached = condition.grad.flatten(1).norm(dim=1) > 0
-    assert reached.tolist() == [False, True, False]
+    for part in parts:
+        assert (part.grad.flatten(1).norm(dim=1) > 0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_with_a_generator_a_sample_the_split_does_not_matter(family, snr_gamma):
     decoder, condition, latents = family
+    if snr_gamma is not None and isinstance(decoder, StableDiffusion3Decoder):
+        with pytest.raises(InputError, match="flow matching, where snr_gamma means nothing"):
+            decoder.denoising_loss(condition, latents, snr_gamma=snr_gamma)
+        return
 
     def loss(rows):
         generators = [torch.Generator().manual_seed(100 + row) for row in range(3)[rows]]
@@ -156,19 +182,17 @@ def test_timesteps_cover_the_schedule():
 def test_gradient_checkpointing_recomputes_and_changes_nothing(name):
     cls, pipeline, shape = FAMILIES[name]
     decoder = cls(pipeline())
-    draw = torch.Generator().manual_seed(0)
-    condition, latents = (
-        torch.randn(2, *decoder.condition_shape, generator=draw),
-        torch.randn(2, *shape, generator=draw),
-    )
+    condition, latents = random_inputs(decoder, 2, shape)
     calls = []
-    decoder.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    net = decoder.denoiser
+    block = net.transformer_blocks[-1].attn if name == "sd3" else net.up_blocks[-1].resnets[-1]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradient():
         calls.clear()
-        leaf = condition.clone().requires_grad_()
+        leaf, parts = leaves(condition)
         decoder.denoising_loss(leaf, latents, generator=torch.Generator().manual_seed(0)).sum().backward()
-        return leaf.grad
+        return [part.grad for part in parts]
 
     expected = gradient()
     assert len(calls) == 1
@@ -199,7 +223,133 @@ def test_min_snr_at_zero_terminal_snr():
     assert loss.isfinite().all() and loss[-1] == 0
 
 
-def test_noise_of_another_shape_is_refused():
-    condition, latents, noise, _ = inputs()
+def test_noise_and_timesteps_of_another_shape_are_refused():
+    condition, latents, noise, timesteps = inputs()
+    with pytest.raises(InputError, match=r"timesteps are \(1,\), expected one a sample: \(4,\)"):
+        image_decoder().denoising_loss(condition, latents, timesteps=timesteps[:1])
     with pytest.raises(InputError, match=r"noise is \(4, 4, 8, 4\), expected the latents' shape \(4, 4, 8, 8\)"):
         image_decoder().denoising_loss(condition, latents, noise=noise[..., :4])
+
+
+# ---- Stable Diffusion XL: two encoders, pooled condition, sizes
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_mean_is_what_train_text_to_image_sdxl_computes(snr_gamma):
+    decoder = StableDiffusionXLDecoder(tiny_pipelines.stable_diffusion_xl())
+    condition, latents = random_inputs(decoder, 3, (4, 7, 5))
+    noise, timesteps = (
+        torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([3, 400, 999]),
+    )
+    ours = decoder.denoising_loss(condition, latents, noise=noise, timesteps=timesteps, snr_gamma=snr_gamma)
+
+    def compute_time_ids(original_size, crops_coords_top_left, target_size=(14, 10)):
+        return torch.tensor([list(original_size + crops_coords_top_left + target_size)], dtype=torch.float32)
+
+    scheduler = DDPMScheduler.from_config(decoder.pipeline.scheduler.config)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    added = {
+        "text_embeds": condition.pooled,
+        "time_ids": torch.cat([compute_time_ids((14, 10), (0, 0)) for _ in range(3)]),
+    }
+    prediction = decoder.unet(noisy, timesteps, condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
+    loss = F.mse_loss(prediction.float(), noise.float(), reduction="none").mean(dim=[1, 2, 3])
+    if snr_gamma is not None:
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * torch.stack([snr, snr_gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / snr
+    torch.testing.assert_close(ours.mean(), loss.mean(), rtol=1e-6, atol=0)
+
+
+# ---- Stable Diffusion 3: flow matching
+
+
+def flow_inputs(decoder):
+    condition, latents = random_inputs(decoder, 4, (4, 6, 10))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    return condition, latents, noise, decoder.training_schedule.timesteps[[0, 250, 700, 999]]
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"])
+@pytest.mark.parametrize("precondition_outputs", [0, 1])
+def test_flow_matching_is_what_train_dreambooth_lora_sd3_computes(scheme, precondition_outputs):
+    decoder = StableDiffusion3Decoder(tiny_pipelines.stable_diffusion_3(), weighting_scheme=scheme)
+    condition, model_input, noise, timesteps = flow_inputs(decoder)
+    ours = decoder.denoising_loss(condition, model_input, noise=noise, timesteps=timesteps)
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(decoder.pipeline.scheduler.config)
+    sigmas = scheduler.sigmas[[(scheduler.timesteps == t).nonzero().item() for t in timesteps]].view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * model_input + sigmas * noise
+    prediction = decoder.transformer(noisy, condition.embeds, condition.pooled, timesteps, return_dict=False)[0]
+    target = noise - model_input
+    if precondition_outputs:
+        prediction, target = prediction * (-sigmas) + noisy, model_input
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigmas)
+    loss = torch.mean((weighting.float() * (prediction.float() - target.float()) ** 2).reshape(4, -1), 1)
+    # with preconditioned outputs, the script's loss has another weight a sample and is the same otherwise
+    expected = ours * sigmas.flatten() ** 2 if precondition_outputs else ours
+    torch.testing.assert_close(expected, loss, rtol=1e-4, atol=1e-6)
+    if not precondition_outputs:
+        torch.testing.assert_close(ours.mean(), loss.mean(), rtol=1e-6, atol=0)
+
+
+def test_the_flow_in_float64():
+    decoder = StableDiffusion3Decoder(tiny_pipelines.stable_diffusion_3()).double()
+    condition, latents, noise, timesteps = flow_inputs(decoder)
+    condition, latents, noise = condition.to(dtype=torch.float64), latents.double(), noise.double()
+    ours = decoder.denoising_loss(condition, latents, noise=noise, timesteps=timesteps.double())
+    expected = []
+    for row in range(4):
+        t = timesteps[row].double()
+        x = (1 - t / 1000) * latents[row] + t / 1000 * noise[row]
+        part = condition[[row]]
+        with torch.no_grad():
+            velocity = decoder.transformer(x[None], part.embeds, part.pooled, t[None]).sample[0]
+        expected.append(((velocity - (noise[row] - latents[row])) ** 2).mean())
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-6, atol=0)
+
+
+def test_the_flows_timesteps_have_the_density_of_the_training_script():
+    decoder = StableDiffusion3Decoder(tiny_pipelines.stable_diffusion_3())
+    drawn = decoder.draw_timesteps(20000, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.float32 and drawn.min() > 0 and drawn.max() <= 1000
+    # σ' = 3σ / (1 + 2σ) undone; the schedule runs from σ = 1 down, in steps of 1/1000
+    sigma = (drawn / 1000).double()
+    logit = torch.logit((sigma / (3 - 2 * sigma)).clamp(1e-3, 1 - 1e-3))
+    assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
+    a, b = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    together = decoder.draw_timesteps(2, [a, b])
+    alone = [decoder.draw_timesteps(1, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_every_scheme_draws_timesteps_of_the_schedule_and_an_unknown_one_is_refused():
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    for scheme in ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none"):
+        decoder = StableDiffusion3Decoder(pipeline, weighting_scheme=scheme)
+        drawn = decoder.draw_timesteps(500, torch.Generator().manual_seed(0))
+        assert torch.isin(drawn, decoder.training_schedule.timesteps).all() and len(drawn.unique()) > 200
+    with pytest.raises(InputError, match="'uniform': expected logit_normal, mode"):
+        StableDiffusion3Decoder(pipeline, weighting_scheme="uniform")
+
+
+def test_the_flows_sampling_schedule_is_not_used():
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    decoder = StableDiffusion3Decoder(pipeline)
+    condition, latents, noise, timesteps = flow_inputs(decoder)
+    call = {"noise": noise, "timesteps": timesteps}
+    expected, levels = decoder.denoising_loss(condition, latents, **call), decoder.training_schedule.sigmas.clone()
+    decoder.sample(condition, num_inference_steps=2)
+    assert len(pipeline.scheduler.sigmas) != len(levels)
+    for scheduler in (
+        pipeline.scheduler,
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ):
+        pipeline.scheduler = scheduler
+        again = StableDiffusion3Decoder(pipeline)
+        torch.testing.assert_close(again.training_schedule.sigmas, levels, rtol=0, atol=0)
+        torch.testing.assert_close(again.denoising_loss(condition, latents, **call), expected, rtol=0, atol=0)
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(InputError, match="DDIMScheduler is not configured for it"):
+        StableDiffusion3Decoder(pipeline).denoising_loss(condition, latents)

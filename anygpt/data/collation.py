@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from anygpt.audio import resample, to_mono
 from anygpt.chat import tokenize_with_labels
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.media import Audio, Video
@@ -52,7 +51,8 @@ class Collator:
         batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
         if not good:
             return batch
-        data, counts, _ = self.processor.process_media(self.encoder_inputs(good))
+        inputs = [(kind, medium) for item in good for kind, media in item.inputs.items() for medium in media]
+        data, counts, _ = self.processor.process_media(self.processor.arrange_media(inputs))
         conversations = [self.messages(item) for item in good]
         contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
         expanded = iter(contents)
@@ -79,23 +79,6 @@ class Collator:
                 for m in item.sample.messages
             ]
         )
-
-    def encoder_inputs(self, items: Sequence[LoadedSample]) -> dict[str, dict[str, Any]]:
-        """All inputs of each modality, in the order of the rows, in the form that its processor takes."""
-        inputs: dict[str, dict[str, Any]] = {}
-        for item in items:
-            for modality, media in item.inputs.items():
-                key = self.processor.encoder_key(modality)
-                arguments = inputs.setdefault(key, {self.processor.media_argument(key): []})
-                values = arguments[self.processor.media_argument(key)]
-                for medium in media:
-                    if isinstance(medium, Audio):
-                        rate = self.processor.encoder_processors[key].sampling_rate
-                        arguments["sampling_rate"] = rate
-                        values.append(resample(to_mono(medium.waveform), medium.sampling_rate, rate))
-                    else:
-                        values.append(medium.frames if isinstance(medium, Video) else medium)
-        return inputs
 
     def decoder_targets(self, items: Sequence[LoadedSample]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
         """Captions and target tensors of each decoder in the order of the spans, and an id of each target."""

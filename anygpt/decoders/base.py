@@ -108,7 +108,8 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
             raise InputError(f"{path_or_id}: use_safetensors can only be True, as pickled weights are never read.")
         hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
         try:
-            class_name = DiffusionPipeline.load_config(str(path_or_id), **hub)["_class_name"]
+            config = DiffusionPipeline.load_config(str(path_or_id), **hub)
+            class_name = config["_class_name"]
         except (OSError, KeyError) as error:
             raise InputError(
                 f"No diffusers pipeline at {str(path_or_id)!r}: expected a folder with a model_index.json, or a hub id "
@@ -125,13 +126,14 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
                 f"{path_or_id} holds a {class_name}, but {cls.__name__} needs a {found.pipeline_class.__name__}: "
                 "name a folder of that kind, or use DiffusionDecoder.from_pretrained."
             )
-        names = found._setting_names()
-        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in found._setting_names() if name in kwargs}
         saved = Path(path_or_id, SETTINGS_FILE)
         if saved.is_file():
             settings = {**json.loads(saved.read_text()), **settings}
+        # diffusers saves a pipeline without a part (SD 3's T5), but loads it only when told that it is to be without.
+        absent = {name: None for name, part in config.items() if part == [None, None]}
         try:
-            pipeline = found.pipeline_class.from_pretrained(str(path_or_id), use_safetensors=True, **kwargs)
+            pipeline = found.pipeline_class.from_pretrained(str(path_or_id), use_safetensors=True, **absent | kwargs)
         except OSError as error:
             raise InputError(
                 f"{path_or_id}: could not load every part from safetensors ({str(error).splitlines()[0]}); pickled "
@@ -204,7 +206,7 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         then brought to the network's scale (`scale_latents`).
 
         Raises:
-            InputError: raw media that `targets` does not take, or a list of another number of generators.
+            InputError: media that `targets` does not take, or a list of another number of generators.
         """
         pixels = media if isinstance(media, Tensor) else self.targets(media)
         latents, std = self.posterior(pixels.to(self.device, self.vae.dtype))
@@ -248,8 +250,7 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         Raises:
             InputError: shapes that do not fit, or a size this decoder does not have.
         """
-        unknown = sorted(set(size) - set(self.size_names))
-        if unknown:
+        if unknown := sorted(set(size) - set(self.size_names)):
             raise InputError(
                 f"{type(self).__name__}.sample has no argument {', '.join(unknown)}: sizes are "
                 f"{', '.join(self.size_names)}."
@@ -262,8 +263,8 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         arguments = {name: getattr(self, name) for name in self.size_names} | size
         steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         arguments |= {name: value for name, value in steering.items() if value is not None}
-        prompts = self.prompt_arguments(condition, negative_condition)
-        return self.collect(self.pipeline(**prompts, **arguments, generator=generator))
+        arguments |= self.prompt_arguments(condition, negative_condition)
+        return self.collect(self.pipeline(**arguments, generator=generator))
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
@@ -288,7 +289,7 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         if self.pooled_dim is not None and pooled != (expected[0], self.pooled_dim):
             raise InputError(
                 f"The pooled condition of {type(self).__name__} is {pooled}, expected (batch, dim) = "
-                f"{(expected[0], self.pooled_dim)}: give Condition(embeds, pooled), as a projector with pooled_dim does."
+                f"{(expected[0], self.pooled_dim)}: give Condition(embeds, pooled)."
             )
         return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
 

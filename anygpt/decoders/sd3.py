@@ -55,8 +55,8 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
     @property
     def condition_shape(self) -> tuple[int, int]:
         """`(T, D)`: CLIP's tokens, then T5's (zeros where the pipeline has no T5), all as wide as the attention's."""
-        length = self.pipeline.tokenizer_max_length + self.max_sequence_length
-        return length, self.transformer.config.joint_attention_dim
+        tokens = self.pipeline.tokenizer_max_length + self.max_sequence_length
+        return tokens, self.transformer.config.joint_attention_dim
 
     @property
     def pooled_dim(self) -> int:
@@ -76,10 +76,10 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
         return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
 
     def make_training_schedule(self) -> FlowMatchEulerDiscreteScheduler:
-        """The flow's noise levels, with the shift of the pipeline's scheduler, whatever sampler that is.
+        """The noise levels of the pipeline's scheduler config, whose own tables are the sampler's.
 
         Raises:
-            InputError: the pipeline's scheduler is not configured for flow matching.
+            InputError: that scheduler is not configured for flow matching.
         """
         config = self.pipeline.scheduler.config
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
@@ -112,9 +112,7 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The velocity, from the transformer."""
-        return self.denoiser(
-            noisy, timestep=timesteps, encoder_hidden_states=condition.embeds, pooled_projections=condition.pooled
-        ).sample
+        return self.denoiser(noisy, condition.embeds, condition.pooled, timesteps).sample
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:
         return timesteps / self.training_schedule.config.num_train_timesteps

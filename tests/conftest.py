@@ -1,0 +1,135 @@
+"""What the tests share: the tiny zoo's parts, loaded once and copied, and small media."""
+
+from __future__ import annotations
+
+import copy
+import os
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test may need the hub
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.parts import (
+    Source,
+    load_decoder,
+    load_encoder,
+    load_encoder_processor,
+    load_language_model,
+    load_tokenizer,
+)
+
+SIGNAL_TOKENS = {"image": 4, "video": 3, "audio": 2}
+
+
+class Parts:
+    """The zoo's parts by name; every call gives a fresh copy of what was loaded once."""
+
+    def __init__(self):
+        self._loaded = {}
+
+    def _copy(self, name, load):
+        if name not in self._loaded:
+            self._loaded[name] = load()
+        return copy.deepcopy(self._loaded[name])
+
+    def language_model(self, lively=True):
+        """`lively`: weights four times as large, or random ones would hardly look at their context."""
+        model = self._copy("llm", lambda: load_language_model(Source("zoo:language_model")).eval())
+        if lively:
+            enlarge(model)
+            model.anygpt_source = None  # it is no longer what lies there
+        return model
+
+    def tokenizer(self):
+        return self._copy("tokenizer", lambda: load_tokenizer(Source("zoo:language_model")))
+
+    def encoder(self, modality):
+        return self._copy(f"{modality}_encoder", lambda: load_encoder(_encoder_source(modality), modality).eval())
+
+    def processor(self, modality):
+        return self._copy(
+            f"{modality}_processor", lambda: load_encoder_processor(_encoder_source(modality), modality)
+        )
+
+    def decoder(self, modality):
+        return self._copy(f"{modality}_decoder", lambda: load_decoder(Source(f"zoo:{modality}_decoder")))
+
+
+def enlarge(model, factor=4.0):
+    """Scale all matrices of a model of random weights, so that its outputs depend on its inputs."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return model
+
+
+def _encoder_source(modality):
+    if modality == "video":
+        return Source("zoo:image_encoder", num_frames=4)
+    return Source(f"zoo:{modality}_encoder")
+
+
+@pytest.fixture(scope="session")
+def parts():
+    return Parts()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(parts):
+    """`tiny_model(encoders=…, decoders=…) -> (model in eval mode, processor)`, fresh and seeded at each call."""
+
+    def make(
+        encoders=("image", "video", "audio"),
+        decoders=("image", "video", "audio"),
+        *,
+        language_model=None,
+        tokenizer=None,
+        hidden_layer=-1,
+        num_signal_tokens=SIGNAL_TOKENS,
+        seed=0,
+        **options,
+    ):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = MultimodalModel(
+                {key: ModalEncoderModule(parts.encoder(key)) for key in encoders},
+                parts.language_model() if language_model is None else language_model,
+                {
+                    key: ModalDecoderModule(
+                        parts.decoder(key), num_signal_tokens=num_signal_tokens[key], hidden_layer=hidden_layer
+                    )
+                    for key in decoders
+                },
+                **{"init_output_projector_type": "linear"} | options,
+            )
+        processor = MultimodalProcessor(
+            {key: parts.processor(key) for key in encoders},
+            parts.tokenizer() if tokenizer is None else tokenizer,
+            model=model,
+        )
+        return model.eval(), processor
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def media():
+    """Small media, different for every seed: `media.image(0)`, `media.video(0)`, `media.audio(0)`."""
+
+    def image(seed=0):
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+    def video(seed=0, frames=5):
+        return np.random.default_rng(seed).integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8)
+
+    def audio(seed=0, seconds=0.5):
+        time = np.arange(int(seconds * 16_000)) / 16_000
+        return (0.4 * np.sin(2 * np.pi * (220 + 60 * seed) * time)).astype(np.float32)
+
+    return SimpleNamespace(image=image, video=video, audio=audio)
