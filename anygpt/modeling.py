@@ -228,7 +228,7 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
             wanted = inspect.signature(self.preprocess_llm_callback).parameters
             arguments |= self.preprocess_llm_callback(**{k: v for k, v in known.items() if k in wanted})
         if not return_logits:
-            tap.select = label_positions(merged.labels, merged.input_ids)
+            tap.select = label_positions(merged.labels, merged.attention_mask)
         output = self.language_model(**arguments)
         logits = output.logits if return_logits else output.logits[0]
         return logits, output.hidden_states if arguments["output_hidden_states"] else None
@@ -264,7 +264,7 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
         terms = self.route(merged.media_in, spans, len(merged.input_ids))
         losses: dict[str, LossTerm] = {}
         if merged.labels is not None:
-            rows, positions = label_positions(merged.labels, merged.input_ids)
+            rows, positions = label_positions(merged.labels, merged.attention_mask)
             chosen = logits if logits.dim() == 2 else logits[rows, positions]
             nll = token_nll(chosen, merged.labels[rows, positions + 1])
             losses |= sum_by_term(nll, rows, terms, "nll")
@@ -322,7 +322,8 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
         found: list[tuple[str, Tensor]] = []
         if labels is not None:
             labels = labels.masked_fill(torch.isin(ids, placeholders), IGNORE)
-            found.append(("nll", label_positions(labels, ids)[0]))
+            mask = batch.get("attention_mask")
+            found.append(("nll", label_positions(labels, torch.ones_like(ids) if mask is None else mask)[0]))
         for key, target in (batch.get("decoder_targets") or {}).items():
             for sub, name in (("alignment", "captions"), ("denoising", "media")):
                 if target.get(name) is not None and self.loss_weights.wants(sub, key):
@@ -362,9 +363,12 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
         return by_encoder
 
 
-def label_positions(labels: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`."""
+def label_positions(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
+
+    Nothing is predicted from padding: a row's first token has no loss, whether padding stands before it or not.
+    """
     if labels is None:
-        empty = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        empty = torch.empty(0, dtype=torch.long, device=attention_mask.device)
         return empty, empty
-    return (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)

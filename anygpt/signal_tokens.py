@@ -135,13 +135,19 @@ class SignalTokens(nn.Module):
             )
         return Spans(rows, positions)
 
-    def fill_embeddings(self, embeds: Tensor, input_ids: Tensor) -> Tensor:
-        """Write the input rows over the embeddings of signal tokens: `(…, H)` and `(…,)` ids give `(…, H)`."""
+    def fill_embeddings(self, embeds: Tensor, input_ids: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Write the input rows over the embeddings of signal tokens: `(…, H)` and `(…,)` ids give `(…, H)`.
+
+        Args:
+            embeds: what the embedding gave.
+            input_ids: what it was asked for.
+            scale: what the embedding multiplies its own rows by, as Gemma's does.
+        """
         row = self.row_of(input_ids)
         held = row >= 0
         if not bool(held.any()):
             return embeds
-        rows = torch.cat(list(self.input_rows.values())).to(embeds.dtype)
+        rows = (torch.cat(list(self.input_rows.values())) * scale).to(embeds.dtype)
         return embeds.masked_scatter(held[..., None], rows[row[held]])
 
     def extend_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
@@ -175,7 +181,7 @@ class SignalTokens(nn.Module):
             return (args[0].clamp(max=module.weight.shape[0] - 1), *args[1:])
 
         def fill(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return self.fill_embeddings(output, ids[0])
+            return self.fill_embeddings(output, ids[0], getattr(module, "embed_scale", 1.0))
 
         def read(module: nn.Module, args: tuple) -> tuple:
             tap.hidden = args[0]
