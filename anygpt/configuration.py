@@ -23,7 +23,7 @@ class MultimodalConfig(PreTrainedConfig):
         encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "projector"}}`.
         language_model: `{"class", "source", "fingerprint", "adapter"}`.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
-            "projector"}}`.
+            "signal", "projector"}}`.
         encoder_keys, decoder_keys: the keys in their order.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
@@ -76,6 +76,7 @@ class MultimodalConfig(PreTrainedConfig):
                 **_part(decoder.module),
                 "num_signal_tokens": decoder.num_signal_tokens,
                 "hidden_layer": decoder.hidden_layer,
+                "signal": decoder.signal,
                 "projector": decoder.projector.config.to_diff_dict(),
             }
             for key, decoder in model.decoders.items()

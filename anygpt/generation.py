@@ -22,7 +22,7 @@ from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.merging import Merged, pad_left
 from anygpt.outputs import Answer, GenerationOutput, Segment
-from anygpt.signal_tokens import Tap
+from anygpt.signal_tokens import Spans, Tap
 
 OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -35,14 +35,13 @@ class SpanStates:
     Attributes:
         row, start: the row, and the place of the span's first token in the answer.
         key: its decoder.
-        states, embeddings: `(N, H)`.
+        states: `(N, H)`, the token embeddings added.
     """
 
     row: int
     start: int
     key: str
     states: Tensor
-    embeddings: Tensor
 
 
 @dataclass
@@ -63,6 +62,15 @@ class SpanRules:
 
     def __post_init__(self) -> None:
         self.key_of_first = {span[0]: key for key, span in self.ids.items()}
+        both = sorted(set(self.require) & set(self.forbid))
+        if both:
+            raise InputError(f"{', '.join(both)} cannot be required and forbidden at once")
+        unknown = sorted(set(self.require) - set(self.ids))
+        if unknown:
+            raise InputError(
+                f"{', '.join(unknown)} cannot be required, because the model does not know the signal tokens' ids; "
+                "build the MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
+            )
         needed = sum(len(self.ids[key]) for key in self.require)
         if needed > self.budget:
             raise InputError(
@@ -138,6 +146,10 @@ class SpanDecoder:
         eos = set() if eos is None else set(eos.flatten().tolist())
         pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad.flatten()[0])
+        for processor in logits_processor:
+            # the padding of each prompt: it is no part of an answer, which processors see row by row
+            if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+                processor.prompt_ignore_length = 0
         answers: list[list[int]] = [[] for _ in range(rows)]
         running = [True] * rows
         fed: list[list[int]] = [[] for _ in range(rows)]
@@ -195,11 +207,10 @@ class SpanDecoder:
             key = self.rules.key_of_first.get(new[0]) if new else None
             if key is None:
                 continue
-            states = self.model.decoders[key].select_states(self.tap.hidden, all_states)
-            start = len(answers[row]) - len(new)
-            self.spans.append(
-                SpanStates(row, start, key, states[row, -len(new) :], chunk[row, -len(new) :]),
-            )
+            decoder = self.model.decoders[key]
+            read = slice(-decoder.num_signal_tokens, None)  # a trigger before queries is not read
+            states = decoder.select_states(self.tap.hidden, all_states)[row, read] + chunk[row, read]
+            self.spans.append(SpanStates(row, len(answers[row]) - len(new), key, states))
 
 
 class SpanForcing(LogitsProcessor):
@@ -261,8 +272,8 @@ class GenerationMixin:
         require, forbid, decoder_kwargs = tuple(require), tuple(forbid), decoder_kwargs or {}
         self._check_decoders(require, forbid, decoder_kwargs)
         inputs, options = self._split_inputs(kwargs)
-        options = self._special_tokens() | options
         config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
+        options = self._special_tokens(config) | options
         config.update(**options)
         mode = config.get_generation_mode()
         if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
@@ -297,7 +308,9 @@ class GenerationMixin:
     def _decode_with_beams(self, merged: Merged, tap: Tap, rules: SpanRules, options: dict[str, Any]):
         """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
         prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-        processors = LogitsProcessorList([SpanForcing(rules, self._eos_ids(options))])
+        eos = options.get("eos_token_id")
+        eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+        processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
         sequences = self.language_model.generate(**prompt, logits_processor=processors, **options)
         embeds = self.language_model.get_input_embeddings()(sequences)
         whole = Merged(
@@ -307,25 +320,29 @@ class GenerationMixin:
             None,
             merged.media_in,
         )
-        _, all_states = self.run_language_model(whole, tap, False, {})
-        prompt, found = merged.input_ids.shape[1], []
-        for key, decoder in self.decoders.items():
-            spans = self.signal_tokens.find_spans(sequences, key)
-            states = decoder.select_states(tap.hidden, all_states)
-            for row, positions in zip(spans.rows.tolist(), spans.positions, strict=True):
-                at = positions + prompt
-                found.append(SpanStates(row, int(positions[0]), key, states[row, at], whole.inputs_embeds[row, at]))
-        return sequences, found
+        tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
+        _, all_states = self.run_language_model(whole, {})
+        prompt = merged.input_ids.shape[1]
+        spans = {key: self.signal_tokens.find_spans(sequences, key) for key in self.decoders}
+        shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
+        states = self.read_spans(whole, shifted, tap.hidden, all_states)
+        return sequences, [
+            # the span ends with what is read
+            SpanStates(row, last + 1 - len(self.signal_tokens.ids[key]), key, state)
+            for key in states
+            for row, last, state in zip(
+                spans[key].rows.tolist(), spans[key].positions[:, -1].tolist(), states[key], strict=True
+            )
+        ]
 
     def _assemble(self, sequences: Tensor, spans: list[SpanStates], decoder_kwargs: Mapping) -> list[Answer]:
         """Run each decoder once, batched over its spans, and put text and media in order."""
         media: dict[tuple[int, int], Segment] = {}
         for key, decoder in self.decoders.items():
-            mine = [span for span in spans if span.key == key]
+            mine = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
             if not mine:
                 continue
-            states = torch.stack([span.states for span in mine])
-            condition = decoder.condition(states, torch.stack([span.embeddings for span in mine]))
+            condition = decoder.condition(torch.stack([span.states for span in mine]))
             contents = decoder.module.sample(condition, **decoder_kwargs.get(key, {}))
             for span, content, embeds in zip(mine, contents, condition.embeds, strict=True):
                 media[span.row, span.start] = Segment(decoder.modality, content, key, embeds, span.states)
@@ -350,22 +367,18 @@ class GenerationMixin:
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else ""
 
-    def _special_tokens(self) -> dict[str, int]:
-        """End and padding as the tokenizer has them, where the language model's own config does not say."""
-        own = base_model(self.language_model).generation_config
-        tokens = {}
-        if self.tokenizer is not None and own.eos_token_id is None and self.tokenizer.eos_token_id is not None:
-            tokens["eos_token_id"] = self.tokenizer.eos_token_id
-        if own.pad_token_id is None:
-            eos = tokens.get("eos_token_id", own.eos_token_id)
-            pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
-            pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
-            tokens |= {} if pad is None else {"pad_token_id": pad}
+    def _special_tokens(self, config: GenerationConfig) -> dict[str, Any]:
+        """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""
+        tokens: dict[str, Any] = {}
+        for name in ("eos_token_id", "pad_token_id"):
+            for source in (config, base_model(self.language_model).generation_config, self.tokenizer):
+                if getattr(source, name, None) is not None:
+                    tokens[name] = getattr(source, name)
+                    break
+        if "eos_token_id" in tokens:
+            eos = tokens["eos_token_id"]
+            tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos)
         return tokens
-
-    def _eos_ids(self, options: Mapping[str, Any]) -> list[int]:
-        eos = options.get("eos_token_id", base_model(self.language_model).generation_config.eos_token_id)
-        return list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
 
     def _split_inputs(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Encoder inputs and generation options; what only training needs is left out."""

@@ -3,16 +3,22 @@
 A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). A row of a
 batch feeds exactly one NLL term, by what stands in it:
 
-=================  ==================================  ==============================================
-term               rows                                sub-terms
-=================  ==================================  ==============================================
-`llm`              text in, text out                   `nll`
-`encoder_llm`      media in, text out                  `nll`
-`llm_decoder`      text in, media out                  `nll`, `alignment/<modality>`, `denoising/<modality>`
-`encoder_decoder`  media in, media out                 `nll`, `alignment/<modality>`, `denoising/<modality>`
-=================  ==================================  ==============================================
+=================  ===================  =======================================================
+term               rows                 sub-terms
+=================  ===================  =======================================================
+`llm`              text in, text out    `nll`
+`encoder_llm`      media in, text out   `nll`
+`llm_decoder`      text in, media out   `nll`, `alignment/<decoder>`, `denoising/<decoder>`
+`encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
+=================  ===================  =======================================================
 
-Denominators: label tokens for `nll`, samples for the other two. Shape legend: `anygpt.outputs`.
+The other two terms train parts that the stages freeze, and have weight zero unless a config gives them one:
+
+- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and the binding one's;
+- `decoder`: `denoising/<decoder>`, every target under the decoder's own encoding of its caption.
+
+Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with its weight. Denominators:
+label tokens for `nll`, pairs for `info_nce`, samples for the others. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -21,13 +27,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor
 
 from anygpt.errors import InputError
 from anygpt.outputs import LossTerm
 
-TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
+TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # those that rows are routed to
 ALIGNMENTS = ("l2", "mse", "cosine")
 
 
@@ -42,33 +50,45 @@ class LossWeights:
         encoder_llm: NLL of the answer given the media (stage 1).
         llm_decoder: all sub-terms of rows that turn text into media (stage 2).
         encoder_decoder: all sub-terms of rows that turn media into media (stage 3).
+        encoder: InfoNCE between the encoders' pooled features and those of `binding`.
+        decoder: denoising under the decoder's own text encoding.
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
         by_modality: factor on the alignment and denoising of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
+        binding: the encoder that the others are bound to, as images in ImageBind (arXiv 2305.05665).
+        temperature: of InfoNCE; ImageBind's.
     """
 
     llm: float = 1.0
     encoder_llm: float = 1.0
     llm_decoder: float = 1.0
     encoder_decoder: float = 1.0
+    encoder: float = 0.0
+    decoder: float = 0.0
     nll: float = 1.0
     alignment: float = 1.0
     denoising: float = 1.0
     by_modality: dict[str, float] = field(default_factory=dict)
     alignment_kind: str = "l2"
     snr_gamma: float | None = None
+    binding: str = "image"
+    temperature: float = 0.07
 
     def of(self, name: str) -> float:
         """The weight of `"<term>/<sub-term>[/<modality>]"`."""
         term, sub, *modality = name.split("/")
-        weight = getattr(self, term) * getattr(self, sub)
+        weight = getattr(self, term)
+        if term in TERMS:
+            weight *= getattr(self, sub.removeprefix("pooled_"))
         return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
 
-    def wants(self, sub: str, modality: str) -> bool:
-        """Whether any term uses this sub-term of this modality."""
+    def wants(self, sub: str, modality: str | None = None) -> bool:
+        """Whether any term uses this sub-term; only some terms have those with a modality."""
+        if modality is None:
+            return any(self.of(f"{term}/{sub}") for term in TERMS)
         return any(self.of(f"{term}/{sub}/{modality}") for term in ("llm_decoder", "encoder_decoder"))
 
 
@@ -118,6 +138,33 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Te
     if kind == "cosine":
         return (1 - F.cosine_similarity(condition, target, dim=-1)).mean(dim=-1)
     raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE by pair (CLIP, arXiv 2103.00020, figure 3): `(P, H)` twice gives `(P,)` float32.
+
+    The other pairs of the batch are the negatives, so the value depends on the batch by nature. Under several
+    processes they are those of all processes; gradients reach these too.
+    """
+    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
+    (all_first, offset), (all_second, _) = gather_rows(first), gather_rows(second)
+    own = torch.arange(len(first), device=first.device) + offset
+    forward = F.cross_entropy(first @ all_second.T / temperature, own, reduction="none")
+    backward = F.cross_entropy(second @ all_first.T / temperature, own, reduction="none")
+    return (forward + backward) / 2
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes, which may have different numbers of them, and where this process's own begin."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    padded = F.pad(rows, (0, 0, 0, max(map(int, counts)) - len(rows)))
+    gathered = dist.nn.functional.all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]), int(
+        sum(counts[: dist.get_rank()])
+    )
 
 
 def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> dict[str, LossTerm]:

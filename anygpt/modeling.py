@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anygpt.configuration import MultimodalConfig
-from anygpt.decoders.base import Condition
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.freezing import PartTraining
 from anygpt.generation import GenerationMixin
-from anygpt.losses import LossWeights, caption_alignment, route, sum_by_term, token_nll, weighted_total
-from anygpt.merging import IGNORE, Merged, inject, prepend
-from anygpt.outputs import LossTerm, MultimodalOutput
+from anygpt.losses import LossWeights, weighted_total
+from anygpt.merging import Merged, inject, prepend
+from anygpt.objectives import Objectives
+from anygpt.outputs import MultimodalOutput
 from anygpt.saving import SavingMixin
-from anygpt.signal_tokens import SignalTokens, Spans, Tap
+from anygpt.signal_tokens import SignalTokens, Spans
 
 
-class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
+class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:
@@ -81,7 +81,8 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
             decoder.init_projector(head.weight.shape[1], num_layers, init_output_projector_type)
             self.add_module(f"{key}_decoder", decoder)
         counts = {key: decoder.num_signal_tokens for key, decoder in decoders.items()}
-        self.signal_tokens = SignalTokens(counts, embedding, head)
+        signals = {key: decoder.signal for key, decoder in decoders.items()}
+        self.signal_tokens = SignalTokens(counts, embedding, head, signals)
         self.preprocess_llm_callback = preprocess_llm_callback
         self.loss_weights = LossWeights()
         self.token_ids: dict[str, int] | None = None
@@ -164,10 +165,13 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
             features = self.encode(encoder_inputs)
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
-            logits, all_states = self.run_language_model(merged, tap, return_logits, encoder_inputs)
-        spans = {key: self.signal_tokens.find_spans(merged.input_ids, key) for key in self.signal_tokens.ids}
-        conditions = self.project(merged, spans, tap.hidden, all_states)
-        losses = self.compute_losses(merged, logits, spans, conditions, decoder_targets or {}, generators or {})
+            rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
+            tap.select = None if return_logits else rows.nll
+            logits, all_states = self.run_language_model(merged, encoder_inputs)
+        states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
+        conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}
+        chosen = logits if return_logits else logits[0]
+        losses = self.compute_losses(merged, rows, chosen, conditions, decoder_targets or {}, generators or {})
         loss = weighted_total(losses, self.loss_weights, loss_counts)
         if self.training and loss is not None:
             loss = loss + self.touch_trainable()
@@ -205,13 +209,13 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
         return inject(text, features, self.token_ids)
 
     def run_language_model(
-        self, merged: Merged, tap: Tap, return_logits: bool, encoder_inputs: Mapping[str, Any]
-    ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
-        """The language model, with its head only where it is needed.
+        self, merged: Merged, encoder_inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The language model; its head runs only where the tap selects. Call inside `signal_tokens.attached`.
 
         Returns:
-            Logits, `(B, S, V')` if all are wanted, else `(M, V')` at the places that predict a label; and the
-            `(B, S, H)` states of all layers if a decoder reads others than the last.
+            Logits, `(B, S, V')`, or `(1, M, V')` at the tap's places; and the `(B, S, H)` states of all layers if a
+            decoder reads others than the last.
         """
         arguments = {
             "inputs_embeds": merged.inputs_embeds,
@@ -227,112 +231,22 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
             known = {"input_ids": merged.input_ids, **encoder_inputs, **arguments}
             wanted = inspect.signature(self.preprocess_llm_callback).parameters
             arguments |= self.preprocess_llm_callback(**{k: v for k, v in known.items() if k in wanted})
-        if not return_logits:
-            tap.select = label_positions(merged.labels, merged.attention_mask)
         output = self.language_model(**arguments)
-        logits = output.logits if return_logits else output.logits[0]
-        return logits, output.hidden_states if arguments["output_hidden_states"] else None
+        return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
 
-    def project(
+    def read_spans(
         self,
         merged: Merged,
         spans: Mapping[str, Spans],
         last: Tensor,
         all_states: tuple[Tensor, ...] | None,
-    ) -> dict[str, Condition]:
-        """States at signal spans, plus the token embeddings there, to each decoder's condition `(K, T, D)`."""
+    ) -> dict[str, Tensor]:
+        """What each output projector reads, `(K, N, H)`: the states at its spans plus the token embeddings there."""
         return {
-            key: decoder.condition(
-                spans[key].gather(decoder.select_states(last, all_states)), spans[key].gather(merged.inputs_embeds)
-            )
+            key: spans[key].gather(decoder.select_states(last, all_states)) + spans[key].gather(merged.inputs_embeds)
             for key, decoder in self.decoders.items()
             if key in spans and len(spans[key])
         }
-
-    # ------------------------------------------------------------------------------------------------- the losses
-
-    def compute_losses(
-        self,
-        merged: Merged,
-        logits: Tensor | None,
-        spans: Mapping[str, Spans],
-        conditions: Mapping[str, Condition],
-        targets: Mapping[str, Mapping[str, Any]],
-        generators: Mapping[str, list[torch.Generator]],
-    ) -> dict[str, LossTerm]:
-        """NLL, caption alignment and denoising, each under the term of its row; see `anygpt.losses`."""
-        terms = self.route(merged.media_in, spans, len(merged.input_ids))
-        losses: dict[str, LossTerm] = {}
-        if merged.labels is not None:
-            rows, positions = label_positions(merged.labels, merged.attention_mask)
-            chosen = logits if logits.dim() == 2 else logits[rows, positions]
-            nll = token_nll(chosen, merged.labels[rows, positions + 1])
-            losses |= sum_by_term(nll, rows, terms, "nll")
-        for key, target in targets.items():
-            self.check_targets(key, target, spans)
-            if key not in conditions:
-                continue
-            decoder, condition, rows = self.decoders[key].module, conditions[key], spans[key].rows
-            if target.get("captions") is not None and self.loss_weights.wants("alignment", key):
-                encoding = Condition.of(decoder.encode_text(target["captions"])).embeds
-                distance = caption_alignment(condition.embeds, encoding, self.loss_weights.alignment_kind)
-                losses |= sum_by_term(distance, rows, terms, f"alignment/{key}")
-            if target.get("media") is not None and self.loss_weights.wants("denoising", key):
-                generator = generators.get(key)
-                latents = decoder.encode_media(target["media"], generator=generator)
-                denoising = decoder.denoising_loss(
-                    condition, latents, generator=generator, snr_gamma=self.loss_weights.snr_gamma
-                )
-                losses |= sum_by_term(denoising, rows, terms, f"denoising/{key}")
-        return losses
-
-    @staticmethod
-    def route(media_in: Tensor, spans: Mapping[str, Spans], rows: int) -> list[str]:
-        """The loss term of each row; see `losses.route`."""
-        media_out = torch.zeros(rows, dtype=torch.bool, device=media_in.device)
-        for found in spans.values():
-            media_out[found.rows] = True
-        return route(media_in, media_out)
-
-    def check_targets(self, key: str, target: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
-        """Targets must be of a known decoder, and as many as its signal spans."""
-        if key not in self.decoders:
-            raise InputError(f"there are targets for {key!r}; the decoders are {list(self.decoder_keys)}")
-        if key not in spans:
-            raise InputError(
-                f"there are targets for {key!r}, but the model does not know its signal tokens' ids; build the "
-                "MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
-            )
-        for name, values in target.items():
-            if values is not None and len(values) != len(spans[key]):
-                raise InputError(
-                    f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
-                    "one, in the order of the batch"
-                )
-
-    def count_losses(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        """The denominators that `forward` would use for a batch of injected features, without running anything.
-
-        A training loop adds them up over micro-batches and ranks before the first backward of an update.
-        """
-        ids, labels = batch["input_ids"], batch.get("labels")
-        spans = {key: self.signal_tokens.find_spans(ids, key) for key in self.signal_tokens.ids}
-        placeholders = torch.tensor(list((self.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
-        terms = self.route(torch.isin(ids, placeholders).any(dim=1), spans, len(ids))
-        found: list[tuple[str, Tensor]] = []
-        if labels is not None:
-            labels = labels.masked_fill(torch.isin(ids, placeholders), IGNORE)
-            mask = batch.get("attention_mask")
-            found.append(("nll", label_positions(labels, torch.ones_like(ids) if mask is None else mask)[0]))
-        for key, target in (batch.get("decoder_targets") or {}).items():
-            for sub, name in (("alignment", "captions"), ("denoising", "media")):
-                if target.get(name) is not None and self.loss_weights.wants(sub, key):
-                    found.append((f"{sub}/{key}", spans[key].rows))
-        counts: dict[str, int] = {}
-        for suffix, rows in found:
-            zeros = torch.zeros(len(rows), device=rows.device)
-            counts |= {name: term.count for name, term in sum_by_term(zeros, rows, terms, suffix).items()}
-        return counts
 
     # ------------------------------------------------------------------------------------------------- the inputs
 
@@ -361,14 +275,3 @@ class MultimodalModel(PartTraining, GenerationMixin, SavingMixin, PreTrainedMode
                 )
             by_encoder[takers[0]][name] = value
         return by_encoder
-
-
-def label_positions(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
-
-    Nothing is predicted from padding: a row's first token has no loss, whether padding stands before it or not.
-    """
-    if labels is None:
-        empty = torch.empty(0, dtype=torch.long, device=attention_mask.device)
-        return empty, empty
-    return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)

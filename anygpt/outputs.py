@@ -79,7 +79,8 @@ class Segment:
             `(samples,)`.
         key: the decoder that made it; None for text.
         condition: `(T, D)`, what the decoder was conditioned on; None for text.
-        states: `(N, H)`, the language model's states at the span; None for text.
+        states: `(N, H)`, what the output projector read: the language model's states at the span plus the token
+            embeddings there; None for text.
     """
 
     type: str

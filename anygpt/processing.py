@@ -23,7 +23,6 @@ from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
 from anygpt.parts import import_class
-from anygpt.signal_tokens import token_names
 
 if TYPE_CHECKING:
     from anygpt.modeling import MultimodalModel
@@ -88,7 +87,7 @@ class MultimodalProcessor:
             )
         self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
         self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
-        self.signal_tokens = {key: token_names(key, count) for key, count in model.signal_tokens.counts.items()}
+        self.signal_tokens = model.signal_tokens.names
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
     def _add_tokens(self) -> None:

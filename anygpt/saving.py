@@ -125,6 +125,7 @@ class SavingMixin:
                 num_signal_tokens=entry["num_signal_tokens"],
                 hidden_layer=entry["hidden_layer"],
                 modality=entry["modality"],
+                signal=entry["signal"],
             )
             for key, entry in config.decoders.items()
         }

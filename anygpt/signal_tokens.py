@@ -4,7 +4,11 @@ A decoder is called for by a span of `N` contiguous signal tokens. The tokenizer
 language model's own matrices stay as they are. `SignalTokens` owns the input and the output rows instead, and
 `attached` lends them to a language model for the length of a `with` block: its embedding then knows the new ids,
 and its head gives them logits, whatever the model does after its head (soft-capping, scaling), tied or not, wrapped
-by PEFT or not. Shape legend: `anygpt.outputs`.
+by PEFT or not.
+
+With `queries` in place of `tokens` a span is one trigger, `[IMG]`, and `N` learned queries after it (MetaQuery,
+arXiv 2504.06256): only the trigger is ever said, so only it has an output row and an NLL; the states are read at the
+queries. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -24,10 +28,13 @@ DEFAULT_COUNTS = {"image": 4, "video": 24, "audio": 8}
 PREFIXES = {"image": "IMG", "video": "VID", "audio": "AUD"}
 
 
-def token_names(key: str, count: int) -> list[str]:
-    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`."""
+SIGNALS = ("tokens", "queries")
+
+
+def token_names(key: str, count: int, signal: str = "tokens") -> list[str]:
+    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`; with queries, the trigger `"[IMG]"` before them."""
     prefix = PREFIXES.get(key, key.upper())
-    return [f"[{prefix}{i}]" for i in range(count)]
+    return [f"[{prefix}]"] * (signal == "queries") + [f"[{prefix}{i}]" for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -64,40 +71,57 @@ class SignalTokens(nn.Module):
     Args:
         counts: `{decoder key: N}`.
         embedding, head: the language model's own, from whose rows the statistics of the new ones are taken.
+        signals: `{decoder key: "tokens" | "queries"}`; tokens where not named.
 
     Attributes:
-        input_rows, output_rows: `{key: (N, H)}` float32 parameters.
-        ids: `{key: [id, …]}`, the tokenizer's ids; empty until `set_ids`. A padded vocabulary puts some of them
-            inside the model's own matrices and others beyond them, so rows are looked up by id, never by offset.
+        input_rows: `{key: (span length, H)}` float32 parameters; a span has `N` tokens, or a trigger and `N` queries.
+        output_rows: `{key: (N, H)}`, or `(1, H)` for the trigger of queries.
+        ids: `{key: [id, …]}`, the tokenizer's ids of a span; empty until `set_ids`. A padded vocabulary puts some of
+            them inside the model's own matrices and others beyond them, so rows are looked up by id, never by offset.
     """
 
-    def __init__(self, counts: Mapping[str, int], embedding: nn.Module, head: nn.Module):
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        embedding: nn.Module,
+        head: nn.Module,
+        signals: Mapping[str, str] | None = None,
+    ):
         super().__init__()
+        self.counts = dict(counts)
+        self.signals = {key: (signals or {}).get(key, "tokens") for key in counts}
         self.input_rows = nn.ParameterDict()
         self.output_rows = nn.ParameterDict()
         self.ids: dict[str, list[int]] = {}
         for key, count in counts.items():
             if count < 1:
                 raise InputError(f"decoder {key!r} has num_signal_tokens={count}; expected at least 1")
-            self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count))
-            self.output_rows[key] = nn.Parameter(_rows_like(head.weight, count))
+            queries = self.signals[key] == "queries"
+            self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count + queries))
+            self.output_rows[key] = nn.Parameter(_rows_like(head.weight, 1 if queries else count))
         self.register_buffer("_row_of_id", torch.empty(0, dtype=torch.long), persistent=False)
 
     @property
-    def counts(self) -> dict[str, int]:
-        return {key: rows.shape[0] for key, rows in self.input_rows.items()}
+    def names(self) -> dict[str, list[str]]:
+        """The tokens of each decoder's span, as the tokenizer should know them."""
+        return {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
+
+    @property
+    def query_ids(self) -> list[int]:
+        """Ids of learned queries: nothing says them, so no NLL is taken on them."""
+        return [i for key, span in self.ids.items() if self.signals[key] == "queries" for i in span[1:]]
 
     def set_ids(self, ids: Mapping[str, list[int]]) -> None:
-        """Tell which token ids the rows belong to: `{decoder key: N ids}`, for every decoder.
+        """Tell which token ids the rows belong to: `{decoder key: ids of its span}`, for every decoder.
 
         Raises:
             InputError: a decoder without ids, the wrong number of them, or an id used twice.
         """
         if set(ids) != set(self.counts):
             raise InputError(f"signal token ids are given for {sorted(ids)}; expected {sorted(self.counts)}")
-        for key, count in self.counts.items():
-            if len(ids[key]) != count:
-                raise InputError(f"decoder {key!r} has {count} signal tokens, but {len(ids[key])} ids were given")
+        for key, names in self.names.items():
+            if len(ids[key]) != len(names):
+                raise InputError(f"decoder {key!r} has {len(names)} signal tokens, but {len(ids[key])} ids were given")
         flat = [i for key in self.counts for i in ids[key]]
         if len(set(flat)) != len(flat):
             raise InputError(f"signal token ids must all differ, got {dict(ids)}")
@@ -114,7 +138,7 @@ class SignalTokens(nn.Module):
         return torch.where(inside, self._row_of_id[input_ids.clamp(0, len(self._row_of_id) - 1)], -1)
 
     def find_spans(self, input_ids: Tensor, key: str) -> Spans:
-        """The spans of one decoder in `(B, S)` ids.
+        """The spans of one decoder in `(B, S)` ids, with the `N` positions that are read.
 
         Raises:
             InputError: a span that is not whole and in order; it names the row.
@@ -131,9 +155,9 @@ class SignalTokens(nn.Module):
             bad = int(rows[~whole][0]) if not bool(whole.all()) else int(stray.nonzero()[0])
             raise InputError(
                 f"row {bad} holds a broken {key!r} signal span; expected the {count} tokens "
-                f"{' '.join(token_names(key, count))} one after the other"
+                f"{' '.join(self.names[key])} one after the other"
             )
-        return Spans(rows, positions)
+        return Spans(rows, positions[:, -self.counts[key] :])
 
     def fill_embeddings(self, embeds: Tensor, input_ids: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Write the input rows over the embeddings of signal tokens: `(…, H)` and `(…,)` ids give `(…, H)`.
@@ -154,16 +178,20 @@ class SignalTokens(nn.Module):
         """Give the signal tokens their logits: `(…, V)` and `(…, H)` states give `(…, V')`.
 
         Ids between the model's vocabulary and the last signal token that are no signal tokens (the encoders'
-        placeholders) can never be said: they get the lowest finite number.
+        placeholders), and learned queries, can never be said: they get the lowest finite number.
         """
         if not self.ids:
             return logits
-        ids = torch.tensor([i for key in self.ids for i in self.ids[key]], device=logits.device)
+        said = [i for key, rows in self.output_rows.items() for i in self.ids[key][: len(rows)]]
+        ids = torch.tensor(said, device=logits.device)
         rows = torch.cat(list(self.output_rows.values()))
         signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
         extra = max(0, len(self._row_of_id) - logits.shape[-1])
         # pad makes the one copy that is needed; where nothing is to be added, clone does
         wide = F.pad(logits, (0, extra), value=torch.finfo(logits.dtype).min) if extra else logits.clone()
+        if self.query_ids:
+            unsaid = torch.tensor(self.query_ids, device=logits.device)
+            wide = wide.index_fill_(-1, unsaid, torch.finfo(logits.dtype).min)
         return wide.index_copy_(-1, ids, signal)
 
     @contextmanager

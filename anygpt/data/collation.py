@@ -50,7 +50,7 @@ class Collator:
                     bad.append(BadSample(item.sample.id, str(error)))
         batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
         if not good:
-            return batch
+            return batch | self.nothing()
         inputs = [(kind, medium) for item in good for kind, media in item.inputs.items() for medium in media]
         data, counts, _ = self.processor.process_media(self.processor.arrange_media(inputs))
         conversations = [self.messages(item) for item in good]
@@ -70,6 +70,11 @@ class Collator:
                 "decoder_targets": targets,
             }
         )
+
+    def nothing(self) -> dict[str, Any]:
+        """A row without any loss, where no sample is left: in a distributed run, all processes take part in each step."""
+        row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
+        return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
 
     def messages(self, item: LoadedSample) -> list[dict[str, str]]:
         """The sample's messages with media as placeholders and signal spans."""

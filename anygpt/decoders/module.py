@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anygpt.decoders.base import Condition, DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.errors import InputError
-from anygpt.signal_tokens import DEFAULT_COUNTS
+from anygpt.signal_tokens import DEFAULT_COUNTS, SIGNALS
 
 
 class ModalDecoderModule(nn.Module):
@@ -24,6 +24,7 @@ class ModalDecoderModule(nn.Module):
             paper), any other index into `hidden_states` (0 are the embeddings), or `"mix"`, a learned softmax over
             all of them.
         modality: media type in the data; the decoder's own when None.
+        signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `anygpt.signal_tokens`).
 
     Attributes:
         module: the diffusion decoder.
@@ -38,6 +39,7 @@ class ModalDecoderModule(nn.Module):
         num_signal_tokens: int | None = None,
         hidden_layer: int | str = -1,
         modality: str | None = None,
+        signal: str = "tokens",
     ):
         super().__init__()
         if not isinstance(model, DiffusionDecoder):
@@ -47,6 +49,9 @@ class ModalDecoderModule(nn.Module):
             )
         if not (hidden_layer == "mix" or isinstance(hidden_layer, int)):
             raise InputError(f"hidden_layer is {hidden_layer!r}; expected a layer index or 'mix'")
+        if signal not in SIGNALS:
+            raise InputError(f"signal is {signal!r}; expected {' or '.join(SIGNALS)}")
+        self.signal = signal
         self.module = model
         self.projector = projector
         self.num_signal_tokens = num_signal_tokens
@@ -112,9 +117,9 @@ class ModalDecoderModule(nn.Module):
             return sum(w * state for w, state in zip(weights, all_states, strict=True))
         return all_states[self.hidden_layer]
 
-    def condition(self, states: Tensor, embeddings: Tensor) -> Condition:
-        """`(K, N, H)` states at the spans, plus the token embeddings there, to the decoder's condition.
+    def condition(self, states: Tensor) -> Condition:
+        """`(K, N, H)` states at the spans, the token embeddings there added, to the decoder's condition.
 
         The condition is normalised as the decoder wants it, so training and generation see the same one.
         """
-        return self.module.normalize_condition(self.projector(states + embeddings))
+        return self.module.normalize_condition(self.projector(states))

@@ -13,7 +13,7 @@ import transformers.utils.logging
 
 from anygpt.errors import InputError
 from anygpt.training.config import parse_config
-from anygpt.training.loop import NonFiniteLoss, train
+from anygpt.training.loop import BadSampleError, NonFiniteLoss, train
 from anygpt.training.stages import Stage
 
 MISTAKE, NON_FINITE = 2, 3
@@ -22,14 +22,15 @@ MISTAKE, NON_FINITE = 2, 3
 def run_stage(stage: Stage, description: str, arguments: Sequence[str] | None = None) -> None:
     """Run a stage and exit: 0 done, 2 a mistake of the user's, 3 a loss that is not finite, 128 + n after signal n.
 
-    A mistake is printed as one line, by the first process alone; anything else keeps its traceback.
+    A mistake is printed as one line, by the first process alone unless it is about a sample that only another one has;
+    anything else keeps its traceback.
     """
     quiet_libraries()
     try:
         train(parse_config(sys.argv[1:] if arguments is None else arguments, description), stage)
     except (InputError, NonFiniteLoss) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, BadSampleError):
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, InputError) else NON_FINITE)
 
 

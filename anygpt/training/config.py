@@ -87,6 +87,7 @@ class DecoderConfig(PartConfig):
         num_frames: frames of a clip, for video decoders.
         num_signal_tokens: tokens of a span; the paper's count by default (image 4, video 24, audio 8).
         hidden_layer: states that are read: -1 the last, any other index, or `mix`.
+        signal: `tokens`, or `queries`: learned ones after a single trigger token.
         projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
             `d_model`, ….
     """
@@ -94,6 +95,7 @@ class DecoderConfig(PartConfig):
     num_frames: int | None = None
     num_signal_tokens: int | None = None
     hidden_layer: int | str = -1
+    signal: Literal["tokens", "queries"] = "tokens"
     projector: dict[str, Any] = field(default_factory=dict)
 
 
@@ -255,7 +257,10 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         elif name not in ("help", "print_config") and not name.endswith(".help"):
-            content: Any = value
+            try:
+                content: Any = yaml.safe_load(value)  # a section or a list can be given whole
+            except yaml.YAMLError:
+                content = value
             for part in reversed(name.rstrip("+").split(".")):
                 content = {part: content}
             yield f"--{name}", content
@@ -290,6 +295,7 @@ def check_values(config: Config) -> None:
     """Raise one `InputError` that names every value out of range, what it is and what it should be."""
     train, loss, lora = config.train, config.loss, config.lora
     rules = [
+        ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "from 0 to 4294967295"),
         ("train.max_steps", train.max_steps, train.max_steps >= 1, "at least 1"),
         ("train.batch_size", train.batch_size, train.batch_size >= 1, "at least 1"),
         (
@@ -310,8 +316,18 @@ def check_values(config: Config) -> None:
         ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
         ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
         ("lora.r", lora.r, lora.r >= 1, "at least 1"),
+        ("lora.alpha", lora.alpha, lora.alpha >= 1, "at least 1"),
         ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "from 0 up to, but not, 1"),
     ]
+    for kind, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
+        for key, part in parts.items():
+            for name in ("num_frames", "num_signal_tokens"):
+                value = getattr(part, name, None)
+                rules.append((f"model.{kind}.{key}.{name}", value, value is None or value >= 1, "at least 1"))
+    for place, files in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, file in enumerate(files):
+            good = 0 <= file.weight < float("inf")
+            rules.append((f"data.{place}[{i}].weight", file.weight, good, "at least 0"))
     weights = {f.name: getattr(loss, f.name) for f in fields(loss) if f.type == "float"}
     weights |= {f"by_modality.{key}": value for key, value in loss.by_modality.items()}
     rules += [(f"loss.{name}", value, 0 <= value < float("inf"), "at least 0") for name, value in weights.items()]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -26,7 +28,6 @@ from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.sampling import UpdateSampler
 from anygpt.errors import InputError
-from anygpt.losses import TERMS
 from anygpt.training.checkpoint import (
     choose_checkpoint,
     find_checkpoints,
@@ -40,6 +41,11 @@ from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
 FINAL = "final"
+MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # the model's arguments, and what `take_ids` took out of them
+
+
+class BadSampleError(InputError):
+    """A sample of this process's own batch that could not be read."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -57,11 +63,12 @@ def train(config: Config, stage: Stage) -> Path:
         The `final/` folder.
 
     Raises:
-        InputError: settings, parts or data that are wrong; nothing is written then.
+        InputError: settings, parts or data that are wrong; nothing is written then, or only checkpoints.
         NonFiniteLoss: a loss or gradient that is not finite.
     """
     check_tracker(config)
     folder = Path(config.run.output_dir)
+    check_folder(folder, config)
     checkpoint = choose_checkpoint(config)
     if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
         raise InputError(
@@ -97,38 +104,39 @@ def train(config: Config, stage: Stage) -> Path:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
 
-    prepare_folder(folder, config, accelerator)
-    log = RunLog(accelerator, config, config.train.max_steps, step)
-    log.say(
-        f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n{part_table(model.summarize_parts())}"
-    )
-    if checkpoint is not None:
-        log.say(f"continues from {checkpoint} after update {step}")
     loader = make_loader(dataset, collator, config, accelerator, start=step)
-    batches = iter(loader)
-    with caught_signals() as caught:
-        while step < config.train.max_steps:
-            micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
-            metrics = update(wrapped, model, optimizer, micro_batches, step, config, accelerator, log)
-            scheduler.step()
-            step += 1
-            log.bar.update()
-            log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
-            if step % config.train.log_steps == 0 or step == config.train.max_steps:
-                log.metrics(step, metrics | {"learning_rate": scheduler.get_last_lr()[0]})
-            if held_out is not None and config.train.eval_steps and step % config.train.eval_steps == 0:
-                log.metrics(step, evaluate(wrapped, model, held_out, collator, config, accelerator))
-            interrupted = any_rank(bool(caught), accelerator)
-            due = config.train.save_steps and step % config.train.save_steps == 0
-            if due or interrupted or (config.train.save_steps and step == config.train.max_steps):
-                save_checkpoint(folder, step, model, processor, optimizer, scheduler, accelerator, config)
-            if interrupted and step < config.train.max_steps:
-                log.say(f"interrupted; checkpoint after update {step} written, the same command continues from it")
-                log.close()
-                raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
-    save_model(folder / FINAL, model, processor, accelerator)
-    log.say(f"finished: {folder / FINAL}")
-    log.close()
+    with contextlib.closing(take_updates(loader, config)) as updates:
+        first = list(itertools.islice(updates, 1))  # mistakes in it are found before anything is written
+        with written_or_as_before(folder, accelerator):
+            prepare_folder(folder, config, accelerator)
+            log = RunLog(accelerator, config, config.train.max_steps, step)
+            with contextlib.closing(log), caught_signals() as caught:
+                log.say(
+                    f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n"
+                    f"{part_table(model.summarize_parts())}"
+                )
+                if checkpoint is not None:
+                    log.say(f"continues from {checkpoint} after update {step}")
+                for micro_batches in itertools.chain(first, updates):
+                    metrics = update(wrapped, model, optimizer, micro_batches, step, config, accelerator, log)
+                    scheduler.step()
+                    step += 1
+                    last = step == config.train.max_steps
+                    log.bar.update()
+                    log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+                    if last or step % config.train.log_steps == 0:
+                        log.metrics(step, metrics | {"learning_rate": scheduler.get_last_lr()[0]})
+                    if held_out is not None and config.train.eval_steps and step % config.train.eval_steps == 0:
+                        log.metrics(step, evaluate(wrapped, model, held_out, collator, config, accelerator))
+                    interrupted = any_rank(bool(caught), accelerator)
+                    due = config.train.save_steps and (last or step % config.train.save_steps == 0)
+                    if due or interrupted:
+                        save_checkpoint(folder, step, model, processor, optimizer, scheduler, accelerator, config)
+                    if interrupted and not last:
+                        log.say(f"interrupted; checkpoint after update {step} written, the same command continues from it")
+                        raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+                save_model(folder / FINAL, model, processor, accelerator)
+                log.say(f"finished: {folder / FINAL}")
     return folder / FINAL
 
 
@@ -136,7 +144,7 @@ def update(
     wrapped: Any,
     model: Any,
     optimizer: Any,
-    micro_batches: list[dict[str, Any]],
+    micro_batches: list[MicroBatch],
     step: int,
     config: Config,
     accelerator: Accelerator,
@@ -146,42 +154,43 @@ def update(
 
     Raises:
         NonFiniteLoss: before the optimizer's step.
-        InputError: a sample that could not be read, unless they are to be skipped.
     """
-    batches = [(batch, take_ids(batch, config)) for batch in micro_batches]
     names = loss_names(model)
     counts = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
-    for batch, _ in batches:
+    for batch, _ in micro_batches:
         found = model.count_losses(batch)
         counts += torch.tensor([found.get(name, 0) for name in names], dtype=torch.float64, device=counts.device)
     counts = accelerator.reduce(counts, reduction="sum")
     denominators = dict(zip(names, counts.tolist(), strict=True))
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator.device)
-    for index, (batch, ids) in enumerate(batches):
-        last = index == len(batches) - 1
+    sums = torch.zeros(len(names) + 4, dtype=torch.float64, device=accelerator.device)
+    for index, (batch, ids) in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
         generators = make_generators(ids[TARGET_IDS], config.run.seed, step)
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
             output = wrapped(**move(batch, accelerator.device), loss_counts=denominators, generators=generators)
+            # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
+            loss = model.touch_trainable() if output.loss is None else output.loss
             # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
-            accelerator.backward(output.loss * accelerator.num_processes)
-        sums[-1] += output.loss.detach().double()
+            accelerator.backward(loss * accelerator.num_processes)
         for name, term in output.losses.items():
             assert term.count <= denominators[name], f"{name} was counted as {denominators[name]}, not {term.count}"
             sums[names.index(name)] += term.total.detach().double()
-        log.count(tokens=int(batch["attention_mask"].sum()), samples=len(ids[SAMPLE_IDS]))
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
-    sums = accelerator.reduce(sums, reduction="sum")
-    if not (math.isfinite(sums[-1]) and math.isfinite(norm)):
-        bad = [name for name, value in zip(names, sums.tolist(), strict=False) if not math.isfinite(value)]
-        seen = [sample for _, ids in batches for sample in ids[SAMPLE_IDS]]
+        done = (float(loss.detach()), int(batch["attention_mask"].sum()), len(ids[SAMPLE_IDS]), len(ids[BAD]))
+        sums[-4:] += torch.tensor(done, dtype=torch.float64, device=sums.device)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm))
+    *totals, loss, tokens, samples, skipped = accelerator.reduce(sums, reduction="sum").tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
+        seen = gather_object([sample for _, ids in micro_batches for sample in ids[SAMPLE_IDS]])
         raise NonFiniteLoss(
-            f"update {step + 1}: loss {float(sums[-1])}, gradient norm {float(norm)}, not finite: "
+            f"update {step + 1}: loss {loss}, gradient norm {norm}, not finite: "
             f"{', '.join(bad) or 'the gradient'}; samples {', '.join(seen)}. The optimizer's step was not made"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = {n: float(s) / c for n, s, c in zip(names, sums[:-1], counts.tolist(), strict=True) if c}
-    return {"loss": float(sums[-1]), **means, "gradient_norm": float(norm)}
+    log.count(int(tokens), int(samples), int(skipped))
+    means = {name: total / denominators[name] for name, total in zip(names, totals, strict=True) if denominators[name]}
+    return {"loss": loss, **means, "gradient_norm": norm}
 
 
 @torch.no_grad()
@@ -189,13 +198,14 @@ def evaluate(
     wrapped: Any, model: Any, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
     """Every sub-term's mean over a dataset, and the weighted loss; noise is the same each time."""
-    names = loss_names(model)
+    names = model.loss_names()
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=accelerator.device)
     size, rank, world = config.train.batch_size, accelerator.process_index, accelerator.num_processes
     order = range(len(dataset))[rank::world]
     chunks = [list(order[i : i + size]) for i in range(0, len(order), size)]
     wrapped.eval()
-    for batch in DataLoader(dataset, batch_sampler=chunks, collate_fn=collator, num_workers=config.data.num_workers):
+    loader = DataLoader(dataset, batch_sampler=chunks, collate_fn=collator, **loader_options(config))
+    for batch in loader:
         ids = take_ids(batch, config)
         generators = make_generators(ids[TARGET_IDS], config.run.seed, 0)
         output = model(**move(batch, accelerator.device), generators=generators)
@@ -208,17 +218,21 @@ def evaluate(
     return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
 
 
-def loss_names(model: Any) -> list[str]:
-    """Every sub-term that a batch of this model can have, in a fixed order: processes add them up by place."""
-    subs = [f"{sub}/{key}" for key in model.decoder_keys for sub in ("alignment", "denoising")]
-    return [f"{term}/{sub}" for term in TERMS for sub in ("nll", *subs)]
+def take_updates(loader: DataLoader, config: Config) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of one update after the other."""
+    micro_batches: list[MicroBatch] = []
+    for batch in loader:
+        micro_batches.append((batch, take_ids(batch, config)))
+        if len(micro_batches) == config.train.gradient_accumulation_steps:
+            yield micro_batches
+            micro_batches = []
 
 
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Take what is not for the model out of a batch, and stop at a bad sample if that is wanted."""
-    ids = {name: batch.pop(name, {}) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
-    if ids[BAD] and (config.data.on_bad_sample == "error" or not ids[SAMPLE_IDS]):
-        raise InputError(ids[BAD][0].reason)
+    """Take what is not for the model out of a batch, and stop at a bad sample unless such are to be skipped."""
+    ids = {name: batch.pop(name) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
+    if ids[BAD] and config.data.on_bad_sample == "error":
+        raise BadSampleError(ids[BAD][0].reason)
     return ids
 
 
@@ -247,16 +261,29 @@ def make_loader(
         seed=config.run.seed,
         start_update=start,
     )
-    workers = config.data.num_workers
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
-        # Workers draw nothing; a fixed generator keeps the main process's random state out of the loader's hands.
-        generator=torch.Generator().manual_seed(config.run.seed),
+        **loader_options(config),
     )
+
+
+def loader_options(config: Config) -> dict[str, Any]:
+    """Of every `DataLoader`."""
+    return {
+        "num_workers": config.data.num_workers,
+        "worker_init_fn": leave_signals_to_the_loop,
+        # Workers draw nothing; a fixed generator keeps the main process's random state out of the loader's hands.
+        "generator": torch.Generator().manual_seed(config.run.seed),
+    }
+
+
+def leave_signals_to_the_loop(worker: int) -> None:
+    """A signal to the whole process group must not kill the workers: the loop still finishes its update."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
@@ -270,16 +297,50 @@ def _is_video(consumer: Any) -> bool:
     return getattr(consumer, "modality", "video") == "video" and hasattr(consumer, "num_frames")
 
 
+def check_folder(folder: Path, config: Config) -> None:
+    """The run's folder must be one that can be written to, and not the one that the run starts from."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise _not_writable(folder, f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}")
+    start = config.model.init_from
+    if start is not None and Path(start).resolve().parent == folder.resolve():
+        raise InputError(
+            f"model.init_from={start!r} lies in run.output_dir={str(folder)!r}, which this run writes to; choose "
+            "another run.output_dir"
+        )
+
+
+def _not_writable(folder: Path, reason: str) -> InputError:
+    return InputError(f"run.output_dir={str(folder)!r} cannot be written to: {reason}; choose another folder")
+
+
 def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
     """The run's folder with its resolved settings; `run.resume=never` removes what an earlier run left."""
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        except OSError as error:
+            raise _not_writable(folder, str(error)) from error
+        old = list(folder.glob(".*.incomplete"))  # of a run that was killed while it wrote
         if config.run.resume == "never":
-            for old in [*find_checkpoints(folder), folder / FINAL]:
-                shutil.rmtree(old, ignore_errors=True)
+            old += [*find_checkpoints(folder), folder / FINAL]
             (folder / "log.txt").unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """After a mistake that shows only later, a folder that was made for this run and holds no checkpoint goes again."""
+    there = folder.exists()
+    try:
+        yield
+    except InputError:
+        if accelerator.is_main_process and not there and not find_checkpoints(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def any_rank(flag: bool, accelerator: Accelerator) -> bool:

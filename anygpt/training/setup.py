@@ -101,7 +101,9 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
 def new_decoder(key: str, entry: DecoderConfig, language_model: nn.Module, precision: str) -> ModalDecoderModule:
     """A decoder with its output projector, sized when the decoder module meets the language model."""
     decoder = load_decoder(source(entry, precision))
-    module = ModalDecoderModule(decoder, None, entry.num_signal_tokens, entry.hidden_layer)
+    module = ModalDecoderModule(
+        decoder, None, entry.num_signal_tokens, entry.hidden_layer, modality=None, signal=entry.signal
+    )
     if entry.projector:
         check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
         sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
@@ -118,23 +120,39 @@ def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
 
 
 def check_same_parts(folder: Path, config: Config) -> None:
-    """A part named by both the config and `init_from` must be the same one."""
+    """A part named by both the config and `init_from` must be the same one, as far as the config says what it is."""
     saved = read_config(folder)
-    pairs = {
+    pairs: dict[str, tuple[PartConfig | None, dict[str, Any] | None]] = {
         **{f"encoders.{k}": (e, saved.encoders.get(k)) for k, e in config.model.encoders.items()},
         **{f"decoders.{k}": (e, saved.decoders.get(k)) for k, e in config.model.decoders.items()},
         "language_model": (config.model.language_model, saved.language_model),
     }
     for name, (wanted, found) in pairs.items():
-        if wanted is None or found is None or found["source"] is None:
+        if wanted is None or found is None:
             continue
-        if (wanted.path, wanted.revision) != (found["source"]["path"], found["source"].get("revision")):
+        for setting, value, before in differences(wanted, found):
             raise InputError(
-                f"model.{name} is {wanted.path!r}, but {folder} was trained with {found['source']['path']!r}; name the "
-                "same part, leave it out, or start from other weights with model.init_from"
+                f"model.{name}.{setting} is {value!r}, but {folder} was trained with {before!r}; name the same part, "
+                "leave it out, or start from other weights with model.init_from"
             )
 
 
+def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that are given for a part and that a saved composition has otherwise: name, given value, saved value."""
+    saved = {f.name: None for f in fields(Source)} | (found["source"] or {}) | found
+    for setting in fields(wanted):
+        value = getattr(wanted, setting.name)
+        if setting.name == "projector":
+            cls = MultimodalProjectorConfig if isinstance(wanted, EncoderConfig) else OutputProjectorConfig
+            check_arguments("the projector", value, cls)
+            before = cls(**found["projector"])
+            for name, part in value.items():
+                if getattr(before, name) != part:
+                    yield f"projector.{name}", part, getattr(before, name)
+        elif setting.name in saved and value not in (None, setting.default) | {saved[setting.name]}:
+            pass
+        elif setting.name == "path" and found["source"] is None:
+            continue  # it was changed since it was loaded, and lies whole in the folder
 def build_dataset(
     sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
 ) -> ConversationDataset:

@@ -54,7 +54,7 @@ class RunLog:
             initial=done,
             desc=self.folder.name,
             unit="update",
-            disable=not self.main,
+            disable=None if self.main else True,  # None: only where somebody watches; a file gets the lines below
             dynamic_ncols=True,
             mininterval=1,
         )
@@ -64,7 +64,7 @@ class RunLog:
             os.environ.setdefault("WANDB_SILENT", "true")
             accelerator.init_trackers(config.run.project, flatten(config.to_dict()), init_kwargs=options)
         self.since = time.perf_counter()
-        self.tokens = self.samples = 0
+        self.tokens = self.samples = self.skipped = 0
 
     def say(self, text: str) -> None:
         """A line, or several, for people."""
@@ -73,15 +73,19 @@ class RunLog:
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{text}\n")
 
-    def count(self, tokens: int, samples: int) -> None:
-        """Add to what was done since the last metrics."""
+    def count(self, tokens: int, samples: int, skipped: int) -> None:
+        """Add what an update did, on all processes; bad samples that were skipped are counted over the whole run."""
         self.tokens += tokens
         self.samples += samples
+        self.skipped += skipped
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line, and the tracker, with throughput since the last call."""
+        """One line, and the tracker, with the throughput since the last call if anything was trained on."""
         seconds = time.perf_counter() - self.since
-        values = values | {"tok/s": self.tokens / seconds, "samples/s": self.samples / seconds}
+        if self.samples:
+            values = values | {"tok/s": self.tokens / seconds, "samples/s": self.samples / seconds}
+        if self.skipped:
+            values = values | {"skipped": self.skipped}
         self.since, self.tokens, self.samples = time.perf_counter(), 0, 0
         self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.log(values, step=step)

@@ -1,0 +1,218 @@
+"""The losses of a batch: which rows and spans feed which term, and how many things each term sums.
+
+`compute_losses` and `count_losses` go through the same `LossRows`, so a training loop that counts before it computes
+counts the same things. Formulas and denominators: `anygpt.losses`. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anygpt.decoders.base import Condition
+from anygpt.errors import InputError
+from anygpt.losses import caption_alignment, info_nce, route, sum_by_term, token_nll
+from anygpt.merging import IGNORE, Merged
+from anygpt.outputs import LossTerm
+from anygpt.signal_tokens import Spans
+
+
+@dataclass
+class LossRows:
+    """Where a batch's losses are taken.
+
+    Attributes:
+        terms: the NLL term of each row.
+        nll: rows and positions `(M,)` whose state predicts a label.
+        spans: the signal spans of each decoder.
+        pairs: `{encoder key: (P,)}` rows that hold both its features and the binding encoder's.
+    """
+
+    terms: list[str]
+    nll: tuple[Tensor, Tensor]
+    spans: dict[str, Spans]
+    pairs: dict[str, Tensor]
+
+
+def label_positions(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
+
+    Nothing is predicted from padding: a row's first token has no loss, whether padding stands before it or not.
+    """
+    if labels is None:
+        empty = torch.empty(0, dtype=torch.long, device=attention_mask.device)
+        return empty, empty
+    return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+
+
+class Objectives:
+    """The losses, mixed into `MultimodalModel`."""
+
+    def loss_rows(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, media_in: Tensor) -> LossRows:
+        """Find spans, labels and pairs in `(B, S)` merged ids, mask and labels.
+
+        Labels on learned queries are left out: nothing says them.
+        """
+        spans = {key: self.signal_tokens.find_spans(input_ids, key) for key in self.signal_tokens.ids}
+        media_out = torch.zeros_like(media_in)
+        for found in spans.values():
+            media_out[found.rows] = True
+        if not self.loss_weights.wants("nll"):
+            labels = None
+        if labels is not None and self.signal_tokens.query_ids:
+            queries = torch.tensor(self.signal_tokens.query_ids, device=labels.device)
+            labels = labels.masked_fill(torch.isin(input_ids, queries), IGNORE)
+        return LossRows(
+            route(media_in, media_out), label_positions(labels, attention_mask), spans, self.bound_pairs(input_ids)
+        )
+
+    def bound_pairs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Rows that hold features of an encoder and of the binding one; none unless the `encoder` term is wanted."""
+        binding = self.loss_weights.binding
+        if not self.loss_weights.encoder or self.token_ids is None:
+            return {}
+        if binding not in self.token_ids:
+            raise InputError(f"loss.binding is {binding!r}, which is no encoder; there are {list(self.token_ids)}")
+        bound = (input_ids == self.token_ids[binding]).any(dim=1)
+        others = {key: token for key, token in self.token_ids.items() if key != binding}
+        return {key: (bound & (input_ids == token).any(dim=1)).nonzero()[:, 0] for key, token in others.items()}
+
+    def compute_losses(
+        self,
+        merged: Merged,
+        rows: LossRows,
+        logits: Tensor | None,
+        conditions: Mapping[str, Condition],
+        targets: Mapping[str, Mapping[str, Any]],
+        generators: Mapping[str, list[torch.Generator]],
+    ) -> dict[str, LossTerm]:
+        """Every sub-term that has a weight, each under the term of its row.
+
+        Args:
+            merged: the merged batch.
+            rows: where its losses are taken.
+            logits: `(B, S, V')`, or `(M, V')` at `rows.nll`.
+            conditions: the projected condition of each decoder's spans.
+            targets: see `MultimodalModel.forward`.
+            generators: one a target, by decoder.
+        """
+        losses: dict[str, LossTerm] = {}
+        if merged.labels is not None and self.loss_weights.wants("nll"):
+            at, positions = rows.nll
+            chosen = logits if logits.dim() == 2 else logits[at, positions]
+            losses |= sum_by_term(token_nll(chosen, merged.labels[at, positions + 1]), at, rows.terms, "nll")
+        for key, pairs in rows.pairs.items():
+            if len(pairs):
+                ours, bound = (self.pool_features(merged, pairs, k) for k in (key, self.loss_weights.binding))
+                loss = info_nce(ours, bound, self.loss_weights.temperature)
+                losses[f"encoder/info_nce/{key}"] = LossTerm(loss.sum(), len(pairs))
+        for key, target in targets.items():
+            self.check_targets(key, target, rows.spans)
+            if key in conditions:
+                generator = generators.get(key)
+                losses |= self.decoder_losses(key, conditions[key], target, generator, rows.spans[key].rows, rows.terms)
+        return losses
+
+    def decoder_losses(
+        self,
+        key: str,
+        condition: Condition,
+        target: Mapping[str, Any],
+        generator: list[torch.Generator] | None,
+        rows: Tensor,
+        terms: list[str],
+    ) -> dict[str, LossTerm]:
+        """Caption alignment and denoising of one decoder's `K` targets, and its own denoising under its own text."""
+        decoder, weights = self.decoders[key].module, self.loss_weights
+        losses: dict[str, LossTerm] = {}
+        encoding = target.get("conditions")
+        if encoding is None and target.get("captions") is not None:
+            encoding = decoder.encode_text(target["captions"])
+        if encoding is not None and weights.wants("alignment", key):
+            encoding = Condition.of(encoding).to(condition.embeds.device)
+            distance = caption_alignment(condition.embeds, encoding.embeds, weights.alignment_kind)
+            losses |= sum_by_term(distance, rows, terms, f"alignment/{key}")
+            if condition.pooled is not None:
+                pooled = (condition.pooled[:, None], encoding.pooled[:, None])
+                distance = caption_alignment(*pooled, weights.alignment_kind)
+                losses |= sum_by_term(distance, rows, terms, f"pooled_alignment/{key}")
+        if target.get("media") is None or not (weights.wants("denoising", key) or weights.decoder):
+            return losses
+        latents = decoder.encode_media(target["media"], generator=generator)
+        if weights.wants("denoising", key):
+            loss = decoder.denoising_loss(condition, latents, generator=generator, snr_gamma=weights.snr_gamma)
+            losses |= sum_by_term(loss, rows, terms, f"denoising/{key}")
+        if weights.decoder and encoding is not None:
+            loss = decoder.denoising_loss(encoding, latents, generator=generator, snr_gamma=weights.snr_gamma)
+            losses[f"decoder/denoising/{key}"] = LossTerm(loss.sum(), len(loss))
+        return losses
+
+    def pool_features(self, merged: Merged, rows: Tensor, key: str) -> Tensor:
+        """`(P, H)`: the mean of an encoder's projected features in each of the rows."""
+        held = (merged.input_ids[rows] == self.token_ids[key])[..., None]
+        features = merged.inputs_embeds[rows].float()
+        return (features * held).sum(dim=1) / held.sum(dim=1)
+
+    def check_targets(self, key: str, target: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
+        """Targets must be of a known decoder, and as many as its signal spans."""
+        if key not in self.decoders:
+            raise InputError(f"there are targets for {key!r}; the decoders are {list(self.decoder_keys)}")
+        if key not in spans:
+            raise InputError(
+                f"there are targets for {key!r}, but the model does not know its signal tokens' ids; build the "
+                "MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
+            )
+        for name, values in target.items():
+            if values is not None and len(values) != len(spans[key]):
+                raise InputError(
+                    f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
+                    "one, in the order of the batch"
+                )
+
+    def count_losses(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """The denominators that `forward` would use for a batch of injected features, without running anything.
+
+        A training loop adds them up over micro-batches and ranks before the first backward of an update.
+        """
+        ids, labels, weights = batch["input_ids"], batch.get("labels"), self.loss_weights
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        placeholders = torch.tensor(list((self.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
+        media = torch.isin(ids, placeholders)
+        rows = self.loss_rows(
+            ids, mask, None if labels is None else labels.masked_fill(media, IGNORE), media.any(dim=1)
+        )
+        found = [("nll", rows.nll[0])]
+        counts = {f"encoder/info_nce/{key}": len(pairs) for key, pairs in rows.pairs.items() if len(pairs)}
+        for key, target in (batch.get("decoder_targets") or {}).items():
+            at = rows.spans[key].rows
+            has_caption = any(target.get(name) is not None for name in ("captions", "conditions"))
+            has_media = target.get("media") is not None
+            if has_caption and weights.wants("alignment", key):
+                found.append((f"alignment/{key}", at))
+                if self.decoders[key].module.pooled_dim is not None:
+                    found.append((f"pooled_alignment/{key}", at))
+            if has_media and weights.wants("denoising", key):
+                found.append((f"denoising/{key}", at))
+            if has_media and has_caption and weights.decoder and len(at):
+                counts[f"decoder/denoising/{key}"] = len(at)
+        for suffix, at in found:
+            zeros = torch.zeros(len(at), device=at.device)
+            counts |= {name: term.count for name, term in sum_by_term(zeros, at, rows.terms, suffix).items()}
+        return counts
+
+    def loss_names(self) -> list[str]:
+        """Every sub-term that a batch can have, in a fixed order: processes add them up by place."""
+        kinds = ("alignment", "pooled_alignment", "denoising")
+        subs = [f"{sub}/{key}" for key in self.decoder_keys for sub in kinds]
+        names = [
+            f"{term}/{sub}"
+            for term in ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
+            for sub in ("nll", *subs)
+        ]
+        names += [f"encoder/info_nce/{key}" for key in self.encoder_keys]
+        return names + [f"decoder/denoising/{key}" for key in self.decoder_keys]

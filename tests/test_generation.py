@@ -1,0 +1,312 @@
+"""Generation: the language model's own answers, whole spans, and the states that training sees."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from anygpt.errors import InputError
+
+EOS = 2
+PROMPTS = ["what is this?", "tell me a long story about a red circle and a blue ring, now", "and"]
+
+
+@pytest.fixture(scope="module")
+def text_model(tiny_model):
+    return tiny_model((), ())
+
+
+@pytest.fixture(scope="module")
+def full_model(tiny_model):
+    """All modalities; `mix` for one decoder, an inner layer for another, the last for the third."""
+    model, processor = tiny_model(hidden_layer=-1)
+    return model, processor
+
+
+def tokenize(processor, texts, side="left"):
+    processor.llm_tokenizer.padding_side = side
+    return processor(llm_inputs={"text": texts, "padding": True})
+
+
+def bare(model, batch, **options):
+    """The language model's own `generate` on the same embeddings, row by row and without padding."""
+    answers = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        embeds = model.language_model.get_input_embeddings()(ids[None, mask.bool()])
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        options |= {"inputs_embeds": embeds, "attention_mask": mask, "pad_token_id": 0}
+        answers.append(model.language_model.generate(**options)[0])
+    return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
+
+
+# ---------------------------------------------------------------------- without decoders: the bare language model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"num_beams": 3},
+        {"do_sample": False, "eos_token_id": [EOS, 5, 600]},
+        {"do_sample": False, "min_new_tokens": 3, "bad_words_ids": [[7]]},
+    ],
+    ids=["greedy", "penalties", "beams", "eos-list", "min-new"],
+)
+def test_answers_are_the_bare_language_models(text_model, side, options):
+    model, processor = text_model
+    batch = tokenize(processor, PROMPTS, side)
+    ours = model.generate(**batch, max_new_tokens=12, **options)
+    theirs = bare(model, batch, max_new_tokens=12, **options)
+    assert ours.sequences.tolist() == theirs.tolist()
+    assert ours.text == processor.batch_decode(theirs, skip_special_tokens=True)
+    assert len({tuple(row) for row in theirs.tolist()}) == len(PROMPTS), "the prompts must matter"
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20, "temperature": 0.7}, {"top_p": 0.8}])
+def test_sampling_is_the_bare_language_models(text_model, options):
+    model, processor = text_model
+    batch = tokenize(processor, PROMPTS[:1])
+    answers = []
+    for generate in (lambda **o: model.generate(**batch, **o).sequences, lambda **o: bare(model, batch, **o)):
+        torch.manual_seed(3)
+        answers.append(generate(max_new_tokens=12, do_sample=True, **options).tolist())
+    assert answers[0] == answers[1]
+
+
+def first_greedy(model, processor, count=6):
+    batch = tokenize(processor, PROMPTS[:1])
+    return batch, model.generate(**batch, max_new_tokens=count, eos_token_id=None).sequences[0].tolist()
+
+
+def test_any_of_several_eos_tokens_ends_a_row(text_model):
+    model, processor = text_model
+    batch, said = first_greedy(model, processor)
+    stop = next(token for token in said[1:] if token != said[0])
+    answer = model.generate(**batch, max_new_tokens=6, eos_token_id=[EOS, stop]).sequences[0].tolist()
+    assert answer == said[: said.index(stop) + 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_eos_of_a_generation_config_is_heard(full_model, num_beams):
+    """Also with a required decoder, whose span has to come before the end."""
+    model, processor = full_model
+    batch = tokenize(processor, PROMPTS[:1])
+    options = {"max_new_tokens": 9, "num_beams": num_beams, "pad_token_id": 0}
+    first = model.generate(**batch, **options).sequences[0, 0].item()
+    config = GenerationConfig(**options, eos_token_id=[first, EOS])
+    sequence = model.generate(**batch, generation_config=config).sequences[0].tolist()
+    assert first in sequence and not any(sequence[sequence.index(first) + 1 :])
+    sequence = model.generate(**batch, generation_config=config, require=["audio"], **few(model)).sequences[0].tolist()
+    start = sequence.index(model.signal_tokens.ids["audio"][0])
+    assert first not in sequence[:start], "the end came before what was required"
+
+
+def test_training_mode_is_given_back(tiny_model):
+    model, processor = tiny_model((), ("image",))
+    model.train("language_model", mode=False).train()
+    before = {name: module.training for name, module in model.named_modules()}
+    model.generate(**tokenize(processor, ["a"]), max_new_tokens=2, forbid=["image"])
+    assert before == {name: module.training for name, module in model.named_modules()}
+
+
+# ------------------------------------------------------------------------------------------------- with decoders
+
+
+def few(model):
+    return {"decoder_kwargs": {key: {"num_inference_steps": 1} for key in model.decoder_keys}}
+
+
+def spans_of(output):
+    return [[s for s in answer.segments if s.type != "text"] for answer in output.answers]
+
+
+def make_talkative(model, key, factor):
+    """Make the first signal token of a decoder likelier, so that it is said without being asked for."""
+    with torch.no_grad():
+        model.signal_tokens.output_rows[key][0].mul_(factor)
+
+
+def teacher_forced(model, processor, batch, output):
+    """The conditions and span states of a forward over prompt + answer, in row-major order by key."""
+    prompts = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    rows = [torch.cat(pair) for pair in zip(prompts, output.sequences, strict=True)]
+    media = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids, model(ids, mask, **media)
+
+
+def check_states(model, processor, batch, output):
+    """Spans of generation and of a teacher-forced forward agree; returns how many there were."""
+    with torch.no_grad():
+        ids, forced = teacher_forced(model, processor, batch, output)
+    seen = 0
+    for key in model.decoder_keys:
+        mine = [s for answer in output.answers for s in answer.segments if s.key == key]
+        spans = model.signal_tokens.find_spans(ids, key)
+        assert len(mine) == len(spans)
+        if not mine:
+            continue
+        states = torch.stack([s.states for s in mine])
+        if model.decoders[key].hidden_layer == -1:
+            assert (states - spans.gather(forced.hidden_states)).abs().max() < 1e-5
+        assert (torch.stack([s.condition for s in mine]) - forced.conditions[key]).abs().max() < 1e-5
+        seen += len(mine)
+    return seen
+
+
+def media_prompts(processor, media, side="left"):
+    processor.llm_tokenizer.padding_side = side
+    return processor(
+        {
+            "image": {"images": [[media.image(0)], [], [media.image(1), media.image(2)]]},
+            "audio": {"raw_speech": [[], [media.audio(1)], []], "sampling_rate": 16_000},
+            "video": {"videos": [[media.video(0)], [], []]},
+        },
+        {"text": ["<image> and <video>: draw it", "<audio>!", "a <image> longer <image> prompt than the others"]},
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+def test_states_in_generation_are_those_of_a_teacher_forced_forward(full_model, media, options, side):
+    model, processor = full_model
+    torch.manual_seed(0)
+    batch = media_prompts(processor, media, side)
+    output = model.generate(**batch, max_new_tokens=14, require=["image", "audio"], **few(model), **options)
+    assert all({s.key for s in row} >= {"image", "audio"} for row in spans_of(output))
+    assert check_states(model, processor, batch, output) >= 6
+
+
+@pytest.mark.parametrize("hidden_layer", ["mix", 2, 0])
+def test_states_of_inner_layers_agree_too(tiny_model, hidden_layer):
+    model, processor = tiny_model((), ("image",), hidden_layer=hidden_layer)
+    if hidden_layer == "mix":
+        torch.nn.init.normal_(model.image_decoder.layer_weights)
+    batch = tokenize(processor, PROMPTS)
+    output = model.generate(**batch, max_new_tokens=7, require=["image"], **few(model))
+    assert check_states(model, processor, batch, output) >= 3
+
+
+def test_rows_with_several_spans_and_with_none(tiny_model):
+    model, processor = tiny_model((), ("image", "audio"))
+    make_talkative(model, "image", 3.0)
+    make_talkative(model, "audio", 3.0)
+    torch.manual_seed(1)
+    batch = tokenize(processor, PROMPTS * 2)
+    output = model.generate(**batch, max_new_tokens=24, do_sample=True, temperature=3.0, **few(model))
+    numbers = [len(row) for row in spans_of(output)]
+    assert min(numbers) == 0 and max(numbers) > 1, f"choose another seed: {numbers}"
+    assert check_states(model, processor, batch, output) == sum(numbers)
+    starts = [[ids.index(model.signal_tokens.ids[s.key][0]) for s in row[:1]] for ids, row in
+              zip(output.sequences.tolist(), spans_of(output), strict=True)]
+    assert len({start for row in starts for start in row}) > 1, "the spans should begin at different steps"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_batch_gives_what_its_rows_give_alone(full_model, options):
+    """Some rows are in a span while others say text, and the answers end at different lengths."""
+    model, processor = full_model
+    options = options | {"max_new_tokens": 12, "require": ["image"], "eos_token_id": list(range(2, 500, 3))}
+    together = model.generate(**tokenize(processor, PROMPTS), **options, **few(model))
+    lengths = set()
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(**tokenize(processor, [prompt]), **options, **few(model))
+        ids = alone.sequences[0].tolist()
+        lengths.add(len(ids))
+        assert together.sequences[row].tolist()[: len(ids)] == ids
+        assert not any(together.sequences[row].tolist()[len(ids) :])
+        for one, other in zip(spans_of(alone)[0], spans_of(together)[row], strict=True):
+            assert (one.condition - other.condition).abs().max() < 1e-5
+            assert (one.states - other.states).abs().max() < 1e-5
+
+
+def test_no_half_spans_ever(tiny_model):
+    """Rows of the inner signal tokens as likely as can be: only whole spans come out all the same."""
+    model, processor = tiny_model((), ("image", "audio"))
+    with torch.no_grad():
+        for rows in model.signal_tokens.output_rows.values():
+            rows.mul_(4)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 900, (6, 9), generator=generator)
+    found = 0
+    for seed, budget in ((0, 5), (1, 9), (2, 13)):
+        torch.manual_seed(seed)
+        output = model.generate(ids, max_new_tokens=budget, do_sample=True, **few(model))
+        assert output.sequences.shape[1] <= budget
+        found += sum(len(model.signal_tokens.find_spans(output.sequences, key)) for key in model.decoder_keys)
+        beams = model.generate(ids, max_new_tokens=budget, num_beams=2, **few(model)).sequences
+        found += sum(len(model.signal_tokens.find_spans(beams, key)) for key in model.decoder_keys)
+    assert found > 10
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_require_and_forbid(full_model, options):
+    model, processor = full_model
+    batch = tokenize(processor, PROMPTS)
+    output = model.generate(**batch, max_new_tokens=9, require=["video", "image", "audio"], **few(model), **options)
+    assert all(sorted(s.key for s in row) == ["audio", "image", "video"] for row in spans_of(output))
+    assert output.sequences.shape == (3, 9), "9 tokens are exactly the three spans"
+    output = model.generate(**batch, max_new_tokens=9, forbid=["video", "image", "audio"], **options)
+    assert not any(spans_of(output))
+    for answer in (model.generate(**batch, max_new_tokens=6, require=["image"], **few(model), **options)).answers:
+        assert len(answer.images) == 1
+
+
+def test_wishes_that_cannot_be_met_are_errors(full_model):
+    model, processor = full_model
+    batch = tokenize(processor, PROMPTS)
+    with pytest.raises(InputError, match="max_new_tokens=5 has no room for the 6 signal tokens.*image, audio"):
+        model.generate(**batch, max_new_tokens=5, require=["image", "audio"])
+    with pytest.raises(InputError, match="no decoder smell; there are"):
+        model.generate(**batch, max_new_tokens=5, require=["smell"])
+    with pytest.raises(InputError, match="image.*required.*forbidden"):
+        model.generate(**batch, max_new_tokens=9, require=["image"], forbid=["image"])
+    with pytest.raises(InputError, match="max_new_tokens is not set"):
+        model.generate(**batch)
+
+
+def test_required_decoder_without_known_ids_is_an_error(tiny_model):
+    model, processor = tiny_model((), ("image",))
+    model.signal_tokens.ids = {}
+    with pytest.raises(InputError, match="ids"):
+        model.generate(**tokenize(processor, ["a"]), max_new_tokens=9, require=["image"])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, "group_beam_search"),
+        ({"num_return_sequences": 2, "do_sample": True}, "sample"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+    ],
+)
+def test_other_modes_are_refused_by_name(full_model, options, name):
+    model, processor = full_model
+    with pytest.raises(InputError, match=name):
+        model.generate(**tokenize(processor, ["a"]), max_new_tokens=4, **options)
+
+
+def test_media_are_what_the_decoder_samples_from_that_condition(full_model):
+    """Text and media in the order said, each from its own span, with the generator that was given."""
+    model, processor = full_model
+    batch = tokenize(processor, PROMPTS[:2])
+    kwargs = {key: {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(7)}
+              for key in model.decoder_keys}
+    output = model.generate(**batch, max_new_tokens=14, require=["image", "video", "audio"], decoder_kwargs=kwargs)
+    for key, form in (("image", "images"), ("video", "videos"), ("audio", "audios")):
+        mine = [s for answer in output.answers for s in answer.segments if s.key == key]
+        again = model.decoders[key].module.sample(
+            torch.stack([s.condition for s in mine]), num_inference_steps=2, generator=torch.Generator().manual_seed(7)
+        )
+        for segment, content in zip(mine, again, strict=True):
+            assert np.array_equal(np.array(segment.content), np.array(content))
+        assert [len(row) for row in getattr(output, form)] == [
+            sum(s.key == key for s in answer.segments) for answer in output.answers
+        ]
+    for answer, ids in zip(output.answers, output.sequences.tolist(), strict=True):
+        said = [key for i in ids for key, span in model.signal_tokens.ids.items() if i == span[0]]
+        assert [s.key for s in answer.segments if s.key] == said
+        assert answer.text == processor.decode(ids, skip_special_tokens=True)
