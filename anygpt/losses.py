@@ -85,6 +85,11 @@ class LossWeights:
             weight *= getattr(self, sub.removeprefix("pooled_"))
         return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
 
+    @property
+    def wants_media(self) -> bool:
+        """Whether any sub-term looks at the targets themselves, and not only at their captions."""
+        return bool(self.decoder or (self.denoising and (self.llm_decoder or self.encoder_decoder)))
+
     def wants(self, sub: str, modality: str | None = None) -> bool:
         """Whether any term uses this sub-term; only some terms have those with a modality."""
         if modality is None:

@@ -148,7 +148,8 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Pr
             labels: `(B, S)` int64, `-100` where no loss is taken; not shifted.
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
                 spans, as `MultimodalProcessor` gives them. Either entry may be missing: without captions there is
-                no alignment, without media no denoising.
+                no alignment, without media no denoising. `"conditions"`, what the decoder's `encode_text` gave for
+                the captions, may stand in their place.
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
             return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
             loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
@@ -233,6 +234,17 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Pr
             arguments |= self.preprocess_llm_callback(**{k: v for k, v in known.items() if k in wanted})
         output = self.language_model(**arguments)
         return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
+
+    @torch.no_grad()
+    def read_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """What the output projectors read in a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
+        with self.signal_tokens.attached(self.language_model) as tap:
+            merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
+            rows = self.loss_rows(merged.input_ids, merged.attention_mask, None, merged.media_in)
+            tap.select = rows.nll
+            _, all_states = self.run_language_model(merged, inputs)
+        return self.read_spans(merged, rows.spans, tap.hidden, all_states)
 
     def read_spans(
         self,

@@ -310,3 +310,44 @@ def test_media_are_what_the_decoder_samples_from_that_condition(full_model):
         said = [key for i in ids for key, span in model.signal_tokens.ids.items() if i == span[0]]
         assert [s.key for s in answer.segments if s.key] == said
         assert answer.text == processor.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_sliding_windows_do_not_see_the_neighbours_spans(tiny_model, parts, kind):
+    """A row that waits while another says a span must not lose a part of its window."""
+    from conftest import enlarge
+    from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+        "eos_token_id": EOS,
+    }
+    torch.manual_seed(0)
+    cls, config = {"mistral": (MistralForCausalLM, MistralConfig), "gemma2": (Gemma2ForCausalLM, Gemma2Config)}[kind]
+    model, processor = tiny_model((), ("image",), language_model=enlarge(cls(config(**sizes)), 6.0).eval())
+    make_talkative(model, "image", 3.0)
+    ids = torch.randint(10, 900, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 16, "require": ["image"], **few(model)}
+    together = model.generate(ids, mask, **options)
+    first = model.signal_tokens.ids["image"][0]
+    print([row.index(first) for row in together.sequences.tolist()], [r.count(first) for r in together.sequences.tolist()])
+    for row in range(len(ids)):
+        kept = mask[row].bool()
+        alone = model.generate(ids[row : row + 1, kept], **options)
+        assert together.sequences[row].tolist() == alone.sequences[0].tolist()
+        for one, other in zip(spans_of(alone)[0], spans_of(together)[row], strict=True):
+            assert (one.states - other.states).abs().max() < 1e-5
+        whole = torch.cat([ids[row : row + 1, kept], alone.sequences], dim=1)
+        forced = model(whole)
+        states = model.signal_tokens.find_spans(whole, "image").gather(forced.hidden_states)
+        assert (torch.stack([s.states for s in spans_of(alone)[0]]) - states).abs().max() < 1e-5

@@ -72,7 +72,7 @@ class Collator:
         )
 
     def nothing(self) -> dict[str, Any]:
-        """A row without any loss, where no sample is left: in a distributed run, all processes take part in each step."""
+        """A row without any loss, where no sample is left: all processes of a run must take part in each step."""
         row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
         return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
 
@@ -90,12 +90,13 @@ class Collator:
         raw: dict[str, dict[str, list[Any]]] = {}
         ids: dict[str, list[str]] = {}
         for item in items:
-            for modality, media in item.targets.items():
+            for modality, captions in item.captions.items():
                 key = self.processor.decoder_key(modality)
-                target = raw.setdefault(key, {"captions": [], f"{modality}s": []})
-                target["captions"] += item.captions[modality]
-                target[f"{modality}s"] += [_target(medium) for medium in media]
-                ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(media)))
+                target = raw.setdefault(key, {"captions": []})
+                target["captions"] += captions
+                if modality in item.targets:  # else the dataset does not decode targets
+                    target.setdefault(f"{modality}s", []).extend(_target(medium) for medium in item.targets[modality])
+                ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
         return self.processor.process_targets(raw), ids
 
     def check_text(self, item: LoadedSample) -> None:

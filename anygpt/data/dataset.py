@@ -65,6 +65,7 @@ class ConversationDataset(Dataset):
 
     Attributes:
         lengths, weights: one a data source, for `UpdateSampler`.
+        decode_targets: whether the assistant's media are decoded; set it to False where only captions are needed.
         faults: with "skip" and `from_files`, one `InputError` a row that was left out when reading.
 
     Raises:
@@ -91,6 +92,7 @@ class ConversationDataset(Dataset):
                 )
             first_source[sample.id] = sample.source
         self.num_video_frames = num_video_frames
+        self.decode_targets = True
         self.on_bad_sample = on_bad_sample
         self.limits = limits
         self.lengths: list[int] = [len(self.samples)]
@@ -145,11 +147,14 @@ class ConversationDataset(Dataset):
         decoded: dict[tuple[str, Path], Media] = {}  # each file once, however often it occurs
         for role, part in sample.media():
             key = (part.type, part.path)
+            if role == "assistant":
+                loaded.captions.setdefault(part.type, []).append(part.caption)
+                if not self.decode_targets:
+                    continue
             if key not in decoded:
                 decoded[key] = self._decode(sample, role, *key)
             if role == "assistant":
                 loaded.targets.setdefault(part.type, []).append(decoded[key])
-                loaded.captions.setdefault(part.type, []).append(part.caption)
             else:
                 loaded.inputs.setdefault(part.type, []).append(decoded[key])
         return loaded

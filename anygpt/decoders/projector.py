@@ -28,6 +28,8 @@ class OutputProjectorConfig(PreTrainedConfig):
         pooled_dim: `P` where the decoder has a pooled condition: a second head then gives it.
         activation: any name that `transformers.activations.ACT2FN` builds.
         d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: the paper's sizes.
+        linear_path: `transformer` alone: a Linear beside it, which a ridge solution can set; the transformer's own
+            output then starts at zero, so that it only has to learn what the line misses.
     """
 
     model_type = "anygpt_output_projector"
@@ -45,6 +47,7 @@ class OutputProjectorConfig(PreTrainedConfig):
         num_decoder_layers: int = 4,
         num_attention_heads: int = 4,
         ffn_dim: int = 2048,
+        linear_path: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -65,6 +68,7 @@ class OutputProjectorConfig(PreTrainedConfig):
         self.num_decoder_layers = num_decoder_layers
         self.num_attention_heads = num_attention_heads
         self.ffn_dim = ffn_dim
+        self.linear_path = linear_path
 
 
 class OutputProjector(PreTrainedModel):
@@ -96,6 +100,13 @@ class OutputProjector(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Modules keep the initialisation that their constructors gave them."""
 
+    @property
+    def line(self) -> nn.Linear | None:
+        """The Linear from the flattened span to all condition tokens, if this projector is or has one."""
+        if isinstance(self.projection, FlatProjection) and isinstance(self.projection.layers, nn.Linear):
+            return self.projection.layers
+        return self.projection.line.layers if getattr(self.projection, "line", None) is not None else None
+
     def forward(self, states: Tensor) -> Condition:
         """`(K, N, H)` in any float dtype; computed in the dtype of the projector's own parameters."""
         states = states.to(next(self.parameters()).dtype)
@@ -110,7 +121,7 @@ class FlatProjection(nn.Module):
         super().__init__()
         inputs = config.num_signal_tokens * config.in_features
         outputs = config.condition_shape[0] * config.condition_shape[1]
-        if config.projection_type == "linear":
+        if config.projection_type != "mlp":
             self.layers = nn.Linear(inputs, outputs)
         else:
             self.layers = nn.Sequential(
@@ -150,10 +161,16 @@ class TransformerProjection(nn.Module):
         )
         self.transformer = nn.Transformer(**layer, num_decoder_layers=config.num_decoder_layers, custom_encoder=encoder)
         self.output = nn.Linear(config.d_model, width)
+        self.line = None
+        if config.linear_path:
+            self.line = FlatProjection(config)
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
 
     def forward(self, states: Tensor) -> Tensor:
         queries = self.queries.expand(states.shape[0], -1, -1)
-        return self.output(self.transformer(self.input(states), queries))
+        output = self.output(self.transformer(self.input(states), queries))
+        return output if self.line is None else output + self.line(states)
 
 
 class QFormerProjection(nn.Module):

@@ -154,6 +154,11 @@ class TrainConfig:
         log_steps: metrics every so many updates.
         signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, and nothing
             upstream of the language model's last states trains), or `none`.
+        projector_init: how new output projectors start: `random`, or `ridge`, the closed-form solution of caption
+            alignment on the training captions (linear projectors; a transformer gets a linear path beside it).
+        ridge_captions: captions that ridge looks at, at most.
+        parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; the joint
+            configuration uses it.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
     """
 
@@ -171,6 +176,9 @@ class TrainConfig:
     eval_steps: int = 0
     log_steps: int = 10
     signal_rows: Literal["both", "output", "none"] = "both"
+    projector_init: Literal["random", "ridge"] = "random"
+    ridge_captions: int = 10_000
+    parts: list[str] | None = None
     gradient_checkpointing: bool = False
 
 
@@ -311,10 +319,12 @@ def check_values(config: Config) -> None:
         ("train.save_steps", train.save_steps, train.save_steps >= 0, "at least 0"),
         ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, "at least 1"),
         ("train.eval_steps", train.eval_steps, train.eval_steps >= 0, "at least 0"),
+        ("train.ridge_captions", train.ridge_captions, train.ridge_captions >= 1, "at least 1"),
         ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
         ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
         ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
         ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
+        ("loss.temperature", loss.temperature, loss.temperature > 0, "above 0"),
         ("lora.r", lora.r, lora.r >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, lora.alpha >= 1, "at least 1"),
         ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "from 0 up to, but not, 1"),

@@ -7,6 +7,7 @@ of the whole update, so that its gradient does not depend on how the update was 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -21,7 +22,8 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
@@ -36,7 +38,8 @@ from anygpt.training.checkpoint import (
     save_model,
 )
 from anygpt.training.config import Config
-from anygpt.training.setup import build, build_dataset
+from anygpt.training.ridge import set_by_ridge
+from anygpt.training.setup import build, build_dataset, decoders_before
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
@@ -93,6 +96,12 @@ def train(config: Config, stage: Stage) -> Path:
     collator = Collator(processor)
     for data in filter(None, (dataset, held_out)):
         use_frames_of(data, processor)
+        data.decode_targets = model.loss_weights.wants_media
+    new_decoders = [key for key in model.decoder_keys if key not in decoders_before(config)]
+    strengths = {}
+    if checkpoint is None and config.train.projector_init == "ridge" and new_decoders:
+        model.to(accelerator.device)
+        strengths = set_by_ridge(model, new_decoders, ridge_batches(dataset, collator, config, accelerator))
 
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -115,6 +124,8 @@ def train(config: Config, stage: Stage) -> Path:
                     f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n"
                     f"{part_table(model.summarize_parts())}"
                 )
+                for key, strength in strengths.items():
+                    log.say(f"{key} output projector set by ridge regression, λ = {strength:.3g}")
                 if checkpoint is not None:
                     log.say(f"continues from {checkpoint} after update {step}")
                 for micro_batches in itertools.chain(first, updates):
@@ -133,7 +144,9 @@ def train(config: Config, stage: Stage) -> Path:
                     if due or interrupted:
                         save_checkpoint(folder, step, model, processor, optimizer, scheduler, accelerator, config)
                     if interrupted and not last:
-                        log.say(f"interrupted; checkpoint after update {step} written, the same command continues from it")
+                        log.say(
+                            f"interrupted; checkpoint after update {step} written, the same command continues from it"
+                        )
                         raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
                 save_model(folder / FINAL, model, processor, accelerator)
                 log.say(f"finished: {folder / FINAL}")
@@ -155,7 +168,7 @@ def update(
     Raises:
         NonFiniteLoss: before the optimizer's step.
     """
-    names = loss_names(model)
+    names = model.loss_names()
     counts = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
     for batch, _ in micro_batches:
         found = model.count_losses(batch)
@@ -284,6 +297,25 @@ def leave_signals_to_the_loop(worker: int) -> None:
     """A signal to the whole process group must not kill the workers: the loop still finishes its update."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def ridge_batches(
+    dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """The training captions in batches, the same on every process, without decoding a target."""
+    rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
+    captions = copy.copy(dataset)
+    captions.decode_targets = False
+    loader = DataLoader(
+        Subset(captions, rows[: config.train.ridge_captions]),
+        batch_size=config.train.batch_size,
+        collate_fn=collator,
+        **loader_options(config),
+    )
+    quiet = None if accelerator.is_main_process else True
+    for batch in tqdm(loader, desc="ridge", unit="batch", disable=quiet, mininterval=1):
+        take_ids(batch, config)
+        yield move(batch, accelerator.device)
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:

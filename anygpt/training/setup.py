@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,13 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             encoders[key], processors[key] = new_encoder(key, entry, width, precision)
     for key, entry in config.model.decoders.items():
         if key not in decoders:
-            decoders[key] = new_decoder(key, entry, language_model, precision)
+            ridge = config.train.projector_init == "ridge"
+            decoders[key] = new_decoder(key, entry, language_model, precision, ridge)
+    unknown = sorted(set(config.loss.by_modality) - set(decoders))
+    if unknown:
+        raise InputError(
+            f"loss.by_modality names {', '.join(unknown)}; the decoders are {', '.join(decoders) or 'none'}"
+        )
     model = MultimodalModel(encoders, language_model, decoders)
     processor = MultimodalProcessor(processors, tokenizer, model=model)
     if start is not None:
@@ -98,17 +105,28 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     return ModalEncoderModule(encoder, projector, modality=modality), load_encoder_processor(part, modality)
 
 
-def new_decoder(key: str, entry: DecoderConfig, language_model: nn.Module, precision: str) -> ModalDecoderModule:
-    """A decoder with its output projector, sized when the decoder module meets the language model."""
+def new_decoder(
+    key: str, entry: DecoderConfig, language_model: nn.Module, precision: str, ridge: bool
+) -> ModalDecoderModule:
+    """A decoder with its output projector; one that ridge regression is to set needs a linear path."""
     decoder = load_decoder(source(entry, precision))
     module = ModalDecoderModule(
         decoder, None, entry.num_signal_tokens, entry.hidden_layer, modality=None, signal=entry.signal
     )
-    if entry.projector:
-        check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
-        sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
-        module.projector = OutputProjector(OutputProjectorConfig(**sizes | entry.projector))
+    check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
+    sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
+    line = (
+        {"linear_path": True}
+        if ridge and entry.projector.get("projection_type", "transformer") == "transformer"
+        else {}
+    )
+    module.projector = OutputProjector(OutputProjectorConfig(**sizes | line | entry.projector))
     return module
+
+
+def decoders_before(config: Config) -> set[str]:
+    """Decoders whose output projectors `model.init_from` brings along."""
+    return set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
 
 
 def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
@@ -138,21 +156,26 @@ def check_same_parts(folder: Path, config: Config) -> None:
 
 
 def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that are given for a part and that a saved composition has otherwise: name, given value, saved value."""
-    saved = {f.name: None for f in fields(Source)} | (found["source"] or {}) | found
+    """Settings that are given for a part and that a saved one has otherwise: name, given value, saved value."""
+    saved = (
+        found if found["source"] is None else dict.fromkeys(f.name for f in fields(Source)) | found["source"] | found
+    )
     for setting in fields(wanted):
         value = getattr(wanted, setting.name)
+        given = setting.default is MISSING or value != setting.default
         if setting.name == "projector":
             cls = MultimodalProjectorConfig if isinstance(wanted, EncoderConfig) else OutputProjectorConfig
-            check_arguments("the projector", value, cls)
+            check_arguments("projector", value, cls)
             before = cls(**found["projector"])
-            for name, part in value.items():
-                if getattr(before, name) != part:
-                    yield f"projector.{name}", part, getattr(before, name)
-        elif setting.name in saved and value not in (None, setting.default) | {saved[setting.name]}:
-            pass
-        elif setting.name == "path" and found["source"] is None:
-            continue  # it was changed since it was loaded, and lies whole in the folder
+            yield from (
+                (f"projector.{name}", part, getattr(before, name))
+                for name, part in value.items()
+                if getattr(before, name) != part
+            )
+        elif given and setting.name in saved and saved[setting.name] != value:
+            yield setting.name, value, saved[setting.name]
+
+
 def build_dataset(
     sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
 ) -> ConversationDataset:

@@ -71,7 +71,7 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
             model.language_model = get_peft_model(model.language_model, adapter)
         except ValueError as error:
             raise InputError(f"lora.target_modules={config.lora.target_modules!r} does not fit: {error}") from error
-    parts = stage.parts(model)
+    parts = stage.parts(model) if config.train.parts is None else config.train.parts
     model.train_only(parts)
     rows = config.train.signal_rows
     if "signal_tokens" in parts:
@@ -98,6 +98,8 @@ def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
             wanted += [f"{key}_decoder.projector.", f"{key}_decoder.layer_weights"]
         elif kind == "projector":
             wanted.append(f"{key}_encoder.projector.")
+        elif kind in ("encoder", "decoder"):
+            wanted.append(f"{part}.module.")
         elif part == "signal_tokens":
             rows = {"both": ["input_rows", "output_rows"], "output": ["output_rows"], "none": []}[signal_rows]
             wanted += [f"signal_tokens.{name}." for name in rows]

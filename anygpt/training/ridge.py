@@ -1,0 +1,141 @@
+"""Output projectors set by ridge regression before training starts.
+
+With a frozen trunk and frozen signal rows, caption alignment under `mse` has a closed form for a linear map. The trunk
+runs once over the captions; XᵀX and XᵀY are added up in float64, so memory does not grow with their number. The
+strength of the regularisation is chosen on captions held back from the training ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anygpt.decoders.base import Condition
+from anygpt.errors import InputError
+
+HOLD_BACK_EVERY = 10  # one caption in ten chooses the strength …
+MAX_HELD_BACK = 512  # … up to this number, so that memory does not grow with the captions
+STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
+
+
+class RidgeRegression:
+    """Ridge regression with an unpenalised intercept, fed batch by batch.
+
+    Args:
+        inputs, outputs: widths.
+        hold_back: choose the strength on held-back samples; without, `solve` must be told.
+    """
+
+    def __init__(self, inputs: int, outputs: int, hold_back: bool = True):
+        self.xtx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xty = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.x_sum = torch.zeros(inputs, dtype=torch.float64)
+        self.y_sum = torch.zeros(outputs, dtype=torch.float64)
+        self.count = self.seen = 0
+        self.hold_back = hold_back
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """`(M, inputs)` and `(M, outputs)`, in any float dtype."""
+        x, y = x.double().cpu(), y.double().cpu()
+        number = torch.arange(self.seen, self.seen + len(x))
+        self.seen += len(x)
+        back = (number % HOLD_BACK_EVERY == HOLD_BACK_EVERY - 1) & (number // HOLD_BACK_EVERY < MAX_HELD_BACK)
+        if not self.hold_back:
+            back = torch.zeros_like(back)
+        if back.any():
+            self.held.append((x[back], y[back]))
+        self._accumulate(x[~back], y[~back])
+
+    def _accumulate(self, x: Tensor, y: Tensor) -> None:
+        self.xtx += x.T @ x
+        self.xty += x.T @ y
+        self.x_sum += x.sum(dim=0)
+        self.y_sum += y.sum(dim=0)
+        self.count += len(x)
+
+    def solve(self, strength: float | None = None) -> tuple[Tensor, Tensor, float]:
+        """Weight `(outputs, inputs)`, bias `(outputs,)` and the λ used, in float64.
+
+        Args:
+            strength: λ of ‖Y − XW‖² + λ‖W‖²; chosen on the held-back samples when None, which then join the fit.
+
+        Raises:
+            InputError: no samples.
+        """
+        if not self.count:
+            raise InputError("ridge regression was given no captions; the training data has none for this decoder")
+        if strength is None:
+            strength = self._choose()
+            for x, y in self.held:
+                self._accumulate(x, y)
+            self.held = []
+        x_mean, y_mean, values, vectors, rotated = self._decompose()
+        weight = vectors @ (rotated / (values + strength)[:, None])
+        return weight.T, y_mean - x_mean @ weight, strength
+
+    def _decompose(self) -> tuple[Tensor, ...]:
+        """Means, and the eigendecomposition of the centred XᵀX with XᵀY in its basis: one for all strengths."""
+        x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
+        values, vectors = torch.linalg.eigh(self.xtx - self.count * torch.outer(x_mean, x_mean))
+        rotated = vectors.T @ (self.xty - self.count * torch.outer(x_mean, y_mean))
+        return x_mean, y_mean, values.clamp(min=0), vectors, rotated
+
+    def _choose(self) -> float:
+        """The strength with the least squared error on the held-back samples."""
+        x_mean, y_mean, values, vectors, rotated = self._decompose()
+        strengths = [relative * float(values.mean().clamp(min=1e-12)) for relative in STRENGTHS]
+        if not self.held:
+            return strengths[len(strengths) // 2]
+        x = torch.cat([x for x, _ in self.held]) - x_mean
+        y = torch.cat([y for _, y in self.held]) - y_mean
+        in_basis = x @ vectors
+        errors = [(in_basis @ (rotated / (values + s)[:, None]) - y).square().sum() for s in strengths]
+        return strengths[int(torch.stack(errors).argmin())]
+
+
+@torch.no_grad()
+def set_by_ridge(model: Any, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
+
+    Args:
+        model: a `MultimodalModel`.
+        keys: the decoders whose projectors are set.
+        batches: arguments of `model.read_states`, with captions in `decoder_targets`; media are not needed.
+
+    Returns:
+        The strength that was chosen, by decoder.
+
+    Raises:
+        InputError: a projector without a linear path.
+    """
+    lines = {}
+    for key in keys:
+        lines[key] = model.decoders[key].projector.line
+        if lines[key] is None:
+            kind = model.decoders[key].projector.config.projection_type
+            raise InputError(
+                f"train.projector_init is ridge, but the {key!r} output projector ({kind}) has no linear path; use "
+                "projection_type linear, or transformer with linear_path true"
+            )
+    fits = {key: RidgeRegression(line.in_features, line.out_features) for key, line in lines.items()}
+    training = model.training
+    model.eval()
+    for batch in batches:
+        states = model.read_states(**batch)
+        for key in set(fits) & set(states):
+            target = batch["decoder_targets"][key]
+            encoding = target.get("conditions")
+            if encoding is None:
+                encoding = model.decoders[key].module.encode_text(target["captions"])
+            fits[key].add(states[key].flatten(1), Condition.of(encoding).embeds.flatten(1))
+    model.train(training)
+    strengths = {}
+    for key, fit in fits.items():
+        weight, bias, strengths[key] = fit.solve()
+        lines[key].weight.copy_(weight)
+        lines[key].bias.copy_(bias)
+    return strengths
