@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.parts import class_name, is_peft, source_dict, source_of
+from anygpt.parts import callback_dict, class_name, is_peft, source_dict, source_of
 
 if TYPE_CHECKING:
     from anygpt.modeling import MultimodalModel
@@ -20,13 +20,15 @@ class MultimodalConfig(PreTrainedConfig):
     """The composition.
 
     Attributes:
-        encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "projector"}}`.
+        encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "callbacks",
+            "saved_callbacks", "projector"}}`; `callbacks` names functions, which can only be missed.
         language_model: `{"class", "source", "fingerprint", "adapter"}`.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
             "signal", "projector"}}`.
         encoder_keys, decoder_keys: the keys in their order.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
+        preprocess_llm_callback: the saved form of the model's; True for a function, which can only be missed.
 
     `source` is `{path, revision, dtype, …}` (`anygpt.parts.Source`), or None: the part then lies whole under
     `parts/`. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
@@ -44,6 +46,7 @@ class MultimodalConfig(PreTrainedConfig):
         decoder_keys: list[str] | None = None,
         token_ids: dict[str, int] | None = None,
         signal_token_ids: dict[str, list[int]] | None = None,
+        preprocess_llm_callback: bool | dict[str, Any] = False,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -56,16 +59,20 @@ class MultimodalConfig(PreTrainedConfig):
         self.decoders = {key: decoders[key] for key in self.decoder_keys}
         self.token_ids = token_ids
         self.signal_token_ids = signal_token_ids or {}
+        self.preprocess_llm_callback = preprocess_llm_callback
         self.format_version = format_version
 
     @classmethod
     def of(cls, model: MultimodalModel) -> MultimodalConfig:
         """Describe a model as it stands; fingerprints are added when it is saved."""
+        callback = model.preprocess_llm_callback
         encoders = {
             key: {
                 "modality": encoder.modality,
                 **_part(encoder.module),
                 "additional_args": list(encoder.additional_args),
+                "callbacks": encoder.own_functions,
+                "saved_callbacks": callback_dict(encoder.callbacks),
                 "projector": encoder.projector.config.to_diff_dict(),
             }
             for key, encoder in model.encoders.items()
@@ -87,6 +94,7 @@ class MultimodalConfig(PreTrainedConfig):
             decoders,
             token_ids=model.token_ids,
             signal_token_ids=model.signal_tokens.ids,
+            preprocess_llm_callback=callback_dict(callback) or callback is not None,
             architectures=["MultimodalModel"],
         )
 

@@ -29,7 +29,12 @@ class PartTraining:
     """
 
     def init_part_training(self) -> None:
-        self._frozen: set[str] = set()
+        # a DiffusionDecoder comes frozen; plain train() must not wake its dropout
+        self._frozen = {
+            f"{key}_decoder"
+            for key, decoder in self.decoders.items()
+            if not any(p.requires_grad for p in decoder.module.parameters())
+        }
 
     @property
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
@@ -37,7 +42,7 @@ class PartTraining:
         parts: dict[str, list[nn.Module | nn.Parameter]] = {}
         for key, encoder in self.encoders.items():
             parts[f"{key}_encoder"] = [encoder.module]
-            parts[f"{key}_projector"] = [encoder.projector]
+            parts[f"{key}_projector"] = [encoder.projector, *([encoder.callbacks] if encoder.callbacks else [])]
         parts["language_model"] = [self.language_model]
         parts["signal_tokens"] = [self.signal_tokens]
         for key, decoder in self.decoders.items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
 from anygpt.encoders.module import argument_names, base_model
@@ -116,6 +117,7 @@ class SpanDecoder:
     tap: Tap
     rules: SpanRules
     spans: list[SpanStates] = field(default_factory=list)
+    _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def __call__(
@@ -131,7 +133,8 @@ class SpanDecoder:
 
         Each step feeds a chunk, aligned to the right: one token for ordinary rows, all tokens of a span for rows
         that begin one. What lies to the left of shorter rows is masked, so that a row's answer does not depend on
-        what its neighbours say.
+        what its neighbours say. Such holes would take places of a sliding window, so where a layer's cache is not a
+        plain one, the tokens of a span are fed one by one.
 
         Returns:
             `(B, new tokens)` int64, padded on the right.
@@ -153,13 +156,14 @@ class SpanDecoder:
         answers: list[list[int]] = [[] for _ in range(rows)]
         running = [True] * rows
         fed: list[list[int]] = [[] for _ in range(rows)]
+        waiting: list[list[int]] = [[] for _ in range(rows)]  # tokens said, but not fed yet
+        at_once = all(type(layer) is DynamicLayer for layer in past_key_values.layers)
         while True:
             outputs = self._forward(language_model, chunk, mask, past_key_values)
             past_key_values = outputs.past_key_values
             self._collect(answers, fed, chunk, outputs.hidden_states)
             scores = outputs.logits[0].float()  # (B, V'): the head ran on the last place of each row alone
-            fed = [[] for _ in range(rows)]
-            for row in (row for row in range(rows) if running[row]):
+            for row in (row for row in range(rows) if running[row] and not waiting[row]):
                 answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 score = scores[row : row + 1]
                 score[:, self.rules.banned(answers[row])] = -torch.inf
@@ -175,7 +179,9 @@ class SpanDecoder:
                 said = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 running[row] = not bool(stopping_criteria(said, None).any())
                 # A span that ends the answer must run all the same: the decoder is conditioned on its states.
-                fed[row] = new if running[row] or key else []
+                waiting[row] = list(new) if running[row] or key else []
+            fed = [tokens if at_once else tokens[:1] for tokens in waiting]
+            waiting = [[] if at_once else tokens[1:] for tokens in waiting]
             if not any(fed):
                 return _pad_right(answers, pad, device)
             tokens, chunk_mask = _align_right(fed, pad, device)
@@ -202,15 +208,21 @@ class SpanDecoder:
     def _collect(
         self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
     ) -> None:
-        """Keep the states of the spans that the last forward ran."""
+        """Keep the states of the spans that the last forward ran, or ran a token of."""
         for row, new in enumerate(fed):
             key = self.rules.key_of_first.get(new[0]) if new else None
-            if key is None:
+            if key is not None:
+                self._begun[row] = (key, len(answers[row]) - len(self.rules.ids[key]), [])
+            if not new or row not in self._begun:
                 continue
+            key, start, found = self._begun[row]
             decoder = self.model.decoders[key]
-            read = slice(-decoder.num_signal_tokens, None)  # a trigger before queries is not read
-            states = decoder.select_states(self.tap.hidden, all_states)[row, read] + chunk[row, read]
-            self.spans.append(SpanStates(row, len(answers[row]) - len(new), key, states))
+            states = decoder.select_states(self.tap.hidden, all_states)[row, -len(new) :]
+            found.append(states + chunk[row, -len(new) :])
+            if sum(map(len, found)) == len(self.rules.ids[key]):
+                # a trigger before queries is not read
+                self.spans.append(SpanStates(row, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
+                del self._begun[row]
 
 
 class SpanForcing(LogitsProcessor):

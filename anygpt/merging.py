@@ -5,6 +5,7 @@ Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,12 +42,12 @@ class Merged:
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def inject(text: Merged, features: Mapping[str, Tensor], token_ids: Mapping[str, int]) -> Merged:
+def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_ids: Mapping[str, int]) -> Merged:
     """Replace placeholders by features, in order.
 
     Args:
         text: the batch before merging.
-        features: by encoder, `(items, n, H)` or packed `(features, H)`.
+        features: by encoder, `(items, n, H)`, a list of `(n, H)`, or packed `(features, H)`.
         token_ids: the placeholder of each encoder.
 
     Raises:
@@ -58,6 +59,7 @@ def inject(text: Merged, features: Mapping[str, Tensor], token_ids: Mapping[str,
         held = text.input_ids == token_id
         per_row = held.sum(dim=1).tolist()
         given = features.get(key)
+        given = torch.cat(given) if isinstance(given, list) else given
         _check_counts(key, per_row, given)
         if given is None:
             continue
@@ -103,7 +105,7 @@ def _check_counts(key: str, per_row: list[int], features: Tensor | None) -> None
 
 
 def prepend(
-    text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping[str, list[int]] | None = None
+    text: Merged, features: Mapping[str, Tensor | list[Tensor]], items_per_row: Mapping[str, list[int]] | None = None
 ) -> Merged:
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 
@@ -111,7 +113,7 @@ def prepend(
 
     Args:
         text: the batch before merging.
-        features: by encoder, `(items, n, H)`.
+        features: by encoder, `(items, n, H)` or a list of `(n, H)`.
         items_per_row: inputs that belong to each row; one each when left out.
 
     Raises:
@@ -123,13 +125,15 @@ def prepend(
     by_row: list[list[Tensor]] = [[] for _ in range(rows)]
     for key, values in features.items():
         counts = (items_per_row or {}).get(key) or ([1] * rows if len(values) == rows else [len(values)] * (rows == 1))
-        if values.dim() != 3 or len(counts) != rows or sum(counts) != len(values):
+        packed = isinstance(values, Tensor) and values.dim() != 3
+        if packed or len(counts) != rows or sum(counts) != len(values):
             raise InputError(
                 f"{key!r}: {len(values)} inputs cannot be assigned to {rows} rows; give one input a row, or say how "
                 "many each row has with items_per_row (the processor does, given one list a row)"
             )
-        for row, items in enumerate(values.split(list(counts))):
-            by_row[row].append(items.flatten(0, 1))
+        items = iter(values)
+        for row, count in enumerate(counts):
+            by_row[row] += itertools.islice(items, count)
     lengths = [sum(len(part) for part in parts) for parts in by_row]
     total = text.input_ids.shape[1] + max(lengths)
     left_padded = bool((text.attention_mask[:, 0] == 0).any())

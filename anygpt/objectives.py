@@ -130,7 +130,8 @@ class Objectives:
         decoder, weights = self.decoders[key].module, self.loss_weights
         losses: dict[str, LossTerm] = {}
         encoding = target.get("conditions")
-        if encoding is None and target.get("captions") is not None:
+        wanted = weights.wants("alignment", key) or (weights.decoder and target.get("media") is not None)
+        if encoding is None and target.get("captions") is not None and wanted:
             encoding = decoder.encode_text(target["captions"])
         if encoding is not None and weights.wants("alignment", key):
             encoding = Condition.of(encoding).to(condition.embeds.device)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from anygpt.decoders.base import DiffusionDecoder
+from anygpt.encoders.callbacks import SavedCallback
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
@@ -143,7 +144,9 @@ def load_encoder_processor(source: Source, modality: str) -> Any:
         source, f"{modality} processor", lambda folder: auto.from_pretrained(folder, revision=source.revision)
     )
     if modality == "video":
-        return VideoFrameProcessor(processor, **({"num_frames": source.num_frames} if source.num_frames else {}))
+        config = _load(source, "config", lambda folder: AutoConfig.from_pretrained(folder, revision=source.revision))
+        frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
+        return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor
 
 
@@ -195,6 +198,21 @@ def import_class(name: str) -> Any:
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
     return getattr(importlib.import_module(module), attribute)
+
+
+def callback_dict(callback: Any) -> dict[str, Any] | None:
+    """The saved form of a callback, or None: of no callback, or of a plain function."""
+    return callback.to_dict() if isinstance(callback, SavedCallback) else None
+
+
+def build_callback(entry: dict[str, Any] | None) -> Any:
+    """A callback of its saved form."""
+    if entry is None:
+        return None
+    cls = import_class(entry["class"])
+    if not issubclass(cls, SavedCallback):
+        raise InputError(f"the checkpoint names {entry['class']!r} as a callback, which it is not")
+    return cls(**entry["settings"])
 
 
 def is_peft(part: nn.Module) -> bool:

@@ -19,10 +19,12 @@ from anygpt import chat
 from anygpt.audio import resample, to_mono
 from anygpt.data.media import Audio, Video
 from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
+from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.module import count_features
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
-from anygpt.parts import import_class
+from anygpt.parts import build_callback, callback_dict, import_class
 
 if TYPE_CHECKING:
     from anygpt.modeling import MultimodalModel
@@ -70,6 +72,8 @@ class MultimodalProcessor:
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs: dict[str, PreTrainedConfig] = {}
+        self.encoder_callbacks: dict[str, EncoderCallbacks | None] = {}
+        self.num_queries: dict[str, int | None] = {}
         self.signal_tokens: dict[str, list[str]] = {}
         self.targets: dict[str, TargetProcessor] = {}
         self.injects = model is not None
@@ -87,6 +91,8 @@ class MultimodalProcessor:
             )
         self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
         self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
+        self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
+        self.num_queries = {key: encoder.num_queries for key, encoder in model.encoders.items()}
         self.signal_tokens = model.signal_tokens.names
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
@@ -185,7 +191,7 @@ class MultimodalProcessor:
                     per_row[key] = rows
                 if isinstance(inputs[name], list) and not inputs[name]:
                     continue
-            options = _accepted(processor.__call__, kwargs) | inputs
+            options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
             outputs[key] = dict(processor(**{"return_tensors": return_tensors} | options))
             counts[key] = self.count_features(key, inputs, outputs[key])
         names = [name for output in outputs.values() for name in output]
@@ -209,9 +215,17 @@ class MultimodalProcessor:
             if isinstance(counts, int):
                 return [counts] * len(next(iter(outputs.values())))
             return [int(c) for row in counts for c in (row if isinstance(row, Sequence) else [row])]
+        if key not in self.encoder_configs:
+            return None
+        return count_features(
+            self.encoder_configs[key], self.encoder_callbacks[key], self.num_queries[key], outputs
+        )
+
+    def _family_options(self, key: str) -> dict[str, Any]:
+        """Arguments without which an encoder's processor leaves out what its family needs."""
         config = self.encoder_configs.get(key)
         family = FAMILIES.get(config.model_type) if config is not None else None
-        return None if family is None else family.count(config, inputs, outputs)
+        return dict(family.processor_options) if family is not None else {}
 
     def expand(
         self,
@@ -379,6 +393,8 @@ class MultimodalProcessor:
                 "token": self.tokens[key],
                 "own_feature_function": key in self.num_feature_funcs,
                 "encoder_config": None if config is None else config.to_dict(),
+                "num_queries": self.num_queries.get(key),
+                "callbacks": callback_dict(self.encoder_callbacks.get(key)),
             }
         decoders = {
             key: {"tokens": self.signal_tokens[key], "targets": targets.to_dict()}
@@ -432,6 +448,8 @@ class MultimodalProcessor:
             for key, entry in content["encoders"].items()
             if entry["encoder_config"] is not None
         }
+        self.encoder_callbacks = {key: build_callback(e["callbacks"]) for key, e in content["encoders"].items()}
+        self.num_queries = {key: entry["num_queries"] for key, entry in content["encoders"].items()}
         self.signal_tokens = {key: entry["tokens"] for key, entry in content["decoders"].items()}
         self.targets = {key: target_processor_from_dict(e["targets"]) for key, e in content["decoders"].items()}
         self.injects = content["injects"]

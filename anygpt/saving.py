@@ -14,7 +14,7 @@ Loading is strict: a missing, unexpected or mis-shaped tensor is an error that n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.parts import (
     Source,
+    build_callback,
     fingerprint,
     import_class,
     load_decoder,
@@ -60,6 +61,22 @@ class SavingMixin:
             for name, part in part_modules(self).items()
             if source_of(part) is not None
         }
+        self._supplied: dict[str, bool] = {}
+
+    def _source_supplies(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Whether loading a part's source again gives the part as it stands."""
+        if entry["fingerprint"] != self._fingerprints.get(name):
+            return False
+        if name not in self._supplied:
+            # A part that the caller loaded may have been changed before it came here (resized embeddings, a merged
+            # adapter), or be of another class than we would load: its name does not tell, so look once.
+            ours = hasattr(base_model(part_modules(self)[name]), "anygpt_source")
+            try:
+                same = ours or fingerprint(_load_source(Source(**entry["source"]), entry)) == entry["fingerprint"]
+            except InputError:
+                same = False
+            self._supplied[name] = same
+        return self._supplied[name]
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the composition into `folder`.
@@ -73,7 +90,7 @@ class SavingMixin:
         modules = part_modules(self)
         for name, entry in part_entries(config).items():
             entry["fingerprint"] = fingerprint(modules[name])
-            if entry["fingerprint"] != self._fingerprints.get(name):
+            if not self._source_supplies(name, entry):
                 entry["source"] = None
                 _save_part(modules[name], folder / "parts" / name)
             if entry["adapter"]:
@@ -88,6 +105,7 @@ class SavingMixin:
         folder: str | Path,
         *,
         projections: Mapping[str, nn.Module] | None = None,
+        callbacks: Mapping[str, Mapping[str, Callable]] | None = None,
         **init_options: Any,
     ) -> Any:
         """Give a saved composition back, tensors strict and frozen parts verified.
@@ -95,14 +113,17 @@ class SavingMixin:
         Args:
             folder: what `save_pretrained` wrote.
             projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
-            init_options: `preprocess_llm_callback` of `MultimodalModel`; callbacks cannot be saved.
+            callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
+            init_options: `preprocess_llm_callback` of `MultimodalModel`.
 
         Raises:
-            InputError: no such folder; a part that changed at its source; tensors missing, unexpected or of
-                another shape, all by name.
+            InputError: no such folder; callbacks that the saved model had are not given; a part that changed at its
+                source; tensors missing, unexpected or of another shape, all by name.
         """
         folder = Path(folder)
         config = read_config(folder)
+        callbacks = callbacks or {}
+        check_callbacks(folder, config, callbacks, init_options)
         parts = {name: _load_part(folder, name, entry) for name, entry in part_entries(config).items()}
         projections = projections or {}
         encoders = {
@@ -112,7 +133,9 @@ class SavingMixin:
                     MultimodalProjectorConfig(**entry["projector"]), projections.get(f"{key}_projector")
                 ),
                 additional_args=entry["additional_args"],
+                **callbacks.get(f"{key}_encoder", {}),
                 modality=entry["modality"],
+                callbacks=build_callback(entry["saved_callbacks"]),
             )
             for key, entry in config.encoders.items()
         }
@@ -129,6 +152,9 @@ class SavingMixin:
             )
             for key, entry in config.decoders.items()
         }
+        llm_callback = config.preprocess_llm_callback
+        if isinstance(llm_callback, dict):
+            init_options = {"preprocess_llm_callback": build_callback(llm_callback)} | init_options
         model = cls(encoders, parts["language_model"], decoders, **init_options)
         model.load_own_tensors(folder)
         if config.signal_token_ids:
@@ -157,6 +183,25 @@ class SavingMixin:
             raise InputError(f"{path} cannot be read as safetensors: {error}") from error
         check_tensors(str(path), self.own_tensors(), found, may_lack)
         self.load_state_dict(found, strict=False)
+
+
+def check_callbacks(
+    folder: Path, config: MultimodalConfig, callbacks: Mapping[str, Mapping], init_options: Mapping[str, Any]
+) -> None:
+    """Callbacks cannot be saved: a model that had some must be given them again, or it would be another model."""
+    lacking = [
+        f"callbacks={{'{key}_encoder': {{'{name}': …}}}}"
+        for key, entry in config.encoders.items()
+        for name in entry.get("callbacks", [])
+        if name not in callbacks.get(f"{key}_encoder", {})
+    ]
+    if config.preprocess_llm_callback is True and init_options.get("preprocess_llm_callback") is None:
+        lacking.append("preprocess_llm_callback=…")
+    if lacking:
+        raise InputError(
+            f"the model in {folder} was saved with callbacks, which cannot be saved; give them to from_pretrained "
+            f"again: {', '.join(lacking)}"
+        )
 
 
 def check_tensors(

@@ -52,9 +52,7 @@ class Parts:
         return self._copy(f"{modality}_encoder", lambda: load_encoder(_encoder_source(modality), modality).eval())
 
     def processor(self, modality):
-        return self._copy(
-            f"{modality}_processor", lambda: load_encoder_processor(_encoder_source(modality), modality)
-        )
+        return self._copy(f"{modality}_processor", lambda: load_encoder_processor(_encoder_source(modality), modality))
 
     def decoder(self, modality):
         return self._copy(f"{modality}_decoder", lambda: load_decoder(Source(f"zoo:{modality}_decoder")))

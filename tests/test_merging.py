@@ -32,9 +32,7 @@ def features(*values, width=2):
 
 def seen(result):
     """The first component of every embedding that the mask keeps, by row."""
-    return [
-        row[mask.bool(), 0].tolist() for row, mask in zip(result.inputs_embeds, result.attention_mask, strict=True)
-    ]
+    return [row[mask.bool(), 0].tolist() for row, mask in zip(result.inputs_embeds, result.attention_mask, strict=True)]
 
 
 def test_inject_replaces_placeholders_in_order():

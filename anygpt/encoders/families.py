@@ -1,34 +1,49 @@
-"""What differs between encoder families, as data: the class to load, and how many features an input gives.
+"""What differs between encoder families, as data: the class to load, its arguments, its features and their number.
 
-A new family is an entry of `FAMILIES`, keyed by the config's `model_type`.
+A new family is an entry of `FAMILIES`, keyed by the config's `model_type`. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
-# Given (config, processor inputs, processor outputs), one count an input.
-CountFeatures = Callable[[PreTrainedConfig, dict, dict], list[int]]
-
+from anygpt.encoders import features
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """How to load an encoder and to count its features.
+    """How to load an encoder, to call it, to read its features and to count them.
 
     Attributes:
+        main_input: the main input under the name that its processor gives it; its first axis counts the inputs,
+            unless they are packed.
+        count: `(config, inputs) -> [features of each input]`, of the encoder's inputs as its processor gives them.
         encoder_class: dotted path of the class to load from a checkpoint of this `model_type`; `AutoModel` if None.
-        main_input: the encoder's main argument, whose first axis counts the inputs.
-        count: features of each input.
+        arguments: `{processor's name: encoder's argument}`, where they differ.
+        prepare: `(config, arguments) -> arguments`, for what a new name alone cannot do.
+        select: `(config, output) -> (items, n, features) | (total, features)`; the output's first entry if None.
+        feature_size: `config -> int`, where `hidden_size` is something else.
+        layout: `fixed`, each input has as many features as the others; `padded`, `(items, n, features)` of which the
+            first `count` are real; `packed`, `(total, features)` one input after the other.
+        counted_by: inputs that only `count` reads; the encoder does not take them.
+        processor_options: arguments without which the processor leaves out what `count` and `prepare` read.
     """
 
     main_input: str
-    count: CountFeatures
+    count: Callable[[PreTrainedConfig, Mapping[str, Any]], list[int]]
     encoder_class: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] | None = None
+    select: Callable[[PreTrainedConfig, Any], Tensor] | None = None
+    feature_size: Callable[[PreTrainedConfig], int] | None = None
+    layout: str = "fixed"
+    counted_by: tuple[str, ...] = ()
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
 
     def load_class(self) -> Any:
         if self.encoder_class is None:
@@ -37,42 +52,89 @@ class EncoderFamily:
         return getattr(importlib.import_module(module), name)
 
 
-def _num_inputs(outputs: dict, name: str) -> int:
-    return len(outputs[name])
-
-
-def _patches(prefix_tokens: int) -> CountFeatures:
-    """Square inputs cut into square patches, behind `prefix_tokens` class tokens; sizes read off the pixels."""
-
-    def count(config: PreTrainedConfig, inputs: dict, outputs: dict) -> list[int]:
-        height, width = outputs["pixel_values"][0].shape[-2:]
-        patches = (height // config.patch_size) * (width // config.patch_size)
-        return [patches + prefix_tokens] * _num_inputs(outputs, "pixel_values")
-
-    return count
-
-
-def _whisper(config: PreTrainedConfig, inputs: dict, outputs: dict) -> list[int]:
-    """Whisper's second convolution halves the frames; its length is fixed by the position embedding."""
-    return [config.max_source_positions] * _num_inputs(outputs, "input_features")
-
-
-def _video(config: PreTrainedConfig, inputs: dict, outputs: dict) -> list[int]:
-    """One feature a frame (`VideoEncoder` pools the frames' own tokens)."""
-    return [clip.shape[0] for clip in outputs["pixel_values_videos"]]
-
-
-_CLIP = EncoderFamily("pixel_values", _patches(1), "transformers.CLIPVisionModel")
-_SIGLIP = EncoderFamily("pixel_values", _patches(0), "transformers.SiglipVisionModel")
-_VIT = EncoderFamily("pixel_values", _patches(1))
+_CLIP = EncoderFamily("pixel_values", features.count_patches(prefix=1), "transformers.CLIPVisionModel")
+_SIGLIP = EncoderFamily("pixel_values", features.count_patches(), "transformers.SiglipVisionModel")
+_SIGLIP2 = EncoderFamily(
+    "pixel_values", features.count_siglip2_patches, "transformers.Siglip2VisionModel", layout="padded"
+)
+_VIT = EncoderFamily("pixel_values", features.count_patches(prefix=1))
+_WITH_REGISTERS = EncoderFamily("pixel_values", features.count_patches_and_registers)
+_QWEN2_VL = EncoderFamily(
+    "pixel_values",
+    features.count_merged_patches,
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+    arguments={"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"},
+    select=features.pooler_output,
+    layout="packed",
+)
+_QWEN2_5_VL = EncoderFamily(
+    "pixel_values",
+    features.count_merged_patches,
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+    arguments=_QWEN2_VL.arguments,
+    select=features.pooler_output,
+    feature_size=lambda config: config.out_hidden_size,
+    layout="packed",
+)
+_CLAP = EncoderFamily(
+    "input_features",
+    features.count_clap_cells,
+    "transformers.ClapAudioModel",
+    select=features.flatten_clap_cells,
+    feature_size=features.clap_feature_size,
+)
 
 FAMILIES: dict[str, EncoderFamily] = {
+    # images
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
     "vit": _VIT,
     "dinov2": _VIT,
-    "whisper": EncoderFamily("input_features", _whisper, "transformers.models.whisper.modeling_whisper.WhisperEncoder"),
-    "anygpt_video_encoder": EncoderFamily("pixel_values_videos", _video, "anygpt.encoders.video.VideoEncoder"),
+    "dinov2_with_registers": _WITH_REGISTERS,
+    "dinov3_vit": _WITH_REGISTERS,
+    "dinov3_convnext": EncoderFamily(
+        "pixel_values", features.count_convnext_cells, feature_size=lambda config: config.hidden_sizes[-1]
+    ),
+    "internvl_vision": _VIT,
+    "pixtral": EncoderFamily(
+        "pixel_values", features.count_pixtral_patches, select=features.unpack_single_row, layout="packed"
+    ),
+    "qwen2_vl_vision": _QWEN2_VL,
+    "qwen2_5_vl_vision": _QWEN2_5_VL,
+    # audio
+    "whisper": EncoderFamily(
+        "input_features",
+        features.count_whisper_frames,
+        "transformers.models.whisper.modeling_whisper.WhisperEncoder",
+    ),
+    "qwen2_audio_encoder": EncoderFamily(
+        "input_features",
+        features.count_qwen2_audio_frames,
+        arguments={"feature_attention_mask": "attention_mask"},
+        prepare=features.mask_qwen2_audio_frames,
+        layout="padded",
+        processor_options={"return_attention_mask": True, "padding": "max_length"},
+    ),
+    "clap": _CLAP,
+    "clap_audio_model": _CLAP,
+    "phi4_multimodal_audio": EncoderFamily(
+        "audio_input_features",
+        features.count_phi4_frames,
+        "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAudioModel",
+        arguments={"audio_input_features": "hidden_states", "audio_attention_mask": "mask"},
+        prepare=features.name_phi4_mask,
+        layout="padded",
+        counted_by=("audio_embed_sizes",),
+    ),
+    # video
+    "videomae": EncoderFamily(
+        "pixel_values_videos", features.count_tubelets, arguments={"pixel_values_videos": "pixel_values"}
+    ),
+    "anygpt_video_encoder": EncoderFamily(
+        "pixel_values_videos", features.count_frames, "anygpt.encoders.video.VideoEncoder"
+    ),
 }

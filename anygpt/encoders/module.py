@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from anygpt.encoders.callbacks import EncoderCallbacks, with_features
+from anygpt.encoders.families import FAMILIES, EncoderFamily
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
 from anygpt.errors import InputError
+
+CALLBACKS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
 def base_model(module: nn.Module) -> nn.Module:
@@ -29,22 +33,29 @@ def argument_names(module: nn.Module) -> set[str]:
 class ModalEncoderModule(nn.Module):
     """One input modality: `preprocess → module → postprocess_module → projector → postprocess_projector`.
 
+    What the encoder's family needs (`anygpt.encoders.FAMILIES`) is done close to the encoder: callbacks see inputs
+    under the names that the processor gives them, and features in the output's first entry.
+
     Args:
-        model: the encoder, any `PreTrainedModel` whose first output is `(items, n, features)`, PEFT-wrapped or
-            not. `module` is accepted in its place.
+        model: the encoder, any `PreTrainedModel` of a known family or whose first output is `(items, n, features)`,
+            PEFT-wrapped or not. `module` is accepted in its place.
         projector: built by `MultimodalModel`, with sizes from the two configs, when None.
         additional_args: names of inputs that only the callbacks need; they are accepted but not given to the encoder.
         preprocess_callback: `(inputs: dict) -> dict`, before the encoder.
         postprocess_module_callback: `(inputs, output) -> output`, after the encoder. Outputs are a `ModelOutput` or
             a tuple.
         postprocess_projector_callback: `(inputs, output) -> output`, after the projector. Its first entry is what
-            is merged: `(items, n, H)`, or `(features, H)` packed in order.
+            is merged: `(items, n, H)`, a list of `(n, H)`, or `(features, H)` packed in order.
         modality: media type in the data (`image`, `video`, `audio`); the key under which the module is given to
             `MultimodalModel` when None.
+        callbacks: the three callbacks in a form that can be saved, in place of functions.
 
     Attributes:
         module: the encoder.
         projector: the `MultimodalProjector`.
+
+    Raises:
+        InputError: the model is no encoder of media, or two models or two kinds of callbacks are given.
     """
 
     def __init__(
@@ -58,16 +69,23 @@ class ModalEncoderModule(nn.Module):
         *,
         module: PreTrainedModel | PeftModel | None = None,
         modality: str | None = None,
+        callbacks: EncoderCallbacks | None = None,
     ):
         super().__init__()
         if (model is None) == (module is None):
             raise InputError("ModalEncoderModule takes one encoder: give either model= or module=, not both or none")
+        functions = (preprocess_callback, postprocess_module_callback, postprocess_projector_callback)
+        if callbacks is not None and any(function is not None for function in functions):
+            raise InputError("ModalEncoderModule takes callbacks= or single callback functions, not both")
         self.module = model if model is not None else module
+        _check_encoder(self.module)
         self.projector = projector
-        self.additional_args = tuple(additional_args)
-        self.preprocess_callback = preprocess_callback
-        self.postprocess_module_callback = postprocess_module_callback
-        self.postprocess_projector_callback = postprocess_projector_callback
+        self.callbacks = callbacks
+        if callbacks is not None:
+            additional_args = (*additional_args, *callbacks.additional_args)
+            functions = (callbacks.preprocess, callbacks.postprocess_module, callbacks.postprocess_projector)
+        self.additional_args = tuple(dict.fromkeys(additional_args))
+        self.preprocess_callback, self.postprocess_module_callback, self.postprocess_projector_callback = functions
         self.modality = modality
 
     @property
@@ -75,9 +93,43 @@ class ModalEncoderModule(nn.Module):
         return base_model(self.module).config
 
     @property
+    def family(self) -> EncoderFamily | None:
+        """The encoder's entry in the table of families; None if it has none."""
+        return FAMILIES.get(self.config.model_type)
+
+    @property
     def input_names(self) -> set[str]:
-        """Everything this module takes: the encoder's arguments and the callbacks' additional ones."""
-        return argument_names(self.module) | set(self.additional_args)
+        """Everything this module takes: the encoder's arguments, their processor's names, the callbacks' own."""
+        names = argument_names(self.module) | set(self.additional_args)
+        return names | {*self.family.arguments, *self.family.counted_by} if self.family else names
+
+    @property
+    def own_functions(self) -> list[str]:
+        """Names of the callbacks that are plain functions: they cannot be saved."""
+        return [] if self.callbacks else [name for name in CALLBACKS if getattr(self, name) is not None]
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what the projector gets, if callbacks of your own do not change it.
+
+        Raises:
+            InputError: nothing tells it.
+        """
+        size = getattr(base_model(self.module), "feature_size", None)
+        if size is None:
+            family_size = self.family.feature_size if self.family else None
+            size = family_size(self.config) if family_size else hidden_size_of(self.config)
+        return self.callbacks.feature_size(size) if self.callbacks else size
+
+    def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
+        """Features of each input after projection, of inputs as the processor gives them; None if nothing tells."""
+        return count_features(self.config, self.callbacks, self.num_queries, inputs)
+
+    @property
+    def num_queries(self) -> int | None:
+        """Features that a `qformer` projector makes of each input, whatever the encoder gives; else None."""
+        config = self.projector.config if self.projector is not None else None
+        return config.num_query_tokens if config and config.projection_type == "qformer" else None
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
         """Build the projector if there is none; check its sizes against both sides if there is.
@@ -88,47 +140,94 @@ class ModalEncoderModule(nn.Module):
         if self.projector is None:
             self.projector = MultimodalProjector(
                 MultimodalProjectorConfig(
-                    in_features=hidden_size_of(self.config),
+                    in_features=self.feature_size,
                     out_features=out_features,
                     projection_type=projection_type,
                     activation=activation,
                 )
             )
-            return
         config = self.projector.config
         if config.out_features not in (None, out_features):
             raise InputError(
                 f"the projector gives features of size {config.out_features}, but the language model's embeddings "
                 f"have size {out_features}"
             )
-        # A callback may change the encoder's features (select layers, fold patches): only it knows their size then.
-        if self.postprocess_module_callback is None and config.in_features is not None:
-            features = hidden_size_of(self.config)
-            if config.in_features != features:
+        # A function may change the encoder's features (select layers, fold patches): only it knows their size then.
+        if "postprocess_module_callback" not in self.own_functions and config.in_features is not None:
+            if config.in_features != self.feature_size:
                 raise InputError(
-                    f"the encoder gives features of size {features}, but its projector expects {config.in_features}"
+                    f"the encoder gives features of size {self.feature_size}, but its projector expects "
+                    f"{config.in_features}"
                 )
+        if self.num_queries and self.family and self.family.layout != "fixed":
+            raise InputError(
+                f"a qformer projector needs inputs of one size, but {self.config.model_type!r} gives each input "
+                "features of its own number; use 'linear' or 'mlp'"
+            )
 
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
+    def forward(self, inputs: dict[str, Any]) -> Tensor | list[Tensor]:
         """Run the hops in order.
 
         Args:
             inputs: arguments by name, the additional ones included.
 
         Returns:
-            `(items, n, H)` or packed `(features, H)`, as the last callback leaves it.
+            `(items, n, H)`; a list of `(n, H)` where inputs have features of different number; or packed
+            `(features, H)`, if the last callback leaves them so.
         """
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
-        accepted = argument_names(self.module)
-        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
-        output = self.module(**{k: _cast(v, dtype) for k, v in inputs.items() if k in accepted})
+        output = self._encode(inputs)
         if self.postprocess_module_callback is not None:
             output = self.postprocess_module_callback(inputs, output)
         output = self.projector(output)
+        if self.family is not None and self.family.layout != "fixed":
+            output = with_features(output, self._split(inputs, output))
         if self.postprocess_projector_callback is not None:
             output = self.postprocess_projector_callback(inputs, output)
         return output if isinstance(output, Tensor) else output[0]
+
+    def _encode(self, inputs: dict[str, Any]) -> Any:
+        """The encoder on its own arguments; its output with the features first."""
+        family, known = self.family, argument_names(self.module)
+        names = family.arguments if family else {}
+        # transformers takes output_hidden_states without listing it in every signature
+        arguments = {names.get(n, n): v for n, v in inputs.items() if names.get(n, n) in known | {"output_hidden_states"}}
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        arguments = {name: _cast(value, dtype) for name, value in arguments.items()}
+        if family and family.prepare:
+            arguments = family.prepare(self.config, arguments)
+        output = self.module(**arguments)
+        return with_features(output, family.select(self.config, output)) if family and family.select else output
+
+    def _split(self, inputs: dict[str, Any], output: Any) -> list[Tensor]:
+        """The real features of each input, `(n, H)`, out of padded or packed ones."""
+        features = output if isinstance(output, Tensor) else output[0]
+        counts = self.family.count(self.config, inputs)
+        if self.family.layout == "packed":
+            return list(features.split(counts))
+        return [item[:count] for item, count in zip(features, counts, strict=True)]
+
+
+def count_features(
+    config: PreTrainedConfig, callbacks: EncoderCallbacks | None, num_queries: int | None, inputs: Mapping[str, Any]
+) -> list[int] | None:
+    """See `ModalEncoderModule.count_features`; apart from it, because a saved processor has no encoder."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return None
+    counts = callbacks.count(config, inputs) if callbacks else family.count(config, inputs)
+    return counts if num_queries is None else [num_queries] * len(counts)
+
+
+def _check_encoder(module: nn.Module) -> None:
+    """Models that cannot encode media by themselves, refused with what to give in their place."""
+    tokens = sorted(argument_names(module) & {"input_ids", "decoder_input_ids"})
+    if tokens:
+        raise InputError(
+            f"{type(base_model(module)).__name__} reads {tokens[0]}, so it is no encoder of media; give its media part "
+            "alone (CLIPVisionModel in place of CLIPModel, whisper.get_encoder() in place of WhisperModel, …)"
+        )
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

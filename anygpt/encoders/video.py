@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from anygpt.encoders.families import FAMILIES
 from anygpt.errors import InputError
 
 
@@ -56,6 +57,12 @@ class VideoEncoder(PreTrainedModel):
     base_model_prefix = "image_encoder"
 
     def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8):
+        family = FAMILIES.get(image_encoder.config.model_type)
+        if family is not None and (family.layout != "fixed" or family.main_input != "pixel_values"):
+            raise InputError(
+                f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
+                "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"
+            )
         super().__init__(VideoEncoderConfig(image_encoder.config, num_frames))
         self.image_encoder = image_encoder
         self.post_init()
@@ -84,7 +91,7 @@ AutoConfig.register(VideoEncoderConfig.model_type, VideoEncoderConfig)
 
 
 class VideoFrameProcessor:
-    """Clips to pixels: an image processor on each of `num_frames` frames, evenly sampled."""
+    """Clips to pixels: an image processor, or one of frames like VideoMAE's, on `num_frames` evenly sampled frames."""
 
     model_input_names = ("pixel_values_videos",)
 
@@ -99,7 +106,8 @@ class VideoFrameProcessor:
             if video.ndim != 4 or video.shape[-1] != 3 or not len(video):
                 raise InputError(f"a video has shape {video.shape}; expected (frames, height, width, 3)")
             frames = video[np.linspace(0, len(video) - 1, self.num_frames).round().astype(int)]
-            clips.append(self.image_processor(images=list(frames), return_tensors="pt", **kwargs)["pixel_values"])
+            pixels = self.image_processor(images=list(frames), return_tensors="pt", **kwargs)["pixel_values"]
+            clips.append(pixels.flatten(0, -4))  # a processor of clips gives (1, frames, …), one of images (frames, …)
         return BatchFeature({"pixel_values_videos": torch.stack(clips)}, tensor_type=return_tensors)
 
 

@@ -261,9 +261,13 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not path.is_file():
                 raise InputError(f"--config {value!r}: there is no such file; give the path of a YAML file")
             try:
-                yield str(path), yaml.safe_load(path.read_text()) or {}
+                content = yaml.safe_load(path.read_text())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            if content is not None and not isinstance(content, Mapping):
+                sections = ", ".join(section.name for section in fields(Config))
+                raise InputError(f"{path} holds a {type(content).__name__}, expected the sections {sections}")
+            yield str(path), content or {}
         elif name not in ("help", "print_config") and not name.endswith(".help"):
             try:
                 content: Any = yaml.safe_load(value)  # a section or a list can be given whole

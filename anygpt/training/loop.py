@@ -87,7 +87,6 @@ def train(config: Config, stage: Stage) -> Path:
     )
     set_seed(config.run.seed)
     model, processor = build(config)
-    model.remember_parts()
     names = prepare_stage(model, stage, config)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -1,0 +1,196 @@
+"""Ridge initialisation: the closed form in float64, in one pass, and a first step that is the line's."""
+
+import copy
+
+import pytest
+import torch
+
+from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
+from anygpt.decoders.base import Condition
+from anygpt.errors import InputError
+from anygpt.losses import LossWeights, caption_alignment
+from anygpt.toyworld.language import plain_caption
+from anygpt.toyworld.world import SEEN
+from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, RidgeRegression, set_by_ridge
+
+CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
+
+
+def naive_ridge(x, y, strength):
+    """argmin ‖Y − XW − 1b‖² + λ‖W‖², by a column of ones that is not penalised: weight, bias."""
+    x, y = x.double(), y.double()
+    with_ones = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    penalty = strength * torch.eye(x.shape[1] + 1, dtype=torch.float64)
+    penalty[-1, -1] = 0
+    solution = torch.linalg.solve(with_ones.T @ with_ones + penalty, with_ones.T @ y)
+    return solution[:-1].T, solution[-1]
+
+
+def problem(samples=200, inputs=12, outputs=5):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, inputs, generator=generator) * torch.logspace(-1, 1, inputs) + 3
+    y = x @ torch.randn(inputs, outputs, generator=generator) + torch.randn(samples, outputs, generator=generator) - 7
+    return x, y
+
+
+def fed(x, y, batch, **options):
+    fit = RidgeRegression(x.shape[1], y.shape[1], **options)
+    for start in range(0, len(x), batch):
+        fit.add(x[start : start + batch], y[start : start + batch])
+    return fit
+
+
+# -------------------------------------------------------------------------------------------- the regression itself
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_solution_is_the_textbooks(strength, batch):
+    x, y = problem()
+    weight, bias, used = fed(x, y, batch, hold_back=False).solve(strength)
+    expected_weight, expected_bias = naive_ridge(x, y, strength)
+    assert used == strength
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(bias, expected_bias, rtol=1e-8, atol=1e-8)
+
+
+def test_fewer_samples_than_inputs():
+    x, y = problem(samples=6)
+    weight, bias, _ = fed(x, y, 4, hold_back=False).solve(0.1)
+    expected_weight, expected_bias = naive_ridge(x, y, 0.1)
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(bias, expected_bias, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch", [7, 64])
+def test_strength_is_the_best_one_for_the_samples_held_back_which_then_join_the_fit(batch):
+    x, y = problem()
+    back = torch.arange(len(x)) % HOLD_BACK_EVERY == HOLD_BACK_EVERY - 1
+    centred = (x[~back] - x[~back].mean(dim=0)).double()
+    scale = float(torch.linalg.eigvalsh(centred.T @ centred).mean())
+    errors = {}
+    for relative in STRENGTHS:
+        weight, bias = naive_ridge(x[~back], y[~back], relative * scale)
+        errors[relative * scale] = float((x[back].double() @ weight.T + bias - y[back]).square().sum())
+    weight, bias, strength = fed(x, y, batch).solve()
+    assert strength == pytest.approx(min(errors, key=errors.get), rel=1e-6)
+    expected_weight, expected_bias = naive_ridge(x, y, strength)
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(bias, expected_bias, rtol=1e-7, atol=1e-7)
+
+
+def test_noise_calls_for_more_strength():
+    x, y = problem(samples=60, inputs=40)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * 100
+    assert fed(x, y + noise, 10).solve()[2] > fed(x, y, 10).solve()[2]
+
+
+def test_memory_does_not_grow_with_the_samples():
+    def size(fit):
+        tensors = [fit.xtx, fit.xty, fit.x_sum, fit.y_sum, *(t for pair in fit.held for t in pair)]
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    x, y = torch.randn(HOLD_BACK_EVERY * MAX_HELD_BACK, 3), torch.randn(HOLD_BACK_EVERY * MAX_HELD_BACK, 2)
+    fit = fed(x, y, 512)
+    full = size(fit)
+    assert sum(len(held) for held, _ in fit.held) == MAX_HELD_BACK
+    for _ in range(3):
+        fit.add(x, y)
+    assert size(fit) == full and fit.seen == 4 * len(x)
+
+
+def test_no_captions_are_refused():
+    with pytest.raises(InputError, match="no captions"):
+        RidgeRegression(3, 2).solve()
+
+
+# ------------------------------------------------------------------------------------------------------- in the model
+
+
+def build(parts, modality="image", kind="linear", **settings):
+    """A model with one decoder, in eval mode, and its processor."""
+    torch.manual_seed(0)
+    decoder = ModalDecoderModule(parts.decoder(modality), num_signal_tokens=2)
+    language_model = parts.language_model()
+    sizes = decoder.projector_sizes(language_model.config.hidden_size)
+    small = {"d_model": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "ffn_dim": 64}
+    config = OutputProjectorConfig(projection_type=kind, **sizes | small | settings)
+    decoder.projector = OutputProjector(config)
+    model = MultimodalModel({}, language_model, {modality: decoder})
+    return model.eval(), MultimodalProcessor({}, parts.tokenizer(), model=model)
+
+
+def batches_of(model, processor, key, size=7):
+    span = "".join(model.signal_tokens.names[key])
+    for start in range(0, len(CAPTIONS), size):
+        captions = CAPTIONS[start : start + size]
+        texts = [f"Make {caption}. {span}" for caption in captions]
+        targets = {key: {"captions": captions}}
+        yield dict(processor(llm_inputs={"text": texts, "padding": True}, decoder_targets=targets))
+
+
+def states_and_encodings(model, processor, key):
+    """All `(38, N · H)` states and `(38, T · D)` encodings at once, float64."""
+    states = [model.read_states(**batch)[key] for batch in batches_of(model, processor, key)]
+    encodings = Condition.of(model.decoders[key].module.encode_text(CAPTIONS)).embeds
+    return torch.cat(states).flatten(1).double(), encodings.flatten(1).double()
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_linear_projector_is_set_in_one_pass(parts, modality):
+    model, processor = build(parts, modality)
+    x, y = states_and_encodings(model, processor, modality)
+    once = batches_of(model, processor, modality)  # a generator: a second pass would find nothing
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "projector" not in name}
+    strength = set_by_ridge(model, [modality], once)[modality]
+    assert next(once, None) is None
+    weight, bias = naive_ridge(x, y, strength)
+    line = model.decoders[modality].projector.line
+    torch.testing.assert_close(line.weight.double(), weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(line.bias.double(), bias, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_encodings_made_before_give_the_same_line(parts):
+    model, processor = build(parts)
+    other = copy.deepcopy(model)
+    set_by_ridge(model, ["image"], batches_of(model, processor, "image"))
+    batches = list(batches_of(other, processor, "image"))
+    for batch in batches:
+        captions = batch["decoder_targets"]["image"].pop("captions")
+        batch["decoder_targets"]["image"]["conditions"] = other.decoders["image"].module.encode_text(captions)
+    set_by_ridge(other, ["image"], batches)
+    lines = [m.decoders["image"].projector.line for m in (model, other)]
+    torch.testing.assert_close(lines[0].weight, lines[1].weight)
+
+
+def test_a_transformer_starts_at_the_line(parts):
+    """Its own output starts at zero, so the first step's alignment is the line's; and then it learns."""
+    model, processor = build(parts, kind="transformer", linear_path=True)
+    x, y = states_and_encodings(model, processor, "image")
+    strength = set_by_ridge(model, ["image"], batches_of(model, processor, "image"))["image"]
+    weight, bias = naive_ridge(x, y, strength)
+    batch = next(batches_of(model, processor, "image"))
+    model.loss_weights = LossWeights(nll=0, denoising=0, alignment_kind="mse")
+    model.train_only(["image_output_projector"])
+    rows = len(batch["input_ids"])
+    expected = caption_alignment((x[:rows] @ weight.T + bias)[:, None], y[:rows, None], "mse").mean()
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    loss.backward()
+    output = model.decoders["image"].projector.projection.output
+    assert output.weight.abs().max() == 0 and output.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("mlp", {}), ("qformer", {}), ("transformer", {"linear_path": False})])
+def test_projectors_without_a_line_are_refused(parts, kind, settings):
+    model, processor = build(parts, kind=kind, **settings)
+    with pytest.raises(InputError, match=rf"'image' output projector \({kind}\) has no linear path"):
+        set_by_ridge(model, ["image"], batches_of(model, processor, "image"))
+
+
+def test_training_mode_is_given_back(parts):
+    model, processor = build(parts)
+    model.train()
+    set_by_ridge(model, ["image"], batches_of(model, processor, "image"))
+    assert model.training

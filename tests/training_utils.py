@@ -1,0 +1,202 @@
+"""Helpers of the training tests: small ToyWorld data, the stages as a user runs them, and what they wrote."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+
+from anygpt.toyworld.datasets import write_dataset
+from anygpt.training.cli import run_stage
+from anygpt.training.config import parse_config
+from anygpt.training.loop import train
+from anygpt.training.setup import build
+from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
+SCRIPTS = {
+    1: "stages/stage1_encoder_llm.py",
+    2: "stages/stage2_llm_decoder.py",
+    3: "stages/stage3_instruction_tuning.py",
+}
+ROWS = {"stage1": 12, "stage2": 12, "stage3": 24}
+
+
+def shared(tmp_path_factory, name, make):
+    """`make(folder)` once for a whole test session, however many workers it has; returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def toy_data(tmp_path_factory):
+    """A folder with `stage1.jsonl`, `stage2.jsonl`, `stage3.jsonl` and their media."""
+
+    def make(folder):
+        for kind, rows in ROWS.items():
+            write_dataset(folder, kind, rows, seed=0)
+
+    return shared(tmp_path_factory, "toy_data", make)
+
+
+def arguments(stage, data, output, *more, init_from=None, steps=2, batch_size=6, config=None):
+    """The command line of a short run on the tiny zoo; `more` are further arguments."""
+    return [
+        *("--config", str(config or REPOSITORY / f"configs/tiny/stage{stage}.yaml")),
+        *("--run.output_dir", str(output), "--run.device", "cpu"),
+        *("--data.train", f"[{{path: {data}}}]"),
+        *("--train.max_steps", str(steps), "--train.batch_size", str(batch_size), "--train.log_steps", "1"),
+        *("--train.warmup_steps", "0"),
+        *(("--model.init_from", str(init_from)) if init_from else ()),
+        *map(str, more),
+    ]
+
+
+def from_parts(stage):
+    """Arguments that let stage 2 start from the pretrained parts."""
+    assert stage == 2
+    return ("--model.init_from", "null")
+
+
+def environment():
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start_process(*command):
+    """A command in the repository, in a process group of its own, with its output in pipes."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=REPOSITORY,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def run_process(*command, timeout=120):
+    """A command in the repository, to its end."""
+    return subprocess.run(
+        list(map(str, command)), cwd=REPOSITORY, env=environment(), text=True, capture_output=True, timeout=timeout
+    )
+
+
+def run_script(stage, args, timeout=120):
+    """`python stages/…`, to its end."""
+    return run_process(sys.executable, SCRIPTS[stage], *args, timeout=timeout)
+
+
+def launch(stage, args, processes="one_process", timeout=180):
+    """`accelerate launch --config_file … stages/…`, to its end."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    config = f"configs/accelerate/{processes}.yaml"
+    return run_process(accelerate, "launch", "--config_file", config, SCRIPTS[stage], *args, timeout=timeout)
+
+
+def reset_accelerate():
+    """A process can make only one kind of `Accelerator`, unless it forgets the one before."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def train_here(stage, args):
+    """The run in this process; returns its `final/` folder."""
+    reset_accelerate()
+    return train(parse_config(args), STAGES[stage])
+
+
+def cli_here(stage, args, capsys):
+    """The command line in this process: exit code, and the lines on stderr."""
+    reset_accelerate()
+    capsys.readouterr()
+    try:
+        run_stage(STAGES[stage], "", args)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().err.splitlines()
+
+
+def check_mistake(code, lines, *said):
+    """A mistake of the user's: exit code 2, and one line on stderr that says all of `said`."""
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    missing = [text for text in map(str, said) if text not in lines[0]]
+    assert not missing, f"{missing} not in {lines[0]!r}"
+
+
+def start_of(stage, args):
+    """The model of a run as it stands before the first update, its processor, and the names that train."""
+    config = parse_config(args)
+    set_seed(config.run.seed)
+    model, processor = build(config)
+    names = prepare_stage(model, STAGES[stage], config)
+    return model, processor, names
+
+
+def tensors_of(model):
+    """Every parameter and buffer by name, those that are not saved included."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def trained_tensors(final):
+    """What a run's folder holds itself: projectors, signal tokens, adapters."""
+    tensors = load_file(Path(final) / "model.safetensors")
+    for path in sorted(Path(final).glob("adapters/*/adapter_model.safetensors")):
+        tensors |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
+    return tensors
+
+
+def change_tensors(final, change):
+    """Rewrite `model.safetensors` of a folder with what `change(tensors)` returns."""
+    path = Path(final) / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def logged(folder):
+    """`{update: {metric: value}}` from a run's tensorboard files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for events in {path.parent for path in Path(folder).rglob("events.out.tfevents.*")}:
+        reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        reader.Reload()
+        for tag in reader.Tags()["scalars"]:
+            for event in reader.Scalars(tag):
+                values.setdefault(event.step, {})[tag] = event.value
+    return values
+
+
+def losses_of(folder):
+    """`logged`, without the metrics of speed."""
+    return {
+        step: {name: value for name, value in metrics.items() if not name.endswith("/s")}
+        for step, metrics in logged(folder).items()
+    }
+
+
+def assert_same_losses(first, second, relative):
+    """Two results of `losses_of` agree."""
+    assert first.keys() == second.keys()
+    for step in first:
+        assert first[step].keys() == second[step].keys()
+        for name, value in first[step].items():
+            assert abs(value - second[step][name]) <= relative * abs(value), (step, name, value, second[step][name])
