@@ -110,12 +110,14 @@ class SpanDecoder:
         model: the `MultimodalModel`, its signal tokens attached to the language model.
         tap: what the language model's head reads.
         rules: which tokens may come next.
+        prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
         spans: the spans that came out, filled while decoding.
     """
 
     model: Any = field(repr=False)
     tap: Tap
     rules: SpanRules
+    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
     spans: list[SpanStates] = field(default_factory=list)
     _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -192,9 +194,9 @@ class SpanDecoder:
         rows, length = chunk.shape[:2]
         last = torch.full((rows,), length - 1, device=chunk.device)
         self.tap.select = (torch.arange(rows, device=chunk.device), last)
-        options = {}
+        options = dict(self.prompt) if past_key_values.get_seq_length() == 0 else {}
         if "position_ids" in argument_names(language_model):
-            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+            options["position_ids"] = self._positions(mask, length)
         return language_model(
             inputs_embeds=chunk,
             attention_mask=mask,
@@ -204,6 +206,19 @@ class SpanDecoder:
             return_dict=True,
             **options,
         )
+
+    def _positions(self, mask: Tensor, length: int) -> Tensor:
+        """`(B, length)` positions of the newest places, or `(3, B, length)` where the prompt's are such."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        prompt = self.prompt.get("position_ids")
+        if prompt is None:
+            return positions
+        if mask.shape[1] == prompt.shape[-1]:
+            return prompt
+        # Under M-RoPE an image spans fewer positions than places: text goes on after the largest, whatever the axis.
+        largest = prompt.amax(dim=-1).reshape(-1, len(mask)).amax(dim=0)
+        shift = largest + 1 - mask[:, : prompt.shape[-1]].sum(dim=1)
+        return (positions + shift[:, None]).expand(*prompt.shape[:-1], length)
 
     def _collect(
         self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
@@ -307,19 +322,25 @@ class GenerationMixin:
             with self.signal_tokens.attached(self.language_model) as tap:
                 merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs), items_per_row)
                 decode = self._decode_stepwise if mode in OWN_MODES else self._decode_with_beams
-                sequences, spans = decode(pad_left(merged), tap, rules, options)
+                sequences, spans = decode(pad_left(merged), inputs, tap, rules, options)
             return GenerationOutput(sequences=sequences, answers=self._assemble(sequences, spans, decoder_kwargs))
         finally:
             self.train(training)
 
-    def _decode_stepwise(self, merged: Merged, tap: Tap, rules: SpanRules, options: dict[str, Any]):
-        decoder = SpanDecoder(self, tap, rules)
+    def _decode_stepwise(
+        self, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
+    ):
         prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-        return self.language_model.generate(**prompt, custom_generate=decoder, **options), decoder.spans
+        changed = self.preprocess_llm(merged, inputs, prompt)
+        decoder = SpanDecoder(self, tap, rules, changed)
+        return self.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
 
-    def _decode_with_beams(self, merged: Merged, tap: Tap, rules: SpanRules, options: dict[str, Any]):
+    def _decode_with_beams(
+        self, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
+    ):
         """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
         prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+        prompt |= self.preprocess_llm(merged, inputs, prompt)
         eos = options.get("eos_token_id")
         eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
         processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
@@ -333,7 +354,7 @@ class GenerationMixin:
             merged.media_in,
         )
         tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
-        _, all_states = self.run_language_model(whole, {})
+        _, all_states = self.run_language_model(whole, inputs)
         prompt = merged.input_ids.shape[1]
         spans = {key: self.signal_tokens.find_spans(sequences, key) for key in self.decoders}
         shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from anygpt.objectives import Objectives
 from anygpt.outputs import MultimodalOutput
 from anygpt.saving import SavingMixin
 from anygpt.signal_tokens import SignalTokens, Spans
+from anygpt.vlm import take_apart
 
 
 class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
@@ -34,8 +36,8 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Pr
         encoders: input modules by key, in the order in which features are prepended.
         language_model: a transformers causal language model, or a `PeftModel` around one.
         decoders: output modules by key.
-        preprocess_llm_callback: called with those of the language model's arguments, `input_ids` and encoder
-            inputs that it names; the dict that it returns changes what the language model is called with.
+        preprocess_llm_callback: called with those of the language model's arguments, `input_ids`, `token_ids` and
+            encoder inputs that it names; the dict that it returns changes what the language model is called with.
         init_projector_type, init_activation: for encoders that come without a projector.
         init_output_projector_type: for decoders that come without a projector.
 
@@ -90,6 +92,29 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Pr
         self.init_part_training()
         self.remember_parts()
         self.config = MultimodalConfig.of(self)
+
+    @classmethod
+    def from_pretrained_multimodal_model(
+        cls,
+        model: str | Path | PreTrainedModel,
+        decoders: Mapping[str, ModalDecoderModule] | None = None,
+        **loading_options: Any,
+    ) -> MultimodalModel:
+        """An existing multimodal model in our parts, with the same logits; placeholders are injected as it does.
+
+        Args:
+            model: hub id, folder, or the model itself: LLaVA, LLaVA-NeXT, Qwen2-VL (images) or Qwen2-Audio. The parts
+                share its tensors.
+            decoders: output modules to add.
+            loading_options: of transformers' `from_pretrained`.
+
+        Raises:
+            InputError: another kind of model, or nothing that can be loaded.
+        """
+        pieces = take_apart(model, **loading_options)
+        composed = cls(pieces.encoders, pieces.language_model, decoders, **pieces.options)
+        composed.set_token_ids(pieces.token_ids)
+        return composed.train(pieces.language_model.training)
 
     @property
     def encoders(self) -> dict[str, ModalEncoderModule]:
@@ -228,12 +253,20 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Pr
         }
         if "position_ids" not in argument_names(self.language_model):
             del arguments["position_ids"]
-        if self.preprocess_llm_callback is not None:
-            known = {"input_ids": merged.input_ids, **encoder_inputs, **arguments}
-            wanted = inspect.signature(self.preprocess_llm_callback).parameters
-            arguments |= self.preprocess_llm_callback(**{k: v for k, v in known.items() if k in wanted})
+        arguments |= self.preprocess_llm(merged, encoder_inputs, arguments)
         output = self.language_model(**arguments)
         return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
+
+    def preprocess_llm(
+        self, merged: Merged, encoder_inputs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `preprocess_llm_callback` changes of the language model's arguments; nothing if there is none."""
+        if self.preprocess_llm_callback is None:
+            return {}
+        media = {name.rpartition(".")[2]: value for name, value in encoder_inputs.items()}
+        known = {"input_ids": merged.input_ids, "token_ids": self.token_ids, **media, **arguments}
+        wanted = inspect.signature(self.preprocess_llm_callback).parameters
+        return self.preprocess_llm_callback(**{name: value for name, value in known.items() if name in wanted})
 
     @torch.no_grad()
     def read_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:

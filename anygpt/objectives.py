@@ -106,9 +106,11 @@ class Objectives:
             chosen = logits if logits.dim() == 2 else logits[at, positions]
             losses |= sum_by_term(token_nll(chosen, merged.labels[at, positions + 1]), at, rows.terms, "nll")
         for key, pairs in rows.pairs.items():
+            # In training all processes meet here, those without pairs too; in evaluation they may have different
+            # numbers of batches, and each takes its own.
+            ours, bound = (self.pool_features(merged, pairs, k) for k in (key, self.loss_weights.binding))
+            loss = info_nce(ours, bound, self.loss_weights.temperature, gather=self.training)
             if len(pairs):
-                ours, bound = (self.pool_features(merged, pairs, k) for k in (key, self.loss_weights.binding))
-                loss = info_nce(ours, bound, self.loss_weights.temperature)
                 losses[f"encoder/info_nce/{key}"] = LossTerm(loss.sum(), len(pairs))
         for key, target in targets.items():
             self.check_targets(key, target, rows.spans)

@@ -22,6 +22,7 @@ from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import count_features
+from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
 from anygpt.parts import build_callback, callback_dict, import_class
@@ -73,7 +74,7 @@ class MultimodalProcessor:
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs: dict[str, PreTrainedConfig] = {}
         self.encoder_callbacks: dict[str, EncoderCallbacks | None] = {}
-        self.num_queries: dict[str, int | None] = {}
+        self.projector_configs: dict[str, MultimodalProjectorConfig] = {}
         self.signal_tokens: dict[str, list[str]] = {}
         self.targets: dict[str, TargetProcessor] = {}
         self.injects = model is not None
@@ -92,7 +93,7 @@ class MultimodalProcessor:
         self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
         self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
         self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
-        self.num_queries = {key: encoder.num_queries for key, encoder in model.encoders.items()}
+        self.projector_configs = {key: encoder.projector.config for key, encoder in model.encoders.items()}
         self.signal_tokens = model.signal_tokens.names
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
@@ -212,13 +213,16 @@ class MultimodalProcessor:
         """Features of each input, in order; None if neither a function nor a known family can tell."""
         if key in self.num_feature_funcs:
             counts = self.num_feature_funcs[key](inputs, outputs)
-            if isinstance(counts, int):
-                return [counts] * len(next(iter(outputs.values())))
-            return [int(c) for row in counts for c in (row if isinstance(row, Sequence) else [row])]
+            if isinstance(counts, (int, np.integer)):
+                # the media themselves tell how many there are: a processor may pack them into one axis
+                media = inputs.get(self.media_argument(key))
+                listed = isinstance(media, list) and not isinstance(media[0], (int, float, np.number))
+                return [int(counts)] * len(media if listed else next(iter(outputs.values())))
+            return [int(c) for row in counts for c in np.atleast_1d(row)]
         if key not in self.encoder_configs:
             return None
         return count_features(
-            self.encoder_configs[key], self.encoder_callbacks[key], self.num_queries[key], outputs
+            self.encoder_configs[key], self.encoder_callbacks[key], self.projector_configs[key], outputs
         )
 
     def _family_options(self, key: str) -> dict[str, Any]:
@@ -393,7 +397,7 @@ class MultimodalProcessor:
                 "token": self.tokens[key],
                 "own_feature_function": key in self.num_feature_funcs,
                 "encoder_config": None if config is None else config.to_dict(),
-                "num_queries": self.num_queries.get(key),
+                "projector": None if config is None else self.projector_configs[key].to_diff_dict(),
                 "callbacks": callback_dict(self.encoder_callbacks.get(key)),
             }
         decoders = {
@@ -449,7 +453,9 @@ class MultimodalProcessor:
             if entry["encoder_config"] is not None
         }
         self.encoder_callbacks = {key: build_callback(e["callbacks"]) for key, e in content["encoders"].items()}
-        self.num_queries = {key: entry["num_queries"] for key, entry in content["encoders"].items()}
+        self.projector_configs = {
+            key: MultimodalProjectorConfig(**content["encoders"][key]["projector"]) for key in self.encoder_configs
+        }
         self.signal_tokens = {key: entry["tokens"] for key, entry in content["decoders"].items()}
         self.targets = {key: target_processor_from_dict(e["targets"]) for key, e in content["decoders"].items()}
         self.injects = content["injects"]

@@ -1,6 +1,7 @@
 """Conversations as text and as labels, and the processor on disk."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -56,9 +57,7 @@ def test_labels_are_the_assistants_turns(tiny_model):
 
 
 def without_marks(template):
-    return template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "").replace(
-        "{% generation %}", ""
-    ).replace("{% endgeneration %}", "")
+    return re.sub(r"{%-? (end)?generation -?%}", "", template)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own template", "default template"])
@@ -71,12 +70,7 @@ def test_marked_templates_and_prefix_lengths_give_the_same_labels(tiny_model, ow
     tokenizer.chat_template = without_marks(tokenizer.chat_template)
     assert "generation %}" not in tokenizer.chat_template
     by_prefix = tokenize_with_labels(tokenizer, conversation(processor))
-    assert marked[0] == by_prefix[0]
-    if own:
-        assert marked[1] == by_prefix[1]
-    else:  # the line's end behind a turn is outside the mark, but part of the longer prefix
-        kept = [i for i, m in zip(by_prefix[1], marked[1], strict=True) if i != m]
-        assert processor.decode(kept).strip() == ""
+    assert marked == by_prefix
 
 
 def test_template_that_rewrites_the_past_is_refused(tiny_model):
@@ -94,7 +88,7 @@ def test_tokenizer_without_a_template(tiny_model):
     _, processor = tiny_model(("image", "audio"), ("image",))
     processor.llm_tokenizer.chat_template = None
     text = processor.apply_chat_template(CONVERSATION[1:3])
-    assert text == "<|bos|>USER: <image>Sounds like? <audio>\nASSISTANT: This: [IMG0][IMG1][IMG2][IMG3]<|end|>\n"
+    assert text == "<|bos|>USER: <image>Sounds like? <audio>\nASSISTANT: This: [IMG0][IMG1][IMG2][IMG3]<|end|>"
     _, labels = tokenize_with_labels(processor.llm_tokenizer, processor.flatten_messages(CONVERSATION[1:3]))
     assert processor.decode([i for i in labels if i != -100]) == "This: [IMG0][IMG1][IMG2][IMG3]<|end|>"
 

@@ -18,7 +18,7 @@ def test_freezing_by_part(tiny_model):
         "image_projector": model.image_encoder.projector,
         "language_model": model.language_model,
         "signal_tokens": model.signal_tokens,
-        "image_decoder": model.image_decoder.module,
+        "image_decoder": model.image_decoder.module.denoiser,
         "image_output_projector": model.image_decoder.projector,
     }
     for name, module in parts.items():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from conftest import enlarge
+from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, MistralConfig, MistralForCausalLM
 
 from anygpt.errors import InputError
 
@@ -18,9 +19,7 @@ def text_model(tiny_model):
 
 @pytest.fixture(scope="module")
 def full_model(tiny_model):
-    """All modalities; `mix` for one decoder, an inner layer for another, the last for the third."""
-    model, processor = tiny_model(hidden_layer=-1)
-    return model, processor
+    return tiny_model()
 
 
 def tokenize(processor, texts, side="left"):
@@ -228,7 +227,7 @@ def test_a_batch_gives_what_its_rows_give_alone(full_model, options):
 
 def test_no_half_spans_ever(tiny_model):
     """Rows of the inner signal tokens as likely as can be: only whole spans come out all the same."""
-    model, processor = tiny_model((), ("image", "audio"))
+    model, _processor = tiny_model((), ("image", "audio"))
     with torch.no_grad():
         for rows in model.signal_tokens.output_rows.values():
             rows.mul_(4)
@@ -261,11 +260,11 @@ def test_require_and_forbid(full_model, options):
 def test_wishes_that_cannot_be_met_are_errors(full_model):
     model, processor = full_model
     batch = tokenize(processor, PROMPTS)
-    with pytest.raises(InputError, match="max_new_tokens=5 has no room for the 6 signal tokens.*image, audio"):
+    with pytest.raises(InputError, match=r"max_new_tokens=5 has no room for the 6 signal tokens.*image, audio"):
         model.generate(**batch, max_new_tokens=5, require=["image", "audio"])
     with pytest.raises(InputError, match="no decoder smell; there are"):
         model.generate(**batch, max_new_tokens=5, require=["smell"])
-    with pytest.raises(InputError, match="image.*required.*forbidden"):
+    with pytest.raises(InputError, match=r"image.*required.*forbidden"):
         model.generate(**batch, max_new_tokens=9, require=["image"], forbid=["image"])
     with pytest.raises(InputError, match="max_new_tokens is not set"):
         model.generate(**batch)
@@ -319,9 +318,6 @@ def test_media_are_what_the_decoder_samples_from_that_condition(full_model):
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
 def test_sliding_windows_do_not_see_the_neighbours_spans(tiny_model, parts, kind):
     """A row that waits while another says a span must not lose a part of its window."""
-    from conftest import enlarge
-    from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
-
     sizes = {
         "vocab_size": 1000,
         "hidden_size": 32,
@@ -336,7 +332,7 @@ def test_sliding_windows_do_not_see_the_neighbours_spans(tiny_model, parts, kind
     }
     torch.manual_seed(0)
     cls, config = {"mistral": (MistralForCausalLM, MistralConfig), "gemma2": (Gemma2ForCausalLM, Gemma2Config)}[kind]
-    model, processor = tiny_model((), ("image",), language_model=enlarge(cls(config(**sizes)), 6.0).eval())
+    model, _processor = tiny_model((), ("image",), language_model=enlarge(cls(config(**sizes)), 6.0).eval())
     make_talkative(model, "image", 3.0 if kind == "mistral" else 40.0)
     ids = torch.randint(10, 900, (8, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

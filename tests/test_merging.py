@@ -73,7 +73,7 @@ def test_wrong_counts_name_modality_row_and_both_counts(rows, given, parts):
 
 
 def test_inject_refuses_features_that_would_be_dropped():
-    with pytest.raises(InputError, match="'audio'.*dropped"):
+    with pytest.raises(InputError, match=r"'audio'.*dropped"):
         inject(merged([[1, 2]]), {"audio": features([1])}, {"image": IMAGE})
 
 
@@ -190,7 +190,7 @@ def test_padding_does_not_change_a_row(tiny_model, media, side, mode):
 
 
 def test_content_under_the_mask_does_not_matter(tiny_model):
-    model, processor = tiny_model((), ())
+    model, _processor = tiny_model((), ())
     ids = torch.tensor([[30, 31, 32, 33], [40, 41, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     other = ids.masked_fill(mask == 0, 99)

@@ -225,14 +225,14 @@ def test_inputs_go_to_the_encoder_that_takes_them(clip, llm, parts):
         "second": (1, 17, 128),
         "audio": (1, 50, 128),
     }
-    with pytest.raises(ValueError, match="'pixel_values' could go to 'vision' or 'second'.*'vision.pixel_values'"):
+    with pytest.raises(ValueError, match=r"'pixel_values' could go to 'vision' or 'second'.*'vision.pixel_values'"):
         model(IDS, pixel_values=pixels())
-    with pytest.raises(ValueError, match="no encoder takes the input 'pixels'.*audio: .*input_features"):
+    with pytest.raises(ValueError, match=r"no encoder takes the input 'pixels'.*audio: .*input_features"):
         model(IDS, pixels=pixels())
-    with pytest.raises(ValueError, match="no encoder takes the input 'audio.pixel_values'"):
+    with pytest.raises(ValueError, match=r"no encoder takes the input 'audio.pixel_values'"):
         model(IDS, **{"audio.pixel_values": pixels()})
     model.set_token_ids({"vision": 9})
-    with pytest.raises(ValueError, match="'audio'.*dropped"):
+    with pytest.raises(ValueError, match=r"'audio'.*dropped"):
         model(IDS, input_features=sound)
 
 

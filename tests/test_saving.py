@@ -104,7 +104,7 @@ def test_round_trip_in_a_new_process(tiny_model, parts, media, tmp_path):
 
 
 def test_frozen_parts_are_not_copied(tiny_model, parts, tmp_path):
-    model, processor = small(tiny_model, parts)
+    model, _processor = small(tiny_model, parts)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "parts").exists()
     stored = load_file(tmp_path / "model.safetensors")
@@ -176,7 +176,7 @@ def test_changed_source_is_refused(parts, tmp_path):
     assert not (tmp_path / "saved" / "parts").exists(), "a part loaded by transformers has a source too"
     MultimodalModel.from_pretrained(tmp_path / "saved")
     enlarge(LlamaForCausalLM.from_pretrained(source), 1.01).save_pretrained(source)
-    with pytest.raises(InputError, match="language_model at .*llm.* is not the one"):
+    with pytest.raises(InputError, match=r"language_model at .*llm.* is not the one"):
         MultimodalModel.from_pretrained(tmp_path / "saved")
     shutil.rmtree(source)
     with pytest.raises(InputError, match="cannot load the language model"):
@@ -276,7 +276,7 @@ def test_callbacks_are_never_lost_in_silence(parts, tmp_path):
         {"image": encoder}, parts.language_model(lively=False), preprocess_llm_callback=lambda input_ids: {}
     ).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="image_encoder.*postprocess_projector_callback"):
+    with pytest.raises(InputError, match=r"image_encoder.*postprocess_projector_callback"):
         MultimodalModel.from_pretrained(tmp_path)
     callbacks = {"image_encoder": {"postprocess_projector_callback": callback}}
     with pytest.raises(InputError, match="preprocess_llm_callback"):

@@ -211,7 +211,17 @@ def test_datasets_are_valid(kind, tmp_path):
     elif kind == "stage2":
         assert found == {("assistant", modality): 16 for modality in MODALITIES}
     else:
-        assert users["user"] == (36 if kind == "eval" else 24)
+        assert users["user"] == {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12}[kind]
+
+
+def test_joint_has_pairs_of_one_thing_between_the_rows_of_stage3(tmp_path):
+    rows = read_rows(write_dataset(tmp_path, "joint", 80, seed=0))
+    pairs = Counter(tuple(content_types(row["messages"][0])) for row in rows[1::2])
+    assert pairs == {("image", "video", "text"): 20, ("image", "audio", "text"): 20}
+    kinds = Counter(
+        tuple(set(content_types(message)) != {"text"} for message in row["messages"]) for row in rows[::2]
+    )
+    assert kinds == {(False, False): 10, (True, False): 10, (False, True): 10, (True, True): 10}
 
 
 def test_stage3_mixes_the_four_kinds_of_rows(tmp_path):

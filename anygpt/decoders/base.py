@@ -186,6 +186,21 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
     def collect(self, output: Any) -> list:
         """The samples in a pipeline's output, one an element, in this modality's form."""
 
+    # ---- training
+
+    def train(self, mode: bool = True) -> DiffusionDecoder:
+        """Torch's mode, of the denoiser alone: captions and media must be encoded the same each time."""
+        super().train(False)
+        self.denoiser.train(mode)
+        self.training = mode
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
+        """Freeze or unfreeze the denoiser; the VAE, the text encoder and the others stay frozen."""
+        super().requires_grad_(False)
+        self.denoiser.requires_grad_(requires_grad)
+        return self
+
     # ---- conditions and latents
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from anygpt.encoders import features
 
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """How to load an encoder, to call it, to read its features and to count them.
@@ -105,6 +106,14 @@ FAMILIES: dict[str, EncoderFamily] = {
     ),
     "qwen2_vl_vision": _QWEN2_VL,
     "qwen2_5_vl_vision": _QWEN2_5_VL,
+    "anygpt_qwen2_vl_patches": EncoderFamily(
+        "pixel_values",
+        features.count_patches_of_grids,
+        "anygpt.vlm.qwen2_vl.Qwen2VLPatchEncoder",
+        arguments=_QWEN2_VL.arguments,
+        feature_size=lambda config: config.embed_dim,
+        layout="packed",
+    ),
     # audio
     "whisper": EncoderFamily(
         "input_features",

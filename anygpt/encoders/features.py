@@ -63,8 +63,12 @@ def count_pixtral_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]
 
 def count_merged_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
     """`image_grid_thw (items, 3)` patches, of which `spatial_merge_size²` become one feature."""
-    grids = torch.as_tensor(inputs["image_grid_thw"])
-    return (grids.prod(dim=-1) // config.spatial_merge_size**2).tolist()
+    return [patches // config.spatial_merge_size**2 for patches in count_patches_of_grids(config, inputs)]
+
+
+def count_patches_of_grids(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """`image_grid_thw (items, 3)` patches: times, rows, columns."""
+    return torch.as_tensor(inputs["image_grid_thw"]).prod(dim=-1).tolist()
 
 
 def pooler_output(config: PreTrainedConfig, output: Any) -> Tensor:

@@ -115,21 +115,13 @@ class ModalEncoderModule(nn.Module):
         Raises:
             InputError: nothing tells it.
         """
-        size = getattr(base_model(self.module), "feature_size", None)
-        if size is None:
-            family_size = self.family.feature_size if self.family else None
-            size = family_size(self.config) if family_size else hidden_size_of(self.config)
+        family_size = self.family.feature_size if self.family else None
+        size = family_size(self.config) if family_size else hidden_size_of(self.config)
         return self.callbacks.feature_size(size) if self.callbacks else size
 
     def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
         """Features of each input after projection, of inputs as the processor gives them; None if nothing tells."""
-        return count_features(self.config, self.callbacks, self.num_queries, inputs)
-
-    @property
-    def num_queries(self) -> int | None:
-        """Features that a `qformer` projector makes of each input, whatever the encoder gives; else None."""
-        config = self.projector.config if self.projector is not None else None
-        return config.num_query_tokens if config and config.projection_type == "qformer" else None
+        return count_features(self.config, self.callbacks, self.projector.config, inputs)
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
         """Build the projector if there is none; check its sizes against both sides if there is.
@@ -159,7 +151,7 @@ class ModalEncoderModule(nn.Module):
                     f"the encoder gives features of size {self.feature_size}, but its projector expects "
                     f"{config.in_features}"
                 )
-        if self.num_queries and self.family and self.family.layout != "fixed":
+        if config.projection_type == "qformer" and self.family and self.family.layout != "fixed":
             raise InputError(
                 f"a qformer projector needs inputs of one size, but {self.config.model_type!r} gives each input "
                 "features of its own number; use 'linear' or 'mlp'"
@@ -191,8 +183,9 @@ class ModalEncoderModule(nn.Module):
         """The encoder on its own arguments; its output with the features first."""
         family, known = self.family, argument_names(self.module)
         names = family.arguments if family else {}
-        # transformers takes output_hidden_states without listing it in every signature
-        arguments = {names.get(n, n): v for n, v in inputs.items() if names.get(n, n) in known | {"output_hidden_states"}}
+        known |= {"output_hidden_states", "return_dict"}  # transformers takes them without listing them everywhere
+        arguments = {names.get(name, name): value for name, value in inputs.items()}
+        arguments = {name: value for name, value in arguments.items() if name in known}
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
         arguments = {name: _cast(value, dtype) for name, value in arguments.items()}
         if family and family.prepare:
@@ -203,21 +196,24 @@ class ModalEncoderModule(nn.Module):
     def _split(self, inputs: dict[str, Any], output: Any) -> list[Tensor]:
         """The real features of each input, `(n, H)`, out of padded or packed ones."""
         features = output if isinstance(output, Tensor) else output[0]
-        counts = self.family.count(self.config, inputs)
+        counts = [self.projector.config.features_after(n) for n in self.family.count(self.config, inputs)]
         if self.family.layout == "packed":
             return list(features.split(counts))
         return [item[:count] for item, count in zip(features, counts, strict=True)]
 
 
 def count_features(
-    config: PreTrainedConfig, callbacks: EncoderCallbacks | None, num_queries: int | None, inputs: Mapping[str, Any]
+    config: PreTrainedConfig,
+    callbacks: EncoderCallbacks | None,
+    projector: MultimodalProjectorConfig,
+    inputs: Mapping[str, Any],
 ) -> list[int] | None:
     """See `ModalEncoderModule.count_features`; apart from it, because a saved processor has no encoder."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         return None
     counts = callbacks.count(config, inputs) if callbacks else family.count(config, inputs)
-    return counts if num_queries is None else [num_queries] * len(counts)
+    return [projector.features_after(count) for count in counts]
 
 
 def _check_encoder(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from anygpt.errors import InputError
 
-PROJECTION_TYPES = ("linear", "mlp", "qformer")
+PROJECTION_TYPES = ("linear", "mlp", "qformer", "merger")
 
 
 def hidden_size_of(config: Any) -> int:
@@ -36,12 +36,15 @@ class MultimodalProjectorConfig(PreTrainedConfig):
     Args:
         encoder_config: config of the encoder, from which `in_features` is read unless it is given.
         text_config: config of the language model, from which `out_features` is read unless it is given.
-        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them) or `qformer` (BLIP-2's,
-            arXiv 2301.12597: `num_query_tokens` learned queries look at the features).
+        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `qformer` (BLIP-2's,
+            arXiv 2301.12597: `num_query_tokens` learned queries look at the features) or `merger` (Qwen2-VL's,
+            arXiv 2409.12191: `merge_size²` features one after the other become one).
         activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
         in_features, out_features: sizes, in place of the two configs.
         num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives
             `num_query_tokens` features.
+        merge_size: used by `merger`.
+        bias: of the Linears of `linear` and `mlp`.
     """
 
     model_type = "anygpt_projector"
@@ -57,6 +60,8 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         num_query_tokens: int = 32,
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
+        merge_size: int = 2,
+        bias: bool = True,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -71,10 +76,18 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         self.num_query_tokens = num_query_tokens
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.merge_size = merge_size
+        self.bias = bias
+
+    def features_after(self, count: int) -> int:
+        """How many features come out, of `count` of one input that go in."""
+        if self.projection_type == "qformer":
+            return self.num_query_tokens
+        return count // self.merge_size**2 if self.projection_type == "merger" else count
 
 
 class MultimodalProjector(PreTrainedModel):
-    """Maps encoder features `(items, n, in_features)` to `(items, n', out_features)`; `n' = n` but for `qformer`.
+    """Maps features `(items, n, in_features)` to `(items, n', out_features)`; see `features_after` for n'.
 
     Args:
         config: sizes and type.
@@ -144,6 +157,21 @@ class QFormerProjection(nn.Module):
         return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
 
 
+class MergerProjection(nn.Module):
+    """`merge_size²` consecutive features side by side, through two Linears; what Qwen2-VL calls its patch merger."""
+
+    def __init__(self, config: MultimodalProjectorConfig):
+        super().__init__()
+        self.group = config.merge_size**2
+        width = config.in_features * self.group
+        self.norm = nn.LayerNorm(config.in_features, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(…, n, in_features)` to `(…, n / merge_size², out_features)`."""
+        return self.mlp(self.norm(features).unflatten(-2, (-1, self.group)).flatten(-2))
+
+
 def _build(config: MultimodalProjectorConfig) -> nn.Module:
     sizes = config.in_features, config.out_features
     if None in sizes:
@@ -152,7 +180,10 @@ def _build(config: MultimodalProjectorConfig) -> nn.Module:
             "MultimodalProjectorConfig the encoder's and the language model's config, or the sizes themselves"
         )
     if config.projection_type == "linear":
-        return nn.Linear(*sizes)
+        return nn.Linear(*sizes, bias=config.bias)
     if config.projection_type == "mlp":
-        return nn.Sequential(nn.Linear(*sizes), ACT2FN[config.activation], nn.Linear(sizes[1], sizes[1]))
+        first, second = nn.Linear(*sizes, bias=config.bias), nn.Linear(sizes[1], sizes[1], bias=config.bias)
+        return nn.Sequential(first, ACT2FN[config.activation], second)
+    if config.projection_type == "merger":
+        return MergerProjection(config)
     return QFormerProjection(config)

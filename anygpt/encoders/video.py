@@ -12,6 +12,7 @@ from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedM
 from transformers.modeling_outputs import BaseModelOutput
 
 from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.projector import hidden_size_of
 from anygpt.errors import InputError
 
 
@@ -34,7 +35,8 @@ class VideoEncoderConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.image_encoder.hidden_size
+        family = FAMILIES.get(self.image_encoder.model_type)
+        return (family and family.feature_size or hidden_size_of)(self.image_encoder)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}
@@ -99,8 +101,16 @@ class VideoFrameProcessor:
         self.image_processor = image_processor
         self.num_frames = num_frames
 
-    def __call__(self, videos: list[np.ndarray], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
-        """`videos`: uint8 `(frames, height, width, 3)` each. Gives `pixel_values_videos (B, num_frames, 3, h, w)`."""
+    @property
+    def valid_kwargs(self) -> Any:
+        """What the frames' processor takes, to which keyword arguments are handed on."""
+        return getattr(self.image_processor, "valid_kwargs", None)
+
+    def __call__(
+        self, videos: list[np.ndarray] | np.ndarray, return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """`videos`: uint8 `(frames, height, width, 3)`, one or a list; gives `pixel_values_videos (B, n, 3, h, w)`."""
+        videos = [videos] if isinstance(videos, np.ndarray) and videos.ndim == 4 else videos
         clips = []
         for video in videos:
             if video.ndim != 4 or video.shape[-1] != 3 or not len(video):

@@ -1,4 +1,4 @@
-"""`python -m anygpt.toyworld --output DIR`: write ToyWorld's datasets for the three stages and for evaluation."""
+"""`python -m anygpt.toyworld --output DIR`: write ToyWorld's datasets for the stages, joint training and evaluation."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = ("stage1", "stage2", "stage3", "eval")
+KINDS = ("stage1", "stage2", "stage3", "eval", "joint")
 FPS = 8
 """Of the clips: 8 frames, one second."""
 _SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
@@ -46,6 +46,8 @@ def write_dataset(
       answer with media answer with several.
     - `eval`: the 16 cells of the any-to-any matrix in turn, one medium (or text) each way. Ids are
       "eval-<row>-<input>-<output>", and the answers are reference answers.
+    - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
+      those of `stage3`.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
     the JSONL file comes last: where it exists, all its files do.
@@ -149,6 +151,10 @@ class _RowWriter:
                 return _text_row(name, language.text_qa(thing, rng))
             return self._media_to_text(name, thing, source, rng)
 
+        if self.kind == "joint":
+            if index % 2:
+                return self._pair_to_text(name, thing, ("video", "audio")[index // 2 % 2], rng)
+            index //= 2
         modality = language.pick(rng, MODALITIES)
         if index % 4 == 0:  # text only: mostly questions
             talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
@@ -169,6 +175,12 @@ class _RowWriter:
         medium = self._write(f"{name}-in", thing, modality, motion, rng)
         question = _text(language.describe_question(modality, rng))
         return _row(name, [medium, question], [_text(language.caption(thing, rng, motion, modality))])
+
+    def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
+        """A picture and another medium of the same thing."""
+        row = self._media_to_text(name, thing, modality, rng)
+        row["messages"][0]["content"].insert(0, self._write(f"{name}-in", thing, "image", None, rng))
+        return row
 
     def _to_media(
         self, name: str, thing: Thing, source: str | None, targets: list[str], rng: np.random.Generator

@@ -79,7 +79,8 @@ def train(config: Config, stage: Stage) -> Path:
             "replace it with run.resume=never"
         )
     accelerator = Accelerator(
-        cpu=config.run.device == "cpu",
+        # Said outright, or several processes on a machine without an accelerator would not find each other.
+        cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
         log_with=None if config.run.tracker == "none" else config.run.tracker,
         project_dir=str(folder),
@@ -293,9 +294,8 @@ def loader_options(config: Config) -> dict[str, Any]:
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the whole process group must not kill the workers: the loop still finishes its update."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal to the run's process group must not kill the workers: the loop still finishes its update."""
+    os.setpgid(0, 0)
 
 
 def ridge_batches(

@@ -98,8 +98,12 @@ def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
             wanted += [f"{key}_decoder.projector.", f"{key}_decoder.layer_weights"]
         elif kind == "projector":
             wanted.append(f"{key}_encoder.projector.")
-        elif kind in ("encoder", "decoder"):
+        elif kind == "encoder":
             wanted.append(f"{part}.module.")
+        elif kind == "decoder":
+            decoder = model.decoders[key].module
+            denoiser = next(name for name, child in decoder.named_children() if child is decoder.denoiser)
+            wanted.append(f"{part}.module.{denoiser}.")
         elif part == "signal_tokens":
             rows = {"both": ["input_rows", "output_rows"], "output": ["output_rows"], "none": []}[signal_rows]
             wanted += [f"signal_tokens.{name}." for name in rows]

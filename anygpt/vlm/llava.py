@@ -1,0 +1,129 @@
+"""What LLaVA (arXiv 2304.08485) and LLaVA-NeXT do around their vision tower. Shape legend: `anygpt.outputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
+
+from anygpt.encoders.callbacks import EncoderCallbacks, with_features
+from anygpt.encoders.families import FAMILIES
+
+
+class LlavaCallbacks(EncoderCallbacks):
+    """Features of chosen layers, with or without the class token.
+
+    Args:
+        feature_layer: index into the encoder's hidden states; several are concatenated.
+        select_strategy: `default` drops the class token, `full` keeps everything.
+    """
+
+    def __init__(self, feature_layer: int | list[int] = -2, select_strategy: str = "default", **settings: Any):
+        super().__init__(feature_layer=feature_layer, select_strategy=select_strategy, **settings)
+        self.layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        self.drops_class_token = select_strategy == "default"
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | {"output_hidden_states": True, "return_dict": True}
+
+    def postprocess_module(self, inputs: dict[str, Any], output: Any) -> Any:
+        chosen = torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
+        if self.drops_class_token:
+            chosen = chosen[:, 1:]
+        # Pixtral packs all images into one row; its output's first entry has lost that row already
+        return with_features(output, chosen[0] if output[0].dim() == 2 else chosen)
+
+    def feature_size(self, size: int) -> int:
+        return size * len(self.layers)
+
+    def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
+        return [n - self.drops_class_token for n in FAMILIES[config.model_type].count(config, inputs)]
+
+
+class LlavaNextCallbacks(LlavaCallbacks):
+    """LLaVA-NeXT's any-resolution tiles: an image as a whole and as a grid of tiles, packed row by row.
+
+    Args:
+        feature_layer, select_strategy: as in `LlavaCallbacks`.
+        grid_pinpoints: `[[height, width], …]` that an image may be fitted into.
+        tile_size, patch_size: of the vision tower, in pixels.
+        hidden_size: width of the language model.
+
+    Attributes:
+        image_newline: `(H,)`, ends each row of features.
+    """
+
+    additional_args = ("image_sizes",)
+
+    def __init__(
+        self,
+        feature_layer: int | list[int] = -2,
+        select_strategy: str = "default",
+        *,
+        grid_pinpoints: list[list[int]],
+        tile_size: int,
+        patch_size: int,
+        hidden_size: int,
+    ):
+        super().__init__(
+            feature_layer,
+            select_strategy,
+            grid_pinpoints=grid_pinpoints,
+            tile_size=tile_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+        )
+        self.grid_pinpoints, self.tile_size = grid_pinpoints, tile_size
+        self.side = tile_size // patch_size
+        self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
+
+    def num_tiles(self, image_size: Any) -> int:
+        """Tiles of an image of `(height, width)`, the whole one included."""
+        return image_size_to_num_patches(_pair(image_size), self.grid_pinpoints, self.tile_size)
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`(items, tiles, 3, height, width)` pixels, padded to the most tiles, to `(all real tiles, 3, height, width)`."""
+        pixels = inputs["pixel_values"]
+        if pixels.dim() == 5:
+            numbers = [self.num_tiles(size) for size in inputs["image_sizes"]]
+            pixels = torch.cat([image[:number] for image, number in zip(pixels, numbers, strict=True)])
+        return super().preprocess(inputs | {"pixel_values": pixels})
+
+    def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
+        """`(all tiles, n, H)` to one `(features, H)` an image."""
+        sizes = [_pair(size) for size in inputs["image_sizes"]]
+        images = output[0].split([self.num_tiles(size) for size in sizes])
+        packed = [self.pack(image, size) for image, size in zip(images, sizes, strict=True)]
+        return with_features(output, packed)
+
+    def pack(self, tiles: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """`(tiles, n, H)` to `(features, H)`: the whole image, then the grid without its padding, row by row."""
+        grid = tiles[1:].unflatten(1, (self.side, self.side))
+        grid = grid.unflatten(0, get_anyres_image_grid_shape(image_size, self.grid_pinpoints, self.tile_size))
+        plane = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (H, rows, columns)
+        plane = unpad_image(plane, image_size)
+        newline = self.image_newline.to(plane)[:, None, None].expand(-1, plane.shape[1], 1)
+        return torch.cat([tiles[0], torch.cat([plane, newline], dim=-1).flatten(1).T])
+
+    def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
+        counts = []
+        for size in map(_pair, inputs["image_sizes"]):
+            rows, columns = get_anyres_image_grid_shape(size, self.grid_pinpoints, self.tile_size)
+            # a tensor without memory: unpad_image alone knows how it rounds
+            plane = unpad_image(torch.empty(1, rows * self.side, columns * self.side, device="meta"), size)
+            counts.append(self.side**2 + plane.shape[1] * (plane.shape[2] + 1))
+        return counts
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """`(height, width)` as numbers; transformers' functions compare them as a tuple."""
+    height, width = size
+    return int(height), int(width)

@@ -1,0 +1,143 @@
+"""Qwen2-VL (arXiv 2409.12191) in parts: its vision tower without the merger, its language model, its positions.
+
+Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLPreTrainedModel,
+    Qwen2VLTextModel,
+)
+
+from anygpt.encoders.callbacks import SavedCallback
+from anygpt.errors import InputError
+
+
+class Qwen2VLPatchConfig(Qwen2VLVisionConfig):
+    """Qwen2-VL's vision config, of an encoder that leaves the merging of patches to its projector."""
+
+    model_type = "anygpt_qwen2_vl_patches"
+
+
+AutoConfig.register(Qwen2VLPatchConfig.model_type, Qwen2VLPatchConfig)
+
+
+class Qwen2VLPatchEncoder(Qwen2VisionTransformerPretrainedModel):
+    """Qwen2-VL's vision tower up to the merger: the merger is the input projector (`projection_type="merger"`)."""
+
+    config_class = Qwen2VLPatchConfig
+
+    def __init__(self, config: Qwen2VLPatchConfig):
+        super().__init__(config)
+        self.merger = nn.Identity()
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """`(total patches, pixels of a patch)` and `(items, 3)` grids give `(total patches, features)`."""
+        return BaseModelOutput(last_hidden_state=super().forward(hidden_states, grid_thw, **kwargs).last_hidden_state)
+
+
+class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
+    """Qwen2-VL's language model with its head; transformers has it only inside the whole model.
+
+    Position ids are `(B, S)`, or `(3, B, S)` for time, height and width.
+    """
+
+    config_class = Qwen2VLTextConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Qwen2VLTextConfig):
+        super().__init__(config)
+        self.model = Qwen2VLTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(outputs.last_hidden_state),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MRopePositions(SavedCallback):
+    """`preprocess_llm_callback` of Qwen2-VL: positions in time, height and width (M-RoPE, §2.1 of the paper).
+
+    Text counts on all three axes at once. An image's features keep the time at which it begins and count rows and
+    columns from there; what follows begins after the larger of the two.
+
+    Args:
+        spatial_merge_size: patches a feature, along each axis.
+        key: the image encoder.
+    """
+
+    def __init__(self, spatial_merge_size: int = 2, key: str = "image"):
+        self.settings = {"spatial_merge_size": spatial_merge_size, "key": key}
+        self.merge, self.key = spatial_merge_size, key
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_ids: Mapping[str, int] | None,
+        image_grid_thw: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`(B, S)` ids and mask and `(items, 3)` grids to `{"position_ids": (3, B, S)}`; padding stands at 0."""
+        if image_grid_thw is None:
+            return {}
+        if not token_ids or self.key not in token_ids:
+            raise InputError(
+                "positions in height and width are those of placeholders, but the model prepends; build the "
+                f"MultimodalProcessor with model=, or call set_token_ids({{{self.key!r}: …}})"
+            )
+        grids = iter(image_grid_thw.tolist())
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+            kept = (ids[mask] == token_ids[self.key]).tolist()
+            positions[:, row, mask] = self._of_row(kept, grids).to(positions.device)
+        return {"position_ids": positions}
+
+    def _of_row(self, is_image: list[bool], grids: Any) -> Tensor:
+        """`(3, length)` of a row, given where it holds image features."""
+        pieces, start, place = [], 0, 0
+        while place < len(is_image):
+            if not is_image[place]:
+                pieces.append(torch.full((3, 1), start))
+                start, place = start + 1, place + 1
+                continue
+            time, height, width = next(grids)
+            grid = torch.cartesian_prod(
+                torch.arange(time), torch.arange(height // self.merge), torch.arange(width // self.merge)
+            )
+            pieces.append(grid.T + start)
+            start += max(height, width) // self.merge
+            place += len(grid)
+        return torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long)

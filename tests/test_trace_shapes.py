@@ -1,0 +1,106 @@
+"""`scripts/trace_shapes.py` on the tiny configs: every hop of the figure, in order, with what really flows."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from anygpt.toyworld.datasets import write_dataset
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "trace_shapes.py"
+CONFIGS = SCRIPT.parent.parent / "configs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("trace_shapes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, capsys):
+    def rows(*arguments):
+        script.main([str(argument) for argument in arguments])
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("hop "))
+        assert lines[start].split()[:5] == ["hop", "tensor", "shape", "dtype", "device"]
+        starts = [lines[start].index(name) for name in ("tensor", "shape", "dtype", "device", "in letters")]
+        found, hop = {}, None
+        for line in lines[start + 2 :]:
+            cells = [line[a:b].strip() for a, b in zip([0, *starts], [*starts, None], strict=True)]
+            hop = cells[0] or hop
+            found.setdefault(hop, {}).setdefault(cells[1], cells[2:])
+        return found
+
+    return rows
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("final")
+    model, processor = tiny_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_stage_1_on_its_data(run, tmp_path):
+    data = write_dataset(tmp_path, "stage1", 6, seed=0)
+    hops = run(CONFIGS / "stage1.yaml", "--data.train", f"[{{path: {data}}}]")
+    assert list(hops) == [
+        "processor",
+        *(f"{key} {part}" for key in ("image", "video", "audio") for part in ("encoder", "projector")),
+        "token embeddings",
+        "merge",
+        "language model",
+        "losses",
+    ]
+    assert hops["image encoder"]["output.last_hidden_state"][:3] == ["(1, 17, 64)", "float32", "cpu"]
+    assert hops["video projector"]["features"][0] == "(1, 8, 128)"
+    assert hops["processor"]["labels"][1] == "int64"
+
+
+@pytest.mark.parametrize("config", ["stage2.yaml", "stage3.yaml"])
+def test_the_other_stages_with_made_up_media(run, checkpoint, config):
+    arguments = ["--model.init_from", checkpoint, "--data.train", "[{path: nothing.jsonl}]"]
+    if config == "stage2.yaml":  # that names its parts, which must be those of init_from
+        arguments[1] = "null"
+    hops = run(CONFIGS / config, *arguments)
+    for key, condition, latents in (
+        ("image", "(1, 16, 64)", "(1, 4, 8, 8)"),
+        ("video", "(1, 16, 48)", "(1, 4, 8, 8, 8)"),
+        ("audio", "(1, 1, 32)", "(1, 4, 16, 16)"),
+    ):
+        projector, decoder = hops[f"{key} output projector"], hops[f"{key} decoder"]
+        assert projector["projected.embeds"][0] == projector["condition.embeds"][0] == condition
+        assert decoder["encoding of captions"][0] == condition
+        if key != "video" or config == "stage2.yaml":  # the checkpoint's clips have the pipeline's own 16 frames
+            assert decoder["latents of targets"][0] == decoder["noisy latents"][0] == latents
+            assert decoder["prediction.sample"][0] == latents
+    order = list(hops)
+    assert order.index("language model") < order.index("signal tokens") < order.index("image output projector")
+    assert order.index("audio output projector") < order.index("image decoder") and order[-1] == "losses"
+
+
+def test_a_checkpoint(run, checkpoint):
+    hops = run("--checkpoint", checkpoint)
+    assert hops["signal tokens"]["states of audio"][0] == "(1, 2, 128)"
+    assert hops["losses"]["loss"][:3] == ["()", "float32", "cpu"]
+
+
+def test_watching_leaves_the_model_as_it_was(script, tiny_model):
+    model, processor = tiny_model(("image",), ("image",))
+    before = set(vars(model)), {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    script.trace(model, script.make_batch(model, processor, []))
+    assert before == (set(vars(model)), {name: len(m._forward_hooks) for name, m in model.named_modules()})
+
+
+def test_mistakes_are_one_line(script, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(["nothing.yaml"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --config 'nothing.yaml'")
