@@ -26,6 +26,9 @@ from anygpt.errors import InputError
 from anygpt.losses import LossWeights
 from anygpt.modeling import MultimodalModel
 from anygpt.processing import MultimodalProcessor
+from anygpt.transformers_api import register
+
+register(MultimodalConfig, MultimodalModel, MultimodalProcessor)
 
 __version__ = "0.1.0"
 

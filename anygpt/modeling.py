@@ -26,10 +26,11 @@ from anygpt.objectives import Objectives
 from anygpt.outputs import MultimodalOutput
 from anygpt.saving import SavingMixin
 from anygpt.signal_tokens import SignalTokens, Spans
+from anygpt.transformers_api import TransformersModel
 from anygpt.vlm import take_apart
 
 
-class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, PreTrainedModel):
+class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, TransformersModel, PreTrainedModel):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:

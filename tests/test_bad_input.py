@@ -1,4 +1,4 @@
-"""Mistaken input to the stages: one line that says what, where and what was expected, exit code 2, nothing half-written.
+"""Mistaken input: one line that says what, where and what was expected, exit code 2, nothing half-written.
 
 A few run as `python stages/…`, where messages and exit codes are judged; the rest through the same command line in
 this process.

@@ -59,7 +59,9 @@ def test_accelerate_reads_its_files(path):
 
 
 def config_classes():
-    found = [cls for _, cls in inspect.getmembers(module, dataclasses.is_dataclass) if cls.__module__ == module.__name__]
+    found = [
+        cls for _, cls in inspect.getmembers(module, dataclasses.is_dataclass) if cls.__module__ == module.__name__
+    ]
     return [*(cls for cls in found if cls is not Config), LossWeights, DataSource]
 
 

@@ -43,7 +43,7 @@ def llava_next():
     config = _llava_config(transformers.LlavaNextConfig, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]])
     model = transformers.LlavaNextForConditionalGeneration(config)
     sizes = torch.tensor([[10, 40], [30, 30], [37, 21]])
-    counts = [4 + rows * (columns + 1) for rows, columns in ((1, 4), (4, 4), (4, 2))]
+    counts = [4 + rows * (columns + 1) for rows, columns in ((2, 4), (4, 4), (4, 2))]
     return model, {"pixel_values": torch.randn(3, 5, 3, 16, 16), "image_sizes": sizes}, counts
 
 
@@ -174,7 +174,9 @@ def test_loss_and_projector_gradients(build, side):
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_generation(build, beams):
     native, ours, media, counts = make(build)
-    inputs = batch(counts, token_of(native), "left")
+    # transformers repeats Qwen2-Audio's sounds beam by beam, not row by row: wrong as soon as a row has several
+    media_per_row = (1, 1, 1) if build is qwen2_audio and beams > 1 else (1, 2, 0)
+    inputs = batch(counts, token_of(native), "left", media_per_row)
     del inputs["labels"]
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": PAD, "eos_token_id": 2}
     expected = native.generate(**inputs, **media, **native_inputs(native, inputs), **options)

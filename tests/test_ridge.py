@@ -1,6 +1,7 @@
 """Ridge initialisation: the closed form in float64, in one pass, and a first step that is the line's."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from anygpt.errors import InputError
 from anygpt.losses import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
+from anygpt.training.config import parse_config
+from anygpt.training.loop import train
 from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, RidgeRegression, set_by_ridge
+from anygpt.training.stages import LLM_DECODER
 
 CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
 
@@ -194,3 +198,38 @@ def test_training_mode_is_given_back(parts):
     model.train()
     set_by_ridge(model, ["image"], batches_of(model, processor, "image"))
     assert model.training
+
+
+def test_stage_2_starts_at_the_line(tmp_path, capsys):
+    """One update of next to no size after `train.projector_init=ridge`: its alignment is far below the constant's."""
+    lines = []
+    for index, caption in enumerate(CAPTIONS):
+        (tmp_path / f"{index}.png").touch()  # never opened: only captions count
+        medium = {"type": "image", "path": f"{index}.png", "caption": caption}
+        user = {"role": "user", "content": [{"type": "text", "text": f"Make {caption}."}]}
+        lines.append(json.dumps({"id": str(index), "messages": [user, {"role": "assistant", "content": [medium]}]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    small = {"d_model": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "ffn_dim": 64}
+    arguments = {
+        "run.output_dir": tmp_path / "run",
+        "run.device": "cpu",
+        "model.language_model.path": "zoo:language_model",
+        "model.decoders": json.dumps({"image": {"path": "zoo:image_decoder", "projector": small}}),
+        "data.train": json.dumps([{"path": str(tmp_path / "rows.jsonl")}]),
+        "train.projector_init": "ridge",
+        "train.signal_rows": "none",
+        "train.batch_size": len(CAPTIONS),
+        "train.max_steps": 1,
+        "train.learning_rate": 1e-12,
+        "loss.denoising": 0,
+        "loss.alignment_kind": "mse",
+    }
+    final = train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), LLM_DECODER)
+    said = capsys.readouterr().out
+    assert "image output projector set by ridge regression" in said
+    alignment = float(said.split("llm_decoder/alignment/image ")[1].split()[0])
+    model = MultimodalModel.from_pretrained(final)
+    assert model.decoders["image"].projector.config.linear_path
+    encodings = model.decoders["image"].module.encode_text(CAPTIONS)
+    constant = caption_alignment(encodings.mean(dim=0).expand_as(encodings), encodings, "mse").mean()
+    assert alignment < 0.5 * constant

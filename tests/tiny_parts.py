@@ -28,7 +28,7 @@ VISION = {
     "patch_size": PATCH,
 }
 TEXT = {
-    "vocab_size": 128,
+    "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ class TinyEncoder:
             return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
         if self.modality == "video":
             return random.integers(0, 256, (6, 20, 24, 3), dtype=np.uint8)
-        return (0.1 * random.standard_normal(1600 + 400 * seed)).astype(np.float32)
+        return (0.1 * random.standard_normal(1600 + 3000 * seed)).astype(np.float32)
 
 
 def _config(name: str, **values: Any) -> Callable[[], Any]:
@@ -271,7 +271,7 @@ LANGUAGE_MODELS = [
         "OPT",
         _config(
             "OPTConfig",
-            vocab_size=128,
+            vocab_size=512,
             hidden_size=32,
             word_embed_proj_dim=32,
             ffn_dim=64,
@@ -288,7 +288,7 @@ LANGUAGE_MODELS = [
         "GPT-2",
         _config(
             "GPT2Config",
-            vocab_size=128,
+            vocab_size=512,
             n_embd=32,
             n_layer=2,
             n_head=4,

@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 
+from anygpt.data.collation import Collator
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.cli import run_stage
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
-from anygpt.training.setup import build
+from anygpt.training.loop import make_loader, take_updates, train, update, use_frames_of
+from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
+from anygpt.training.tracking import RunLog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
@@ -55,6 +58,29 @@ def toy_data(tmp_path_factory):
     return shared(tmp_path_factory, "toy_data", make)
 
 
+def stage2_start(tmp_path_factory, data):
+    """A `final/` folder with all parts, for stage 3 to start from."""
+
+    def make(folder):
+        args = arguments(2, data / "stage2.jsonl", folder / "run", "--model.init_from", "null", steps=1)
+        train_here(2, args)
+
+    return shared(tmp_path_factory, "stage2_start", make) / "run/final"
+
+
+def argument_maker(tmp_path_factory):
+    """`make(stage, output, *more, **options)`, each stage with its own data and start."""
+    data = toy_data(tmp_path_factory)
+    final = stage2_start(tmp_path_factory, data)
+
+    def make(stage, output, *more, **options):
+        more = ("--model.init_from", "null", *more) if stage == 2 else more
+        start = final if stage == 3 else None
+        return arguments(stage, data / f"stage{stage}.jsonl", output, *more, init_from=start, **options)
+
+    return make
+
+
 def arguments(stage, data, output, *more, init_from=None, steps=2, batch_size=6, config=None):
     """The command line of a short run on the tiny zoo; `more` are further arguments."""
     return [
@@ -66,12 +92,6 @@ def arguments(stage, data, output, *more, init_from=None, steps=2, batch_size=6,
         *(("--model.init_from", str(init_from)) if init_from else ()),
         *map(str, more),
     ]
-
-
-def from_parts(stage):
-    """Arguments that let stage 2 start from the pretrained parts."""
-    assert stage == 2
-    return ("--model.init_from", "null")
 
 
 def environment():
@@ -200,3 +220,33 @@ def assert_same_losses(first, second, relative):
         assert first[step].keys() == second[step].keys()
         for name, value in first[step].items():
             assert abs(value - second[step][name]) <= relative * abs(value), (step, name, value, second[step][name])
+
+
+def sgd(parameters):
+    """At rate 1, what moves is the gradient itself."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+class Bench:
+    """The pieces of a run, with its first batches at hand."""
+
+    def __init__(self, stage, args, optimizer, folder):
+        reset_accelerate()
+        self.config = parse_config(args)
+        self.accelerator = Accelerator(cpu=True)
+        self.model, processor, self.names = start_of(stage, args)
+        dataset = build_dataset(self.config.data.train, self.model, self.config, STAGES[stage])
+        use_frames_of(dataset, processor)
+        loader = make_loader(dataset, Collator(processor), self.config, self.accelerator, start=0)
+        self.batches = next(take_updates(loader, self.config))
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        folder.mkdir(exist_ok=True)
+        self.log = RunLog(self.accelerator, self.config, 1, 0)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer(self.parameters.values()))
+        self.wrapped.train()
+
+    def update(self, step=0):
+        return update(
+            *(self.wrapped, self.model, self.optimizer, self.batches, step),
+            *(self.config, self.accelerator, self.log),
+        )

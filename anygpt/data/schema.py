@@ -4,23 +4,46 @@ Every data format (`anygpt.data.formats`) is turned into the JSON form of `parse
 about samples is written once, here.
 """
 
+import abc
 import difflib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from anygpt.data.rows import MEDIA_TYPES, PART_TYPES, ROLES, MediaRow, MessageRow, SampleRow, TextRow
 from anygpt.errors import InputError
 
-ROLES = ("system", "user", "assistant")
-MEDIA_TYPES = ("image", "video", "audio")
-PART_TYPES = ("text", *MEDIA_TYPES)
+SAMPLE_KEYS = tuple(SampleRow.__annotations__)
+MESSAGE_KEYS = tuple(MessageRow.__annotations__)
+TEXT_KEYS = tuple(TextRow.__annotations__)
+MEDIA_KEYS = tuple(MediaRow.__annotations__)
 
-SAMPLE_KEYS = ("id", "messages")
-MESSAGE_KEYS = ("role", "content")
-TEXT_KEYS = ("type", "text")
-MEDIA_KEYS = ("type", "path", "caption")
+
+class DataError(InputError):
+    """A fault of a data file. `kind` is what `scripts/validate_data.py` counts it under."""
+
+    def __init__(self, message: str, kind: str = "structure"):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # a worker's error is pickled on its way to the main process
+        return type(self), (str(self), self.kind)
+
+
+class StoredMedium(abc.ABC):
+    """A medium that is no file of its own, but lies inside a shard or a table.
+
+    It holds where the bytes are, never the bytes: millions of them are in memory at once. `str()` of it is how
+    messages name it.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """A seekable stream of the medium's bytes; like `Path.open`, so that callers need not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +51,12 @@ class ContentPart:
     """One piece of a message: text, or one medium.
 
     `type` is one of `PART_TYPES`. A text part has `text`; a media part has `path` (resolved, a place inside
-    the media root) and, where it is a target, the `caption` that its decoder is aligned with.
+    the media root, or a `StoredMedium`) and, where it is a target, the `caption` that its decoder is aligned with.
     """
 
     type: str
     text: str | None = None
-    path: Path | None = None
+    path: Path | StoredMedium | None = None
     caption: str | None = None
 
 
@@ -61,6 +84,11 @@ class Sample:
             for part in message.content
             if part.type in MEDIA_TYPES  # a text part has no path
         ]
+
+    def missing_files(self) -> list[Path]:
+        """The media files that do not exist or are something else than a file."""
+        # os.path: `Path.is_file` raises on names that are too long or in folders that may not be entered.
+        return [p.path for _, p in self.media() if isinstance(p.path, Path) and not os.path.isfile(p.path)]
 
 
 class MediaRoot:
@@ -131,7 +159,7 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
     Raises:
         InputError: naming `source`, the sample, and the message and part that break a rule.
     """
-    check_keys(row, SAMPLE_KEYS, source)
+    check_keys(row, SAMPLE_KEYS, row_name(row, source, default_id))
     sample_id = row.get("id", default_id)
     if isinstance(sample_id, int) and not isinstance(sample_id, bool):
         sample_id = str(sample_id)
@@ -145,6 +173,12 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
     if not any(message.role == "assistant" for message in messages):
         raise InputError(f"{where} has no assistant message, so there is nothing to learn from it: add the answer.")
     return Sample(id=sample_id, messages=messages, source=source)
+
+
+def row_name(row: Any, source: str, default_id: str) -> str:
+    """What messages call a row before it has been checked: where it stands, and its id."""
+    given = row.get("id") if isinstance(row, Mapping) else None
+    return f"{source} (sample {(given if isinstance(given, str | int) else default_id)!r})"
 
 
 def _parse_message(row: Any, where: str, media_root: MediaRoot) -> Message:
@@ -180,10 +214,14 @@ def _parse_part(row: Any, role: str, where: str, media_root: MediaRoot) -> Conte
     if caption is not None:
         caption = checked_text(caption, f"{where}: 'caption'")
     if role == "assistant" and not (caption and caption.strip()):
-        raise InputError(
-            f"{where}: this {part_type} is a target and has no 'caption', which its decoder is aligned with: add one."
+        raise DataError(
+            f"{where}: this {part_type} is a target and has no 'caption', which its decoder is aligned with: add one.",
+            "caption",
         )
-    path = media_root.resolve(row["path"], part_type, where)
+    # Only the readers of shards and tables put a StoredMedium there; what a JSON file says is never one.
+    path = row["path"]
+    if not isinstance(path, StoredMedium):
+        path = media_root.resolve(path, part_type, where)
     return ContentPart(type=part_type, path=path, caption=caption)
 
 

@@ -177,7 +177,7 @@ class ModalEncoderModule(nn.Module):
             output = with_features(output, self._split(inputs, output))
         if self.postprocess_projector_callback is not None:
             output = self.postprocess_projector_callback(inputs, output)
-        return output if isinstance(output, Tensor) else output[0]
+        return output if isinstance(output, (Tensor, list)) else output[0]
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
         """The encoder on its own arguments; its output with the features first."""

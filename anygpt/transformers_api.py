@@ -1,0 +1,75 @@
+"""What transformers' auto classes and its any-to-any pipeline expect of a model and a processor, beyond our own API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.utils import PushToHubMixin
+
+from anygpt.outputs import GenerationOutput
+
+
+class TransformersProcessor(PushToHubMixin):
+    """Mixed into `MultimodalProcessor`: media by modality, and the names that the pipeline reads."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.llm_tokenizer
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.llm_tokenizer.chat_template
+
+    def inputs_by_modality(self, text: Any, media: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`text` and `{"images" | "videos" | "audio": one or a list}` as `encoder_inputs` and `llm_inputs`."""
+        pairs = []
+        for name, values in media.items():
+            if values is not None:
+                values = list(values) if isinstance(values, (list, tuple)) else [values]
+                pairs += [(name.removesuffix("s"), value) for value in values]
+        return self.arrange_media(pairs), {"text": text}
+
+    def post_process_multimodal_output(
+        self,
+        generated: GenerationOutput | Tensor,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **_: Any,
+    ) -> list[Any]:
+        """The text of each row; or with another `generation_mode`, its first medium of that kind, None if it has none.
+
+        Args:
+            generated: what `MultimodalModel.generate` returned, or `(B, S)` ids.
+        """
+        if generation_mode in (None, "text"):
+            ids = generated.sequences if isinstance(generated, GenerationOutput) else generated
+            return self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+        media = [[s.content for s in row if s.type == generation_mode] for row in generated.segments]
+        return [row[0] if row else None for row in media]
+
+
+class TransformersModel:
+    """Mixed into `MultimodalModel`: what it reads and says, and that it generates."""
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        return ("text", *dict.fromkeys(encoder.modality for encoder in self.encoders.values()))
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        return ("text", *dict.fromkeys(decoder.modality for decoder in self.decoders.values()))
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+
+def register(config: type, model: type, processor: type) -> None:
+    """Make `AutoConfig`, `AutoModel`, `AutoModelForMultimodalLM` and `AutoProcessor` know a saved composition."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForMultimodalLM.register(config, model, exist_ok=True)
+    AutoProcessor.register(config, processor, exist_ok=True)

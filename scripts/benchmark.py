@@ -1,0 +1,112 @@
+"""Benchmarks: time and peak memory of one thing done in several ways, as ratios in one run.
+
+    python scripts/benchmark.py stage2 [--steps 5 …]
+    python scripts/benchmark.py stage2 --help
+
+Each way runs in a process of its own, so that one's peak memory is not another's. A benchmark is a file in
+`scripts/benchmarks/` with a docstring and three functions:
+
+    add_arguments(parser)          its settings
+    sides(options) -> list[str]    the ways that are compared; the ratios are to the first
+    measure(side, options) -> dict numbers by name, taken in a fresh process: times in seconds under names ending in
+                                   `_s`, everything else as it is; peak memory is added here
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+RESULT = "benchmark result: "
+GIB = 2**30
+
+
+def names() -> list[str]:
+    """The benchmarks that there are."""
+    return sorted(path.stem for path in (HERE / "benchmarks").glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    """One benchmark's module."""
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def peak_memory() -> dict[str, float]:
+    """Of this process, in GiB: resident memory, and the accelerator's where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    memory = {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    if torch.cuda.is_available():
+        memory["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return memory
+
+
+def run_side(arguments: list[str], side: str) -> dict[str, float]:
+    """Measure one side in a fresh process.
+
+    Raises:
+        SystemExit: it failed; its own messages have been printed.
+    """
+    command = [sys.executable, __file__, *arguments, "--side", side]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not found:
+        sys.exit(f"error: the side {side} ended with {done.returncode}: {' '.join(command)}\n{done.stdout}")
+    return json.loads(found[-1])
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: a line a side, a column a number, its ratio to the first side's in brackets."""
+    first = next(iter(results.values()))
+    lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
+    for side, numbers in results.items():
+        cells = [f"{value:.4g} ({value / first[name]:.2f}×)" for name, value in numbers.items()]
+        lines.append(f"| {side} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the numbers were taken on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(names())}}}")
+    for name in names():
+        module = load(name)
+        command = commands.add_parser(
+            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there too, as JSON")
+        command.add_argument("--side", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    module = load(options.benchmark)
+    if options.side is not None:
+        print(RESULT + json.dumps(module.measure(options.side, options) | peak_memory()))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for side in module.sides(options):
+        print(f"{options.benchmark}: {side} …", file=sys.stderr)
+        results[side] = run_side(arguments, side)
+    print(f"{options.benchmark} on {machine()}\n\n{table(results)}")
+    if options.output is not None:
+        options.output.write_text(json.dumps({"machine": machine(), "sides": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""Print the README's table of supported encoders and language models, from the lists that the tests run through."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from tiny_parts import ENCODERS, LANGUAGE_MODELS
+
+
+def table() -> str:
+    """Markdown, one line a modality."""
+    rows = [
+        (f"{modality} encoders", [encoder.label for encoder in ENCODERS if encoder.modality == modality])
+        for modality in ("image", "video", "audio")
+    ]
+    rows.append(("language models", [language_model.label for language_model in LANGUAGE_MODELS]))
+    lines = [f"| {what} | {', '.join(labels)} |" for what, labels in rows]
+    return "\n".join(["| parts | tested in every combination |", "|---|---|", *lines])
+
+
+if __name__ == "__main__":
+    print(table())

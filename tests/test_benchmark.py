@@ -1,0 +1,70 @@
+"""`scripts/benchmark.py`, and what its `stage2` compares: where the graph ends for each `train.signal_rows`."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anygpt.training.config import Config
+from anygpt.training.stages import LLM_DECODER, prepare_stage
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("rows", ["both", "output", "none"])
+def test_the_trunk_has_a_graph_only_where_input_rows_train(tiny_model, rows):
+    model, processor = tiny_model((), ("image",))
+    config = Config()
+    config.train.signal_rows = rows
+    names = prepare_stage(model, LLM_DECODER, config)
+    span = "".join(processor.signal_tokens["image"])
+    batch = processor(llm_inputs={"text": [f"a ring {span}"]}, decoder_targets={"image": {"captions": ["a ring"]}})
+    output = model.train()(**batch, labels=batch["input_ids"])
+    assert (output.hidden_states.grad_fn is not None) == (rows == "both")
+    output.loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == set(names)
+    assert ("signal_tokens.input_rows.image" in names, "signal_tokens.output_rows.image" in names) == (
+        rows == "both",
+        rows != "none",
+    )
+    assert all(bool(p.grad.any()) for name, p in model.named_parameters() if name in names)
+
+
+def test_every_benchmark_can_be_run(script):
+    assert "stage2" in script.names()
+    for name in script.names():
+        module = script.load(name)
+        assert module.__doc__ and all(callable(getattr(module, f)) for f in ("add_arguments", "sides", "measure"))
+
+
+def test_table_gives_ratios_to_the_first_side(script):
+    text = script.table({"both": {"step_s": 2.0, "peak_gib": 4.0}, "none": {"step_s": 0.5, "peak_gib": 3.0}})
+    assert text.splitlines() == [
+        "| | step_s | peak_gib |",
+        "|---|---|---|",
+        "| both | 2 (1.00×) | 4 (1.00×) |",
+        "| none | 0.5 (0.25×) | 3 (0.75×) |",
+    ]
+
+
+def test_peak_memory_counts_what_was_held(script):
+    held = torch.ones(2**27)  # 0.5 GiB
+    assert 0.5 < script.peak_memory()["peak_gib"] < 64 and held.numel()
+
+
+def test_unknown_benchmarks_are_refused(script, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(["nothing"])
+    assert error.value.code == 2 and "stage2" in capsys.readouterr().err

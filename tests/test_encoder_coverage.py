@@ -1,0 +1,159 @@
+"""Every encoder family with Llama: composed, forward, backward and generate, features counted by the processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import enlarge
+from tiny_parts import CLIP, ENCODERS, LANGUAGE_MODELS, LLAMA, VISION
+
+from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.encoders import VideoEncoder
+
+
+def by_label(part):
+    return part.label
+
+
+def compose(encoder, language_model, tokenizer, **options):
+    """A seeded model with one encoder under its modality's key, and its processor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MultimodalModel(
+            {encoder.modality: ModalEncoderModule(enlarge(encoder.build(), 2.0))},
+            enlarge(language_model.build()),
+            **options,
+        ).eval()
+    return model, MultimodalProcessor({encoder.modality: encoder.build_processor()}, tokenizer, model=model)
+
+
+def make_batch(encoder, processor, seeds=(0, 1, 2), rows=("<M> and <M> say", "then <M>", "nothing")):
+    """A batch whose first row has two media, whose second has one, whose third has none."""
+    media = [encoder.media(seed) for seed in seeds]
+    name = processor.media_argument(encoder.modality)
+    texts = [row.replace("<M>", f"<{encoder.modality}>") for row in rows]
+    return processor({encoder.modality: {name: media}}, {"text": texts})
+
+
+@pytest.fixture
+def tokenizer(parts):
+    return parts.tokenizer()
+
+
+def assert_trains_and_answers(encoder, model, processor):
+    batch = make_batch(encoder, processor)
+    output = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    output.loss.backward()
+    for part in (f"{encoder.modality}_encoder", f"{encoder.modality}_projector"):
+        reached = [p.grad for p in model.part_parameters(part) if p.grad is not None]
+        assert reached and all(grad.isfinite().all() for grad in reached)
+        assert any(bool(grad.any()) for grad in reached)
+    answers = model.generate(**batch, max_new_tokens=3).sequences
+    assert answers.shape == (3, 3)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
+def test_encoder_with_llama(encoder, tokenizer):
+    model, processor = compose(encoder, LLAMA, tokenizer)
+    assert_trains_and_answers(encoder, model, processor)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
+def test_media_matter_and_neighbours_do_not(encoder, tokenizer):
+    model, processor = compose(encoder, LLAMA, tokenizer)
+    batch = make_batch(encoder, processor)
+    alone = make_batch(encoder, processor, seeds=(2,), rows=("then <M>",))
+    other = make_batch(encoder, processor, seeds=(0, 1, 0), rows=("<M> and <M> say", "then <M>", "nothing"))
+    with torch.no_grad():
+        row = model(**batch).logits[1][batch["attention_mask"][1].bool()]
+        expected = model(**alone).logits[0][alone["attention_mask"][0].bool()]
+        changed = model(**other).logits[1][other["attention_mask"][1].bool()]
+    torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
+    assert (row[-1] - changed[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
+def test_processor_counts_features_after_saving_too(encoder, tokenizer, tmp_path):
+    model, processor = compose(encoder, LLAMA, tokenizer)
+    processor.save_pretrained(tmp_path)
+    batch, again = (make_batch(encoder, p) for p in (processor, MultimodalProcessor.from_pretrained(tmp_path)))
+    assert batch["input_ids"].tolist() == again["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("projection_type", ["qformer", "merger"])
+def test_counts_follow_the_projector(projection_type, tokenizer):
+    model, processor = compose(CLIP, LLAMA, tokenizer, init_projector_type=projection_type)
+    batch = make_batch(CLIP, processor)
+    per_image = model.image_encoder.projector.config.features_after(5)
+    assert int((batch["input_ids"] == model.token_ids["image"]).sum()) == 3 * per_image
+    if projection_type == "qformer":
+        model(**batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS, ids=by_label)
+@pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
+def test_full_product(encoder, language_model, tokenizer):
+    model, processor = compose(encoder, language_model, tokenizer)
+    assert_trains_and_answers(encoder, model, processor)
+
+
+def encoder_by(label):
+    return next(encoder for encoder in ENCODERS if encoder.label == label)
+
+
+@pytest.mark.parametrize("label", ["SigLIP2", "Pixtral", "Qwen2-VL vision", "Phi-4 audio"])
+def test_features_of_different_number_can_be_prepended(label, tokenizer):
+    encoder = encoder_by(label)
+    model, processor = compose(encoder, LLAMA, tokenizer)
+    model.set_token_ids(None)
+    name = processor.media_argument(encoder.modality)
+    media = [[encoder.media(0), encoder.media(1)], [encoder.media(2)]]
+    processor.injects = False
+    batch = processor({encoder.modality: {name: media}}, {"text": ["both", "one"]})
+    alone = processor({encoder.modality: {name: media[1:]}}, {"text": ["one"]})
+    with torch.no_grad():
+        found, expected = model(**batch), model(**alone)
+    row = found.logits[1][found.attention_mask[1].bool()]
+    torch.testing.assert_close(row, expected.logits[0][expected.attention_mask[0].bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "model, text",
+    [
+        (
+            lambda: transformers.CLIPModel(
+                transformers.CLIPConfig(
+                    vision_config=VISION,
+                    text_config={**VISION, "vocab_size": 10, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+                )
+            ),
+            "CLIPModel reads input_ids, so it is no encoder of media",
+        ),
+        (
+            lambda: transformers.WhisperModel(encoder_by("Whisper").config().__class__(
+                d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=10, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+                decoder_start_token_id=0,
+            )),
+            "WhisperModel reads decoder_input_ids",
+        ),
+        (LLAMA.build, "LlamaForCausalLM reads input_ids"),
+    ],
+    ids=["CLIPModel", "WhisperModel", "Llama"],
+)  # fmt: skip
+def test_models_that_are_no_encoders_are_refused(model, text):
+    with pytest.raises(InputError, match=text):
+        ModalEncoderModule(model())
+
+
+@pytest.mark.parametrize("label", ["Pixtral", "Qwen2-VL vision", "SigLIP2", "VideoMAE", "Whisper"])
+def test_frame_by_frame_needs_images_of_one_size(label):
+    with pytest.raises(InputError, match="cannot run frame by frame"):
+        VideoEncoder(encoder_by(label).build())
+
+
+def test_qformer_needs_inputs_of_one_size(tokenizer):
+    with pytest.raises(InputError, match="a qformer projector needs inputs of one size, but 'pixtral' gives"):
+        compose(encoder_by("Pixtral"), LLAMA, tokenizer, init_projector_type="qformer")

@@ -1,0 +1,92 @@
+"""Every language model with CLIP and a decoder: composed, forward, backward, generate, and no row heeds its padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import enlarge
+from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
+
+from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+
+TEXTS = ("<image> and <image> say", "then <image>", "nothing at all")
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(params=LANGUAGE_MODELS, ids=lambda language_model: language_model.label)
+def composed(request, parts):
+    """A seeded model that reads and makes images, and its processor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MultimodalModel(
+            {"image": ModalEncoderModule(enlarge(CLIP.build(), 2.0))},
+            enlarge(request.param.build()),
+            {"image": ModalDecoderModule(parts.decoder("image"), num_signal_tokens=3)},
+            init_output_projector_type="linear",
+        ).eval()
+    return model, MultimodalProcessor({"image": CLIP.build_processor()}, parts.tokenizer(), model=model)
+
+
+def make_batch(processor, texts=TEXTS, seeds=SEEDS, side="right"):
+    processor.llm_tokenizer.padding_side = side
+    inputs = {"image": {"images": [CLIP.media(seed) for seed in seeds]}} if seeds else {}
+    return processor(inputs, {"text": list(texts)})
+
+
+def test_trains(composed):
+    model, processor = composed
+    span = "".join(processor.signal_tokens["image"])
+    batch = make_batch(processor, [TEXTS[0] + span, TEXTS[1], TEXTS[2] + span])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    output = model(**batch, labels=labels, decoder_targets={"image": {"captions": ["a red ring", "a cross"]}})
+    output.loss.backward()
+    for part in ("image_encoder", "image_projector", "language_model", "signal_tokens", "image_output_projector"):
+        reached = [p.grad for p in model.part_parameters(part) if p.grad is not None]
+        assert any(bool(grad.any()) for grad in reached), part
+        assert all(grad.isfinite().all() for grad in reached), part
+
+
+def test_answers_in_text_and_images(composed):
+    model, processor = composed
+    batch = make_batch(processor, side="left")
+    output = model.generate(
+        **batch, max_new_tokens=8, require=["image"], decoder_kwargs={"image": {"num_inference_steps": 1}}
+    )
+    assert all(len(answer.images) >= 1 for answer in output.answers)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", ["inject", "prepend"])
+def test_rows_do_not_heed_their_padding(composed, mode, side):
+    model, processor = composed
+    texts, per_row = TEXTS, (SEEDS[:2], SEEDS[2:], ())
+    if mode == "prepend":
+        model.set_token_ids(None)
+        processor.injects = False
+        texts = [text.replace("<image>", "") for text in TEXTS]
+    processor.llm_tokenizer.padding_side = side
+
+    def read(rows):
+        images = [[CLIP.media(seed) for seed in per_row[row]] for row in rows]
+        inputs = {"image": {"images": images}} if any(images) else {}
+        batch = processor(inputs, {"text": [texts[row] for row in rows]})
+        with torch.no_grad():
+            output = model(**batch)
+        kept = output.attention_mask.bool()
+        return [logits[mask] for logits, mask in zip(output.logits, kept, strict=True)]
+
+    for row, found in enumerate(read([0, 1, 2])):
+        torch.testing.assert_close(found, read([row])[0], atol=1e-4, rtol=0)
+
+
+def test_greedy_answers_do_not_heed_padding_either(composed):
+    model, processor = composed
+    options = {"max_new_tokens": 6, "forbid": ["image"], "eos_token_id": None}
+    together = model.generate(**make_batch(processor, side="right"), **options).sequences
+    alone = model.generate(**make_batch(processor, TEXTS[1:2], SEEDS[2:]), **options).sequences
+    assert together[1].tolist() == alone[0].tolist()
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(InputError, match="LlamaModel has no language-model head; give a causal language model"):
+        MultimodalModel({}, LLAMA.build().model)

@@ -1,0 +1,29 @@
+"""The README's table of supported parts is what the tests run through, and every family in it is in the table of code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_parts import ENCODERS
+
+from anygpt.encoders import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- support matrix -->\n", "\n<!-- end of support matrix -->"
+
+
+def test_readme_has_the_printed_table():
+    command = [sys.executable, "scripts/support_matrix.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    readme = (ROOT / "README.md").read_text()
+    assert BEGIN in readme and END in readme
+    assert readme.split(BEGIN)[1].split(END)[0].strip() == printed, "run: python scripts/support_matrix.py"
+
+
+def test_every_family_is_tested():
+    tested = {encoder.config().model_type for encoder in ENCODERS} | {"anygpt_video_encoder"}
+    # names under which a whole model's checkpoint is read for its media half; Qwen2-VL's is in test_parity_vlm.py
+    whole = {"clip", "siglip", "siglip2", "clap", "anygpt_qwen2_vl_patches"}
+    assert set(FAMILIES) - whole == tested - whole

@@ -1,0 +1,200 @@
+"""Runs from the outside: killed and resumed, stopped by what goes wrong, and followed by a tracker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_utils import (
+    SCRIPTS,
+    Bench,
+    argument_maker,
+    arguments,
+    change_tensors,
+    check_mistake,
+    cli_here,
+    logged,
+    run_script,
+    sgd,
+    stage2_start,
+    start_process,
+    toy_data,
+    train_here,
+    trained_tensors,
+)
+
+BOARD = ("--run.tracker", "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_data(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def make_arguments(tmp_path_factory):
+    return argument_maker(tmp_path_factory)
+
+
+# -- killed and resumed ----------------------------------------------------------------------------------------
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode}: {process.communicate()[1]}")
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def kill_and_resume(stage, make, tmp_path, steps):
+    """A run killed once it has a checkpoint and then continued, against one that was left alone."""
+    more = ("--train.save_steps=2",) + (("--lora.dropout=0.1",) if stage == 3 else ())
+    whole = train_here(stage, make(stage, tmp_path / "whole", *more, steps=steps))
+    args = make(stage, tmp_path / "killed", *more, steps=steps)
+    process = start_process(sys.executable, SCRIPTS[stage], *args)
+    wait_for((tmp_path / "killed/checkpoint-2").exists, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert not (tmp_path / "killed/final").exists()
+    resumed = train_here(stage, args)
+    assert "continues from" in (tmp_path / "killed/log.txt").read_text()
+    assert not list((tmp_path / "killed").glob(".*.incomplete"))
+    first, second = trained_tensors(whole), trained_tensors(resumed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(make_arguments, tmp_path):
+    kill_and_resume(3, make_arguments, tmp_path, steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_runs_of_each_stage(make_arguments, tmp_path, stage):
+    kill_and_resume(stage, make_arguments, tmp_path, steps=20)
+
+
+def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
+    """Workers are in the group as well, and must not die before the update is done."""
+    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=60)
+    process = start_process(sys.executable, SCRIPTS[1], *args)
+    log = tmp_path / "run/log.txt"
+    wait_for(lambda: log.exists() and "update 2  " in log.read_text(), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert not (tmp_path / "run/final").exists()
+    assert f"checkpoint after update {checkpoint.name.removeprefix('checkpoint-')} written" in log.read_text()
+    resumed = train_here(1, args)
+    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=60))
+    first, second = trained_tensors(whole), trained_tensors(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_arguments, tmp_path, capsys):
+    args = make_arguments(1, tmp_path / "run", "--train.save_steps=1", "--train.keep_checkpoints=2", steps=4)
+    train_here(1, args)
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    code, lines = cli_here(1, [*args, "--train.learning_rate=0.1"], capsys)
+    check_mistake(code, lines, "checkpoint-4", "other settings", "run.resume=never")
+    code, _ = cli_here(1, [*args, "--train.learning_rate=0.1", "--run.resume=never"], capsys)
+    assert code == 0
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory, tmp_path):
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(stage2_start(tmp_path_factory, data), poisoned)
+    name = "image_encoder.projector"
+
+    def poison(tensors):
+        chosen = next(key for key in tensors if key.startswith(name) and key.endswith("weight"))
+        tensors[chosen][0, 0] = float("nan")
+        return tensors
+
+    change_tensors(poisoned, poison)
+    output = tmp_path / "run"
+    args = arguments(3, data / "stage3.jsonl", output, "--train.save_steps=1", init_from=poisoned, steps=2)
+    done = run_script(3, args)
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: update 1: ")
+    first = Bench(3, [*args, "--run.output_dir", str(tmp_path / "bench")], sgd, tmp_path / "bench").batches
+    ids = [sample for _, found in first for sample in found["sample_ids"]]
+    assert all(sample in line for sample in ids) and len(ids) == 6
+    assert "not made" in line
+    assert not (output / "final").exists() and not list(output.glob("checkpoint-*"))
+
+
+def spoiled(data, folder, count):
+    """Stage 1's data with the media of the first `count` rows unreadable; the ids of those rows."""
+    shutil.copytree(data / "stage1", folder / "stage1")
+    shutil.copy(data / "stage1.jsonl", folder)
+    rows = [json.loads(line) for line in (folder / "stage1.jsonl").read_text().splitlines()]
+    for row in rows[:count]:
+        (folder / row["messages"][0]["content"][0]["path"]).write_bytes(b"x")
+    return folder / "stage1.jsonl", [row["id"] for row in rows[:count]]
+
+
+@pytest.mark.parametrize("size", [1, 6], ids=["whole batches", "parts of batches"])
+def test_bad_samples_are_skipped_and_counted(data, tmp_path, size):
+    path, bad = spoiled(data, tmp_path, 3)
+    skip = ("--data.on_bad_sample=skip", *BOARD)
+    train_here(1, arguments(1, path, tmp_path / "run", *skip, steps=12 // size, batch_size=size))
+    metrics = logged(tmp_path / "run")
+    assert metrics[12 // size]["skipped"] == len(bad)  # an epoch: each of them once
+    assert all(torch.isfinite(t).all() for t in trained_tensors(tmp_path / "run/final").values())
+
+
+def test_bad_samples_are_an_error_by_default(data, tmp_path, capsys):
+    path, bad = spoiled(data, tmp_path, 3)
+    code, lines = cli_here(1, arguments(1, path, tmp_path / "run", batch_size=12), capsys)
+    check_mistake(code, lines, "cannot be read")
+    assert any(f"sample {name!r}" in lines[0] for name in bad)
+    assert not (tmp_path / "run").exists()
+
+
+# -- trackers --------------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_no_tracker_writes_nothing(make_arguments, tmp_path):
+    train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=none"))
+    assert {name for name in files_of(tmp_path / "run") if not name.startswith("final/")} == {"config.yaml", "log.txt"}
+
+
+def test_tensorboard_gets_what_the_log_says(make_arguments, tmp_path):
+    train_here(1, make_arguments(1, tmp_path / "run", *BOARD))
+    metrics = logged(tmp_path / "run")
+    assert sorted(metrics) == [1, 2]
+    for step, values in metrics.items():
+        assert {"loss", "encoder_llm/nll", "gradient_norm", "learning_rate", "tok/s", "samples/s"} <= set(values)
+        line = next(x for x in (tmp_path / "run/log.txt").read_text().splitlines() if x.startswith(f"update {step} "))
+        assert f"encoder_llm/nll {values['encoder_llm/nll']:.4g}" in line
+
+
+def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=wandb", "--run.name=mine"))
+    (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    (record,) = offline.glob("*.wandb")
+    content = record.read_bytes()
+    assert b"encoder_llm/nll" in content and b"train.learning_rate" in content and b"mine" in content
