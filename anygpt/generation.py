@@ -8,14 +8,13 @@ search stays transformers' own, with the span forced token by token. Shape legen
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
@@ -24,6 +23,7 @@ from anygpt.errors import InputError
 from anygpt.merging import Merged, pad_left
 from anygpt.outputs import Answer, GenerationOutput, Segment
 from anygpt.signal_tokens import Spans, Tap
+from anygpt.span_rules import SpanForcing, SpanRules
 
 OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -43,63 +43,6 @@ class SpanStates:
     start: int
     key: str
     states: Tensor
-
-
-@dataclass
-class SpanRules:
-    """Which token may come next, given what a row has said: spans whole, within the budget, and as required.
-
-    Attributes:
-        ids: `{decoder key: the N ids of its span}`.
-        budget: new tokens a row may have.
-        require: decoders that every row must call at least once.
-        forbid: decoders that no row may call.
-    """
-
-    ids: Mapping[str, list[int]]
-    budget: int
-    require: tuple[str, ...] = ()
-    forbid: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.key_of_first = {span[0]: key for key, span in self.ids.items()}
-        both = sorted(set(self.require) & set(self.forbid))
-        if both:
-            raise InputError(f"{', '.join(both)} cannot be required and forbidden at once")
-        unknown = sorted(set(self.require) - set(self.ids))
-        if unknown:
-            raise InputError(
-                f"{', '.join(unknown)} cannot be required, because the model does not know the signal tokens' ids; "
-                "build the MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
-            )
-        needed = sum(len(self.ids[key]) for key in self.require)
-        if needed > self.budget:
-            raise InputError(
-                f"max_new_tokens={self.budget} has no room for the {needed} signal tokens of the required "
-                f"{', '.join(self.require)}"
-            )
-
-    def missing(self, answer: list[int]) -> list[str]:
-        """Required decoders that an answer has not called yet."""
-        return [key for key in self.require if self.ids[key][0] not in answer]
-
-    def banned(self, answer: list[int]) -> list[int]:
-        """Tokens that may not come next: the inside of spans, forbidden spans, spans that leave too little room."""
-        missing = self.missing(answer)
-        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
-        banned = []
-        for key, span in self.ids.items():
-            fits = key in missing or len(span) <= room
-            banned += span[1:] if fits and key not in self.forbid else span
-        return banned
-
-    def forced(self, answer: list[int], token: int, ends: bool) -> int:
-        """`token`, or the beginning of a required span where the answer would otherwise end without it."""
-        missing = self.missing(answer)
-        if not missing or token in self.key_of_first:
-            return token
-        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
-        return self.ids[missing[0]][0] if ends or room < 1 else token
 
 
 @dataclass
@@ -240,28 +183,6 @@ class SpanDecoder:
                 del self._begun[row]
 
 
-class SpanForcing(LogitsProcessor):
-    """The same rules as a logits processor, for beam search: inside a span only its next token may follow."""
-
-    def __init__(self, rules: SpanRules, eos: list[int]):
-        self.rules = rules
-        self.eos = eos
-        self.follows = {a: b for span in rules.ids.values() for a, b in itertools.pairwise(span)}
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for row, answer in enumerate(input_ids.tolist()):
-            last = answer[-1] if answer else None
-            token = self.follows.get(last)
-            if token is None:
-                scores[row, self.rules.banned(answer)] = -torch.inf
-                token = self.rules.forced(answer, -1, ends=False)
-                if self.rules.missing(answer):
-                    scores[row, self.eos] = -torch.inf
-            if token >= 0:
-                scores[row] = torch.full_like(scores[row], -torch.inf).index_fill_(0, input_ids.new_tensor([token]), 0)
-        return scores
-
-
 class GenerationMixin:
     """`generate`, mixed into `MultimodalModel`."""
 
@@ -313,7 +234,7 @@ class GenerationMixin:
             raise InputError(
                 "max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have"
             )
-        rules = SpanRules(self.signal_tokens.ids, budget, require, forbid)
+        rules = SpanRules(self.signal_tokens.ids, budget, require, forbid, self._placeholders())
         if generation_config is not None:
             options["generation_config"] = generation_config
         training = self.training
@@ -396,6 +317,12 @@ class GenerationMixin:
                 position += 1
             answers.append(answer)
         return answers
+
+    def _placeholders(self) -> tuple[int, ...]:
+        """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
+        said = [i for span in self.signal_tokens.ids.values() for i in span]
+        size = max(self.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
+        return tuple(i for i in (self.token_ids or {}).values() if i < size)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else ""

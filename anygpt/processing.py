@@ -310,6 +310,9 @@ class MultimodalProcessor(TransformersProcessor):
         `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`.
         """
         if kwargs.pop("tokenize", False):
+            # transformers' pipeline names what is the only way here
+            for name in ("return_tensors", "return_dict", "processor_kwargs"):
+                kwargs.pop(name, None)
             return self._batch_of_conversations(conversation, **kwargs)
         if conversation and not isinstance(conversation[0], Mapping):
             return [self.apply_chat_template(one, **kwargs) for one in conversation]
@@ -342,9 +345,11 @@ class MultimodalProcessor(TransformersProcessor):
             name = self.media_argument(key)
             arguments = inputs.setdefault(key, {name: []})
             if modality == "audio":
-                waveform, rate = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
-                arguments["sampling_rate"] = self.encoder_processors[key].sampling_rate
-                medium = resample(to_mono(waveform), rate, arguments["sampling_rate"])
+                wanted = arguments["sampling_rate"] = self.encoder_processors[key].sampling_rate
+                medium = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
+                # a waveform without a rate has the encoder's own, as transformers' processors take it
+                waveform, rate = medium if isinstance(medium, tuple) else (medium, wanted)
+                medium = resample(to_mono(waveform), rate, wanted)
             arguments[name].append(medium.frames if isinstance(medium, Video) else medium)
         return inputs
 

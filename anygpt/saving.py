@@ -44,6 +44,11 @@ from anygpt.parts import (
 )
 
 TENSORS = "model.safetensors"
+# What transformers' auto classes hand to every `from_pretrained`.
+AUTO_ARGUMENTS = frozenset(
+    "adapter_kwargs cache_dir code_revision _commit_hash config force_download _from_auto _from_pipeline "
+    "local_files_only proxies revision subfolder token trust_remote_code".split()
+)
 
 
 class SavingMixin:
@@ -106,6 +111,7 @@ class SavingMixin:
         *,
         projections: Mapping[str, nn.Module] | None = None,
         callbacks: Mapping[str, Mapping[str, Callable]] | None = None,
+        dtype: Any = None,
         **init_options: Any,
     ) -> Any:
         """Give a saved composition back, tensors strict and frozen parts verified.
@@ -114,12 +120,19 @@ class SavingMixin:
             folder: what `save_pretrained` wrote.
             projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
             callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
-            init_options: `preprocess_llm_callback` of `MultimodalModel`.
+            dtype: only "auto", which transformers' pipelines give: each part has its own.
+            init_options: `preprocess_llm_callback` of `MultimodalModel`. What transformers' auto classes add is
+                left aside: the folder is local, and its own config stands.
 
         Raises:
             InputError: no such folder; callbacks that the saved model had are not given; a part that changed at its
                 source; tensors missing, unexpected or of another shape, all by name.
         """
+        if dtype not in (None, "auto"):
+            raise InputError(
+                f"dtype={dtype} cannot be set for all parts at once; each is loaded in the dtype that config.json names"
+            )
+        init_options = {name: value for name, value in init_options.items() if name not in AUTO_ARGUMENTS}
         folder = Path(folder)
         config = read_config(folder)
         callbacks = callbacks or {}

@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import PushToHubMixin
 
-from anygpt.outputs import GenerationOutput
-
 
 class TransformersProcessor(PushToHubMixin):
     """Mixed into `MultimodalProcessor`: media by modality, and the names that the pipeline reads."""
@@ -28,13 +26,13 @@ class TransformersProcessor(PushToHubMixin):
         pairs = []
         for name, values in media.items():
             if values is not None:
-                values = list(values) if isinstance(values, (list, tuple)) else [values]
+                values = values if isinstance(values, list) else [values]
                 pairs += [(name.removesuffix("s"), value) for value in values]
         return self.arrange_media(pairs), {"text": text}
 
     def post_process_multimodal_output(
         self,
-        generated: GenerationOutput | Tensor,
+        generated: Mapping[str, Any] | Tensor,
         skip_special_tokens: bool = True,
         generation_mode: str | None = None,
         **_: Any,
@@ -42,13 +40,13 @@ class TransformersProcessor(PushToHubMixin):
         """The text of each row; or with another `generation_mode`, its first medium of that kind, None if it has none.
 
         Args:
-            generated: what `MultimodalModel.generate` returned, or `(B, S)` ids.
+            generated: the fields of a `GenerationOutput`, as the pipeline hands them on, or `(B, S)` ids.
         """
         if generation_mode in (None, "text"):
-            ids = generated.sequences if isinstance(generated, GenerationOutput) else generated
+            ids = generated if isinstance(generated, Tensor) else generated["sequences"]
             return self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
-        media = [[s.content for s in row if s.type == generation_mode] for row in generated.segments]
-        return [row[0] if row else None for row in media]
+        media = [[s.content for s in row.segments if s.type == generation_mode] for row in generated["answers"]]
+        return [found[0] if found else None for found in media]
 
 
 class TransformersModel:

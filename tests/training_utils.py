@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -126,8 +127,12 @@ def run_script(stage, args, timeout=120):
 def launch(stage, args, processes="one_process", timeout=180):
     """`accelerate launch --config_file … stages/…`, to its end."""
     accelerate = Path(sys.executable).parent / "accelerate"
-    config = f"configs/accelerate/{processes}.yaml"
-    return run_process(accelerate, "launch", "--config_file", config, SCRIPTS[stage], *args, timeout=timeout)
+    options = ["--config_file", f"configs/accelerate/{processes}.yaml"]
+    if processes != "one_process":
+        with socket.socket() as free:  # tests that run at the same time must not meet at the default port
+            free.bind(("127.0.0.1", 0))
+            options += ["--main_process_port", free.getsockname()[1]]
+    return run_process(accelerate, "launch", *options, SCRIPTS[stage], *args, timeout=timeout)
 
 
 def reset_accelerate():
