@@ -514,8 +514,8 @@ def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, r
     elif sum(in_rows) != inputs:
         where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
         raise InputError(
-            f"{key!r}: the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given; write "
-            "one placeholder for each input"
+            f"{key!r}: the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given; "
+            "write one placeholder for each input"
         )
 
 

@@ -46,8 +46,22 @@ from anygpt.parts import (
 TENSORS = "model.safetensors"
 # What transformers' auto classes hand to every `from_pretrained`.
 AUTO_ARGUMENTS = frozenset(
-    "adapter_kwargs cache_dir code_revision _commit_hash config force_download _from_auto _from_pipeline "
-    "local_files_only proxies revision subfolder token trust_remote_code".split()
+    (
+        "_commit_hash",
+        "_from_auto",
+        "_from_pipeline",
+        "adapter_kwargs",
+        "cache_dir",
+        "code_revision",
+        "config",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    )
 )
 
 

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
-from transformers.utils import PushToHubMixin
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, ProcessorMixin
 
 
-class TransformersProcessor(PushToHubMixin):
-    """Mixed into `MultimodalProcessor`: media by modality, and the names that the pipeline reads."""
+class TransformersProcessor(ProcessorMixin):
+    """Base of `MultimodalProcessor`: media by modality, and the names that the pipeline reads.
+
+    The pipeline takes nothing but a `ProcessorMixin`; of what that does, only `push_to_hub` is used.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
 
     @property
     def tokenizer(self) -> Any:

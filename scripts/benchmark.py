@@ -7,9 +7,11 @@ Each way runs in a process of its own, so that one's peak memory is not another'
 `scripts/benchmarks/` with a docstring and three functions:
 
     add_arguments(parser)          its settings
-    sides(options) -> list[str]    the ways that are compared; the ratios are to the first
+    sides(options) -> list[str]    the ways that are compared
     measure(side, options) -> dict numbers by name, taken in a fresh process: times in seconds under names ending in
                                    `_s`, everything else as it is; peak memory is added here
+
+and, where the ratios are not all to the first way, `baseline(side) -> str`, the way that each is compared with.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,12 +70,13 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     return json.loads(found[-1])
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown: a line a side, a column a number, its ratio to the first side's in brackets."""
+def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) -> str:
+    """Markdown: a line a side, a column a number, its ratio to the baseline's in brackets."""
     first = next(iter(results.values()))
     lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
     for side, numbers in results.items():
-        cells = [f"{value:.4g} ({value / first[name]:.2f}×)" for name, value in numbers.items()]
+        other = results[baseline(side)]
+        cells = [f"{value:.4g} ({value / other[name]:.2f}×)" for name, value in numbers.items()]
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -103,7 +107,8 @@ def main(arguments: list[str]) -> None:
     for side in module.sides(options):
         print(f"{options.benchmark}: {side} …", file=sys.stderr)
         results[side] = run_side(arguments, side)
-    print(f"{options.benchmark} on {machine()}\n\n{table(results)}")
+    baseline = getattr(module, "baseline", lambda side: next(iter(results)))
+    print(f"{options.benchmark} on {machine()}\n\n{table(results, baseline)}")
     if options.output is not None:
         options.output.write_text(json.dumps({"machine": machine(), "sides": results}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Data files into samples: both formats, and the message of every fault."""
+"""Data files into samples: the JSON formats, and the message of every fault."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from anygpt.data import ContentPart, Message, Sample, read_samples
+from anygpt.data.formats import json_files
 from anygpt.errors import InputError
 
 
@@ -305,3 +306,105 @@ def test_files_that_are_not_nextgpt(tmp_path, content, message):
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(InputError, match=message):
         read_samples(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+def test_lists_are_read_in_pieces(folder, monkeypatch, chunk):
+    """Whatever the pieces: characters of several bytes, rows longer than a piece, faults after good rows."""
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    rows = [talk(f"Größe 漢字 {i}" * (i + 1), "ja {[,]} \\") for i in range(4)]
+    path = folder / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, ensure_ascii=False, indent=1).encode() + b"\n")
+    samples = read_samples(path)
+    assert [s.messages[0].content[0].text for s in samples] == [r["conversations"][0]["value"] for r in rows]
+    good = json.dumps(rows[0])
+    for content, message in (
+        (f"[{good}\n,\n{good}", r"rows\.json:3 is not valid JSON: Expecting ',' or '\]'"),
+        (f"[{good},\n{good},\n]", r"rows\.json:3 is not valid JSON"),
+        (f"[{good}\n{good}]", r"rows\.json:2 is not valid JSON: Expecting ',' or '\]' at column 1"),
+        (f"[{good}]\n[]", r"rows\.json:2 is not valid JSON: Extra data"),
+        (f"[{good},\n{good[:40]}", r"rows\.json:2 is not valid JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_samples(path)
+    path.write_bytes(b"[" + good.encode() + b",\n\xff]")
+    with pytest.raises(InputError, match=r"rows\.json:2 is not UTF-8 \(byte 0xff\)"):
+        read_samples(path)
+
+
+# -- LLaVA, Alpaca, VideoChat ----------------------------------------------------------------------------
+
+
+def shown(sample):
+    return [(m.role, [part.text or part.path.name for part in m.content]) for m in sample.messages]
+
+
+def test_llava(folder):
+    rows = (
+        talk("<image>\nWhat is it?", "a cat, not <image>", id="000", image="a.jpg"),
+        talk("First <image>, then <image>", "two", id=1, image=["a.jpg", "b.jpg"]),
+        talk("What is it?", "a clip", video="a.mp4"),
+        talk("Just text", "yes", model=""),
+    )
+    samples = read_samples(nextgpt(folder, *rows), "llava")
+    assert [s.id for s in samples] == ["000", "1", "rows-2", "rows-3"]
+    assert [shown(s)[0][1] for s in samples] == [
+        ["a.jpg", "What is it?"],
+        ["First ", "a.jpg", ", then ", "b.jpg"],
+        ["a.mp4", "What is it?"],
+        ["Just text"],
+    ]
+    assert shown(samples[0])[1] == ("assistant", ["a cat, not <image>"])
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert read_samples(path, "llava")[0].source == f"{path}:1"
+
+
+def test_alpaca(folder):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below is …"},
+        {"instruction": "Hi", "input": "", "output": "Ho"},
+    ]
+    samples = read_samples(nextgpt(folder, *rows), "alpaca")
+    assert [shown(s) for s in samples] == [
+        [("user", ["Add.\n\n1 2"]), ("assistant", ["3"])],
+        [("user", ["Hi"]), ("assistant", ["Ho"])],
+    ]
+
+
+def test_videochat(folder):
+    qa = [{"i": "Look well.", "q": "What?", "a": "A dog."}, {"i": "Look well.", "q": "Where?", "a": "There."}]
+    caption = {"image": "a.jpg", "QA": [{"i": "", "q": "", "a": "A cat."}]}
+    talked, captioned = read_samples(nextgpt(folder, {"video": "a.mp4", "QA": qa}, caption), "videochat")
+    assert shown(talked) == [
+        ("system", ["Look well."]),
+        ("user", ["a.mp4", "What?"]),
+        ("assistant", ["A dog."]),
+        ("user", ["Where?"]),
+        ("assistant", ["There."]),
+    ]
+    assert shown(captioned) == [("user", ["a.jpg"]), ("assistant", ["A cat."])]
+
+
+@pytest.mark.parametrize(
+    ("format", "bad", "message"),
+    [
+        ("llava", talk("<image>", "x"), "hold 1 '<image>' marker"),
+        ("llava", talk("<image>", "x", image=["a.jpg", "b.jpg"]), "'image' names 2 file"),
+        ("llava", talk("x", "y", imge="a.jpg"), "did you mean 'image'"),
+        ("llava", talk("x", "y", image={}), "'image' must be a string"),
+        ("alpaca", {"instruction": "x"}, "'output' must be a string, and is missing"),
+        ("alpaca", {"instruction": "x", "output": ""}, "is empty"),
+        ("alpaca", {"instruction": 1, "output": "x"}, "'instruction' must be a string"),
+        ("videochat", {"QA": []}, "'video' or 'image', and has neither"),
+        ("videochat", {"video": "a.mp4", "QA": []}, "at least one pair"),
+        ("videochat", {"video": "a.mp4", "QA": [{"q": "x"}]}, "'a' must be a string"),
+        ("videochat", {"video": "a.mp4", "QA": [{"q": "x", "a": "y"}], "start": 0, "end": 2}, "a part of its video"),
+    ],
+)
+def test_bad_rows_of_the_other_formats(folder, format, bad, message):
+    path = nextgpt(folder, bad)
+    with pytest.raises(InputError, match=message) as caught:
+        read_samples(path, format)
+    assert f"{path}[0] (sample 'rows-0')" in str(caught.value)

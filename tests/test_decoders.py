@@ -410,7 +410,7 @@ def test_an_output_projector_feeds_it(decoder):
     module = ModalDecoderModule(decoder, num_signal_tokens=3)
     module.init_projector(in_features=6, num_layers=2, projection_type="linear")
     states = torch.randn(2, 3, 6, generator=generator())
-    condition = module.condition(states, torch.zeros_like(states))
+    condition = module.condition(states)
     latents = decoder.encode_media([_medium(decoder)] * 2)
     decoder.denoising_loss(condition, latents, generator=generator()).sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}

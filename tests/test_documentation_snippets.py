@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -169,7 +168,7 @@ def test_llava_next_with_any_encoder_and_any_llm(checkpoints, vision, language, 
         output: BaseModelOutput | tuple,
         vision_feature_select_strategy: str | None = None,
     ) -> BaseModelOutput | tuple:
-        pixel_values = inputs.get("pixel_values", None)
+        pixel_values = inputs.get("pixel_values", None)  # noqa: SIM910
 
         if pixel_values is not None and pixel_values.size(0) > 0:
             image_features = output[0]
@@ -311,5 +310,3 @@ def test_tokens_are_registered(checkpoints, parts):
     assert mllm.token_ids == dict(zip(("vision", "audio"), ids, strict=True))
     batch = mm_processor({"vision": {"images": [picture()]}}, {"text": ["<image> what?"]}, return_tensors="pt")
     assert mllm(**batch).logits.isfinite().all()
-
-

@@ -75,7 +75,7 @@ def test_media_matter_and_neighbours_do_not(encoder, tokenizer):
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
 def test_processor_counts_features_after_saving_too(encoder, tokenizer, tmp_path):
-    model, processor = compose(encoder, LLAMA, tokenizer)
+    _, processor = compose(encoder, LLAMA, tokenizer)
     processor.save_pretrained(tmp_path)
     batch, again = (make_batch(encoder, p) for p in (processor, MultimodalProcessor.from_pretrained(tmp_path)))
     assert batch["input_ids"].tolist() == again["input_ids"].tolist()

@@ -218,9 +218,7 @@ def test_joint_has_pairs_of_one_thing_between_the_rows_of_stage3(tmp_path):
     rows = read_rows(write_dataset(tmp_path, "joint", 80, seed=0))
     pairs = Counter(tuple(content_types(row["messages"][0])) for row in rows[1::2])
     assert pairs == {("image", "video", "text"): 20, ("image", "audio", "text"): 20}
-    kinds = Counter(
-        tuple(set(content_types(message)) != {"text"} for message in row["messages"]) for row in rows[::2]
-    )
+    kinds = Counter(tuple(set(content_types(message)) != {"text"} for message in row["messages"]) for row in rows[::2])
     assert kinds == {(False, False): 10, (True, False): 10, (False, True): 10, (True, True): 10}
 
 

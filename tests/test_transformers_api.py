@@ -27,7 +27,7 @@ def saved(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForMultimodalLM])
 def test_auto_classes(saved, auto, media):
-    folder, model, processor = saved(("image", "audio"), ("image",))
+    folder, model, _ = saved(("image", "audio"), ("image",))
     assert isinstance(AutoConfig.from_pretrained(folder), MultimodalConfig)
     again, reader = auto.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert isinstance(again, MultimodalModel) and isinstance(reader, MultimodalProcessor)
@@ -74,7 +74,7 @@ def test_pipeline_with_a_conversation(saved, media):
 
 
 def test_pipeline_with_text_alone(saved):
-    folder, model, processor = saved(())
+    _, model, processor = saved(())
     pipe = pipeline("any-to-any", model=model, processor=processor)
     found = pipe(text="a red ring", max_new_tokens=5, return_full_text=False)
     assert isinstance(found[0]["generated_text"], str)

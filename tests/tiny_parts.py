@@ -98,7 +98,13 @@ _clip_processor = _pil("clip", "CLIPImageProcessor", size={"shortest_edge": SIZE
 _vit_processor = _pil("vit", "ViTImageProcessor", size=_SQUARE)
 _siglip_processor = _pil("siglip", "SiglipImageProcessor", size=_SQUARE)
 _qwen_processor = _pil(
-    "qwen2_vl", "Qwen2VLImageProcessor", patch_size=4, min_pixels=64, max_pixels=1024, merge_size=2, temporal_patch_size=2
+    "qwen2_vl",
+    "Qwen2VLImageProcessor",
+    patch_size=4,
+    min_pixels=64,
+    max_pixels=1024,
+    merge_size=2,
+    temporal_patch_size=2,
 )
 _QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
@@ -144,7 +150,12 @@ ENCODERS = [
         "Qwen2-VL vision",
         "image",
         _from(
-            "qwen2_vl.configuration_qwen2_vl", "Qwen2VLVisionConfig", embed_dim=16, hidden_size=24, mlp_ratio=2, **_QWEN_VISION
+            "qwen2_vl.configuration_qwen2_vl",
+            "Qwen2VLVisionConfig",
+            embed_dim=16,
+            hidden_size=24,
+            mlp_ratio=2,
+            **_QWEN_VISION,
         ),
         _qwen_processor,
     ),

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples
 from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
-from anygpt.data.schema import Sample
+from anygpt.data.schema import Sample, StoredMedium
 from anygpt.errors import InputError
 
 Media = Image.Image | Video | Audio
@@ -22,12 +23,17 @@ class DataSource:
 
     path, format, media_root: see `anygpt.data.formats.read_samples`.
     weight: how often an epoch goes over the file: 1 once, 0.5 half of it, 2 twice (see `UpdateSampler`).
+    columns: of a table (format "datasets"): `{image: <its image column>, text: <its captions>}`, or video or audio.
+    task: of pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium in and
+        learns its caption, "generation" takes the caption in and learns the medium.
     """
 
     path: str
     format: str | None = None
     media_root: str | None = None
     weight: float = 1.0
+    columns: dict[str, str] | None = None
+    task: Literal["comprehension", "generation"] | None = None
 
 
 @dataclass
@@ -120,7 +126,9 @@ class ConversationDataset(Dataset):
         by_source = []
         for source in sources:
             found: list[InputError] | None = [] if on_bad_sample == "skip" else None
-            by_source.append(read_samples(source.path, source.format, source.media_root, found))
+            by_source.append(
+                read_samples(source.path, source.format, source.media_root, found, source.columns, source.task)
+            )
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
             faults += found or []
@@ -144,7 +152,7 @@ class ConversationDataset(Dataset):
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
-        decoded: dict[tuple[str, Path], Media] = {}  # each file once, however often it occurs
+        decoded: dict[tuple[str, Path | StoredMedium], Media] = {}  # each file once, however often it occurs
         for role, part in sample.media():
             key = (part.type, part.path)
             if role == "assistant":
@@ -159,7 +167,7 @@ class ConversationDataset(Dataset):
                 loaded.inputs.setdefault(part.type, []).append(decoded[key])
         return loaded
 
-    def _decode(self, sample: Sample, role: str, media_type: str, path: Path) -> Media:
+    def _decode(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Media:
         try:
             return read_media(media_type, path, self.num_video_frames, self.limits)
         except InputError as error:

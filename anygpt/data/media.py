@@ -1,11 +1,12 @@
 """Images, videos and sounds: files to arrays, with Pillow and PyAV only (`media_writing` is the way back).
 
 Nothing here resizes, crops or resamples; each consumer does that for itself. What cannot be decoded in full
-is an `InputError` with the path, the reason and what to do. Only plain local files in well-known containers
-are opened: no URLs, no playlists, nothing that makes a decoder open a second file.
+is an `InputError` with the path, the reason and what to do. Only plain local files in well-known containers,
+and such within shards and tables, are opened: no URLs, no playlists, nothing that makes a decoder open a second file.
 """
 
 import contextlib
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
+
+Place = Path | StoredMedium  # both have `open`
 
 
 @dataclass
@@ -51,7 +55,7 @@ class MediaLimits:
     max_seconds: float = 3600.0
     max_bytes: int = 2 * 1024**3
 
-    def check(self, path: Path, **amounts: float) -> None:
+    def check(self, path: Place, **amounts: float) -> None:
         """Raises `InputError` where an amount (`pixels`, `frames`, `seconds`, `bytes`) is over its limit."""
         for name, amount in amounts.items():
             if amount > (limit := getattr(self, f"max_{name}")):
@@ -83,7 +87,7 @@ DECODER_ERRORS = (
 
 
 def read_media(
-    media_type: str, path: str | Path, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS
+    media_type: str, path: str | Place, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS
 ) -> Image.Image | Video | Audio:
     """Reads an "image", a "video" (with `num_frames`, see `read_video`) or an "audio"."""
     if media_type == "image":
@@ -98,7 +102,7 @@ def read_media(
 # -- images ----------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
+def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """An RGB image, turned as its EXIF orientation says; transparency is put on white.
 
     Of an animation, the first frame. 16-bit grey is scaled to 8 bits; floating-point images must lie in [0, 1].
@@ -110,11 +114,13 @@ def read_image(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> Image.
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _open_image(path: Path, limits: MediaLimits) -> Image.Image:
+@contextlib.contextmanager
+def _open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
     Image.init()
-    image = Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])  # reads the header only
-    limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
-    return image
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    with path.open("rb") as file, Image.open(file, formats=formats) as image:  # reads the header only
+        limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -136,7 +142,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction]]
 
 
-def read_video(path: str | Path, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
+def read_video(path: str | Place, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
     """Reads a video file, or an animated GIF, WebP or PNG.
 
     Args:
@@ -176,7 +182,7 @@ def _evenly_spaced(count: int, k: int) -> list[int]:
 
 
 def _keep(
-    frames: Frames, wanted: set[int] | None, path: Path, limits: MediaLimits
+    frames: Frames, wanted: set[int] | None, path: Place, limits: MediaLimits
 ) -> tuple[dict[int, np.ndarray], int, Fraction]:
     """Runs through all frames; returns the wanted ones by index, the number of all, and their length in seconds."""
     kept: dict[int, np.ndarray] = {}
@@ -191,13 +197,13 @@ def _keep(
     return kept, count, seconds
 
 
-def _is_animation(path: Path) -> bool:
+def _is_animation(path: Place) -> bool:
     with path.open("rb") as file:
         head = file.read(12)
     return head.startswith((b"GIF8", b"\x89PNG")) or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
 
 
-def _animation_header(path: Path, limits: MediaLimits) -> tuple[int, int]:
+def _animation_header(path: Place, limits: MediaLimits) -> tuple[int, int]:
     with _open_image(path, limits) as image:
         count = getattr(image, "n_frames", 1)
         if count == 1 and image.format != "GIF":
@@ -205,8 +211,8 @@ def _animation_header(path: Path, limits: MediaLimits) -> tuple[int, int]:
         return count, image.width * image.height
 
 
-def _animation_frames(path: Path) -> Frames:
-    with Image.open(path, formats=["GIF", "WEBP", "PNG"]) as image:
+def _animation_frames(path: Place) -> Frames:
+    with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
             image.load()
@@ -214,9 +220,16 @@ def _animation_frames(path: Path) -> Frames:
             yield lambda: np.asarray(_to_rgb(image)), Fraction(milliseconds) / 1000
 
 
-def _open_container(path: Path) -> av.container.InputContainer:
-    # "file:" keeps a colon in the name from being taken for a protocol.
-    return av.open(f"file:{path}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+@contextlib.contextmanager
+def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    if isinstance(path, StoredMedium):
+        with path.open() as file, av.open(file, options=options) as container:
+            yield container
+    else:
+        # "file:" keeps a colon in the name from being taken for a protocol.
+        with av.open(f"file:{path}", options=options) as container:
+            yield container
 
 
 def _codec(stream: av.stream.Stream) -> av.CodecContext:
@@ -225,14 +238,14 @@ def _codec(stream: av.stream.Stream) -> av.CodecContext:
     return stream.codec_context
 
 
-def _picture_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song is no video
             return stream
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
 
 
-def _video_header(path: Path, limits: MediaLimits) -> tuple[int, int]:
+def _video_header(path: Place, limits: MediaLimits) -> tuple[int, int]:
     """(frames, pixels a frame). Where the container does not say how many frames it has, packets are counted."""
     with _open_container(path) as container:
         stream = _picture_stream(container, path)
@@ -242,7 +255,7 @@ def _video_header(path: Path, limits: MediaLimits) -> tuple[int, int]:
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream)), pixels
 
 
-def _video_frames(path: Path) -> Frames:
+def _video_frames(path: Place) -> Frames:
     with _open_container(path) as container:
         stream = _picture_stream(container, path)
         rate = stream.average_rate or stream.guessed_rate
@@ -259,7 +272,7 @@ def _video_frames(path: Path) -> Frames:
 # -- sounds ----------------------------------------------------------------------------------------------
 
 
-def read_audio(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
+def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
     """Reads a sound file, or the first sound track of a video, at its own rate and with its own channels.
 
     Integers are scaled to [-1, 1]; floating-point samples beyond (lossy codecs overshoot a little) are clipped.
@@ -293,13 +306,14 @@ def read_audio(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
 
 
 @contextlib.contextmanager
-def _decoding(path: str | Path, what: str) -> Iterator[Path]:
+def _decoding(path: str | Place, what: str) -> Iterator[Place]:
     """Checks that the file is there and whole; turns what a decoder raises within into an `InputError`."""
-    path = Path(path)
-    if not path.is_file():  # a folder, a pipe or a device will not do either
-        raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: check the path.")
+    path = Path(path) if isinstance(path, str) else path
+    if isinstance(path, Path) and not os.path.isfile(path):  # a folder, a pipe or a device will not do either
+        raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path.")
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
         if size == 0:
             raise ValueError("it is empty")
         if (stated := _stated_size(path, size)) > size:
@@ -314,7 +328,7 @@ def _decoding(path: str | Path, what: str) -> Iterator[Path]:
         ) from error
 
 
-def _stated_size(path: Path, size: int) -> int:
+def _stated_size(path: Place, size: int) -> int:
     """How many bytes the outermost chunks of a RIFF (WAV, AVI, WebP) or MP4/MOV file claim; else `size`.
 
     Decoders pass over a missing tail without a word, and would give a shorter sound or clip.

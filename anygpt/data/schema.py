@@ -118,8 +118,8 @@ class MediaRoot:
             InputError: a URL, an empty or unusable name, or a path that leaves the media root.
         """
         name = checked_text(name, f"{where}: the path")
-        if not name or "\0" in name:
-            raise InputError(f"{where}: {name!r} is not a file name: give a path relative to the media root.")
+        if not name or "\0" in name or len(name) > 4096:  # as long as a path can be on Linux
+            raise InputError(f"{where}: {_shown(name)} is not a file name: give a path relative to the media root.")
         if "://" in name or name.startswith("data:"):
             raise InputError(
                 f"{where}: {name[:80]!r} is a URL, and URLs are not fetched: download it and give its path."
@@ -134,7 +134,7 @@ class MediaRoot:
         path = self._real_path(os.path.join(self.folder, relative))
         if not path.startswith(os.path.join(self.folder, "")):
             raise InputError(
-                f"{where}: {name!r} leads to {path}, which is not inside the media root {self.folder}: "
+                f"{where}: {_shown(name)} leads to {path[:300]}, which is not inside the media root {self.folder}: "
                 "move the file there, or set media_root to a folder that holds all media."
             )
         return path
@@ -165,7 +165,7 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
         sample_id = str(sample_id)
     if not checked_text(sample_id, f"{source}: 'id'"):
         raise InputError(f"{source}: 'id' is empty: give the sample a name, or leave 'id' out.")
-    where = f"{source} (sample {sample_id!r})"
+    where = f"{source} (sample {_shown(sample_id)})"
     rows = row.get("messages")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where}: 'messages' must be a list of at least one message, and is {_shown(rows)}.")
@@ -178,7 +178,7 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
 def row_name(row: Any, source: str, default_id: str) -> str:
     """What messages call a row before it has been checked: where it stands, and its id."""
     given = row.get("id") if isinstance(row, Mapping) else None
-    return f"{source} (sample {(given if isinstance(given, str | int) else default_id)!r})"
+    return f"{source} (sample {_shown(given if isinstance(given, str | int) else default_id)})"
 
 
 def _parse_message(row: Any, where: str, media_root: MediaRoot) -> Message:
@@ -246,12 +246,12 @@ def check_keys(row: Any, known: Collection[str], where: str) -> None:
         )
     for key in row:
         if key not in known:
-            raise InputError(f"{where}: the key {key!r} is not known{_nearest(key, known)}.")
+            raise InputError(f"{where}: the key {_shown(key)} is not known{_nearest(key, known)}.")
 
 
 def _nearest(name: Any, known: Collection[str]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, and all of them."""
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name)[:100], known, n=1)
     return (f": did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(sorted(known))})"
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
+from anygpt.qformer import QFormerProjection
 
 PROJECTION_TYPES = ("linear", "mlp", "transformer", "qformer")
 
@@ -173,34 +174,22 @@ class TransformerProjection(nn.Module):
         return output if self.line is None else output + self.line(states)
 
 
-class QFormerProjection(nn.Module):
-    """A learned query for each condition token that attends to the states (transformers' `Blip2QFormerModel`)."""
-
-    def __init__(self, config: OutputProjectorConfig):
-        super().__init__()
-        tokens, width = config.condition_shape
-        self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model) * 0.02)
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=config.d_model,
-                encoder_hidden_size=config.in_features,
-                intermediate_size=config.ffn_dim,
-                num_hidden_layers=config.num_decoder_layers,
-                num_attention_heads=config.num_attention_heads,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
-        self.output = nn.Linear(config.d_model, width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        queries = self.queries.expand(states.shape[0], -1, -1)
-        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=states).last_hidden_state)
+def _qformer(config: OutputProjectorConfig) -> nn.Module:
+    tokens, width = config.condition_shape
+    return QFormerProjection(
+        in_features=config.in_features,
+        width=config.d_model,
+        out_features=width,
+        num_queries=tokens,
+        num_layers=config.num_decoder_layers,
+        num_heads=config.num_attention_heads,
+        ffn_dim=config.ffn_dim,
+    )
 
 
 _BUILDERS = {
     "linear": FlatProjection,
     "mlp": FlatProjection,
     "transformer": TransformerProjection,
-    "qformer": QFormerProjection,
+    "qformer": _qformer,
 }

@@ -99,7 +99,7 @@ def count_qwen2_audio_frames(config: PreTrainedConfig, inputs: Inputs) -> list[i
 
 
 def _qwen2_audio_mask(inputs: Inputs) -> Tensor | None:
-    """`(items, frames)`: the model's own processor calls it `feature_attention_mask`, the feature extractor does not."""
+    """`(items, frames)`; only the model's own processor calls it `feature_attention_mask`."""
     mask = inputs.get("feature_attention_mask")
     return inputs.get("attention_mask") if mask is None else mask
 
@@ -118,7 +118,7 @@ def mask_qwen2_audio_frames(config: PreTrainedConfig, arguments: dict[str, Any])
 
 
 def count_clap_cells(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """The spectrogram is folded to a square, cut into patches, and halved on both axes after each stage but the last."""
+    """The spectrogram is folded to a square, cut into patches, and halved both ways after all stages but the last."""
     strides = config.patch_stride
     down, across = (strides, strides) if isinstance(strides, int) else strides
     side = config.spec_size // 2 ** (len(config.depths) - 1)

@@ -145,12 +145,12 @@ class ModalEncoderModule(nn.Module):
                 f"have size {out_features}"
             )
         # A function may change the encoder's features (select layers, fold patches): only it knows their size then.
-        if "postprocess_module_callback" not in self.own_functions and config.in_features is not None:
-            if config.in_features != self.feature_size:
-                raise InputError(
-                    f"the encoder gives features of size {self.feature_size}, but its projector expects "
-                    f"{config.in_features}"
-                )
+        known = "postprocess_module_callback" not in self.own_functions and config.in_features is not None
+        if known and config.in_features != self.feature_size:
+            raise InputError(
+                f"the encoder gives features of size {self.feature_size}, but its projector expects "
+                f"{config.in_features}"
+            )
         if config.projection_type == "qformer" and self.family and self.family.layout != "fixed":
             raise InputError(
                 f"a qformer projector needs inputs of one size, but {self.config.model_type!r} gives each input "

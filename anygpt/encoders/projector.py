@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
 
 from anygpt.errors import InputError
+from anygpt.qformer import QFormerProjection
 
 PROJECTION_TYPES = ("linear", "mlp", "qformer", "merger")
 
@@ -130,33 +130,6 @@ class MultimodalProjector(PreTrainedModel):
         return self.projection(features.to(dtype))
 
 
-class QFormerProjection(nn.Module):
-    """`num_query_tokens` learned queries that attend to the features of each input, then one Linear.
-
-    transformers' `Blip2QFormerModel` does the work; the queries start random, never zero or identical.
-    """
-
-    def __init__(self, config: MultimodalProjectorConfig):
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(1, config.num_query_tokens, config.in_features) * 0.02)
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=config.in_features,
-                encoder_hidden_size=config.in_features,
-                intermediate_size=4 * config.in_features,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
-        self.output = nn.Linear(config.in_features, config.out_features)
-
-    def forward(self, features: Tensor) -> Tensor:
-        queries = self.queries.expand(features.shape[0], -1, -1)
-        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
-
-
 class MergerProjection(nn.Module):
     """`merge_size²` consecutive features side by side, through two Linears; what Qwen2-VL calls its patch merger."""
 
@@ -186,4 +159,12 @@ def _build(config: MultimodalProjectorConfig) -> nn.Module:
         return nn.Sequential(first, ACT2FN[config.activation], second)
     if config.projection_type == "merger":
         return MergerProjection(config)
-    return QFormerProjection(config)
+    return QFormerProjection(
+        in_features=config.in_features,
+        width=config.in_features,
+        out_features=config.out_features,
+        num_queries=config.num_query_tokens,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        ffn_dim=4 * config.in_features,
+    )

@@ -36,7 +36,7 @@ class VideoEncoderConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         family = FAMILIES.get(self.image_encoder.model_type)
-        return (family and family.feature_size or hidden_size_of)(self.image_encoder)
+        return ((family and family.feature_size) or hidden_size_of)(self.image_encoder)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}

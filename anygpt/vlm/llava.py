@@ -90,7 +90,7 @@ class LlavaNextCallbacks(LlavaCallbacks):
         return image_size_to_num_patches(_pair(image_size), self.grid_pinpoints, self.tile_size)
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`(items, tiles, 3, height, width)` pixels, padded to the most tiles, to `(all real tiles, 3, height, width)`."""
+        """`(items, most tiles, 3, height, width)` pixels to `(all real tiles, 3, height, width)`."""
         pixels = inputs["pixel_values"]
         if pixels.dim() == 5:
             numbers = [self.num_tiles(size) for size in inputs["image_sizes"]]

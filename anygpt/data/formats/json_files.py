@@ -1,0 +1,176 @@
+"""JSON lines and JSON lists, read row by row, so that memory does not grow with the file."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from anygpt.data.formats.base import MAX_ROW_BYTES, Row
+from anygpt.errors import InputError
+
+BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
+CHUNK = 256 * 1024
+SPACE = " \t\r\n"
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The rows of a `.jsonl` file, else those of one JSON list."""
+    return line_rows(path) if path.suffix.lower() == ".jsonl" else list_rows(path)
+
+
+def line_rows(path: Path) -> Iterator[Row]:
+    """One JSON value a line, named `file.jsonl:1`; blank lines are passed over. A broken line is a row with a fault."""
+    index = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if number == 1:
+                line = line.removeprefix(BOM)
+            if not line.strip():
+                continue
+            source = f"{path}:{number}"
+            try:
+                value = parse_json(line, source)
+            except InputError as fault:
+                value = fault
+            yield Row(source, f"{path.stem}-{index}", value)
+            index += 1
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; one that is too long is cut just beyond the limit, which `parse_json` refuses."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        rest = line
+        while rest and len(line) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(CHUNK)
+        yield line
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """One JSON value. Raises `InputError`, naming `where`, for everything that is none."""
+    if len(content) > MAX_ROW_BYTES:
+        raise _too_long(where)
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, content[error.start]) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise InputError(f"{where} is not JSON that can be read: {error}.") from error
+
+
+def list_rows(path: Path) -> Iterator[Row]:
+    """The elements of one JSON list, named `file.json[0]`, `file.json[1]`, …
+
+    Raises:
+        InputError: where the list is broken, after the rows before that place.
+    """
+    with path.open("rb") as file:
+        text = _Text(path, file)
+        if text.next_character() == "":
+            return
+        if text.next_character() != "[":
+            raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
+        text.skip()
+        if text.next_character() == "]":
+            return
+        index = 0
+        while True:
+            yield Row(f"{path}[{index}]", f"{path.stem}-{index}", text.value())
+            index += 1
+            separator = text.next_character()
+            if separator not in (",", "]") or separator == "":
+                raise text.error("Expecting ',' or ']'")
+            text.skip()
+            if separator == "]":
+                break
+        if text.next_character() != "":
+            raise text.error("Extra data")
+
+
+class _Text:
+    """A window on a JSON file that moves on as values are read from it."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path = path
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.window = ""
+        self.position = 0
+        self.line = 1  # of the window's first character
+        self.ended = False
+
+    def next_character(self) -> str:
+        """The next one that is not white space, which stays; "" at the end of the file."""
+        while True:
+            rest = self.window[self.position : self.position + 1]
+            if rest and rest not in SPACE:
+                return rest
+            if rest:
+                self.position += 1
+            elif not self.read(CHUNK):
+                return ""
+
+    def skip(self) -> None:
+        self.position += 1
+
+    def value(self) -> Any:
+        """The value at the window's position, which moves behind it."""
+        size = CHUNK
+        while True:
+            self.next_character()
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.window, self.position)
+            except json.JSONDecodeError as error:
+                # Cut off by the window's end, perhaps: then it is a string, or the fault is right there.
+                final = len(self.window) - error.pos > 64 and not error.msg.startswith("Unterminated")
+                fault = self.error(error.msg, error.pos)
+                if final or not self.grow(size):
+                    raise fault from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{self.place()} is not JSON that can be read: {error}.") from error
+            else:
+                length = end - self.position
+                if end < len(self.window) or not self.grow(size):  # a number could go on
+                    self.position += length
+                    return value
+            size *= 2  # so that a long row is parsed few times
+
+    def grow(self, size: int) -> bool:
+        if len(self.window) - self.position > MAX_ROW_BYTES:
+            raise _too_long(self.place())
+        return self.read(size)
+
+    def read(self, size: int) -> bool:
+        """Puts more of the file into the window, and takes out what has been passed. False at the end of the file."""
+        if self.ended:
+            return False
+        content = self.file.read(size)
+        self.ended = not content
+        self.line += self.window.count("\n", 0, self.position)
+        self.window = self.window[self.position :]
+        self.position = 0
+        try:
+            self.window += self.decoder.decode(content, final=self.ended)
+        except UnicodeDecodeError as error:
+            line = self.line + self.window.count("\n") + error.object.count(b"\n", 0, error.start)
+            raise _not_utf8(f"{self.path}:{line}", error.object[error.start]) from error
+        return not self.ended
+
+    def place(self, position: int | None = None) -> str:
+        line = self.line + self.window.count("\n", 0, self.position if position is None else position)
+        return f"{self.path}:{line}"
+
+    def error(self, message: str, position: int | None = None) -> InputError:
+        position = self.position if position is None else position
+        column = position - self.window.rfind("\n", 0, position)
+        return InputError(f"{self.place(position)} is not valid JSON: {message} at column {column}.")
+
+
+def _not_utf8(where: str, byte: int) -> InputError:
+    return InputError(f"{where} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.")
+
+
+def _too_long(where: str) -> InputError:
+    return InputError(f"{where} is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is: check the file.")

@@ -1,0 +1,163 @@
+"""A data file of any format into checked samples."""
+
+import difflib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from anygpt.data.formats import alpaca, llava, nextgpt, videochat
+from anygpt.data.formats.base import Format, Row, find_files
+from anygpt.data.formats.json_files import json_rows, line_rows
+from anygpt.data.formats.pairs import check_task, convert_pair
+from anygpt.data.formats.tables import table_rows
+from anygpt.data.formats.webdataset import shard_rows
+from anygpt.data.schema import MEDIA_TYPES, DataError, MediaRoot, Sample, parse_sample, row_name
+from anygpt.errors import InputError
+
+FORMATS: dict[str, Format] = {
+    "jsonl": Format(line_rows, lambda value, where: value, suffixes=(".jsonl",)),
+    "nextgpt": Format(json_rows, nextgpt.convert, suffixes=(".json",), media_by_type=True),
+    "llava": Format(json_rows, llava.convert, media_by_type=True),
+    "alpaca": Format(json_rows, alpaca.convert),
+    "videochat": Format(json_rows, videochat.convert, media_by_type=True),
+    "webdataset": Format(shard_rows, None, suffixes=(".tar",)),
+    "datasets": Format(table_rows, None, suffixes=(".parquet", ".arrow"), takes_columns=True),
+}
+
+
+def read_samples(
+    path: str | Path,
+    format: str | None = None,
+    media_root: str | Path | None = None,
+    faults: list[InputError] | None = None,
+    columns: Mapping[str, str] | None = None,
+    task: str | None = None,
+) -> list[Sample]:
+    """Reads one data file and checks every row and that every media file exists.
+
+    Args:
+        path, format, media_root, columns, task: see `iterate_samples`.
+        faults: None makes the first fault an error. A list collects the faults instead, and the rows that
+            have one are left out of the result.
+
+    Returns:
+        The samples in the order of the file. Rows without an id get `<file stem>-<row index>`, from 0.
+
+    Raises:
+        InputError: what `iterate_samples` raises; and, with `faults=None`, any row that is not right, a repeated
+            id, or missing media (naming the first, and how many are missing in all).
+    """
+    samples: list[Sample] = []
+    missing: list[tuple[Sample, Path]] = []
+    first_source: dict[str, str] = {}  # by sample id
+    for sample in iterate_samples(path, format, media_root, columns, task):
+        try:
+            if isinstance(sample, InputError):
+                raise sample
+            if sample.id in first_source:
+                raise DataError(
+                    f"{sample.source}: the id {sample.id[:80]!r} was already used at {first_source[sample.id]}: "
+                    "give every sample its own id, or none.",
+                    "duplicates",
+                )
+            first_source[sample.id] = sample.source
+            absent = [(sample, file) for file in sample.missing_files()]
+            missing += absent
+            if absent and faults is not None:
+                raise missing_error(absent)
+        except InputError as fault:
+            if faults is None:
+                raise
+            faults.append(fault)
+        else:
+            samples.append(sample)
+    if missing and faults is None:
+        raise missing_error(missing)
+    return samples
+
+
+def iterate_samples(
+    path: str | Path,
+    format: str | None = None,
+    media_root: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    task: str | None = None,
+) -> Iterator[Sample | InputError]:
+    """The samples of a data file one after the other, and the fault in the place of a row that is not right.
+
+    Ids may repeat and media may be missing here; `read_samples` looks at that.
+
+    Args:
+        path: the data file. For "webdataset" and "datasets" also a glob or braces (see `base.find_files`); for
+            "datasets" also a folder made by `save_to_disk`.
+        format: a key of `FORMATS`; None goes by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`:
+            "webdataset", `.parquet` and `.arrow`: "datasets").
+        media_root: the folder that media paths are relative to and may not leave; None is the folder of
+            `path`. For "nextgpt", "llava" and "videochat", names that are not there are looked for in its `images`,
+            `videos` and `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
+        columns: for "datasets", and needed there: see `tables.table_rows`.
+        task: "comprehension" or "generation", needed where rows are pairs of a medium and a caption: see `pairs`.
+
+    Raises:
+        InputError: an unreadable or empty file, an unknown format, a JSON list that is broken (after the rows before
+            that place), `columns` or `task` with a format that has no use for them.
+    """
+    path = Path(path)
+    name = _format_of(path, format)
+    chosen = FORMATS[name]
+    if columns is not None and not chosen.takes_columns:
+        raise InputError(f"columns is given for {path}, whose format {name!r} has none: leave it out.")
+    if task is not None and chosen.convert:
+        raise InputError(f"task is given for {path}, whose format {name!r} holds conversations: leave it out.")
+    rows = chosen.rows(path, columns) if chosen.takes_columns else chosen.rows(path)
+    if chosen.convert is None and not (columns and not set(MEDIA_TYPES) & set(columns)):  # a table may be text alone
+        check_task(task, str(path))
+    if media_root is None:
+        media_root = path.parent if path.exists() else find_files(path)[0].parent
+    root = MediaRoot(media_root, by_type=chosen.media_by_type)
+    convert = chosen.convert or (lambda value, where: convert_pair(value, where, task))
+    empty = True
+    for row in rows:
+        empty = False
+        try:
+            yield _sample(row, convert, root)
+        except InputError as fault:
+            yield fault
+    if empty:
+        raise InputError(f"{path} holds no samples: it is empty.")
+
+
+def _sample(row: Row, convert: Callable[[Any, str], Any], root: MediaRoot) -> Sample:
+    if isinstance(row.value, InputError):
+        raise row.value
+    converted = convert(row.value, row_name(row.value, row.source, row.id))
+    return parse_sample(converted, row.source, row.id, root)
+
+
+def _format_of(path: Path, name: str | None) -> str:
+    if name is None:
+        name = next((known for known, value in FORMATS.items() if path.suffix.lower() in value.suffixes), None)
+    elif name not in FORMATS:
+        close = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "check the spelling"
+        raise InputError(f"The format {name!r} of {path} is not known: {hint} (known: {', '.join(FORMATS)})")
+    if not (name == "datasets" and os.path.isdir(path)):
+        several = len(find_files(path)) > 1  # which also finds out whether they are there
+        if several and name and FORMATS[name].convert:
+            raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
+    if name is None:
+        raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")
+    return name
+
+
+def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
+    """Of samples and the files that they lack: names the first, and counts the files."""
+    sample, file = missing[0]
+    count = len({file for _, file in missing})
+    total = "1 media file is missing" if count == 1 else f"{count} media files are missing in all"
+    return DataError(
+        f"{sample.source} (sample {sample.id!r}): {file} does not exist or is not a file ({total}): "
+        "put the files there, or set media_root.",
+        "missing media",
+    )

@@ -1,0 +1,205 @@
+"""WebDataset tar shards of caption pairs, as img2dataset and video2dataset write them.
+
+A sample is the members of one name: a medium (`000012.jpg`), its caption (`000012.txt`, else the `caption` of
+`000012.json`), and others that are not read. Shards are indexed once; nothing is ever unpacked.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row, find_files
+from anygpt.data.formats.json_files import parse_json
+from anygpt.data.schema import StoredMedium
+from anygpt.errors import InputError
+
+SUFFIXES = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif"), "image"),
+    **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov", "gif"), "video"),
+    **dict.fromkeys(("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac"), "audio"),
+}
+MAX_HEADER_BYTES = 1024**2  # long names; a header may claim any size, and tarfile would read it
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class TarMember(StoredMedium):
+    """A place in a shard: `size` bytes from `offset` on."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.name}"
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return io.BufferedReader(_Window(self))
+
+
+class _Window(io.RawIOBase):
+    """The bytes of a member as a file of its own."""
+
+    def __init__(self, member: TarMember):
+        self.member = member
+        self.file = member.shard.open("rb", buffering=0)
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.member.offset + self.position)
+        left = max(self.member.size - self.position, 0)
+        read = self.file.readinto(memoryview(buffer)[:left])
+        self.position += read
+        return read
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.member.size}[whence]
+        if start + offset < 0:
+            raise OSError(f"there is no place {start + offset} in {self.member}")
+        self.position = start + offset
+        return self.position
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def shard_rows(path: Path) -> Iterator[Row]:
+    """The pairs of all shards that `path` stands for, named `00000.tar[000012]`; their ids are `00000/000012`."""
+    for shard in find_files(path):
+        try:
+            with shard.open("rb") as file:
+                samples, fault = _index(shard, file)
+                for key, members in samples.items():
+                    source = f"{shard}[{_printable(key)}]"
+                    try:
+                        value: Pair | InputError = _pair(members, key, source, file)
+                    except InputError as error:
+                        value = error
+                    yield Row(source, f"{shard.stem}/{_printable(key)}", value)
+        except OSError as error:
+            fault = InputError(f"{shard} cannot be read: {error.strerror}.")
+        if fault:  # of the shard itself: what comes before it has been given
+            yield Row(str(shard), shard.stem, fault)
+
+
+def _index(shard: Path, file: BinaryIO) -> tuple[dict[str, dict[str, Any]], InputError | None]:
+    """`{key: {suffix: member, or the fault of it}}` in the shard's order, and what ended the reading too early."""
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        for info in _headers(shard, file):
+            if info.isdir():
+                continue
+            folder, slash, base = info.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            members = samples.setdefault(f"{folder}{slash}{stem}", {})
+            problem = _problem(info)
+            if not problem and suffix.lower() in members:
+                problem = f"there are two members {_printable(info.name)}"
+            members[suffix.lower()] = problem or TarMember(shard, info.name, info.offset_data, info.size)
+    except InputError as error:
+        return samples, error
+    return samples, None
+
+
+def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The headers of all members. tarfile takes a broken one in the middle for the end; this raises `InputError`."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        tar = tarfile.open(fileobj=_Guarded(file, size), mode="r:")  # noqa: SIM115 (the file is closed by its opener)
+        end = 0
+        while info := tar.next():
+            tar.members = []  # it would keep them all
+            if info.size < 0 or info.offset < end:
+                raise tarfile.ReadError("a member has a negative size")
+            end = info.offset_data + (info.size + BLOCK - 1) // BLOCK * BLOCK if info.isreg() else info.offset_data
+            if end > size and info.offset_data + info.size > size:
+                raise tarfile.ReadError(f"it ends within {_printable(info.name)}")
+            yield info
+        file.seek(end)
+        if file.read(BLOCK).strip(b"\0"):
+            raise tarfile.ReadError(f"there is no header at byte {end:,}")
+    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, EOFError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{shard} is not a whole, uncompressed tar file, and only what comes before the fault is read: {error}."
+        ) from error
+
+
+class _Guarded:
+    """What tarfile reads headers from: no read is larger than a header needs."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file = file
+        self.size = size
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {count:,} bytes")
+        return self.file.read(count)
+
+    def seek(self, position: int) -> int:
+        if position > self.size:
+            raise tarfile.ReadError("it is truncated")
+        return self.file.seek(position)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _problem(info: tarfile.TarInfo) -> str | None:
+    """Why a member is not used, if it is not. Names are never used as paths; strange ones are refused all the same."""
+    name = _printable(info.name)
+    if info.issparse() or not info.isreg():
+        return f"the member {name} is a link, a sparse file or a device"
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return f"the member's name {name} leads out of the shard"
+    return None
+
+
+def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair:
+    problem = next((member for member in members.values() if isinstance(member, str)), None)
+    if problem:
+        raise InputError(f"{where}: {problem}: pack the shard again, or leave the sample out.")
+    if _printable(key) != key:
+        raise InputError(f"{where}: the member's name is not UTF-8: rename it.")
+    media = [suffix for suffix in members if suffix in SUFFIXES]
+    if len(media) != 1:
+        ends = _printable(", ".join(members))
+        raise InputError(f"{where} must have one medium, and has {len(media)}: its members end in {ends}.")
+    caption = None
+    if "txt" in members:
+        content = _read(members["txt"], where, file)
+        try:
+            caption = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8.") from error
+    elif "json" in members:
+        row = parse_json(_read(members["json"], where, file), f"{where}: the member .json")
+        caption = row.get("caption") if isinstance(row, dict) else None
+    return Pair(kind=SUFFIXES[media[0]], medium=members[media[0]], text=caption)
+
+
+def _read(member: TarMember, where: str, file: BinaryIO) -> bytes:
+    if member.size > MAX_ROW_BYTES:
+        raise InputError(f"{where}: {_printable(member.name)} has {member.size:,} bytes, which no caption has.")
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _printable(name: str) -> str:
+    """A name with what is not UTF-8, or moves a terminal's cursor, written as escapes."""
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8")[:300]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -1,0 +1,74 @@
+"""Checks a data file before a run does: every fault with its file, line and sample, and a summary.
+
+    python scripts/validate_data.py train.jsonl --media-root media --deep
+    python scripts/validate_data.py 'shards/{00000..00012}.tar' --task generation
+    python scripts/validate_data.py table.parquet --columns image=picture text=caption --task comprehension
+
+Faults go to stdout, one a line. The exit code is 0 without faults, 1 with some, 2 where the file or the arguments do
+not let it be checked at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from anygpt.data.formats import FORMATS
+from anygpt.data.formats.pairs import TASKS
+from anygpt.data.validation import Report, validate
+from anygpt.errors import InputError
+
+FAULTY, UNUSABLE = 1, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("file", help="the data file; for shards and tables also a glob or braces")
+    parser.add_argument("--format", help=f"{', '.join(FORMATS)}; by the suffix if not given")
+    parser.add_argument("--media-root", help="the folder that media paths are relative to; the file's own by default")
+    parser.add_argument("--columns", nargs="+", metavar="KEY=COLUMN", help="of a table: image=…, text=… and so on")
+    parser.add_argument("--task", choices=TASKS, help="what is learned from pairs of media and captions")
+    parser.add_argument("--deep", action="store_true", help="decode every medium")
+    args = parser.parse_args(arguments)
+    columns = dict(pair.partition("=")[::2] for pair in args.columns) if args.columns else None
+    with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
+
+        def counted(rows):
+            for row in rows:
+                yield row
+                bar.update()
+
+        try:
+            report = validate(
+                args.file,
+                args.format,
+                args.media_root,
+                columns,
+                args.task,
+                deep=args.deep,
+                on_fault=lambda fault: bar.write(str(fault)),
+                progress=counted,
+            )
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return UNUSABLE
+    print(summary(report))
+    return FAULTY if report.faults else 0
+
+
+def summary(report: Report) -> str:
+    """The counts as a table."""
+    rows = [("rows", report.rows), ("samples without a fault", report.samples)]
+    rows += [(f"media: {what}", count) for what, count in sorted(report.media.items())]
+    rows += [("repeated conversations", report.repeated)] if report.repeated else []
+    rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

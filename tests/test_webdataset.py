@@ -1,0 +1,184 @@
+"""Pairs of media and captions: tar shards and tables, into conversations whose media are read where they lie."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anygpt.data import ConversationDataset, DataSource, read_media, read_samples, write_audio, write_video
+from anygpt.data.formats.base import find_files
+from anygpt.errors import InputError
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def media(tmp_path) -> dict[str, bytes]:
+    write_video(tmp_path / "a.mp4", np.zeros((6, 16, 16, 3), np.uint8), 10)
+    write_audio(tmp_path / "a.wav", np.zeros((1, 800), np.float32), 16000)
+    return {"mp4": (tmp_path / "a.mp4").read_bytes(), "wav": (tmp_path / "a.wav").read_bytes(), "png": png("red")}
+
+
+# -- shards ----------------------------------------------------------------------------------------------
+
+
+def test_shards_of_every_media_type_both_ways(tmp_path, media):
+    path = shard(
+        tmp_path / "00000.tar",
+        {
+            "00.txt": b"a red square\n",
+            "01.mp4": media["mp4"],
+            "00.png": media["png"],  # the members of a sample need not stand together
+            "00.json": json.dumps({"caption": "not this one", "key": "00"}).encode(),
+            "01.json": json.dumps({"caption": "a dark clip"}).encode(),
+            "sub/02.wav": media["wav"],
+            "sub/02.txt": b"silence",
+        },
+    )
+    samples = read_samples(path, task="comprehension")
+    assert [sample.id for sample in samples] == ["00000/00", "00000/01", "00000/sub/02"]
+    assert [sample.messages[0].content[1].text for sample in samples][:2] == [
+        "Describe this image.",
+        "Describe this video.",
+    ]
+    loaded = [ConversationDataset(samples, num_video_frames=2)[i].inputs for i in range(3)]
+    assert loaded[0]["image"][0].getpixel((0, 0)) == (255, 0, 0)
+    assert loaded[1]["video"][0].frames.shape == (2, 16, 16, 3)
+    assert loaded[2]["audio"][0].waveform.shape == (1, 800)
+    image, clip, _ = read_samples(path, task="generation")
+    assert image.messages[0].content[0].text == "Make this image: a red square"
+    assert image.messages[1].content[0].caption == "a red square"
+    assert clip.messages[1].content[0].caption == "a dark clip"
+    again = pickle.loads(pickle.dumps(image)).messages[1].content[0].path  # as for a worker
+    assert again.open().read() == media["png"]
+
+
+@pytest.mark.parametrize("pattern", ["{00..02}.tar", "*.tar", "{00,01,02}.tar", "0[0-2].tar"])
+def test_patterns_stand_for_several_shards(tmp_path, pattern):
+    for i, colour in enumerate(("red", "blue", "green")):
+        shard(tmp_path / f"0{i}.tar", {"x.png": png(colour), "x.txt": colour.encode()})
+    dataset = ConversationDataset.from_files([DataSource(str(tmp_path / pattern), task="generation")])
+    assert [sample.id for sample in dataset.samples] == ["00/x", "01/x", "02/x"]
+    assert dataset[1].captions == {"image": ["blue"]}
+    assert dataset[1].targets["image"][0].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_patterns_are_checked(tmp_path):
+    for pattern, message in (
+        ("*.tar", "No file matches"),
+        ("{0..3}.tar", "0.tar does not exist"),
+        ("{0..99999999}.tar", "100,000,000 files"),
+        ("{3..1}.tar", "files: give a range"),
+        ("{0.." + "9" * 5000 + "}.tar", "too long"),
+        ("{0,1}" * 40 + ".tar", "files: give a range"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_files(tmp_path / pattern)
+
+
+def test_pairs_need_a_task_and_conversations_have_none(tmp_path):
+    path = shard(tmp_path / "0.tar", {"x.png": png("red"), "x.txt": b"red"})
+    with pytest.raises(InputError, match="task is None: give comprehension"):
+        read_samples(path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="task is given"):
+        read_samples(tmp_path / "a.jsonl", task="generation")
+    with pytest.raises(InputError, match="columns is given"):
+        read_samples(tmp_path / "a.jsonl", columns={"text": "x"})
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "c.png").write_bytes(png("green"))
+    rows = {
+        "img": [{"bytes": png("red"), "path": None}, {"bytes": png("blue"), "path": "b.png"}],
+        "said": ["a red thing", "a blue thing"],
+        "file": ["c.png", "c.png"],
+        "raw": [png("white"), None],
+        "question": ["Which?", "What?"],
+        "n": [7, 8],
+    }
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "raw": datasets.Value("binary"),
+            "n": datasets.Value("int64"),
+            **{name: datasets.Value("string") for name in ("said", "file", "question")},
+        }
+    )
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def colours(samples):
+    parts = [part for sample in samples for _, part in sample.media()]
+    return [read_media(part.type, part.path).getpixel((0, 0)) for part in parts]
+
+
+def test_tables_on_disk_and_parquet(tmp_path, table):
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(tmp_path / "a.parquet")
+    columns = {"image": "img", "text": "said", "id": "n"}
+    for path, format in ((tmp_path / "saved", "datasets"), (tmp_path / "a.parquet", None)):
+        samples = read_samples(path, format, columns=columns, task="generation")
+        assert [sample.id for sample in samples] == ["7", "8"]
+        assert [sample.messages[1].content[0].caption for sample in samples] == ["a red thing", "a blue thing"]
+        assert colours(pickle.loads(pickle.dumps(samples))) == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_tables_with_paths_bytes_prompts_and_text_alone(tmp_path, table):
+    table.to_parquet(tmp_path / "a.parquet")
+
+    def read(faults=None, task="comprehension", **columns):
+        return read_samples(tmp_path / "a.parquet", columns=columns, task=task, faults=faults)
+
+    assert colours(read(image="file", text="said")) == [(0, 128, 0)] * 2
+    asked = read(image="img", text="said", prompt="question")
+    assert [sample.messages[0].content[1].text for sample in asked] == ["Which?", "What?"]
+    faults = []
+    assert colours(read(faults, image="raw", text="said")) == [(255, 255, 255)]
+    assert "has no 'path'" in str(faults[0]) and "[1]" in str(faults[0])
+    assert [sample.media() for sample in read(text="said", prompt="question", task=None)] == [[], []]
+
+
+def test_columns_and_tables_are_checked(tmp_path, table):
+    path = tmp_path / "a.parquet"
+    table.to_parquet(path)
+    for columns, message in (
+        (None, "give columns"),
+        ({"image": "img"}, "must give 'text'"),
+        ({"image": "img", "video": "img", "text": "said"}, "one of image"),
+        ({"image": "imge", "text": "said"}, "has no column 'imge'"),
+        ({"imgae": "img", "text": "said"}, "did you mean 'image'"),
+        ({"image": "n", "text": "said"}, "media column of type int64"),
+        ({"image": "img", "text": "n"}, "no caption"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_samples(path, columns=columns, task="generation")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        read_samples(path, columns={"image": "img", "text": "said"}, task="generation")
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        read_samples(tmp_path, "datasets", columns={"image": "img", "text": "said"}, task="generation")
