@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anygpt.errors import InputError
 from anygpt.parts import is_peft
@@ -67,6 +68,7 @@ class PartTraining:
             super().train(part)
             for name in self._frozen:
                 self._set_eval(name)
+            self._recompute_frozen()
             return self
         if part not in self.parts:
             raise InputError(f"there is no part {part!r}; the parts are {', '.join(self.parts)}")
@@ -88,6 +90,19 @@ class PartTraining:
         for piece in self.parts[part]:
             if isinstance(piece, nn.Module):
                 piece.eval()
+
+    def _recompute_frozen(self) -> None:
+        """Let a frozen language model checkpoint its layers, through which gradients run all the same.
+
+        transformers recomputes a layer only in training mode. The mode is set on the layer alone, not on what is in
+        it, and not at all on layers that apply a dropout of their own.
+        """
+        if "language_model" not in self._frozen:
+            return
+        for layer in self.language_model.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                drops = any("dropout" in name and isinstance(p, float) and p for name, p in vars(layer).items())
+                layer.training = self.training and not drops
 
     def train_only(self, parts: list[str]) -> None:
         """Train exactly these parts and freeze all others."""
@@ -127,6 +142,7 @@ class PartTraining:
             if any(p.requires_grad for p in self.part_parameters(f"{key}_encoder")):
                 encoder.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self._recompute_frozen()
         for decoder in self.decoders.values():
             decoder.module.enable_gradient_checkpointing()
 

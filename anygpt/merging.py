@@ -59,7 +59,9 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
         held = text.input_ids == token_id
         per_row = held.sum(dim=1).tolist()
         given = features.get(key)
-        given = torch.cat(given) if isinstance(given, list) else given
+        if isinstance(given, list):
+            _check_whole_inputs(key, per_row, [len(item) for item in given])
+            given = torch.cat(given)
         _check_counts(key, per_row, given)
         if given is None:
             continue
@@ -76,6 +78,18 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
         placeholders = torch.tensor(list(token_ids.values()), device=labels.device)
         labels = labels.masked_fill(torch.isin(text.input_ids, placeholders), IGNORE)
     return Merged(embeds, text.input_ids, text.attention_mask, labels, media_in)
+
+
+def _check_whole_inputs(key: str, per_row: list[int], lengths: list[int]) -> None:
+    """Each row's placeholders must be those of whole inputs."""
+    ends, place = {0, *itertools.accumulate(lengths)}, 0
+    for row, count in enumerate(per_row):
+        place += count
+        if place not in ends and sum(per_row) == sum(lengths):
+            raise InputError(
+                f"{key!r}: row {row} has {count} placeholder tokens, which end inside an input; the inputs have "
+                f"{lengths} features"
+            )
 
 
 def _check_counts(key: str, per_row: list[int], features: Tensor | None) -> None:

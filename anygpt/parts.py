@@ -58,6 +58,8 @@ class Source:
     num_frames: int | None = None
 
     def __post_init__(self) -> None:
+        if Path(self.path).is_dir():  # so that what is saved can be loaded from any working directory
+            self.path = str(Path(self.path).resolve())
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise InputError(f"dtype {self.dtype!r} of part {self.path!r} is unknown; expected float32, bfloat16, …")
 

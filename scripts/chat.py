@@ -10,6 +10,7 @@ Generated media are written into the folder `--output`, and their paths are prin
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.data import read_media, write_audio, write_image, write_video
+from anygpt.errors import reading
 from anygpt.outputs import Answer
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
@@ -75,8 +77,10 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.model = MultimodalModel.from_pretrained(options.checkpoint).to(options.device)
-        self.processor = MultimodalProcessor.from_pretrained(options.checkpoint, model=self.model)
+        with reading(options.checkpoint):
+            self.model = MultimodalModel.from_pretrained(options.checkpoint)
+            self.processor = MultimodalProcessor.from_pretrained(options.checkpoint, model=self.model)
+        self.model.to(options.device)
         self.messages: list[dict[str, Any]] = []
         self.turns = 0
 
@@ -150,10 +154,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Find mistakes before anything is loaded."""
+    for name, least in (("max_new_tokens", 1), ("steps", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {getattr(options, name)}, expected at least {least}")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise InputError(f"--guidance is {options.guidance}, expected a finite number")
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"--output {options.output} is a file; give a folder")
+    if options.prompt is not None and not options.prompt.strip() and not options.attach:
+        raise InputError("--prompt is empty; say something, or attach a file")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     quiet_libraries()
     try:
+        check(options)
         chat = Chat(options)
         if options.prompt is None and not options.attach:
             chat.run()

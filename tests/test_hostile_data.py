@@ -103,6 +103,12 @@ def test_hostile_media(tmp_path, name):
         read_media(kind_of(name), tmp_path / name)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_the_largest_images_that_are_allowed(tmp_path, mode):
+    Image.new(mode, (8192, 8192)).save(tmp_path / "a.png", compress_level=1)
+    assert read_media("image", tmp_path / "a.png").size == (8192, 8192)
+
+
 def test_mislabelled_media(tmp_path, good):
     """What a file is, is told from its content: a JPEG called .png is an image, a sound called .mp4 is no video."""
     (tmp_path / "a.png").write_bytes(good["a.jpg"])

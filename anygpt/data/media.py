@@ -47,13 +47,13 @@ class MediaLimits:
     max_pixels: width × height of an image or of a frame (default 8192 × 8192).
     max_frames: frames in a video, kept or not (default one hour at 30 a second).
     max_seconds: length of a video or a sound (default one hour).
-    max_bytes: decoded size in memory of what is returned (default 2 GiB).
+    max_bytes: decoded size in memory of what is returned (default 512 MiB; decoding takes up to three times as much).
     """
 
     max_pixels: int = 8192 * 8192
     max_frames: int = 30 * 3600
     max_seconds: float = 3600.0
-    max_bytes: int = 2 * 1024**3
+    max_bytes: int = 512 * 1024**2
 
     def check(self, path: Place, **amounts: float) -> None:
         """Raises `InputError` where an amount (`pixels`, `frames`, `seconds`, `bytes`) is over its limit."""
@@ -125,7 +125,7 @@ def _open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image).astype(np.float32)
         top = 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
             raise ValueError(f"its {image.mode} values are not in [0, {top:g}], so that white is not known")

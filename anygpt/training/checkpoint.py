@@ -137,12 +137,8 @@ def load_training_state(
 ) -> int:
     """Put tensors, optimizer, scheduler and random state back; returns the number of updates done."""
     restored = type(model).from_pretrained(checkpoint)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    values = dict(restored.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in trained:
-                parameter.copy_(values[name])
+    # Everything, buffers and frozen projectors too: what `model.init_from` holds by now may be another model.
+    model.load_state_dict(restored.state_dict())
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     state = json.loads((checkpoint / STATE).read_text())
     scheduler.load_state_dict(state["scheduler"])

@@ -5,6 +5,7 @@ jsonargparse reads them; unknown keys are collected first, all at once, each wit
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -227,7 +228,10 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
         parser.add_argument(f"--{section.name}", type=cls, default=cls())
     check_keys(arguments)
     try:
-        parsed = parser.instantiate(parser.parse_args(list(arguments)))
+        parsed = (
+            parser.parse_args(list(arguments)) if asks_for_help(arguments) else parser.parse_object(merge(arguments))
+        )
+        parsed = parser.instantiate(parsed)
     except (TypeError, ValueError, OSError, KeyError) as error:
         raise InputError(" ".join(str(error).split())) from error
     except Exception as error:  # jsonargparse passes argparse's own error on, which is no ValueError
@@ -237,6 +241,37 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
     config = Config(**{section.name: getattr(parsed, section.name) for section in fields(Config)})
     check_values(config)
     return config
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line only wants something printed, or has words that are no settings (an error)."""
+    names = [a for a in arguments if a.startswith("-")]
+    odd = any(a.partition("=")[0].endswith((".help", "+")) or not a.startswith("--") for a in names)
+    loose = any(
+        not a.startswith("-") and (i == 0 or not arguments[i - 1].startswith("--") or "=" in arguments[i - 1])
+        for i, a in enumerate(arguments)
+    )
+    return odd or loose or any(a.partition("=")[0] in ("--help", "--print_config") for a in names)
+
+
+def merge(arguments: Sequence[str]) -> dict[str, Any]:
+    """All settings of a command line as one mapping, later ones over earlier ones.
+
+    A mapping is merged key by key; anything else, lists too, is replaced whole, so that an overridden list of files
+    inherits nothing from the one in the YAML.
+    """
+    merged: dict[str, Any] = {}
+
+    def put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
+        for key, value in content.items():
+            if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+                put(into[key], value)
+            else:
+                into[key] = copy.deepcopy(value)
+
+    for _, content in _given(arguments):
+        put(merged, content)
+    return merged
 
 
 def check_keys(arguments: Sequence[str]) -> None:

@@ -128,10 +128,12 @@ def train(config: Config, stage: Stage) -> Path:
                     log.say(f"{key} output projector set by ridge regression, λ = {strength:.3g}")
                 if checkpoint is not None:
                     log.say(f"continues from {checkpoint} after update {step}")
+                moved = step == config.train.max_steps
                 for micro_batches in itertools.chain(first, updates):
                     metrics = update(wrapped, model, optimizer, micro_batches, step, config, accelerator, log)
                     scheduler.step()
                     step += 1
+                    moved |= metrics["gradient_norm"] > 0
                     last = step == config.train.max_steps
                     log.bar.update()
                     log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
@@ -148,6 +150,11 @@ def train(config: Config, stage: Stage) -> Path:
                             f"interrupted; checkpoint after update {step} written, the same command continues from it"
                         )
                         raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+                if not moved:
+                    raise InputError(
+                        "no gradient reached anything that trains, in no update: the data has nothing for the parts "
+                        "that train, or every sample was skipped"
+                    )
                 save_model(folder / FINAL, model, processor, accelerator)
                 log.say(f"finished: {folder / FINAL}")
     return folder / FINAL

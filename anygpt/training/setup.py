@@ -16,8 +16,8 @@ from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.module import ModalEncoderModule
-from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
-from anygpt.errors import InputError
+from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
+from anygpt.errors import InputError, reading
 from anygpt.modeling import MultimodalModel
 from anygpt.parts import (
     Source,
@@ -52,15 +52,17 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     Raises:
         InputError: a part cannot be loaded, or is another one than in `init_from`.
     """
+    check_parts_by_key(config)
     encoders, decoders, language_model, start = {}, {}, None, None
     processors: dict[str, Any] = {}
     tokenizer = None
     precision = config.train.mixed_precision
     if config.model.init_from is not None:
         folder = Path(config.model.init_from)
-        check_same_parts(folder, config)
-        start = MultimodalModel.from_pretrained(folder)
-        before = MultimodalProcessor.from_pretrained(folder)
+        with reading(folder):
+            check_same_parts(folder, config)
+            start = MultimodalModel.from_pretrained(folder)
+            before = MultimodalProcessor.from_pretrained(folder)
         encoders, decoders, language_model = start.encoders, start.decoders, start.language_model
         processors, tokenizer = before.encoder_processors, before.llm_tokenizer
     if language_model is None:
@@ -100,9 +102,10 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     modality, part = entry.modality or key, source(entry, precision)
     encoder = load_encoder(part, modality)
     check_arguments(f"model.encoders.{key}.projector", entry.projector, MultimodalProjectorConfig)
-    sizes = {"in_features": hidden_size_of(encoder.config), "out_features": width}
-    projector = MultimodalProjector(MultimodalProjectorConfig(**sizes | entry.projector))
-    return ModalEncoderModule(encoder, projector, modality=modality), load_encoder_processor(part, modality)
+    module = ModalEncoderModule(encoder, modality=modality)
+    sizes = {"in_features": module.feature_size, "out_features": width}
+    module.projector = MultimodalProjector(MultimodalProjectorConfig(**sizes | entry.projector))
+    return module, load_encoder_processor(part, modality)
 
 
 def new_decoder(
@@ -122,6 +125,21 @@ def new_decoder(
     )
     module.projector = OutputProjector(OutputProjectorConfig(**sizes | line | entry.projector))
     return module
+
+
+def check_parts_by_key(config: Config) -> None:
+    """Keys must be names, and a modality has one encoder: a second one would never be given anything."""
+    for section, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
+        bad = [key for key in parts if not key.isidentifier()]
+        if bad:
+            raise InputError(f"model.{section} has the key {bad[0]!r}; expected a name of letters, digits and _")
+    modalities = Counter(entry.modality or key for key, entry in config.model.encoders.items())
+    twice = [modality for modality, count in modalities.items() if count > 1]
+    if twice:
+        raise InputError(
+            f"model.encoders has several encoders for {twice[0]!r}, of which only the first would be given media; name "
+            "one, or compose the model in Python"
+        )
 
 
 def decoders_before(config: Config) -> set[str]:
@@ -162,6 +180,7 @@ def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str
     )
     for setting in fields(wanted):
         value = getattr(wanted, setting.name)
+        value = Source(value).path if setting.name == "path" else value
         given = setting.default is MISSING or value != setting.default
         if setting.name == "projector":
             cls = MultimodalProjectorConfig if isinstance(wanted, EncoderConfig) else OutputProjectorConfig
@@ -211,6 +230,13 @@ def build_dataset(
                 f"train on; it takes {', '.join(stage.terms)}"
             )
         terms[term] += 1
+    weights = model.loss_weights
+    subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
+    if not (weights.encoder or weights.decoder) and not any(weights.of(f"{t}/{s}") for t in terms for s in subs[t]):
+        raise InputError(
+            f"every loss of the data's rows ({', '.join(sorted(terms))}) has weight 0, so nothing would train; give "
+            "one of them a weight under loss"
+        )
     logger.info("%d samples: %s", len(dataset), ", ".join(f"{n} {term}" for term, n in terms.items()))
     if dataset.faults:
         logger.warning("%d rows were left out, the first because: %s", len(dataset.faults), dataset.faults[0])

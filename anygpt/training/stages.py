@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from anygpt.errors import InputError
 from anygpt.losses import TERMS
 from anygpt.parts import is_peft
-from anygpt.training.config import Config
+from anygpt.training.config import Config, LoraSettings
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
         The names of the trainable parameters.
     """
     model.train_only([])
-    if stage.lora and not is_peft(model.language_model):
+    if stage.lora and is_peft(model.language_model):
+        check_adapter(model.language_model, config.lora)
+    elif stage.lora:
         adapter = LoraConfig(
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
@@ -86,6 +88,18 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
     if not trainable:
         raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
     return trainable
+
+
+def check_adapter(language_model: Any, lora: LoraSettings) -> None:
+    """An adapter that `model.init_from` brought along stays as it is: other settings would be ignored in silence."""
+    adapter, default = language_model.peft_config[language_model.active_adapter], LoraSettings()
+    for name, there in (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
+        value, saved = getattr(lora, name), getattr(adapter, there)
+        if value not in (saved, getattr(default, name)):
+            raise InputError(
+                f"lora.{name} is {value}, but the adapter in model.init_from was made with {saved}; leave it out, or "
+                "start from a model without an adapter"
+            )
 
 
 def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:

@@ -62,7 +62,11 @@ class RunLog:
             name = config.run.name or self.folder.name
             options = {"wandb": {"name": name, "dir": str(self.folder)}} if config.run.tracker == "wandb" else {}
             os.environ.setdefault("WANDB_SILENT", "true")
-            accelerator.init_trackers(config.run.project, flatten(config.to_dict()), init_kwargs=options)
+            try:
+                accelerator.init_trackers(config.run.project, flatten(config.to_dict()), init_kwargs=options)
+            except Exception as error:  # each tracker has exceptions of its own
+                reason = " ".join(str(error).split())
+                raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
         self.since = time.perf_counter()
         self.tokens = self.samples = self.skipped = 0
 
