@@ -272,6 +272,20 @@ def test_targets_without_captions_or_without_media(setup, media):
     assert names["media"] == {"llm_decoder/nll", "llm_decoder/denoising/image"}
 
 
+def test_precomputed_caption_encodings_give_the_same_numbers(setup, media):
+    model, processor = setup
+    batch, _ = make_batch(processor, media, range(5))
+    fly = {key: target["captions"] for key, target in batch["decoder_targets"].items()}
+    ready = {key: model.decoders[key].module.encode_text(captions) for key, captions in fly.items()}
+    only = {key: value for key, value in batch.items() if key != "decoder_targets"}
+    losses = [
+        model(**only, decoder_targets={key: {name: value} for key, value in given.items()}).losses
+        for name, given in (("captions", fly), ("conditions", ready))
+    ]
+    assert losses[0].keys() == losses[1].keys() and "llm_decoder/alignment/image" in losses[0]
+    assert all(torch.equal(losses[0][name].total, losses[1][name].total) for name in losses[0])
+
+
 def test_targets_that_fit_no_span_are_refused(setup, media):
     model, processor = setup
     batch, _ = make_batch(processor, media, [2])
