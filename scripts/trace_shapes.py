@@ -30,7 +30,7 @@ from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import parse_config
-from anygpt.training.loop import use_frames_of
+from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
 
 CONDITION = {".embeds": "(K, T, D)", ".pooled": "(K, P)", ".mask": "(K, T)", "": "(K, T, D)"}

@@ -22,7 +22,7 @@ from training_utils import (
 )
 
 from anygpt.data.collation import TARGET_IDS, move
-from anygpt.training.loop import make_generators
+from anygpt.training.loading import make_generators
 
 BOARD = ("--run.tracker", "tensorboard")
 

@@ -19,7 +19,8 @@ from anygpt.data.collation import Collator
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.cli import run_stage
 from anygpt.training.config import parse_config
-from anygpt.training.loop import make_loader, take_updates, train, update, use_frames_of
+from anygpt.training.loading import make_loader, take_updates, use_frames_of
+from anygpt.training.loop import train, update
 from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
 from anygpt.training.tracking import RunLog

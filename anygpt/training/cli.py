@@ -13,7 +13,8 @@ import transformers.utils.logging
 
 from anygpt.errors import InputError
 from anygpt.training.config import parse_config
-from anygpt.training.loop import BadSampleError, NonFiniteLoss, train
+from anygpt.training.loading import BadSampleError
+from anygpt.training.loop import NonFiniteLoss, train
 from anygpt.training.stages import Stage
 
 MISTAKE, NON_FINITE = 2, 3

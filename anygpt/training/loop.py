@@ -7,8 +7,6 @@ of the whole update, so that its gradient does not depend on how the update was 
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 import itertools
 import math
 import os
@@ -22,13 +20,11 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset
-from anygpt.data.sampling import UpdateSampler
 from anygpt.errors import InputError
 from anygpt.training.checkpoint import (
     choose_checkpoint,
@@ -38,17 +34,22 @@ from anygpt.training.checkpoint import (
     save_model,
 )
 from anygpt.training.config import Config
+from anygpt.training.loading import (
+    MicroBatch,
+    loader_options,
+    make_generators,
+    make_loader,
+    ridge_batches,
+    take_ids,
+    take_updates,
+    use_frames_of,
+)
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.setup import build, build_dataset, decoders_before
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
 FINAL = "final"
-MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # the model's arguments, and what `take_ids` took out of them
-
-
-class BadSampleError(InputError):
-    """A sample of this process's own batch that could not be read."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -236,103 +237,6 @@ def evaluate(
     means = {name: t / c for name, t, c in zip(names, totals, counts, strict=True) if c}
     loss = sum(model.loss_weights.of(name) * mean for name, mean in means.items())
     return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
-
-
-def take_updates(loader: DataLoader, config: Config) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of one update after the other."""
-    micro_batches: list[MicroBatch] = []
-    for batch in loader:
-        micro_batches.append((batch, take_ids(batch, config)))
-        if len(micro_batches) == config.train.gradient_accumulation_steps:
-            yield micro_batches
-            micro_batches = []
-
-
-def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Take what is not for the model out of a batch, and stop at a bad sample unless such are to be skipped."""
-    ids = {name: batch.pop(name) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
-    if ids[BAD] and config.data.on_bad_sample == "error":
-        raise BadSampleError(ids[BAD][0].reason)
-    return ids
-
-
-def make_generators(target_ids: dict[str, list[str]], seed: int, step: int) -> dict[str, list[torch.Generator]]:
-    """One generator a target, keyed by (seed, update, target), so that noise is the same under any split."""
-
-    def generator(target: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{seed}/{step}/{target}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-    return {key: [generator(target) for target in targets] for key, targets in target_ids.items()}
-
-
-def make_loader(
-    dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator, start: int
-) -> DataLoader:
-    """Micro-batches of this process from update `start` on; accelerate must not shard them again."""
-    sampler = UpdateSampler(
-        dataset.lengths,
-        weights=dataset.weights,
-        batch_size=config.train.batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        num_updates=config.train.max_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=config.run.seed,
-        start_update=start,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collator,
-        pin_memory=accelerator.device.type == "cuda",
-        **loader_options(config),
-    )
-
-
-def loader_options(config: Config) -> dict[str, Any]:
-    """Of every `DataLoader`."""
-    return {
-        "num_workers": config.data.num_workers,
-        "worker_init_fn": leave_signals_to_the_loop,
-        # Workers draw nothing; a fixed generator keeps the main process's random state out of the loader's hands.
-        "generator": torch.Generator().manual_seed(config.run.seed),
-    }
-
-
-def leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the run's process group must not kill the workers: the loop still finishes its update."""
-    os.setpgid(0, 0)
-
-
-def ridge_batches(
-    dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
-) -> Iterator[dict[str, Any]]:
-    """The training captions in batches, the same on every process, without decoding a target."""
-    rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
-    captions = copy.copy(dataset)
-    captions.decode_targets = False
-    loader = DataLoader(
-        Subset(captions, rows[: config.train.ridge_captions]),
-        batch_size=config.train.batch_size,
-        collate_fn=collator,
-        **loader_options(config),
-    )
-    quiet = None if accelerator.is_main_process else True
-    for batch in tqdm(loader, desc="ridge", unit="batch", disable=quiet, mininterval=1):
-        take_ids(batch, config)
-        yield move(batch, accelerator.device)
-
-
-def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
-    """Decode no more frames of a clip than its consumers sample, and let the loop judge samples that fail."""
-    consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
-    dataset.num_video_frames = max((c.num_frames for c in consumers if _is_video(c)), default=None)
-    dataset.on_bad_sample = "skip"
-
-
-def _is_video(consumer: Any) -> bool:
-    return getattr(consumer, "modality", "video") == "video" and hasattr(consumer, "num_frames")
 
 
 def check_folder(folder: Path, config: Config) -> None:
