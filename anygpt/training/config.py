@@ -5,21 +5,19 @@ jsonargparse reads them; unknown keys are collected first, all at once, each wit
 
 from __future__ import annotations
 
-import copy
-import difflib
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses import ALIGNMENTS, LossWeights
+from anygpt.training.overrides import asks_for_help, check_keys, merge
+
+MAX_RATE = 1e3  # AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left
 
 
 @dataclass
@@ -144,15 +142,22 @@ class TrainConfig:
         batch_size: rows of a micro-batch on one process.
         gradient_accumulation_steps: micro-batches of an update on one process.
         learning_rate: peak learning rate of AdamW.
-        scheduler: how it falls after the warm-up.
+        learning_rates: other peak rates by part: `{signal_tokens: 1e-4, language_model: 2e-4}`. A key is a part
+            (`image_projector`) or a kind of them: encoder, projector, language_model (its LoRA), signal_tokens,
+            output_projector, decoder.
+        scheduler: how the rates fall after the warm-up.
         warmup_steps: updates of linear warm-up.
         weight_decay: of AdamW.
         max_grad_norm: the gradient is clipped to this norm.
         mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
         save_steps: a checkpoint every so many updates; 0 writes none before the end.
         keep_checkpoints: older ones are removed beyond this number.
+        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well.
+        abort_above: bounds by metric, such as `{eval/loss: 20}`; the run stops where one is above its bound.
         eval_steps: the evaluation loss every so many updates; 0 never.
         log_steps: metrics every so many updates.
+        sample_steps: answers to the first rows of data.eval, media included, every so many updates; 0 never.
+        sample_rows: how many of those rows.
         signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, and nothing
             upstream of the language model's last states trains), or `none`.
         projector_init: how new output projectors start: `random`, or `ridge`, the closed-form solution of caption
@@ -161,26 +166,33 @@ class TrainConfig:
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; the joint
             configuration uses it.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: torch.compile of the layers of encoders, language model and denoisers.
     """
 
     max_steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
-    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
     save_steps: int = 0
     keep_checkpoints: int = 2
+    keep_best: str | None = None
+    abort_above: dict[str, float] = field(default_factory=dict)
     eval_steps: int = 0
     log_steps: int = 10
+    sample_steps: int = 0
+    sample_rows: int = 4
     signal_rows: Literal["both", "output", "none"] = "both"
     projector_init: Literal["random", "ridge"] = "random"
     ridge_captions: int = 10_000
     parts: list[str] | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -226,10 +238,12 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
     for section in fields(Config):
         cls = typing.get_type_hints(Config)[section.name]
         parser.add_argument(f"--{section.name}", type=cls, default=cls())
-    check_keys(arguments)
+    check_keys(arguments, Config)
     try:
         parsed = (
-            parser.parse_args(list(arguments)) if asks_for_help(arguments) else parser.parse_object(merge(arguments))
+            parser.parse_args(list(arguments))
+            if asks_for_help(arguments)
+            else parser.parse_object(merge(arguments, Config))
         )
         parsed = parser.instantiate(parsed)
     except (TypeError, ValueError, OSError, KeyError) as error:
@@ -241,101 +255,6 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
     config = Config(**{section.name: getattr(parsed, section.name) for section in fields(Config)})
     check_values(config)
     return config
-
-
-def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line only wants something printed, or has words that are no settings (an error)."""
-    names = [a for a in arguments if a.startswith("-")]
-    odd = any(a.partition("=")[0].endswith((".help", "+")) or not a.startswith("--") for a in names)
-    loose = any(
-        not a.startswith("-") and (i == 0 or not arguments[i - 1].startswith("--") or "=" in arguments[i - 1])
-        for i, a in enumerate(arguments)
-    )
-    return odd or loose or any(a.partition("=")[0] in ("--help", "--print_config") for a in names)
-
-
-def merge(arguments: Sequence[str]) -> dict[str, Any]:
-    """All settings of a command line as one mapping, later ones over earlier ones.
-
-    A mapping is merged key by key; anything else, lists too, is replaced whole, so that an overridden list of files
-    inherits nothing from the one in the YAML.
-    """
-    merged: dict[str, Any] = {}
-
-    def put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
-        for key, value in content.items():
-            if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-                put(into[key], value)
-            else:
-                into[key] = copy.deepcopy(value)
-
-    for _, content in _given(arguments):
-        put(merged, content)
-    return merged
-
-
-def check_keys(arguments: Sequence[str]) -> None:
-    """Raise one `InputError` that names every unknown key in the files and on the command line."""
-    faults = []
-    for place, content in _given(arguments):
-        faults += [f"{place}: {fault}" for fault in _unknown_keys(content, Config, "")]
-    if faults:
-        raise InputError("; ".join(faults))
-
-
-def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Every mapping of settings that a command line gives, with the place where it stands."""
-    names = list(arguments)
-    for index, argument in enumerate(names):
-        if not argument.startswith("--"):
-            continue
-        name, equals, value = argument[2:].partition("=")
-        value = value if equals else names[index + 1] if index + 1 < len(names) else ""
-        if name == "config":
-            path = Path(value)
-            if not path.is_file():
-                raise InputError(f"--config {value!r}: there is no such file; give the path of a YAML file")
-            try:
-                content = yaml.safe_load(path.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-            if content is not None and not isinstance(content, Mapping):
-                sections = ", ".join(section.name for section in fields(Config))
-                raise InputError(f"{path} holds a {type(content).__name__}, expected the sections {sections}")
-            yield str(path), content or {}
-        elif name not in ("help", "print_config") and not name.endswith(".help"):
-            try:
-                content: Any = yaml.safe_load(value)  # a section or a list can be given whole
-            except yaml.YAMLError:
-                content = value
-            for part in reversed(name.rstrip("+").split(".")):
-                content = {part: content}
-            yield f"--{name}", content
-
-
-def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[str]:
-    """Keys of `content` that the type `kind` does not have, at any depth."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for option in inner:
-            if is_dataclass(option):
-                yield from _unknown_keys(content, option, prefix)
-    elif origin is list and isinstance(content, list):
-        for item in content:
-            yield from _unknown_keys(item, inner[0], prefix)
-    elif origin is dict and isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _unknown_keys(value, inner[1], f"{prefix}{key}.")
-    elif is_dataclass(kind):
-        if not isinstance(content, Mapping):
-            return
-        known = typing.get_type_hints(kind)
-        for key, value in content.items():
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-                yield f"unknown setting {prefix}{key!s}; did you mean {prefix}{near[0]}?"
-            else:
-                yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
 
 
 def check_values(config: Config) -> None:
@@ -351,13 +270,21 @@ def check_values(config: Config) -> None:
             train.gradient_accumulation_steps >= 1,
             "at least 1",
         ),
-        ("train.learning_rate", train.learning_rate, 0 < train.learning_rate < float("inf"), "a number above 0"),
+        *(
+            (name, rate, 0 < rate <= MAX_RATE, f"a number above 0, and at most {MAX_RATE:g}")
+            for name, rate in (
+                ("train.learning_rate", train.learning_rate),
+                *((f"train.learning_rates.{part}", rate) for part, rate in train.learning_rates.items()),
+            )
+        ),
         ("train.warmup_steps", train.warmup_steps, train.warmup_steps >= 0, "at least 0"),
         ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
         ("train.max_grad_norm", train.max_grad_norm, train.max_grad_norm > 0, "above 0"),
         ("train.save_steps", train.save_steps, train.save_steps >= 0, "at least 0"),
         ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, "at least 1"),
         ("train.eval_steps", train.eval_steps, train.eval_steps >= 0, "at least 0"),
+        ("train.sample_steps", train.sample_steps, train.sample_steps >= 0, "at least 0"),
+        ("train.sample_rows", train.sample_rows, train.sample_rows >= 1, "at least 1"),
         ("train.ridge_captions", train.ridge_captions, train.ridge_captions >= 1, "at least 1"),
         ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
         ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
@@ -383,6 +310,9 @@ def check_values(config: Config) -> None:
     faults = [f"{name} is {value!r}, expected {expected}" for name, value, good, expected in rules if not good]
     if config.model.language_model is None and config.model.init_from is None:
         faults.append("model has neither language_model nor init_from, expected at least one of them")
+    for name, steps in (("eval_steps", train.eval_steps), ("sample_steps", train.sample_steps)):
+        if steps and not config.data.eval:
+            faults.append(f"train.{name} is {steps}, but data.eval is empty, expected at least one file there")
     if not config.data.train:
         faults.append("data.train is empty, expected at least one file, as in [{path: data.jsonl}]")
     if faults:
