@@ -1,16 +1,20 @@
 """Checkpoints of a run: everything that exact resume needs, written whole or not at all.
 
 `checkpoint-<step>/` holds the composition as `MultimodalModel.save_pretrained` writes it, the processor, and
-`optimizer.pt`, `rng-<rank>.pt` (read with `weights_only=True`) and `training_state.json`. `final/` holds the first
-two. A folder is written beside its place and renamed, so one that bears its name is complete.
+`optimizer.pt`, `rng-<rank>.pt` (read with `weights_only=True`), `training_state.json`, and `manifest.json` with the
+size and digest of every file. `final/` holds the first two, and a manifest. A folder is written beside its place,
+synced and renamed, so one that bears its name is complete; one that was damaged since does not fit its manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,46 +27,101 @@ from accelerate import Accelerator
 
 from anygpt.errors import InputError
 from anygpt.training.config import Config
+from anygpt.training.manifest import find_fault, sync, sync_folder, write_manifest
 
 STATE = "training_state.json"
 PREFIX = "checkpoint-"
+_NAME = re.compile(rf"{PREFIX}(\d+)")
 
 
 def config_digest(config: Config) -> str:
-    """A digest of the settings on which the trained weights depend; where and how often a run writes is not in it."""
+    """A digest of the settings on which the trained weights depend; where and how often a run writes is not in it.
+
+    Rows of a micro-batch are counted over all processes: 1 process with 2b and 2 with b train the same.
+    """
     settings = config.to_dict()
     for section, names in {
         "run": ("output_dir", "name", "project", "tracker", "resume"),
-        "data": ("num_workers", "eval"),
-        "train": ("save_steps", "keep_checkpoints", "eval_steps", "log_steps"),
+        "data": ("num_workers", "in_memory", "eval"),
+        "train": (
+            *("save_steps", "keep_checkpoints", "keep_best", "abort_above"),
+            *("eval_steps", "log_steps", "sample_steps", "sample_rows"),
+        ),
     }.items():
         for name in names:
             settings[section].pop(name)
+    settings["train"]["batch_size"] *= int(os.environ.get("WORLD_SIZE", "1"))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place when the block ends without an error."""
+    """A temporary folder beside `folder`, which takes its place when the block ends without an error.
+
+    Raises:
+        InputError: on all processes, if one of them cannot write (a full disk, say); what was there stays.
+    """
     temporary = folder.parent / f".{folder.name}.incomplete"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    main = accelerator.is_main_process
     try:
-        yield temporary
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
+        with _failing_together(folder, accelerator):
+            if main:
+                remove(temporary)
+                temporary.mkdir(parents=True)
+        with _failing_together(folder, accelerator):
+            yield temporary
+        with _failing_together(folder, accelerator):
+            if main:
+                write_manifest(temporary)
+                sync_folder(temporary)
+                before = _hide(folder)
+                os.rename(temporary, folder)
+                sync(folder.parent)
+                shutil.rmtree(before, ignore_errors=True)
     finally:
-        if accelerator.is_main_process:
+        if main:
             shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """All processes leave the block together, and with an error if one of them has one: none waits for ever."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = torch.tensor(float(failure is not None), device=accelerator.device)
+    if not accelerator.reduce(failed, reduction="sum"):
+        return
+    if failure is not None and not is_disk_fault(failure):
+        raise failure
+    there = find_checkpoints(folder.parent)
+    last = f"the last checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
+    reason = "another process could not write" if failure is None else str(failure)
+    raise InputError(
+        f"{folder} could not be written: {reason}; {last}. Make room, or see who may write there, and give the same "
+        "command again"
+    ) from failure
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether an error comes from the disk; libraries in Rust have exceptions of their own, but all name the number."""
+    return isinstance(error, OSError) or "os error" in str(error)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; one that is killed half way does not leave half a folder under its name."""
+    shutil.rmtree(_hide(folder), ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    """Rename a folder, if it is there, to what the next start of the run removes."""
+    hidden = folder.parent / f".{folder.name.removeprefix('.')}.removed.incomplete"
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, hidden)
+    return hidden
 
 
 def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> None:
@@ -75,77 +134,147 @@ def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerato
 
 def save_checkpoint(
     folder: Path,
-    step: int,
+    state: dict[str, Any],
     model: Any,
     processor: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     accelerator: Accelerator,
     config: Config,
+    random_state: dict[str, Any] | None = None,
 ) -> None:
-    """Write `checkpoint-<step>` into a run's folder, and remove those beyond `train.keep_checkpoints`."""
-    with written_whole(folder / f"{PREFIX}{step}", accelerator) as temporary:
+    """Write a checkpoint.
+
+    Args:
+        folder: its name and place.
+        state: what `training_state.json` gets beside the scheduler: step, metrics, sizes of the data, tracker run.
+        random_state: what `rng_state` gave, if it is not to be the present one.
+    """
+    with written_whole(folder, accelerator) as temporary:
         if accelerator.is_main_process:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-            state = {"step": step, "config": config_digest(config), "scheduler": scheduler.state_dict()}
-            (temporary / STATE).write_text(json.dumps(state, default=float))
-        torch.save(rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        for old in find_checkpoints(folder)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+            _save(optimizer.state_dict(), temporary / "optimizer.pt")
+            processes = {"processes": accelerator.num_processes}
+            state = state | processes | {"config": config_digest(config), "scheduler": scheduler.state_dict()}
+            (temporary / STATE).write_text(json.dumps(state, default=float, indent=1))
+        _save(random_state or rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
+
+
+def _save(content: Any, path: Path) -> None:
+    """`torch.save` by way of memory: what it says of a full disk has nothing to do with disks."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """A run's checkpoints by their names, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def choose_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `run.resume` asks for, or None to start at the beginning.
+def step_of(checkpoint: Path) -> int:
+    """The updates done, by a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A whole checkpoint's `training_state.json`."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """The checkpoint whose metric was lowest, and the metric; None where none has it."""
+    values = {}
+    for path in find_checkpoints(folder):
+        if (path / STATE).is_file():
+            values[path] = read_state(path)["metrics"].get(metric)
+    values = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
+    return min(values.items(), key=lambda item: item[1], default=None)
+
+
+def remove_old(folder: Path, config: Config) -> None:
+    """Remove checkpoints beyond `train.keep_checkpoints`, but not the best by `train.keep_best`."""
+    best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
+    for old in find_checkpoints(folder)[: -config.train.keep_checkpoints]:
+        if best is None or old != best[0]:
+            remove(old)
+
+
+def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `run.resume` asks for, or None to start at the beginning; and what was passed over, and why.
 
     Raises:
-        InputError: no checkpoint at the given path; or the run's folder holds those of other settings.
+        InputError: no whole checkpoint at the given path; or the chosen one is of other settings.
     """
     resume, folder = config.run.resume, Path(config.run.output_dir)
     if resume == "never":
-        return None
+        return None, []
+    passed_over: list[str] = []
     if resume == "auto":
-        found = find_checkpoints(folder)
-        if not found:
-            return None
-        checkpoint = found[-1]
+        checkpoint = None
+        for candidate in reversed(find_checkpoints(folder)):
+            fault = find_fault(candidate)
+            if fault is None:
+                checkpoint = candidate
+                break
+            passed_over.append(f"{candidate} is damaged and passed over: {fault}")
+        if checkpoint is None:
+            return None, passed_over
     else:
         checkpoint = Path(resume)
-        if not (checkpoint / STATE).is_file():
+        if not checkpoint.is_dir():
             raise InputError(
-                f"run.resume={resume!r} is no checkpoint: it has no {STATE}; give a checkpoint-<step> "
+                f"run.resume={resume!r} is no checkpoint: there is no such folder; give a checkpoint-<step> folder, "
+                "auto or never"
+            )
+        fault = find_fault(checkpoint) or (None if (checkpoint / STATE).is_file() else f"it has no {STATE}")
+        if fault is not None:
+            raise InputError(
+                f"run.resume={resume!r} is no checkpoint, or a damaged one: {fault}; give another checkpoint-<step> "
                 "folder, auto or never"
             )
-    if json.loads((checkpoint / STATE).read_text())["config"] != config_digest(config):
+    state = read_state(checkpoint)
+    if state["config"] != config_digest(config):
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
         raise InputError(
-            f"{checkpoint} was written with other settings; give this run its own run.output_dir, or start over with "
-            "run.resume=never"
+            f"{checkpoint} was written with other settings, or on another number of processes (it was "
+            f"{state['processes']}, now {processes}) with the same train.batch_size; give this run its own "
+            "run.output_dir, or start over with run.resume=never"
         )
-    return checkpoint
+    return checkpoint, passed_over
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints from beyond `step`: damaged ones, or of a branch that the run leaves. Returns what was done.
+
+    Left where they are, they would count as newer than those that the run is about to write.
+    """
+    lines = []
+    for path in find_checkpoints(folder):
+        if step_of(path) > step:
+            aside = folder / f"set-aside-{step_of(path)}"
+            remove(aside)
+            os.rename(path, aside)
+            lines.append(f"{path.name} is beyond update {step}, and now called {aside.name}")
+    return lines
 
 
 def load_training_state(
     checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, accelerator: Accelerator
-) -> int:
-    """Put tensors, optimizer, scheduler and random state back; returns the number of updates done."""
+) -> dict[str, Any]:
+    """Put tensors, optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`."""
     restored = type(model).from_pretrained(checkpoint)
     # Everything, buffers and frozen projectors too: what `model.init_from` holds by now may be another model.
     model.load_state_dict(restored.state_dict())
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
-    state = json.loads((checkpoint / STATE).read_text())
+    state = read_state(checkpoint)
     scheduler.load_state_dict(state["scheduler"])
     own = checkpoint / f"rng-{accelerator.process_index}.pt"
     if own.is_file():
         set_rng_state(torch.load(own, weights_only=True))
-    return state["step"]
+    return state
 
 
 def rng_state() -> dict[str, Any]:

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import diffusers.utils.logging
 import transformers.utils.logging
 
 from anygpt.errors import InputError
-from anygpt.training.config import parse_config
+from anygpt.training.checks import Aborted, NonFiniteLoss
+from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import BadSampleError
-from anygpt.training.loop import NonFiniteLoss, train
+from anygpt.training.loop import train
 from anygpt.training.stages import Stage
 
-MISTAKE, NON_FINITE = 2, 3
+MISTAKE, NON_FINITE, ABORTED = 2, 3, 4
+# What the system says of a disk: no space, over the quota or the largest file, read-only.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run_stage(stage: Stage, description: str, arguments: Sequence[str] | None = None) -> None:
-    """Run a stage and exit: 0 done, 2 a mistake of the user's, 3 a loss that is not finite, 128 + n after signal n.
+def run_stage(
+    stage: Stage,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    afterwards: Callable[[Path, Config], None] | None = None,
+) -> None:
+    """Run a stage and exit: 0 done, 2 a mistake of the user's, 3 a loss that is not finite, 4 a metric
+    above its bound, 128 + n after signal n.
 
+    `afterwards` is called by the first process with the `final/` folder and the settings.
     A mistake is printed as one line, by the first process alone unless it is about a sample that only another one has;
     anything else keeps its traceback.
     """
     quiet_libraries()
     try:
-        train(parse_config(sys.argv[1:] if arguments is None else arguments, description), stage)
-    except (InputError, NonFiniteLoss) as error:
+        config = parse_config(sys.argv[1:] if arguments is None else arguments, description)
+        final = train(config, stage)
+        if afterwards is not None and int(os.environ.get("RANK", "0")) == 0:
+            afterwards(final, config)
+    except (InputError, NonFiniteLoss, Aborted, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK:
+            raise
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, BadSampleError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(MISTAKE if isinstance(error, InputError) else NON_FINITE)
+        sys.exit({NonFiniteLoss: NON_FINITE, Aborted: ABORTED}.get(type(error), MISTAKE))
 
 
 def quiet_libraries() -> None:

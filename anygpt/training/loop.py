@@ -9,31 +9,33 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.checkpoint import (
+    PREFIX,
+    best_checkpoint,
     choose_checkpoint,
-    find_checkpoints,
     load_training_state,
+    remove_old,
+    rng_state,
     save_checkpoint,
     save_model,
 )
+from anygpt.training.checks import Aborted, NonFiniteLoss, check_finite, check_metrics, check_same_data
 from anygpt.training.config import Config
+from anygpt.training.folder import FINAL, check_folder, prepare_folder, written_or_as_before
 from anygpt.training.loading import (
     MicroBatch,
     loader_options,
@@ -44,20 +46,59 @@ from anygpt.training.loading import (
     take_updates,
     use_frames_of,
 )
+from anygpt.training.optimization import compile_layers, learning_rates, make_optimizer
+from anygpt.training.record import environment
 from anygpt.training.ridge import set_by_ridge
+from anygpt.training.samples import generate_answers, log_answers, write_answers
 from anygpt.training.setup import build, build_dataset, decoders_before
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
-FINAL = "final"
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient is no finite number; the update was not made."""
+STOPPED = "stopped-"  # a checkpoint for inspection, which no run continues from by itself
 
 
 class Interrupted(SystemExit):
     """SIGTERM or SIGINT came; the run was checkpointed. The exit code is 128 + the signal's number."""
+
+
+@dataclass
+class Run:
+    """Everything that updates need and move: the parts, the state, and where it stands.
+
+    Attributes:
+        wrapped: the model as accelerate prepared it.
+        step: updates done.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: Any
+    processor: Any
+    wrapped: Any
+    optimizer: Any
+    scheduler: Any
+    dataset: ConversationDataset
+    held_out: ConversationDataset | None
+    collator: Collator
+    step: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    def save(self, name: str, log: RunLog, metrics: dict[str, float], random_state: dict | None = None) -> Path:
+        """Write a checkpoint `<name><step>` and return its folder.
+
+        Raises:
+            NonFiniteLoss: something that trains is not finite, which no checkpoint may hold that a run continues from.
+        """
+        if name == PREFIX:
+            check_finite(self.model)
+        path = self.folder / f"{name}{self.step}"
+        state = {"step": self.step, "samples": self.dataset.lengths, "tracker_run": log.run_id, "metrics": metrics}
+        parts = (self.model, self.processor, self.optimizer, self.scheduler, self.accelerator, self.config)
+        save_checkpoint(path, state, *parts, random_state)
+        return path
 
 
 def train(config: Config, stage: Stage) -> Path:
@@ -69,11 +110,12 @@ def train(config: Config, stage: Stage) -> Path:
     Raises:
         InputError: settings, parts or data that are wrong; nothing is written then, or only checkpoints.
         NonFiniteLoss: a loss or gradient that is not finite.
+        Aborted: a metric above its bound.
     """
     check_tracker(config)
     folder = Path(config.run.output_dir)
     check_folder(folder, config)
-    checkpoint = choose_checkpoint(config)
+    checkpoint, passed_over = choose_checkpoint(config)
     if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
         raise InputError(
             f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
@@ -90,6 +132,7 @@ def train(config: Config, stage: Stage) -> Path:
     set_seed(config.run.seed)
     model, processor = build(config)
     names = prepare_stage(model, stage, config)
+    check_metrics(config, model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     dataset = build_dataset(config.data.train, model, config, stage)
@@ -98,67 +141,104 @@ def train(config: Config, stage: Stage) -> Path:
     for data in filter(None, (dataset, held_out)):
         use_frames_of(data, processor)
         data.decode_targets = model.loss_weights.wants_media
+        data.in_memory = config.data.in_memory
     new_decoders = [key for key in model.decoder_keys if key not in decoders_before(config)]
     strengths = {}
     if checkpoint is None and config.train.projector_init == "ridge" and new_decoders:
         model.to(accelerator.device)
         strengths = set_by_ridge(model, new_decoders, ridge_batches(dataset, collator, config, accelerator))
 
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-    )
-    scheduler = get_scheduler(config.train.scheduler, optimizer, config.train.warmup_steps, config.train.max_steps)
-    step = 0 if checkpoint is None else load_training_state(checkpoint, model, optimizer, scheduler, accelerator)
+    optimizer, scheduler = make_optimizer(model, config)
+    state: dict[str, Any] = {}
+    if checkpoint is not None:
+        state = load_training_state(checkpoint, model, optimizer, scheduler, accelerator)
+        check_same_data(checkpoint, state, dataset)
+    if config.train.compile:
+        model.to(accelerator.device)
+        compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
+    parts = (model, processor, wrapped, optimizer, scheduler, dataset, held_out, collator)
+    run = Run(config, accelerator, *parts, step=state.get("step", 0))
 
-    loader = make_loader(dataset, collator, config, accelerator, start=step)
+    loader = make_loader(dataset, collator, config, accelerator, start=run.step)
     with contextlib.closing(take_updates(loader, config)) as updates:
         first = list(itertools.islice(updates, 1))  # mistakes in it are found before anything is written
         with written_or_as_before(folder, accelerator):
-            prepare_folder(folder, config, accelerator)
-            log = RunLog(accelerator, config, config.train.max_steps, step)
+            facts = {"environment": environment(accelerator)}
+            notes = passed_over + prepare_folder(folder, config, facts["environment"], run.step, accelerator)
+            summary = model.summarize_parts()
+            facts["parameters"] = {p.part: p.parameters for p in summary}
+            facts["trainable"] = {p.part: p.trainable for p in summary if p.trainable}
+            log = RunLog(accelerator, config, config.train.max_steps, run.step, facts, state.get("tracker_run"))
             with contextlib.closing(log), caught_signals() as caught:
-                log.say(
-                    f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n"
-                    f"{part_table(model.summarize_parts())}"
-                )
+                log.say(f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n{part_table(summary)}")
+                for line in notes:
+                    log.say(f"warning: {line}")
                 for key, strength in strengths.items():
                     log.say(f"{key} output projector set by ridge regression, λ = {strength:.3g}")
                 if checkpoint is not None:
-                    log.say(f"continues from {checkpoint} after update {step}")
-                moved = step == config.train.max_steps
-                for micro_batches in itertools.chain(first, updates):
-                    metrics = update(wrapped, model, optimizer, micro_batches, step, config, accelerator, log)
-                    scheduler.step()
-                    step += 1
-                    moved |= metrics["gradient_norm"] > 0
-                    last = step == config.train.max_steps
-                    log.bar.update()
-                    log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
-                    if last or step % config.train.log_steps == 0:
-                        log.metrics(step, metrics | {"learning_rate": scheduler.get_last_lr()[0]})
-                    if held_out is not None and config.train.eval_steps and step % config.train.eval_steps == 0:
-                        log.metrics(step, evaluate(wrapped, model, held_out, collator, config, accelerator))
-                    interrupted = any_rank(bool(caught), accelerator)
-                    due = config.train.save_steps and (last or step % config.train.save_steps == 0)
-                    if due or interrupted:
-                        save_checkpoint(folder, step, model, processor, optimizer, scheduler, accelerator, config)
-                    if interrupted and not last:
-                        log.say(
-                            f"interrupted; checkpoint after update {step} written, the same command continues from it"
-                        )
-                        raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
-                if not moved:
-                    raise InputError(
-                        "no gradient reached anything that trains, in no update: the data has nothing for the parts "
-                        "that train, or every sample was skipped"
-                    )
+                    log.say(f"continues from {checkpoint} after update {run.step}")
+                run_updates(run, itertools.chain(first, updates), log, caught)
                 save_model(folder / FINAL, model, processor, accelerator)
+                best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
+                if best is not None:
+                    log.say(f"lowest {config.train.keep_best}: {best[1]:.4g}, in {best[0]}")
                 log.say(f"finished: {folder / FINAL}")
     return folder / FINAL
+
+
+def run_updates(run: Run, updates: Iterable[list[MicroBatch]], log: RunLog, caught: list[int]) -> None:
+    """All updates, with what is due between them: metrics, evaluation, samples, checkpoints, and the end on a signal.
+
+    Raises:
+        InputError: nothing moved; or the disk is full.
+        NonFiniteLoss, Aborted, Interrupted: after the state was written.
+    """
+    config, accelerator, settings = run.config, run.accelerator, run.config.train
+    moved = run.step == settings.max_steps
+    for micro_batches in log.timed(updates):
+        before = rng_state()
+        try:
+            metrics = update(run.wrapped, run.model, run.optimizer, micro_batches, run.step, config, accelerator, log)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{error}; the state before it is in {run.save(STOPPED, log, {}, before)}") from None
+        metrics |= learning_rates(run.optimizer)
+        run.scheduler.step()
+        run.step += 1
+        moved |= metrics["gradient_norm"] > 0
+        last = run.step == settings.max_steps
+        log.bar.update()
+        log.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+        if last or run.step % settings.log_steps == 0:
+            log.training(run.step, metrics)
+        with log.paused():
+            if is_due(run.step, settings.eval_steps):
+                found = evaluate(run.wrapped, run.model, run.held_out, run.collator, config, accelerator)
+                log.metrics(run.step, found)
+                metrics |= found
+            if is_due(run.step, settings.sample_steps):
+                sample(run, log)
+            stop_if_above(run, metrics, log)
+            interrupted = any_rank(bool(caught), accelerator)
+            if interrupted or (settings.save_steps and (last or is_due(run.step, settings.save_steps))):
+                run.save(PREFIX, log, metrics)
+                if accelerator.is_main_process:
+                    remove_old(run.folder, config)
+        if interrupted and not last:
+            log.say(f"interrupted; checkpoint after update {run.step} written, the same command continues from it")
+            raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+    if not moved:
+        raise InputError(
+            "no gradient reached anything that trains, in no update: the data has nothing for the parts that train, or "
+            "every sample was skipped"
+        )
+    check_finite(run.model)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many updates (0: never) happens after this one."""
+    return every > 0 and step % every == 0
 
 
 def update(
@@ -239,50 +319,29 @@ def evaluate(
     return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
 
 
-def check_folder(folder: Path, config: Config) -> None:
-    """The run's folder must be one that can be written to, and not the one that the run starts from."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise _not_writable(folder, f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}")
-    start = config.model.init_from
-    if start is not None and Path(start).resolve().parent == folder.resolve():
-        raise InputError(
-            f"model.init_from={start!r} lies in run.output_dir={str(folder)!r}, which this run writes to; choose "
-            "another run.output_dir"
-        )
-
-
-def _not_writable(folder: Path, reason: str) -> InputError:
-    return InputError(f"run.output_dir={str(folder)!r} cannot be written to: {reason}; choose another folder")
-
-
-def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
-    """The run's folder with its resolved settings; `run.resume=never` removes what an earlier run left."""
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        except OSError as error:
-            raise _not_writable(folder, str(error)) from error
-        old = list(folder.glob(".*.incomplete"))  # of a run that was killed while it wrote
-        if config.run.resume == "never":
-            old += [*find_checkpoints(folder), folder / FINAL]
-            (folder / "log.txt").unlink(missing_ok=True)
-        for path in old:
-            shutil.rmtree(path, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """After a mistake that shows only later, a folder that was made for this run and holds no checkpoint goes again."""
-    there = folder.exists()
+def sample(run: Run, log: RunLog) -> None:
+    """Answers to the first rows of data.eval; every process generates, as a sharded model needs them all."""
+    rows, seed = run.config.train.sample_rows, run.config.run.seed
     try:
-        yield
-    except InputError:
-        if accelerator.is_main_process and not there and not find_checkpoints(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        with run.accelerator.autocast():
+            answers = list(generate_answers(run.model, run.processor, run.held_out, rows, seed))
+    except InputError as error:
+        log.say(f"warning: no samples after update {run.step}: {error}")
+        return
+    if run.accelerator.is_main_process:
+        folder = run.folder / "samples" / f"{run.step:06d}"
+        log_answers(write_answers(answers, run.model, folder), run.accelerator, run.step)
+        log.say(f"samples after update {run.step}: {folder}")
+
+
+def stop_if_above(run: Run, metrics: dict[str, float], log: RunLog) -> None:
+    """Raise `Aborted`, after a checkpoint for inspection, where a metric is above its bound or not a number."""
+    bounds = run.config.train.abort_above
+    over = {name: metrics[name] for name, bound in bounds.items() if name in metrics and not metrics[name] <= bound}
+    if over:
+        path = run.save(STOPPED, log, metrics)
+        found = ", ".join(f"{name} is {value:.4g}, above {bounds[name]:.4g}" for name, value in over.items())
+        raise Aborted(f"stopped after update {run.step}: {found} (train.abort_above); the state is in {path}")
 
 
 def any_rank(flag: bool, accelerator: Accelerator) -> bool:

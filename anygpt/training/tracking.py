@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tqdm.auto import tqdm
 from anygpt.errors import InputError
 from anygpt.freezing import PartSummary
 from anygpt.training.config import Config
+from anygpt.training.record import memory_in_use
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,12 +47,26 @@ class RunLog:
         accelerator: its `log_with` says which tracker.
         config: the run's settings, sent to the tracker.
         total, done: updates of the run, and those done before (for the progress bar).
+        facts: what the tracker gets beside the settings.
+        run_id: the tracker's name of a run that goes on.
+
+    Attributes:
+        run_id: for the checkpoint, so that the run can go on in the tracker too.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, total: int, done: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        total: int,
+        done: int,
+        facts: dict[str, Any] | None = None,
+        run_id: str | None = None,
+    ):
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.folder = Path(config.run.output_dir)
+        self.run_id = run_id or secrets.token_hex(4)
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -60,14 +78,17 @@ class RunLog:
         )
         if config.run.tracker != "none":
             name = config.run.name or self.folder.name
-            options = {"wandb": {"name": name, "dir": str(self.folder)}} if config.run.tracker == "wandb" else {}
+            wandb = {"name": name, "dir": str(self.folder), "id": self.run_id, "resume": "allow"}
+            options = {"wandb": wandb} if config.run.tracker == "wandb" else {}
             os.environ.setdefault("WANDB_SILENT", "true")
             try:
-                accelerator.init_trackers(config.run.project, flatten(config.to_dict()), init_kwargs=options)
+                settings = flatten(config.to_dict() | (facts or {}))
+                accelerator.init_trackers(config.run.project, settings, init_kwargs=options)
             except Exception as error:  # each tracker has exceptions of its own
                 reason = " ".join(str(error).split())
                 raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
         self.since = time.perf_counter()
+        self.waited = 0.0
         self.tokens = self.samples = self.skipped = 0
 
     def say(self, text: str) -> None:
@@ -83,14 +104,40 @@ class RunLog:
         self.samples += samples
         self.skipped += skipped
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line, and the tracker, with the throughput since the last call if anything was trained on."""
+    def timed(self, updates: Iterable[Any]) -> Iterator[Any]:
+        """The same updates; the time until each is there counts as waiting for data."""
+        iterator, end = iter(updates), object()
+        while True:
+            begin = time.perf_counter()
+            item = next(iterator, end)
+            self.waited += time.perf_counter() - begin
+            if item is end:
+                return
+            yield item
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here (evaluation, checkpoints, samples) is no part of the throughput."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of an update, with throughput, waiting and memory since the last such line."""
         seconds = time.perf_counter() - self.since
-        if self.samples:
-            values = values | {"tok/s": self.tokens / seconds, "samples/s": self.samples / seconds}
+        values = values | {
+            "tok/s": self.tokens / seconds,
+            "samples/s": self.samples / seconds,
+            "data_wait": self.waited / seconds,
+            "memory_gib": memory_in_use(self.accelerator.device),
+        }
         if self.skipped:
             values = values | {"skipped": self.skipped}
-        self.since, self.tokens, self.samples = time.perf_counter(), 0, 0
+        self.since, self.waited, self.tokens, self.samples = time.perf_counter(), 0.0, 0, 0
+        self.metrics(step, values)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line, and the tracker."""
         self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.log(values, step=step)
 

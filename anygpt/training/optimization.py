@@ -1,0 +1,99 @@
+"""What moves the parameters: groups by part with rates of their own, the schedule, and compiled layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from anygpt.errors import InputError
+from anygpt.training.config import Config, TrainConfig
+
+BASE = "learning_rate"
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def part_kinds(model: Any) -> dict[str, str]:
+    """The kind of each part, by which `train.learning_rates` may name it too."""
+    kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
+    for key in model.encoder_keys:
+        kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
+    for key in model.decoder_keys:
+        kinds |= {f"{key}_decoder": "decoder", f"{key}_output_projector": "output_projector"}
+    return kinds
+
+
+def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by peak rate, with the `name` under which a group's rate is logged.
+
+    A part's own entry in `train.learning_rates` goes before that of its kind; what none names has
+    `train.learning_rate`.
+
+    Raises:
+        InputError: a rate for a part that there is not, or that does not train.
+    """
+    kinds, rates = part_kinds(model), train.learning_rates
+    unknown = sorted(set(rates) - {*kinds, *kinds.values()})
+    if unknown:
+        known = dict.fromkeys([*kinds.values(), *kinds])
+        raise InputError(f"train.learning_rates names {', '.join(unknown)}; the parts are {', '.join(known)}")
+    name_of: dict[int, str] = {}
+    for part, kind in kinds.items():
+        name = next((n for n in (part, kind) if n in rates), None)
+        if name is not None:
+            name_of |= {id(p): f"{BASE}/{name}" for p in model.part_parameters(part)}
+    groups: dict[str, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(name_of.get(id(parameter), BASE), []).append(parameter)
+    idle = sorted(name for name in rates if f"{BASE}/{name}" not in groups)
+    if idle:
+        raise InputError(f"train.learning_rates names {', '.join(idle)}, of which nothing trains; leave it out")
+    return [
+        {"params": groups[name], "lr": rates.get(name.removeprefix(f"{BASE}/"), train.learning_rate), "name": name}
+        for name in sorted(groups)
+    ]
+
+
+def make_optimizer(model: Any, config: Config) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW over what trains, and its schedule over `train.max_steps`."""
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay
+    )
+    return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """The present rate of each group."""
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def compile_layers(model: Any) -> None:
+    """torch.compile of the repeated layers: transformers' in encoders and language model, diffusers' in denoisers.
+
+    Whole parts would compile anew at each step, as signal tokens are lent to the language model by hooks; and layers
+    of one class share what was compiled.
+
+    Raises:
+        InputError: nothing can be compiled here.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
+    except Exception as error:  # whatever the compiler's toolchain lacks
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"train.compile is on, but torch.compile does not work here ({reason}); install what it needs (on a CPU a "
+            "C++ compiler, on a GPU Triton), or leave it off"
+        ) from error
+    torch._dynamo.reset()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+    for decoder in model.decoders.values():
+        denoiser = decoder.module.denoiser
+        if getattr(denoiser, "_repeated_blocks", None):
+            denoiser.compile_repeated_blocks(dynamic=True)

@@ -1,0 +1,155 @@
+"""Sample media during training: the model's answers to the first rows of data.eval, as files and in the tracker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from anygpt.data.dataset import ConversationDataset, LoadedSample
+from anygpt.data.media_writing import write_audio, write_image, write_video
+from anygpt.outputs import Answer
+
+TEXT_TOKENS = 64
+DENOISING_STEPS = 20
+SUFFIXES = {"image": "png", "video": "mp4", "audio": "wav"}
+
+
+@dataclass
+class SampleFile:
+    """One generated medium.
+
+    Attributes:
+        type: its modality.
+        content: as in `outputs.Segment`.
+        path: where it was written.
+        rate: frames or samples a second; None for an image.
+    """
+
+    type: str
+    content: Any
+    path: Path
+    rate: float | None = None
+
+
+@dataclass
+class SampleAnswer:
+    """What the model answered to one row."""
+
+    id: str
+    text: str
+    files: list[SampleFile] = field(default_factory=list)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, processor: Any, dataset: ConversationDataset, rows: int, seed: int
+) -> Iterator[tuple[str, Answer]]:
+    """`(sample id, answer)` of the first rows that can be read; an answer has the media that the row's own has.
+
+    The random state of the process is as it was afterwards, so that a run with samples trains as one without.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for item in (dataset[i] for i in range(min(rows, len(dataset)))):
+            turns = [i for i, m in enumerate(item.sample.messages) if m.role == "assistant"] if _loaded(item) else []
+            if not turns:
+                continue
+            asked = {part.type for part in item.sample.messages[turns[-1]].content if part.type != "text"}
+            require = [processor.decoder_key(modality) for modality in sorted(asked)]
+            batch = processor.apply_chat_template(prompt(item, turns[-1]), tokenize=True, add_generation_prompt=True)
+            spans = sum(len(model.signal_tokens.names[key]) for key in require)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                generator = torch.Generator().manual_seed(seed)
+                options = {"generator": generator, "num_inference_steps": DENOISING_STEPS}
+                output = model.generate(
+                    **batch.to(model.device),
+                    max_new_tokens=TEXT_TOKENS + spans,
+                    require=require,
+                    decoder_kwargs=dict.fromkeys(model.decoder_keys, options),
+                )
+            yield item.sample.id, output.answers[0]
+    finally:
+        model.train(training)
+
+
+def _loaded(item: Any) -> bool:
+    return isinstance(item, LoadedSample)
+
+
+def prompt(item: LoadedSample, turn: int) -> list[dict[str, Any]]:
+    """The messages before a turn, users' media in them."""
+    media = {kind: iter(found) for kind, found in item.inputs.items()}
+
+    def part_of(role: str, part: Any) -> dict[str, Any]:
+        if part.type == "text":
+            return {"type": "text", "text": part.text}
+        return {"type": part.type} if role == "assistant" else {"type": part.type, part.type: next(media[part.type])}
+
+    return [
+        {"role": m.role, "content": [part_of(m.role, part) for part in m.content]} for m in item.sample.messages[:turn]
+    ]
+
+
+def write_answers(answers: Iterator[tuple[str, Answer]], model: Any, folder: Path) -> list[SampleAnswer]:
+    """Write the media of answers as `<row>-<number>.<png|mp4|wav>`, and an `index.jsonl` with a line a row."""
+    written = []
+    for row, (name, answer) in enumerate(answers):
+        written.append(SampleAnswer(name, answer.text))
+        for number, segment in enumerate(s for s in answer.segments if s.type != "text"):
+            decoder = model.decoders[segment.key].module
+            file = SampleFile(segment.type, segment.content, folder / f"{row}-{number}.{SUFFIXES[segment.type]}")
+            if segment.type == "image":
+                write_image(file.path, segment.content)
+            elif segment.type == "video":
+                file.rate = decoder.frame_rate
+                write_video(file.path, segment.content, file.rate)
+            else:
+                file.rate = decoder.sampling_rate
+                write_audio(file.path, segment.content, file.rate)
+            written[-1].files.append(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"id": w.id, "text": w.text, "files": [file.path.name for file in w.files]} for w in written]
+    (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return written
+
+
+def log_answers(answers: list[SampleAnswer], accelerator: Accelerator, step: int) -> None:
+    """Hand answers to the trackers. tensorboard gets a clip as its frames: for clips it would want another package."""
+    for tracker in accelerator.trackers:
+        for answer in answers:
+            if tracker.name == "tensorboard":
+                _log_to_board(answer, tracker.writer, step)
+            elif tracker.name == "wandb":
+                _log_to_wandb(answer, tracker, step)
+
+
+def _log_to_board(answer: SampleAnswer, writer: Any, step: int) -> None:
+    writer.add_text(f"samples/{answer.id}", answer.text, step)
+    for number, file in enumerate(answer.files):
+        tag = f"samples/{answer.id}/{number}-{file.type}"
+        if file.type == "image":
+            writer.add_image(tag, np.asarray(file.content.convert("RGB")), step, dataformats="HWC")
+        elif file.type == "video":
+            writer.add_images(tag, file.content, step, dataformats="NHWC")
+        else:
+            writer.add_audio(tag, torch.from_numpy(file.content)[None], step, sample_rate=int(file.rate))
+
+
+def _log_to_wandb(answer: SampleAnswer, tracker: Any, step: int) -> None:
+    import wandb
+
+    kinds = {"image": wandb.Image, "video": wandb.Video, "audio": wandb.Audio}
+    media = {
+        f"samples/{answer.id}/{number}-{file.type}": kinds[file.type](str(file.path), caption=answer.text)
+        for number, file in enumerate(answer.files)
+    }
+    tracker.log({f"samples/{answer.id}": answer.text, **media}, step=step)
