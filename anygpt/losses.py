@@ -12,10 +12,12 @@ term               rows                 sub-terms
 `encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
 =================  ===================  =======================================================
 
-The other two terms train parts that the stages freeze, and have weight zero unless a config gives them one:
+Two terms train parts that the stages freeze, and have weight zero unless a config gives them one:
 
 - `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and the binding one's;
 - `decoder`: `denoising/<decoder>`, every target under the decoder's own encoding of its caption.
+
+Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
 
 Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with its weight. Denominators:
 label tokens for `nll`, pairs for `info_nce`, samples for the others. Shape legend: `anygpt.outputs`.
@@ -51,6 +53,9 @@ class LossWeights:
         encoder_decoder: all sub-terms of rows that turn media into media (stage 3).
         encoder: InfoNCE between the encoders' pooled features and those of `binding`.
         decoder: denoising under the decoder's own text encoding.
+        reconstruction: of the decoders' VAEs and vocoders, where they train (stage 0).
+        caption_dropout: share of captions that `decoder` replaces by the empty one, so that the denoiser learns what
+            guidance needs (arXiv 2207.12598).
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
@@ -67,12 +72,14 @@ class LossWeights:
     encoder_decoder: float = 1.0
     encoder: float = 0.0
     decoder: float = 0.0
+    reconstruction: float = 0.0
     nll: float = 1.0
     alignment: float = 1.0
     denoising: float = 1.0
     by_modality: dict[str, float] = field(default_factory=dict)
     alignment_kind: str = "l2"
     snr_gamma: float | None = None
+    caption_dropout: float = 0.0
     binding: str = "image"
     temperature: float = 0.07
 
@@ -87,7 +94,14 @@ class LossWeights:
     @property
     def wants_media(self) -> bool:
         """Whether any sub-term looks at the targets themselves, and not only at their captions."""
-        return bool(self.decoder or (self.denoising and (self.llm_decoder or self.encoder_decoder)))
+        return bool(
+            self.decoder or self.reconstruction or (self.denoising and (self.llm_decoder or self.encoder_decoder))
+        )
+
+    @property
+    def wants_language_model(self) -> bool:
+        """Whether any sub-term reads the language model's states."""
+        return any(getattr(self, term) for term in TERMS)
 
     def wants(self, sub: str, modality: str | None = None) -> bool:
         """Whether any term uses this sub-term; only some terms have those with a modality."""

@@ -175,13 +175,15 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
                 spans, as `MultimodalProcessor` gives them. Either entry may be missing: without captions there is
                 no alignment, without media no denoising. `"conditions"`, what the decoder's `encode_text` gave for
-                the captions, may stand in their place.
+                the captions, may stand in their place, and `"posterior"`, mean and deviation `(K, 2, C, …)` of
+                `posterior`, in that of the media.
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
             return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
             loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
-                `<key>.<name>` (`**{"image.pixel_values": …}`).
+                `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` stands in place of an encoder's others
+                (see `ModalEncoderModule.encode`).
 
         Raises:
             InputError: an input that no encoder takes, or that several could take; placeholders and features, or
@@ -194,10 +196,12 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
             merged = self.merge(text, features, items_per_row)
             rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
             tap.select = None if return_logits else rows.nll
-            logits, all_states = self.run_language_model(merged, encoder_inputs)
-        states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
+            logits, states = None, {}
+            if return_logits or self.loss_weights.wants_language_model:  # else only encoders or decoders train
+                logits, all_states = self.run_language_model(merged, encoder_inputs)
+                states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
         conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}
-        chosen = logits if return_logits else logits[0]
+        chosen = logits[0] if logits is not None and not return_logits else logits
         losses = self.compute_losses(merged, rows, chosen, conditions, decoder_targets or {}, generators or {})
         loss = weighted_total(losses, self.loss_weights, loss_counts)
         if self.training and loss is not None:

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
-from anygpt.losses import caption_alignment, info_nce, route, sum_by_term, token_nll
+from anygpt.losses import LossWeights, caption_alignment, info_nce, route, sum_by_term, token_nll
 from anygpt.merging import IGNORE, Merged
 from anygpt.outputs import LossTerm
 from anygpt.signal_tokens import Spans
+
+
+RECONSTRUCTED = ("vae", "vocoder")
+"""Networks of a decoder that have a reconstruction loss."""
 
 
 @dataclass
@@ -47,6 +51,10 @@ def label_positions(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tens
         empty = torch.empty(0, dtype=torch.long, device=attention_mask.device)
         return empty, empty
     return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+
+
+def _has_media(target: Mapping[str, Any]) -> bool:
+    return target.get("media") is not None or target.get("posterior") is not None
 
 
 class Objectives:
@@ -114,28 +122,33 @@ class Objectives:
                 losses[f"encoder/info_nce/{key}"] = LossTerm(loss.sum(), len(pairs))
         for key, target in targets.items():
             self.check_targets(key, target, rows.spans)
-            if key in conditions:
-                generator = generators.get(key)
-                losses |= self.decoder_losses(key, conditions[key], target, generator, rows.spans[key].rows, rows.terms)
+            if len(rows.spans[key]):
+                at, generator = rows.spans[key].rows, generators.get(key)
+                losses |= self.decoder_losses(key, conditions.get(key), target, generator, at, rows.terms)
         return losses
 
     def decoder_losses(
         self,
         key: str,
-        condition: Condition,
+        condition: Condition | None,
         target: Mapping[str, Any],
         generator: list[torch.Generator] | None,
         rows: Tensor,
         terms: list[str],
     ) -> dict[str, LossTerm]:
-        """Caption alignment and denoising of one decoder's `K` targets, and its own denoising under its own text."""
+        """Caption alignment and denoising of one decoder's `K` targets, and what trains the decoder itself.
+
+        Without a `condition` (no term reads the language model) only the latter.
+        """
         decoder, weights = self.decoders[key].module, self.loss_weights
         losses: dict[str, LossTerm] = {}
+        aligned = condition is not None and weights.wants("alignment", key)
         encoding = target.get("conditions")
-        wanted = weights.wants("alignment", key) or (weights.decoder and target.get("media") is not None)
+        wanted = aligned or (weights.decoder and _has_media(target))
         if encoding is None and target.get("captions") is not None and wanted:
-            encoding = decoder.encode_text(target["captions"])
-        if encoding is not None and weights.wants("alignment", key):
+            captions = target["captions"]
+            encoding = decoder.encode_text(captions if aligned else drop_captions(captions, weights, generator))
+        if encoding is not None and aligned:
             encoding = Condition.of(encoding).to(condition.embeds.device)
             distance = caption_alignment(condition.embeds, encoding.embeds, weights.alignment_kind)
             losses |= sum_by_term(distance, rows, terms, f"alignment/{key}")
@@ -143,10 +156,19 @@ class Objectives:
                 pooled = (condition.pooled[:, None], encoding.pooled[:, None])
                 distance = caption_alignment(*pooled, weights.alignment_kind)
                 losses |= sum_by_term(distance, rows, terms, f"pooled_alignment/{key}")
-        if target.get("media") is None or not (weights.wants("denoising", key) or weights.decoder):
+        if not _has_media(target):
             return losses
-        latents = decoder.encode_media(target["media"], generator=generator)
-        if weights.wants("denoising", key):
+        if weights.reconstruction:
+            for network, loss in decoder.reconstruction_losses(target["media"], generator).items():
+                losses[f"reconstruction/{network}/{key}"] = LossTerm(loss.sum(), len(loss))
+        denoised = condition is not None and weights.wants("denoising", key)
+        if not (denoised or weights.decoder):
+            return losses
+        if target.get("posterior") is not None:
+            latents = decoder.sample_posterior(*target["posterior"].to(decoder.device).unbind(1), generator)
+        else:
+            latents = decoder.encode_media(target["media"], generator=generator)
+        if denoised:
             loss = decoder.denoising_loss(condition, latents, generator=generator, snr_gamma=weights.snr_gamma)
             losses |= sum_by_term(loss, rows, terms, f"denoising/{key}")
         if weights.decoder and encoding is not None:
@@ -194,13 +216,16 @@ class Objectives:
         for key, target in (batch.get("decoder_targets") or {}).items():
             at = rows.spans[key].rows
             has_caption = any(target.get(name) is not None for name in ("captions", "conditions"))
-            has_media = target.get("media") is not None
+            has_media = _has_media(target)
             if has_caption and weights.wants("alignment", key):
                 found.append((f"alignment/{key}", at))
                 if self.decoders[key].module.pooled_dim is not None:
                     found.append((f"pooled_alignment/{key}", at))
             if has_media and weights.wants("denoising", key):
                 found.append((f"denoising/{key}", at))
+            if has_media and weights.reconstruction and len(at):
+                networks = [name for name in RECONSTRUCTED if name in self.decoders[key].module.trains]
+                counts |= {f"reconstruction/{network}/{key}": len(at) for network in networks}
             if has_media and has_caption and weights.decoder and len(at):
                 counts[f"decoder/denoising/{key}"] = len(at)
         for suffix, at in found:
@@ -218,4 +243,13 @@ class Objectives:
             for sub in ("nll", *subs)
         ]
         names += [f"encoder/info_nce/{key}" for key in self.encoder_keys]
+        names += [f"reconstruction/{network}/{key}" for key in self.decoder_keys for network in RECONSTRUCTED]
         return names + [f"decoder/denoising/{key}" for key in self.decoder_keys]
+
+
+def drop_captions(captions: list[str], weights: LossWeights, generators: list[torch.Generator] | None) -> list[str]:
+    """The captions, each made empty with the chance `weights.caption_dropout`, drawn from its target's generator."""
+    if not weights.caption_dropout:
+        return captions
+    draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]
+    return ["" if draw < weights.caption_dropout else text for text, draw in zip(captions, draws, strict=True)]

@@ -1,18 +1,24 @@
 """A map-style dataset of conversations whose media are decoded when a sample is asked for."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples
 from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
-from anygpt.data.schema import Sample, StoredMedium
+from anygpt.data.schema import Sample, StaleCache, StoredMedium
 from anygpt.errors import InputError
+
+if TYPE_CHECKING:
+    from anygpt.data.cache import FeatureCache
+    from anygpt.decoders.base import Condition
 
 Media = Image.Image | Video | Audio
 
@@ -41,22 +47,28 @@ class LoadedSample:
     """A sample with its media decoded, by media type, each in order of appearance.
 
     inputs: what the user gives. targets: what the assistant answers with. captions: those of the targets,
-    one each. Types that do not occur are not keys. A file that occurs twice is the same object twice: do
-    not change it in place.
+    one each. conditions: their encodings, where a feature cache has them. Types that do not occur are not keys. A
+    file that occurs twice is the same object twice: do not change it in place. What a feature cache has stands in the
+    media's place.
     """
 
     sample: Sample
-    inputs: dict[str, list[Media]] = field(default_factory=dict)
-    targets: dict[str, list[Media]] = field(default_factory=dict)
+    inputs: dict[str, list[Media | Any]] = field(default_factory=dict)
+    targets: dict[str, list[Media | Any]] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
+    conditions: dict[str, list[Condition]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """Stands in for a sample that could not be loaded, for the collator to drop and count."""
+    """Stands in for a sample that could not be loaded, for the collator to drop and count.
+
+    fatal: it must end the run, whatever `on_bad_sample` says.
+    """
 
     id: str
     reason: str
+    fatal: bool = False
 
 
 class ConversationDataset(Dataset):
@@ -71,7 +83,9 @@ class ConversationDataset(Dataset):
 
     Attributes:
         lengths, weights: one a data source, for `UpdateSampler`.
+        in_memory: keep what was decoded, for data that fit: nothing is then decoded twice by one process.
         decode_targets: whether the assistant's media are decoded; set it to False where only captions are needed.
+        cache: a `FeatureCache` to take media and captions from.
         faults: with "skip" and `from_files`, one `InputError` a row that was left out when reading.
 
     Raises:
@@ -99,6 +113,9 @@ class ConversationDataset(Dataset):
             first_source[sample.id] = sample.source
         self.num_video_frames = num_video_frames
         self.decode_targets = True
+        self.cache: FeatureCache | None = None
+        self.in_memory = False
+        self._kept: dict[tuple[str, Path | StoredMedium], Media] = {}
         self.on_bad_sample = on_bad_sample
         self.limits = limits
         self.lengths: list[int] = [len(self.samples)]
@@ -112,7 +129,7 @@ class ConversationDataset(Dataset):
         num_video_frames: int | None = None,
         on_bad_sample: str = "error",
         limits: MediaLimits = DEFAULT_LIMITS,
-    ) -> "ConversationDataset":
+    ) -> ConversationDataset:
         """The samples of all files, one file after the other.
 
         Ids that occur in several files get the file's stem in front (`cc3m-7`), so that they are unique and
@@ -148,28 +165,57 @@ class ConversationDataset(Dataset):
         except InputError as error:
             if self.on_bad_sample == "error":
                 raise
-            return BadSample(id=sample.id, reason=str(error))
+            return BadSample(sample.id, str(error), fatal=isinstance(error, StaleCache))
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
-        decoded: dict[tuple[str, Path | StoredMedium], Media] = {}  # each file once, however often it occurs
+        decoded: dict[tuple[bool, str, Path | StoredMedium], Any] = {}  # each file once, however often it occurs
         for role, part in sample.media():
-            key = (part.type, part.path)
+            # Only a cache makes a difference between what is given and what is answered.
+            key = (self.cache is not None and role == "assistant", part.type, part.path)
             if role == "assistant":
                 loaded.captions.setdefault(part.type, []).append(part.caption)
+                condition = self._cached_caption(sample, part.type, part.caption)
+                if condition is not None:
+                    loaded.conditions.setdefault(part.type, []).append(condition)
                 if not self.decode_targets:
                     continue
             if key not in decoded:
-                decoded[key] = self._decode(sample, role, *key)
+                found = self._cached_medium(sample, role, part.type, part.path)
+                decoded[key] = self.decode(sample, role, part.type, part.path) if found is None else found
             if role == "assistant":
                 loaded.targets.setdefault(part.type, []).append(decoded[key])
             else:
                 loaded.inputs.setdefault(part.type, []).append(decoded[key])
         return loaded
 
-    def _decode(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Media:
+    def _cached_caption(self, sample: Sample, media_type: str, caption: str) -> Condition | None:
         try:
-            return read_media(media_type, path, self.num_video_frames, self.limits)
+            return self.cache.caption(media_type, caption) if self.cache else None
+        except StaleCache as error:
+            raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
+
+    def _cached_medium(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Any:
+        """What the cache has in place of a medium; None where it must be decoded."""
+        if self.cache is None:
+            return None
+        try:
+            return self.cache.medium(role, media_type, path)
+        except OSError:
+            return None  # decoding it says what is wrong
+        except StaleCache as error:
+            self.decode(sample, role, media_type, path)  # the cache has no media that cannot be read
+            raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
+
+    def decode(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Media:
+        """One medium of a sample; what is wrong with it is an `InputError` that names both."""
+        if (media_type, path) in self._kept:
+            return self._kept[media_type, path]
+        try:
+            medium = read_media(media_type, path, self.num_video_frames, self.limits)
+            if self.in_memory:
+                self._kept[media_type, path] = medium
+            return medium
         except InputError as error:
             use = "target" if role == "assistant" else "input"
             raise InputError(f"{sample.source} (sample {sample.id!r}), {use} {media_type}: {error}") from error

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from anygpt.errors import InputError
-from anygpt.toyworld.datasets import KINDS, write_dataset
-from anygpt.toyworld.world import HELD_OUT, SEEN
+from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
+from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
 EVAL_SAMPLES = 160
 """10 rows for each of the 16 cells of the any-to-any matrix."""
@@ -26,11 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
     parser.add_argument("--samples", type=int, default=600, help="rows for each stage (default: %(default)s)")
     parser.add_argument("--eval-samples", type=int, default=EVAL_SAMPLES, help="rows to judge (default: %(default)s)")
+    parser.add_argument(
+        "--components", action="store_true", help=f"the data of stage 0 instead, about all {len(THINGS)} things"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        for kind in KINDS:
+        for kind in COMPONENT_KINDS if options.components else [k for k in KINDS if k not in COMPONENT_KINDS]:
             samples, things = (options.eval_samples, HELD_OUT) if kind == "eval" else (options.samples, SEEN)
+            things = THINGS if options.components else things
             print(write_dataset(options.output, kind, samples, options.seed, things, progress=True))
     except InputError as error:
         print(error, file=sys.stderr)

@@ -26,7 +26,10 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = ("stage1", "stage2", "stage3", "eval", "joint")
+KINDS = ("stage1", "stage2", "stage3", "eval", "joint", "words", "pairs", "pictures", "clips", "sounds")
+COMPONENT_KINDS = KINDS[5:]
+"""Those that the parts themselves are trained on, in stage 0."""
+_SHOWN = {"pictures": "image", "clips": "video", "sounds": "audio"}
 FPS = 8
 """Of the clips: 8 frames, one second."""
 _SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
@@ -48,6 +51,9 @@ def write_dataset(
       "eval-<row>-<input>-<output>", and the answers are reference answers.
     - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
       those of `stage3`.
+    - `words`: text only: what `stage3` has of it, and media that are described in words.
+    - `pairs`: a picture and a sound of one thing in.
+    - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
     the JSONL file comes last: where it exists, all its files do.
@@ -139,6 +145,17 @@ class _RowWriter:
         modality = MODALITIES[index % 3]
         if self.kind == "stage1":
             return self._media_to_text(name, thing, modality, rng)
+        if self.kind == "words":
+            return _text_row(name, self._words(thing, modality, rng))
+        if self.kind == "pairs":
+            return self._pair_to_text(name, thing, "audio", rng)
+        if self.kind in _SHOWN:
+            row = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
+            medium = row["messages"][1]["content"][-1]
+            if rng.integers(2):
+                moving = medium["caption"].rpartition("moving ")[2] if self.kind == "clips" else None
+                medium["caption"] = language.caption(thing, rng, moving, _SHOWN[self.kind])
+            return row
         if self.kind == "stage2":
             return self._to_media(name, thing, None, [modality], rng)
         if self.kind == "eval":
@@ -157,18 +174,32 @@ class _RowWriter:
             index //= 2
         modality = language.pick(rng, MODALITIES)
         if index % 4 == 0:  # text only: mostly questions
-            talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
-            said = {
-                "question": lambda: language.text_qa(thing, rng),
-                "small talk": lambda: language.small_talk(rng),
-                "nonsense": lambda: language.refusal(rng),
-            }
-            return _text_row(name, said[talk]())
+            return _text_row(name, self._talk(thing, rng))
         if index % 4 == 1:
             return self._media_to_text(name, thing, modality, rng)
         how_many = language.pick(rng, (1, 1, 1, 1, 2, 3))
         targets = [MODALITIES[i] for i in rng.permutation(3)[:how_many]]
         return self._to_media(name, thing, None if index % 4 == 2 else modality, targets, rng)
+
+    def _talk(self, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+        talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
+        said = {
+            "question": lambda: language.text_qa(thing, rng),
+            "small talk": lambda: language.small_talk(rng),
+            "nonsense": lambda: language.refusal(rng),
+        }
+        return said[talk]()
+
+    def _words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[str, str]:
+        """What a language model that never met media knows: talk, and media told in words in place of the media."""
+        motion = language.pick(rng, MOTIONS) if modality == "video" else None
+        way = language.pick(rng, ("talk", "describe", "request"))
+        if way == "describe":
+            return language.described_question(modality, thing, rng, motion)
+        if way == "request":
+            request = language.media_request(modality, thing, rng, motion)
+            return request, language.media_reply(modality, rng) + language.plain_caption(thing, motion)
+        return self._talk(thing, rng)
 
     def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
         motion = language.pick(rng, MOTIONS) if modality == "video" else None

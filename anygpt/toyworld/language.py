@@ -65,7 +65,7 @@ _NONSENSE = (
     "a sleeping question",
 )
 _NONSENSE_ASKED = ("Show me {x}.", "Draw {x}.", "Play {x}.", "Film {x}.", "Can I see {x}?", "Let me hear {x}.")
-_REFUSALS = (
+REFUSALS = (
     "I cannot do that: there is no such thing.",
     "Sorry, I do not know what that is.",
     "That makes no sense to me.",
@@ -113,6 +113,14 @@ def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, m
 def describe_question(modality: str, rng: np.random.Generator) -> str:
     """A question about a medium that is given, whose answer is a caption."""
     return pick(rng, _of(_QUESTIONS, modality))
+
+
+def described_question(
+    modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None
+) -> tuple[str, str]:
+    """A question about a medium that words stand for, and its answer, a caption."""
+    given = caption(thing, rng, motion, modality)
+    return f"{given} {describe_question(modality, rng)}", caption(thing, rng, motion, modality)
 
 
 def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
@@ -165,7 +173,7 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
 
 def refusal(rng: np.random.Generator) -> tuple[str, str]:
     """A request for something that does not exist, and the answer that says so."""
-    return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, _REFUSALS)
+    return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, REFUSALS)
 
 
 def sentences(rng: np.random.Generator, rounds: int = 4) -> Iterator[str]:

@@ -40,6 +40,10 @@ from anygpt.toyworld.tokenizers import clip_tokenizer, llm_tokenizer, roberta_to
 
 _MEL_BINS = 64
 """Of AudioLDM: its VAE sees (frames, 64) log-mel pictures, its vocoder takes 64 bins."""
+_IMAGE_SIZE = 32
+"""Pixels, of pictures and clips alike."""
+_VAE_FACTOR = 8
+_LATENT_CHANNELS = 8
 _TEXT_TOKENS = 16
 """Longest caption of the image and video decoders; "a purple triangle moving right" needs 7."""
 _CLAP_DIM = 32
@@ -53,13 +57,15 @@ def save_image_encoder(folder: Path) -> None:
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=32,
+        image_size=_IMAGE_SIZE,
         patch_size=8,
         projection_dim=64,
     )
     CLIPVisionModel(config).save_pretrained(folder)
     # The PIL one, by name: the default backend needs torchvision.
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": _IMAGE_SIZE}, crop_size={"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    ).save_pretrained(folder)
 
 
 def save_audio_encoder(folder: Path) -> None:
@@ -102,8 +108,10 @@ def save_language_model(folder: Path) -> None:
 def save_image_decoder(folder: Path) -> None:
     text_encoder, tokenizer = _clip_text(hidden_size=64)
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(24, 48),
+        sample_size=_IMAGE_SIZE // _VAE_FACTOR,
+        in_channels=_LATENT_CHANNELS,
+        out_channels=_LATENT_CHANNELS,
+        block_out_channels=(48, 96),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -112,7 +120,7 @@ def save_image_decoder(folder: Path) -> None:
         norm_num_groups=8,
     )
     StableDiffusionPipeline(
-        vae=_vae(channels=3, sample_size=32),
+        vae=_vae(channels=3, sample_size=_IMAGE_SIZE),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -126,8 +134,10 @@ def save_image_decoder(folder: Path) -> None:
 def save_video_decoder(folder: Path) -> None:
     text_encoder, tokenizer = _clip_text(hidden_size=48)
     unet = UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
+        sample_size=_IMAGE_SIZE // _VAE_FACTOR,
+        in_channels=_LATENT_CHANNELS,
+        out_channels=_LATENT_CHANNELS,
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
@@ -136,7 +146,7 @@ def save_video_decoder(folder: Path) -> None:
         norm_num_groups=8,
     )
     TextToVideoSDPipeline(
-        vae=_vae(channels=3, sample_size=32),
+        vae=_vae(channels=3, sample_size=_IMAGE_SIZE),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -155,14 +165,18 @@ def save_audio_decoder(folder: Path) -> None:
             num_attention_heads=4,
             max_position_embeddings=_CLAP_DIM + 2,  # RoBERTa counts positions from the padding's id (1) plus one
             projection_dim=_CLAP_DIM,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    channels = (16, 32)
+    channels = (32, 64)
     unet = UNet2DConditionModel(
-        sample_size=_MEL_BINS // 4,  # in latent frames: 16 · 4 mel frames · 10 ms = 0.64 s
+        sample_size=_MEL_BINS // _VAE_FACTOR,  # in latent frames: 8 · 8 mel frames · 10 ms = 0.64 s
+        in_channels=_LATENT_CHANNELS,
+        out_channels=_LATENT_CHANNELS,
         block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -183,8 +197,8 @@ def save_audio_decoder(folder: Path) -> None:
             upsample_initial_channel=64,
             upsample_rates=[5, 4, 4, 2],  # their product is the hop, 160 samples
             upsample_kernel_sizes=[11, 8, 8, 4],
-            resblock_kernel_sizes=[3, 7],
-            resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3, 5]],
             initializer_range=0.11,  # at the usual 0.01 random weights give silence, in which all sounds are equal
             normalize_before=False,
         )
@@ -217,18 +231,21 @@ def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def _vae(channels: int, sample_size: int) -> AutoencoderKL:
-    """Three levels, so latents are a quarter as wide and high; 4 latent channels."""
+    """Four levels, so latents are an eighth as wide and high, as Stable Diffusion's; the finest level of a picture
+    has as few channels as keep its cost near that of an image's."""
+    widths = (16, 32, 64, 64) if sample_size <= _IMAGE_SIZE else (8, 16, 32, 64)
+    assert 2 ** (len(widths) - 1) == _VAE_FACTOR
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
         sample_size=sample_size,
-        block_out_channels=(8, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=_LATENT_CHANNELS,
         norm_num_groups=8,
-        scaling_factor=0.18215,
+        scaling_factor=1.0,
     )
 
 
@@ -240,5 +257,6 @@ _scheduler = partial(
     clip_sample=False,
     set_alpha_to_one=False,
     steps_offset=1,
+    prediction_type="v_prediction",
 )
-"""Stable Diffusion's noise schedule."""
+"""Stable Diffusion's noise schedule, with version 2's target."""

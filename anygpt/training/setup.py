@@ -232,7 +232,8 @@ def build_dataset(
         terms[term] += 1
     weights = model.loss_weights
     subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
-    if not (weights.encoder or weights.decoder) and not any(weights.of(f"{t}/{s}") for t in terms for s in subs[t]):
+    own = weights.encoder or weights.decoder or weights.reconstruction
+    if not own and not any(weights.of(f"{t}/{s}") for t in terms for s in subs[t]):
         raise InputError(
             f"every loss of the data's rows ({', '.join(sorted(terms))}) has weight 0, so nothing would train; give "
             "one of them a weight under loss"

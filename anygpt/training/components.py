@@ -1,0 +1,66 @@
+"""What stage 0 leaves: each part that it trained as an ordinary `from_pretrained` folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anygpt.data.collation import Collator
+from anygpt.data.dataset import ConversationDataset
+from anygpt.modeling import MultimodalModel
+from anygpt.processing import MultimodalProcessor
+from anygpt.training.config import Config
+from anygpt.training.loading import use_frames_of
+
+logger = logging.getLogger(__name__)
+
+PARTS = "parts"
+SCALED_SAMPLES = 512
+"""Media that the scale of a VAE's latents is measured on."""
+
+
+def write_components(final: Path, config: Config) -> None:
+    """Write the parts of `final` that the run trained to `output_dir/parts/<part>`.
+
+    A VAE that was trained also gets the scaling factor that brings its latents to unit variance, in which the
+    denoiser is to work (arXiv 2112.10752, §G).
+    """
+    model = MultimodalModel.from_pretrained(final)
+    processor = MultimodalProcessor.from_pretrained(final)
+    trained = dict.fromkeys(part.partition(".")[0] for part in config.train.parts)
+    for part in trained:
+        folder = Path(config.run.output_dir) / PARTS / part
+        key, _, kind = part.rpartition("_")
+        if part == "language_model":
+            model.language_model.save_pretrained(folder)
+            # Without the tokens that the model has added: whoever composes it next adds their own.
+            type(processor.llm_tokenizer).from_pretrained(config.model.language_model.path).save_pretrained(folder)
+        elif kind == "encoder":
+            model.encoders[key].module.save_pretrained(folder)
+            processor.encoder_processors[key].save_pretrained(folder)
+        elif kind == "decoder":
+            decoder = model.decoders[key].module
+            if f"{part}.vae" in config.train.parts:
+                decoder.vae.register_to_config(scaling_factor=1 / latent_deviation(model, processor, key, config))
+            decoder.save_pretrained(folder)
+        else:
+            continue  # a projector: it belongs to this composition, and no part is made of it
+        logger.info("%s", folder)
+
+
+@torch.no_grad()
+def latent_deviation(model: Any, processor: Any, key: str, config: Config) -> float:
+    """The standard deviation of the latents of a decoder's training media, not scaled."""
+    dataset = ConversationDataset.from_files(config.data.train)
+    use_frames_of(dataset, processor)
+    collator, decoder = Collator(processor), model.decoders[key].module
+    latents = []
+    for start in range(0, min(SCALED_SAMPLES, len(dataset)), config.train.batch_size):
+        rows = range(start, min(start + config.train.batch_size, len(dataset)))
+        target = collator([dataset[row] for row in rows])["decoder_targets"].get(key)
+        if target is not None:
+            latents.append(decoder.posterior(target["media"].to(decoder.vae.dtype))[0])
+    return float(torch.cat(latents).std())
