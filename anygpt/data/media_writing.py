@@ -47,7 +47,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second.")
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with _replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        # On frames of few pixels x264's macroblock tree reads beyond them: the same clip gave other bytes now and then.
+        options = {"x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

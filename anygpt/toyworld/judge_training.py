@@ -138,7 +138,7 @@ def _pools(seed: int, factor: float) -> dict[str, tuple[Tensor, list[Tensor]]]:
     images, image_things = [], []
     clips, clip_things, motions = [], [], []
     sounds, sound_things = [], []
-    for thing in tqdm(THINGS, desc="renders", unit="thing"):
+    for thing in tqdm(THINGS, desc="renders", unit="thing", mininterval=1):
         images += [np.asarray(render_image(thing, rng)) for _ in range(sizes["image"])]
         image_things += [thing] * sizes["image"]
         for index in range(sizes["video"]):
