@@ -1,11 +1,11 @@
 """ToyWorld: an offline world of coloured shapes in which everything can be trained and measured on a CPU.
 
-`python -m anygpt.toyworld --output DIR` writes its datasets; `zoo()` gives the folder of tiny parts of the real
-classes, and `part_path("image_encoder")` that of one of them.
+`python -m anygpt.toyworld --output DIR` writes its datasets; `zoo()` gives the folder of tiny pretrained parts of
+the real classes, and `part_path("image_encoder")` that of one of them.
 """
 
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing
-from anygpt.toyworld.zoo import PARTS, build_zoo, part_path, zoo  # `zoo` the function, in place of the module
+from anygpt.toyworld.zoo import PARTS, part_path, write_untrained, zoo  # `zoo` the function, in place of the module
 
 __all__ = [
     "COLOURS",
@@ -17,7 +17,7 @@ __all__ = [
     "SHAPES",
     "THINGS",
     "Thing",
-    "build_zoo",
     "part_path",
+    "write_untrained",
     "zoo",
 ]

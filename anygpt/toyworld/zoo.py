@@ -7,19 +7,18 @@
     video_decoder    TextToVideoSDPipeline                     condition (B, 16, 48) -> 8 frames of 32×32
     audio_decoder    AudioLDMPipeline                          condition (B, 32) -> 0.64 s at 16 kHz
 
-The weights are random, drawn from a seed; the tokenizers are trained. The recipes are in `parts.py`.
+They know ToyWorld: stage 0 trained them (`scripts/build_zoo.py`); each folder's README.md says on what, and how well.
+The files are in half precision and load as float32. The recipes of the untrained parts are in `parts.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from anygpt.errors import InputError
@@ -30,13 +29,8 @@ PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "v
 
 
 def zoo() -> Path:
-    """The folder of the tiny parts, built on first use (some seconds) under `$ANYGPT_CACHE`.
-
-    The cache defaults to `~/.cache/anygpt`. The folder's name holds a hash of the recipe (the source that
-    makes the parts, and the versions of the libraries), so an outdated zoo is never used.
-    """
-    cache = Path(os.environ.get("ANYGPT_CACHE") or Path.home() / ".cache" / "anygpt").expanduser()
-    return build_zoo(cache / f"zoo-{_recipe_hash()}")
+    """The folder of the tiny pretrained parts, which comes with the package."""
+    return Path(__file__).parent / "weights" / "zoo"
 
 
 def part_path(name: str) -> Path:
@@ -50,14 +44,14 @@ def part_path(name: str) -> Path:
     return zoo() / name
 
 
-def build_zoo(folder: Path, seed: int = 0) -> Path:
-    """Write all parts to `folder`, unless it is there already.
+def write_untrained(folder: Path, seed: int = 0) -> Path:
+    """Write all parts with random weights to `folder`, unless it is there already.
 
     The same seed gives the same bytes in every safetensors file. The parts are written beside the folder and
     renamed, so a folder that exists is complete, and two processes at once do not disturb each other.
 
     Args:
-        folder: made here; one that exists is taken as a finished zoo and left alone.
+        folder: made here; one that exists is taken as finished and left alone.
         seed: of all the weights.
 
     Returns:
@@ -109,14 +103,3 @@ def _quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
-
-
-def _recipe_hash() -> str:
-    """12 hex digits over everything that decides what the parts are."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for source in ("world.py", "language.py", "tokenizers.py", "parts.py", "zoo.py"):
-        digest.update((here / source).read_bytes())
-    for library in ("torch", "transformers", "diffusers", "tokenizers", "numpy"):
-        digest.update(f"{library}=={version(library)}\n".encode())
-    return digest.hexdigest()[:12]

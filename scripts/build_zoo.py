@@ -1,0 +1,129 @@
+"""Make the tiny zoo anew: stage 0 for every part, from random weights to half-precision folders with model cards.
+
+    python scripts/build_zoo.py
+
+Hours on two cores. Everything on the way stays in runs/zoo; a run that was cut off continues. The folders are written
+to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, TextToVideoSDPipeline
+from safetensors.torch import load_file, save_file
+
+from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
+from anygpt.toyworld.world import THINGS
+from anygpt.toyworld.zoo import PARTS, write_untrained, zoo
+from anygpt.training.cli import quiet_libraries
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "tiny" / "stage0"
+WORK = ROOT / "runs" / "zoo"
+SAMPLES = 4000
+"""Rows of each kind of data."""
+MADE_BY = {
+    "language_model": ("words",),
+    "image_encoder": ("encoders",),
+    "audio_encoder": ("encoders",),
+    "image_decoder": ("image_vae", "image_denoiser"),
+    "video_decoder": ("image_vae", "video_denoiser"),
+    "audio_decoder": ("audio_vae", "audio_denoiser"),
+}
+"""The runs that a part comes from, in order; each is a file in `configs/tiny/stage0`."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--output", type=Path, default=zoo(), help="folder of the finished parts (default: %(default)s)"
+    )
+    parser.add_argument("--only-collect", action="store_true", help="train nothing; take what runs/zoo has")
+    options = parser.parse_args()
+    quiet_libraries()
+    if not options.only_collect:
+        write_untrained(WORK / "untrained")
+        for kind in COMPONENT_KINDS:
+            write_dataset(WORK / "data", kind, SAMPLES, seed=0, things=THINGS, progress=True)
+        for name in dict.fromkeys(run for runs in MADE_BY.values() for run in runs):
+            train(name)
+            if name == "image_vae":
+                write_video_start()
+    collect(options.output)
+    print(options.output)
+    return 0
+
+
+def train(name: str) -> None:
+    """One run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
+    folder = WORK / name
+    if not (folder / "final").is_dir() or not (folder / "parts").is_dir():
+        command = [sys.executable, "stages/stage0_components.py", "--config", str(CONFIGS / f"{name}.yaml")]
+        shutil.rmtree(folder / "final", ignore_errors=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+def write_video_start() -> None:
+    """The untrained video pipeline with the pictures' VAE, as Zeroscope has Stable Diffusion's."""
+    untrained, folder = WORK / "untrained" / "video_decoder", WORK / "video_start" / "video_decoder"
+    vae = AutoencoderKL.from_pretrained(WORK / "image_vae" / "parts" / "image_decoder" / "vae")
+    TextToVideoSDPipeline.from_pretrained(untrained, vae=vae).save_pretrained(folder)
+
+
+def collect(output: Path) -> None:
+    """The finished parts in half precision; the folder is replaced at the end, all at once.
+
+    Only the files are in half precision: the configs say float32, in which a CPU computes faster.
+    """
+    temporary = output.with_name(f".{output.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in PARTS:
+        shutil.copytree(WORK / MADE_BY[part][-1] / "parts" / part, temporary / part)
+        for file in (temporary / part).rglob("*.safetensors"):
+            tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+            file.chmod(0o644)
+        (temporary / part / "README.md").write_text(card(part), encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    temporary.rename(output)
+
+
+def card(part: str) -> str:
+    """The model card of a part: what it was made from and how, and its losses at the end."""
+    lines = [
+        f"# ToyWorld {part.replace('_', ' ')}",
+        "",
+        "A tiny part of the AnyGPT zoo, made by `python scripts/build_zoo.py`.",
+        "",
+    ]
+    for name in MADE_BY[part]:
+        config = yaml.safe_load((WORK / name / "config.yaml").read_text())
+        train, data = config["train"], Path(config["data"]["train"][0]["path"]).stem
+        lines += [
+            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES} rows of `{data}`, "
+            f"about all {len(THINGS)} things; {train['max_steps']} updates of "
+            f"{train['batch_size']}; seed {config['run']['seed']}; last: {last_metrics(WORK / name / 'log.txt')}"
+        ]
+    measured = ROOT / "runs" / "zoo" / "quality.json"
+    if measured.is_file() and part in (quality := json.loads(measured.read_text())):
+        lines += ["", "Measured by `python scripts/zoo_quality.py`:", ""]
+        lines += [f"- {name}: {value}" for name, value in quality[part].items()]
+    return "\n".join(lines) + "\n"
+
+
+def last_metrics(log: Path) -> str:
+    """The last line of metrics of a run."""
+    metrics = [line for line in log.read_text().splitlines() if line.startswith("update ")]
+    return metrics[-1].partition("  gradient_norm")[0] if metrics else "not logged"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
