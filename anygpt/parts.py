@@ -7,6 +7,7 @@ one of the tiny parts of `anygpt.toyworld`. Weights are read from safetensors on
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,13 @@ def fingerprint(part: nn.Module) -> str:
 
     It tells whether a frozen part is the one that the rest was trained with; it is no protection against malice.
     """
+    return fingerprint_tensors(own_state(part))
+
+
+def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """xxh3 over names, shapes, dtypes and bytes."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(own_state(part).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anygpt.chat import tokenize_with_labels
+from anygpt.data.cache import CachedFeatures, CachedLatents
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.media import Audio, Video
+from anygpt.decoders.base import Condition
+from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
 from anygpt.merging import IGNORE
 from anygpt.processing import MultimodalProcessor, stack_rows
@@ -51,8 +55,7 @@ class Collator:
         batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
         if not good:
             return batch | self.nothing()
-        inputs = [(kind, medium) for item in good for kind, media in item.inputs.items() for medium in media]
-        data, counts, _ = self.processor.process_media(self.processor.arrange_media(inputs))
+        data, counts = self.encoder_inputs(good)
         conversations = [self.messages(item) for item in good]
         contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
         expanded = iter(contents)
@@ -85,9 +88,29 @@ class Collator:
             ]
         )
 
+    def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
+        """Arguments of the encoders, features where a cache had them, and how many features each input gives."""
+        media = [(kind, medium) for item in items for kind, media in item.inputs.items() for medium in media]
+        cached: dict[str, list[Tensor]] = {}
+        for kind, medium in media:
+            if isinstance(medium, CachedFeatures):
+                cached.setdefault(self.processor.encoder_key(kind), []).append(medium.features)
+        fresh = (pair for pair in media if not isinstance(pair[1], CachedFeatures))
+        data, counts, _ = self.processor.process_media(self.processor.arrange_media(fresh))
+        for key, features in cached.items():
+            assert key not in counts, f"only some of the {key} inputs come from the cache"
+            same = len({len(item) for item in features}) == 1
+            data[f"{key}.{FEATURES}"] = torch.stack(features) if same else features
+            counts[key] = [self.processor.projector_configs[key].features_after(len(item)) for item in features]
+        return data, counts
+
     def decoder_targets(self, items: Sequence[LoadedSample]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-        """Captions and target tensors of each decoder in the order of the spans, and an id of each target."""
+        """Captions and target tensors of each decoder in the order of the spans, and an id of each target.
+
+        What a cache had goes in as `conditions` and `posterior`.
+        """
         raw: dict[str, dict[str, list[Any]]] = {}
+        cached: dict[str, dict[str, list[Any]]] = {}
         ids: dict[str, list[str]] = {}
         for item in items:
             for modality, captions in item.captions.items():
@@ -95,9 +118,18 @@ class Collator:
                 target = raw.setdefault(key, {"captions": []})
                 target["captions"] += captions
                 if modality in item.targets:  # else the dataset does not decode targets
-                    target.setdefault(f"{modality}s", []).extend(_target(medium) for medium in item.targets[modality])
+                    for medium in item.targets[modality]:
+                        if isinstance(medium, CachedLatents):
+                            cached.setdefault(key, {}).setdefault("posterior", []).append(medium.posterior)
+                        else:
+                            target.setdefault(f"{modality}s", []).append(raw_target(medium))
+                if modality in item.conditions:
+                    cached.setdefault(key, {}).setdefault("conditions", []).extend(item.conditions[modality])
                 ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
-        return self.processor.process_targets(raw), ids
+        targets = self.processor.process_targets(raw)
+        for key, found in cached.items():
+            targets[key] |= {name: _stack(values) for name, values in found.items()}
+        return targets, ids
 
     def check_text(self, item: LoadedSample) -> None:
         """Text that contains a placeholder or signal token would be taken for one."""
@@ -111,7 +143,15 @@ class Collator:
                     )
 
 
-def _target(medium: Any) -> Any:
+def _stack(values: list[Tensor] | list[Condition]) -> Tensor | Condition:
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    parts = zip(*((value.embeds, value.pooled, value.mask) for value in values), strict=True)
+    return Condition(*(None if part[0] is None else torch.stack(part) for part in parts))
+
+
+def raw_target(medium: Any) -> Any:
+    """A medium as a `TargetProcessor` takes it."""
     if isinstance(medium, Audio):
         return medium.waveform, medium.sampling_rate
     return medium.frames if isinstance(medium, Video) else medium
@@ -123,4 +163,6 @@ def move(batch: Any, device: Any) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, list):
+        return [move(value, device) for value in batch]
     return batch

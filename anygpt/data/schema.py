@@ -32,6 +32,10 @@ class DataError(InputError):
         return type(self), (str(self), self.kind)
 
 
+class StaleCache(InputError):
+    """The feature cache has nothing for a medium or a caption: never a reason to leave a sample out."""
+
+
 class StoredMedium(abc.ABC):
     """A medium that is no file of its own, but lies inside a shard or a table.
 

@@ -16,6 +16,8 @@ from anygpt.encoders.families import FAMILIES, EncoderFamily
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
 from anygpt.errors import InputError
 
+FEATURES = "features"
+"""Input that stands in place of all others: what the projector gets, computed before (see `encode`)."""
 CALLBACKS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
@@ -100,7 +102,7 @@ class ModalEncoderModule(nn.Module):
     @property
     def input_names(self) -> set[str]:
         """Everything this module takes: the encoder's arguments, their processor's names, the callbacks' own."""
-        names = argument_names(self.module) | set(self.additional_args)
+        names = argument_names(self.module) | set(self.additional_args) | {FEATURES}
         return names | {*self.family.arguments, *self.family.counted_by} if self.family else names
 
     @property
@@ -161,12 +163,17 @@ class ModalEncoderModule(nn.Module):
         """Run the hops in order.
 
         Args:
-            inputs: arguments by name, the additional ones included.
+            inputs: arguments by name, the additional ones included; or `features` alone, `(items, n, features)` or a
+                list of what `encode` gave.
 
         Returns:
             `(items, n, H)`; a list of `(n, H)` where inputs have features of different number; or packed
             `(features, H)`, if the last callback leaves them so.
         """
+        if FEATURES in inputs:
+            if len(inputs) > 1:
+                raise InputError(f"features stand in place of all inputs, but there are {', '.join(inputs)} as well")
+            return self._project(inputs[FEATURES])
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
         output = self._encode(inputs)
@@ -174,10 +181,31 @@ class ModalEncoderModule(nn.Module):
             output = self.postprocess_module_callback(inputs, output)
         output = self.projector(output)
         if self.family is not None and self.family.layout != "fixed":
-            output = with_features(output, self._split(inputs, output))
+            counts = map(self.projector.config.features_after, self.family.count(self.config, inputs))
+            output = with_features(output, self._split(output, list(counts)))
         if self.postprocess_projector_callback is not None:
             output = self.postprocess_projector_callback(inputs, output)
         return output if isinstance(output, (Tensor, list)) else output[0]
+
+    def encode(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """What the projector gets of each input, `(n, features)`, without padding.
+
+        `forward(inputs)` is `forward({"features": encode(inputs)})`, if no callback follows the projector.
+        """
+        if self.preprocess_callback is not None:
+            inputs = self.preprocess_callback(inputs)
+        output = self._encode(inputs)
+        if self.postprocess_module_callback is not None:
+            output = self.postprocess_module_callback(inputs, output)
+        if self.family is not None and self.family.layout != "fixed":
+            return self._split(output, self.family.count(self.config, inputs))
+        return list(output if isinstance(output, Tensor) else output[0])
+
+    def _project(self, features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(features, Tensor):
+            return self.projector(features)
+        counts = [self.projector.config.features_after(len(item)) for item in features]
+        return list(self.projector(torch.cat(features)).split(counts))
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
         """The encoder on its own arguments; its output with the features first."""
@@ -193,10 +221,9 @@ class ModalEncoderModule(nn.Module):
         output = self.module(**arguments)
         return with_features(output, family.select(self.config, output)) if family and family.select else output
 
-    def _split(self, inputs: dict[str, Any], output: Any) -> list[Tensor]:
-        """The real features of each input, `(n, H)`, out of padded or packed ones."""
+    def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
+        """The real features of each input, `(n, …)`, out of padded or packed ones."""
         features = output if isinstance(output, Tensor) else output[0]
-        counts = [self.projector.config.features_after(n) for n in self.family.count(self.config, inputs)]
         if self.family.layout == "packed":
             return list(features.split(counts))
         return [item[:count] for item, count in zip(features, counts, strict=True)]

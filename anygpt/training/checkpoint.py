@@ -42,7 +42,7 @@ def config_digest(config: Config) -> str:
     settings = config.to_dict()
     for section, names in {
         "run": ("output_dir", "name", "project", "tracker", "resume"),
-        "data": ("num_workers", "in_memory", "eval"),
+        "data": ("cache_dir", "num_workers", "in_memory", "eval"),
         "train": (
             *("save_steps", "keep_checkpoints", "keep_best", "abort_above"),
             *("eval_steps", "log_steps", "sample_steps", "sample_rows"),

@@ -123,13 +123,18 @@ class DataConfig:
     Attributes:
         train: files to train on.
         eval: files to take the evaluation loss on, every `train.eval_steps`.
+        cache_dir: folder of the feature cache, written by `scripts/cache_features.py` with the same settings; null for
+            none.
         num_workers: processes that decode media; 0 decodes in the main one.
+        in_memory: keep decoded media, in each process that decodes; for small data sets.
         on_bad_sample: `error` stops at the first sample that cannot be read; `skip` leaves it out and counts it.
     """
 
     train: list[DataSource] = field(default_factory=list)
     eval: list[DataSource] = field(default_factory=list)
+    cache_dir: str | None = None
     num_workers: int = 0
+    in_memory: bool = False
     on_bad_sample: Literal["error", "skip"] = "error"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from anygpt.data.cache.reading import open_cache
 from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.sampling import UpdateSampler
@@ -39,8 +40,9 @@ def take_updates(loader: DataLoader, config: Config) -> Iterator[list[MicroBatch
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
     """Take what is not for the model out of a batch, and stop at a bad sample unless such are to be skipped."""
     ids = {name: batch.pop(name) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
-    if ids[BAD] and config.data.on_bad_sample == "error":
-        raise BadSampleError(ids[BAD][0].reason)
+    for sample in ids[BAD]:
+        if sample.fatal or config.data.on_bad_sample == "error":
+            raise BadSampleError(sample.reason)
     return ids
 
 
@@ -110,6 +112,24 @@ def ridge_batches(
     for batch in tqdm(loader, desc="ridge", unit="batch", disable=quiet, mininterval=1):
         take_ids(batch, config)
         yield move(batch, accelerator.device)
+
+
+def use_cache(datasets: Iterable[ConversationDataset], model: Any, processor: Any, config: Config) -> list[str]:
+    """Let datasets take from the feature cache what frozen parts make; a line for each part, for the log.
+
+    Call when it is settled which parts train, and after `use_frames_of`.
+
+    Raises:
+        InputError: no cache in `data.cache_dir`, or a stale one.
+    """
+    if config.data.cache_dir is None:
+        return []
+    first, *others = datasets
+    frames, precision = first.num_video_frames, config.train.mixed_precision
+    first.cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
+    for dataset in others:
+        dataset.cache = first.cache
+    return first.cache.notes
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:

@@ -44,6 +44,7 @@ from anygpt.training.loading import (
     ridge_batches,
     take_ids,
     take_updates,
+    use_cache,
     use_frames_of,
 )
 from anygpt.training.optimization import compile_layers, learning_rates, make_optimizer
@@ -142,6 +143,7 @@ def train(config: Config, stage: Stage) -> Path:
         use_frames_of(data, processor)
         data.decode_targets = model.loss_weights.wants_media
         data.in_memory = config.data.in_memory
+    cached = use_cache(filter(None, (dataset, held_out)), model, processor, config)
     new_decoders = [key for key in model.decoder_keys if key not in decoders_before(config)]
     strengths = {}
     if checkpoint is None and config.train.projector_init == "ridge" and new_decoders:
@@ -175,6 +177,8 @@ def train(config: Config, stage: Stage) -> Path:
                 log.say(f"{stage.name}: {len(dataset)} samples, {len(names)} trainable tensors\n{part_table(summary)}")
                 for line in notes:
                     log.say(f"warning: {line}")
+                for line in cached:
+                    log.say(line)
                 for key, strength in strengths.items():
                     log.say(f"{key} output projector set by ridge regression, λ = {strength:.3g}")
                 if checkpoint is not None:

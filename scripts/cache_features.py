@@ -1,0 +1,102 @@
+"""Writes the feature cache of a run: what its frozen parts make of all media and captions, computed once.
+
+    python scripts/cache_features.py --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
+    accelerate launch scripts/cache_features.py --config … --num-workers 8 --batch-size 64
+
+Then train with the same settings; `data.cache_dir` in the YAML serves both. A part that trains in the run is left out.
+A run that was killed goes on where it was. Every setting can be overridden, as in the stages. The exit code is 0, or 2
+after a mistake, which one line tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from anygpt.data.cache.keys import entries
+from anygpt.data.cache.store import KEY
+from anygpt.data.cache.writing import CacheWriter
+from anygpt.data.dataset import ConversationDataset
+from anygpt.errors import InputError
+from anygpt.training.cli import MISTAKE, quiet_libraries
+from anygpt.training.config import Config, parse_config
+from anygpt.training.loading import use_frames_of
+from anygpt.training.setup import build
+from anygpt.training.stages import choose_networks
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="the run's YAML; its other settings as in the stages")
+    parser.add_argument("--batch-size", type=int, default=8, help="media or captions at once (%(default)s)")
+    parser.add_argument("--num-workers", type=int, help="processes that decode; data.num_workers if not given")
+    parser.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
+    parser.add_argument("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")
+    options, settings = parser.parse_known_args(arguments)
+    quiet_libraries()
+    try:
+        if options.batch_size < 1 or (options.num_workers or 0) < 0:
+            raise InputError("--batch-size must be at least 1, and --num-workers at least 0")
+        write(parse_config(["--config", options.config, *settings]), options)
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+def write(config: Config, options: argparse.Namespace) -> None:
+    """Build what the config describes, and write its cache."""
+    if config.data.cache_dir is None:
+        raise InputError("data.cache_dir is null; name the folder to write, with --data.cache_dir or in the YAML")
+    folder = Path(config.data.cache_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"data.cache_dir {folder} is a file; name a folder")
+    accelerator = Accelerator(
+        cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision=config.train.mixed_precision,
+    )
+    model, processor = build(config)
+    model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
+    datasets = [
+        ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
+        for sources in (config.data.train, config.data.eval)
+        if sources
+    ]
+    for dataset in datasets:
+        use_frames_of(dataset, processor)
+    model.to(accelerator.device).eval()
+    if options.overwrite and accelerator.is_main_process:
+        for entry in entries(model):
+            if (folder / entry.name / KEY).is_file():  # anything else is not ours to remove
+                shutil.rmtree(folder / entry.name)
+    accelerator.wait_for_everyone()
+    CacheWriter(
+        folder,
+        model,
+        processor,
+        datasets,
+        accelerator,
+        precision=config.train.mixed_precision,
+        batch_size=options.batch_size,
+        num_workers=config.data.num_workers if options.num_workers is None else options.num_workers,
+        on_bad_sample=config.data.on_bad_sample,
+        leave_out=options.leave_out,
+        progress=lambda batches, name: tqdm(
+            batches, name, unit="batch", disable=None if accelerator.is_main_process else True
+        ),
+        say=accelerator.print,
+    ).write()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
