@@ -22,7 +22,8 @@ class MultimodalConfig(PreTrainedConfig):
     Attributes:
         encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "callbacks",
             "saved_callbacks", "projector"}}`; `callbacks` names functions, which can only be missed.
-        language_model: `{"class", "source", "fingerprint", "adapter"}`.
+        language_model: `{"class", "source", "fingerprint", "adapter"}`, and where signal tokens were written into its
+            matrices `"vocab_size"`, their rows before.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
             "signal", "projector"}}`.
         encoder_keys, decoder_keys: the keys in their order.

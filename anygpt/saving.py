@@ -8,6 +8,9 @@ A folder holds::
     parts/<part>/             parts without a source, or changed since they were loaded, whole
     tokenizer and processor   written by `MultimodalProcessor.save_pretrained`
 
+Merged (`save_pretrained(merge=True)`), it has no adapters, and `parts/language_model` is a causal language model that
+knows the signal tokens by itself.
+
 Loading is strict: a missing, unexpected or mis-shaped tensor is an error that names it.
 """
 
@@ -36,12 +39,14 @@ from anygpt.parts import (
     build_callback,
     fingerprint,
     import_class,
+    is_peft,
     load_decoder,
     load_encoder,
     load_language_model,
     own_state,
     source_of,
 )
+from anygpt.standalone import merge_adapter, write_signal_rows
 
 TENSORS = "model.safetensors"
 # What transformers' auto classes hand to every `from_pretrained`.
@@ -97,23 +102,38 @@ class SavingMixin:
             self._supplied[name] = same
         return self._supplied[name]
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge: bool = False, **_: Any) -> None:
         """Write the composition into `folder`.
 
         A part with a source is written only as that source, as long as its tensors are what they were when the
         model was made; a part without one, or trained since, is written whole under `parts/`.
+
+        Args:
+            folder: made where it is not there.
+            merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
+                its own matrices and the tokenizer beside it. The model in memory stays as it is; its adapted parts
+                and the language model are copied for it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = MultimodalConfig.of(self)
         modules = part_modules(self)
+        if merge:
+            modules = {name: merge_adapter(part) for name, part in modules.items()}
         for name, entry in part_entries(config).items():
-            entry["fingerprint"] = fingerprint(modules[name])
-            if not self._source_supplies(name, entry):
+            part = modules[name]
+            entry["adapter"] = is_peft(part)
+            if merge and name == "language_model" and self.signal_tokens.ids:
+                entry["vocab_size"] = part.get_input_embeddings().weight.shape[0]
+                part = write_signal_rows(part, self.signal_tokens, (self.token_ids or {}).values())
+            entry["fingerprint"] = fingerprint(part)
+            if source_of(part) is None or not self._source_supplies(name, entry):
                 entry["source"] = None
-                _save_part(modules[name], folder / "parts" / name)
+                _save_part(part, folder / "parts" / name)
             if entry["adapter"]:
-                modules[name].save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
+                part.save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
+        if merge and self.tokenizer is not None and (folder / "parts/language_model").is_dir():
+            self.tokenizer.save_pretrained(folder / "parts/language_model")
         config.save_pretrained(folder)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.own_tensors().items()}
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -316,6 +336,8 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
             f"{actual}, expected {entry['fingerprint']}); restore the original, or train again on the new one"
         )
     part.anygpt_fingerprint = actual
+    if entry.get("vocab_size"):  # the rows beyond are the signal tokens', which `SignalTokens` lends it
+        part.resize_token_embeddings(entry["vocab_size"], mean_resizing=False)
     if entry["adapter"]:
         part = _load_adapter(part, folder / "adapters" / name)
     return part

@@ -1,0 +1,75 @@
+"""Merge what was trained into the parts: LoRA into the weights, signal tokens into resized matrices.
+
+    python scripts/merge_lora.py --checkpoint runs/tiny/stage3/final --output runs/merged [--dtype float32]
+
+The output is a composition as any other (`MultimodalModel.from_pretrained`), without adapters; and its
+`parts/language_model` is a language model with its tokenizer that transformers loads alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt.errors import InputError, reading
+from anygpt.parts import is_peft
+from anygpt.saving import part_modules
+from anygpt.training.cli import MISTAKE, quiet_libraries
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge(checkpoint: Path, output: Path, dtype: str | None) -> None:
+    """Write the merged composition; `output` is there whole or not at all.
+
+    Raises:
+        InputError: no saved model, one with nothing to merge, or an output that is there already.
+    """
+    if output.exists():
+        raise InputError(f"--output {output} is there already; choose another folder")
+    with reading(checkpoint):
+        model = MultimodalModel.from_pretrained(checkpoint)
+        processor = MultimodalProcessor.from_pretrained(checkpoint, model=model)
+    if not model.signal_tokens.ids and not any(map(is_peft, part_modules(model).values())):
+        raise InputError(f"{checkpoint} has neither an adapter nor signal tokens, so there is nothing to merge")
+    if dtype is not None:
+        model.language_model.to(getattr(torch, dtype))
+    temporary = output.parent / f".{output.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, merge=True)
+        processor.save_pretrained(temporary)
+        temporary.rename(output)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's final/ or checkpoint-<step>/ folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the merged language model (default: its own; merging in bfloat16 rounds)"
+    )
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        merge(options.checkpoint, options.output, options.dtype)
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return MISTAKE
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
