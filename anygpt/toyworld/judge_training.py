@@ -125,9 +125,7 @@ def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
         "motion": _share(judges.motion(videos), motions),
         "motion_mp4": _share(judges.motion(coded), motions[some]),
         "audio": _share(judges.audio(list(sounds.numpy())), right),
-        "audio_worn": _share(
-            judges.audio(faint), right
-        ),
+        "audio_worn": _share(judges.audio(faint), right),
     }
 
 

@@ -116,16 +116,20 @@ NETWORKS: dict[str, type[nn.Module]] = {"image": PictureNet, "motion": MotionNet
 
 @dataclass(frozen=True)
 class Words:
-    """The shapes and colours that a sentence names, and whether it says "yes" or "no" (None: neither, or both)."""
+    """The shapes and colours that a sentence names, which way it says that something moves, and "yes" or "no".
+
+    The last two are None where nothing, or more than one, is said.
+    """
 
     shapes: frozenset[str]
     colours: frozenset[str]
+    motion: str | None
     verdict: str | None
 
     @property
     def thing(self) -> tuple[str | None, str | None]:
         """(shape, colour), each None unless exactly one is named."""
-        return tuple(next(iter(names)) if len(names) == 1 else None for names in (self.shapes, self.colours))
+        return _only(self.shapes), _only(self.colours)
 
 
 class Judges:
@@ -193,10 +197,8 @@ class Judges:
 def read_words(text: str) -> Words:
     """The words of a sentence that matter in ToyWorld, whatever their case and punctuation."""
     words = set(re.findall(r"[a-z]+", text.lower()))
-    said = words & {"yes", "no"}
-    return Words(
-        frozenset(words & set(SHAPES)), frozenset(words & set(COLOURS)), said.pop() if len(said) == 1 else None
-    )
+    motion, verdict = (_only(words & set(known)) for known in (MOTIONS, ("yes", "no")))
+    return Words(frozenset(words & set(SHAPES)), frozenset(words & set(COLOURS)), motion, verdict)
 
 
 def answers_question(answer: str, reference: str, thing: Thing) -> bool:
@@ -229,6 +231,10 @@ def load_judges(folder: Path = WEIGHTS) -> Judges:
             networks[name] = network()
         networks[name].load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
     return Judges(networks)
+
+
+def _only(names: frozenset[str] | set[str]) -> str | None:
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _conv(channels: int, out_channels: int, stride: int | tuple[int, int] = 1) -> nn.Module:

@@ -1,0 +1,33 @@
+"""Shares and how sure they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+Z_95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+def wilson_interval(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927): honest also at 0 and 1 and for few samples.
+
+    Args:
+        right: successes.
+        n: trials; with none the interval is (0, 1).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    centre = share + z * z / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def share(outcomes: Iterable[bool]) -> dict[str, Any]:
+    """`{"rate", "right", "n", "interval"}` of a list of outcomes; the rate of none is None."""
+    outcomes = list(outcomes)
+    right, n = sum(outcomes), len(outcomes)
+    return {"rate": right / n if n else None, "right": right, "n": n, "interval": list(wilson_interval(right, n))}

@@ -1,0 +1,145 @@
+"""Measure a trained model: the any-to-any matrix of ToyWorld, its upper bound and baseline, and what it says in words.
+
+    python scripts/evaluate.py --checkpoint runs/quickstart/stage3/final --output runs/report
+
+Prints the matrix, and writes matrix.json, samples/ (media and index.jsonl), contact_sheet.png and report.html. The
+things are those that training never saw; `--things seen` is for choosing settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from anygpt import InputError, MultimodalModel, MultimodalProcessor
+from anygpt.errors import reading
+from anygpt.evaluation.answers import GUIDANCE, STEPS, Settings
+from anygpt.evaluation.contact_sheet import contact_sheet
+from anygpt.evaluation.matrix import THINGS, check_settings, evaluate
+from anygpt.evaluation.report import text_table, write_report
+from anygpt.evaluation.tracking import log_report
+from anygpt.training.cli import MISTAKE, quiet_libraries
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULTS = Settings()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        default=REPOSITORY / "runs/quickstart/stage3/final",
+        help="a run's final/ folder (default: the quickstart's last)",
+    )
+    add("--suite", choices=["toyworld"], default="toyworld", help="what to measure (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder to write to; what an earlier evaluation left is replaced")
+    add("--samples", type=int, default=DEFAULTS.samples, help="a cell of the matrix (default: %(default)s)")
+    add("--talk-samples", type=int, default=DEFAULTS.talk_samples, help="of each kind of talk (default: %(default)s)")
+    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
+    add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
+    add("--no-baselines", action="store_true", help="leave out the upper bound and the caption baseline")
+    add("--steps", nargs="*", default=[], metavar="[KIND=]N", help=f"denoising steps (default: {spell(STEPS)})")
+    add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help=f"guidance scale (default: {spell(GUIDANCE)})")
+    add("--max-new-tokens", type=int, default=DEFAULTS.max_new_tokens, help="of an answer (default: %(default)s)")
+    add("--seed", type=int, default=DEFAULTS.seed, help="of requests, renders and noise (default: %(default)s)")
+    add("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
+    add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log matrix and sheet there")
+    return parser.parse_args(arguments)
+
+
+def spell(values: dict[str, Any]) -> str:
+    return " ".join(f"{kind}={value}" for kind, value in values.items())
+
+
+def by_kind(flag: str, given: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`["10"]` sets all kinds, `["image=10", "video=8"]` some; numbers as those in `defaults`."""
+    values = dict(defaults)
+    for item in given:
+        kind, _, number = item.rpartition("=")
+        kinds = [kind] if kind else list(values)
+        number_type = type(next(iter(defaults.values())))
+        try:
+            values |= {name: number_type(number) for name in kinds}
+        except ValueError:
+            raise InputError(
+                f"{flag} {item}: {number!r} is not a number; write for example {spell(defaults)}"
+            ) from None
+        if set(values) != set(defaults):
+            raise InputError(f"{flag} {item}: there is no {kind!r}; the kinds are {', '.join(defaults)}")
+    return values
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    settings = replace(
+        DEFAULTS,
+        baselines=not options.no_baselines,
+        steps=by_kind("--steps", options.steps, STEPS),
+        guidance=by_kind("--guidance", options.guidance, GUIDANCE),
+        **{
+            name: getattr(options, name)
+            for name in ("samples", "talk_samples", "batch_size", "seed", "things", "max_new_tokens")
+        },
+    )
+    check_settings(settings)
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"--output {options.output} is a file; give a folder")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return settings
+
+
+def training_logs(checkpoint: Path) -> list[Path]:
+    """`log.txt` of the run that a final/ folder belongs to and of those beside it, as the quickstart leaves them."""
+    return sorted(checkpoint.resolve().parent.parent.glob("stage*/log.txt"))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate and write everything; returns what `matrix.json` holds."""
+    settings = settings_of(options)
+    with reading(options.checkpoint):
+        model = MultimodalModel.from_pretrained(options.checkpoint)
+        processor = MultimodalProcessor.from_pretrained(options.checkpoint, model=model)
+    model.to(options.device).eval()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    samples = options.output.parent / f".{options.output.name}-{secrets.token_hex(4)}"
+    try:
+        report, judged = evaluate(model, processor, samples, settings)
+        report["checkpoint"] = str(options.checkpoint)
+        rate = next((d.module.rate for d in model.decoders.values() if d.modality == "audio"), 0)
+        sheet: Image.Image = contact_sheet(judged, samples, report["matrix"], rate)
+        write_report(options.output, samples, report, judged, sheet, training_logs(options.checkpoint))
+    finally:
+        shutil.rmtree(samples, ignore_errors=True)
+    log_report(options.tracker, options.output, report, sheet)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    quiet_libraries()
+    try:
+        report = run(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    print(text_table(report))
+    print(f"\nmatrix.json, contact_sheet.png, report.html and samples/ are in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
