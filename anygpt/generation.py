@@ -18,31 +18,17 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
+from anygpt.answering import Answering, SpanStates
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
+from anygpt.events import Listener, Narrator
 from anygpt.merging import Merged, pad_left
-from anygpt.outputs import Answer, GenerationOutput, Segment
+from anygpt.outputs import GenerationOutput
 from anygpt.signal_tokens import Spans, Tap
 from anygpt.span_rules import SpanForcing, SpanRules
 
 OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-
-
-@dataclass
-class SpanStates:
-    """The states of one finished span, as an output projector reads them.
-
-    Attributes:
-        row, start: the row, and the place of the span's first token in the answer.
-        key: its decoder.
-        states: `(N, H)`, the token embeddings added.
-    """
-
-    row: int
-    start: int
-    key: str
-    states: Tensor
 
 
 @dataclass
@@ -54,6 +40,7 @@ class SpanDecoder:
         tap: what the language model's head reads.
         rules: which tokens may come next.
         prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
+        narrator: is told what is said, where there is one row.
         spans: the spans that came out, filled while decoding.
     """
 
@@ -61,6 +48,7 @@ class SpanDecoder:
     tap: Tap
     rules: SpanRules
     prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    narrator: Narrator | None = None
     spans: list[SpanStates] = field(default_factory=list)
     _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -121,6 +109,8 @@ class SpanDecoder:
                 key = self.rules.key_of_first.get(token)
                 new = self.rules.ids[key] if key else [token]
                 answers[row] += new
+                if self.narrator is not None:
+                    self.narrator.said(new, key)
                 said = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 running[row] = not bool(stopping_criteria(said, None).any())
                 # A span that ends the answer must run all the same: the decoder is conditioned on its states.
@@ -128,6 +118,8 @@ class SpanDecoder:
             fed = [tokens if at_once else tokens[:1] for tokens in waiting]
             waiting = [[] if at_once else tokens[1:] for tokens in waiting]
             if not any(fed):
+                if self.narrator is not None:
+                    self.narrator.end_text()
                 return _pad_right(answers, pad, device)
             tokens, chunk_mask = _align_right(fed, pad, device)
             chunk = embedding(tokens)
@@ -183,7 +175,7 @@ class SpanDecoder:
                 del self._begun[row]
 
 
-class GenerationMixin:
+class GenerationMixin(Answering):
     """`generate`, mixed into `MultimodalModel`."""
 
     @torch.no_grad()
@@ -197,6 +189,7 @@ class GenerationMixin:
         forbid: Iterable[str] = (),
         decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         generation_config: GenerationConfig | None = None,
+        on_event: Listener | None = None,
         **kwargs: Any,
     ) -> GenerationOutput:
         """Answer a batch of prompts with text and media.
@@ -206,19 +199,26 @@ class GenerationMixin:
             items_per_row: see `forward`.
             require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
             forbid: decoders that no answer may call.
-            decoder_kwargs: `{decoder key: arguments of its sample}`: `num_inference_steps`, `guidance_scale`,
-                `generator`, sizes.
+            decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
+                `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
+                `width` (pixels), `num_frames`, `audio_length_in_s`. With a `seed` a row's media are what they are
+                when the row is alone.
             generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
+            on_event: called with an `anygpt.events.Event` whenever something happens; what it raises ends the
+                generation. For one row, without beams. (`generate_stream` is the iterator.)
             kwargs: encoder inputs, as in `forward`, and generation options.
 
         Returns:
             The new tokens, and one `Answer` a row: its segments in order.
 
         Raises:
-            InputError: an unknown decoder; a decoding mode other than greedy search, sampling and beam search.
+            InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
+                search; events of several rows, or of a search with beams, where nothing is final before the end.
         """
         require, forbid, decoder_kwargs = tuple(require), tuple(forbid), decoder_kwargs or {}
         self._check_decoders(require, forbid, decoder_kwargs)
+        for key, given in decoder_kwargs.items():
+            self.decoders[key].module.check_options(given)
         inputs, options = self._split_inputs(kwargs)
         config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
         options = self._special_tokens(config) | options
@@ -229,6 +229,15 @@ class GenerationMixin:
                 f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
                 "supported; use greedy search, sampling or beam search, one answer a row"
             )
+        narrator = None
+        if on_event is not None:
+            if len(input_ids) != 1 or mode in BEAM_MODES:
+                raise InputError(
+                    f"events are told of one row and without beams, not of {len(input_ids)} rows by {mode.value}; "
+                    "leave out on_event, or call generate for each row with num_beams=1"
+                )
+            types = {key: decoder.modality for key, decoder in self.decoders.items()}
+            narrator = Narrator(on_event, self.text_of, types)
         budget = config.max_new_tokens
         if budget is None:
             raise InputError(
@@ -242,18 +251,28 @@ class GenerationMixin:
         try:
             with self.signal_tokens.attached(self.language_model) as tap:
                 merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs), items_per_row)
-                decode = self._decode_stepwise if mode in OWN_MODES else self._decode_with_beams
-                sequences, spans = decode(pad_left(merged), inputs, tap, rules, options)
-            return GenerationOutput(sequences=sequences, answers=self._assemble(sequences, spans, decoder_kwargs))
+                merged = pad_left(merged)
+                if mode in OWN_MODES:
+                    sequences, spans = self._decode_stepwise(merged, inputs, tap, rules, options, narrator)
+                else:
+                    sequences, spans = self._decode_with_beams(merged, inputs, tap, rules, options)
+            answers = self.assemble(sequences, spans, decoder_kwargs, narrator)
+            return GenerationOutput(sequences=sequences, answers=answers)
         finally:
             self.train(training)
 
     def _decode_stepwise(
-        self, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
+        self,
+        merged: Merged,
+        inputs: Mapping[str, Any],
+        tap: Tap,
+        rules: SpanRules,
+        options: dict[str, Any],
+        narrator: Narrator | None,
     ):
         prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
         changed = self.preprocess_llm(merged, inputs, prompt)
-        decoder = SpanDecoder(self, tap, rules, changed)
+        decoder = SpanDecoder(self, tap, rules, changed, narrator)
         return self.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
 
     def _decode_with_beams(
@@ -289,43 +308,11 @@ class GenerationMixin:
             )
         ]
 
-    def _assemble(self, sequences: Tensor, spans: list[SpanStates], decoder_kwargs: Mapping) -> list[Answer]:
-        """Run each decoder once, batched over its spans, and put text and media in order."""
-        media: dict[tuple[int, int], Segment] = {}
-        for key, decoder in self.decoders.items():
-            mine = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
-            if not mine:
-                continue
-            condition = decoder.condition(torch.stack([span.states for span in mine]))
-            contents = decoder.module.sample(condition, **decoder_kwargs.get(key, {}))
-            for span, content, embeds in zip(mine, contents, condition.embeds, strict=True):
-                media[span.row, span.start] = Segment(decoder.modality, content, key, embeds, span.states)
-        answers = []
-        for row, ids in enumerate(sequences.tolist()):
-            answer, text, position = Answer(), [], 0
-            while position <= len(ids):
-                segment = media.get((row, position))
-                if (segment or position == len(ids)) and text:
-                    said = self._text(text)
-                    answer.segments += [Segment("text", said)] if said else []
-                    text = []
-                if segment:
-                    answer.segments.append(segment)
-                    position += len(self.signal_tokens.ids[segment.key])
-                    continue
-                text += ids[position : position + 1]
-                position += 1
-            answers.append(answer)
-        return answers
-
     def _placeholders(self) -> tuple[int, ...]:
         """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
         said = [i for span in self.signal_tokens.ids.values() for i in span]
         size = max(self.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
         return tuple(i for i in (self.token_ids or {}).values() if i < size)
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else ""
 
     def _special_tokens(self, config: GenerationConfig) -> dict[str, Any]:
         """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""

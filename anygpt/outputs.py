@@ -81,6 +81,7 @@ class Segment:
         condition: `(T, D)`, what the decoder was conditioned on; None for text.
         states: `(N, H)`, what the output projector read: the language model's states at the span plus the token
             embeddings there; None for text.
+        rate: samples (Hz) or frames a second; None for text and images.
     """
 
     type: str
@@ -88,6 +89,7 @@ class Segment:
     key: str | None = None
     condition: Tensor | None = None
     states: Tensor | None = None
+    rate: float | None = None
 
 
 @dataclass

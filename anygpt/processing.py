@@ -307,7 +307,8 @@ class MultimodalProcessor(TransformersProcessor):
 
         With `tokenize=True` the result is a batch for the model instead: users' media parts must then hold their
         medium under their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or
-        `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`.
+        `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`. An assistant's media parts that hold
+        theirs are inputs of the user's next turn.
         """
         if kwargs.pop("tokenize", False):
             # transformers' pipeline names what is the only way here
@@ -320,6 +321,8 @@ class MultimodalProcessor(TransformersProcessor):
 
     def _batch_of_conversations(self, conversation: Sequence[Any], **kwargs: Any) -> BatchFeature:
         conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
+        reads = {*self.modalities, *self.modalities.values()}
+        conversations = [chat.feed_back(messages, reads) for messages in conversations]
         media = []
         for message in (m for messages in conversations for m in messages if m["role"] != "assistant"):
             parts = [] if isinstance(message["content"], str) else message["content"]
@@ -354,20 +357,24 @@ class MultimodalProcessor(TransformersProcessor):
         return inputs
 
     def flatten_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Messages whose content is one string, media parts written as placeholders and signal spans."""
+        """Messages whose content is one string, media parts written as placeholders and signal spans.
+
+        Special tokens within texts are broken up (`chat.plain`).
+        """
+        special = [token.content for token in self.llm_tokenizer.added_tokens_decoder.values() if token.special]
         return [
             {
                 "role": message["role"],
-                "content": message["content"]
-                if isinstance(message["content"], str)
-                else "".join(self._part_text(message["role"], part) for part in message["content"]),
+                "content": "".join(
+                    self._part_text(message["role"], part, special) for part in chat.parts_of(message["content"])
+                ),
             }
             for message in messages
         ]
 
-    def _part_text(self, role: str, part: Mapping[str, Any]) -> str:
+    def _part_text(self, role: str, part: Mapping[str, Any], special: Iterable[str]) -> str:
         if part["type"] == "text":
-            return part["text"]
+            return chat.plain(part["text"], special)
         if role == "assistant":
             return "".join(self.signal_tokens[self.decoder_key(part["type"])])
         return self.tokens[self.encoder_key(part["type"])]

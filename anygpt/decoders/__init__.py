@@ -1,9 +1,10 @@
 """Diffusion decoders: frozen diffusers pipelines that turn conditions into images, video and audio."""
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
-from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.decoders.sampling import Condition
 from anygpt.decoders.sd3 import StableDiffusion3Decoder
 from anygpt.decoders.sdxl import StableDiffusionXLDecoder
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder

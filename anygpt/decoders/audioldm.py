@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from diffusers import AudioLDMPipeline, DiffusionPipeline
 from torch import Tensor
 
-from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.denoising import Generators
+from anygpt.decoders.reconstruction import vocoder_loss
+from anygpt.decoders.sampling import Condition, is_number
 from anygpt.decoders.targets import AudioTargets
 
 
@@ -46,12 +48,23 @@ class AudioLDMDecoder(DiffusionDecoder):
         return self.vocoder.config.sampling_rate
 
     @property
+    def rate(self) -> float:
+        return self.sampling_rate
+
+    @property
     def _hop_length(self) -> int:
         return math.prod(self.vocoder.config.upsample_rates)
 
     @property
     def _seconds_per_frame(self) -> float:
         return self._hop_length / self.sampling_rate
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """Seconds must make one latent at least."""
+        if name != "audio_length_in_s":
+            return super().expected_of(name, value)
+        least = self._seconds_per_frame * self.pipeline.vae_scale_factor
+        return None if is_number(value) and value >= least else f"a number of seconds from {least:.4g}"
 
     @property
     def condition_shape(self) -> tuple[int, int]:
@@ -73,7 +86,6 @@ class AudioLDMDecoder(DiffusionDecoder):
             normalize=self.normalize_waveform,
         )
 
-    @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
         """The normalised CLAP projection, `(B, 1, D)`."""
         return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
@@ -83,6 +95,15 @@ class AudioLDMDecoder(DiffusionDecoder):
         if isinstance(condition, Tensor):
             return F.normalize(condition, dim=-1)
         return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
+
+    def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
+        """Also the vocoder's, on the spectrograms themselves: `vocoder_loss`."""
+        losses = super().reconstruction_losses(media, generator)
+        if "vocoder" in self.trains:
+            targets = self.targets
+            mels = (media if isinstance(media, Tensor) else targets(media)).to(self.device, self.dtype)[:, 0]
+            losses["vocoder"] = vocoder_loss(self.vocoder(mels).float(), mels, targets)
+        return losses
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """AudioLDM's U-Net adds the condition to the time embedding; it attends to nothing but itself."""

@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from anygpt.decoders.denoising import DenoisingLoss, Generators, check_generators
+from anygpt.decoders.reconstruction import autoencoder_loss
+from anygpt.decoders.sampling import Condition, Sampling
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
 
@@ -28,35 +30,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "anygpt_decoder.json"
 
 
-@dataclass(eq=False)
-class Condition:
-    """What a decoder is conditioned on: embeds `(B, T, D)`, and where it has them pooled `(B, P)`, mask `(B, T)`."""
-
-    embeds: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-
-    @classmethod
-    def of(cls, condition: Condition | Tensor) -> Condition:
-        """A plain tensor means `Condition(embeds=tensor)`."""
-        return condition if isinstance(condition, cls) else cls(embeds=condition)
-
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
-
-    def __getitem__(self, rows: slice | list[int] | Tensor) -> Condition:
-        """The samples of `rows`; the batch dimension stays, so an `int` is not taken."""
-        return self._map(lambda tensor: tensor[rows])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Moved to `device`; floating-point tensors also cast to `dtype`. Differentiable."""
-        return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
-
-    def _map(self, function) -> Condition:
-        return Condition(*(None if x is None else function(x) for x in (self.embeds, self.pooled, self.mask)))
-
-
-class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
+class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
     """A diffusers pipeline as a frozen, differentiable decoder of conditions.
 
     The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
@@ -67,8 +41,6 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
 
     modality: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    size_names: ClassVar[tuple[str, ...]]
-    """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
     _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
 
     def __init_subclass__(cls, **kwargs):
@@ -87,6 +59,7 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 self.add_module(name, component)
+        self.trains = (next(name for name, part in self.named_children() if part is self.denoiser),)
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         if pipeline.components.get("safety_checker") is None:
@@ -178,6 +151,11 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         return None
 
     @property
+    def rate(self) -> float | None:
+        """Samples or frames a second of what is made; None where time is no part of it."""
+        return None
+
+    @property
     @abstractmethod
     def targets(self) -> TargetProcessor:
         """Turns raw media into what `encode_media` takes, at this decoder's default size; needs no weights."""
@@ -188,24 +166,39 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
 
     # ---- training
 
+    def train_networks(self, names: Sequence[str]) -> None:
+        """Choose the networks that `train` and `requires_grad_` are about: the denoiser alone, if never called.
+
+        Raises:
+            InputError: a name that is none of the pipeline's networks.
+        """
+        known = [name for name, _ in self.named_children()]
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"the decoder has no network {unknown[0]!r}; it has {', '.join(known)}")
+        self.trains = tuple(names)
+
     def train(self, mode: bool = True) -> DiffusionDecoder:
-        """Torch's mode, of the denoiser alone: captions and media must be encoded the same each time."""
+        """Torch's mode, of what trains: otherwise captions and media must be encoded the same each time."""
         super().train(False)
-        self.denoiser.train(mode)
+        for name in self.trains:
+            getattr(self, name).train(mode)
         self.training = mode
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
-        """Freeze or unfreeze the denoiser; the VAE, the text encoder and the others stay frozen."""
+        """Freeze or unfreeze what trains (see `train_networks`); the other networks stay frozen."""
         super().requires_grad_(False)
-        self.denoiser.requires_grad_(requires_grad)
+        for name in self.trains:
+            getattr(self, name).requires_grad_(requires_grad)
         return self
 
     # ---- conditions and latents
 
-    @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
-        """What the pipeline would condition on for `B` captions: `(B, T, D)`, a `Condition` if it has a pooled part."""
+        """What the pipeline would condition on for `B` captions: `(B, T, D)`, a `Condition` if it has a pooled part.
+
+        There is no graph through it unless the text encoder trains.
+        """
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
@@ -224,11 +217,32 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
             InputError: media that `targets` does not take, or a list of another number of generators.
         """
         pixels = media if isinstance(media, Tensor) else self.targets(media)
-        latents, std = self.posterior(pixels.to(self.device, self.vae.dtype))
+        return self.sample_posterior(*self.posterior(pixels.to(self.device, self.vae.dtype)), generator)
+
+    def sample_posterior(self, mean: Tensor, std: Tensor, generator: Generators = None) -> Tensor:
+        """`encode_media` from its second step on, of what `posterior` gave."""
+        latents = mean
         if generator is not None:
-            check_generators(generator, len(latents))
-            latents = latents + std * randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+            check_generators(generator, len(mean))
+            latents = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         return self.scale_latents(latents)
+
+    def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
+        """How far media are from what the decoder's own networks make of them, `{network: (B,)}`, float32.
+
+        For the networks that train (see `train_networks`); the VAE's is `autoencoder_loss`.
+        """
+        if "vae" not in self.trains:
+            return {}
+        pixels = media if isinstance(media, Tensor) else self.targets(media)
+        pixels = pixels.to(self.device, self.vae.dtype)
+        mean, std = self.posterior(pixels)
+        latents = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+        return {"vae": autoencoder_loss(self.decode_latents(latents), pixels, mean, std)}
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Media `(B, …)` as `targets` makes them, of latents as `posterior` gives them. Differentiable."""
+        return self.vae.decode(latents).sample
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(B, C, …)` of the VAE's posterior, not scaled."""
@@ -239,74 +253,6 @@ class DiffusionDecoder(DenoisingLoss, nn.Module, ABC):
         """Shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * self.vae.config.scaling_factor
-
-    # ---- sampling
-
-    @torch.no_grad()
-    def sample(
-        self,
-        condition: Tensor | Condition,
-        *,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_condition: Tensor | Condition | None = None,
-        generator: Generators = None,
-        **size: float,
-    ) -> list:
-        """Generate `B` media by calling the pipeline on the condition, as it would on captions encoded to it.
-
-        Args:
-            condition: `(B, T, D)`.
-            num_inference_steps, guidance_scale: the pipeline's own defaults if None.
-            negative_condition: `(B, T, D)`; if None, what the pipeline uses when given no negative prompt.
-            generator: one, or a list with one a sample.
-            size: the family's `size_names`; the decoder's own by default.
-
-        Raises:
-            InputError: shapes that do not fit, or a size this decoder does not have.
-        """
-        if unknown := sorted(set(size) - set(self.size_names)):
-            raise InputError(
-                f"{type(self).__name__}.sample has no argument {', '.join(unknown)}: sizes are "
-                f"{', '.join(self.size_names)}."
-            )
-        condition = self._ready(condition)
-        if negative_condition is not None:
-            negative_condition = self._ready(negative_condition, len(condition))
-        check_generators(generator, len(condition))
-        # All sizes are passed: given only one of height and width, diffusers would drop it.
-        arguments = {name: getattr(self, name) for name in self.size_names} | size
-        steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        arguments |= {name: value for name, value in steering.items() if value is not None}
-        arguments |= self.prompt_arguments(condition, negative_condition)
-        return self.collect(self.pipeline(**arguments, generator=generator))
-
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
-        parts = {"prompt_embeds": "embeds"} | ({} if self.pooled_dim is None else {"pooled_prompt_embeds": "pooled"})
-        arguments = {}
-        for name, part in parts.items():
-            arguments[name] = getattr(condition, part)
-            arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
-        return arguments
-
-    def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
-        """Checked, normalised, on the decoder's device and in its dtype."""
-        condition = Condition.of(condition)
-        given = tuple(condition.embeds.shape)
-        expected = (len(condition) if batch_size is None else batch_size, *self.condition_shape)
-        if given != expected:
-            raise InputError(
-                f"The condition of {type(self).__name__} is {given}, expected (batch, tokens, dim) = {expected}: "
-                "make the output projector for this decoder's condition_shape, with one condition a sample."
-            )
-        pooled = None if condition.pooled is None else tuple(condition.pooled.shape)
-        if self.pooled_dim is not None and pooled != (expected[0], self.pooled_dim):
-            raise InputError(
-                f"The pooled condition of {type(self).__name__} is {pooled}, expected (batch, dim) = "
-                f"{(expected[0], self.pooled_dim)}: give Condition(embeds, pooled)."
-            )
-        return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
 
 
 @cache

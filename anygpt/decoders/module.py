@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.decoders.sampling import Condition
 from anygpt.errors import InputError
 from anygpt.signal_tokens import DEFAULT_COUNTS, SIGNALS
 

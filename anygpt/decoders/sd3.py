@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
-from anygpt.decoders.base import Condition
+from anygpt.decoders.sampling import Condition
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 from anygpt.errors import InputError
 
@@ -51,6 +51,11 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
     def denoiser(self) -> nn.Module:
         """The transformer."""
         return self.transformer
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's factor, and the transformer's patches."""
+        return self.pipeline.vae_scale_factor * self.transformer.config.patch_size
 
     @property
     def condition_shape(self) -> tuple[int, int]:

@@ -44,6 +44,10 @@ class ZeroscopeDecoder(DiffusionDecoder):
         self.frame_rate = frame_rate
 
     @property
+    def rate(self) -> float:
+        return self.frame_rate
+
+    @property
     def targets(self) -> VideoTargets:
         """uint8 videos `(F, H, W, 3)` -> `(B, 3, num_frames, height, width)` in [-1, 1]."""
         return VideoTargets(self.height, self.width, self.num_frames)
