@@ -1,4 +1,4 @@
-"""Stage 0, components (optional): makes pretrained parts, such as those of the tiny zoo. Trains what `train.parts` names:
+"""Stage 0, components (optional): makes pretrained parts, as those of the tiny zoo. Trains what `train.parts` says:
 encoders by InfoNCE (`loss.encoder`), the language model by NLL (`loss.llm`), a decoder's denoiser and text encoder by
 denoising (`loss.decoder`), its VAE and vocoder by reconstruction (`loss.reconstruction`). Each part that it trained is
 written to `<output_dir>/parts/` as an ordinary `from_pretrained` folder.

@@ -1,4 +1,4 @@
-"""What the tests share: the tiny zoo's parts, loaded once and copied, and small media."""
+"""What the tests share: the tiny zoo's parts with random weights, loaded once and copied, and small media."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_utils import shared
 
 from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.parts import (
@@ -22,15 +23,20 @@ from anygpt.parts import (
     load_language_model,
     load_tokenizer,
 )
+from anygpt.toyworld import write_untrained
 
 SIGNAL_TOKENS = {"image": 4, "video": 3, "audio": 2}
 
 
 class Parts:
-    """The zoo's parts by name; every call gives a fresh copy of what was loaded once."""
+    """The zoo's parts by name, untrained; every call gives a fresh copy of what was loaded once."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        self.folder = folder
         self._loaded = {}
+
+    def source(self, name, **settings):
+        return Source(str(self.folder / name), **settings)
 
     def _copy(self, name, load):
         if name not in self._loaded:
@@ -39,23 +45,26 @@ class Parts:
 
     def language_model(self, lively=True):
         """`lively`: weights four times as large, or random ones would hardly look at their context."""
-        model = self._copy("llm", lambda: load_language_model(Source("zoo:language_model")).eval())
+        model = self._copy("llm", lambda: load_language_model(self.source("language_model")).eval())
         if lively:
             enlarge(model)
             model.anygpt_source = None  # it is no longer what lies there
         return model
 
     def tokenizer(self):
-        return self._copy("tokenizer", lambda: load_tokenizer(Source("zoo:language_model")))
+        return self._copy("tokenizer", lambda: load_tokenizer(self.source("language_model")))
 
     def encoder(self, modality):
-        return self._copy(f"{modality}_encoder", lambda: load_encoder(_encoder_source(modality), modality).eval())
+        return self._copy(f"{modality}_encoder", lambda: load_encoder(self._encoder(modality), modality).eval())
 
     def processor(self, modality):
-        return self._copy(f"{modality}_processor", lambda: load_encoder_processor(_encoder_source(modality), modality))
+        return self._copy(f"{modality}_processor", lambda: load_encoder_processor(self._encoder(modality), modality))
 
     def decoder(self, modality):
-        return self._copy(f"{modality}_decoder", lambda: load_decoder(Source(f"zoo:{modality}_decoder")))
+        return self._copy(f"{modality}_decoder", lambda: load_decoder(self.source(f"{modality}_decoder")))
+
+    def _encoder(self, modality):
+        return self.source("image_encoder", num_frames=4) if modality == "video" else self.source(f"{modality}_encoder")
 
 
 def enlarge(model, factor=4.0):
@@ -67,15 +76,9 @@ def enlarge(model, factor=4.0):
     return model
 
 
-def _encoder_source(modality):
-    if modality == "video":
-        return Source("zoo:image_encoder", num_frames=4)
-    return Source(f"zoo:{modality}_encoder")
-
-
 @pytest.fixture(scope="session")
-def parts():
-    return Parts()
+def parts(tmp_path_factory):
+    return Parts(shared(tmp_path_factory, "untrained", lambda folder: write_untrained(folder / "parts")) / "parts")
 
 
 @pytest.fixture(scope="session")

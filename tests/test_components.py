@@ -1,0 +1,162 @@
+"""Stage 0: losses of VAEs and vocoders, denoising under a text encoder that trains, parts that load by themselves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AudioLDMPipeline, AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from training_utils import shared
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+
+from anygpt.decoders.reconstruction import KL_WEIGHT, autoencoder_loss, log_mel, vocoder_loss
+from anygpt.errors import InputError
+from anygpt.losses import LossWeights
+from anygpt.objectives import drop_captions
+from anygpt.toyworld.datasets import write_dataset
+from anygpt.toyworld.world import THINGS
+from anygpt.training.components import write_components
+from anygpt.training.config import parse_config
+from anygpt.training.loop import train
+from anygpt.training.stages import COMPONENTS
+
+ONLY_OWN = {"loss.llm": 0, "loss.encoder_llm": 0, "loss.llm_decoder": 0, "loss.encoder_decoder": 0}
+
+
+def test_the_autoencoders_loss_is_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    media, decoded = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 8, 8, generator=generator)
+    mean, std = torch.randn(2, 4, 2, 2, generator=generator), torch.rand(2, 4, 2, 2, generator=generator) + 0.1
+    found = autoencoder_loss(decoded, media, mean, std)
+    for row in range(2):
+        posterior = torch.distributions.Normal(mean[row].double(), std[row].double())
+        divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
+        expected = (decoded[row] - media[row]).double().abs().mean() + KL_WEIGHT * divergence
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_vocoders_spectrogram_is_that_of_the_targets(parts):
+    targets = parts.decoder("audio").targets
+    waveform = np.random.default_rng(0).uniform(-0.5, 0.5, targets.num_frames * targets.hop_length).astype(np.float32)
+    waveform -= waveform.mean()
+    waveform *= 0.5 / np.abs(waveform).max()  # as the targets do it, so that they change nothing
+    expected = torch.from_numpy(targets.one((waveform, targets.sampling_rate), 0))
+    found = log_mel(torch.from_numpy(waveform)[None], targets)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert vocoder_loss(torch.from_numpy(waveform)[None], expected, targets) < 1e-4
+    silence = torch.zeros(1, len(waveform), requires_grad=True)
+    vocoder_loss(silence, expected, targets).sum().backward()
+    assert silence.grad.isfinite().all()
+
+
+def test_captions_are_dropped_by_share_and_by_their_own_generators():
+    captions = [f"a {thing}" for thing in THINGS] * 20
+    weights = LossWeights(caption_dropout=0.25)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+    first = drop_captions(captions, weights, generators)
+    assert 0.2 < np.mean([text == "" for text in first]) < 0.3
+    assert set(first) == {"", *captions}
+    again = drop_captions(captions[5:9], weights, [torch.Generator().manual_seed(i) for i in range(5, 9)])
+    assert again == first[5:9]
+    assert drop_captions(captions, LossWeights(), generators) is captions
+
+
+def test_a_decoder_trains_the_networks_it_is_told(parts):
+    decoder = parts.decoder("audio")
+    assert decoder.trains == ("unet",)
+    decoder.train_networks(["vocoder", "text_encoder"])
+    decoder.requires_grad_(True).train()
+    training = {name for name, child in decoder.named_children() if any(p.requires_grad for p in child.parameters())}
+    assert training == {"vocoder", "text_encoder"}
+    assert decoder.vocoder.training and not decoder.unet.training
+    assert decoder.encode_text(["a red ring"]).requires_grad
+    with pytest.raises(InputError, match=r"it has .*unet"):
+        decoder.train_networks(["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    def make(folder):
+        for kind in ("words", "pairs", "pictures", "sounds"):
+            write_dataset(folder, kind, 12, seed=0, things=THINGS)
+
+    return shared(tmp_path_factory, "component_data", make)
+
+
+def run(folder, data, kind, parts, names, **settings):
+    arguments = {
+        "run.output_dir": folder / "run",
+        "run.device": "cpu",
+        "model.language_model.path": parts.folder / "language_model",
+        "data.train": json.dumps([{"path": str(data / f"{kind}.jsonl")}]),
+        "train.parts": json.dumps(names),
+        "train.batch_size": 4,
+        "train.max_steps": 3,
+        **settings,
+    }
+    config = parse_config([f"--{name}={value}" for name, value in arguments.items()])
+    final = train(config, COMPONENTS)
+    write_components(final, config)
+    return Path(config.run.output_dir) / "parts"
+
+
+def decoder_of(parts, modality):
+    entry = {"path": str(parts.folder / f"{modality}_decoder"), "num_signal_tokens": 1}
+    return {"model.decoders": json.dumps({modality: entry | {"projector": {"projection_type": "linear"}}})}
+
+
+def changed(before, after):
+    return {
+        n for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True) if (a != b).any()
+    }
+
+
+def test_the_autoencoder_is_trained_and_its_latents_are_scaled(tmp_path, data, parts):
+    made = run(
+        tmp_path, data, "pictures", parts, ["image_decoder.vae"],
+        **{**decoder_of(parts, "image"), **ONLY_OWN, "loss.reconstruction": 1},
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline.from_pretrained(made / "image_decoder")
+    before = parts.decoder("image")
+    assert len(changed(before.vae, pipeline.vae)) > 40
+    assert not changed(before.unet, pipeline.unet) and not changed(before.text_encoder, pipeline.text_encoder)
+    decoder = parts.decoder("image")
+    decoder.vae = AutoencoderKL.from_pretrained(made / "image_decoder" / "vae")
+    rows = [json.loads(line) for line in (data / "pictures.jsonl").read_text().splitlines()]
+    pictures = [Image.open(data / row["messages"][1]["content"][-1]["path"]) for row in rows]
+    latents = decoder.posterior(decoder.targets(pictures))[0] * decoder.vae.config.scaling_factor
+    assert abs(float(latents.std().detach()) - 1) < 1e-3
+
+
+def test_a_denoiser_and_its_text_encoder_train_together(tmp_path, data, parts):
+    names = ["audio_decoder.unet", "audio_decoder.text_encoder"]
+    own = {**decoder_of(parts, "audio"), **ONLY_OWN, "loss.decoder": 1, "loss.caption_dropout": 0.5}
+    made = run(tmp_path, data, "sounds", parts, names, **own)
+    pipeline = AudioLDMPipeline.from_pretrained(made / "audio_decoder")
+    before = parts.decoder("audio")
+    assert changed(before.unet, pipeline.unet) and changed(before.text_encoder, pipeline.text_encoder)
+    assert not changed(before.vae, pipeline.vae) and not changed(before.vocoder, pipeline.vocoder)
+
+
+def test_encoders_and_language_model_become_parts(tmp_path, data, parts):
+    encoders = {m: {"path": str(parts.folder / f"{m}_encoder")} for m in ("image", "audio")}
+    made = run(
+        tmp_path / "encoders", data, "pairs", parts, ["image_encoder", "image_projector", "audio_encoder"],
+        **{"model.encoders": json.dumps(encoders), **ONLY_OWN, "loss.encoder": 1},
+    )  # fmt: skip
+    assert sorted(path.name for path in made.iterdir()) == ["audio_encoder", "image_encoder"]
+    assert changed(parts.encoder("image"), CLIPVisionModel.from_pretrained(made / "image_encoder"))
+    made = run(tmp_path / "words", data, "words", parts, ["language_model"])
+    after = AutoModelForCausalLM.from_pretrained(made / "language_model")
+    assert len(changed(parts.language_model(lively=False), after)) > 30
+    assert len(AutoTokenizer.from_pretrained(made / "language_model")) == after.config.vocab_size
+
+
+def test_a_network_that_is_not_there_is_named(tmp_path, data, parts):
+    own = {**decoder_of(parts, "image"), **ONLY_OWN, "loss.reconstruction": 1}
+    with pytest.raises(InputError, match=r"no network 'vocoder'; it has .*vae"):
+        run(tmp_path, data, "pictures", parts, ["image_decoder.vocoder"], **own)
+    with pytest.raises(InputError, match="decoders are image_decoder"):
+        run(tmp_path, data, "pictures", parts, ["video_decoder.vae"], **own)
