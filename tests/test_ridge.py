@@ -69,7 +69,10 @@ def test_fewer_samples_than_inputs():
 @pytest.mark.parametrize("batch", [7, 64])
 def test_strength_is_the_best_one_for_the_samples_held_back_which_then_join_the_fit(batch):
     x, y = problem()
-    back = torch.arange(len(x)) % HOLD_BACK_EVERY == HOLD_BACK_EVERY - 1
+    fit = fed(x, y, batch)
+    held = torch.cat([outputs for _, outputs in fit.held])
+    back = (y.double()[:, None] == held[None]).all(-1).any(-1)
+    assert 0 < back.sum() < len(y)
     centred = (x[~back] - x[~back].mean(dim=0)).double()
     scale = float(torch.linalg.eigvalsh(centred.T @ centred).mean())
     errors = {}
@@ -94,13 +97,26 @@ def test_memory_does_not_grow_with_the_samples():
         tensors = [fit.xtx, fit.xty, fit.x_sum, fit.y_sum, *(t for pair in fit.held for t in pair)]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    x, y = torch.randn(HOLD_BACK_EVERY * MAX_HELD_BACK, 3), torch.randn(HOLD_BACK_EVERY * MAX_HELD_BACK, 2)
+    x, y = torch.randn(2 * HOLD_BACK_EVERY * MAX_HELD_BACK, 3), torch.randn(2 * HOLD_BACK_EVERY * MAX_HELD_BACK, 2)
     fit = fed(x, y, 512)
     full = size(fit)
     assert sum(len(held) for held, _ in fit.held) == MAX_HELD_BACK
     for _ in range(3):
         fit.add(x, y)
-    assert size(fit) == full and fit.seen == 4 * len(x)
+    assert size(fit) == full and fit.count == 4 * len(x) - MAX_HELD_BACK
+
+
+def test_samples_of_one_caption_are_held_back_together():
+    x, y = torch.randn(400, 3), torch.randn(40, 2).repeat(10, 1)
+    fit = RidgeRegression(3, 2)
+    for start in range(0, 400, 16):
+        fit.add(x[start : start + 16], y[start : start + 16])
+    held = torch.cat([outputs for _, outputs in fit.held])
+    assert 10 <= len(held) < 200 and len(held) % 10 == 0
+    assert all((held == row).all(-1).sum() == 10 for row in held)
+    alone = RidgeRegression(3, 2)
+    alone.held = [(x.double(), y.double())]  # as if all that there was had been held back
+    assert torch.isfinite(alone.solve()[0]).all()
 
 
 def test_no_captions_are_refused():

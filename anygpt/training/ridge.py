@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
 
-HOLD_BACK_EVERY = 10  # one caption in ten chooses the strength …
-MAX_HELD_BACK = 512  # … up to this number, so that memory does not grow with the captions
+HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …
+MAX_HELD_BACK = 512  # … up to this number of samples, so that memory does not grow with the captions
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
 
 
@@ -34,18 +35,24 @@ class RidgeRegression:
         self.xty = torch.zeros(inputs, outputs, dtype=torch.float64)
         self.x_sum = torch.zeros(inputs, dtype=torch.float64)
         self.y_sum = torch.zeros(outputs, dtype=torch.float64)
-        self.count = self.seen = 0
+        self.count = self.seen_back = 0
         self.hold_back = hold_back
         self.held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """`(M, inputs)` and `(M, outputs)`, in any float dtype."""
+        """`(M, inputs)` and `(M, outputs)`, in any float dtype.
+
+        Samples are held back by what they regress to: where captions repeat, the strength must be chosen on captions
+        that the fit has not seen.
+        """
         x, y = x.double().cpu(), y.double().cpu()
-        number = torch.arange(self.seen, self.seen + len(x))
-        self.seen += len(x)
-        back = (number % HOLD_BACK_EVERY == HOLD_BACK_EVERY - 1) & (number // HOLD_BACK_EVERY < MAX_HELD_BACK)
-        if not self.hold_back:
-            back = torch.zeros_like(back)
+        back = torch.zeros(len(x), dtype=torch.bool)
+        for row, outputs in enumerate(y.float() if self.hold_back else ()):
+            # Rounded: the same caption may differ in its last bits from batch to batch.
+            key = xxh3_64_intdigest(outputs.mul(1e3).round().to(torch.int64).numpy().tobytes())
+            back[row] = key % HOLD_BACK_EVERY == 0
+        back &= self.seen_back + back.cumsum(0) <= MAX_HELD_BACK
+        self.seen_back += int(back.sum())
         if back.any():
             self.held.append((x[back], y[back]))
         self._accumulate(x[~back], y[~back])
@@ -66,13 +73,15 @@ class RidgeRegression:
         Raises:
             InputError: no samples.
         """
-        if not self.count:
+        if not self.count and not self.held:
             raise InputError("ridge regression was given no captions; the training data has none for this decoder")
         if strength is None:
-            strength = self._choose()
+            strength = self._choose() if self.count else None
             for x, y in self.held:
                 self._accumulate(x, y)
             self.held = []
+        if strength is None:  # all that there was had been held back
+            strength = self._choose()
         x_mean, y_mean, values, vectors, rotated = self._decompose()
         weight = vectors @ (rotated / (values + strength)[:, None])
         return weight.T, y_mean - x_mean @ weight, strength
