@@ -3,73 +3,37 @@
     python scripts/chat.py                                                # a conversation
     python scripts/chat.py --prompt "What is this?" --attach picture.png  # one answer
 
-In a conversation, `/attach PATH` adds a file to the next message, `/reset` forgets everything, `/quit` ends.
-Generated media are written into the folder `--output`, and their paths are printed.
+In a conversation, text comes as it is said, media are written into the folder `--output` and their paths printed, and
+what was generated is an input of your next message. Commands:
+
+    /attach PATH   add a file to your next message (image, video or sound, by its suffix)
+    /history       show the conversation so far
+    /save PATH     write it there as JSON, media as the paths of their files
+    /reset         forget everything
+    /quit          end
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from anygpt import InputError, MultimodalModel, MultimodalProcessor
-from anygpt.data import read_media, write_audio, write_image, write_video
-from anygpt.errors import reading
-from anygpt.outputs import Answer
+from anygpt import InputError
+from anygpt.chat import answer_message
+from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.talking import Settings, Talker, check_device, modality_of, write_segment
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
-SUFFIXES = {
-    ".png .jpg .jpeg .bmp .webp": "image",
-    ".mp4 .webm .mkv .mov .avi .gif": "video",
-    ".wav .flac .mp3 .ogg .m4a": "audio",
-}
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def media_part(path: str) -> dict[str, Any]:
-    """A file as a content part; its suffix says what it is."""
-    for suffixes, modality in SUFFIXES.items():
-        if Path(path).suffix.lower() in suffixes.split():
-            return {"type": modality, modality: read_media(modality, path)}
-    raise InputError(f"cannot tell what {path} is by its suffix; known are {' '.join(SUFFIXES)}")
-
-
-def as_message(answer: Answer) -> dict[str, Any]:
-    """An answer as a turn of the conversation, its media as the signal spans that called for them."""
-    parts = [
-        {"type": "text", "text": segment.content} if segment.type == "text" else {"type": segment.type}
-        for segment in answer.segments
-    ]
-    return {"role": "assistant", "content": parts}
-
-
-def save_answer(answer: Answer, model: MultimodalModel, folder: Path, number: int) -> list[str]:
-    """Write an answer's media; returns its segments in order, media as their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, segment in enumerate(answer.segments):
-        if segment.type == "text":
-            lines.append(segment.content)
-            continue
-        decoder = model.decoders[segment.key].module
-        path = folder / f"{number:02d}-{index}.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[segment.type] }"
-        if segment.type == "image":
-            write_image(path, segment.content)
-        elif segment.type == "video":
-            write_video(path, segment.content, decoder.frame_rate)
-        else:
-            write_audio(path, segment.content, decoder.sampling_rate)
-        lines.append(f"[{segment.type}: {path}]")
-    return lines
+COMMANDS = "/attach PATH, /history, /save PATH, /reset, /quit"
 
 
 class Chat:
-    """A conversation with a model.
+    """A conversation with a model in a terminal.
 
     Args:
         options: the parsed command line.
@@ -77,37 +41,71 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        with reading(options.checkpoint):
-            self.model = MultimodalModel.from_pretrained(options.checkpoint)
-            self.processor = MultimodalProcessor.from_pretrained(options.checkpoint, model=self.model)
-        self.model.to(options.device)
+        self.talker = Talker(options.checkpoint, options.device, options.offload)
+        kwargs = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        self.settings = Settings(
+            max_new_tokens=options.max_new_tokens,
+            temperature=1.0 if options.sample else 0.0,
+            seed=options.seed,
+            require=tuple(options.require),
+            forbid=tuple(options.forbid),
+            decoder_kwargs=dict.fromkeys(self.talker.makes, kwargs),
+        )
         self.messages: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # the same, media as paths
         self.turns = 0
 
-    def say(self, text: str, files: list[str]) -> list[str]:
-        """One turn: what the user says and attaches; returns the answer's lines."""
-        content = [media_part(path) for path in files] + ([{"type": "text", "text": text}] if text else [])
-        messages = [*self.messages, {"role": "user", "content": content}]
-        batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
-        generator = torch.Generator().manual_seed(self.options.seed)
-        torch.manual_seed(self.options.seed)
-        kwargs = {"num_inference_steps": self.options.steps, "guidance_scale": self.options.guidance}
-        answer = self.model.generate(
-            **batch.to(self.model.device),
-            max_new_tokens=self.options.max_new_tokens,
-            do_sample=self.options.sample,
-            require=self.options.require,
-            forbid=self.options.forbid,
-            decoder_kwargs={key: {"generator": generator, **kwargs} for key in self.model.decoders},
-        ).answers[0]
-        self.messages = [*messages, as_message(answer)]
+    def say(self, text: str, files: list[str]) -> None:
+        """One turn: what the user says and attaches; prints the answer as it comes. Nothing is kept of a failed one."""
+        parts = [self.talker.read(modality_of(path), path) for path in files]
+        shown = [{"type": part["type"], "path": path} for part, path in zip(parts, files, strict=True)]
+        said = [{"type": "text", "text": text}] if text else []
+        messages = [*self.messages, {"role": "user", "content": parts + said}]
+        printer = Printer(self.options.output, self.turns + 1)
+        try:
+            reply = self.talker.answer(messages, self.settings, on_event=printer)
+        finally:
+            printer.end_line()
         self.turns += 1
-        return save_answer(answer, self.model, self.options.output, self.turns)
+        self.messages = [*messages, answer_message(reply.answer)]
+        answered = [
+            {"type": s.type, "text": s.content} if s.type == "text" else {"type": s.type, "path": printer.paths[index]}
+            for index, s in enumerate(reply.answer.segments)
+        ]
+        self.history += [{"role": "user", "content": shown + said}, {"role": "assistant", "content": answered}]
+
+    def show_history(self) -> None:
+        for message in self.history:
+            print("you:" if message["role"] == "user" else "model:")
+            for part in message["content"]:
+                print("  " + (part["text"] if part["type"] == "text" else f"[{part['type']}: {part['path']}]"))
+
+    def save(self, path: str) -> None:
+        """Write the conversation as JSON.
+
+        Raises:
+            InputError: no path, or one that cannot be written.
+        """
+        if not path:
+            raise InputError("/save needs the path of a file")
+        try:
+            Path(path).write_text(json.dumps({"messages": self.history}, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from error
+        print(f"saved: {path}")
+
+    def attach(self, path: str, files: list[str]) -> None:
+        """Look at a file, so that its faults are known before anything is said."""
+        if not path:
+            raise InputError("/attach needs the path of a file")
+        part = self.talker.read(modality_of(path), path)
+        files.append(path)
+        print(f"attached {part['type']}: {path}")
 
     def run(self) -> None:
         """Read turns from the terminal until the end of input."""
         files: list[str] = []
-        print("/attach PATH adds a file to your next message, /reset forgets everything, /quit ends.")
+        print(f"Say something, or {COMMANDS}.")
         while True:
             try:
                 text = input("you: ").strip()
@@ -119,15 +117,63 @@ class Chat:
                 if command == "/quit":
                     return
                 if command == "/reset":
-                    self.messages, files = [], []
+                    self.messages, self.history, files = [], [], []
+                    print("Everything is forgotten.")
+                elif command == "/history":
+                    self.show_history()
+                elif command == "/save":
+                    self.save(argument.strip())
                 elif command == "/attach":
-                    media_part(argument.strip())
-                    files.append(argument.strip())
+                    self.attach(argument.strip(), files)
+                elif command.startswith("/"):
+                    raise InputError(f"there is no command {command}; there are {COMMANDS}")
                 elif text or files:
-                    print("model:", *self.say(text, files), sep="\n  ")
+                    print("model: ", end="", flush=True)
+                    self.say(text, files)
                     files = []
             except InputError as error:
                 print(f"error: {error}")
+            except KeyboardInterrupt:
+                print("\nstopped; this turn is forgotten")
+
+
+class Printer:
+    """Prints the events of an answer: text as it comes, progress on a terminal only, media as paths.
+
+    Args:
+        folder: where media are written.
+        turn: number in their names.
+    """
+
+    def __init__(self, folder: Path, turn: int):
+        self.folder, self.turn = folder, turn
+        self.paths: dict[int, str] = {}
+        self.begun = False  # something stands on this line
+        self.terminal = sys.stdout.isatty()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, TextPiece):
+            print(event.text, end="", flush=True)
+            self.begun = True
+        elif isinstance(event, MediumCalled):
+            print(f"[{event.type} {event.segment}]", end="", flush=True)
+            self.begun = True
+        elif isinstance(event, DecodingStarted):
+            self.end_line()
+        elif isinstance(event, DecodingStep) and self.terminal:
+            print(f"\r{event.key}: step {event.step} of {event.steps}", end="", flush=True)
+            self.begun = True
+        elif isinstance(event, MediumDone):
+            if self.terminal:
+                self.end_line()
+            path = write_segment(event.content, self.folder / f"{self.turn:02d}-{event.segment}")
+            self.paths[event.segment] = str(path)
+            print(f"[{event.content.type} {event.segment}: {path}]", flush=True)
+
+    def end_line(self) -> None:
+        if self.begun:
+            print()
+        self.begun = False
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -151,6 +197,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's own)")
     parser.add_argument("--seed", type=int, default=0, help="of sampled text and media (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
+    parser.add_argument("--offload", action="store_true", help="decoders are on the device only while they are used")
     return parser.parse_args(arguments)
 
 
@@ -166,10 +213,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--output {options.output} is a file; give a folder")
     if options.prompt is not None and not options.prompt.strip() and not options.attach:
         raise InputError("--prompt is empty; say something, or attach a file")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(options.device, options.offload)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.prompt is None and not options.attach:
             chat.run()
         else:
-            print(*chat.say(options.prompt or "", options.attach), sep="\n")
+            chat.say(options.prompt or "", options.attach)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

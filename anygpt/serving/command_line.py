@@ -1,0 +1,68 @@
+"""What the servers' command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import socket
+from pathlib import Path
+from typing import Any
+
+from anygpt.errors import InputError
+from anygpt.serving.engine import Engine
+from anygpt.talking import Talker, check_device
+
+CHECKPOINT = Path("runs/quickstart/stage3/final")
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAX_CONNECTIONS = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=REPOSITORY / CHECKPOINT,
+        help="a run's final/ folder (default: the quickstart's last)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=port, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
+    parser.add_argument("--offload", action="store_true", help="decoders are on the device only while they are used")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find mistakes before anything is loaded; a free port is chosen here, where none was named.
+
+    Raises:
+        InputError: a setting that cannot be used, or the extra `demo` is not installed.
+    """
+    missing = [name for name in ("gradio", "starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' brings it")
+    if options.max_waiting < 1:
+        raise InputError(f"--max-waiting is {options.max_waiting}, expected at least 1")
+    check_device(options.device, options.offload)
+    try:
+        with socket.create_server((options.host, options.port)) as probe:
+            options.port = probe.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; name another --port") from error
+
+
+def load_engine(options: argparse.Namespace) -> Engine:
+    return Engine(Talker(options.checkpoint, options.device, options.offload), options.max_waiting)
+
+
+def listen(app: Any, options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    import uvicorn  # not above: `check` says in a sentence where it is missing
+
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )

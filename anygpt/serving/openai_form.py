@@ -1,0 +1,256 @@
+"""OpenAI's chat completions: their requests as conversations and settings, and answers in their form.
+
+Media come as content parts with data URLs: `{"type": "image_url", "image_url": {"url": …}}`, the same with
+`video_url`, and `{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`. An answer has its text
+in `content`, and all of it, in order and in the same form, in `parts`; a conversation may send it back with them.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anygpt.data.schema import checked_text
+from anygpt.decoders.sampling import MAX_SEED, is_integer, is_number
+from anygpt.errors import InputError
+from anygpt.outputs import Answer, Segment
+from anygpt.serving.media import from_base64, from_data_url, to_base64, to_data_url
+from anygpt.talking import Reply, Settings, Talker
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+PARTS = {"image_url": "image", "video_url": "video", "input_audio": "audio"}
+OWN_FIELDS = ("require", "forbid", "decoders")
+FIELDS = (
+    *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream"),
+    *("stream_options", "n", "modalities"),
+    *OWN_FIELDS,
+)
+# They change nothing about an answer.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
+# What they are where they ask for nothing.
+NEUTRAL = {
+    **{"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "stop": []},
+    "response_format": {"type": "text"},
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    new_tokens: int = 1024
+    messages: int = 200
+    characters: int = 100_000
+    media: int = 16
+    steps: int = 200
+    side: int = 1024
+    frames: int = 64
+    seconds: float = 30.0
+
+    def check(self, what: str, amount: float, limit: float) -> None:
+        if amount > limit:
+            raise InputError(f"{what} is {amount:g}, more than the {limit:g} that this server allows")
+
+
+@dataclass
+class Request:
+    """A request that has been understood; the media in `messages` are still to be decoded (`decode`)."""
+
+    messages: list[dict[str, Any]]
+    settings: Settings
+    stream: bool = False
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def decode(self, talker: Talker) -> list[dict[str, Any]]:
+        """The conversation with its media decoded; takes its time.
+
+        Raises:
+            InputError: a medium that is broken or over a limit, or that no encoder reads.
+        """
+        messages = []
+        for message in self.messages:
+            parts = [
+                part if part["type"] == "text" else talker.read(part["type"], part["medium"])
+                for part in message["content"]
+            ]
+            messages.append({"role": message["role"], "content": parts})
+        return messages
+
+
+def parse_request(body: Any, talker: Talker, limits: Limits) -> Request:
+    """Understand a request's JSON.
+
+    Raises:
+        InputError: anything that this server does not know or allow.
+    """
+    if not isinstance(body, dict):
+        raise InputError(f"the body is a JSON {type(body).__name__}; expected an object with model and messages")
+    for name, value in body.items():
+        if name not in (*FIELDS, *IGNORED) and value is not None and value != NEUTRAL.get(name):
+            raise InputError(f"{name!r:.60} is not supported here; leave it out. Known are {', '.join(FIELDS)}")
+    given = {name: value for name, value in body.items() if value is not None}
+    if given.get("n", 1) != 1:
+        raise InputError("n is not 1; one answer is given to a request")
+    stream_options = given.get("stream_options", {})
+    if not isinstance(stream_options, dict) or not isinstance(given.get("stream", False), bool):
+        raise InputError("stream must be true or false, and stream_options an object")
+    return Request(
+        _messages(given.get("messages"), limits),
+        _settings(given, talker, limits),
+        given.get("stream", False),
+        bool(stream_options.get("include_usage", False)),
+    )
+
+
+def _settings(given: Mapping[str, Any], talker: Talker, limits: Limits) -> Settings:
+    tokens = given.get("max_completion_tokens", given.get("max_tokens", Settings.max_new_tokens))
+    if not is_integer(tokens) or tokens < 1:
+        raise InputError(f"max_tokens is {tokens!r:.40}; expected a whole number from 1")
+    limits.check("max_tokens", tokens, limits.new_tokens)
+    temperature, top_p = given.get("temperature", 0.0), given.get("top_p", 1.0)
+    if not is_number(temperature) or not 0 <= temperature <= 2:
+        raise InputError(f"temperature is {temperature!r:.40}; expected a number from 0 to 2")
+    if not is_number(top_p) or not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p!r:.40}; expected a number above 0, up to 1")
+    seed = given.get("seed", 0)
+    if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed!r:.40}; expected a whole number from 0")
+    require, forbid = (_keys(name, given.get(name, []), talker) for name in ("require", "forbid"))
+    modalities = given.get("modalities")
+    if modalities is not None:
+        known = ["text", *talker.makes.values()]
+        if not isinstance(modalities, list) or not all(m in known for m in modalities):
+            raise InputError(f"modalities is {modalities!r:.80}; expected a list of {', '.join(dict.fromkeys(known))}")
+        forbid += tuple(key for key, modality in talker.makes.items() if modality not in modalities)
+    return Settings(tokens, temperature, top_p, seed, require, forbid, _decoders(given, talker, limits))
+
+
+def _keys(name: str, keys: Any, talker: Talker) -> tuple[str, ...]:
+    if not isinstance(keys, list) or not all(key in talker.makes for key in map(str, keys)):
+        raise InputError(f"{name} is {keys!r:.80}; expected a list of {', '.join(talker.makes)}")
+    return tuple(map(str, keys))
+
+
+def _decoders(given: Mapping[str, Any], talker: Talker, limits: Limits) -> dict[str, dict[str, Any]]:
+    decoders = given.get("decoders", {})
+    if not isinstance(decoders, dict) or not all(isinstance(options, dict) for options in decoders.values()):
+        raise InputError("decoders must be an object of objects, as {'image': {'num_inference_steps': 25}}")
+    _keys("decoders", list(decoders), talker)
+    for key, options in decoders.items():
+        for name in ("generator", "negative_condition"):  # tensors, which JSON cannot hold
+            if name in options:
+                raise InputError(f"decoders.{key}.{name} cannot be given here")
+        talker.model.decoders[key].module.check_options(options)
+        sizes = {
+            **{"num_inference_steps": limits.steps, "height": limits.side, "width": limits.side},
+            **{"num_frames": limits.frames, "audio_length_in_s": limits.seconds},
+        }
+        for name in sizes.keys() & {name for name, value in options.items() if value is not None}:
+            limits.check(f"decoders.{key}.{name}", options[name], sizes[name])
+        limits.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
+    return decoders
+
+
+def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages must be a list of at least one message")
+    limits.check("the number of messages", len(messages), limits.messages)
+    parsed = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    if parsed[-1]["role"] != "user":
+        raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected the user's, which is answered")
+    parts = [part for message in parsed for part in message["content"]]
+    limits.check("the number of media", sum(part["type"] != "text" for part in parts), limits.media)
+    text = sum(len(part["text"]) for part in parts if part["type"] == "text")
+    limits.check("the number of characters", text, limits.characters)
+    return parsed
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InputError(f"{where} must be an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where}: the role is {role!r:.40}; expected {', '.join(ROLES)}")
+    content = message.get("content")
+    if role == "assistant":  # one of our own may come back as it was given, media and all
+        content = message.get("parts") or content or ""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise InputError(f"{where}: content must be a text or a list of parts")
+    parts = [_part(part, ROLES[role], f"{where}.content[{index}]") for index, part in enumerate(content)]
+    if role == "user" and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+        raise InputError(f"{where} is empty; give it text or media")
+    return {"role": ROLES[role], "content": parts}
+
+
+def _part(part: Any, role: str, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return {"type": "text", "text": checked_text(part.get("text"), f"{where}.text")}
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise InputError(f"{where}: the type is {kind!r:.40}; expected text, {', '.join(PARTS)}")
+    if role == "system":
+        raise InputError(f"{where}: a system message holds text only")
+    held, name = part.get(kind), f"{where}.{kind}"
+    if not isinstance(held, dict):
+        raise InputError(f"{name} must be an object")
+    if kind == "input_audio":
+        return {"type": PARTS[kind], "medium": from_base64(held.get("data"), name)}
+    return {"type": PARTS[kind], "medium": from_data_url(held.get("url"), name)}
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+
+def part_of(segment: Segment) -> dict[str, Any]:
+    """A segment of an answer as a content part."""
+    if segment.type == "text":
+        return {"type": "text", "text": segment.content}
+    if segment.type == "audio":
+        return {"type": "input_audio", "input_audio": {"data": to_base64(segment), "format": "wav"}}
+    kind = f"{segment.type}_url"
+    return {"type": kind, kind: {"url": to_data_url(segment)}}
+
+
+def completion(request: Request, model: str, reply: Reply) -> dict[str, Any]:
+    """The whole answer."""
+    message = {"role": "assistant", "content": reply.answer.text, "parts": parts_of(reply.answer)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(request, reply)}
+    return _head(request, model, "chat.completion") | {"choices": [choice], "usage": usage(reply)}
+
+
+def parts_of(answer: Answer) -> list[dict[str, Any]]:
+    return [part_of(segment) for segment in answer.segments]
+
+
+def chunk(request: Request, model: str, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict:
+    """A piece of a streamed answer; `more` are further fields of ours."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    return _head(request, model, "chat.completion.chunk") | {"choices": [choice]} | more
+
+
+def usage_chunk(request: Request, model: str, reply: Reply) -> dict[str, Any]:
+    return _head(request, model, "chat.completion.chunk") | {"choices": [], "usage": usage(reply)}
+
+
+def usage(reply: Reply) -> dict[str, int]:
+    total = reply.prompt_tokens + reply.new_tokens
+    return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens, "total_tokens": total}
+
+
+def finish_reason(request: Request, reply: Reply) -> str:
+    return "length" if reply.new_tokens >= request.settings.max_new_tokens else "stop"
+
+
+def _head(request: Request, model: str, kind: str) -> dict[str, Any]:
+    return {"id": request.id, "object": kind, "created": request.created, "model": model}
+
+
+def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

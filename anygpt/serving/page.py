@@ -1,0 +1,269 @@
+"""The page: a chat with text, pictures, clips and sounds, in and out. Built on gradio, without its telemetry."""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Before gradio is imported: it must tell nobody that it runs.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+from fastapi import FastAPI
+
+from anygpt.chat import answer_message
+from anygpt.errors import InputError
+from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.serving.engine import Busy, Engine
+from anygpt.serving.guard import Guard
+from anygpt.serving.http import FAULT, logger
+from anygpt.talking import SUFFIXES, Reply, Settings, modality_of, write_segment
+
+MAX_FILES = 8
+MAX_CHARACTERS = 4000
+MAX_FILE_SIZE = "16mb"
+MAX_QUEUE = 16
+KEPT_SECONDS = 3600
+REDRAW_SECONDS = 0.1
+SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONOSPACE_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+EXAMPLES = [
+    "Draw a red ring.",
+    "Make a clip of a green square moving left.",
+    "Let me hear a blue circle.",
+    "Something yellow has three corners. What is it?",
+    "Which shapes do you know?",
+]
+STYLE = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+footer { display: none !important; }
+#chat img, #chat video { image-rendering: pixelated; min-width: min(256px, 60vw); max-width: 100%; height: auto; }
+@media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
+"""
+
+
+@dataclass
+class Conversation:
+    """What one visitor has said and seen; it stays on the server.
+
+    Attributes:
+        messages: for the model.
+        shown: for the page.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Page:
+    """Builds the page and answers its events.
+
+    Attributes:
+        engine: answers.
+        folder: of uploads and of generated media, this page's own.
+    """
+
+    engine: Engine
+    folder: Path
+
+    def build(self) -> gr.Blocks:
+        makes = list(self.engine.talker.makes)
+        with gr.Blocks(
+            title="AnyGPT", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_height=True
+        ) as page:
+            gr.Markdown("# AnyGPT\nText, pictures, clips and sounds, in and out.")
+            conversation = gr.State(Conversation, time_to_live=KEPT_SECONDS)
+            with gr.Sidebar(label="Settings", position="right", open=False):
+                gr.Markdown("## Settings")
+                settings = [
+                    gr.CheckboxGroup(makes, label="The answer must contain", elem_id="require"),
+                    gr.CheckboxGroup(makes, label="The answer must not contain"),
+                    gr.Slider(8, 512, 128, step=1, label="Tokens of an answer, at most"),
+                    gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest)"),
+                    gr.Slider(1, 100, 25, step=1, label="Denoising steps", elem_id="steps"),
+                    gr.Slider(0, 20, 7.5, step=0.5, label="Guidance"),
+                    gr.Textbox("", label="Negative prompt", max_length=500),
+                    gr.Number(0, label="Seed", precision=0, minimum=0),
+                ]
+            chat = gr.Chatbot(
+                [],
+                elem_id="chat",
+                label="Conversation",
+                height="60vh",
+                render_markdown=False,
+                buttons=["copy"],
+                feedback_options=None,
+                layout="bubble",
+                scale=1,
+            )
+            box = gr.MultimodalTextbox(
+                elem_id="message",
+                show_label=False,
+                placeholder="Say something, and attach pictures, clips or sounds",
+                file_count="multiple",
+                file_types=[suffix for kind in self.engine.talker.reads for suffix in SUFFIXES[kind]],
+                max_plain_text_length=MAX_CHARACTERS,
+                stop_btn=True,
+            )
+            new = gr.Button("New conversation", size="sm", variant="secondary")
+            gr.Examples(
+                [[{"text": text, "files": []}] for text in EXAMPLES], box, label="For example", cache_examples=False
+            )
+            private = {"api_visibility": "private"}
+            answering = box.submit(
+                self.answer,
+                [box, conversation, *settings],
+                [chat, box, conversation],
+                concurrency_limit=1,
+                show_progress="hidden",
+                **private,
+            )
+            box.stop(None, cancels=[answering], **private)
+            new.click(
+                lambda: ([], Conversation()), None, [chat, conversation], cancels=[answering], queue=False, **private
+            )
+        return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
+
+    def answer(
+        self, message: dict[str, Any], conversation: Conversation, *values: Any
+    ) -> Iterator[tuple[list[dict[str, Any]], Any, Conversation]]:
+        """One turn, as it goes on: what the page shows, the box to write in, the conversation."""
+        text, files = (message.get("text") or "").strip(), message.get("files") or []
+        if not text and not files:
+            yield conversation.shown, gr.skip(), conversation
+            return
+        said = [{"role": "user", "content": {"path": path}} for path in files]
+        said += [{"role": "user", "content": text}] if text else []
+        before = conversation.shown
+        conversation.shown = [*before, *said]
+        waiting = {"role": "assistant", "content": "…"}
+        yield [*conversation.shown, waiting], {"text": "", "files": []}, conversation
+        drawn = Drawing(self.folder)
+        try:
+            reply = None
+            parts = self._read(text, files)
+            messages = [*conversation.messages, {"role": "user", "content": parts}]
+            for event in self._events(messages, self._settings(values)):
+                if isinstance(event, Reply):
+                    reply = event
+                elif drawn.draw(event):
+                    yield [*conversation.shown, *drawn.messages()], gr.skip(), conversation
+            conversation.messages = [*messages, answer_message(reply.answer)]
+            conversation.shown = [*conversation.shown, *drawn.messages()]
+        except (InputError, Busy) as error:
+            conversation.shown = [*conversation.shown, _said_error(str(error))]
+        except Exception:
+            logger.exception("an answer failed")
+            conversation.shown = [*conversation.shown, _said_error(FAULT)]
+        yield conversation.shown, gr.skip(), conversation
+
+    def _read(self, text: str, files: list[str]) -> list[dict[str, Any]]:
+        if len(files) > MAX_FILES:
+            raise InputError(f"these are {len(files)} files; attach {MAX_FILES} at most")
+        if len(text) > MAX_CHARACTERS:
+            raise InputError(f"this has {len(text)} characters; write {MAX_CHARACTERS} at most")
+        parts = []
+        for path in files:
+            try:
+                parts.append(self.engine.talker.read(modality_of(path), path))
+            except InputError as error:  # the visitor knows the file's name, and need not know the server's folders
+                raise InputError(str(error).replace(path, Path(path).name)) from error
+        return parts + ([{"type": "text", "text": text}] if text else [])
+
+    def _settings(self, values: tuple[Any, ...]) -> Settings:
+        require, forbid, tokens, temperature, steps, guidance, negative, seed = values
+        options = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+        if negative and negative.strip():
+            options["negative_prompt"] = negative.strip()
+        return Settings(
+            max_new_tokens=int(tokens),
+            temperature=float(temperature),
+            seed=max(0, int(seed or 0)),
+            require=tuple(require or ()),
+            forbid=tuple(forbid or ()),
+            decoder_kwargs={key: dict(options) for key in self.engine.talker.makes},
+        )
+
+    def _events(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[Event | Reply]:
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        job = self.engine.submit(messages, settings, events.put)
+        try:
+            event = None
+            while not isinstance(event, Reply):
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            job.cancel()  # does nothing to one that is done
+
+
+class Drawing:
+    """An answer as the page shows it while it comes."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.contents: dict[int, Any] = {}
+        self._drawn = 0.0
+
+    def draw(self, event: Event) -> bool:
+        """Take in an event; returns whether it is time to show it."""
+        if isinstance(event, TextPiece):
+            self.contents[event.segment] = self.contents.get(event.segment, "") + event.text
+        elif isinstance(event, MediumCalled):
+            self.contents[event.segment] = f"[{event.type}: waits]"
+            self.keys = {**getattr(self, "keys", {}), event.segment: event}
+        elif isinstance(event, DecodingStarted | DecodingStep):
+            progress = f"step {event.step} of {event.steps}" if isinstance(event, DecodingStep) else "begins"
+            for segment, called in self.keys.items():
+                if called.key == event.key:
+                    self.contents[segment] = f"[{called.type}: {progress}]"
+        elif isinstance(event, MediumDone):
+            path = write_segment(event.content, self.folder / str(event.segment))
+            self.contents[event.segment] = {"path": str(path), "alt_text": f"generated {event.content.type}"}
+        now = time.monotonic()
+        if isinstance(event, MediumDone) or now - self._drawn > REDRAW_SECONDS:
+            self._drawn = now
+            return True
+        return False
+
+    def messages(self) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": self.contents[index]} for index in sorted(self.contents)]
+
+
+def _said_error(sentence: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": sentence, "metadata": {"title": "This did not work"}}
+
+
+def make_app(engine: Engine, folder: Path) -> Guard:
+    """The page as an ASGI application.
+
+    Args:
+        engine: answers.
+        folder: for uploads and generated media; nothing else should be in it.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    page = Page(engine, folder).build()
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        max_file_size=MAX_FILE_SIZE,
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        show_error=False,
+        theme=gr.themes.Soft(font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),
+        css=STYLE,
+    )
+    page.has_launched = True  # gradio checks the paths in events only then
+    return Guard(app, folder)

@@ -1,0 +1,49 @@
+"""Serve a trained model over HTTP, in the form of OpenAI's chat completions.
+
+    python scripts/serve.py
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "anygpt", "messages": [{"role": "user", "content": "Draw a red ring."}]}'
+
+Pictures, clips and sounds come as data URLs in content parts (`image_url`, `video_url`, `input_audio`) and go out as
+such in the message's `parts`; `stream` gives server-sent events. Beyond OpenAI's fields: `require` and `forbid` (lists
+of decoders), and `decoders` (`{"image": {"num_inference_steps": 25}}`). There is no authentication: put it behind
+something that has, before it listens on anything but this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from anygpt.errors import InputError
+from anygpt.serving.command_line import add_arguments, check, listen, load_engine
+from anygpt.training.cli import MISTAKE, quiet_libraries
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser, port=8000)
+    parser.add_argument("--model-name", default="anygpt", help="what requests call the model (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    quiet_libraries()
+    try:
+        check(options)
+        from anygpt.serving.http import Interface  # after the check, which says in a sentence what is not installed
+
+        engine = load_engine(options)
+        print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)
+        listen(Interface(engine, options.model_name).app(), options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
