@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -268,13 +269,24 @@ def load_training_state(
     restored = type(model).from_pretrained(checkpoint)
     # Everything, buffers and frozen projectors too: what `model.init_from` holds by now may be another model.
     model.load_state_dict(restored.state_dict())
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
     state = read_state(checkpoint)
     scheduler.load_state_dict(state["scheduler"])
     own = checkpoint / f"rng-{accelerator.process_index}.pt"
     if own.is_file():
-        set_rng_state(torch.load(own, weights_only=True))
+        set_rng_state(_load(own))
     return state
+
+
+def _load(path: Path) -> Any:
+    """What `_save` wrote: tensors and plain types; anything else is refused and not run."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path} is no state of an optimizer or of random numbers, and is not loaded; remove its checkpoint, or "
+            "give run.resume the path of another"
+        ) from error
 
 
 def rng_state() -> dict[str, Any]:

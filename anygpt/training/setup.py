@@ -28,7 +28,7 @@ from anygpt.parts import (
     load_tokenizer,
 )
 from anygpt.processing import MultimodalProcessor
-from anygpt.saving import read_config
+from anygpt.saving import part_entries, read_config
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig
 from anygpt.training.stages import Stage
 
@@ -93,8 +93,23 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             if key not in start.decoder_keys
         ]
         model.load_own_tensors(config.model.init_from, may_lack=tuple(new))
+        check_finite_start(model, Path(config.model.init_from), tuple(new))
     model.loss_weights = config.loss
     return model, processor
+
+
+def check_finite_start(model: MultimodalModel, folder: Path, new: tuple[str, ...]) -> None:
+    """What was loaded from a run's folder must be numbers: training from anything else gives nothing else."""
+    whole = [name for name, entry in part_entries(read_config(folder)).items() if entry["source"] is None]
+    parts = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in whole)
+    state = model.state_dict()
+    loaded = [name for name in model.own_tensors() if not name.startswith(new)]
+    loaded += [name for name in state if ".lora_" in name or name.startswith(parts)]
+    bad = [n for n in loaded if state[n].is_floating_point() and not bool(state[n].isfinite().all())]
+    if bad:
+        raise InputError(
+            f"{folder} holds tensors that are not finite: {', '.join(bad)}; start from an earlier checkpoint of its run"
+        )
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
