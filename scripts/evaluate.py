@@ -3,7 +3,7 @@
     python scripts/evaluate.py --checkpoint runs/quickstart/stage3/final --output runs/report
 
 Prints the matrix, and writes matrix.json, samples/ (media and index.jsonl), contact_sheet.png and report.html. The
-things are those that training never saw; `--things seen` is for choosing settings.
+things are those that training never saw; `--things seen` takes the others.
 """
 
 from __future__ import annotations

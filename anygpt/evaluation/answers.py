@@ -30,7 +30,8 @@ class Settings:
         talk_samples: questions in words, and as many lines of small talk and of nonsense.
         batch_size: requests answered at once, and captions sampled at once.
         seed: of requests, renders and the decoders' noise; the latter also depends on `batch_size`.
-        things: `held_out`, those that alignment never saw, or `seen`, to choose settings on.
+        things: `held_out`, those that alignment never saw; `seen`; or `validation`, some of the seen ones, to choose
+            settings on with a model that was trained on the others.
         baselines: also take the upper bound and the caption baseline.
         max_new_tokens: an answer's budget, signal tokens included.
         steps, guidance: of the decoders, by modality.

@@ -22,7 +22,7 @@ _SIDE = 96
 _WIDTHS = {"input": 200, "text": 200, "image": _SIDE, "video": 2 * _SIDE, "audio": _SIDE}
 _HEIGHT = _SIDE + 34
 _GAP = 12
-_HEAD = 44
+_HEAD = 52
 _PAPER, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 _RIGHT, _WRONG = (20, 130, 60), (190, 30, 30)
 _MELS = 64
@@ -34,7 +34,7 @@ def contact_sheet(
     """`ROWS` things for each input modality, one line each; green is right and red is wrong.
 
     Args:
-        judged: all answers; the first of each cell are shown.
+        judged: all answers, as many in each cell.
         folder: where the input media are.
         matrix: shares for the headings.
         sampling_rate: of the sounds that were made, Hz.
@@ -44,7 +44,9 @@ def contact_sheet(
         cells.setdefault((one.request.source, one.request.target), []).append(one)
     sources = [way for way in WAYS if any(source == way for source, _ in cells)]
     targets = [way for way in WAYS if any(target == way for _, target in cells)]
-    shown = [(source, row) for source in sources for row in range(min(ROWS, len(cells[source, targets[0]])))]
+    count = len(cells[sources[0], targets[0]])
+    rows = sorted({round(row) for row in np.linspace(0, count - 1, ROWS)})  # far apart, to show different things
+    shown = [(source, row) for source in sources for row in rows]
     width = _GAP + sum(_WIDTHS[column] + _GAP for column in ("input", *targets))
     sheet = Image.new("RGB", (width, _HEAD + len(shown) * (_HEIGHT + _GAP)), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -63,7 +65,7 @@ def contact_sheet(
         for target in targets:
             one = cells[source, target][row]
             _made(sheet, draw, one, x, y, sampling_rate)
-            if row == 0:
+            if row == rows[0]:
                 _line(draw, x, y + _SIDE + 19, f"{matrix[source][target]:.0%} of this cell", 10, _FAINT)
             x += _WIDTHS[target] + _GAP
     return sheet

@@ -24,9 +24,23 @@ from anygpt.evaluation.statistics import share
 from anygpt.modeling import MultimodalModel
 from anygpt.processing import MultimodalProcessor
 from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.world import HELD_OUT, SEEN
+from anygpt.toyworld.world import HELD_OUT, SEEN, Thing
 
-THINGS = {"held_out": HELD_OUT, "seen": SEEN}
+VALIDATION = tuple(
+    Thing(shape, colour)
+    for shape, colour in (
+        ("circle", "cyan"),
+        ("square", "yellow"),
+        ("triangle", "red"),
+        ("cross", "purple"),
+        ("ring", "white"),
+        ("ring", "green"),
+        ("diamond", "orange"),
+        ("diamond", "blue"),
+    )
+)
+"""Of the things that alignment sees; left out of training while settings are chosen, to see what is then unseen."""
+THINGS = {"held_out": HELD_OUT, "seen": SEEN, "validation": VALIDATION}
 
 
 def evaluate(

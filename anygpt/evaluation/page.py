@@ -64,13 +64,9 @@ def read_losses(log: Path) -> dict[str, list[tuple[int, float]]]:
     for line in log.read_text(encoding="utf-8").splitlines():
         if not (found := re.match(r"update (\d+)  (.*)", line)):
             continue
-        for part in found[2].split("  "):
-            name, _, value = part.rpartition(" ")
-            if name == "loss" or ("/" in name and not name.startswith(("tok/", "samples/"))):
-                try:
-                    curves.setdefault(name, []).append((int(found[1]), float(value)))
-                except ValueError:
-                    continue
+        for name, value in re.findall(r"(?:^|  )(loss|\S+/\S+) (-?\d[\d.e+-]*)(?=  |$)", found[2]):
+            if not name.endswith("/s"):
+                curves.setdefault(name, []).append((int(found[1]), float(value)))
     return curves
 
 

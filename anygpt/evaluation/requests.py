@@ -68,7 +68,7 @@ def matrix_requests(
 
     What is asked depends on (seed, source, target, number) only, and what is shown on (seed, source, number).
     """
-    requests = []
+    requests, things = [], shuffled(things, seed)
     for source in sources:
         for number in range(samples):
             thing = things[number % len(things)]
@@ -93,7 +93,7 @@ def matrix_requests(
 
 def talk_requests(things: Sequence[Thing], samples: int, seed: int) -> list[Request]:
     """`samples` of each kind of `TALK`; the kind stands at the beginning of the id."""
-    requests = []
+    requests, things = [], shuffled(things, seed)
     for kind in TALK:
         for number in range(samples):
             rng = np.random.default_rng([seed, _STREAM, 9, TALK.index(kind), number])
@@ -109,6 +109,11 @@ def talk_requests(things: Sequence[Thing], samples: int, seed: int) -> list[Requ
                 reference = language.REFUSALS
             requests.append(Request(f"{kind}-{number:04d}", "text", "text", prompt, thing, reference=reference))
     return requests
+
+
+def shuffled(things: Sequence[Thing], seed: int) -> list[Thing]:
+    """In an order of their own for each seed, so that a few samples are not all about one shape."""
+    return [things[i] for i in np.random.default_rng([seed, _STREAM]).permutation(len(things))]
 
 
 def _show(folder: Path, source: str, thing: Thing, number: int, seed: int) -> tuple[str | None, str | None, Any]:

@@ -1,0 +1,278 @@
+"""The any-to-any matrix: what is asked, how it is judged and counted, and what is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anygpt import InputError
+from anygpt.data.media import read_media
+from anygpt.evaluation import wilson_interval
+from anygpt.evaluation.answers import Settings, ask, judge
+from anygpt.evaluation.baselines import moving_caption
+from anygpt.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
+from anygpt.evaluation.page import read_losses
+from anygpt.evaluation.probes import fit_probe, probe_encoders
+from anygpt.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
+from anygpt.evaluation.statistics import share
+from anygpt.outputs import Answer, Segment
+from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES
+from anygpt.toyworld.judges import load_judges
+from anygpt.toyworld.language import plain_caption
+from anygpt.toyworld.render import render_audio, render_image, render_video
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import evaluate as script
+
+CELLS = [(source, target) for source in WAYS for target in WAYS]
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("requests")
+    return folder, matrix_requests(folder, WAYS, WAYS, HELD_OUT, 10, seed=0)
+
+
+def right_answer(request, rng):
+    """What a perfect model would give."""
+    if request.target == "text":
+        said = request.reference[0] if request.reference else f"It is {plain_caption(request.thing, request.motion)}."
+        return Answer([Segment("text", said)])
+    medium = {
+        "image": lambda: render_image(request.thing, rng),
+        "video": lambda: render_video(request.thing, request.motion, rng),
+        "audio": lambda: render_audio(request.thing, rng),
+    }[request.target]()
+    return Answer([Segment("text", "Here it is: "), Segment(request.target, medium)])
+
+
+def test_wilson_interval():
+    assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert wilson_interval(10, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert share([])["rate"] is None
+
+
+def test_every_cell_is_asked_about_every_thing(requests):
+    folder, asked = requests
+    assert len(asked) == 160 and len({request.id for request in asked}) == 160
+    for source, target in CELLS:
+        cell = [request for request in asked if (request.source, request.target) == (source, target)]
+        assert {request.thing for request in cell} == set(HELD_OUT)
+        for request in cell:
+            assert (request.path is None) == (source == "text")
+            if request.path:
+                stored = plain(read_media(source, folder / request.path))
+                assert type(stored) is type(request.medium)
+            assert ("moving" in request.prompt or "move" in request.prompt) <= (target == "video" or source == "video")
+    assert not any(str(thing) in request.prompt for request in asked for thing in SEEN)
+    # what is shown is the same in all four cells of a row
+    shown = {(request.source, request.id[-4:]): set() for request in asked}
+    for request in asked:
+        shown[request.source, request.id[-4:]].add(request.path)
+    assert all(len(paths) == 1 for paths in shown.values())
+
+
+def test_requests_depend_on_seed_and_number_alone(requests, tmp_path):
+    _, asked = requests
+    again = {request.id: request for request in matrix_requests(tmp_path, WAYS, WAYS, HELD_OUT, 3, seed=0)}
+    for request in asked:
+        if request.id in again:
+            assert again[request.id].prompt == request.prompt and again[request.id].thing == request.thing
+    other = matrix_requests(tmp_path / "other", WAYS, WAYS, HELD_OUT, 3, seed=1)
+    assert [request.prompt for request in other] != [again[request.id].prompt for request in other]
+
+
+def test_validation_things_are_seen_and_leave_every_shape_and_colour():
+    assert set(VALIDATION) <= set(SEEN) and not set(VALIDATION) & set(HELD_OUT)
+    left = [thing for thing in SEEN if thing not in VALIDATION]
+    assert {thing.shape for thing in left} == set(SHAPES) and {thing.colour for thing in left} == set(COLOURS)
+
+
+def test_right_answers_are_right(requests):
+    _, asked = requests
+    rng, judges = np.random.default_rng(1), load_judges()
+    judged = [judge(request, right_answer(request, rng), judges, 16_000) for request in asked]
+    table = cell_table(judged)
+    for source, target in CELLS:
+        cell = table[source][target]
+        assert cell["right"]["rate"] == 1.0, (source, target)
+        assert cell["missing"]["right"] == cell["unasked"]["right"] == 0
+    assert {(i, o) for i, row in motion_table(judged).items() for o in row} == {
+        *((source, "video") for source in WAYS),
+        ("video", "text"),
+    }
+    assert all(found["rate"] == 1.0 for row in motion_table(judged).values() for found in row.values())
+
+
+def test_answers_to_another_request_are_wrong(requests):
+    """About another thing, of another kind, or none at all."""
+    _, asked = requests
+    rng, judges = np.random.default_rng(1), load_judges()
+    for request in asked[::7]:
+        if (request.source, request.target) == ("text", "text"):
+            continue
+        other = next(r for r in asked if r.target == request.target and r.thing.shape != request.thing.shape)
+        wrong = judge(request, right_answer(other, rng), judges, 16_000)
+        assert not wrong.right and not wrong.missing and not wrong.shape_right
+        nothing = judge(request, Answer(), judges, 16_000)
+        assert nothing.missing and not nothing.right
+        if request.target != "text":
+            unasked = next(way for way in WAYS[1:] if way != request.target)
+            stray = next(r for r in asked if r.target == unasked and r.thing == request.thing)
+            found = judge(request, right_answer(stray, rng), judges, 16_000)
+            assert found.missing and not found.right and found.unasked == (unasked,)
+
+
+def test_talk():
+    asked = talk_requests(HELD_OUT, 6, seed=0)
+    judges = load_judges()
+    assert len(asked) == 18
+    for request in asked:
+        assert judge(request, Answer([Segment("text", request.reference[0])]), judges, 0).right
+        assert not judge(request, Answer([Segment("text", "It is a shoe.")]), judges, 0).right
+
+
+@pytest.mark.parametrize(
+    ("said", "motion", "caption"),
+    [
+        ("It is a red circle moving left.", "up", "It is a red circle moving up"),
+        ("The clip has a ring that moves down.", None, "The clip has a ring"),
+        ("a red circle", "left", "a red circle moving left"),
+        ("", None, ""),
+    ],
+)
+def test_captions_move_as_they_are_asked_to(said, motion, caption):
+    assert moving_caption(said, motion) == caption
+
+
+def test_answers_come_back_with_their_own_requests(tiny_model, tmp_path):
+    """Batches are put together by what is asked for; each answer is that of its row asked alone."""
+    model, processor = tiny_model()
+    asked = matrix_requests(tmp_path, WAYS, ("text", "image"), HELD_OUT, 1, seed=0)
+    settings = Settings(batch_size=3, max_new_tokens=5, steps=dict.fromkeys(WAYS[1:], 1))
+    together = list(ask(model, processor, asked, settings))
+    assert {request.id for request, _ in together} == {request.id for request in asked}
+    for request, answer in together:
+        ((_, alone),) = ask(model, processor, [request], settings)
+        assert answer.text == alone.text
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_model, tmp_path_factory):
+    """An untrained model that likes to give media, and what the script makes of it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    model, processor = tiny_model(seed=3)
+    with torch.no_grad():
+        for rows in model.signal_tokens.output_rows.values():
+            rows.mul_(30.0)
+    model.save_pretrained(folder / "run/final")
+    processor.save_pretrained(folder / "run/final")
+    (folder / "run/log.txt").write_text("x")
+    (folder / "stage1").mkdir()
+    (folder / "stage1/log.txt").write_text(
+        "update 1  loss 3  encoder_llm/nll 3  tok/s 50\nhello\nupdate 2  loss 2.5  encoder_llm/nll 2.5  tok/s 50\n"
+    )
+    output = folder / "report"
+    output.mkdir()
+    (output / "mine.txt").write_text("stays")
+    (output / "matrix.json").write_text("old")
+    arguments = ["--checkpoint", str(folder / "run/final"), "--output", str(output), "--tracker", "tensorboard"]
+    code = script.main(
+        [*arguments, "--samples", "2", "--talk-samples", "1", "--steps", "1", "video=2", "--max-new-tokens", "16"]
+    )
+    assert code == 0
+    return output
+
+
+def test_matrix_json(evaluated):
+    report = json.loads((evaluated / "matrix.json").read_text())
+    assert [(i, o) for i, row in report["matrix"].items() for o in row] == CELLS
+    assert report["samples"] == 2
+    assert list(report["upper_bound"]) == list(WAYS[1:])
+    assert [(i, o) for i, row in report["caption_baseline"].items() for o in row] == [
+        c for c in CELLS if c[1] != "text"
+    ]
+    for source, target in CELLS:
+        low, high = report["intervals"][source][target]
+        assert 0 <= low <= report["matrix"][source][target] <= high <= 1
+    assert report["settings"]["steps"] == {"image": 1, "video": 2, "audio": 1}
+    assert report["missing"]["n"] == report["unasked"]["n"] == 32
+    assert set(report["things"]) == {str(thing) for thing in HELD_OUT}
+
+
+def test_samples_and_their_index(evaluated):
+    lines = [json.loads(line) for line in (evaluated / "samples/index.jsonl").read_text().splitlines()]
+    assert sorted((line["input"], line["output"]) for line in lines) == sorted(CELLS * 2)
+    for line in lines:
+        assert line["thing"] in {str(thing) for thing in HELD_OUT}
+        assert (line["input_path"] is None) == (line["input"] == "text")
+        for kind, path in ((line["input"], line["input_path"]), (line["output"], line.get("path"))):
+            if path is not None:
+                read_media(kind, evaluated / "samples" / path)
+        assert ("path" in line) == (line["output"] != "text" and not line["missing"])
+    assert any("path" in line for line in lines) and any(line["unasked"] for line in lines)
+
+
+def test_report_and_sheet(evaluated):
+    page = (evaluated / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)  # nothing outside is needed
+    assert "Losses of stage1" in page and "3 → 2.5" in page
+    assert read_media("image", evaluated / "contact_sheet.png").width > 500
+    assert (evaluated / "mine.txt").read_text() == "stays"
+    expected = {"mine.txt", "matrix.json", "samples", "report.html", "contact_sheet.png", "anygpt"}
+    assert {path.name for path in evaluated.iterdir()} == expected  # the last one is the tracker's
+    assert not list(evaluated.parent.glob(".report-*"))
+
+
+def test_losses_are_read_from_logs(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("table\nupdate 10  loss 1.5  llm/nll 0.5  learning_rate 0.1  tok/s 7\nupdate 20  loss nan\n")
+    curves = read_losses(log)
+    assert curves["llm/nll"] == [(10, 0.5)] and [step for step, _ in curves["loss"]] == [10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "0"], "--samples is 0"),
+        (["--steps", "image=x"], "'x' is not a number"),
+        (["--steps", "picture=3"], "no 'picture'"),
+        (["--guidance", "nan"], "finite"),
+        (["--device", "nowhere"], "--device"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
+    assert script.main(["--output", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked():
+    check_settings(Settings())
+    with pytest.raises(InputError, match=r"--samples is 0.*--batch-size is 0"):
+        check_settings(Settings(samples=0, batch_size=0))
+
+
+def test_linear_probe_finds_a_linear_rule():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 8, generator=generator) * 3 + 5
+    labels = (features[:, :3] - 5).argmax(-1)
+    probe = fit_probe(features[:500], labels[:500], 3)
+    assert (probe(features[500:]).argmax(-1) == labels[500:]).float().mean() > 0.93
+
+
+def test_encoders_are_probed_on_things_that_the_probe_did_not_see(tiny_model):
+    model, processor = tiny_model(decoders=())
+    found = probe_encoders(model, processor, renders=2, fresh=3, seed=0)
+    assert list(found) == ["image", "video", "audio"]
+    assert all(share["n"] == 3 * len(HELD_OUT) for probes in found.values() for share in probes.values())
+    assert found["image"]["colour"]["rate"] > 0.5  # random patches keep colours
