@@ -6,36 +6,28 @@ Shape legend: `anygpt.outputs`.
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 
-from anygpt import chat
-from anygpt.audio import resample, to_mono
-from anygpt.data.media import Audio, Video
-from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
+from anygpt.conversing import Conversations
+from anygpt.decoders.targets import TargetProcessor
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
-from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
-from anygpt.parts import build_callback, callback_dict, import_class
+from anygpt.processor_files import FeatureCounter, ProcessorFiles
 from anygpt.transformers_api import TransformersProcessor
 
 if TYPE_CHECKING:
     from anygpt.modeling import MultimodalModel
 
-CONFIG = "processor_config.json"
-FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
 
-
-class MultimodalProcessor(TransformersProcessor):
+class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
     """Processors of all encoders and the tokenizer as one, with the placeholders between them.
 
     Args:
@@ -294,202 +286,6 @@ class MultimodalProcessor(TransformersProcessor):
             if media is not None:
                 processed[key]["media"] = self.targets[key](list(media))
         return processed
-
-    # ------------------------------------------------------------------------------------------------------- text
-
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]], **kwargs: Any
-    ) -> str | list[str] | BatchFeature:
-        """A conversation, or several, with media content parts as text, through the tokenizer's template.
-
-        A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder.
-        `kwargs` go to the template (`add_generation_prompt=True`).
-
-        With `tokenize=True` the result is a batch for the model instead: users' media parts must then hold their
-        medium under their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or
-        `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`. An assistant's media parts that hold
-        theirs are inputs of the user's next turn.
-        """
-        if kwargs.pop("tokenize", False):
-            # transformers' pipeline names what is the only way here
-            for name in ("return_tensors", "return_dict", "processor_kwargs"):
-                kwargs.pop(name, None)
-            return self._batch_of_conversations(conversation, **kwargs)
-        if conversation and not isinstance(conversation[0], Mapping):
-            return [self.apply_chat_template(one, **kwargs) for one in conversation]
-        return chat.render(self.llm_tokenizer, self.flatten_messages(conversation), **kwargs)
-
-    def _batch_of_conversations(self, conversation: Sequence[Any], **kwargs: Any) -> BatchFeature:
-        conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
-        reads = {*self.modalities, *self.modalities.values()}
-        conversations = [chat.feed_back(messages, reads) for messages in conversations]
-        media = []
-        for message in (m for messages in conversations for m in messages if m["role"] != "assistant"):
-            parts = [] if isinstance(message["content"], str) else message["content"]
-            for part in (p for p in parts if p["type"] != "text"):
-                if part["type"] not in part:
-                    raise InputError(
-                        f"a media part has the keys {sorted(part)}; with tokenize=True it must hold its medium under "
-                        f"{part['type']!r}"
-                    )
-                media.append((part["type"], part[part["type"]]))
-        texts = [chat.render(self.llm_tokenizer, self.flatten_messages(c), **kwargs) for c in conversations]
-        # The template writes what begins a text, so the tokenizer must not write it a second time.
-        return self(self.arrange_media(media), {"text": texts, "add_special_tokens": False})
-
-    def arrange_media(self, media: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-        """`(media type, medium)` pairs as `encoder_inputs`: sorted by encoder, in the form that its processor takes.
-
-        Sounds are mixed to mono and resampled to what the encoder's feature extractor wants.
-        """
-        inputs: dict[str, dict[str, Any]] = {}
-        for modality, medium in media:
-            key = self.encoder_key(modality)
-            name = self.media_argument(key)
-            arguments = inputs.setdefault(key, {name: []})
-            if modality == "audio":
-                wanted = arguments["sampling_rate"] = self.encoder_processors[key].sampling_rate
-                medium = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
-                # a waveform without a rate has the encoder's own, as transformers' processors take it
-                waveform, rate = medium if isinstance(medium, tuple) else (medium, wanted)
-                medium = resample(to_mono(waveform), rate, wanted)
-            arguments[name].append(medium.frames if isinstance(medium, Video) else medium)
-        return inputs
-
-    def flatten_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Messages whose content is one string, media parts written as placeholders and signal spans.
-
-        Special tokens within texts are broken up (`chat.plain`).
-        """
-        special = [token.content for token in self.llm_tokenizer.added_tokens_decoder.values() if token.special]
-        return [
-            {
-                "role": message["role"],
-                "content": "".join(
-                    self._part_text(message["role"], part, special) for part in chat.parts_of(message["content"])
-                ),
-            }
-            for message in messages
-        ]
-
-    def _part_text(self, role: str, part: Mapping[str, Any], special: Iterable[str]) -> str:
-        if part["type"] == "text":
-            return chat.plain(part["text"], special)
-        if role == "assistant":
-            return "".join(self.signal_tokens[self.decoder_key(part["type"])])
-        return self.tokens[self.encoder_key(part["type"])]
-
-    def encoder_key(self, modality: str) -> str:
-        """The encoder that reads a media type."""
-        return self._key_of(modality, self.modalities, "encoder reads")
-
-    def decoder_key(self, modality: str) -> str:
-        """The decoder that makes a media type."""
-        return self._key_of(modality, {k: t.modality for k, t in self.targets.items()}, "decoder makes")
-
-    @staticmethod
-    def _key_of(modality: str, modalities: Mapping[str, str], what: str) -> str:
-        for key, value in modalities.items():
-            if modality in (key, value):
-                return key
-        raise InputError(f"no {what} {modality!r}; there are {sorted(set(modalities.values())) or 'none'}")
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        return self.llm_tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        return self.llm_tokenizer.batch_decode(*args, **kwargs)
-
-    # ------------------------------------------------------------------------------------------------------- files
-
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write tokenizer, encoder processors (under `processors/<key>/`) and `processor_config.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.llm_tokenizer.save_pretrained(folder)
-        encoders = {}
-        for key, processor in self.encoder_processors.items():
-            frames = processor.num_frames if isinstance(processor, VideoFrameProcessor) else None
-            inner = processor.image_processor if frames else processor
-            inner.save_pretrained(folder / "processors" / key)
-            config = self.encoder_configs.get(key)
-            encoders[key] = {
-                "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
-                "num_frames": frames,
-                "modality": self.modalities[key],
-                "token": self.tokens[key],
-                "own_feature_function": key in self.num_feature_funcs,
-                "encoder_config": None if config is None else config.to_dict(),
-                "projector": None if config is None else self.projector_configs[key].to_diff_dict(),
-                "callbacks": callback_dict(self.encoder_callbacks.get(key)),
-            }
-        decoders = {
-            key: {"tokens": self.signal_tokens[key], "targets": targets.to_dict()}
-            for key, targets in self.targets.items()
-        }
-        content = {
-            "processor_class": type(self).__name__,
-            "injects": self.injects,
-            "encoders": encoders,
-            "decoders": decoders,
-        }
-        (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        model: MultimodalModel | None = None,
-        num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
-        **_: Any,
-    ) -> MultimodalProcessor:
-        """Give a saved processor back; with `model`, the token ids are registered there.
-
-        Raises:
-            InputError: no processor there, or a feature function of your own, which cannot be saved, is not given.
-        """
-        folder = Path(folder)
-        path = folder / CONFIG
-        if not path.is_file():
-            raise InputError(f"{folder} holds no saved processor: there is no {CONFIG}; expected a run's final/ folder")
-        content = json.loads(path.read_text())
-        functions = dict(num_feature_calculation_funcs or {})
-        lacking = [key for key, e in content["encoders"].items() if e["own_feature_function"] and key not in functions]
-        if lacking:
-            raise InputError(
-                f"the processor in {folder} was saved with feature functions of your own for {lacking}, which cannot "
-                "be saved; give them again with num_feature_calculation_funcs="
-            )
-        processors = {}
-        for key, entry in content["encoders"].items():
-            inner = import_class(entry["class"]).from_pretrained(folder / "processors" / key)
-            frames = entry["num_frames"]
-            processors[key] = VideoFrameProcessor(inner, frames) if frames else inner
-        self = cls.__new__(cls)
-        self.encoder_processors = processors
-        self.llm_tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.num_feature_funcs = functions
-        self.tokens = {key: entry["token"] for key, entry in content["encoders"].items()}
-        self.modalities = {key: entry["modality"] for key, entry in content["encoders"].items()}
-        self.encoder_configs = {
-            key: _config_from_dict(entry["encoder_config"])
-            for key, entry in content["encoders"].items()
-            if entry["encoder_config"] is not None
-        }
-        self.encoder_callbacks = {key: build_callback(e["callbacks"]) for key, e in content["encoders"].items()}
-        self.projector_configs = {
-            key: MultimodalProjectorConfig(**content["encoders"][key]["projector"]) for key in self.encoder_configs
-        }
-        self.signal_tokens = {key: entry["tokens"] for key, entry in content["decoders"].items()}
-        self.targets = {key: target_processor_from_dict(e["targets"]) for key, e in content["decoders"].items()}
-        self.injects = content["injects"]
-        if model is not None:
-            self.register(model)
-        return self
-
-
-def _config_from_dict(content: dict[str, Any]) -> PreTrainedConfig:
-    return AutoConfig.for_model(**content)
 
 
 def _accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
