@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from anygpt.errors import InputError
@@ -76,10 +79,24 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """The conversation as text. `options` go to the template, `add_generation_prompt` among them."""
-    return tokenizer.apply_chat_template(
-        messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
-    )
+    """The conversation as text. `options` go to the template, `add_generation_prompt` among them.
+
+    Raises:
+        InputError: the template refuses the conversation, as where roles do not alternate.
+    """
+    with _refusals():
+        return tokenizer.apply_chat_template(
+            messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
+        )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template raises, said as a mistake in the conversation."""
+    try:
+        yield
+    except TemplateError as error:
+        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
 
 
 def tokenize_with_labels(
@@ -87,39 +104,55 @@ def tokenize_with_labels(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels on the assistant's turns alone.
 
-    The mask comes from the template where it marks what is generated; else a turn's labels are the tokens by which
-    the conversation up to and with it is longer than the prompt for it.
+    The mask comes from the template where it marks what is generated; else a turn's labels are the tokens of the text
+    by which the conversation up to and with it is longer than the prompt for it.
 
     Returns:
         ids and labels of equal length; labels are `-100` outside the assistant's turns.
 
     Raises:
-        InputError: the template renders a conversation's beginning differently once it goes on, so that turns cannot
-            be told apart.
+        InputError: the template refuses the conversation, or renders its beginning differently once it goes on, so
+            that turns cannot be told apart; a tokenizer that does not say where in the text its tokens stand.
     """
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if _MARKS_GENERATION.search(template):
-        encoded = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        with _refusals():
+            encoded = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         return ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)]
 
-    def ids_of(part: list[dict[str, str]], prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            part, chat_template=template, tokenize=True, return_dict=True, add_generation_prompt=prompt
-        )["input_ids"]
-
-    ids = ids_of(messages, prompt=False)
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not tell where in the text its tokens stand; use a fast tokenizer"
+        )
+    text = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt, answered = ids_of(messages[:turn], prompt=True), ids_of(messages[: turn + 1], prompt=False)
-        if ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
-            raise InputError(
-                "the tokenizer's chat template renders the beginning of a conversation differently once it goes on, "
-                "so the assistant's turns cannot be found; mark them in the template with {% generation %}"
-            )
-        labels[len(prompt) : len(answered)] = answered[len(prompt) :]
+        if message["role"] == "assistant":
+            begin, end = _turn_in(text, tokenizer, messages, turn)
+            for i, (first, last) in enumerate(places):
+                if first < last and begin < last <= end:
+                    labels[i] = ids[i]
     return ids, labels
+
+
+def _turn_in(
+    text: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turn: int
+) -> tuple[int, int]:
+    """Where a turn of the assistant's begins and ends in the text of the whole conversation."""
+    if turn == 0:
+        raise InputError("the conversation begins with the assistant; put a user's message before it")
+    prompt = render(tokenizer, messages[:turn], add_generation_prompt=True)
+    # Some templates end a conversation with a token that is not there once it goes on.
+    both = zip(text, render(tokenizer, messages[: turn + 1]), strict=False)
+    end = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
+    if not text.startswith(prompt) or messages[turn]["content"].strip() not in text[len(prompt) : end]:
+        raise InputError(
+            "the tokenizer's chat template renders the beginning of a conversation differently once it goes on, "
+            "so the assistant's turns cannot be found; mark them in the template with {% generation %}"
+        )
+    return len(prompt), end
