@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
-from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
+from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.training.cli import MISTAKE, quiet_libraries
@@ -200,7 +200,7 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
         batch = Collator(processor)([dataset[index] for index in chosen])
     if batch[BAD]:
         raise InputError(batch[BAD][0].reason)
-    return {name: value for name, value in batch.items() if name not in (SAMPLE_IDS, TARGET_IDS, BAD)}
+    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODEL}
 
 
 def load(arguments: list[str]) -> tuple[MultimodalModel, MultimodalProcessor, list[DataSource]]:

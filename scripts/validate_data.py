@@ -1,6 +1,7 @@
 """Checks a data file before a run does: every fault with its file, line and sample, and a summary.
 
-    python scripts/validate_data.py train.jsonl --media-root media --deep
+    python scripts/validate_data.py train.jsonl --media-root media --deep --num-workers 8
+    python scripts/validate_data.py train.jsonl --processor runs/stage2/final --max-tokens 2048
     python scripts/validate_data.py 'shards/{00000..00012}.tar' --task generation
     python scripts/validate_data.py table.parquet --columns image=picture text=caption --task comprehension
 
@@ -17,8 +18,11 @@ from tqdm import tqdm
 
 from anygpt.data.formats import FORMATS
 from anygpt.data.formats.pairs import TASKS
+from anygpt.data.lengths import Lengths
 from anygpt.data.validation import Report, validate
 from anygpt.errors import InputError
+from anygpt.processing import MultimodalProcessor
+from anygpt.training.cli import quiet_libraries
 
 FAULTY, UNUSABLE = 1, 2
 
@@ -33,7 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", metavar="KEY=COLUMN", help="of a table: image=…, text=… and so on")
     parser.add_argument("--task", choices=TASKS, help="what is learned from pairs of media and captions")
     parser.add_argument("--deep", action="store_true", help="decode every medium")
+    parser.add_argument("--processor", metavar="DIR", help="a run's final/ or checkpoint folder: counts tokens with it")
+    parser.add_argument("--max-tokens", type=int, help="of a row, those of its media included; more are a fault")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode and count (%(default)s)")
     args = parser.parse_args(arguments)
+    if args.max_tokens is not None and args.processor is None:
+        parser.error("--max-tokens needs --processor, which knows the tokenizer and the encoders")
+    if args.num_workers < 0:
+        parser.error("--num-workers must be at least 0")
     columns = dict(pair.partition("=")[::2] for pair in args.columns) if args.columns else None
     with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
 
@@ -43,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.update()
 
         try:
+            lengths = None
+            if args.processor is not None:
+                lengths = count_with(args.processor)
             report = validate(
                 args.file,
                 args.format,
@@ -50,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
                 columns,
                 args.task,
                 deep=args.deep,
+                lengths=lengths,
+                max_tokens=args.max_tokens,
+                num_workers=args.num_workers,
                 on_fault=lambda fault: bar.write(str(fault)),
                 progress=counted,
             )
@@ -60,10 +77,18 @@ def main(arguments: list[str] | None = None) -> int:
     return FAULTY if report.faults else 0
 
 
+def count_with(folder: str) -> Lengths:
+    """What counts tokens with a saved processor."""
+    quiet_libraries()
+    return Lengths(MultimodalProcessor.from_pretrained(folder))
+
+
 def summary(report: Report) -> str:
     """The counts as a table."""
     rows = [("rows", report.rows), ("samples without a fault", report.samples)]
     rows += [(f"media: {what}", count) for what, count in sorted(report.media.items())]
+    if report.tokens:
+        rows += [("tokens of all samples", report.tokens), ("tokens of the longest", report.longest)]
     rows += [("repeated conversations", report.repeated)] if report.repeated else []
     rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
     width = max(len(what) for what, _ in rows)

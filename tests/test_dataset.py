@@ -54,8 +54,8 @@ def test_media_come_in_order_and_each_file_is_decoded_once(folder, monkeypatch):
     )
     dataset = ConversationDataset(samples, num_video_frames=4)
     reads = Counter()
-    read = dataset._decode
-    monkeypatch.setattr(dataset, "_decode", lambda *args: (reads.update([args[-1].name]), read(*args))[1])
+    read = dataset.decode
+    monkeypatch.setattr(dataset, "decode", lambda *args: (reads.update([args[-1].name]), read(*args))[1])
     loaded = dataset[0]
     assert [image.size for image in loaded.inputs["image"]] == [(4, 4), (8, 6), (4, 4)]
     assert loaded.inputs["video"][0].frames.shape == (4, 16, 16, 3)
@@ -178,3 +178,59 @@ def test_weights_say_how_often_an_epoch_draws_from_a_dataset():
 def test_the_sampler_checks_its_settings(settings, message):
     with pytest.raises(InputError, match=message):
         UpdateSampler(**{"lengths": 10, "batch_size": 2, "num_updates": 5} | settings)
+
+
+# -- groups, sizes, and streams ---------------------------------------------------------------------------
+
+GROUPS = [0] * 13 + [1] * 5 + [2] * 9
+SIZES = [(i * 7) % 27 for i in range(27)]
+GROUPED = {"groups": GROUPS, "sizes": SIZES, "seed": 2}
+
+
+def test_batches_of_one_group_visit_every_sample_once_an_epoch():
+    batches = list(UpdateSampler([20, 7], batch_size=4, num_updates=18, **GROUPED))  # 4 + 2 + 3 batches, twice
+    for epoch in (batches[:9], batches[9:]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(27))
+        assert all(len({GROUPS[index] for index in batch}) == 1 for batch in epoch)
+    assert batches[:9] != batches[9:]
+    kinds = [GROUPS[batch[0]] for batch in batches[:9]]
+    assert kinds != sorted(kinds)  # the groups are mixed in time
+
+
+def test_batches_of_about_one_size():
+    batches = list(UpdateSampler(27, batch_size=3, num_updates=9, sizes=SIZES, seed=2))
+    assert sorted(index for batch in batches for index in batch) == list(range(27))
+    assert max(max(SIZES[i] for i in batch) - min(SIZES[i] for i in batch) for batch in batches) == 2
+    firsts = [SIZES[batch[0]] for batch in batches]
+    assert firsts != sorted(firsts)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_grouped_batches_resume_and_split_as_others_do(accumulation):
+    settings = {"num_updates": 10, "gradient_accumulation_steps": accumulation, **GROUPED}
+    alone = list(UpdateSampler(27, batch_size=4, **settings))
+    assert list(UpdateSampler(27, batch_size=4, start_update=7, **settings)) == alone[7 * accumulation :]
+    ranks = [list(UpdateSampler(27, batch_size=2, rank=r, world_size=2, **settings)) for r in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == alone
+
+
+def test_a_stream_is_read_in_order_of_its_blocks():
+    sampler = UpdateSampler([20, 12], weights=[1, 1.5], blocks=[None, 4], batch_size=5, num_updates=10, seed=1)
+    order = flat(sampler)[:38]
+    streamed = [index - 20 for index in order if index >= 20]
+    assert [index // 4 for index in streamed] == sorted(index // 4 for index in streamed)
+    assert streamed != sorted(streamed) and len(streamed) == 18 and set(streamed) == set(range(12))
+    assert sorted(index for index in order if index < 20) == list(range(20))
+
+
+def test_groups_are_checked():
+    with pytest.raises(InputError, match="27 samples and 2 groups"):
+        UpdateSampler(27, batch_size=1, num_updates=1, groups=[0, 1])
+    with pytest.raises(InputError, match="cannot be grouped"):
+        UpdateSampler(2, batch_size=1, num_updates=1, groups=[0, 1], blocks=[8])
+
+
+def test_output_groups(folder):
+    rows = [row("a.png"), row(targets=("a.png",)), row("a.wav"), row(targets=("a.wav",)), row(targets=("b.png",) * 2)]
+    dataset = ConversationDataset(read_samples(data_file(folder / "d.jsonl", *rows)))
+    assert dataset.output_groups() == [0, 1, 0, 2, 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anygpt import MultimodalModel, MultimodalProcessor
-from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator
+from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.losses import caption_alignment
 from anygpt.training.config import parse_config
@@ -57,7 +57,9 @@ def collate(processor, path):
     dataset = ConversationDataset.from_files([DataSource(path=str(path))])
     dataset.decode_targets = False
     batch = Collator(processor)([dataset[i] for i in range(len(dataset))])
-    assert batch.pop(SAMPLE_IDS) == ["0", "1", "2", "3"] and not batch.pop(BAD) and batch.pop(TARGET_IDS)
+    assert (
+        batch.pop(SAMPLE_IDS) == ["0", "1", "2", "3"] and not batch.pop(BAD) + batch.pop(CUT) and batch.pop(TARGET_IDS)
+    )
     return batch
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from anygpt.chat import tokenize_with_labels
 from anygpt.data.cache import CachedFeatures, CachedLatents
 from anygpt.data.dataset import BadSample, LoadedSample
+from anygpt.data.lengths import sample_messages
 from anygpt.data.media import Audio, Video
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import FEATURES
@@ -19,21 +20,27 @@ from anygpt.merging import IGNORE
 from anygpt.processing import MultimodalProcessor, stack_rows
 
 # What the loop reads; the rest of a batch goes to the model.
-SAMPLE_IDS, TARGET_IDS, BAD = "sample_ids", "target_ids", "bad_samples"
+SAMPLE_IDS, TARGET_IDS, BAD, CUT = "sample_ids", "target_ids", "bad_samples", "cut_samples"
+NOT_FOR_MODEL = (SAMPLE_IDS, TARGET_IDS, BAD, CUT)
 
 
 class Collator:
     """Makes batches, in the workers: every encoder processor, target transform and tokenizer runs here.
 
     A batch holds the arguments of `MultimodalModel.forward` and beside them `sample_ids` (the ids of its rows),
-    `target_ids` (`{decoder key: one id a target}`, which the noise is keyed by) and `bad_samples` (those left out).
+    `target_ids` (`{decoder key: one id a target}`, which the noise is keyed by), `bad_samples` (those left out) and
+    `cut_samples` (ids of those whose last turns were).
 
     Args:
         processor: its model registered, so that it knows decoders and signal tokens.
+        max_length: tokens of a row, placeholders and signal spans expanded; None for any number.
+        cut: leave out the last turns of a row that is too long, if its first ones fit; else the whole row.
     """
 
-    def __init__(self, processor: MultimodalProcessor):
+    def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):
         self.processor = processor
+        self.max_length = max_length
+        self.cut = cut
         tokenizer = processor.llm_tokenizer
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.reserved = [
@@ -53,14 +60,18 @@ class Collator:
                 except InputError as error:
                     bad.append(BadSample(item.sample.id, str(error)))
         batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
+        batch[CUT] = [item.sample.id for item in good if item.cut]
         if not good:
             return batch | self.nothing()
         data, counts = self.encoder_inputs(good)
-        conversations = [self.messages(item) for item in good]
+        conversations = [sample_messages(self.processor, item.sample) for item in good]
         contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
         expanded = iter(contents)
         conversations = [[m | {"content": next(expanded)} for m in messages] for messages in conversations]
-        rows = [tokenize_with_labels(self.processor.llm_tokenizer, messages) for messages in conversations]
+        rows = [self.tokenize(item, messages) for item, messages in zip(good, conversations, strict=True)]
+        if not all(isinstance(row, tuple) for row in rows):
+            fitted = [item if isinstance(row, tuple) else row for item, row in zip(good, rows, strict=True)]
+            return self([*bad, *fitted])  # without what does not fit, and its media
         ids = [row for row, _ in rows]
         targets, batch[TARGET_IDS] = self.decoder_targets(good)
         return (
@@ -79,14 +90,33 @@ class Collator:
         row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
         return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
 
-    def messages(self, item: LoadedSample) -> list[dict[str, str]]:
-        """The sample's messages with media as placeholders and signal spans."""
-        return self.processor.flatten_messages(
-            [
-                {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
-                for m in item.sample.messages
-            ]
+    def tokenize(
+        self, item: LoadedSample, messages: list[dict[str, str]]
+    ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
+        """Ids and labels of a row; if it is too long, the row without its last turns, or a bad sample.
+
+        It is only ever cut behind a turn of the assistant's, so never within a signal span or a run of placeholders.
+
+        Args:
+            item: the row.
+            messages: its messages with placeholders expanded.
+        """
+        try:
+            ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
+        except InputError as error:
+            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}")
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids, labels
+        ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"] if self.cut else []
+        for end in reversed(ends):
+            if len(tokenize_with_labels(self.processor.llm_tokenizer, messages[:end])[0]) <= self.max_length:
+                return item.first_messages(end)
+        but = " and its first turn does not fit either" if self.cut else ""
+        reason = (
+            f"{item.sample.source} (sample {item.sample.id!r}) has {len(ids):,} tokens with its media's, more than "
+            f"data.max_length = {self.max_length:,}{but}: shorten it, raise the limit, or set data.on_long_sample"
         )
+        return BadSample(item.sample.id, reason, "long")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
         """Arguments of the encoders, features where a cache had them, and how many features each input gives."""

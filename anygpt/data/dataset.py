@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples
+from anygpt.data.formats.streams import ROWS_OF_BLOCK
 from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 from anygpt.data.schema import Sample, StaleCache, StoredMedium
 from anygpt.errors import InputError
@@ -32,6 +33,7 @@ class DataSource:
     columns: of a table (format "datasets"): `{image: <its image column>, text: <its captions>}`, or video or audio.
     task: of pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium in and
         learns its caption, "generation" takes the caption in and learns the medium.
+    streaming: read a table (format "datasets") as a stream; its rows then come in order, shuffled within blocks.
     """
 
     path: str
@@ -40,6 +42,7 @@ class DataSource:
     weight: float = 1.0
     columns: dict[str, str] | None = None
     task: Literal["comprehension", "generation"] | None = None
+    streaming: bool = False
 
 
 @dataclass
@@ -47,9 +50,9 @@ class LoadedSample:
     """A sample with its media decoded, by media type, each in order of appearance.
 
     inputs: what the user gives. targets: what the assistant answers with. captions: those of the targets,
-    one each. conditions: their encodings, where a feature cache has them. Types that do not occur are not keys. A
-    file that occurs twice is the same object twice: do not change it in place. What a feature cache has stands in the
-    media's place.
+    one each. conditions: their encodings, where a feature cache has them. cut: messages left out at the end. Types that
+    do not occur are not keys. A file that occurs twice is the same object twice: do not change it in place. What a
+    feature cache has stands in the media's place.
     """
 
     sample: Sample
@@ -57,18 +60,38 @@ class LoadedSample:
     targets: dict[str, list[Media | Any]] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
+    cut: int = 0
+
+    def first_messages(self, count: int) -> LoadedSample:
+        """The same with its first messages alone, and their media."""
+        sample = replace(self.sample, messages=self.sample.messages[:count])
+        kept = Counter((role == "assistant", part.type) for role, part in sample.media())
+
+        def of(media: dict[str, list], answered: bool) -> dict[str, list]:
+            found = {kind: items[: kept[answered, kind]] for kind, items in media.items()}
+            return {kind: items for kind, items in found.items() if items}
+
+        return LoadedSample(
+            sample,
+            of(self.inputs, False),
+            of(self.targets, True),
+            of(self.captions, True),
+            of(self.conditions, True),
+            self.cut + len(self.sample.messages) - count,
+        )
 
 
 @dataclass(frozen=True)
 class BadSample:
     """Stands in for a sample that could not be loaded, for the collator to drop and count.
 
-    fatal: it must end the run, whatever `on_bad_sample` says.
+    kind: "bad", "long" for one with too many tokens, or "stale" for one that the feature cache should have and has not:
+    a reason to stop, whatever the settings.
     """
 
     id: str
     reason: str
-    fatal: bool = False
+    kind: Literal["bad", "long", "stale"] = "bad"
 
 
 class ConversationDataset(Dataset):
@@ -82,7 +105,7 @@ class ConversationDataset(Dataset):
         limits: see `MediaLimits`.
 
     Attributes:
-        lengths, weights: one a data source, for `UpdateSampler`.
+        lengths, weights, blocks: one a data source, for `UpdateSampler`.
         in_memory: keep what was decoded, for data that fit: nothing is then decoded twice by one process.
         decode_targets: whether the assistant's media are decoded; set it to False where only captions are needed.
         cache: a `FeatureCache` to take media and captions from.
@@ -120,6 +143,7 @@ class ConversationDataset(Dataset):
         self.limits = limits
         self.lengths: list[int] = [len(self.samples)]
         self.weights: list[float] = [1.0]
+        self.blocks: list[int | None] = [None]
         self.faults: list[InputError] = []
 
     @classmethod
@@ -143,17 +167,23 @@ class ConversationDataset(Dataset):
         by_source = []
         for source in sources:
             found: list[InputError] | None = [] if on_bad_sample == "skip" else None
-            by_source.append(
-                read_samples(source.path, source.format, source.media_root, found, source.columns, source.task)
-            )
+            options = (source.columns, source.task, source.streaming)
+            by_source.append(read_samples(source.path, source.format, source.media_root, found, *options))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
             faults += found or []
         dataset = cls(_with_unique_ids(sources, by_source), num_video_frames, on_bad_sample, limits)
         dataset.lengths = [len(samples) for samples in by_source]
         dataset.weights = [source.weight for source in sources]
+        dataset.blocks = [ROWS_OF_BLOCK if source.streaming else None for source in sources]
         dataset.faults = faults
         return dataset
+
+    def output_groups(self) -> list[int]:
+        """A number for each sample: the same for those whose assistant answers with media of the same types."""
+        numbers: dict[frozenset[str], int] = {}
+        kinds = (frozenset(p.type for role, p in s.media() if role == "assistant") for s in self.samples)
+        return [numbers.setdefault(kind, len(numbers)) for kind in kinds]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -165,7 +195,7 @@ class ConversationDataset(Dataset):
         except InputError as error:
             if self.on_bad_sample == "error":
                 raise
-            return BadSample(sample.id, str(error), fatal=isinstance(error, StaleCache))
+            return BadSample(sample.id, str(error), "stale" if isinstance(error, StaleCache) else "bad")
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)

@@ -1,5 +1,6 @@
 """Which samples an update sees: a pure function of the seed and the update's number."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +8,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from anygpt.errors import InputError
+
+SORTED_BATCHES = 64  # so many are sorted by size at once: more, and an epoch's order would be that of the sizes
 
 
 class UpdateSampler(Sampler[list[int]]):
@@ -21,6 +24,11 @@ class UpdateSampler(Sampler[list[int]]):
     An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and a
     random part without repetition for the rest. With weights of 1 it visits every sample once.
 
+    With `groups` or `sizes`, micro-batches (those of all ranks together) are made within an epoch instead: of one group
+    each, or of neighbouring sizes among some thousands of samples, and in an order of their own. The last one of a
+    group may then be shorter, and an epoch ends with a whole micro-batch; still it visits each sample as often as
+    before, and processes share each micro-batch.
+
     The order depends on `(seed, epoch)` alone, so starting at update k gives what the uninterrupted run
     gives from k on. The batches are for this rank already: do not let accelerate shard them again.
 
@@ -31,6 +39,9 @@ class UpdateSampler(Sampler[list[int]]):
         gradient_accumulation_steps: micro-batches of one rank in an update.
         num_updates: updates in the whole run, those before `start_update` included.
         start_update: the first update to give, counted from 0.
+        blocks: one a dataset: its samples come in order, but for those of a block of this many; None shuffles all.
+        groups: a number for each sample; those of a micro-batch are the same.
+        sizes: a number for each sample; those of a micro-batch are close.
 
     Raises:
         InputError: a size that is not positive, a rank or a start out of range, weights of a wrong number or
@@ -49,6 +60,9 @@ class UpdateSampler(Sampler[list[int]]):
         world_size: int = 1,
         seed: int = 0,
         start_update: int = 0,
+        blocks: Sequence[int | None] | None = None,
+        groups: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ):
         self.lengths = [lengths] if isinstance(lengths, int) else list(lengths)
         self.batch_size = batch_size
@@ -58,6 +72,9 @@ class UpdateSampler(Sampler[list[int]]):
         self.seed = seed
         self.start_update = start_update
         self.num_updates = num_updates
+        self.blocks = [None] * len(self.lengths) if blocks is None else list(blocks)
+        self.groups = None if groups is None else np.asarray(groups)
+        self.sizes = None if sizes is None else np.asarray(sizes)
         self._check_sizes()
         self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
         self.epoch_size = sum(self.draws)
@@ -67,11 +84,32 @@ class UpdateSampler(Sampler[list[int]]):
         return (self.num_updates - self.start_update) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.groups is not None or self.sizes is not None:
+            first = self.start_update * self.gradient_accumulation_steps
+            batches = itertools.islice(self._grouped(), first, first + len(self))
+            yield from (np.array_split(batch, self.world_size)[self.rank].tolist() for batch in batches)
+            return
         micro = self.batch_size * self.world_size
         for update in range(self.start_update, self.num_updates):
             for step in range(self.gradient_accumulation_steps):
                 first = (update * self.gradient_accumulation_steps + step) * micro + self.rank * self.batch_size
                 yield [self._index_at(position) for position in range(first, first + self.batch_size)]
+
+    def _grouped(self) -> Iterator[np.ndarray]:
+        """The micro-batches of all ranks together, epoch after epoch without end."""
+        micro = self.batch_size * self.world_size
+        for epoch in itertools.count():
+            order = self._epoch_order(epoch)
+            groups = np.zeros(len(order), np.int64) if self.groups is None else self.groups[order]
+            batches: list[np.ndarray] = []
+            for group in np.unique(groups):
+                members = order[groups == group]
+                if self.sizes is not None:
+                    windows = np.arange(len(members)) // (micro * SORTED_BATCHES)
+                    members = members[np.lexsort((self.sizes[members], windows))]
+                batches += np.split(members, range(micro, len(members), micro))
+            for place in np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches)):
+                yield batches[place]
 
     def _index_at(self, position: int) -> int:
         epoch, offset = divmod(position, self.epoch_size)
@@ -88,7 +126,15 @@ class UpdateSampler(Sampler[list[int]]):
             parts += [np.arange(first, first + length)] * copies
             parts.append(first + generator.permutation(length)[:rest])
             first += length
-        return generator.permutation(np.concatenate(parts))
+        order = generator.permutation(np.concatenate(parts))
+        first = 0
+        for length, block in zip(self.lengths, self.blocks, strict=True):
+            if block is not None:
+                mine = (order >= first) & (order < first + length)
+                drawn = order[mine]
+                order[mine] = drawn[np.argsort((drawn - first) // block, kind="stable")]
+            first += length
+        return order
 
     def _check_sizes(self) -> None:
         sizes = {
@@ -107,6 +153,11 @@ class UpdateSampler(Sampler[list[int]]):
             raise InputError(
                 f"start_update is {self.start_update}, and must be from 0 to num_updates = {self.num_updates}."
             )
+        if any(self.blocks) and (self.groups is not None or self.sizes is not None):
+            raise InputError("Streamed data comes in its own order, so its batches cannot be grouped: leave out one.")
+        for name, values in (("groups", self.groups), ("sizes", self.sizes)):
+            if values is not None and len(values) != sum(self.lengths):
+                raise InputError(f"There are {sum(self.lengths)} samples and {len(values)} {name}: give one a sample.")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}, and must be at least 0.")
 

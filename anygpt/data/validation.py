@@ -3,11 +3,16 @@
 Memory stays the same however long the file is, but for 16 bytes a row, by which repetitions are found.
 """
 
+from __future__ import annotations
+
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +21,19 @@ from anygpt.data.media import DEFAULT_LIMITS, MediaLimits, read_media
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
 
+if TYPE_CHECKING:
+    from anygpt.data.lengths import Lengths
+
+AHEAD = 32  # rows that wait for each worker
+
 
 @dataclass
 class Report:
     """What was found.
 
     rows: all of them. samples: those without a fault. media: `{"user image": how many, …}`, of the samples whose rows
-    are right. faults: by kind. repeated: conversations that had occurred before, word for word; not a fault.
+    are right. faults: by kind. repeated: conversations that had occurred before, word for word; not a fault. tokens,
+    longest: of all samples whose length was counted, and of the longest.
     """
 
     rows: int = 0
@@ -30,6 +41,8 @@ class Report:
     media: Counter = field(default_factory=Counter)
     faults: Counter = field(default_factory=Counter)
     repeated: int = 0
+    tokens: int = 0
+    longest: int = 0
 
 
 def validate(
@@ -41,6 +54,9 @@ def validate(
     *,
     deep: bool = False,
     limits: MediaLimits = DEFAULT_LIMITS,
+    lengths: Lengths | None = None,
+    max_tokens: int | None = None,
+    num_workers: int = 0,
     on_fault: Callable[[InputError], None] = lambda fault: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Report:
@@ -49,6 +65,10 @@ def validate(
     Args:
         path, format, media_root, columns, task: see `anygpt.data.formats.iterate_samples`.
         deep: also decode every medium.
+        limits: of the media.
+        lengths: also count tokens, placeholders and signal spans expanded.
+        max_tokens: more are a fault.
+        num_workers: processes that decode and count; 0 does it in this one.
         on_fault: called with each fault as it is found; none is kept.
         progress: wraps the rows, as `tqdm` does.
 
@@ -65,14 +85,16 @@ def validate(
     def rows() -> Iterator[Sample | InputError]:
         return iterate_samples(path, format, media_root, columns, task)
 
-    for sample in progress(_until_broken(rows())):
+    check = SampleCheck(deep, limits, lengths, max_tokens)
+    for sample, (faults, tokens) in progress(_in_parallel(check, _until_broken(rows()), num_workers)):
         report.rows += 1
         if isinstance(sample, InputError):
             count(sample)
             continue
         ids.append(_hash(sample.id))
         conversations.append(_hash(sample.messages))
-        faults = list(_media_faults(sample, deep, limits))
+        report.tokens += tokens
+        report.longest = max(report.longest, tokens)
         report.media.update(f"{role} {part.type}" for role, part in sample.media())
         for fault in faults:
             count(fault)
@@ -99,18 +121,83 @@ def _until_broken(rows: Iterator[Sample | InputError]) -> Iterator[Sample | Inpu
         yield fault
 
 
-def _media_faults(sample: Sample, deep: bool, limits: MediaLimits) -> Iterator[InputError]:
-    missing = sample.missing_files()
-    for file in missing:
-        yield missing_error([(sample, file)])
-    for role, part in sample.media() if deep else ():
-        if part.path in missing:
-            continue
-        try:
-            # One frame is kept; all are decoded to come to the end.
-            read_media(part.type, part.path, num_frames=1, limits=limits)
-        except InputError as error:
-            yield DataError(f"{sample.source} (sample {sample.id!r}), {role} {part.type}: {error}", "not decodable")
+@dataclass(frozen=True)
+class SampleCheck:
+    """What is looked at in each sample by itself; arguments as in `validate`."""
+
+    deep: bool
+    limits: MediaLimits
+    lengths: Lengths | None
+    max_tokens: int | None
+
+    def __call__(self, sample: Sample | InputError) -> tuple[list[InputError], int]:
+        """The faults of a sample, and its tokens (0 if they were not counted). A row with a fault has no other."""
+        if isinstance(sample, InputError):
+            return [], 0
+        faults = list(self.media_faults(sample))
+        tokens = 0
+        if self.lengths is not None and not faults:
+            try:
+                tokens = self.lengths.of(sample)
+            except InputError as error:
+                faults.append(DataError(f"{sample.source} (sample {sample.id!r}): {error}", "not usable"))
+            if self.max_tokens is not None and tokens > self.max_tokens:
+                text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
+                faults.append(DataError(f"{sample.source} (sample {sample.id!r}) has {text}: shorten it.", "too long"))
+        return faults, tokens
+
+    def media_faults(self, sample: Sample) -> Iterator[InputError]:
+        missing = sample.missing_files()
+        for file in missing:
+            yield missing_error([(sample, file)])
+        for role, part in sample.media() if self.deep else ():
+            if part.path in missing:
+                continue
+            try:
+                # One frame is kept; all are decoded to come to the end.
+                read_media(part.type, part.path, num_frames=1, limits=self.limits)
+            except InputError as error:
+                yield DataError(f"{sample.source} (sample {sample.id!r}), {role} {part.type}: {error}", "not decodable")
+
+
+Checked = tuple[Sample | InputError, tuple[list[InputError], int]]
+
+
+def _in_parallel(check: SampleCheck, rows: Iterable[Sample | InputError], num_workers: int) -> Iterator[Checked]:
+    """Each row with the check's result, in order; no more rows are read ahead than the workers soon need."""
+    if not num_workers:
+        yield from ((row, check(row)) for row in rows)
+        return
+    waiting: deque = deque()
+    with ProcessPoolExecutor(num_workers, initializer=_remember, initargs=(check,)) as pool:
+        for row in rows:
+            waiting.append((row, pool.submit(_check_one, row)))
+            if len(waiting) > AHEAD * num_workers:
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+
+
+def _result(row: Sample | InputError, future: Future) -> Checked:
+    try:
+        return row, future.result()
+    except BrokenProcessPool as error:
+        place = row if isinstance(row, InputError) else f"{row.source} (sample {row.id!r})"
+        raise InputError(
+            f"{place}, or one of the rows behind it, ended the process that decoded it (its decoder crashed, or memory "
+            "was full): check the rows from there on with --num-workers 0"
+        ) from error
+
+
+_CHECK: list[SampleCheck] = []  # of a worker
+
+
+def _remember(check: SampleCheck) -> None:
+    _CHECK[:] = [check]
+
+
+def _check_one(row: Sample | InputError) -> tuple[list[InputError], int]:
+    return _CHECK[0](row)
 
 
 def _hash(value: Hashable) -> int:

@@ -128,6 +128,11 @@ class DataConfig:
         num_workers: processes that decode media; 0 decodes in the main one.
         in_memory: keep decoded media, in each process that decodes; for small data sets.
         on_bad_sample: `error` stops at the first sample that cannot be read; `skip` leaves it out and counts it.
+        max_length: tokens of a row, those of its media included; null for any number.
+        on_long_sample: of a row with more: `error` stops, `skip` leaves it out, `cut` leaves out its last turns (or all
+            of it, where the first is too long); the last two are counted.
+        group_by_modality: batches hold answers of one kind: text alone, images, ….
+        group_by_length: batches hold rows of about one length, so that little is padded.
     """
 
     train: list[DataSource] = field(default_factory=list)
@@ -136,6 +141,10 @@ class DataConfig:
     num_workers: int = 0
     in_memory: bool = False
     on_bad_sample: Literal["error", "skip"] = "error"
+    max_length: int | None = None
+    on_long_sample: Literal["error", "skip", "cut"] = "error"
+    group_by_modality: bool = False
+    group_by_length: bool = False
 
 
 @dataclass
@@ -293,6 +302,7 @@ def check_values(config: Config) -> None:
         ("train.ridge_captions", train.ridge_captions, train.ridge_captions >= 1, "at least 1"),
         ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
         ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
+        ("data.max_length", config.data.max_length, (config.data.max_length or 1) >= 1, "at least 1, or null"),
         ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
         ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
         ("loss.temperature", loss.temperature, loss.temperature > 0, "above 0"),

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from anygpt.data.cache.reading import open_cache
-from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
+from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset
+from anygpt.data.lengths import Lengths
 from anygpt.data.sampling import UpdateSampler
 from anygpt.errors import InputError
 from anygpt.training.config import Config
@@ -39,9 +40,10 @@ def take_updates(loader: DataLoader, config: Config) -> Iterator[list[MicroBatch
 
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
     """Take what is not for the model out of a batch, and stop at a bad sample unless such are to be skipped."""
-    ids = {name: batch.pop(name) for name in (SAMPLE_IDS, TARGET_IDS, BAD)}
+    ids = {name: batch.pop(name) for name in NOT_FOR_MODEL}
+    policies = {"bad": config.data.on_bad_sample, "long": config.data.on_long_sample, "stale": "error"}
     for sample in ids[BAD]:
-        if sample.fatal or config.data.on_bad_sample == "error":
+        if policies[sample.kind] == "error":
             raise BadSampleError(sample.reason)
     return ids
 
@@ -70,6 +72,9 @@ def make_loader(
         world_size=accelerator.num_processes,
         seed=config.run.seed,
         start_update=start,
+        blocks=dataset.blocks,
+        groups=dataset.output_groups() if config.data.group_by_modality else None,
+        sizes=Lengths(collator.processor).estimate(dataset.samples) if config.data.group_by_length else None,
     )
     return DataLoader(
         dataset,

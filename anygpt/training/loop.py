@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 
-from anygpt.data.collation import BAD, SAMPLE_IDS, TARGET_IDS, Collator, move
+from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.checkpoint import (
@@ -138,7 +138,7 @@ def train(config: Config, stage: Stage) -> Path:
         model.gradient_checkpointing_enable()
     dataset = build_dataset(config.data.train, model, config, stage)
     held_out = build_dataset(config.data.eval, model, config, stage) if config.data.eval else None
-    collator = Collator(processor)
+    collator = Collator(processor, config.data.max_length, cut=config.data.on_long_sample == "cut")
     for data in filter(None, (dataset, held_out)):
         use_frames_of(data, processor)
         data.decode_targets = model.loss_weights.wants_media
@@ -267,7 +267,7 @@ def update(
         counts += torch.tensor([found.get(name, 0) for name in names], dtype=torch.float64, device=counts.device)
     counts = accelerator.reduce(counts, reduction="sum")
     denominators = dict(zip(names, counts.tolist(), strict=True))
-    sums = torch.zeros(len(names) + 4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(names) + 5, dtype=torch.float64, device=accelerator.device)
     for index, (batch, ids) in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         generators = make_generators(ids[TARGET_IDS], config.run.seed, step)
@@ -280,10 +280,14 @@ def update(
         for name, term in output.losses.items():
             assert term.count <= denominators[name], f"{name} was counted as {denominators[name]}, not {term.count}"
             sums[names.index(name)] += term.total.detach().double()
-        done = (float(loss.detach()), int(batch["attention_mask"].sum()), len(ids[SAMPLE_IDS]), len(ids[BAD]))
-        sums[-4:] += torch.tensor(done, dtype=torch.float64, device=sums.device)
+        done = (
+            float(loss.detach()),
+            int(batch["attention_mask"].sum()),
+            *(len(ids[i]) for i in (SAMPLE_IDS, BAD, CUT)),
+        )
+        sums[-5:] += torch.tensor(done, dtype=torch.float64, device=sums.device)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm))
-    *totals, loss, tokens, samples, skipped = accelerator.reduce(sums, reduction="sum").tolist()
+    *totals, loss, tokens, samples, skipped, cut = accelerator.reduce(sums, reduction="sum").tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
         seen = gather_object([sample for _, ids in micro_batches for sample in ids[SAMPLE_IDS]])
@@ -293,7 +297,7 @@ def update(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    log.count(int(tokens), int(samples), int(skipped))
+    log.count(int(tokens), int(samples), int(skipped), int(cut))
     means = {name: total / denominators[name] for name, total in zip(names, totals, strict=True) if denominators[name]}
     return {"loss": loss, **means, "gradient_norm": norm}
 

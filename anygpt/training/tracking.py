@@ -89,7 +89,7 @@ class RunLog:
                 raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
         self.since = time.perf_counter()
         self.waited = 0.0
-        self.tokens = self.samples = self.skipped = 0
+        self.tokens = self.samples = self.skipped = self.cut = 0
 
     def say(self, text: str) -> None:
         """A line, or several, for people."""
@@ -98,11 +98,12 @@ class RunLog:
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{text}\n")
 
-    def count(self, tokens: int, samples: int, skipped: int) -> None:
-        """Add what an update did, on all processes; bad samples that were skipped are counted over the whole run."""
+    def count(self, tokens: int, samples: int, skipped: int, cut: int) -> None:
+        """Add what an update did, on all processes; samples skipped, or cut, are counted over the whole run."""
         self.tokens += tokens
         self.samples += samples
         self.skipped += skipped
+        self.cut += cut
 
     def timed(self, updates: Iterable[Any]) -> Iterator[Any]:
         """The same updates; the time until each is there counts as waiting for data."""
@@ -133,6 +134,8 @@ class RunLog:
         }
         if self.skipped:
             values = values | {"skipped": self.skipped}
+        if self.cut:
+            values = values | {"cut": self.cut}
         self.since, self.waited, self.tokens, self.samples = time.perf_counter(), 0.0, 0, 0
         self.metrics(step, values)
 

@@ -125,8 +125,11 @@ def processing(processor: Any) -> dict[str, Any]:
 def tokenizer(part: Any) -> dict[str, Any]:
     """A tokenizer's fingerprint and length."""
     backend = getattr(part, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(part.get_vocab().items()))
-    return {"fingerprint": xxhash.xxh3_128_hexdigest(content.encode()), "length": part.model_max_length}
+    content = dict(part.get_vocab()) if backend is None else json.loads(backend.to_str())
+    for name in () if backend is None else ("truncation", "padding"):
+        content.pop(name, None)  # of the last call
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return {"fingerprint": fingerprint, "length": part.model_max_length}
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

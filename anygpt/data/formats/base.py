@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """How the rows are found in a file, and how one becomes a row in the project's own form.
 
-    rows: `rows(path)`, and `rows(path, columns)` where `takes_columns`.
+    rows: `rows(path)`, and `rows(path, columns, streaming)` where `takes_columns`.
     convert: `convert(value, where)`, where messages name the row by `where`; None for `Pair`s.
     suffixes: of the files that are taken to be of this format when none is given.
     media_by_type: look in images/, videos/ and audios/ too (see `MediaRoot`).

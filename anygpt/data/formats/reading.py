@@ -10,7 +10,7 @@ from anygpt.data.formats import alpaca, llava, nextgpt, videochat
 from anygpt.data.formats.base import Format, Row, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.pairs import check_task, convert_pair
-from anygpt.data.formats.tables import table_rows
+from anygpt.data.formats.tables import is_hub_id, table_rows
 from anygpt.data.formats.webdataset import shard_rows
 from anygpt.data.schema import MEDIA_TYPES, DataError, MediaRoot, Sample, parse_sample, row_name
 from anygpt.errors import InputError
@@ -33,11 +33,12 @@ def read_samples(
     faults: list[InputError] | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
+    streaming: bool = False,
 ) -> list[Sample]:
     """Reads one data file and checks every row and that every media file exists.
 
     Args:
-        path, format, media_root, columns, task: see `iterate_samples`.
+        path, format, media_root, columns, task, streaming: see `iterate_samples`.
         faults: None makes the first fault an error. A list collects the faults instead, and the rows that
             have one are left out of the result.
 
@@ -51,7 +52,7 @@ def read_samples(
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
     first_source: dict[str, str] = {}  # by sample id
-    for sample in iterate_samples(path, format, media_root, columns, task):
+    for sample in iterate_samples(path, format, media_root, columns, task, streaming):
         try:
             if isinstance(sample, InputError):
                 raise sample
@@ -83,6 +84,7 @@ def iterate_samples(
     media_root: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
+    streaming: bool = False,
 ) -> Iterator[Sample | InputError]:
     """The samples of a data file one after the other, and the fault in the place of a row that is not right.
 
@@ -90,7 +92,7 @@ def iterate_samples(
 
     Args:
         path: the data file. For "webdataset" and "datasets" also a glob or braces (see `base.find_files`); for
-            "datasets" also a folder made by `save_to_disk`.
+            "datasets" also a folder.
         format: a key of `FORMATS`; None goes by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`:
             "webdataset", `.parquet` and `.arrow`: "datasets").
         media_root: the folder that media paths are relative to and may not leave; None is the folder of
@@ -98,23 +100,28 @@ def iterate_samples(
             `videos` and `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
         columns: for "datasets", and needed there: see `tables.table_rows`.
         task: "comprehension" or "generation", needed where rows are pairs of a medium and a caption: see `pairs`.
+        streaming: for "datasets": fetch media block by block, without a copy of the table; `path` may be a hub id.
 
     Raises:
         InputError: an unreadable or empty file, an unknown format, a JSON list that is broken (after the rows before
             that place), `columns` or `task` with a format that has no use for them.
     """
     path = Path(path)
-    name = _format_of(path, format)
+    remote = streaming and format == "datasets" and is_hub_id(path)
+    name = "datasets" if remote else _format_of(path, format)
     chosen = FORMATS[name]
+    if streaming and not chosen.takes_columns:
+        raise InputError(f"streaming is set for {path}, but the format {name!r} is read as it lies: leave it out.")
     if columns is not None and not chosen.takes_columns:
         raise InputError(f"columns is given for {path}, whose format {name!r} has none: leave it out.")
     if task is not None and chosen.convert:
         raise InputError(f"task is given for {path}, whose format {name!r} holds conversations: leave it out.")
-    rows = chosen.rows(path, columns) if chosen.takes_columns else chosen.rows(path)
+    rows = chosen.rows(path, columns, streaming) if chosen.takes_columns else chosen.rows(path)
     if chosen.convert is None and not (columns and not set(MEDIA_TYPES) & set(columns)):  # a table may be text alone
         check_task(task, str(path))
     if media_root is None:
-        media_root = path.parent if path.exists() else find_files(path)[0].parent
+        folder = Path() if remote else path.parent  # a dataset on the hub has no media beside it
+        media_root = folder if path.exists() or remote else find_files(path)[0].parent
     root = MediaRoot(media_root, by_type=chosen.media_by_type)
     convert = chosen.convert or (lambda value, where: convert_pair(value, where, task))
     empty = True

@@ -1,7 +1,12 @@
-"""Hugging Face `datasets`, by a map of columns: a folder of `save_to_disk`, or Parquet, JSON, CSV and Arrow files."""
+"""Hugging Face `datasets`, by a map of columns.
+
+A folder of `save_to_disk`, one that `load_dataset` understands, or Parquet, JSON, CSV and Arrow files; as a stream also
+a dataset on the hub, by its id.
+"""
 
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from anygpt.data.formats.base import Pair, Row, find_files
+from anygpt.data.formats.streams import Stream, StreamedCell
 from anygpt.data.schema import MEDIA_TYPES, StoredMedium, check_keys
 from anygpt.errors import InputError
 
@@ -36,33 +42,75 @@ class Cell(StoredMedium):
         return io.BytesIO((value["bytes"] if pa.types.is_struct(value.type) else value).as_py())
 
 
-def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
+def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = False) -> Iterator[Row]:
     """The rows of a table, named `path[0]`, …
 
     Args:
         columns: the table's column for each of `COLUMNS`: one of image, video and audio (or none, for text), `text`
             (the caption or the answer), and where there are such `prompt` (what the user says) and `id`. A medium is
             bytes, a `datasets` feature of Image, Audio or Video, or a path below the media root.
+        streaming: see `streams`.
     """
     columns = _checked_columns(path, columns)
-    table = _load(path).with_format("arrow")
-    for key, name in columns.items():
-        if name not in table.column_names:
-            raise InputError(
-                f"{path} has no column {name!r}, which columns gives for {key}: it has {', '.join(table.column_names)}."
-            )
     kind = next((key for key in columns if key in MEDIA_TYPES), None)
+    if streaming:
+        yield from _streamed_rows(path, columns, kind)
+        return
+    table = _load(path, streaming=False).with_format("arrow")
+    _check_names(path, columns, table.column_names)
     for start in range(0, len(table), ROWS_AT_ONCE):
         block = table[start : start + ROWS_AT_ONCE]
-        values = {key: block[name].to_pylist() for key, name in columns.items() if key not in MEDIA_TYPES}
         media = [None] * len(block) if kind is None else _media(block[columns[kind]], path)
         for i, medium in enumerate(media):
-            source = f"{path}[{start + i}]"
             if medium is _STORED:
-                medium = Cell(table, columns[kind], start + i, source)
-            pair = Pair(kind, medium, values["text"][i], values["prompt"][i] if "prompt" in values else None)
-            name = values["id"][i] if "id" in values else None
-            yield Row(source, f"{path.stem}-{start + i}" if name is None else str(name), pair)
+                media[i] = Cell(table, columns[kind], start + i, f"{path}[{start + i}]")
+        yield from _rows(path, block, columns, kind, media, start)
+
+
+def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> Iterator[Row]:
+    """Reads the texts alone; what media there are is not known before they are fetched."""
+    stream = Stream(_load(path, streaming=True), str(path))
+    first = next(stream.blocks(), None)
+    if first is None:
+        return
+    _check_names(path, columns, first.column_names)
+    wanted = [name for key, name in columns.items() if key not in MEDIA_TYPES]
+    stored = kind is not None and not pa.types.is_string(first[columns[kind]].type)
+    if kind is not None and not stored:
+        if not path.exists():
+            raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
+        wanted.append(columns[kind])
+    if stored:
+        _media(first[columns[kind]], path)  # which looks at their type
+    start = 0
+    for number, block in enumerate(stream.blocks(list(dict.fromkeys(wanted)))):
+        media: list[Any] = [None] * len(block)
+        if stored:
+            places = (f"{path}[{start + i}]" for i in range(len(block)))
+            media = [StreamedCell(stream, columns[kind], number, i, place) for i, place in enumerate(places)]
+        elif kind is not None:
+            media = block[columns[kind]].to_pylist()
+        yield from _rows(path, block, columns, kind, media, start)
+        start += len(block)
+
+
+def _rows(
+    path: Path, block: pa.Table, columns: Mapping[str, str], kind: str | None, media: list[Any], start: int
+) -> Iterator[Row]:
+    """The rows of a block whose first one has the number `start`."""
+    values = {key: block[name].to_pylist() for key, name in columns.items() if key not in MEDIA_TYPES}
+    for i, medium in enumerate(media):
+        pair = Pair(kind, medium, values["text"][i], values["prompt"][i] if "prompt" in values else None)
+        name = values["id"][i] if "id" in values else None
+        yield Row(f"{path}[{start + i}]", f"{path.stem}-{start + i}" if name is None else str(name), pair)
+
+
+def _check_names(path: Path, columns: Mapping[str, str], there: list[str]) -> None:
+    for key, name in columns.items():
+        if name not in there:
+            raise InputError(
+                f"{path} has no column {name!r}, which columns gives for {key}: it has {', '.join(there)}."
+            )
 
 
 def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -77,12 +125,16 @@ def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[s
     return columns
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, streaming: bool) -> Any:
     import datasets  # takes a second, and most runs have no table
 
     try:
-        if os.path.isdir(path):
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(str(path))
+            if streaming and isinstance(table, datasets.Dataset):
+                table = table.to_iterable_dataset()
+        elif os.path.isdir(path) or (streaming and is_hub_id(path)):
+            table = datasets.load_dataset(str(path), split="train", streaming=streaming)
         else:
             files = find_files(path)
             builder = BUILDERS.get(files[0].suffix.lower())
@@ -90,15 +142,22 @@ def _load(path: Path) -> Any:
                 raise InputError(
                     f"{path} is no table that can be read: its suffix must be one of {', '.join(BUILDERS)}."
                 )
-            table = datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train")
+            table = datasets.load_dataset(
+                builder, data_files=[str(file) for file in files], split="train", streaming=streaming
+            )
     except InputError:
         raise
     except Exception as error:  # whatever datasets and Arrow stumble over in a broken table
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise InputError(f"{path} cannot be read as a table: {type(error).__name__}: {reason[:300]}.") from error
-    if not isinstance(table, datasets.Dataset):
+    if not isinstance(table, datasets.Dataset | datasets.IterableDataset):
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
     return table
+
+
+def is_hub_id(path: Path) -> bool:
+    """Whether a path that does not exist can be a dataset's id on the hub: `name` or `owner/name`."""
+    return not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) is not None and not path.suffix
 
 
 _STORED = object()

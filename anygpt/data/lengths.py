@@ -1,0 +1,105 @@
+"""How long conversations are in tokens, placeholders and signal spans expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from anygpt.chat import tokenize_with_labels
+from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
+from anygpt.data.schema import Sample, StoredMedium
+from anygpt.encoders.families import FAMILIES
+
+CHARACTERS_PER_TOKEN = 4
+SIDE, FRAMES, RATE = 32, 8, 16_000  # of the media that stand for all others: pixels, frames, Hz
+
+
+class Lengths:
+    """Counts tokens of samples as the collator would make them.
+
+    A medium's features are counted on a blank one where the encoder gives all inputs the same number; else the medium
+    itself is decoded, for that is what their number depends on.
+
+    Args:
+        processor: its model's encoders and decoders known to it.
+        num_frames, limits: see `read_video`.
+    """
+
+    def __init__(self, processor: Any, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS):
+        self.processor = processor
+        self.num_frames = num_frames
+        self.limits = limits
+        self._same: dict[str, int] = {}
+
+    def of(self, sample: Sample) -> int:
+        """Tokens of a conversation, those of its chat template included.
+
+        Raises:
+            InputError: media that no encoder reads or no decoder makes, or that cannot be decoded where they must be;
+                a conversation that the chat template refuses.
+        """
+        counts: dict[str, list[int]] = {}
+        for role, part in sample.media():
+            if role != "assistant":
+                key = self.processor.encoder_key(part.type)
+                counts.setdefault(key, []).append(self.features(part.type, part.path))
+        messages = sample_messages(self.processor, sample)
+        contents = self.processor.expand([message["content"] for message in messages], counts)
+        messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+        return len(tokenize_with_labels(self.processor.llm_tokenizer, messages)[0])
+
+    def features(self, modality: str, place: Path | StoredMedium) -> int:
+        """How many features a medium gives."""
+        key = self.processor.encoder_key(modality)
+        if not self.is_fixed(key):
+            return self._count(modality, read_media(modality, place, self.num_frames, self.limits))
+        return self.features_of_any(modality)
+
+    def features_of_any(self, modality: str) -> int:
+        """How many features a blank medium gives."""
+        if modality not in self._same:
+            blank = {
+                "image": Image.new("RGB", (SIDE, SIDE)),
+                "video": Video(np.zeros((self.num_frames or FRAMES, SIDE, SIDE, 3), np.uint8), 8.0),
+                "audio": Audio(np.zeros((1, RATE), np.float32), RATE),
+            }[modality]
+            self._same[modality] = self._count(modality, blank)
+        return self._same[modality]
+
+    def is_fixed(self, key: str) -> bool:
+        """Whether an encoder gives all inputs the same number of features."""
+        config = self.processor.encoder_configs.get(key)
+        family = FAMILIES.get(config.model_type) if config is not None else None
+        return family is not None and family.layout == "fixed" and key not in self.processor.num_feature_funcs
+
+    def _count(self, modality: str, medium: Any) -> int:
+        _, counts, _ = self.processor.process_media(self.processor.arrange_media([(modality, medium)]))
+        ((count,),) = counts.values()
+        return count
+
+    def estimate(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Tokens of many samples, `(samples,)` int64, from the number of their characters: to group by, no more."""
+        tokens = np.zeros(len(samples), np.int64)
+        for i, sample in enumerate(samples):
+            characters = sum(len(p.text) for message in sample.messages for p in message.content if p.text)
+            tokens[i] = characters // CHARACTERS_PER_TOKEN
+            for role, part in sample.media():
+                if role == "assistant":
+                    tokens[i] += len(self.processor.signal_tokens[self.processor.decoder_key(part.type)])
+                else:
+                    tokens[i] += self.features_of_any(part.type)
+        return tokens
+
+
+def sample_messages(processor: Any, sample: Sample) -> list[dict[str, str]]:
+    """A sample's messages as text, media as placeholders (one each) and signal spans."""
+    return processor.flatten_messages(
+        [
+            {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
+            for m in sample.messages
+        ]
+    )

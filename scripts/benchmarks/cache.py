@@ -1,0 +1,152 @@
+"""A training step with the feature cache and without: reading, decoding, forward, backward and the optimizer.
+
+`tiny` are the parts of configs/tiny; `small` are SmolLM2-135M's shape, ViT-B/16 at 224, and Stable Diffusion 1.5's
+parts with a U-Net and a VAE of a quarter of the width, weights random. Stage 1 asks about pictures, stage 2 for them:
+once with denoising and once with caption alignment alone. The cache is written first, and not timed. The data are JPEG
+photographs of noise, 512 × 384.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from benchmarks.stage2 import make_pipeline
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor, StableDiffusionDecoder
+from anygpt.data.cache.writing import CacheWriter
+from anygpt.data.collation import TARGET_IDS, Collator, move
+from anygpt.toyworld.tokenizers import llm_tokenizer
+from anygpt.training.cli import quiet_libraries
+from anygpt.training.config import Config, parse_config
+from anygpt.training.loading import make_generators, make_loader, take_updates, use_cache, use_frames_of
+from anygpt.training.setup import build, build_dataset
+from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {"stage 1": ENCODER_LLM, "stage 2": LLM_DECODER, "alignment": LLM_DECODER}
+WAYS = ("without", "cached")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows, a picture each (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
+    parser.add_argument("--latents", type=int, default=16, help="height of the latents of small (default: %(default)s)")
+    parser.add_argument(
+        "--signal-rows", choices=("both", "output", "none"), default="output", help="of stage 2 (default: %(default)s)"
+    )
+
+
+def sides(options: argparse.Namespace) -> list[str]:
+    return [f"{size}, {case}, {way}" for size in options.sizes for case in CASES for way in WAYS]
+
+
+def baseline(side: str) -> str:
+    """The same without the cache."""
+    return side.replace("cached", "without")
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step, waiting for data included, and the first loss, which must be the same."""
+    quiet_libraries()
+    size, case, way = side.split(", ")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(Path(folder), size, case, options)
+        model, processor = build(config) if size == "tiny" else compose(case, options)
+        model.loss_weights = config.loss
+        prepare_stage(model, CASES[case], config)
+        accelerator = Accelerator()
+        model.to(accelerator.device)
+        dataset = build_dataset(config.data.train, model, config, CASES[case])
+        use_frames_of(dataset, processor)
+        dataset.decode_targets = model.loss_weights.wants_media
+        if way == "cached":
+            CacheWriter(config.data.cache_dir, model.eval(), processor, [dataset], accelerator).write()
+            use_cache([dataset], model, processor, config)
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        times, losses = [], []
+        begin = time.perf_counter()
+        loader = make_loader(dataset, Collator(processor), config, accelerator, start=0)
+        for step, ((batch, ids),) in enumerate(take_updates(loader, config)):
+            generators = make_generators(ids[TARGET_IDS], 0, step)
+            loss = model(**move(batch, accelerator.device), generators=generators).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())  # which waits for the device
+            times.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+    return {"step_s": statistics.median(times[1:]), "first loss": losses[0]}
+
+
+def make_config(folder: Path, size: str, case: str, options: argparse.Namespace) -> Config:
+    """The settings of a side, and its data: a picture and a caption a row."""
+    draw = np.random.default_rng(0)
+    count, rows = options.batch_size * (options.steps + 1), []
+    for i in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
+        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        picture = {"type": "image", "path": f"{i}.jpg"}
+        caption = f"a {'red' if i % 2 else 'blue'} thing of the kind {i}"
+        asked, said = [picture, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": caption}]
+        if case != "stage 1":
+            asked, said = [{"type": "text", "text": f"Make {caption}"}], [picture | {"caption": caption}]
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = parse_config(
+        [
+            f"--config={ROOT}/configs/tiny/stage{1 if case == 'stage 1' else 2}.yaml",
+            "--model.init_from=null",
+            f"--data.train=[{{path: {folder / 'rows.jsonl'}}}]",
+            f"--data.cache_dir={folder / 'cache'}",
+            f"--train.batch_size={options.batch_size}",
+            f"--train.max_steps={options.steps + 1}",
+            f"--train.signal_rows={options.signal_rows}",
+        ]
+    )
+    if case == "alignment":
+        config.loss.denoising = 0.0
+    return config
+
+
+def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, Any]:
+    """The parts at their real sizes."""
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    )
+    tokenizer = llm_tokenizer()
+    if case == "stage 1":
+        vision = CLIPVisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=224,
+            patch_size=16,
+        )
+        model = MultimodalModel({"image": ModalEncoderModule(CLIPVisionModel(vision))}, llm)
+        return model, MultimodalProcessor({"image": CLIPImageProcessor()}, tokenizer, model=model)
+    decoder = StableDiffusionDecoder(make_pipeline(options.latents))
+    model = MultimodalModel({}, llm, {"image": ModalDecoderModule(decoder)})
+    return model, MultimodalProcessor({}, tokenizer, model=model)

@@ -1,0 +1,415 @@
+"""The feature cache: the same losses as without it, never a stale one, never a pickle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tiny_parts import ENCODERS
+from training_utils import (
+    REPOSITORY,
+    argument_maker,
+    assert_same_losses,
+    check_mistake,
+    cli_here,
+    environment,
+    losses_of,
+    reset_accelerate,
+    toy_data,
+    train_here,
+)
+
+from anygpt import InputError, ModalEncoderModule
+from anygpt.data.cache.keys import Entry, entries
+from anygpt.data.cache.reading import open_cache
+from anygpt.data.cache.store import Store, StoreWriter, create_store
+from anygpt.data.cache.writing import CacheWriter, Preparation
+from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
+from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
+from anygpt.losses import LossWeights
+from anygpt.training.loading import make_generators, use_frames_of
+
+SCRIPT = "scripts/cache_features.py"
+ROWS = (1, 3, 7, 13, 15, 22)  # of the stage 3 data: every input and every output
+BOARD = ("--run.tracker", "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_data(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def make_arguments(tmp_path_factory):
+    return argument_maker(tmp_path_factory)
+
+
+@pytest.fixture
+def accelerator():
+    reset_accelerate()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """`scripts/cache_features.py` in this process: arguments to exit code."""
+    spec = importlib.util.spec_from_file_location("cache_features", REPOSITORY / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def main(arguments):
+        reset_accelerate()
+        return module.main(arguments)
+
+    return main
+
+
+@pytest.fixture
+def world(data, tmp_path, tiny_model, accelerator):
+    """A model, a copy of a stage 3 data set of its own, and how to write and open their cache."""
+    return World(data, tmp_path, tiny_model, accelerator)
+
+
+class World:
+    def __init__(self, data, folder, tiny_model, accelerator):
+        shutil.copytree(data, folder / "data")
+        self.folder, self.path, self.accelerator = folder / "cache", folder / "data/stage3.jsonl", accelerator
+        lines = self.path.read_text().splitlines(keepends=True)
+        self.path.write_text("".join(lines[row] for row in ROWS))
+        self.model, self.processor = tiny_model()
+        self.model.train_only([f"{key}_projector" for key in self.model.encoder_keys])
+
+    def dataset(self):
+        dataset = ConversationDataset.from_files([DataSource(str(self.path))])
+        use_frames_of(dataset, self.processor)
+        return dataset
+
+    def write(self, **options):
+        parts = (self.folder, self.model, self.processor, [self.dataset()], self.accelerator)
+        return CacheWriter(*parts, **options).write()
+
+    def open(self, precision="no"):
+        frames = self.dataset().num_video_frames
+        return open_cache(self.folder, self.model, self.processor, frames, precision)
+
+    def losses(self, cache):
+        dataset = self.dataset()
+        dataset.cache = cache
+        batch = Collator(self.processor)([dataset[row] for row in range(len(ROWS))])
+        ids = {name: batch.pop(name) for name in NOT_FOR_MODEL}
+        assert not ids[BAD]
+        found = self.model(**batch, generators=make_generators(ids[TARGET_IDS], 0, 0)).losses
+        return {name: float(term.total.detach()) for name, term in found.items()}, batch
+
+
+# -- the same losses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiny", ENCODERS, ids=lambda tiny: tiny.label)
+def test_features_given_are_features_computed(tiny):
+    """Bit for bit, whatever the layout: `forward(inputs)` is `forward({"features": encode(inputs)})`."""
+    encoder = tiny.build().eval()
+    module = ModalEncoderModule(encoder, modality=tiny.modality)
+    sizes = {"in_features": module.feature_size, "out_features": 8}
+    module.projector = MultimodalProjector(MultimodalProjectorConfig(**sizes))
+    media, processor = [tiny.media(seed) for seed in range(3)], tiny.build_processor()
+    name = {"image": "images", "video": "videos", "audio": "raw_speech"}[tiny.modality]
+    family = module.family
+    options = {"sampling_rate": 16_000} if tiny.modality == "audio" else {}
+    inputs = dict(processor(**{name: media, "return_tensors": "pt"} | options | dict(family.processor_options)))
+    inputs = {key: value for key, value in inputs.items() if key in module.input_names}
+    with torch.no_grad():
+        features = module.encode(inputs)
+        assert [len(item) for item in features] == family.count(encoder.config, inputs)
+        whole, given = module(inputs), module({"features": features})
+        if isinstance(whole, torch.Tensor):
+            assert torch.equal(whole, module({"features": torch.stack(features)}))
+    for one, other in zip(whole, given, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    with pytest.raises(InputError, match="in place of all inputs"):
+        module({"features": features} | inputs)
+
+
+def test_a_batch_has_the_same_losses_with_and_without(world, monkeypatch):
+    plain, _ = world.losses(None)
+    assert world.write(batch_size=4)["written"]
+    cache = world.open()
+    assert all(note.endswith("from the cache") for note in cache.notes) and len(cache.notes) == 9
+
+    def fail(*_):
+        raise AssertionError("computed in spite of the cache")
+
+    monkeypatch.setattr(ModalEncoderModule, "_encode", fail)
+    monkeypatch.setattr("anygpt.data.dataset.read_media", fail)
+    for decoder in world.model.decoders.values():
+        monkeypatch.setattr(decoder.module, "encode_text", fail)
+        monkeypatch.setattr(decoder.module, "posterior", fail)
+    cached, batch = world.losses(cache)
+    assert any("denoising" in name for name in plain) and any("alignment" in name for name in plain)
+    assert cached == pytest.approx(plain, rel=1e-6)  # batched kernels round otherwise than smaller ones
+    assert {"image.features", "video.features", "audio.features"} <= set(batch)
+
+
+def test_latents_are_drawn_anew_and_not_stored(world):
+    world.write()
+    _, batch = world.losses(world.open())
+    posterior = batch["decoder_targets"]["image"]["posterior"]
+    decoder = world.model.decoders["image"].module
+    one, other = (
+        decoder.sample_posterior(*posterior.unbind(1), [torch.Generator().manual_seed(s)] * len(posterior))
+        for s in (0, 1)
+    )
+    assert posterior.shape[1] == 2 and not torch.equal(one, other)
+
+
+def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_path):
+    """Through the script and the stage, with workers."""
+    cache = ("--data.cache_dir", str(tmp_path / "cache"))
+    args = make_arguments(3, tmp_path / "plain", *BOARD, steps=2, batch_size=3)
+    train_here(3, args)
+    assert script([*args, *cache, "--num-workers", "1", "--batch-size", "5"]) == 0
+    train_here(3, make_arguments(3, tmp_path / "cached", *BOARD, *cache, "--data.num_workers=1", steps=2, batch_size=3))
+    assert_same_losses(losses_of(tmp_path / "plain"), losses_of(tmp_path / "cached"), relative=1e-6)
+    assert (tmp_path / "cached/log.txt").read_text().count("from the cache") == 9
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(make_arguments, tmp_path):
+    args = make_arguments(3, tmp_path / "run")
+    launched = [str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", "0"]
+    launched += ["--config_file", "configs/accelerate/two_processes_cpu.yaml", SCRIPT]
+    stores = []
+    for folder, command in (("one", [sys.executable, SCRIPT]), ("two", launched)):
+        done = subprocess.run(
+            [*command, *args, "--data.cache_dir", str(tmp_path / folder)],
+            **{"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "check": False},
+        )
+        assert done.returncode == 0, done.stderr
+        files = {p.name: list(p.glob("*.safetensors")) for p in sorted((tmp_path / folder).iterdir())}
+        stores.append(
+            {name: {k: v for path in found for k, v in load_file(path).items()} for name, found in files.items()}
+        )
+    one, two = stores
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].keys() == two[name].keys() and one[name]
+        for key, tensor in one[name].items():
+            torch.testing.assert_close(tensor, two[name][key], rtol=1e-5, atol=1e-5)
+
+
+# -- resuming, and what is left out ----------------------------------------------------------------------------
+
+
+def test_writing_goes_on_where_it_was(world):
+    world.write()
+    shards = sorted(world.folder.rglob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in shards}
+    counts = world.write()
+    assert counts["written"] == 0 and counts["known"]
+    lost = next(path for path in shards if path.parent.name == "image_encoder")
+    (lost.parent / ".shard-x.safetensors.incomplete").write_bytes(b"half")  # of a run that was killed
+    names = set(load_file(lost))
+    lost.unlink()
+    assert world.write()["written"] == len(names)
+    after = sorted(world.folder.rglob("*.safetensors"))
+    assert {path: path.stat().st_mtime_ns for path in after if path in before}.items() <= before.items()
+    assert not list(world.folder.rglob(".*"))
+    found = {name for path in after if path.parent.name == "image_encoder" for name in load_file(path)}
+    assert found == names
+
+
+def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("anygpt.data.cache.store.SHARD_BYTES", 3000)
+    create_store(tmp_path / "s", {})
+    writer = StoreWriter(tmp_path / "s")
+    batch = torch.arange(1000.0).view(10, 100)
+    for i, row in enumerate(batch):
+        writer.add(f"{i}", {"features": row})
+    writer.flush()
+    store = Store(tmp_path / "s", {})
+    assert len(store.shards) == 2 and len(store) == 10
+    assert all(torch.equal(store.get(f"{i}")["features"], row) for i, row in enumerate(batch))
+    again = pickle.loads(pickle.dumps(store))  # as for a worker that is spawned
+    assert torch.equal(again.get("3")["features"], batch[3])
+
+
+def test_what_trains_is_computed_anew_and_said_to_be(world):
+    world.write()
+    decoder = world.model.decoders["audio"].module
+    decoder.vae.requires_grad_(True)
+    world.model.train("image_encoder")
+    notes = dict(note.split(": ", 1) for note in world.open().notes)
+    trained = [name for name, note in notes.items() if note == "computed anew: it trains"]
+    assert trained == ["image_encoder", "audio_decoder.captions", "audio_decoder.latents"]
+    said = []
+    shutil.rmtree(world.folder)
+    world.write(leave_out=["video_encoder"], say=said.append)
+    assert "image_encoder: left out: it trains" in said and "video_encoder: left out: as asked" in said
+    assert not {"image_encoder", "video_encoder"} & {path.name for path in world.folder.iterdir()}
+    assert "video_encoder: computed anew: the cache does not hold it" in world.open().notes
+    with pytest.raises(InputError, match="no store 'x' to leave out; this model has image_encoder"):
+        world.write(leave_out=["x"])
+
+
+def test_random_losses_keep_what_they_need(world):
+    """Captions dropped at random, and losses that look at the media themselves."""
+    world.model.loss_weights = LossWeights(decoder=1.0, caption_dropout=0.1, reconstruction=1.0)
+    obstacles = {entry.name: entry.obstacle for entry in entries(world.model)}
+    assert obstacles["image_decoder.captions"] == "captions are dropped at random"
+    assert obstacles["image_decoder.latents"] == "a loss looks at the media themselves"
+    assert obstacles["image_encoder"] is None
+
+
+def test_random_preprocessing_is_refused(world, media):
+    """CLAP crops long sounds at random; with a cache it would be the same piece each time."""
+    clap = next(tiny for tiny in ENCODERS if tiny.label == "CLAP")
+    world.processor.encoder_processors["audio"] = clap.build_processor()
+    world.processor.num_feature_funcs["audio"] = lambda inputs, outputs: 1
+    prepare = Preparation(Entry("audio_encoder", "features", "audio", "audio", None), world.processor)
+    short, long = ((media.audio(seconds=seconds), 16_000) for seconds in (0.5, 3.0))
+    assert prepare([("a", short)]).refusal is None
+    assert "draws random numbers" in prepare([("a", long)]).refusal
+
+
+# -- stale caches ----------------------------------------------------------------------------------------------
+
+
+def test_another_part_makes_the_cache_stale(world):
+    world.write()
+    with torch.no_grad():
+        next(world.model.encoders["image"].module.parameters()).add_(1e-3)
+    with pytest.raises(InputError, match=r"image_encoder is stale.*: weights changed\. Write"):
+        world.open()
+    with pytest.raises(InputError, match="is stale"):
+        world.write()
+    world.model.train("image_encoder")  # then it is not asked
+    with torch.no_grad():
+        next(world.model.decoders["video"].module.vae.parameters()).add_(1e-3)
+    with pytest.raises(InputError, match=r"video_decoder\.captions is stale.*: weights\.vae changed"):
+        world.open()
+
+
+def test_other_preprocessing_makes_the_cache_stale(world):
+    world.write()
+    extractor = world.processor.encoder_processors["audio"]
+    extractor.dither = 0.5
+    with pytest.raises(InputError, match=r"audio_encoder is stale.*: preprocessing\.dither was 0\.0 and is 0\.5"):
+        world.open()
+    extractor.dither = 0.0
+    with pytest.raises(InputError, match="precision was 'no' and is 'bf16'"):
+        world.open(precision="bf16")
+    tokenizer = world.model.decoders["image"].module.pipeline.tokenizer
+    tokenizer.model_max_length -= 1
+    with pytest.raises(InputError, match=r"image_decoder\.captions is stale.*tokenizers\.tokenizer\.length was 16"):
+        world.open()
+
+
+def test_media_and_captions_that_changed_are_never_skipped(script, make_arguments, data, tmp_path, capsys):
+    """Though bad samples are: the run ends, and says which file it was."""
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data/stage3.jsonl"
+    args = [
+        *make_arguments(3, tmp_path / "run", steps=1, batch_size=24),  # all rows in the first batch
+        *("--data.train", f"[{{path: {path}}}]", "--data.on_bad_sample=skip"),
+        *("--data.cache_dir", str(tmp_path / "cache")),
+    ]
+    assert script(args) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    images = [
+        path.parent / part["path"]
+        for row in rows
+        for message in row["messages"]
+        for part in message["content"]
+        if isinstance(part, dict) and part["type"] == "image"
+    ]
+    content = images[0].read_bytes()
+    other = next(image for image in images if image.read_bytes() != content)
+    images[0].write_bytes(other.read_bytes() + b"\0")
+    check_mistake(*cli_here(3, args, capsys), str(path), images[0].name, "the file changed", "cache_features.py again")
+    images[0].write_bytes(content)
+    for row in rows:
+        for part in row["messages"][-1]["content"]:
+            if isinstance(part, dict) and "caption" in part:
+                part["caption"] += " anew"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_mistake(*cli_here(3, args, capsys), "nothing for the caption", "anew")
+
+
+# -- broken and hostile ----------------------------------------------------------------------------------------
+
+
+def test_media_that_cannot_be_read(world):
+    image = next(part.path for sample in world.dataset().samples for _, part in sample.media() if part.type == "image")
+    image.write_bytes(image.read_bytes()[:50])
+    with pytest.raises(InputError, match=rf"{world.path}:\d+ \(sample .*{image.name}"):
+        world.write()
+    said = []
+    assert world.write(on_bad_sample="skip", say=said.append)["unreadable"] >= 1
+    assert any(image.name in line for line in said)
+    dataset = world.dataset()  # which skips, as the loop's does
+    dataset.cache = world.open()
+    bad = [item for item in (dataset[i] for i in range(len(dataset))) if hasattr(item, "reason")]
+    assert bad and all(image.name in item.reason and item.kind == "bad" for item in bad)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["TRAP"])),)
+
+
+def test_pickles_are_refused_and_not_run(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAP", str(tmp_path / "trapped"))
+    payload = pickle.dumps(Trap())
+    world.folder.write_bytes(payload)
+    with pytest.raises(InputError, match=r"is a file.*never a pickle"):
+        world.open()
+    world.folder.unlink()
+    with pytest.raises(InputError, match=r"does not exist.*image_encoder.*cache_features\.py"):
+        world.open()
+    (world.folder / "image_encoder").mkdir(parents=True)
+    (world.folder / "image_encoder/features.pt").write_bytes(payload)
+    for use in (world.open, world.write):
+        with pytest.raises(InputError, match=r"image_encoder is no feature cache.*pickles among them"):
+            use()
+    shutil.rmtree(world.folder)
+    world.write()
+    extra = world.folder / "image_encoder/features.pkl"
+    extra.write_bytes(payload)
+    with pytest.raises(InputError, match=r"features\.pkl is no part of a feature cache"):
+        world.open()
+    extra.unlink()
+    shard = next((world.folder / "image_encoder").glob("*.safetensors"))
+    content = shard.read_bytes()
+    for broken in (payload, content[:-10], content[:4], b""):
+        shard.write_bytes(broken)
+        with pytest.raises(InputError, match=rf"{shard.name} is no whole safetensors file"):
+            world.open()
+    key = world.folder / "image_encoder/key.json"
+    shard.write_bytes(content)
+    key.write_bytes(payload)
+    with pytest.raises(InputError, match=r"key\.json is damaged"):
+        world.open()
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_the_script_says_what_is_wrong(script, make_arguments, tmp_path, capsys):
+    for more, said in (
+        ((), "data.cache_dir is null"),
+        (("--data.cache_dir", "x", "--train.batch_sise=3"), "did you mean train.batch_size"),
+        (("--data.cache_dir", "x", "--batch-size=0"), "--batch-size must be at least 1"),
+    ):
+        capsys.readouterr()
+        assert script(make_arguments(3, tmp_path / "run", *more)) == 2
+        shown = capsys.readouterr().err
+        assert said in shown and shown.count("\n") == 1, shown
