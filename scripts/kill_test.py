@@ -117,7 +117,10 @@ class Runner:
             if run[0].exitcode is not None or time.monotonic() > end:
                 sys.exit(f"FAIL: the run did not get to update {step}")
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.1 if in_write else 0.5))
+        wanted = draw.randint(0, 14)  # a checkpoint has about as many files
+        while in_write and awaited.exists() and sum(path.is_file() for path in awaited.rglob("*")) < wanted:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.01 if in_write else 0.5))
         for process in run:
             process.kill()
         for process in run:

@@ -90,7 +90,8 @@ def test_each_stage_says_what_trains_and_what_it_lost(runs):
             assert f"update {STEPS}  loss " in text
         assert (runs / f"stage{stage}/config.yaml").is_file()
         assert (runs / f"stage{stage}.err").read_text() == "" or stage == 1  # nothing but mistakes goes there
-        assert sorted(path.name for path in (runs / f"stage{stage}").iterdir()) == ["config.yaml", "final", "log.txt"]
+        left = sorted(path.name for path in (runs / f"stage{stage}").iterdir())
+        assert left == ["config.yaml", "environment.json", "final", "log.txt"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -55,35 +55,6 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.002)
 
 
-def kill_and_resume(stage, make, tmp_path, steps):
-    """A run killed once it has a checkpoint and then continued, against one that was left alone."""
-    more = ("--train.save_steps=2",) + (("--lora.dropout=0.1",) if stage == 3 else ())
-    whole = train_here(stage, make(stage, tmp_path / "whole", *more, steps=steps))
-    args = make(stage, tmp_path / "killed", *more, steps=steps)
-    process = start_process(sys.executable, SCRIPTS[stage], *args)
-    wait_for((tmp_path / "killed/checkpoint-2").exists, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
-    assert not (tmp_path / "killed/final").exists()
-    resumed = train_here(stage, args)
-    assert "continues from" in (tmp_path / "killed/log.txt").read_text()
-    assert not list((tmp_path / "killed").glob(".*.incomplete"))
-    first, second = trained_tensors(whole), trained_tensors(resumed)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been(make_arguments, tmp_path):
-    kill_and_resume(3, make_arguments, tmp_path, steps=8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_killed_runs_of_each_stage(make_arguments, tmp_path, stage):
-    kill_and_resume(stage, make_arguments, tmp_path, steps=20)
-
-
 def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     """Workers are in the group as well, and must not die before the update is done."""
     args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=60)
@@ -118,14 +89,12 @@ def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_argum
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory, tmp_path):
+    """As a process: exit code, the batch's samples, and nothing that a run would continue from by itself."""
     poisoned = tmp_path / "poisoned"
     shutil.copytree(stage2_start(tmp_path_factory, data), poisoned)
-    name = "image_encoder.projector"
 
-    def poison(tensors):
-        chosen = next(key for key in tensors if key.startswith(name) and key.endswith("weight"))
-        tensors[chosen][0, 0] = float("nan")
-        return tensors
+    def poison(tensors):  # each number is one, but not what comes of multiplying them
+        return {n: t * 1e30 if n.startswith("image_encoder.projector") else t for n, t in tensors.items()}
 
     change_tensors(poisoned, poison)
     output = tmp_path / "run"
@@ -137,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory,
     first = Bench(3, [*args, "--run.output_dir", str(tmp_path / "bench")], sgd, tmp_path / "bench").batches
     ids = [sample for _, found in first for sample in found["sample_ids"]]
     assert all(sample in line for sample in ids) and len(ids) == 6
-    assert "not made" in line
+    assert "not made" in line and str(output / "stopped-0") in line
     assert not (output / "final").exists() and not list(output.glob("checkpoint-*"))
 
 
@@ -178,7 +147,8 @@ def files_of(folder):
 
 def test_no_tracker_writes_nothing(make_arguments, tmp_path):
     train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=none"))
-    assert {name for name in files_of(tmp_path / "run") if not name.startswith("final/")} == {"config.yaml", "log.txt"}
+    left = {name for name in files_of(tmp_path / "run") if not name.startswith("final/")}
+    assert left == {"config.yaml", "environment.json", "log.txt"}
 
 
 def test_tensorboard_gets_what_the_log_says(make_arguments, tmp_path):

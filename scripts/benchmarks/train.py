@@ -1,0 +1,135 @@
+"""The training loop around a step: what it costs beside the model, and how long it waits for data.
+
+Stage 1 as a user runs it, on ToyWorld's rows, with two workers that decode them: `tiny` is the tiny configuration, and
+`135m` has a language model of SmolLM2-135M's shape (random weights) in it. `compute_s` is what forward, backward and
+the optimizer's step take of an update; `wait_share` is the wait for data, and `loop_share` all the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anygpt.parts import Source, load_tokenizer
+from anygpt.toyworld.datasets import write_dataset
+from anygpt.training import loop
+from anygpt.training.cli import quiet_libraries
+from anygpt.training.config import parse_config
+from anygpt.training.stages import ENCODER_LLM
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SIDES = ["tiny", "135m"]
+WARM_UP = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=20, help="updates, after five of warm-up (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
+    parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"), help="(default: %(default)s)")
+
+
+def sides(options: argparse.Namespace) -> list[str]:
+    return SIDES
+
+
+class Watch:
+    """Times of updates.
+
+    Attributes:
+        updates: `(whole, compute, wait)` in seconds, one an update.
+    """
+
+    def __init__(self):
+        self.updates: list[tuple[float, float, float]] = []
+        self.inside = {"compute": 0.0, "wait": 0.0}
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time is added to the present update's."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            begin = clock()
+            result = function(*arguments, **options)
+            self.inside[name] += clock() - begin
+            return result
+
+        return timed
+
+    def take(self, updates: Iterable[Any]) -> Iterator[Any]:
+        """The same updates; what happens until the next one is asked for is the update."""
+        iterator = iter(updates)
+        fetch = self.around("wait", lambda: next(iterator, None))
+        begin = clock()
+        while (item := fetch()) is not None:
+            yield item
+            end = clock()
+            self.updates.append((end - begin, self.inside["compute"], self.inside["wait"]))
+            self.inside, begin = dict.fromkeys(self.inside, 0.0), end
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of an update and of its parts, and their shares."""
+    quiet_libraries()
+    watch = Watch()
+
+    def run_updates(run: loop.Run, updates: Iterable[Any], *others: Any) -> None:
+        """The loop's own, with clocks at the model, the optimizer and the data."""
+        run.wrapped.forward = watch.around("compute", run.wrapped.forward)
+        run.accelerator.backward = watch.around("compute", run.accelerator.backward)
+        run.optimizer.step = watch.around("compute", run.optimizer.step)
+        own(run, watch.take(updates), *others)
+
+    own, loop.run_updates = loop.run_updates, run_updates
+    with tempfile.TemporaryDirectory() as folder:
+        loop.train(parse_config(command(Path(folder), side, options)), ENCODER_LLM)
+    timed = watch.updates[WARM_UP:]
+    whole, compute, wait = (sum(times) for times in zip(*timed, strict=True))
+    return {
+        "step_s": statistics.median(times[0] for times in timed),
+        "compute_s": statistics.median(times[1] for times in timed),
+        "loop_share": (whole - compute - wait) / whole,
+        "wait_share": wait / whole,
+    }
+
+
+def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
+    """The command line of the run, whose data and language model are made here."""
+    rows = write_dataset(folder, "stage1", 64, seed=0)
+    more = [] if side == "tiny" else ["--model.language_model.path", str(write_smollm2(folder / "llm"))]
+    return [
+        *("--config", str(REPOSITORY / "configs/tiny/stage1.yaml"), *more),
+        *("--run.output_dir", str(folder / "run"), "--data.train", f"[{{path: {rows}}}]"),
+        *("--data.num_workers", str(options.workers), "--train.batch_size", str(options.batch_size)),
+        *("--train.max_steps", str(options.steps + WARM_UP), "--train.mixed_precision", options.mixed_precision),
+    ]
+
+
+def write_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M's shape with random weights, and the zoo's tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(Source("zoo:language_model")).save_pretrained(folder)
+    return folder
