@@ -22,6 +22,7 @@ MIME_TYPES = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
 class SentMedium(StoredMedium):
     """The bytes of a medium that came with a request; `name` is for messages."""
 
+    name: str
     data: bytes = field(repr=False)
 
     def open(self, mode: str = "rb") -> BinaryIO:

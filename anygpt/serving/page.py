@@ -7,7 +7,7 @@ import queue
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,17 @@ footer { display: none !important; }
 """
 
 
-@dataclass
 class Conversation:
-    """What one visitor has said and seen; it stays on the server.
+    """What one visitor has said and seen; it stays on the server. No dataclass: gradio would write it out.
 
     Attributes:
         messages: for the model.
         shown: for the page.
     """
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    shown: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[dict[str, Any]] = []
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Page:
             title="AnyGPT", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_height=True
         ) as page:
             gr.Markdown("# AnyGPT\nText, pictures, clips and sounds, in and out.")
-            conversation = gr.State(Conversation, time_to_live=KEPT_SECONDS)
+            conversation = gr.State(None, time_to_live=KEPT_SECONDS)
             with gr.Sidebar(label="Settings", position="right", open=False):
                 gr.Markdown("## Settings")
                 settings = [
@@ -127,15 +127,14 @@ class Page:
                 **private,
             )
             box.stop(None, cancels=[answering], **private)
-            new.click(
-                lambda: ([], Conversation()), None, [chat, conversation], cancels=[answering], queue=False, **private
-            )
+            new.click(lambda: ([], None), None, [chat, conversation], cancels=[answering], queue=False, **private)
         return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 
     def answer(
-        self, message: dict[str, Any], conversation: Conversation, *values: Any
+        self, message: dict[str, Any], conversation: Conversation | None, *values: Any
     ) -> Iterator[tuple[list[dict[str, Any]], Any, Conversation]]:
         """One turn, as it goes on: what the page shows, the box to write in, the conversation."""
+        conversation = conversation or Conversation()
         text, files = (message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
             yield conversation.shown, gr.skip(), conversation
@@ -212,6 +211,7 @@ class Drawing:
     def __init__(self, folder: Path):
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         self.contents: dict[int, Any] = {}
+        self._called: dict[int, MediumCalled] = {}
         self._drawn = 0.0
 
     def draw(self, event: Event) -> bool:
@@ -220,10 +220,10 @@ class Drawing:
             self.contents[event.segment] = self.contents.get(event.segment, "") + event.text
         elif isinstance(event, MediumCalled):
             self.contents[event.segment] = f"[{event.type}: waits]"
-            self.keys = {**getattr(self, "keys", {}), event.segment: event}
+            self._called[event.segment] = event
         elif isinstance(event, DecodingStarted | DecodingStep):
             progress = f"step {event.step} of {event.steps}" if isinstance(event, DecodingStep) else "begins"
-            for segment, called in self.keys.items():
+            for segment, called in self._called.items():
                 if called.key == event.key:
                     self.contents[segment] = f"[{called.type}: {progress}]"
         elif isinstance(event, MediumDone):

@@ -69,7 +69,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def make_model(latents: int) -> MultimodalModel:
+def make_model(latents: int, num_signal_tokens: int = 4) -> MultimodalModel:
     """SmolLM2-135M's shape, the paper's output projector, and a narrow Stable Diffusion 1.5."""
     quiet_libraries()
     llm = LlamaForCausalLM(
@@ -84,8 +84,9 @@ def make_model(latents: int) -> MultimodalModel:
         )
     )
     decoder = StableDiffusionDecoder(make_pipeline(latents))
-    model = MultimodalModel({}, llm, {"image": ModalDecoderModule(decoder)})
-    model.signal_tokens.set_ids({"image": list(range(49152, 49156))})
+    module = ModalDecoderModule(decoder, num_signal_tokens=num_signal_tokens)
+    model = MultimodalModel({}, llm, {"image": module})
+    model.signal_tokens.set_ids({"image": list(range(49152, 49152 + num_signal_tokens))})
     return model
 
 

@@ -1,0 +1,122 @@
+"""Generation: what a span costs, and what the any-to-any call adds to its two halves.
+
+First a span of 24 signal tokens over the cache of a prompt, run as generation runs it, in one forward, against a
+forward of one token and against the span token by token, in bf16 and in fp32, at SmolLM2-135M's shape. Then an answer
+of text and one picture, against the language model's own `generate` (as many forwards) followed by the bare
+pipeline's sampling on a condition. The weights are random; the pipeline is the one of the benchmark `stage2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmarks.stage2 import clock, make_model
+
+from anygpt import MultimodalModel
+from anygpt.generation import SpanDecoder
+from anygpt.span_rules import SpanRules
+
+ONE, SPAN, STEPWISE = "one token", "span of 24, one forward", "span of 24, token by token"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+APART, TOGETHER = "generate, then the pipeline", "any-to-any call"
+VIDEO_TOKENS, IMAGE_TOKENS = 24, 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=15, help="timed forwards of a kind (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=3, help="timed any-to-any calls (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of an answer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--latents", type=int, default=32, help="height of the latents; SD 1.5 has 64 (%(default)s)")
+
+
+def sides(options: argparse.Namespace) -> list[str]:
+    return [f"{kind}, {dtype}" for dtype in DTYPES for kind in (ONE, SPAN, STEPWISE)] + [APART, TOGETHER]
+
+
+def baseline(side: str) -> str:
+    return APART if side in (APART, TOGETHER) else f"{ONE}, {side.rpartition(', ')[2]}"
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of one side."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if side in (APART, TOGETHER):
+        return {"median_s": measure_answer(side, options, device)}
+    kind, _, dtype = side.rpartition(", ")
+    return {"median_s": measure_span(kind, DTYPES[dtype], options, device)}
+
+
+def median(work: Callable[[], Any], repeats: int, device: str) -> float:
+    """Of the seconds that `work` takes, after one time of warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = clock(device)
+        work()
+        times.append(clock(device) - begin)
+    return statistics.median(times[1:])
+
+
+@torch.no_grad()
+def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, device: str) -> float:
+    model = prepare(make_model(8, VIDEO_TOKENS), dtype, device)
+    llm = model.language_model
+    prompt = torch.randint(49152, (1, options.prompt), device=device)
+    span = torch.tensor([model.signal_tokens.ids["image"]], device=device)
+    with model.signal_tokens.attached(llm) as tap:
+        decoder = SpanDecoder(model, tap, SpanRules(model.signal_tokens.ids, budget=options.tokens))
+        cache = llm(prompt, use_cache=True).past_key_values
+        embeds = llm.get_input_embeddings()(span[:, :1] if kind == ONE else span)
+        chunks = embeds.split(1, dim=1) if kind == STEPWISE else [embeds]
+
+        def work() -> None:
+            cache.crop(options.prompt)
+            length = options.prompt
+            for chunk in chunks:
+                length += chunk.shape[1]
+                mask = torch.ones(1, length, dtype=torch.long, device=device)
+                decoder._forward(llm, chunk, mask, cache)
+
+        return median(work, options.repeats, device)
+
+
+@torch.no_grad()
+def measure_answer(side: str, options: argparse.Namespace, device: str) -> float:
+    model = prepare(make_model(options.latents, IMAGE_TOKENS), torch.bfloat16, device)
+    prompt = torch.randint(49152, (1, options.prompt), device=device)
+    mask, decoder = torch.ones_like(prompt), model.decoders["image"].module
+
+    def together() -> None:
+        kwargs = {"image": {"num_inference_steps": options.steps, "seed": 0}}
+        output = model.generate(prompt, mask, max_new_tokens=options.tokens, require=["image"], decoder_kwargs=kwargs)
+        assert len(output.answers[0].images) == 1 and output.sequences.shape[1] == options.tokens
+
+    # The prompt, each token of text, and the span: so many forwards an answer with one picture takes.
+    forwards = options.tokens - IMAGE_TOKENS + 2
+    condition = torch.randn(1, *decoder.condition_shape, device=device)
+
+    def apart() -> None:
+        ids = model.language_model.generate(
+            prompt, attention_mask=mask, max_new_tokens=forwards, do_sample=False, pad_token_id=0
+        )
+        assert ids.shape[1] == options.prompt + forwards
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": decoder.height, "width": decoder.width}
+        decoder.pipeline(prompt_embeds=condition, num_inference_steps=options.steps, generator=generator, **size)
+
+    return median(together if side == TOGETHER else apart, options.calls, device)
+
+
+def prepare(model: MultimodalModel, dtype: torch.dtype, device: str) -> MultimodalModel:
+    """The language model in `dtype`, and answers that end by their length alone."""
+    model.language_model.to(dtype)
+    model.language_model.generation_config.eos_token_id = None
+    model.language_model.config.eos_token_id = None
+    model.language_model.generation_config.pad_token_id = 0
+    return model.to(device).eval()

@@ -1,0 +1,218 @@
+"""The page: in a real browser, and for visitors who ask for what is not theirs."""
+
+import io
+import json
+import shutil
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from serving_utils import serving
+
+from anygpt.data.media_writing import write_audio
+from anygpt.serving.engine import Engine
+from anygpt.serving.guard import Guard
+from anygpt.serving.page import make_app
+from anygpt.talking import Talker
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PATIENCE = 240  # seconds; a browser and a model on a busy machine
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("final")
+    for one in tiny_model():
+        one.save_pretrained(folder)
+    engine = Engine(Talker(folder))
+    with serving(make_app(engine, tmp_path_factory.mktemp("uploads"))) as address:
+        yield address
+    engine.close()
+
+
+# ---------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("chromium or chromedriver is not installed (apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"),
+        *("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"),
+        *("disable-domain-reliability", "disable-default-apps", "no-pings", "disable-features=OptimizationHints"),
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    driver.set_page_load_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+def wait(browser, condition, what):
+    return WebDriverWait(browser, PATIENCE, poll_frequency=0.5).until(lambda _: condition(), what)
+
+
+def find(browser, selector):
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def bot_says(browser):
+    return [element.text for element in find(browser, "#chat .bot.message, #chat .message.bot")]
+
+
+def say(browser, text, files=()):
+    box = wait(browser, lambda: (find(browser, "#message textarea") or [None])[0], "no box to write in")
+    for path in files:
+        before = len(find(browser, "#message .thumbnail-item, #message .thumbnail-wrapper"))
+        find(browser, "#message input[type=file]")[0].send_keys(str(path))
+        wait(
+            browser,
+            lambda before=before: len(find(browser, "#message .thumbnail-item, #message .thumbnail-wrapper")) > before,
+            f"{path} was not uploaded",
+        )
+    box.send_keys(text)
+    box.send_keys(Keys.ENTER)
+
+
+def shot(browser, folder, name):
+    """Kept where pytest keeps its files, for people to look at."""
+    browser.save_screenshot(str(folder / f"{name}.png"))
+
+
+def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
+    browser.get(address)
+    wait(browser, lambda: find(browser, "#message textarea"), "the page did not come")
+    shot(browser, tmp_path, "wide-empty")
+
+    find(browser, ".sidebar-parent button, .sidebar button.toggle-button, button.toggle-button")[0].click()
+    box = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")[0]
+    wait(browser, box.is_displayed, "the settings did not open")
+    box.click()  # the answer must contain an image
+    steps = find(browser, "#steps input[type=number]")[0]
+    steps.send_keys(Keys.CONTROL, "a")
+    steps.send_keys("3", Keys.TAB)
+    shot(browser, tmp_path, "wide-settings")
+    find(browser, ".sidebar-parent button, .sidebar button.toggle-button, button.toggle-button")[0].click()
+
+    say(browser, "Draw a red ring.")
+    wait(browser, lambda: find(browser, "#chat .bot img"), "no picture came")
+    wait(browser, lambda: any(text.strip() for text in bot_says(browser)), "no text came")
+    shot(browser, tmp_path, "wide-answer")
+
+    write_audio(tmp_path / "sound.wav", media.audio(0), 16_000)
+    media.image(0).save(tmp_path / "picture.png")
+    say(browser, "And these?", [tmp_path / "picture.png", tmp_path / "sound.wav"])
+    wait(browser, lambda: len(find(browser, "#chat .bot img")) > 1, "no second picture came")
+    assert find(browser, "#chat .user img") and find(browser, "#chat .user audio, #chat .user .audio-container")
+    shot(browser, tmp_path, "wide-uploads")
+
+    browser.set_window_size(420, 850)
+    time.sleep(1)
+    shot(browser, tmp_path, "narrow")
+    assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+    assert find(browser, "#message textarea")[0].is_displayed()
+
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    say(browser, "What is it?", [tmp_path / "broken.png"])
+    wait(browser, lambda: any("broken.png cannot be read as an image" in t for t in bot_says(browser)), "no sentence")
+    assert not any(str(tmp_path.parent) in text for text in bot_says(browser)), "a path of the server"
+    shot(browser, tmp_path, "narrow-error")
+
+    requested = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in requested if m["method"] == "Network.requestWillBeSent"]
+    elsewhere = [url for url in urls if not url.startswith((address, "data:", "blob:", "about:", "chrome"))]
+    assert urls and not elsewhere, f"the page asks others: {elsewhere}"
+
+
+# ---------------------------------------------------------------------------------------- hostile visitors
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "file=/etc/passwd",
+        "file=../../../../etc/passwd",
+        "file=%2e%2e/%2e%2e/etc/passwd",
+        "file=/work/../etc/passwd",
+        "file=/proc/self/environ",
+        "file=pyproject.toml",
+        "file=scripts/demo.py",
+        "file=https://example.com/",
+        "file=http://127.0.0.1:1/",
+        "file=file:///etc/passwd",
+        "file=",
+        "proxy=https://example.com/",
+        "stream/../../etc/passwd",
+        "deep_link?session_hash=a",
+    ],
+)
+def test_no_file_of_the_server_is_readable(address, path):
+    for prefix in ("", "/gradio_api"):
+        answer = httpx.get(f"{address}{prefix}/{path}", timeout=PATIENCE)
+        assert answer.status_code in (400, 403, 404), answer.text
+        assert b"root:" not in answer.content and b"[project]" not in answer.content
+
+
+def test_only_what_was_uploaded_can_be_read_and_named(address, tmp_path):
+    """Uploads come back to who knows their path; an event that names another file is refused."""
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture, "PNG")
+    up = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", picture.getvalue())}, timeout=PATIENCE)
+    (path,) = up.json()
+    assert httpx.get(f"{address}/gradio_api/file={path}", timeout=PATIENCE).content == picture.getvalue()
+    assert httpx.get(f"{address}/gradio_api/file={path}/../../../../etc/passwd", timeout=PATIENCE).status_code == 403
+    config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
+    (submit,) = (d["id"] for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"]))
+    for named in ("/etc/passwd", f"{path}/../../../../../../etc/passwd", "http://127.0.0.1:1/a.png", 7):
+        file = {"path": named, "meta": {"_type": "gradio.FileData"}}
+        event = {"data": [{"text": "a", "files": [file]}], "fn_index": submit, "session_hash": "abc"}
+        for route in ("queue/join", "run/predict", "api/predict"):
+            answer = httpx.post(f"{address}/gradio_api/{route}", json=event, timeout=PATIENCE)
+            assert answer.status_code in (400, 404), (named, answer.text)
+
+
+def test_too_much_is_refused(address):
+    big = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("a.png", b"0" * (17 * 1024**2))}, timeout=PATIENCE
+    )
+    assert big.status_code == 413
+    whole = httpx.post(f"{address}/gradio_api/upload", headers={"Content-Length": str(2**40)}, content=b"", timeout=9)
+    assert whole.status_code == 413
+    unknown = httpx.post(f"{address}/gradio_api/upload", content=iter([b"a"]), timeout=PATIENCE)
+    assert unknown.status_code == 411
+    join = f"{address}/gradio_api/queue/join"
+    assert httpx.post(join, content=b" " * 300_000, timeout=PATIENCE).status_code == 413
+    assert httpx.post(join, content=iter([b" " * 300_000]), timeout=PATIENCE).status_code == 413
+    deep = httpx.post(join, content=b"[" * 100_000, timeout=PATIENCE)
+    assert deep.status_code == 400 and "nested too deeply" in deep.text
+
+
+def test_headers_keep_the_browser_here(address):
+    answer = httpx.get(address, timeout=PATIENCE)
+    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert "googleapis" not in answer.text and "cdnjs" not in answer.text
+    config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
+    assert config["analytics_enabled"] is False
+    assert not any("fonts.g" in sheet for sheet in config.get("stylesheets", []))
+
+
+def test_uploads_are_those_inside_the_folder(tmp_path):
+    guard = Guard(None, tmp_path)
+    (tmp_path / "in").write_text("a")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    assert guard._uploaded(str(tmp_path / "in"))
+    for path in (str(tmp_path), str(tmp_path) + "2/a", str(tmp_path / "link"), str(tmp_path / ".." / "a"), "a\0b", ""):
+        assert not guard._uploaded(path)
