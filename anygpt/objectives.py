@@ -20,7 +20,6 @@ from anygpt.merging import IGNORE, Merged
 from anygpt.outputs import LossTerm
 from anygpt.signal_tokens import Spans
 
-
 RECONSTRUCTED = ("vae", "vocoder")
 """Networks of a decoder that have a reconstruction loss."""
 

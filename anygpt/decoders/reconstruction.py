@@ -52,7 +52,7 @@ def log_mel(waveform: Tensor, targets: AudioTargets) -> Tensor:
 
 
 def vocoder_loss(waveform: Tensor, mels: Tensor, targets: AudioTargets) -> Tensor:
-    """Mean absolute difference between the log-mel of `(B, N)` waveforms and the one asked for, `(B, frames, M)`: `(B,)`.
+    """Mean absolute difference of the log-mel of `(B, N)` waveforms and the one asked for, `(B, frames, M)`: `(B,)`.
 
     The spectrogram loss of HiFi-GAN (arXiv 2010.05646, eq. 5), without its discriminators.
     """
