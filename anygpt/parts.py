@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -61,7 +62,8 @@ class Source:
     def __post_init__(self) -> None:
         if Path(self.path).is_dir():  # so that what is saved can be loaded from any working directory
             self.path = str(Path(self.path).resolve())
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        dtype = torch.float32 if self.dtype is None else getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"dtype {self.dtype!r} of part {self.path!r} is unknown; expected float32, bfloat16, …")
 
     @property
@@ -89,9 +91,9 @@ def _load(source: Source, kind: str, load: Any) -> Any:
     """Run a `from_pretrained`, and turn what it says about a wrong path into one sentence."""
     try:
         part = load(source.folder)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError as error:
+        raise InputError(f"cannot load the {kind} {source.path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         where = "" if Path(source.folder).is_dir() else " (there is no such folder, so it is taken for a hub id)"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load the {kind} {source.path!r}{where}: {reason}") from error

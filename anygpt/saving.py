@@ -372,6 +372,9 @@ def _load_adapter(part: nn.Module, folder: Path) -> PeftModel:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(f"the checkpoint lacks its adapter {path}")
-    wrapped = PeftModel.from_pretrained(part, folder, is_trainable=True)
+    try:
+        wrapped = PeftModel.from_pretrained(part, folder, is_trainable=True)
+    except RuntimeError as error:  # sizes that do not fit
+        raise InputError(f"{path} does not fit the part that it adapts: {' '.join(str(error).split())}") from error
     check_tensors(str(path), get_peft_model_state_dict(wrapped, save_embedding_layers=False), load_file(path))
     return wrapped

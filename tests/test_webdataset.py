@@ -252,3 +252,16 @@ def test_streams_are_checked(stream, tmp_path):
     for name in ("no-such-dataset", "nobody/no-such-dataset"):
         with pytest.raises(InputError, match=f"{name} cannot be read as a table"):
             read_samples(name, "datasets", columns=columns, task="generation", streaming=True)
+
+
+def test_a_stream_of_paths(tmp_path, monkeypatch):
+    """As `datasets` keeps pictures that were given as files."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "c.png").write_bytes(png("green"))
+    rows = {"img": [str(tmp_path / "c.png")] * 2, "file": ["c.png"] * 2, "said": ["a", "b"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image())
+    table.to_parquet(tmp_path / "a.parquet")
+    for column in ("img", "file"):
+        options = {"columns": {"image": column, "text": "said"}, "task": "generation", "streaming": True}
+        assert colours(read_samples(tmp_path / "a.parquet", "datasets", **options)) == [(0, 128, 0)] * 2

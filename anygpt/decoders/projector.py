@@ -143,6 +143,11 @@ class TransformerProjection(nn.Module):
     def __init__(self, config: OutputProjectorConfig):
         super().__init__()
         tokens, width = config.condition_shape
+        if config.d_model % config.num_attention_heads:
+            raise InputError(
+                f"an output projector has d_model={config.d_model}, expected a multiple of num_attention_heads, "
+                f"{config.num_attention_heads}"
+            )
         self.input = nn.Linear(config.in_features, config.d_model)
         self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
         layer = {

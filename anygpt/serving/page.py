@@ -44,7 +44,10 @@ EXAMPLES = [
 STYLE = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
-#chat img, #chat video { image-rendering: pixelated; min-width: min(256px, 60vw); max-width: 100%; height: auto; }
+/* generated media may be very small */
+#chat img, #chat video { image-rendering: pixelated; width: min(256px, 60vw); height: auto; object-fit: contain; }
+#chat .image-container, #chat .image-frame { height: auto !important; width: fit-content; }
+#chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
 @media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
 """
 

@@ -68,6 +68,12 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     if language_model is None:
         part = source(config.model.language_model, precision)
         language_model, tokenizer = load_language_model(part), load_tokenizer(part)
+        rows = language_model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise InputError(
+                f"the tokenizer in {part.path!r} has {len(tokenizer)} tokens, but the language model there only "
+                f"{rows} embeddings; it is another model's"
+            )
     width = language_model.get_input_embeddings().weight.shape[1]
     for key, entry in config.model.encoders.items():
         if key not in encoders:
@@ -84,6 +90,13 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     model = MultimodalModel(encoders, language_model, decoders)
     processor = MultimodalProcessor(processors, tokenizer, model=model)
     if start is not None:
+        for before, after in ((start.token_ids, model.token_ids), (start.signal_tokens.ids, model.signal_tokens.ids)):
+            moved = [key for key, ids in (before or {}).items() if after.get(key) != ids]
+            if moved:
+                raise InputError(
+                    f"the tokenizer in {config.model.init_from} gives the tokens of {', '.join(moved)} other ids than "
+                    "the model there was trained with; it is another model's"
+                )
         new = [f"{key}_encoder." for key in encoders if key not in start.encoder_keys]
         new += [f"{key}_decoder." for key in decoders if key not in start.decoder_keys]
         new += [

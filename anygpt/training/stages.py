@@ -42,6 +42,7 @@ class Stage:
 
 ENCODER_LLM = Stage("stage 1, encoder-LLM", ("projector",), ("encoder_llm",))
 LLM_DECODER = Stage("stage 2, LLM-decoder", ("output_projector", "signal_tokens"), ("llm_decoder",))
+COMPONENTS = Stage("stage 0, components", (), TERMS)
 INSTRUCTION_TUNING = Stage(
     "stage 3, instruction tuning",
     ("projector", "output_projector", "signal_tokens", "language_model"),
@@ -73,7 +74,7 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
             model.language_model = get_peft_model(model.language_model, adapter)
         except ValueError as error:
             raise InputError(f"lora.target_modules={config.lora.target_modules!r} does not fit: {error}") from error
-    parts = stage.parts(model) if config.train.parts is None else config.train.parts
+    parts = stage.parts(model) if config.train.parts is None else choose_networks(model, config.train.parts)
     model.train_only(parts)
     rows = config.train.signal_rows
     if "signal_tokens" in parts:
@@ -88,6 +89,24 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
     if not trainable:
         raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
     return trainable
+
+
+def choose_networks(model: Any, parts: list[str]) -> list[str]:
+    """`train.parts` may name single networks of a decoder (`image_decoder.vae`): tell it, and name the decoder once."""
+    networks: dict[str, list[str]] = {}
+    for part in parts:
+        name, _, network = part.partition(".")
+        if network:
+            networks.setdefault(name, []).append(network)
+    for name, chosen in networks.items():
+        key = name.removesuffix("_decoder")
+        if key not in model.decoder_keys or name in parts:
+            raise InputError(
+                f"train.parts names {name}.{chosen[0]}, which must be a network of a decoder that is not named itself "
+                f"too; the decoders are {', '.join(f'{key}_decoder' for key in model.decoder_keys) or 'none'}"
+            )
+        model.decoders[key].module.train_networks(chosen)
+    return list(dict.fromkeys(part.partition(".")[0] for part in parts))
 
 
 def check_adapter(language_model: Any, lora: LoraSettings) -> None:
@@ -115,13 +134,13 @@ def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
         elif kind == "encoder":
             wanted.append(f"{part}.module.")
         elif kind == "decoder":
-            decoder = model.decoders[key].module
-            denoiser = next(name for name, child in decoder.named_children() if child is decoder.denoiser)
-            wanted.append(f"{part}.module.{denoiser}.")
+            wanted += [f"{part}.module.{network}." for network in model.decoders[key].module.trains]
         elif part == "signal_tokens":
             rows = {"both": ["input_rows", "output_rows"], "output": ["output_rows"], "none": []}[signal_rows]
             wanted += [f"signal_tokens.{name}." for name in rows]
     names = {name for name, _ in model.named_parameters() if name.startswith(tuple(wanted or ["\0"]))}
     if "language_model" in parts:
-        names |= {n for n, _ in model.named_parameters() if n.startswith("language_model.") and ".lora_" in n}
+        adapted = is_peft(model.language_model)
+        of_llm = {n for n, _ in model.named_parameters() if n.startswith("language_model.")}
+        names |= {n for n in of_llm if ".lora_" in n or not adapted}
     return names

@@ -75,21 +75,19 @@ def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> 
         return
     _check_names(path, columns, first.column_names)
     wanted = [name for key, name in columns.items() if key not in MEDIA_TYPES]
-    stored = kind is not None and not pa.types.is_string(first[columns[kind]].type)
-    if kind is not None and not stored:
-        if not path.exists():
+    stored = kind is not None and _STORED in _media(first[columns[kind]], path)
+    if kind is not None and not stored:  # paths, which are read with the texts
+        if is_hub_id(path):
             raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
         wanted.append(columns[kind])
-    if stored:
-        _media(first[columns[kind]], path)  # which looks at their type
     start = 0
     for number, block in enumerate(stream.blocks(list(dict.fromkeys(wanted)))):
-        media: list[Any] = [None] * len(block)
-        if stored:
-            places = (f"{path}[{start + i}]" for i in range(len(block)))
-            media = [StreamedCell(stream, columns[kind], number, i, place) for i, place in enumerate(places)]
-        elif kind is not None:
-            media = block[columns[kind]].to_pylist()
+        media: list[Any] = [_STORED if stored else None] * len(block)
+        if kind is not None and not stored:
+            media = _media(block[columns[kind]], path)
+        for i, medium in enumerate(media):
+            if medium is _STORED:
+                media[i] = StreamedCell(stream, columns[kind], number, i, f"{path}[{start + i}]")
         yield from _rows(path, block, columns, kind, media, start)
         start += len(block)
 

@@ -1,0 +1,303 @@
+"""Every class of mistake that a run can stop at: one line, exit code 2, and nothing half-written.
+
+Data and settings are in `test_bad_input.py`, checkpoints in `test_checkpoints.py`; here are the parts, the folders that
+a run starts from, and the disk. The same command line as `python stages/…` in this process; some as processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_utils import (
+    arguments,
+    change_tensors,
+    check_mistake,
+    cli_here,
+    run_script,
+    stage2_start,
+    toy_data,
+    train_here,
+)
+from transformers import AutoModelForCausalLM
+
+from anygpt.toyworld import part_path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_data(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, data):
+    """`final/` of stage 1."""
+    folder = tmp_path_factory.mktemp("first")
+    return train_here(1, arguments(1, data / "stage1.jsonl", folder / "run", steps=1, batch_size=2))
+
+
+@pytest.fixture(scope="module")
+def third(tmp_path_factory, data):
+    """`final/` of stage 3, with an adapter."""
+    folder, start = tmp_path_factory.mktemp("third"), stage2_start(tmp_path_factory, data)
+    return train_here(3, arguments(3, data / "stage3.jsonl", folder / "run", init_from=start, steps=1, batch_size=2))
+
+
+def refuse(stage, data, tmp_path, capsys, *said, more=(), init_from=None):
+    output = tmp_path / "run"
+    more = (*more, "--model.init_from", "null") if stage == 2 and init_from is None else more
+    args = arguments(stage, data / f"stage{stage}.jsonl", output, *more, init_from=init_from, batch_size=2)
+    code, lines = cli_here(stage, args, capsys)
+    check_mistake(code, lines, *said)
+    assert not output.exists()
+
+
+# -- parts: corrupted, cut short, pickled, of a wrong kind -----------------------------------------------------
+
+
+class Malice:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.folder,))
+
+
+def pickled(path, tmp_path):
+    """The same tensors pickled, as `torch.save` does it, and something that would run."""
+    tensors = load_file(path)
+    path.unlink()
+    name = path.name.replace("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    name = name.replace("model.safetensors", "pytorch_model.bin") if name == path.name else name
+    torch.save(tensors | {"malice": Malice(tmp_path / "malice")}, path.with_name(name))
+
+
+def pickled_under_the_same_name(path, tmp_path):
+    path.write_bytes(pickle.dumps(Malice(tmp_path / "malice")))
+
+
+SPOILED = {
+    "cut short": lambda path, _: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path, _: os.truncate(path, 0),
+    "gone": lambda path, _: path.unlink(),
+    "garbage": lambda path, _: path.write_bytes(b"\xff" * 1000),
+    "pickled": pickled,
+    "a pickle by another name": pickled_under_the_same_name,
+}
+ENCODER = ("encoder", "image_encoder", "model.safetensors", 1, "--model.encoders.image.path={}")
+LLM = ("language model", "language_model", "model.safetensors", 1, "--model.language_model.path={}")
+DECODER = (
+    *("decoder", "image_decoder", "unet/diffusion_pytorch_model.safetensors", 2),
+    "--model.decoders.image.path={}",
+)
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("part", [ENCODER, LLM, DECODER], ids=lambda part: part[0])
+def test_spoiled_weights_of_a_part(data, tmp_path, capsys, part, how):
+    kind, name, file, stage, setting = part
+    folder = tmp_path / "part"
+    shutil.copytree(part_path(name), folder)
+    SPOILED[how](folder / file, tmp_path)
+    refuse(stage, data, tmp_path, capsys, kind, folder, more=(setting.format(folder),))
+    assert not (tmp_path / "malice").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "setting"),
+    [
+        ("image_encoder", "config.json", "{", "--model.encoders.image.path={}"),
+        ("image_encoder", "config.json", '{"model_type": "nonsense"}', "--model.encoders.image.path={}"),
+        ("image_encoder", "preprocessor_config.json", "[", "--model.encoders.image.path={}"),
+        ("language_model", "tokenizer.json", '{"version": "1.0"}', "--model.language_model.path={}"),
+        ("language_model", "tokenizer.json", "", "--model.language_model.path={}"),
+    ],
+)
+def test_spoiled_json_of_a_part(data, tmp_path, capsys, name, file, content, setting):
+    folder = tmp_path / "part"
+    shutil.copytree(part_path(name), folder)
+    (folder / file).write_text(content)
+    refuse(1, data, tmp_path, capsys, folder, more=(setting.format(folder),))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("--model.encoders.image.dtype=int8", ("int8", "bfloat16")),
+        ("--model.language_model.dtype=complex64", ("complex64", "bfloat16")),
+        ("--model.encoders.image.projector={in_features: 7}", ("7", "64")),
+        ("--model.encoders.image.projector={out_features: 7}", ("7", "128")),
+        ("--model.encoders.image.path=zoo:image_decoder", ("image encoder", "zoo:image_decoder")),
+        ("--model.encoders.image.path=zoo:language_model", ("image encoder", "llama")),
+        ("--model.language_model.path=zoo:audio_decoder", ("language model", "zoo:audio_decoder")),
+        ("--model.encoders.image.attn_implementation=fast", ("image encoder", "fast")),
+        ("--train.parts=[image_projecter]", ("image_projecter", "image_projector")),
+    ],
+)
+def test_sizes_dtypes_and_kinds(data, tmp_path, capsys, setting, said):
+    refuse(1, data, tmp_path, capsys, *said, more=(setting,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("--model.decoders.image.projector.d_model=7", ("d_model", "7", "num_attention_heads")),
+        ("--model.decoders.image.hidden_layer=99", ("hidden_layer", "99")),
+        ("--model.decoders.image.num_signal_tokens=0", ("num_signal_tokens", "at least 1")),
+        ("--model.decoders.image.path=zoo:image_encoder", ("decoder", "zoo:image_encoder")),
+    ],
+)
+def test_decoders_that_do_not_fit(data, tmp_path, capsys, setting, said):
+    refuse(2, data, tmp_path, capsys, *said, more=(setting,))
+
+
+def test_a_part_with_another_models_tokenizer(data, tmp_path, capsys):
+    """It has more tokens than the language model has embeddings."""
+    folder = tmp_path / "part"
+    shutil.copytree(part_path("language_model"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+    refuse(1, data, tmp_path, capsys, folder, "tokenizer", "100", more=(f"--model.language_model.path={folder}",))
+
+
+# -- the folder that a run starts from -------------------------------------------------------------------------
+
+
+def edit_config(change):
+    def edit(folder, _):
+        content = json.loads((folder / "config.json").read_text())
+        change(content)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def smaller_tokenizer(folder, _):
+    """Another model's: it knows no signal tokens, and its other ids mean something else."""
+    shutil.copy(part_path("image_decoder") / "tokenizer/tokenizer_config.json", folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        source = part_path("image_decoder") / "tokenizer" / name
+        (folder / name).unlink(missing_ok=True)
+        if source.exists():
+            shutil.copy(source, folder)
+
+
+def rename_class(content):
+    content["language_model"]["class"] = "os.path.join"
+
+
+ADAPTER = "adapters/language_model/adapter_model.safetensors"
+STARTS = {
+    "another tokenizer": (smaller_tokenizer, ("start", "tokenizer", "other ids")),
+    "no tokenizer": (lambda f, _: (f / "tokenizer.json").unlink(), ("start",)),
+    "config of a newer format": (edit_config(lambda c: c.update(format_version=99)), ("start", "99")),
+    "config that names other code": (edit_config(rename_class), ("os.path.join", "transformers")),
+    "tensors cut short": (lambda f, _: os.truncate(f / "model.safetensors", 999), ("model.safetensors",)),
+    "tensors pickled": (lambda f, t: pickled_under_the_same_name(f / "model.safetensors", t), ("model.safetensors",)),
+    "adapter cut short": (lambda f, _: os.truncate(f / ADAPTER, 999), ("adapter",)),
+    "adapter gone": (lambda f, _: (f / ADAPTER).unlink(), ("adapter",)),
+    "adapter pickled": (lambda f, t: pickled(f / ADAPTER, t), ("adapter",)),
+    "adapter pickled, same name": (lambda f, t: pickled_under_the_same_name(f / ADAPTER, t), ("adapter",)),
+    "adapter config cut short": (
+        lambda f, _: os.truncate(f / ADAPTER.replace("_model.safetensors", "_config.json"), 9),
+        (),
+    ),
+    "a tensor too few": (lambda f, _: change_tensors(f, lambda t: dict(list(t.items())[1:])), ("missing",)),
+    "a tensor too many": (
+        lambda f, _: change_tensors(f, lambda t: t | {"more": torch.zeros(1)}),
+        ("unexpected: more",),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_spoiled_starts(data, third, tmp_path, capsys, how):
+    spoil, said = STARTS[how]
+    start = tmp_path / "start"
+    shutil.copytree(third, start)
+    spoil(start, tmp_path)
+    refuse(3, data, tmp_path, capsys, *said, init_from=start)
+    assert not (tmp_path / "malice").exists()
+
+
+def test_an_adapter_of_another_size(data, third, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(third, start)
+    tensors = load_file(start / ADAPTER)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, start / ADAPTER)
+    refuse(3, data, tmp_path, capsys, "adapter", init_from=start)
+
+
+def test_stages_in_a_wrong_order(data, first, third, tmp_path, capsys):
+    """Stage 3 without stage 2 has no decoders for its rows; stage 2 after stage 3 would train below an adapter."""
+    refuse(3, data, tmp_path, capsys, "needs a decoder", "stage3.jsonl", init_from=first)
+    code, _ = cli_here(
+        2, arguments(2, data / "stage2.jsonl", tmp_path / "run", init_from=third, steps=1, batch_size=1), capsys
+    )
+    assert code == 0  # the adapter stays as it is, and what stage 2 trains goes on
+
+
+def test_a_stage_without_a_start_or_parts(data, tmp_path, capsys):
+    path = tmp_path / "empty.yaml"
+    path.write_text("run: {device: cpu}\n")
+    args = arguments(3, data / "stage3.jsonl", tmp_path / "run", config=path)
+    code, lines = cli_here(3, args, capsys)
+    check_mistake(code, lines, "model has neither language_model nor init_from")
+
+
+# -- the disk, as processes ------------------------------------------------------------------------------------
+
+
+def mounted(folder, options):
+    """A file system of its own, where that is allowed."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("needs the right to mount a file system")
+
+
+def test_a_full_disk(data, tmp_path):
+    """Room for one checkpoint and not for two: the first stays whole, and the run goes on where there is room."""
+    disk = tmp_path / "disk"
+    mounted(disk, "size=1500k")
+    try:
+        args = arguments(1, data / "stage1.jsonl", disk / "run", "--train.save_steps=1", steps=6, batch_size=2)
+        done = run_script(1, args)
+        check_mistake(done.returncode, done.stderr.splitlines(), "No space left on device", "the last checkpoint is")
+        kept = sorted(disk.glob("run/checkpoint-*"))
+        assert kept and not list(disk.glob("run/.*.incomplete")) and not (disk / "run/final").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        done = run_script(1, args)
+        assert done.returncode == 0, done.stderr
+        assert f"continues from {kept[-1]}" in (disk / "run/log.txt").read_text()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_only_file_system(data, tmp_path):
+    disk = tmp_path / "disk"
+    mounted(disk, "size=1m,ro")
+    try:
+        done = run_script(1, arguments(1, data / "stage1.jsonl", disk / "run"))
+        check_mistake(done.returncode, done.stderr.splitlines(), "run.output_dir", disk, "may not be written to")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_start_that_is_no_folder(data, tmp_path):
+    start = tmp_path / "final"
+    start.write_text("")
+    done = run_script(2, arguments(2, data / "stage2.jsonl", tmp_path / "run", init_from=start))
+    check_mistake(done.returncode, done.stderr.splitlines(), start, "config.json")
+    assert not Path(tmp_path / "run").exists()
