@@ -117,7 +117,6 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     media.image(0).save(tmp_path / "picture.png")
     say(browser, "And these?", [tmp_path / "picture.png", tmp_path / "sound.wav"])
     wait(browser, lambda: len(find(browser, "#chat .bot img")) > 1, "no second picture came")
-    open("/tmp/h8_user.html", "w").write("".join(e.get_attribute("outerHTML") for e in find(browser, "#chat .user")))
     assert find(browser, "#chat .user img")
     shot(browser, tmp_path, "wide-uploads")
 
