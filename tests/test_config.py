@@ -20,7 +20,7 @@ from anygpt.training.cli import run_stage
 from anygpt.training.config import Config, parse_config
 from anygpt.training.stages import ENCODER_LLM
 
-TINY = sorted((REPOSITORY / "configs/tiny").glob("*.yaml"))
+TINY = [p for p in sorted((REPOSITORY / "configs/tiny").rglob("*.yaml")) if p.name != "ablations.yaml"]
 STAGE_1 = ["--config", str(REPOSITORY / "configs/tiny/stage1.yaml")]
 STAGE_2 = ["--config", str(REPOSITORY / "configs/tiny/stage2.yaml")]
 

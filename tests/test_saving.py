@@ -114,8 +114,8 @@ def test_frozen_parts_are_not_copied(tiny_model, parts, tmp_path):
         "signal_tokens.output_rows.image",
     }
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["encoders"]["image"]["source"]["path"] == "zoo:image_encoder"
-    assert config["language_model"]["source"]["path"] == "zoo:language_model"
+    assert config["encoders"]["image"]["source"]["path"] == str(parts.folder / "image_encoder")
+    assert config["language_model"]["source"]["path"] == str(parts.folder / "language_model")
 
 
 def test_saving_twice_into_one_folder_leaves_nothing_stale(tiny_model, parts, media, tmp_path):

@@ -14,7 +14,7 @@ from anygpt.data.schema import MediaRoot, parse_sample
 from anygpt.errors import InputError
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
 from anygpt.toyworld.__main__ import main
-from anygpt.toyworld.datasets import KINDS, write_dataset
+from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
 from anygpt.toyworld.render import AUDIO_SECONDS, render_audio, render_image, render_video
 
 MEL_FILTERS = mel_filter_bank(513, 64, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
@@ -178,6 +178,9 @@ def content_types(message) -> list[str]:
     return [part["type"] for part in message["content"]]
 
 
+STAGE_KINDS = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_datasets_are_valid(kind, tmp_path):
     path = write_dataset(tmp_path, kind, 48, seed=1)
@@ -200,7 +203,7 @@ def test_datasets_are_valid(kind, tmp_path):
                 assert audio.sampling_rate == 16_000 and audio.waveform.shape == (1, 10_240)
             if role == "assistant":
                 assert any(str(thing) in part.caption for thing in SEEN)
-                assert ("moving" in part.caption) == (part.type == "video")
+                assert any(motion in part.caption.rstrip(".").split() for motion in MOTIONS) == (part.type == "video")
     files = [file for file in (tmp_path / kind).rglob("*.*") if file.name != "manifest.json"]
     assert len(files) == sum(found.values())
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([kind, f"{kind}.jsonl"])  # nothing left over
@@ -211,7 +214,10 @@ def test_datasets_are_valid(kind, tmp_path):
     elif kind == "stage2":
         assert found == {("assistant", modality): 16 for modality in MODALITIES}
     else:
-        assert users["user"] == {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12}[kind]
+        given = {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12, "pairs": 96}
+        assert users["user"] == given.get(kind, 0)
+        if kind in ("pictures", "clips", "sounds"):
+            assert users["assistant"] == 48
 
 
 def test_joint_has_pairs_of_one_thing_between_the_rows_of_stage3(tmp_path):
@@ -288,9 +294,9 @@ def test_dataset_arguments_are_checked(tmp_path):
 
 def test_the_command_writes_all_kinds(tmp_path, capsys):
     assert main(["--output", str(tmp_path), "--samples", "4", "--eval-samples", "16"]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / f"{kind}.jsonl") for kind in KINDS]
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"{kind}.jsonl") for kind in STAGE_KINDS]
     held_out = [str(thing) for thing in HELD_OUT]
-    for kind in KINDS:
+    for kind in STAGE_KINDS:
         about = (tmp_path / f"{kind}.jsonl").read_text()
         assert any(thing in about for thing in held_out) == (kind == "eval")
     assert main(["--output", str(tmp_path), "--samples", "0"]) == 2

@@ -71,9 +71,9 @@ def test_the_other_stages_with_made_up_media(run, checkpoint, config):
         arguments[1] = "null"
     hops = run(CONFIGS / config, *arguments)
     for key, condition, latents in (
-        ("image", "(1, 16, 64)", "(1, 4, 8, 8)"),
-        ("video", "(1, 16, 48)", "(1, 4, 8, 8, 8)"),
-        ("audio", "(1, 1, 32)", "(1, 4, 16, 16)"),
+        ("image", "(1, 16, 64)", "(1, 8, 4, 4)"),
+        ("video", "(1, 16, 48)", "(1, 8, 8, 4, 4)"),
+        ("audio", "(1, 1, 32)", "(1, 8, 8, 8)"),
     ):
         projector, decoder = hops[f"{key} output projector"], hops[f"{key} decoder"]
         assert projector["projected.embeds"][0] == projector["condition.embeds"][0] == condition

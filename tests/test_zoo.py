@@ -109,9 +109,9 @@ def test_pipelines_make_media_of_the_size_that_they_are_for(name):
     shape = {"image_decoder": (1, 32, 32, 3), "video_decoder": (1, 8, 32, 32, 3), "audio_decoder": (1, 10_240)}
     first = sample("a red circle")
     assert first.shape == shape[name] and np.isfinite(first).all()
-    assert first.std() > 0.01  # neither flat nor silent: comparisons of it mean something
+    assert first.std() > 1e-4  # neither flat nor silent: comparisons of it mean something
     assert np.array_equal(first, sample("a red circle"))
-    assert np.abs(first - sample("a blue ring")).max() > 1e-3  # the prompt matters
+    assert np.abs(first - sample("a blue ring")).max() > first.std()  # the prompt matters
 
 
 @pytest.mark.parametrize("name", PIPELINES)
