@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anygpt.errors import InputError
@@ -132,7 +133,8 @@ class PartTraining:
 
         Ranks whose batches lack a modality must still give its projector a gradient, or the others wait for ever.
         """
-        trainable = [p for p in self.parameters() if p.requires_grad]
+        # Under FSDP2 only the layers of the language model are sharded here, and those run in every batch.
+        trainable = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         zero = torch.zeros((), device=self.device)
         return sum((p.flatten()[0].float() * 0 for p in trainable), zero)
 

@@ -138,7 +138,7 @@ def save_checkpoint(
     state: dict[str, Any],
     model: Any,
     processor: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: dict[str, Any],
     scheduler: Any,
     accelerator: Accelerator,
     config: Config,
@@ -149,13 +149,14 @@ def save_checkpoint(
     Args:
         folder: its name and place.
         state: what `training_state.json` gets beside the scheduler: step, metrics, sizes of the data, tracker run.
+        model, optimizer_state: whole, on the main process.
         random_state: what `rng_state` gave, if it is not to be the present one.
     """
     with written_whole(folder, accelerator) as temporary:
         if accelerator.is_main_process:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
-            _save(optimizer.state_dict(), temporary / "optimizer.pt")
+            _save(optimizer_state, temporary / "optimizer.pt")
             processes = {"processes": accelerator.num_processes}
             state = state | processes | {"config": config_digest(config), "scheduler": scheduler.state_dict()}
             (temporary / STATE).write_text(json.dumps(state, default=float, indent=1))
@@ -263,19 +264,28 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def load_training_state(
-    checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, accelerator: Accelerator
+    checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Put tensors, optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`."""
+    """Put tensors, optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`.
+
+    Without an optimizer its state is left for later (`read_optimizer_state`): a sharded one takes it when prepared.
+    """
     restored = type(model).from_pretrained(checkpoint)
     # Everything, buffers and frozen projectors too: what `model.init_from` holds by now may be another model.
     model.load_state_dict(restored.state_dict())
-    optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
+    if optimizer is not None:
+        optimizer.load_state_dict(read_optimizer_state(checkpoint))
     state = read_state(checkpoint)
     scheduler.load_state_dict(state["scheduler"])
     own = checkpoint / f"rng-{accelerator.process_index}.pt"
     if own.is_file():
         set_rng_state(_load(own))
     return state
+
+
+def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `optimizer_state`."""
+    return _load(checkpoint / "optimizer.pt")
 
 
 def _load(path: Path) -> Any:

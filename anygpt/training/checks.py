@@ -6,9 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.config import Config
+from anygpt.training.sharding import local
 
 
 class NonFiniteLoss(RuntimeError):
@@ -49,11 +53,12 @@ def check_same_data(checkpoint: Path, state: dict[str, Any], dataset: Conversati
         )
 
 
-def check_finite(model: Any) -> None:
-    """Raise `NonFiniteLoss` if something that trains is no finite number."""
-    bad = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
+def check_finite(model: Any, accelerator: Accelerator) -> None:
+    """Raise `NonFiniteLoss`, on all processes, if something that trains is no finite number."""
+    trainable = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    bad = gather_object([name for name, tensor in trainable if not bool(tensor.isfinite().all())])
     if bad:
         raise NonFiniteLoss(
-            f"{len(bad)} trained tensors are not finite, {bad[0]} first: the last updates overflowed, so they are not "
-            "saved; lower train.learning_rate"
+            f"{len(set(bad))} trained tensors are not finite, {bad[0]} first: the last updates overflowed, so they are "
+            "not saved; lower train.learning_rate"
         )

@@ -28,6 +28,7 @@ from anygpt.training.checkpoint import (
     best_checkpoint,
     choose_checkpoint,
     load_training_state,
+    read_optimizer_state,
     remove_old,
     rng_state,
     save_checkpoint,
@@ -52,6 +53,14 @@ from anygpt.training.record import environment
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.samples import generate_answers, log_answers, write_answers
 from anygpt.training.setup import build, build_dataset, decoders_before
+from anygpt.training.sharding import (
+    check_sharding,
+    gather_into,
+    is_sharded,
+    load_optimizer_state,
+    optimizer_state,
+    prepare,
+)
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
@@ -68,6 +77,7 @@ class Run:
 
     Attributes:
         wrapped: the model as accelerate prepared it.
+        whole: the model to save; see `sharding.prepare`.
         step: updates done.
     """
 
@@ -76,6 +86,7 @@ class Run:
     model: Any
     processor: Any
     wrapped: Any
+    whole: Any
     optimizer: Any
     scheduler: Any
     dataset: ConversationDataset
@@ -94,10 +105,12 @@ class Run:
             NonFiniteLoss: something that trains is not finite, which no checkpoint may hold that a run continues from.
         """
         if name == PREFIX:
-            check_finite(self.model)
+            check_finite(self.model, self.accelerator)
         path = self.folder / f"{name}{self.step}"
         state = {"step": self.step, "samples": self.dataset.lengths, "tracker_run": log.run_id, "metrics": metrics}
-        parts = (self.model, self.processor, self.optimizer, self.scheduler, self.accelerator, self.config)
+        gather_into(self.whole, self.model)
+        moved = optimizer_state(self.model, self.optimizer, self.accelerator)
+        parts = (self.whole, self.processor, moved, self.scheduler, self.accelerator, self.config)
         save_checkpoint(path, state, *parts, random_state)
         return path
 
@@ -130,6 +143,7 @@ def train(config: Config, stage: Stage) -> Path:
         project_dir=str(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    check_sharding(accelerator, config, resumes=checkpoint is not None)
     set_seed(config.run.seed)
     model, processor = build(config)
     names = prepare_stage(model, stage, config)
@@ -153,14 +167,17 @@ def train(config: Config, stage: Stage) -> Path:
     optimizer, scheduler = make_optimizer(model, config)
     state: dict[str, Any] = {}
     if checkpoint is not None:
-        state = load_training_state(checkpoint, model, optimizer, scheduler, accelerator)
+        unsharded = None if is_sharded(accelerator) else optimizer
+        state = load_training_state(checkpoint, model, unsharded, scheduler, accelerator)
         check_same_data(checkpoint, state, dataset)
     if config.train.compile:
         model.to(accelerator.device)
         compile_layers(model)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer, whole = prepare(model, optimizer, accelerator, config)
+    if checkpoint is not None and is_sharded(accelerator):
+        load_optimizer_state(model, optimizer, read_optimizer_state(checkpoint))
     wrapped.train()
-    parts = (model, processor, wrapped, optimizer, scheduler, dataset, held_out, collator)
+    parts = (model, processor, wrapped, whole, optimizer, scheduler, dataset, held_out, collator)
     run = Run(config, accelerator, *parts, step=state.get("step", 0))
 
     loader = make_loader(dataset, collator, config, accelerator, start=run.step)
@@ -184,7 +201,8 @@ def train(config: Config, stage: Stage) -> Path:
                 if checkpoint is not None:
                     log.say(f"continues from {checkpoint} after update {run.step}")
                 run_updates(run, itertools.chain(first, updates), log, caught)
-                save_model(folder / FINAL, model, processor, accelerator)
+                gather_into(whole, model)
+                save_model(folder / FINAL, whole, processor, accelerator)
                 best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
                 if best is not None:
                     log.say(f"lowest {config.train.keep_best}: {best[1]:.4g}, in {best[0]}")
@@ -237,7 +255,7 @@ def run_updates(run: Run, updates: Iterable[list[MicroBatch]], log: RunLog, caug
             "no gradient reached anything that trains, in no update: the data has nothing for the parts that train, or "
             "every sample was skipped"
         )
-    check_finite(run.model)
+    check_finite(run.model, accelerator)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -274,7 +292,7 @@ def update(
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
             output = wrapped(**move(batch, accelerator.device), loss_counts=denominators, generators=generators)
             # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
-            loss = model.touch_trainable() if output.loss is None else output.loss
+            loss = nothing(model, output) if output.loss is None else output.loss
             # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
             accelerator.backward(loss * accelerator.num_processes)
         for name, term in output.losses.items():
@@ -300,6 +318,13 @@ def update(
     log.count(int(tokens), int(samples), int(skipped), int(cut))
     means = {name: total / denominators[name] for name, total in zip(names, totals, strict=True) if denominators[name]}
     return {"loss": loss, **means, "gradient_norm": norm}
+
+
+def nothing(model: Any, output: Any) -> torch.Tensor:
+    """A zero through everything that trains, for a batch without any loss: other processes wait for its gradients."""
+    zero = model.touch_trainable()
+    states = output.hidden_states
+    return zero + states.float().mean() * 0 if states.requires_grad else zero
 
 
 @torch.no_grad()

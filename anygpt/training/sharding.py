@@ -1,0 +1,103 @@
+"""What differs where accelerate shards parameters and optimizer (FSDP2), or owns the optimizer (DeepSpeed).
+
+Under FSDP2 a process holds a part of each tensor. To be saved, what trains is gathered into a whole copy of the model
+that the main process keeps in its memory; the frozen rest of that copy never changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from anygpt.encoders.module import base_model
+from anygpt.errors import InputError
+from anygpt.training.config import Config
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are (FSDP)."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> None:
+    """Raise an `InputError` for what a run cannot do under FSDP or DeepSpeed."""
+    train, faults = config.train, []
+    if is_sharded(accelerator):
+        if not accelerator.is_fsdp2:
+            faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
+        if train.sample_steps:
+            faults.append("train.sample_steps must be 0 under FSDP, as generation needs whole parameters")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if train.gradient_accumulation_steps != 1:
+            faults.append("train.gradient_accumulation_steps must be 1 under DeepSpeed, which would average its parts")
+        if train.save_steps or resumes:
+            faults.append(
+                "under DeepSpeed there are no checkpoints to continue from (its optimizer's state is pickled); set "
+                "train.save_steps to 0, or use DDP or FSDP2"
+            )
+    if faults:
+        raise InputError("; ".join(faults))
+
+
+def prepare(model: Any, optimizer: Any, accelerator: Accelerator, config: Config) -> tuple[Any, Any, Any]:
+    """`accelerator.prepare`.
+
+    Returns:
+        The wrapped model and optimizer, and the model to save: itself, or where it is sharded a whole copy on the
+        main process and None on the others.
+    """
+    whole = model
+    if is_sharded(accelerator):
+        whole = copy.deepcopy(model).cpu() if accelerator.is_main_process else None
+        # Each layer of the language model is sharded by itself; accelerate asks the model for their class.
+        model._no_split_modules = list(base_model(model.language_model)._no_split_modules or [])
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
+        settings["gradient_clipping"] = config.train.max_grad_norm
+    return *accelerator.prepare(model, optimizer), whole
+
+
+def gather_into(whole: Any, model: Any) -> None:
+    """Put what trains of a sharded model into the whole copy. All processes call it; others than the main have None."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and whole is not model:
+            tensor = parameter.detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if whole is not None:
+                tensors[name] = tensor.cpu()
+    if tensors:
+        missing = whole.load_state_dict(tensors, strict=False).unexpected_keys
+        assert not missing, f"{missing} are not in the whole copy"
+
+
+def optimizer_state(model: Any, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
+    """The optimizer's state, whole; none under DeepSpeed. All call it; where it is sharded, the main one gets it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {}
+    if is_sharded(accelerator):
+        return get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
+    return optimizer.state_dict()
+
+
+def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """What `optimizer_state` gave, into a prepared and sharded optimizer."""
+    set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor; a whole one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
