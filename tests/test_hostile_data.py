@@ -38,6 +38,8 @@ def good(tmp_path_factory) -> dict[str, bytes]:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"):
         write_image(folder / name, picture) if name in ("a.png", "a.jpg") else picture.save(folder / name)
+    picture.save(folder / "b.gif", save_all=True, append_images=[picture.rotate(90)] * 3)
+    picture.save(folder / "b.webp", save_all=True, append_images=[picture.rotate(90)] * 3)
     write_video(folder / "a.mp4", np.zeros((6, 16, 16, 3), np.uint8), 10)
     write_audio(folder / "a.wav", 0.1 * np.ones((1, 800), np.float32), 16000)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -119,7 +121,10 @@ def test_mislabelled_media(tmp_path, good):
             read_media(kind, tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.mp4", "a.wav"])
+DAMAGED = ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.mp4", "a.wav", "b.gif", "b.webp"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_media_give_media_or_an_error(tmp_path, good, name):
     """Bytes changed, cut out and cut off at random: decoders pass over some, and no other exception comes out."""
     draw = random.Random(name)
@@ -131,7 +136,7 @@ def test_damaged_media_give_media_or_an_error(tmp_path, good, name):
             content[draw.randrange(len(content))] = draw.randrange(256)
         cut = draw.randrange(len(content))
         path.write_bytes(content[:cut] if draw.random() < 0.4 else content)
-        for kind in {kind_of(name), "video" if name == "a.gif" else "image"}:
+        for kind in {kind_of(name), "video" if name in ("a.gif", "b.gif", "b.webp") else "image"}:
             try:
                 read_media(kind, path)
             except InputError as error:
@@ -259,6 +264,52 @@ def test_random_rows(tmp_path):
     path.write_text("\n".join(json.dumps({"messages": [value(4) for _ in range(2)]}) for _ in range(500)))
     faults = []
     assert len(read_samples(path, faults=faults)) + len(faults) == 500
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Bytes changed, put in, taken out, or cut off."""
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 6)):
+        place, what = draw.randrange(len(changed) + 1), draw.random()
+        if what < 0.6:
+            changed[place : place + 1] = bytes([draw.choice([0, 255, draw.randrange(256)])])
+        elif what < 0.75:
+            changed[place:place] = draw.randbytes(draw.randint(1, 16))
+        elif what < 0.9:
+            del changed[place : place + draw.randint(1, 64)]
+        else:
+            del changed[place:]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("format", ["jsonl", "nextgpt", "llava", "alpaca", "videochat", "webdataset"])
+def test_damaged_manifests_give_samples_or_errors(tmp_path, good, format):
+    """Also of their media; faults say in which file they are."""
+    (tmp_path / "a.png").write_bytes(good["a.png"])
+    said = [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]
+    row = {
+        "jsonl": json.loads(line(image("a.png"), id="1")),
+        "nextgpt": {"input_image": "a.png", "conversations": said},
+        "llava": {"image": "a.png", "conversations": said},
+        "alpaca": {"instruction": "a", "input": "", "output": "b"},
+        "videochat": {"image": "a.png", "QA": [{"i": "x", "q": "y", "a": "z"}]},
+    }.get(format)
+    content = json.dumps(row if format == "jsonl" else [row] * 3).encode()
+    content = pair("x") + pair("y") + END if format == "webdataset" else content
+    path = tmp_path / {"jsonl": "d.jsonl", "webdataset": "d.tar"}.get(format, "d.json")
+    draw, refused = random.Random(format), 0
+    for _ in range(150):
+        path.write_bytes(damaged(content, draw))
+        faults: list[InputError] = []
+        try:
+            samples = read_samples(path, format, faults=faults, task="generation" if format == "webdataset" else None)
+            for _, part in (use for sample in samples for use in sample.media()):
+                read_media(part.type, part.path)
+        except InputError as error:
+            faults.append(error)
+        assert all(path.name in str(fault) or "a.png" in str(fault) for fault in faults), faults
+        refused += bool(faults)
+    assert refused > 20
 
 
 def test_bad_media_are_skipped_and_counted(tmp_path):
