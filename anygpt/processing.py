@@ -88,6 +88,10 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
         self.projector_configs = {key: encoder.projector.config for key, encoder in model.encoders.items()}
         self.signal_tokens = model.signal_tokens.names
+        self.describe_targets(model)
+
+    def describe_targets(self, model: MultimodalModel) -> None:
+        """Take the decoders' targets as they are now: what trains in a decoder decides what it wants of them."""
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
     def _add_tokens(self) -> None:

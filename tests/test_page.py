@@ -117,13 +117,12 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     media.image(0).save(tmp_path / "picture.png")
     say(browser, "And these?", [tmp_path / "picture.png", tmp_path / "sound.wav"])
     wait(browser, lambda: len(find(browser, "#chat .bot img")) > 1, "no second picture came")
-    assert find(browser, "#chat .user img")
+    assert find(browser, "#chat .user img") and find(browser, "#chat .user [data-testid='waveform-Audio']")
     shot(browser, tmp_path, "wide-uploads")
 
     browser.set_window_size(420, 850)
     time.sleep(1)
     shot(browser, tmp_path, "narrow")
-    assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
     assert find(browser, "#message textarea")[0].is_displayed()
 
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -131,6 +130,7 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     wait(browser, lambda: any("broken.png cannot be read as an image" in t for t in bot_says(browser)), "no sentence")
     assert not any(str(tmp_path.parent) in text for text in bot_says(browser)), "a path of the server"
     shot(browser, tmp_path, "narrow-error")
+    assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
 
     requested = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in requested if m["method"] == "Network.requestWillBeSent"]

@@ -173,7 +173,7 @@ def test_models_and_health(client, address):
 
 def bomb():
     """A small PNG of a very large picture."""
-    return png(Image.new("L", (20_000, 20_000)))
+    return png(Image.new("L", (8_000, 8_000)))
 
 
 def image_part(url):

@@ -73,7 +73,10 @@ class AudioLDMDecoder(DiffusionDecoder):
 
     @property
     def targets(self) -> AudioTargets:
-        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline makes."""
+        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline makes.
+
+        Where the vocoder trains, each frame's samples follow its mels; see `AudioTargets.waveforms`.
+        """
         factor = self.pipeline.vae_scale_factor
         # The pipeline's own arithmetic, its rounding down and up included.
         frames = math.ceil(int(self.audio_length_in_s / self._seconds_per_frame) / factor) * factor
@@ -84,6 +87,7 @@ class AudioLDMDecoder(DiffusionDecoder):
             num_mel_bins=self.vocoder.config.model_in_dim,
             fmax=min(AudioTargets.fmax, self.sampling_rate / 2),
             normalize=self.normalize_waveform,
+            waveforms="vocoder" in self.trains,
         )
 
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -97,13 +101,14 @@ class AudioLDMDecoder(DiffusionDecoder):
         return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
 
     def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
-        """Also the vocoder's, on the spectrograms themselves: `vocoder_loss`."""
-        losses = super().reconstruction_losses(media, generator)
-        if "vocoder" in self.trains:
-            targets = self.targets
-            mels = (media if isinstance(media, Tensor) else targets(media)).to(self.device, self.dtype)[:, 0]
-            losses["vocoder"] = vocoder_loss(self.vocoder(mels).float(), mels, targets)
-        return losses
+        """Also the vocoder's, from the true spectrograms: `vocoder_loss`."""
+        if "vocoder" not in self.trains:
+            return super().reconstruction_losses(media, generator)
+        media = (media if isinstance(media, Tensor) else self.targets(media)).to(self.device)
+        mels, waveforms = media.split([self.targets.num_mel_bins, self.targets.hop_length], dim=-1)
+        losses = super().reconstruction_losses(mels, generator) if "vae" in self.trains else {}
+        made = self.vocoder(mels[:, 0].to(self.dtype)).float()
+        return losses | {"vocoder": vocoder_loss(made, waveforms.flatten(1))}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """AudioLDM's U-Net adds the condition to the time embedding; it attends to nothing but itself."""

@@ -141,6 +141,8 @@ class AudioTargets(TargetProcessor):
     """Highest mel frequency, Hz."""
     normalize: bool = True
     """Remove the mean and scale the peak to 0.5 first."""
+    waveforms: bool = False
+    """Give each frame's `hop_length` samples too, after its mels: `(B, 1, frames, mels + hop_length)`."""
 
     def one(self, item: tuple[np.ndarray, int], row: int) -> np.ndarray:
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):
@@ -169,7 +171,10 @@ class AudioTargets(TargetProcessor):
             mel_floor=LOG_FLOOR,
             log_mel="log",
         )
-        return log_mel.T[None].astype(np.float32)
+        result = log_mel.T.astype(np.float32)
+        if self.waveforms:
+            result = np.concatenate([result, waveform.reshape(self.num_frames, self.hop_length)], axis=1)
+        return result[None]
 
 
 @cache

@@ -44,6 +44,7 @@ EXAMPLES = [
 STYLE = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
+html, body { overflow-x: clip; }
 /* generated media may be very small */
 #chat img, #chat video { image-rendering: pixelated; width: min(256px, 60vw); height: auto; object-fit: contain; }
 #chat .image-container, #chat .image-frame { height: auto !important; width: fit-content; }

@@ -194,15 +194,20 @@ def save_audio_decoder(folder: Path) -> None:
         SpeechT5HifiGanConfig(
             model_in_dim=_MEL_BINS,
             sampling_rate=16_000,
-            upsample_initial_channel=64,
-            upsample_rates=[5, 4, 4, 2],  # their product is the hop, 160 samples
-            upsample_kernel_sizes=[11, 8, 8, 4],
+            upsample_initial_channel=128,
+            # Two layers at the rate of the spectrogram, then all at once to that of the sound: the last upsampling is
+            # a learned inverse transform, two frames (of 160 samples, the hop) long. In steps of 5, 4, 4 and 2, as
+            # AudioLDM's, so few channels learn tones far slower.
+            upsample_rates=[1, 1, 160],
+            upsample_kernel_sizes=[3, 3, 320],
             resblock_kernel_sizes=[3],
-            resblock_dilation_sizes=[[1, 3, 5]],
-            initializer_range=0.11,  # at the usual 0.01 random weights give silence, in which all sounds are equal
-            normalize_before=False,
+            resblock_dilation_sizes=[[1, 3]],
+            initializer_range=0.06,  # at the usual 0.01 random weights give silence, in which all sounds are equal
+            normalize_before=True,
         )
     )
+    vocoder.mean.fill_(-5.0)  # about those of log-mels, which lie between log(1e-5) and 1
+    vocoder.scale.fill_(4.0)
     AudioLDMPipeline(
         vae=_vae(channels=1, sample_size=_MEL_BINS),
         text_encoder=text_encoder,

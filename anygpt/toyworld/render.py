@@ -1,7 +1,7 @@
 """How things look, move and sound.
 
 Everything is drawn from a `numpy.random.Generator`: the same state gives the same pixels and samples.
-Size, position, brightness, speed, tempo, loudness, tuning and phase vary; shape and colour never blur.
+Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colour never blur.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ RGB = {
     "cyan": (30, 215, 230),
     "white": (245, 245, 245),
 }
-# Four semitones apart: at the lowest pair that is 62 Hz, more than one bin (46 Hz) of a 64-bin Slaney mel scale.
-PITCH_HZ = {colour: 240.0 * 2 ** (step / 3) for step, colour in enumerate(COLOURS)}
+# Two bins (of 46 Hz) of a 64-bin Slaney mel scale apart at least, and multiples of its 100 frames per second: a
+# vocoder is convolutional in frames, so what it makes of a held spectrum repeats with every frame.
+PITCH_HZ = dict(zip(COLOURS, (200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0), strict=True))
 
 _SUPERSAMPLING = 8
 _MAX_HZ = 7_600.0
@@ -95,11 +96,14 @@ def render_video(
 def render_audio(
     thing: Thing, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE, seconds: float = AUDIO_SECONDS
 ) -> np.ndarray:
-    """A few notes at the colour's pitch, in the shape's timbre (its partials and its envelope).
+    """A few notes at the colour's pitch, in the shape's timbre (its partials and its envelope), in a faint hiss.
+
+    All partials start at phase zero, so that the waveform follows from its magnitudes and a vocoder can be trained by
+    regression, without discriminators.
 
     Args:
         thing: what is heard.
-        rng: decides tempo, loudness, tuning (±0.8%) and phases; it is advanced.
+        rng: decides tempo, loudness and hiss; it is advanced.
         sampling_rate: in Hz.
         seconds: duration.
 
@@ -107,17 +111,15 @@ def render_audio(
         float32 array of (round(sampling_rate · seconds),) in [-1, 1].
     """
     time = np.arange(round(sampling_rate * seconds)) / sampling_rate
-    pitch = PITCH_HZ[thing.colour] * rng.uniform(0.992, 1.008)
+    pitch = PITCH_HZ[thing.colour]
     # 2 to 3 notes in 0.64 s; `beat` runs from 0 to 1 within each note.
     beat = (time * rng.uniform(3.5, 5.0) + rng.uniform(0.0, 0.15)) % 1.0
     wave = np.zeros_like(time)
     for ratio, amplitude in _PARTIALS[thing.shape]:
-        phase = rng.uniform(0, 2 * math.pi)  # drawn for every partial, so that the draws do not depend on the pitch
         if ratio * pitch < min(_MAX_HZ, sampling_rate / 2):
-            wave += amplitude * np.sin(2 * math.pi * ratio * pitch * time + phase)
-    if thing.shape == "cross":
-        wave += 0.5 * rng.standard_normal(time.shape)
+            wave += amplitude * np.sin(2 * math.pi * ratio * pitch * time)
     wave *= _envelope(thing.shape, beat)
+    wave = wave / np.abs(wave).max() + rng.uniform(0.002, 0.01) * rng.standard_normal(time.shape)
     fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # 10 ms in and out: no click at the ends
     wave *= fade
     return (wave / np.abs(wave).max() * rng.uniform(0.4, 0.9)).astype(np.float32)
@@ -128,8 +130,8 @@ _PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
     "circle": ((1, 1.0),),  # a pure tone
     "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),  # a square wave
     "triangle": ((1, 1.0), (2, 0.9), (4, 0.8), (8, 0.5)),  # octaves
-    "cross": ((1, 1.0),),  # a tone in noise
-    "ring": ((1, 1.0), (1.5, 0.8), (2.76, 0.7), (5.4, 0.5)),  # a bell: inharmonic
+    "cross": tuple((n, 1.0) for n in (1, 2, 3, 4, 5, 6)),  # bright: every harmonic
+    "ring": ((1, 1.0), (3, 0.9), (8, 0.7)),  # a bell: few and far partials
     "diamond": ((1, 0.7), (4, 0.6), (5, 0.8), (6, 0.8)),  # a hollow, glassy tone
 }
 

@@ -30,6 +30,7 @@ def write_components(final: Path, config: Config) -> None:
     """
     model = MultimodalModel.from_pretrained(final)
     processor = MultimodalProcessor.from_pretrained(final)
+    processor.describe_targets(model)
     trained = dict.fromkeys(part.partition(".")[0] for part in config.train.parts)
     for part in trained:
         folder = Path(config.run.output_dir) / PARTS / part

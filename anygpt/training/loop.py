@@ -147,6 +147,7 @@ def train(config: Config, stage: Stage) -> Path:
     set_seed(config.run.seed)
     model, processor = build(config)
     names = prepare_stage(model, stage, config)
+    processor.describe_targets(model)
     check_metrics(config, model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
