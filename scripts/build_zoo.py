@@ -28,7 +28,7 @@ from anygpt.training.cli import quiet_libraries
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
-SAMPLES = 4000
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"pairs": 12_000}
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),
@@ -36,7 +36,7 @@ MADE_BY = {
     "audio_encoder": ("encoders",),
     "image_decoder": ("image_vae", "image_denoiser"),
     "video_decoder": ("image_vae", "video_denoiser"),
-    "audio_decoder": ("audio_vae", "audio_denoiser"),
+    "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
 """The runs that a part comes from, in order; each is a file in `configs/tiny/stage0`."""
 
@@ -52,7 +52,7 @@ def main() -> int:
     if not options.only_collect:
         write_untrained(WORK / "untrained")
         for kind in COMPONENT_KINDS:
-            write_dataset(WORK / "data", kind, SAMPLES, seed=0, things=THINGS, progress=True)
+            write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
         for name in dict.fromkeys(run for runs in MADE_BY.values() for run in runs):
             train(name)
             if name == "image_vae":
@@ -108,7 +108,7 @@ def card(part: str) -> str:
         config = yaml.safe_load((WORK / name / "config.yaml").read_text())
         train, data = config["train"], Path(config["data"]["train"][0]["path"]).stem
         lines += [
-            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES} rows of `{data}`, "
+            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES[data]} rows of `{data}`, "
             f"about all {len(THINGS)} things; {train['max_steps']} updates of "
             f"{train['batch_size']}; seed {config['run']['seed']}; last: {last_metrics(WORK / name / 'log.txt')}"
         ]
