@@ -14,6 +14,7 @@ from anygpt.data import (
     read_image,
     read_media,
     read_video,
+    videos,
     write_audio,
     write_image,
     write_video,
@@ -32,11 +33,13 @@ def frame_numbers(frames: np.ndarray) -> list[int]:
     return np.round(frames.mean(axis=(1, 2, 3)) / 8).astype(int).tolist()
 
 
-def encode(path: Path, frames: np.ndarray | None, sound: np.ndarray | None, rotation: int = 0, **options) -> Path:
+def encode(
+    path: Path, frames: np.ndarray | None, sound: np.ndarray | None, rotation: int = 0, codec=None, **options
+) -> Path:
     """A file with a picture stream (10 a second) and a sound track (16 kHz), either of which may be missing."""
     with av.open(str(path), "w", **options) as container:
         if frames is not None:
-            video = container.add_stream("libx264", rate=10)
+            video = container.add_stream("libx264", rate=10, options=codec or {})
             video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
             video.set_display_rotation(rotation)
         if sound is not None:
@@ -128,8 +131,49 @@ def test_frames_are_evenly_spaced_and_the_length_is_kept(tmp_path, suffix):
 
 def test_a_wrong_frame_count_in_the_header_is_found_out(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", grey_frames(21), None)
-    monkeypatch.setattr("anygpt.data.media._video_header", lambda path, limits: (100, 32 * 48))
-    assert frame_numbers(read_video(path, num_frames=3).frames) == [0, 10, 20]
+    for count in (100, 5):
+        monkeypatch.setattr(videos, "_video_header", lambda path, limits, n=count: videos.Header(32 * 48, n))
+        assert frame_numbers(read_video(path, num_frames=3).frames) == [0, 10, 20]
+        assert frame_numbers(read_video(path).frames) == list(range(21))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts"])
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch, suffix):
+    """A keyframe every ten frames, frames between that depend on later ones: the same pictures as decoded in order."""
+    frames = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    path = encode(tmp_path / f"a{suffix}", frames, None, codec={"g": "10", "bf": "2", "x264-params": "scenecut=0"})
+    every = read_video(path)
+    assert len(every.frames) == 60
+    decoded = []
+
+    def counted(*arguments):
+        for frame in from_keyframe(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    from_keyframe = videos._frames_from_keyframe
+    monkeypatch.setattr(videos, "_frames_from_keyframe", counted)
+    for count, wanted in ((1, [29]), (3, [0, 30, 59]), (7, [0, 10, 20, 30, 39, 49, 59])):
+        decoded.clear()
+        video = read_video(path, num_frames=count)
+        assert np.array_equal(video.frames, every.frames[wanted])
+        assert len(video.frames) / video.fps == pytest.approx(6)
+        if suffix in (".mp4", ".mkv"):
+            assert 0 < len(decoded) <= 12 * count
+    monkeypatch.setattr(videos, "_seek_frames", lambda *_: pytest.fail("whole means in order"))
+    assert len(read_video(path, num_frames=1, whole=True).frames) == 1
+
+
+def test_so_many_frames_a_second(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_frames(21), None)
+    for rate, numbers in {5: range(0, 20, 2), 10: range(21), 20: [i // 2 for i in range(42)], 0.1: [0]}.items():
+        video = read_video(path, fps=rate)
+        assert (frame_numbers(video.frames), video.fps) == (list(numbers), rate)
+    images = [Image.fromarray(frame) for frame in grey_frames(3)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 300, 100])
+    assert frame_numbers(read_video(tmp_path / "a.gif", fps=10).frames) == [0, 1, 1, 1, 2]
+    with pytest.raises(InputError, match="more than max_bytes"):
+        read_video(path, fps=1e9)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
@@ -305,6 +349,9 @@ def test_limits_are_checked_before_decoding(tmp_path):
 
 
 def test_arguments_are_checked(tmp_path):
+    for arguments in ({"fps": 0}, {"fps": float("nan")}, {"fps": 2, "num_frames": 2}):
+        with pytest.raises(InputError, match="fps"):
+            read_video(tmp_path, **arguments)
     with pytest.raises(InputError, match="media type 'text'"):
         read_media("text", tmp_path)
     with pytest.raises(InputError, match="num_frames is 0"):

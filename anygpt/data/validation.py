@@ -154,8 +154,7 @@ class SampleCheck:
             if part.path in missing:
                 continue
             try:
-                # One frame is kept; all are decoded to come to the end.
-                read_media(part.type, part.path, num_frames=1, limits=self.limits)
+                read_media(part.type, part.path, num_frames=1, limits=self.limits, whole=True)
             except InputError as error:
                 yield DataError(f"{sample.source} (sample {sample.id!r}), {role} {part.type}: {error}", "not decodable")
 
