@@ -157,6 +157,21 @@ def test_tables_on_disk_and_parquet(tmp_path, table):
         assert colours(pickle.loads(pickle.dumps(samples))) == [(255, 0, 0), (0, 0, 255)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_rows_of_a_table_are_faults(tmp_path, table, streaming):
+    """Arrow hands on what it has mapped unseen: text that is none, places beyond the file's end."""
+    table.save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"a red thing", b"a \xb9ed thing"))
+    options = {"columns": {"image": "img", "text": "said"}, "task": "generation", "streaming": streaming}
+    faults = []
+    samples = read_samples(tmp_path / "saved", "datasets", faults=faults, **options)
+    assert [sample.id for sample in samples] == ["saved-1"] and colours(samples) == [(0, 0, 255)]
+    assert len(faults) == 1 and "saved[0] is damaged" in str(faults[0])
+    with pytest.raises(InputError, match=r"saved\[0\] is damaged"):
+        read_samples(tmp_path / "saved", "datasets", **options)
+
+
 def test_tables_with_paths_bytes_prompts_and_text_alone(tmp_path, table):
     table.to_parquet(tmp_path / "a.parquet")
 

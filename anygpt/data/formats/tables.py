@@ -60,11 +60,33 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
     _check_names(path, columns, table.column_names)
     for start in range(0, len(table), ROWS_AT_ONCE):
         block = table[start : start + ROWS_AT_ONCE]
-        media = [None] * len(block) if kind is None else _media(block[columns[kind]], path)
-        for i, medium in enumerate(media):
-            if medium is _STORED:
-                media[i] = Cell(table, columns[kind], start + i, f"{path}[{start + i}]")
-        yield from _rows(path, block, columns, kind, media, start)
+        for first, part in _whole_rows(block, path, start):
+            if isinstance(part, InputError):
+                yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
+                continue
+            media = [None] * len(part) if kind is None else _media(part[columns[kind]], path)
+            for i, medium in enumerate(media):
+                if medium is _STORED:
+                    media[i] = Cell(table, columns[kind], first + i, f"{path}[{first + i}]")
+            yield from _rows(path, part, columns, kind, media, first)
+
+
+def _whole_rows(block: pa.Table, path: Path, start: int) -> Iterator[tuple[int, pa.Table | InputError]]:
+    """A block as it is; or row by row, with a fault for each that is damaged: Arrow itself trusts what it reads.
+
+    Args:
+        start: the number of its first row, which comes with each piece.
+    """
+    try:
+        block.validate(full=True)
+    except pa.ArrowException as error:
+        if len(block) > 1:
+            for i in range(len(block)):
+                yield from _whole_rows(block.slice(i, 1), path, start + i)
+        else:
+            yield start, InputError(f"{path}[{start}] is damaged: {str(error).splitlines()[0][:200]}: write it again.")
+    else:
+        yield start, block
 
 
 def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> Iterator[Row]:
@@ -82,13 +104,17 @@ def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> 
         wanted.append(columns[kind])
     start = 0
     for number, block in enumerate(stream.blocks(list(dict.fromkeys(wanted)))):
-        media: list[Any] = [_STORED if stored else None] * len(block)
-        if kind is not None and not stored:
-            media = _media(block[columns[kind]], path)
-        for i, medium in enumerate(media):
-            if medium is _STORED:
-                media[i] = StreamedCell(stream, columns[kind], number, i, f"{path}[{start + i}]")
-        yield from _rows(path, block, columns, kind, media, start)
+        for first, part in _whole_rows(block, path, start):
+            if isinstance(part, InputError):
+                yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
+                continue
+            media: list[Any] = [_STORED if stored else None] * len(part)
+            if kind is not None and not stored:
+                media = _media(part[columns[kind]], path)
+            for i, medium in enumerate(media):
+                if medium is _STORED:
+                    media[i] = StreamedCell(stream, columns[kind], number, first - start + i, f"{path}[{first + i}]")
+            yield from _rows(path, part, columns, kind, media, first)
         start += len(block)
 
 
