@@ -159,7 +159,7 @@ def test_unknown_keys_in_a_file_are_all_named(tmp_path):
     for known, unknown in {
         "train.learning_rate": "train.learning_rat;",
         "model.encoders.image.path": "model.encoders.image.pth;",
-        "data.train.weight": "data.train.wieght;",
+        "data.train[0].weight": "data.train[0].wieght;",
         "train?": "trian;",
         "run.seed": "--run.sead: ",
     }.items():
@@ -177,7 +177,8 @@ def test_unknown_keys_in_a_file_are_all_named(tmp_path):
         ("--trian.batch_size=1", "train"),
         ("--model.encoders.image.pathh=x", "model.encoders.image.path"),
         ("--model.encoders.image={pathh: x}", "model.encoders.image.path"),
-        ("--data.train=[{pth: x}]", "data.train.path"),
+        ("--data.train=[{pth: x}]", "data.train[0].path"),
+        ("--data.train+={pth: x}", "data.train[0].path"),
         ("--train={learning_rat: 1}", "train.learning_rate"),
     ],
 )
@@ -193,7 +194,11 @@ def test_an_argument_that_is_no_option():
 
 VALUES = [
     ("run.seed", "-1", "from 0"),
-    ("train.max_steps", "0", "at least 1"),
+    ("train.max_steps", "0", "from 1"),
+    ("train.max_steps", "1" + "0" * 30, "1,000,000,000"),
+    ("run.output_dir", "' '", "a folder"),
+    ("train.abort_above.loss", ".nan", "a number"),
+    ("data.max_length", "0", "at least 1, or null"),
     ("train.batch_size", "0", "at least 1"),
     ("train.gradient_accumulation_steps", "0", "at least 1"),
     ("train.learning_rate", "-0.001", "above 0"),
@@ -202,6 +207,7 @@ VALUES = [
     ("train.learning_rate", ".inf", "above 0"),
     ("train.warmup_steps", "-1", "at least 0"),
     ("train.weight_decay", "-0.1", "at least 0"),
+    ("train.weight_decay", ".inf", "at least 0"),
     ("train.max_grad_norm", "0", "above 0"),
     ("train.save_steps", "-1", "at least 0"),
     ("train.keep_checkpoints", "0", "at least 1"),
@@ -250,6 +256,15 @@ WRONG_TYPES = [
     "model.encoders=clip",
     "model.decoders.image.signal=smoke",
     "loss.by_modality=[1]",
+    "train=5",
+    "train=[1]",
+    "data.train=[a.jsonl]",
+    "train.learning_rate=null",
+    "run.output_dir=null",
+    "model.encoders=null",
+    "model.encoders.image=null",
+    "data.train=null",
+    "lora.target_modules=null",
 ]
 
 
@@ -258,7 +273,8 @@ def test_values_of_a_wrong_type(setting):
     name, _, value = setting.partition("=")
     said = fault(*STAGE_2, f"--{setting}")
     where = name.rpartition(".")[2] if name.startswith("model.decoders.") else name
-    assert where in said and value.strip("[]") in said
+    assert where in said and (value.strip("[]") in said or "a list" in said)
+    assert "0x" not in said
 
 
 def test_a_part_without_a_path(tmp_path):
@@ -278,8 +294,14 @@ def test_no_model_and_no_data():
         ("- a\n- b", "expected the sections run, model, data"),
         ("only text", "expected the sections run, model, data"),
         (b"\xff\xfe\x00", "not valid YAML"),
+        ("run: {seed: 1}\ntrain: {}\nrun: {seed: 2}", "the key 'run' is there twice"),
+        ("train: {max_steps: 1, max_steps: 2}", "the key 'max_steps' is there twice"),
+        ("run: {name: 2026-99-99}", "not valid YAML"),
+        ("[" * 50_000, "not valid YAML"),
+        ("train:\n", "train is null, expected a section of max_steps"),
+        ("run: !!python/object/apply:os.system ['exit']", "not valid YAML"),
     ],
-    ids=["unclosed", "tab", "list", "text", "bytes"],
+    ids=["unclosed", "tab", "list", "text", "bytes", "twice", "twice below", "no date", "deep", "empty", "code"],
 )
 def test_files_that_are_no_config(tmp_path, content, said):
     path = tmp_path / "run.yaml"
@@ -292,6 +314,7 @@ def test_no_such_file(tmp_path):
     path = tmp_path / "absent.yaml"
     assert f"'{path}'" in fault("--config", str(path)) and "no such file" in fault("--config", str(path))
     assert "--config" in fault("--config")
+    assert "train.learning_rate is null" in fault(*STAGE_1, "--train.learning_rate")
 
 
 def test_the_sections_of_the_contract_are_there():

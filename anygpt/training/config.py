@@ -5,6 +5,7 @@ jsonargparse reads them; unknown keys are collected first, all at once, each wit
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,8 @@ from anygpt.losses import ALIGNMENTS, LossWeights
 from anygpt.training.overrides import asks_for_help, check_keys, merge
 
 MAX_RATE = 1e3  # AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left
+
+MAX_STEPS = 10**9
 
 
 @dataclass
@@ -276,7 +279,8 @@ def check_values(config: Config) -> None:
     train, loss, lora = config.train, config.loss, config.lora
     rules = [
         ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "from 0 to 4294967295"),
-        ("train.max_steps", train.max_steps, train.max_steps >= 1, "at least 1"),
+        ("run.output_dir", config.run.output_dir, config.run.output_dir.strip() != "", "a folder"),
+        ("train.max_steps", train.max_steps, 1 <= train.max_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS:,}"),
         ("train.batch_size", train.batch_size, train.batch_size >= 1, "at least 1"),
         (
             "train.gradient_accumulation_steps",
@@ -292,7 +296,7 @@ def check_values(config: Config) -> None:
             )
         ),
         ("train.warmup_steps", train.warmup_steps, train.warmup_steps >= 0, "at least 0"),
-        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
+        ("train.weight_decay", train.weight_decay, 0 <= train.weight_decay < float("inf"), "at least 0"),
         ("train.max_grad_norm", train.max_grad_norm, train.max_grad_norm > 0, "above 0"),
         ("train.save_steps", train.save_steps, train.save_steps >= 0, "at least 0"),
         ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, "at least 1"),
@@ -302,7 +306,12 @@ def check_values(config: Config) -> None:
         ("train.ridge_captions", train.ridge_captions, train.ridge_captions >= 1, "at least 1"),
         ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
         ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
-        ("data.max_length", config.data.max_length, (config.data.max_length or 1) >= 1, "at least 1, or null"),
+        (
+            "data.max_length",
+            config.data.max_length,
+            config.data.max_length is None or config.data.max_length >= 1,
+            "at least 1, or null",
+        ),
         ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
         ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
         ("loss.temperature", loss.temperature, loss.temperature > 0, "above 0"),
@@ -319,6 +328,7 @@ def check_values(config: Config) -> None:
         for i, file in enumerate(files):
             good = 0 <= file.weight < float("inf")
             rules.append((f"data.{place}[{i}].weight", file.weight, good, "at least 0"))
+    rules += [(f"train.abort_above.{name}", x, not math.isnan(x), "a number") for name, x in train.abort_above.items()]
     weights = {f.name: getattr(loss, f.name) for f in fields(loss) if f.type == "float"}
     weights |= {f"by_modality.{key}": value for key, value in loss.by_modality.items()}
     rules += [(f"loss.{name}", value, 0 <= value < float("inf"), "at least 0") for name, value in weights.items()]

@@ -1,4 +1,4 @@
-"""What a command line gives, before it is parsed: YAML files and dotted overrides as one mapping, unknown keys."""
+"""What a command line gives, before it is parsed: YAML files and dotted overrides as one mapping, and its faults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,34 @@ def merge(arguments: Sequence[str], kind: type) -> dict[str, Any]:
 
 
 def check_keys(arguments: Sequence[str], kind: type) -> None:
-    """Raise one `InputError` that names every key in the files and on the command line that `kind` does not have."""
+    """Raise one `InputError` that names every key in the files and on the command line that `kind` does not have.
+
+    And every value that is null, or no section or list, where `kind` has none, a section or a list.
+    """
     faults = []
     for place, content in _given(arguments, kind):
-        faults += [f"{place}: {fault}" for fault in _unknown_keys(content, kind, "")]
+        faults += [f"{place}: {fault}" for fault in _faults(content, kind, "")]
     if faults:
         raise InputError("; ".join(faults))
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes a key that stands twice for the mistake that it is; YAML's own would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":  # <<: what it brings may be overridden
+                continue
+            key = self.construct_object(name, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", name.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()
+        return super().construct_mapping(node, deep)
+
+
+# A date that there is not is a ValueError; brackets without end are a RecursionError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
@@ -69,8 +91,10 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
             if not path.is_file():
                 raise InputError(f"--config {value!r}: there is no such file; give the path of a YAML file")
             try:
-                content = yaml.safe_load(path.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                content = yaml.load(path.read_text(), _Loader)
+            except OSError as error:
+                raise InputError(f"--config {value!r} cannot be read: {error.strerror}") from error
+            except _YAML_ERRORS as error:
                 raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
             if content is not None and not isinstance(content, Mapping):
                 sections = ", ".join(section.name for section in fields(kind))
@@ -78,34 +102,49 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
             yield str(path), content or {}
         elif name not in ("help", "print_config") and not name.endswith(".help"):
             try:
-                content: Any = yaml.safe_load(value)  # a section or a list can be given whole
-            except yaml.YAMLError:
+                content: Any = yaml.load(value, _Loader)  # a section or a list can be given whole
+            except _YAML_ERRORS:
                 content = value
+            if name.endswith("+") and not isinstance(content, list):
+                content = [content]
             for part in reversed(name.rstrip("+").split(".")):
                 content = {part: content}
             yield f"--{name}", content
 
 
-def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[str]:
-    """Keys of `content` that the type `kind` does not have, at any depth."""
+def _faults(content: Any, kind: Any, prefix: str) -> Iterator[str]:
+    """Unknown keys of `content`, and values of another form than the type `kind` has, at any depth."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        for option in inner:
-            if is_dataclass(option):
-                yield from _unknown_keys(content, option, prefix)
-    elif origin is list and isinstance(content, list):
-        for item in content:
-            yield from _unknown_keys(item, inner[0], prefix)
-    elif origin is dict and isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _unknown_keys(value, inner[1], f"{prefix}{key}.")
-    elif is_dataclass(kind):
-        if not isinstance(content, Mapping):
+        forms = [option for option in inner if is_dataclass(option)]
+        if content is None and type(None) in inner:
             return
-        known = typing.get_type_hints(kind)
+        if forms:
+            yield from _faults(content, forms[0], prefix)
+        elif content is None:
+            yield _misfit(content, "a value", prefix)
+    elif origin is list:
+        if not isinstance(content, list):
+            yield _misfit(content, "a list", prefix)
+            return
+        for number, item in enumerate(content):
+            yield from _faults(item, inner[0], f"{prefix.removesuffix('.')}[{number}].")
+    elif origin is dict or is_dataclass(kind):
+        known = None if origin is dict else typing.get_type_hints(kind)
+        if not isinstance(content, Mapping):
+            yield _misfit(content, "keys and values" if known is None else f"a section of {', '.join(known)}", prefix)
+            return
         for key, value in content.items():
-            if key not in known:
+            if known is not None and key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 yield f"unknown setting {prefix}{key!s}; did you mean {prefix}{near[0]}?"
             else:
-                yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
+                yield from _faults(value, inner[1] if known is None else known[key], f"{prefix}{key}.")
+    elif content is None and kind not in (Any, type(None)):
+        yield _misfit(content, "a value", prefix)
+
+
+def _misfit(content: Any, expected: str, prefix: str) -> str:
+    simple = content is None or isinstance(content, str | int | float)
+    shown = ("null" if content is None else repr(content)[:80]) if simple else f"a {type(content).__name__}"
+    return f"{prefix.removesuffix('.')} is {shown}, expected {expected}"
