@@ -222,6 +222,17 @@ def test_other_data_is_refused(data, run, capsys):
     check_mistake(code, lines, run / "checkpoint-4", "[12]", "[10]", "run.resume=never")
 
 
+def test_a_run_can_be_moved(data, finished, run, tmp_path):
+    """Run, data and media lie elsewhere than when it was killed: it goes on to the same end."""
+    shutil.copytree(data, tmp_path / "elsewhere")
+    shutil.rmtree(run / "checkpoint-4")
+    moved = run.rename(tmp_path / "moved")
+    final = train_here(1, stage1(tmp_path / "elsewhere", moved))
+    assert f"continues from {moved / 'checkpoint-3'}" in (moved / "log.txt").read_text()
+    first, second = trained_tensors(finished / "final"), trained_tensors(final)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_rows_are_counted_over_all_processes(data, tmp_path, monkeypatch):
     """1 process with 6 rows and 2 with 3 train the same, and may go on from each other; 2 with 6 may not."""
     one = config_digest(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"]))

@@ -38,11 +38,15 @@ _NAME = re.compile(rf"{PREFIX}(\d+)")
 def config_digest(config: Config) -> str:
     """A digest of the settings on which the trained weights depend; where and how often a run writes is not in it.
 
-    Rows of a micro-batch are counted over all processes: 1 process with 2b and 2 with b train the same.
+    Nor in which folders its data and its start lie: a run can be moved. Rows of a micro-batch are counted over all
+    processes: 1 process with 2b and 2 with b train the same.
     """
     settings = config.to_dict()
+    for source in settings["data"]["train"]:
+        source |= {"path": Path(source["path"]).name, "media_root": None}
     for section, names in {
         "run": ("output_dir", "name", "project", "tracker", "resume"),
+        "model": ("init_from",),  # a checkpoint has it whole
         "data": ("cache_dir", "num_workers", "in_memory", "eval"),
         "train": (
             *("save_steps", "keep_checkpoints", "keep_best", "abort_above"),
