@@ -52,7 +52,8 @@ def write_dataset(
     - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
       those of `stage3`.
     - `words`: text only: what `stage3` has of it, and media that are described in words.
-    - `pairs`: a picture and a sound of one thing, a picture alone (twice as often), or a sound alone in, a caption out.
+    - `pairs`: a picture and a sound of one thing, a picture alone (twice as often), or a sound alone in, the
+      plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
@@ -149,8 +150,11 @@ class _RowWriter:
             return _text_row(name, self._words(thing, modality, rng))
         if self.kind == "pairs":
             if index % 4 == 0:
-                return self._pair_to_text(name, thing, "audio", rng)
-            return self._media_to_text(name, thing, ("audio", "image", "image")[index % 4 - 1], rng)
+                row = self._pair_to_text(name, thing, "audio", rng)
+            else:
+                row = self._media_to_text(name, thing, ("audio", "image", "image")[index % 4 - 1], rng)
+            row["messages"][1]["content"] = [_text(language.plain_caption(thing))]
+            return row
         if self.kind in _SHOWN:
             row = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
             medium = row["messages"][1]["content"][-1]
