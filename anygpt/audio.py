@@ -12,6 +12,8 @@ from anygpt.errors import InputError
 # tail below 50 ms, which is what the padding against wrap-around allows for.
 ROLLOFF = 0.05
 TAIL_SECONDS = 0.05
+MAX_RATE = 1_000_000
+"""Hz. Headers may claim any rate, and two rates without a common divisor are resampled in blocks of a second."""
 
 
 def to_mono(waveform: np.ndarray) -> np.ndarray:
@@ -33,11 +35,11 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     tone 2.5% above the new Nyquist back in at -15 dB.)
 
     Raises:
-        InputError: a rate that is not a positive integer.
+        InputError: a rate that is not a positive integer, or above `MAX_RATE`.
     """
     for rate in (source_rate, target_rate):
-        if rate != int(rate) or rate <= 0:
-            raise InputError(f"A sampling rate is a positive whole number of Hz, not {rate}.")
+        if rate != int(rate) or not 0 < rate <= MAX_RATE:
+            raise InputError(f"A sampling rate is a positive whole number of Hz up to {MAX_RATE:,}, not {rate}.")
     if source_rate == target_rate:
         return waveform
     divisor = math.gcd(int(source_rate), int(target_rate))

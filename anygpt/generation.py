@@ -215,10 +215,7 @@ class GenerationMixin(Answering):
             InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
                 search; events of several rows, or of a search with beams, where nothing is final before the end.
         """
-        require, forbid, decoder_kwargs = tuple(require), tuple(forbid), decoder_kwargs or {}
-        self._check_decoders(require, forbid, decoder_kwargs)
-        for key, given in decoder_kwargs.items():
-            self.decoders[key].module.check_options(given)
+        require, forbid = self.check_request(require, forbid, decoder_kwargs)
         inputs, options = self._split_inputs(kwargs)
         config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
         options = self._special_tokens(config) | options
@@ -256,10 +253,33 @@ class GenerationMixin(Answering):
                     sequences, spans = self._decode_stepwise(merged, inputs, tap, rules, options, narrator)
                 else:
                     sequences, spans = self._decode_with_beams(merged, inputs, tap, rules, options)
-            answers = self.assemble(sequences, spans, decoder_kwargs, narrator)
+            answers = self.assemble(sequences, spans, decoder_kwargs or {}, narrator)
             return GenerationOutput(sequences=sequences, answers=answers)
         finally:
             self.train(training)
+
+    def check_request(
+        self,
+        require: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """`require` and `forbid`, each decoder once, with all that is known of `generate`'s arguments before it runs.
+
+        Raises:
+            InputError: an unknown decoder or option.
+        """
+        for name, keys in (("require", require), ("forbid", forbid)):
+            if isinstance(keys, str):
+                raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
+        require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
+        decoder_kwargs = decoder_kwargs or {}
+        unknown = sorted({*require, *forbid, *decoder_kwargs} - set(self.decoder_keys))
+        if unknown:
+            raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(self.decoder_keys)}")
+        for key, given in decoder_kwargs.items():
+            self.decoders[key].module.check_options(given)
+        return require, forbid
 
     def _decode_stepwise(
         self,
@@ -336,11 +356,6 @@ class GenerationMixin(Answering):
                 continue
             (inputs if name in names or "." in name else options)[name] = value
         return inputs, options
-
-    def _check_decoders(self, *named: Iterable[str]) -> None:
-        unknown = sorted({key for keys in named for key in keys} - set(self.decoder_keys))
-        if unknown:
-            raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(self.decoder_keys)}")
 
 
 def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

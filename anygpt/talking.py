@@ -15,12 +15,14 @@ from jinja2 import TemplateError
 
 from anygpt.data.media import MediaLimits, Place, read_media
 from anygpt.data.media_writing import write_audio, write_image, write_video
+from anygpt.decoders.sampling import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
 from anygpt.events import Listener
 from anygpt.modeling import MultimodalModel
 from anygpt.outputs import Answer, GenerationOutput, Segment
 from anygpt.processing import MultimodalProcessor
+from anygpt.span_rules import SpanRules
 
 FILE_TYPES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 """Suffixes of the files that generated media are written to."""
@@ -32,6 +34,10 @@ SUFFIXES = {
 """What a file that a person attaches is taken for."""
 INPUT_LIMITS = MediaLimits(max_pixels=4096 * 4096, max_frames=60 * 60, max_seconds=60.0, max_bytes=128 * 1024**2)
 """What one attached medium may ask for."""
+MAX_ASPECT = 50
+"""Length to breadth of a picture or a frame: encoders scale the shorter side up to theirs, and the longer with it."""
+LEAST_TEMPERATURE = 1e-3
+"""Below it the likeliest token is taken: nothing else is ever sampled there, and scores divided by it overflow."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,11 @@ class Talker:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", offload: bool = False):
         check_device(device, offload)
+        if not Path(checkpoint).is_dir():
+            raise InputError(
+                f"{checkpoint} does not exist; name a run's final/ folder with --checkpoint, or make the quickstart's "
+                "with bash scripts/quickstart.sh"
+            )
         with reading(checkpoint):
             self.model = MultimodalModel.from_pretrained(checkpoint)
             self.processor = MultimodalProcessor.from_pretrained(checkpoint, model=self.model)
@@ -99,12 +110,33 @@ class Talker:
         """A medium as a content part of a message.
 
         Raises:
-            InputError: no encoder reads it, it is broken, or over a limit.
+            InputError: no encoder reads it, it is broken, over a limit, or very long and thin.
         """
         key = self.processor.encoder_key(modality)
         # of a video, only the frames that its encoder looks at are kept in memory
         frames = getattr(self.processor.encoder_processors[key], "num_frames", None) if modality == "video" else None
-        return {"type": modality, modality: read_media(modality, place, frames, limits)}
+        medium = read_media(modality, place, frames, limits)
+        if modality != "audio":
+            height, width = medium.frames.shape[1:3] if modality == "video" else medium.size[::-1]
+            if max(height, width) > MAX_ASPECT * min(height, width):
+                raise InputError(
+                    f"{place} has {width} × {height} pixels; a {modality} may be {MAX_ASPECT} times as long as broad, "
+                    "so cut a piece out of it"
+                )
+        return {"type": modality, modality: medium}
+
+    def check(self, settings: Settings) -> None:
+        """Find mistakes in settings, which `answer` would find too, before there is anything to answer.
+
+        Raises:
+            InputError: a setting that this model cannot take.
+        """
+        if not 0 <= settings.seed <= MAX_SEED:
+            raise InputError(f"the seed is {settings.seed}; expected a whole number from 0 to {MAX_SEED}")
+        if settings.max_new_tokens < 1:
+            raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
+        require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
+        SpanRules(self.model.signal_tokens.ids, settings.max_new_tokens, require, forbid)  # finds what has no room
 
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None
@@ -118,6 +150,7 @@ class Talker:
         Raises:
             InputError: a setting, a message or its length that the model cannot take.
         """
+        self.check(settings)
         try:
             batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
         except TemplateError as error:
@@ -125,7 +158,7 @@ class Talker:
         prompt_tokens = batch["input_ids"].shape[1]
         self._check_length(prompt_tokens, settings.max_new_tokens)
         sampling = {"do_sample": False}
-        if settings.temperature > 0:
+        if settings.temperature >= LEAST_TEMPERATURE:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
         torch.manual_seed(settings.seed)
         seeded = {}

@@ -16,19 +16,25 @@ what was generated is an input of your next message. Commands:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from anygpt import InputError
 from anygpt.chat import answer_message
+from anygpt.data.schema import checked_text
+from anygpt.decoders.sampling import MAX_SEED
 from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.talking import Settings, Talker, check_device, modality_of, write_segment
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+INTERRUPTED = 128 + 2  # by Ctrl-C, as shells have it
 COMMANDS = "/attach PATH, /history, /save PATH, /reset, /quit"
 
 
@@ -51,17 +57,18 @@ class Chat:
             forbid=tuple(options.forbid),
             decoder_kwargs=dict.fromkeys(self.talker.makes, kwargs),
         )
+        self.talker.check(self.settings)
         self.messages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []  # the same, media as paths
-        self.turns = 0
+        self.turns = last_turn(options.output)
 
-    def say(self, text: str, files: list[str]) -> None:
+    def say(self, text: str, files: list[str], prefix: str = "") -> None:
         """One turn: what the user says and attaches; prints the answer as it comes. Nothing is kept of a failed one."""
         parts = [self.talker.read(modality_of(path), path) for path in files]
         shown = [{"type": part["type"], "path": path} for part, path in zip(parts, files, strict=True)]
-        said = [{"type": "text", "text": text}] if text else []
+        said = [{"type": "text", "text": checked_text(text, "what you say")}] if text else []
         messages = [*self.messages, {"role": "user", "content": parts + said}]
-        printer = Printer(self.options.output, self.turns + 1)
+        printer = Printer(self.options.output, self.turns + 1, prefix)
         try:
             reply = self.talker.answer(messages, self.settings, on_event=printer)
         finally:
@@ -88,8 +95,9 @@ class Chat:
         """
         if not path:
             raise InputError("/save needs the path of a file")
+        content = json.dumps({"messages": self.history}, indent=2, ensure_ascii=False) + "\n"
         try:
-            Path(path).write_text(json.dumps({"messages": self.history}, indent=2, ensure_ascii=False) + "\n")
+            Path(path).write_text(content, encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
         print(f"saved: {path}")
@@ -113,6 +121,7 @@ class Chat:
                 print()
                 return
             command, _, argument = text.partition(" ")
+            argument = as_path(argument)
             try:
                 if command == "/quit":
                     return
@@ -122,19 +131,32 @@ class Chat:
                 elif command == "/history":
                     self.show_history()
                 elif command == "/save":
-                    self.save(argument.strip())
+                    self.save(argument)
                 elif command == "/attach":
-                    self.attach(argument.strip(), files)
+                    self.attach(argument, files)
                 elif command.startswith("/"):
                     raise InputError(f"there is no command {command}; there are {COMMANDS}")
                 elif text or files:
-                    print("model: ", end="", flush=True)
-                    self.say(text, files)
+                    self.say(text, files, prefix="model: ")
                     files = []
             except InputError as error:
                 print(f"error: {error}")
             except KeyboardInterrupt:
                 print("\nstopped; this turn is forgotten")
+
+
+def as_path(argument: str) -> str:
+    """A path as people type it, or drop it into a terminal: in quotes, with `~`."""
+    argument = argument.strip()
+    if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
+        argument = argument[1:-1]
+    return os.path.expanduser(argument.replace("\0", ""))
+
+
+def last_turn(folder: Path) -> int:
+    """The highest number among the media that earlier conversations left there, which later ones may not replace."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(found[1]) for name in names if (found := re.match(r"(\d+)-\d+\.\w+$", name))), default=0)
 
 
 class Printer:
@@ -143,13 +165,15 @@ class Printer:
     Args:
         folder: where media are written.
         turn: number in their names.
+        prefix: stands before the answer.
     """
 
-    def __init__(self, folder: Path, turn: int):
+    def __init__(self, folder: Path, turn: int, prefix: str = ""):
         self.folder, self.turn = folder, turn
         self.paths: dict[int, str] = {}
-        self.begun = False  # something stands on this line
         self.terminal = sys.stdout.isatty()
+        print(prefix, end="", flush=True)
+        self.begun = bool(prefix)  # something stands on this line
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, TextPiece):
@@ -166,7 +190,10 @@ class Printer:
         elif isinstance(event, MediumDone):
             if self.terminal:
                 self.end_line()
-            path = write_segment(event.content, self.folder / f"{self.turn:02d}-{event.segment}")
+            try:
+                path = write_segment(event.content, self.folder / f"{self.turn:02d}-{event.segment}")
+            except OSError as error:
+                raise InputError(f"--output {self.folder} cannot be written: {error.strerror}") from error
             self.paths[event.segment] = str(path)
             print(f"[{event.content.type} {event.segment}: {path}]", flush=True)
 
@@ -203,10 +230,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Find mistakes before anything is loaded."""
-    for name, least in (("max_new_tokens", 1), ("steps", 1), ("seed", 0)):
-        if getattr(options, name) < least:
+    for name, least, most in (("max_new_tokens", 1, 2**31), ("steps", 1, 2**31), ("seed", 0, MAX_SEED)):
+        if not least <= getattr(options, name) <= most:
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is {getattr(options, name)}, expected at least {least}")
+            raise InputError(f"{flag} is {getattr(options, name)}, expected a whole number from {least} to {most}")
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise InputError(f"--guidance is {options.guidance}, expected a finite number")
     if options.output.exists() and not options.output.is_dir():
@@ -219,6 +246,9 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     quiet_libraries()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows what it can
+            stream.reconfigure(errors="replace")
     try:
         check(options)
         chat = Chat(options)
@@ -229,6 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

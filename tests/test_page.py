@@ -4,7 +4,6 @@ import http.client
 import io
 import json
 import shutil
-import time
 from urllib.parse import urlparse
 
 import httpx
@@ -12,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from serving_utils import serving
+from serving_utils import send_without_end, serving
 
 from anygpt.data.media_writing import write_audio
 from anygpt.serving.engine import Engine
@@ -50,20 +50,22 @@ def browser(tmp_path_factory):
     options.binary_location = CHROMIUM
     for flag in (
         *("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"),
-        *("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run", "lang=en"),
         *("disable-domain-reliability", "disable-default-apps", "no-pings", "disable-features=OptimizationHints"),
         f"user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, Service(DRIVER))
+    driver.command_executor.client_config.timeout = PATIENCE
     driver.set_page_load_timeout(PATIENCE)
     yield driver
     driver.quit()
 
 
 def wait(browser, condition, what):
-    return WebDriverWait(browser, PATIENCE, poll_frequency=0.5).until(lambda _: condition(), what)
+    redrawn = [StaleElementReferenceException]  # an element of an answer that still comes
+    return WebDriverWait(browser, PATIENCE, 0.5, ignored_exceptions=redrawn).until(lambda _: condition(), what)
 
 
 def find(browser, selector):
@@ -71,19 +73,46 @@ def find(browser, selector):
 
 
 def bot_says(browser):
-    return [element.text for element in find(browser, "#chat .bot.message, #chat .message.bot")]
+    """The texts of the answers, without what stands in for text and media that are still to come."""
+    script = "return [...document.querySelectorAll('#chat .bot.message')].map(element => element.innerText.trim())"
+    return [text for text in browser.execute_script(script) if text not in ("", "…") and not text.startswith("[")]
+
+
+def pictures(browser, whose):
+    """How many are there and loaded, also those out of sight."""
+    script = """
+        const images = [...document.querySelectorAll(arguments[0])];
+        images.forEach(image => { image.loading = "eager"; });
+        return images.filter(image => image.complete && image.naturalWidth).length"""
+    return browser.execute_script(script, f"#chat {whose} img")
+
+
+def resize(browser, width, height):
+    """Of the page itself: a window has its own idea of how narrow it may be."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    wait(browser, lambda: browser.execute_script("return window.innerWidth") == width, f"it is not {width} wide")
+
+
+def rectangle(browser, selector):
+    script = "const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.left, r.right]"
+    return browser.execute_script(script, selector)
+
+
+def fits(browser):
+    """Nothing is to be scrolled to sideways, and the box to write in takes most of the page."""
+    left, right = rectangle(browser, "#message")
+    width = browser.execute_script("return window.innerWidth")
+    inside = browser.execute_script("return document.documentElement.scrollWidth") <= width
+    return inside and left >= 0 and right <= width and right - left > min(0.75 * width, 900)
 
 
 def say(browser, text, files=()):
     box = wait(browser, lambda: (find(browser, "#message textarea") or [None])[0], "no box to write in")
-    for path in files:
-        before = len(find(browser, "#message .thumbnail-item, #message .thumbnail-wrapper"))
-        find(browser, "#message input[type=file]")[0].send_keys(str(path))
-        wait(
-            browser,
-            lambda before=before: len(find(browser, "#message .thumbnail-item, #message .thumbnail-wrapper")) > before,
-            f"{path} was not uploaded",
-        )
+    if files:  # at once: a second choice adds to the first
+        find(browser, "#message input[type=file]")[0].send_keys("\n".join(map(str, files)))
+        there = lambda: len(find(browser, "#message .thumbnail-item")) >= len(files)  # noqa: E731
+        wait(browser, there, f"not uploaded: {files}")
     box.send_keys(text)
     box.send_keys(Keys.ENTER)
 
@@ -93,44 +122,57 @@ def shot(browser, folder, name):
     browser.save_screenshot(str(folder / f"{name}.png"))
 
 
+@pytest.mark.timeout(6 * PATIENCE)
 def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     browser.get(address)
     wait(browser, lambda: find(browser, "#message textarea"), "the page did not come")
+    resize(browser, 1280, 900)
+    wait(browser, lambda: fits(browser), "the page is not as wide as it should be")
     shot(browser, tmp_path, "wide-empty")
 
-    find(browser, ".sidebar-parent button, .sidebar button.toggle-button, button.toggle-button")[0].click()
+    find(browser, "button.toggle-button")[0].click()
     box = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")[0]
     wait(browser, box.is_displayed, "the settings did not open")
     box.click()  # the answer must contain an image
     steps = find(browser, "#steps input[type=number]")[0]
     steps.send_keys(Keys.CONTROL, "a")
     steps.send_keys("3", Keys.TAB)
+    beside = lambda: rectangle(browser, "#message")[1] <= rectangle(browser, ".sidebar")[0]  # noqa: E731
+    wait(browser, beside, "the settings hide the box to write in")
     shot(browser, tmp_path, "wide-settings")
-    find(browser, ".sidebar-parent button, .sidebar button.toggle-button, button.toggle-button")[0].click()
+    find(browser, "button.toggle-button")[0].click()
+    wait(browser, lambda: fits(browser), "the settings did not close")
 
     say(browser, "Draw a red ring.")
-    wait(browser, lambda: find(browser, "#chat .bot img"), "no picture came")
-    wait(browser, lambda: any(text.strip() for text in bot_says(browser)), "no text came")
+    wait(browser, lambda: pictures(browser, ".bot") == 1, "no picture came")
+    wait(browser, lambda: bot_says(browser), "no text came")
     shot(browser, tmp_path, "wide-answer")
 
     write_audio(tmp_path / "sound.wav", media.audio(0), 16_000)
     media.image(0).save(tmp_path / "picture.png")
     say(browser, "And these?", [tmp_path / "picture.png", tmp_path / "sound.wav"])
-    wait(browser, lambda: len(find(browser, "#chat .bot img")) > 1, "no second picture came")
-    assert find(browser, "#chat .user img") and find(browser, "#chat .user [data-testid='waveform-Audio']")
+    wait(browser, lambda: pictures(browser, ".bot") == 2, "no second picture came")
+    wait(browser, lambda: pictures(browser, ".user") == 1, "the uploaded picture is not shown")
+    wait(browser, lambda: find(browser, "#chat .user [data-testid='waveform-Audio']"), "the sound is not shown")
     shot(browser, tmp_path, "wide-uploads")
 
-    browser.set_window_size(420, 850)
-    time.sleep(1)
+    resize(browser, 390, 850)
+    wait(browser, lambda: fits(browser), "the page does not fit a narrow screen")
     shot(browser, tmp_path, "narrow")
-    assert find(browser, "#message textarea")[0].is_displayed()
 
     (tmp_path / "broken.png").write_bytes(b"no picture")
     say(browser, "What is it?", [tmp_path / "broken.png"])
     wait(browser, lambda: any("broken.png cannot be read as an image" in t for t in bot_says(browser)), "no sentence")
     assert not any(str(tmp_path.parent) in text for text in bot_says(browser)), "a path of the server"
+    wait(browser, lambda: fits(browser), "the page does not fit a narrow screen")
     shot(browser, tmp_path, "narrow-error")
-    assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+    assert len(bot_says(browser)) > 1
+    find(browser, "#chat button[aria-label='Clear']")[0].click()
+    wait(browser, lambda: not find(browser, "#chat .bot.message"), "the conversation was not cleared")
+    say(browser, "Again.")
+    wait(browser, lambda: pictures(browser, ".bot") == 1, "no picture came")
+    assert len(find(browser, "#chat .user.message")) == 1, "what was cleared is forgotten"
 
     requested = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in requested if m["method"] == "Network.requestWillBeSent"]
@@ -203,6 +245,11 @@ def test_too_much_is_refused(address):
     assert httpx.post(join, content=iter([b" " * 300_000]), timeout=PATIENCE).status_code == 413
     deep = httpx.post(join, content=b"[" * 100_000, timeout=PATIENCE)
     assert deep.status_code == 400 and "nested too deeply" in deep.text
+
+
+@pytest.mark.parametrize(("route", "status"), [("queue/join", 413), ("upload", 411), ("file=/etc/passwd", 403)])
+def test_a_body_without_an_end_ends_the_connection(address, route, status):
+    assert send_without_end(f"{address}/gradio_api/{route}") in (status, None)
 
 
 def test_headers_keep_the_browser_here(address):

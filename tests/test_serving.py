@@ -20,7 +20,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving_utils import serving
+from serving_utils import send_without_end, serving
 
 from anygpt.data.media_writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
@@ -212,6 +212,18 @@ def image_part(url):
         ({"decoders": {"image": {"num_inference_steps": 900}}}, 400, "is 900, more than the 200"),
         ({"decoders": {"image": {"height": 8192}}}, 400, "is 8192, more than the 1024"),
         ({"decoders": {"video": {"num_frames": 1000}}}, 400, "is 1000, more than the 64"),
+        ({"decoders": {"image": {"negative_prompt": "\ud83d"}}}, 400, "expected a text of whole characters"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, 400, r"the role is \['user'\]"),
+        ({"messages": [{"role": "user", "content": {"type": "text"}}]}, 400, "a text or a list of parts"),
+        ({"messages": {"role": "user"}}, 400, "messages must be a list"),
+        ({"messages": ["Draw."]}, 400, r"messages\[0\] must be an object"),
+        ({"stream": "yes"}, 400, "stream must be true or false"),
+        ({"seed": 2**63}, 400, "seed is 9223372036854775808"),
+        ({"temperature": 1e-300, "seed": True}, 400, "seed is True"),
+        ({"max_tokens": 10**400}, 400, "max_tokens is 1000"),
+        ({"temperature": 10**400}, 400, "temperature is 1000"),
+        ({"decoders": {"image": {"height": 8 * 10**400}}}, 400, "is 8000"),
+        ({"decoders": {"image": {"guidance_scale": 10**400}}}, 400, "expected a finite number"),
         ({"decoders": []}, 400, "decoders must be an object"),
         ({"modalities": ["smell"]}, 400, "modalities is"),
         ({"model": "gpt-4o"}, 404, "there is no model 'gpt-4o'"),
@@ -253,16 +265,20 @@ def test_broken_bodies(address, body, headers, status, message):
     assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
 
 
-def test_bodies_without_a_length_and_without_an_end(address):
-    def endless():
-        while True:
-            yield b" " * 65536
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        ("/v1/chat/completions", "application/json", 413),
+        ("/v1/chat/completions", "text/plain", 415),
+        ("/v1/models", "application/json", 405),
+        ("/nowhere", "application/json", 404),
+    ],
+)
+def test_a_body_without_an_end_ends_the_connection(address, path, kind, status):
+    assert send_without_end(f"{address}{path}", kind) in (status, None)
 
-    try:
-        answer = post(address, endless())
-        assert answer.status_code == 413
-    except httpx.WriteError:  # the server hung up on it, as it may
-        pass
+
+def test_a_body_that_does_not_come(address):
     parsed = urlparse(address)
     connection = http.client.HTTPConnection(parsed.hostname, parsed.port, timeout=30)
     connection.putrequest("POST", "/v1/chat/completions")
@@ -271,6 +287,7 @@ def test_bodies_without_a_length_and_without_an_end(address):
     connection.endheaders(b"{")
     answer = connection.getresponse()
     assert answer.status == 408 and "2 seconds" in answer.read().decode()
+    assert connection.sock is None, "the rest of the body would be taken for a request"
     connection.close()
 
 

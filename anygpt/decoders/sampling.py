@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -180,7 +181,7 @@ class Sampling:
         if name == "seed":
             return None if is_integer(value) and 0 <= value <= MAX_SEED else "a whole number from 0"
         if name == "negative_prompt":
-            return None if isinstance(value, str) else "a text"
+            return None if isinstance(value, str) and is_text(value) else "a text of whole characters"
         if name in ("height", "width"):
             multiple = self.size_multiple
             return None if is_integer(value) and value > 0 and value % multiple == 0 else f"a multiple of {multiple}"
@@ -219,4 +220,10 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number; also no integer beyond what a float can be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: str) -> bool:
+    """Whole characters: tokenizers take no half of a surrogate pair, which JSON and command lines may hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

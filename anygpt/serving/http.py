@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -18,11 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from anygpt.errors import InputError
 from anygpt.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
+from anygpt.serving.unread import Unread
 from anygpt.talking import Reply
 
 logger = logging.getLogger(__name__)
@@ -67,14 +70,15 @@ class Interface:
         self._held = 0  # bytes of bodies that are being read or understood
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         routes = [
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: self._http_error, Exception: self._fault})
+        handlers = {HTTPException: self._http_error, Exception: self._fault}
+        return Unread(Starlette(routes=routes, exception_handlers=handlers))
 
     async def health(self, request: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
@@ -139,7 +143,7 @@ class Interface:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver(event: Event | Reply | Exception) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the server has ended, and nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:

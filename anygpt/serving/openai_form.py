@@ -7,6 +7,7 @@ in `content`, and all of it, in order and in the same form, in `parts`; a conver
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ class Limits:
 
     def check(self, what: str, amount: float, limit: float) -> None:
         if amount > limit:
-            raise InputError(f"{what} is {amount:g}, more than the {limit:g} that this server allows")
+            raise InputError(f"{what} is {amount!s:.40}, more than the {limit} that this server allows")
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _settings(given: Mapping[str, Any], talker: Talker, limits: Limits) -> Setti
         raise InputError(f"temperature is {temperature!r:.40}; expected a number from 0 to 2")
     if not is_number(top_p) or not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r:.40}; expected a number above 0, up to 1")
-    seed = given.get("seed", 0)
+    seed = given.get("seed", secrets.randbelow(2**32))  # as elsewhere: who wants the same answer again names one
     if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed is {seed!r:.40}; expected a whole number from 0")
     require, forbid = (_keys(name, given.get(name, []), talker) for name in ("require", "forbid"))

@@ -24,6 +24,7 @@ from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, Me
 from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.guard import Guard
 from anygpt.serving.http import FAULT, logger
+from anygpt.serving.unread import Unread
 from anygpt.talking import SUFFIXES, Reply, Settings, modality_of, write_segment
 
 MAX_FILES = 8
@@ -42,14 +43,15 @@ EXAMPLES = [
     "Which shapes do you know?",
 ]
 STYLE = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
 html, body { overflow-x: clip; }
 /* generated media may be very small */
 #chat img, #chat video { image-rendering: pixelated; width: min(256px, 60vw); height: auto; object-fit: contain; }
 #chat .image-container, #chat .image-frame { height: auto !important; width: fit-content; }
 #chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
-@media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
+#chat [data-testid="waveform-Audio"] { height: auto; }
+@media (max-width: 640px) { .gradio-container .main { padding: 8px !important; } }
 """
 
 
@@ -131,7 +133,8 @@ class Page:
                 **private,
             )
             box.stop(None, cancels=[answering], **private)
-            new.click(lambda: ([], None), None, [chat, conversation], cancels=[answering], queue=False, **private)
+            for forget in (new.click, chat.clear):
+                forget(lambda: ([], None), None, [chat, conversation], cancels=[answering], queue=False, **private)
         return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 
     def answer(
@@ -139,7 +142,7 @@ class Page:
     ) -> Iterator[tuple[list[dict[str, Any]], Any, Conversation]]:
         """One turn, as it goes on: what the page shows, the box to write in, the conversation."""
         conversation = conversation or Conversation()
-        text, files = (message.get("text") or "").strip(), message.get("files") or []
+        text, files = _whole(message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
             yield conversation.shown, gr.skip(), conversation
             return
@@ -185,7 +188,7 @@ class Page:
         require, forbid, tokens, temperature, steps, guidance, negative, seed = values
         options = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         if negative and negative.strip():
-            options["negative_prompt"] = negative.strip()
+            options["negative_prompt"] = _whole(negative).strip()
         return Settings(
             max_new_tokens=int(tokens),
             temperature=float(temperature),
@@ -243,11 +246,16 @@ class Drawing:
         return [{"role": "assistant", "content": self.contents[index]} for index in sorted(self.contents)]
 
 
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON can hold, and neither tokenizers nor a page."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _said_error(sentence: str) -> dict[str, Any]:
     return {"role": "assistant", "content": sentence, "metadata": {"title": "This did not work"}}
 
 
-def make_app(engine: Engine, folder: Path) -> Guard:
+def make_app(engine: Engine, folder: Path) -> Unread:
     """The page as an ASGI application.
 
     Args:
@@ -270,4 +278,4 @@ def make_app(engine: Engine, folder: Path) -> Guard:
         css=STYLE,
     )
     page.has_launched = True  # gradio checks the paths in events only then
-    return Guard(app, folder)
+    return Unread(Guard(app, folder))

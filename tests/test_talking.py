@@ -1,0 +1,227 @@
+"""Talking to a model from the terminal, and what may be attached and asked for, whoever asks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anygpt.errors import InputError
+from anygpt.talking import Settings, Talker
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("final")
+    for one in tiny_model(("image", "audio"), ("image", "audio")):
+        one.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talker(checkpoint):
+    return Talker(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------ the terminal
+
+
+def test_a_conversation_in_the_terminal(checkpoint, media, tmp_path):
+    """Through a pipe, as a careless user types it; a terminal that knows ASCII alone, and no colours."""
+    media.image(0).save(tmp_path / "a ring.png")
+    (tmp_path / "01-0.png").write_bytes(b"of an earlier conversation")
+    lines = [
+        "/attach",
+        "/attach nowhere.png",
+        f"/attach {tmp_path}",
+        "/attach notes.txt",
+        f"/attach '{tmp_path}/a ring.png'",
+        "What is this? \u00e9 \U0001f600 <image>[IMG1]",
+        "/wipe",
+        "",
+        "/history",
+        f"/save {tmp_path}/nowhere/talk.json",
+        f"/save {tmp_path}/talk.json",
+        "x " * 3000,
+        "/reset",
+        "/history",
+        "And this?",
+        "/quit",
+        "never read",
+    ]
+    typed = "\n".join(lines).encode() + b"\n"
+    options = ["--steps", "1", "--require", "image", "--forbid", "audio", "--max-new-tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "scripts/chat.py", "--checkpoint", checkpoint, "--output", tmp_path, *options],
+        cwd=REPOSITORY,
+        input=typed.replace(b"And", b"And\xff\xfe"),
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+    )
+    said = done.stdout.decode("ascii")
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    assert "\x1b" not in said and "\r" not in said
+    errors = [line.removeprefix("you: ") for line in said.splitlines() if "error: " in line]
+    expected = [
+        "/attach needs the path",
+        "nowhere.png does not exist",
+        "cannot tell what",
+        "cannot tell what notes.txt is by its suffix; known are .png",
+        "there is no command /wipe; there are /attach PATH",
+        "nowhere/talk.json cannot be written: No such file or directory",
+        "begin a new conversation",
+    ]
+    assert len(errors) == len(expected)
+    for error, part in zip(errors, expected, strict=True):
+        assert error.startswith("error: ") and part in error
+    assert said.count("model: ") == 3 and "Everything is forgotten." in said and "never read" not in said
+
+    # two answers, each with its picture; the earlier conversation's is still there
+    made = sorted(path.name for path in tmp_path.glob("*-*.png"))
+    assert len(made) == 3 and [name[:2] for name in made] == ["01", "02", "03"]
+    assert (tmp_path / "01-0.png").read_bytes() == b"of an earlier conversation"
+    for name in made[1:]:
+        assert f"{tmp_path}/{name}]" in said
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (32, 32)
+
+    user, model = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert user["content"][0] == {"type": "image", "path": f"{tmp_path}/a ring.png"}
+    assert {"type": "image", "path": f"{tmp_path}/{made[1]}"} in model["content"]
+    history = said[said.index("you:\n") :]
+    assert f"[image: {tmp_path}/a ring.png]" in history and history.count("you:\n") == 1, "/reset forgets"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere does not exist; name a run's final/ folder"),
+        (["--checkpoint", "anygpt"], "anygpt holds no saved model"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "half \udcff a character"], "half a character"),
+        (["--prompt", "a", "--attach", "nowhere.wav"], "nowhere.wav does not exist"),
+        (["--prompt", "a", "--attach", "pyproject.toml"], "cannot tell what pyproject.toml is"),
+        (["--prompt", "a", "--require", "smell"], "there is no decoder smell; there are ['image', 'audio']"),
+        (["--require", "image", "--forbid", "image"], "required and forbidden"),
+        (["--require", "image", "--max-new-tokens", "3"], "no room for the 4 signal tokens"),
+        (["--steps", "5000"], "num_inference_steps of the image decoder is 5000"),
+        (["--seed", "1" + "0" * 30], "--seed is 1000"),
+        (["--guidance", "inf"], "--guidance is inf"),
+        (["--output", "pyproject.toml"], "pyproject.toml is a file"),
+        (["--prompt", "a", "--require", "image", "--output", "/proc/nowhere"], "--output /proc/nowhere cannot be"),
+        (["--offload"], "--offload keeps decoders on the CPU"),
+    ],
+)
+def test_mistakes_on_the_command_line(checkpoint, arguments, message, capsys):
+    chat = load_script("chat")
+    given = arguments if "--checkpoint" in arguments else ["--checkpoint", str(checkpoint), *arguments]
+    given = given if "--steps" in given else [*given, "--steps", "1"]
+    assert chat.main(given) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("script", ["demo", "serve"])
+def test_servers_without_a_checkpoint_say_so(script, capsys):
+    assert load_script(script).main(["--checkpoint", "nowhere", "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere does not exist; name a run's final/ folder" in said and said.count("\n") == 1, said
+
+
+# ------------------------------------------------------------------------------ what is attached and asked for
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 40), (50, 1)], ids=lambda size: "×".join(map(str, size)))
+def test_small_pictures_are_pictures(talker, tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "a.png")
+    part = talker.read("image", str(tmp_path / "a.png"))
+    text = Settings(max_new_tokens=1, forbid=("image", "audio"))
+    assert talker.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
+
+
+def test_a_thread_of_pixels_is_refused(talker, tmp_path):
+    """A file of a few kilobytes that an encoder, scaling its shorter side up, would make gigabytes of."""
+    Image.new("RGB", (4_000_000, 1)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="4000000 × 1 pixels"):
+        talker.read("image", str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(1, 5), (8_000, 1), (999_983, 2_000)])
+def test_odd_sounds_are_sounds(talker, tmp_path, rate, samples):
+    part = talker.read("audio", str(write_sound(tmp_path / "a.wav", rate, samples)))
+    text = Settings(max_new_tokens=1, forbid=("image", "audio"))
+    assert talker.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
+
+
+def test_a_rate_beyond_reason_is_refused(talker, tmp_path):
+    """A file of some bytes whose rate has no divisor in common with the encoder's."""
+    with pytest.raises(InputError, match=r"2147483647|up to 1,000,000"):
+        part = talker.read("audio", str(write_sound(tmp_path / "a.wav", 2**31 - 1, 100)))
+        talker.answer([{"role": "user", "content": [part]}], Settings(max_new_tokens=1))
+
+
+def write_sound(path, rate, samples):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.arange(samples, dtype="<i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_hardly_any_temperature_is_none(talker, temperature):
+    said = [
+        talker.answer([{"role": "user", "content": "a"}], Settings(6, t, forbid=("image", "audio"))).answer.text
+        for t in (0.0, temperature)
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(seed=2**64), "the seed is"),
+        (Settings(seed=-1), "the seed is -1"),
+        (Settings(max_new_tokens=0), "0 tokens; expected at least 1"),
+        (Settings(require="image"), r"require is the text 'image'; give a list"),
+        (Settings(forbid=("smell",)), "no decoder smell"),
+        (Settings(4, require=("image", "audio")), "no room for the 6"),
+        (Settings(decoder_kwargs={"image": {"steps": 1}}), "no option 'steps'"),
+    ],
+)
+def test_wrong_settings_are_found_before_there_is_a_conversation(talker, settings, message):
+    with pytest.raises(InputError, match=message):
+        talker.check(settings)
+
+
+def test_a_decoder_that_is_required_twice_is_required_once(talker):
+    few = {key: {"num_inference_steps": 1} for key in talker.makes}
+    settings = Settings(5, require=("image", "image"), forbid=("audio",), decoder_kwargs=few)
+    assert len(talker.answer([{"role": "user", "content": "a"}], settings).answer.images) == 1
+
+
+# ---------------------------------------------------------------------------------------- the memory table
+
+
+def test_the_memory_table_of_the_readme_is_the_scripts(capsys):
+    load_script("memory_table").main([])
+    table = capsys.readouterr().out.strip()
+    assert table.count("\n") > 15 and table in (REPOSITORY / "README.md").read_text(encoding="utf-8")
