@@ -204,7 +204,7 @@ class _RowWriter:
             return language.described_question(modality, thing, rng, motion)
         if way == "request":
             request = language.media_request(modality, thing, rng, motion)
-            return request, language.media_reply(modality, rng) + language.plain_caption(thing, motion)
+            return request, f"{language.media_reply(modality, rng)} {language.plain_caption(thing, motion)}"
         return self._talk(thing, rng)
 
     def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:

@@ -22,10 +22,12 @@ _NOUNS = {
     "audio": ("sound", "recording", "audio"),
 }
 _SHOWS = {"image": ("shows", "has"), "video": ("shows", "has"), "audio": ("is of", "comes from")}
+# No space at the end: a tokenizer makes a token of its own of one before a signal token, which no language model
+# expects there.
 _HERE = {
-    "image": ("Here is the picture: ", "It looks like this: ", "This is the image: "),
-    "video": ("Here is the video: ", "It moves like this: ", "This is the clip: "),
-    "audio": ("Here is the sound: ", "It sounds like this: ", "This is the recording: "),
+    "image": ("Here is the picture:", "It looks like this:", "This is the image:"),
+    "video": ("Here is the video:", "It moves like this:", "This is the clip:"),
+    "audio": ("Here is the sound:", "It sounds like this:", "This is the recording:"),
 }
 _QUESTIONS = {
     "image": ("What is in this picture?", "What do you see?", "Describe the image.", "Which shape is this?"),
