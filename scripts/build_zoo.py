@@ -3,7 +3,7 @@
     python scripts/build_zoo.py
 
 Hours on two cores. Everything on the way stays in runs/zoo; a run that was cut off continues. The folders are written
-to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names.
+to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names, and are measured there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from anygpt.training.cli import quiet_libraries
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
+QUALITY = WORK / "quality.json"
 SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"pairs": 12_000}
 """Rows of each kind of data."""
 MADE_BY = {
@@ -58,6 +59,10 @@ def main() -> int:
             if name == "image_vae":
                 write_video_start()
     collect(options.output)
+    if options.output.resolve() == zoo():
+        subprocess.run([sys.executable, "scripts/zoo_quality.py", "--output", str(QUALITY)], cwd=ROOT, check=True)
+    for part in PARTS:
+        (options.output / part / "README.md").write_text(card(part), encoding="utf-8")
     print(options.output)
     return 0
 
@@ -79,7 +84,7 @@ def write_video_start() -> None:
 
 
 def collect(output: Path) -> None:
-    """The finished parts in half precision; the folder is replaced at the end, all at once.
+    """The finished parts in half precision, without their cards; the folder is replaced at the end, all at once.
 
     Only the files are in half precision: the configs say float32, in which a CPU computes faster.
     """
@@ -91,7 +96,6 @@ def collect(output: Path) -> None:
             tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
             file.chmod(0o644)
-        (temporary / part / "README.md").write_text(card(part), encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
 
@@ -108,14 +112,16 @@ def card(part: str) -> str:
         config = yaml.safe_load((WORK / name / "config.yaml").read_text())
         train, data = config["train"], Path(config["data"]["train"][0]["path"]).stem
         lines += [
-            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES[data]} rows of `{data}`, "
-            f"about all {len(THINGS)} things; {train['max_steps']} updates of "
+            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES[data]} rows of "
+            f"`{data}`, about all {len(THINGS)} things; {train['max_steps']} updates of "
             f"{train['batch_size']}; seed {config['run']['seed']}; last: {last_metrics(WORK / name / 'log.txt')}"
         ]
-    measured = ROOT / "runs" / "zoo" / "quality.json"
-    if measured.is_file() and part in (quality := json.loads(measured.read_text())):
-        lines += ["", "Measured by `python scripts/zoo_quality.py`:", ""]
-        lines += [f"- {name}: {value}" for name, value in quality[part].items()]
+    if QUALITY.is_file():
+        lines += ["", "On the ten things that alignment never sees, by `python scripts/zoo_quality.py`:", ""]
+        lines += [
+            f"- {what}: {share['rate']:.3f} ({share['right']} of {share['n']})"
+            for what, share in json.loads(QUALITY.read_text())[part].items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,83 @@
+"""What the parts of the zoo know, each by itself, of the ten things that alignment never sees.
+
+    python scripts/zoo_quality.py --samples 1000
+
+Encoders: a linear probe fitted on renders of the other things (see `linear_probe.py`). The language model: questions in
+words, small talk, nonsense. Decoders: sampled under true plain captions, and judged. `build_zoo.py` puts the numbers
+into the parts' model cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from linear_probe import load
+from tqdm import tqdm
+
+from anygpt import InputError, ModalDecoderModule, MultimodalModel
+from anygpt.evaluation.answers import Settings
+from anygpt.evaluation.baselines import upper_bound
+from anygpt.evaluation.probes import probe_encoders, question_accuracy
+from anygpt.parts import Source, load_decoder
+from anygpt.toyworld.judges import load_judges
+from anygpt.toyworld.render import SAMPLING_RATE
+from anygpt.toyworld.world import HELD_OUT, MODALITIES
+from anygpt.training.cli import MISTAKE, quiet_libraries
+
+OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json"
+
+
+def measure(samples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """`{part: {what: share}}`; `samples` of each kind, but for the encoders' probes, which take 50 renders a thing."""
+    model, processor = load(None)
+    probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
+    settings = Settings(samples=samples, talk_samples=samples, seed=seed)
+    quality: dict[str, dict[str, Any]] = {
+        "image_encoder": {f"{what} of a picture, linear probe": found for what, found in probes["image"].items()}
+        | {f"{what} of a clip, linear probe": found for what, found in probes["video"].items()},
+        "audio_encoder": {f"{what} of a sound, linear probe": found for what, found in probes["audio"].items()},
+        "language_model": question_accuracy(model, processor, settings),
+    }
+    sources = {modality: Source(f"zoo:{modality}_decoder") for modality in MODALITIES}
+    decoders = {key: ModalDecoderModule(load_decoder(source), num_signal_tokens=1) for key, source in sources.items()}
+    alone = MultimodalModel({}, model.language_model, decoders)
+    with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
+        bounds = upper_bound(alone, HELD_OUT, settings, load_judges(), SAMPLING_RATE, bar.update)
+    for key, bound in bounds.items():
+        motion = bound.pop("motion", None)
+        quality[f"{key}_decoder"] = {"shape and colour under true captions": bound}
+        if motion is not None:
+            quality[f"{key}_decoder"]["motion under true captions"] = motion
+    return quality
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--samples", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of renders, questions and noise (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        if options.samples < 1:
+            raise InputError(f"--samples is {options.samples}, expected at least 1")
+        quality = measure(options.samples, options.seed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+    for part, found in quality.items():
+        for what, share in found.items():
+            print(f"{part}: {what}: {share['rate']:.3f} ({share['right']} of {share['n']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
