@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,33 @@ class StoreWriter:
         if self.held:
             name = f"shard-{uuid.uuid4().hex[:16]}.safetensors"
             temporary = self.folder / f".{name}.incomplete"
-            save_file(self.held, temporary, metadata={"format": "pt"})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.rename(temporary, self.folder / name)
+            with writing(self.folder, temporary):
+                save_file(self.held, temporary, metadata={"format": "pt"})
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.rename(temporary, self.folder / name)
         self.held, self.size, self.since = {}, 0, time.monotonic()
+
+
+@contextmanager
+def writing(folder: Path, temporary: Path) -> Iterator[None]:
+    """Say of a disk that is full or may not be written to that it is; nothing half-written is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter names the system's error as well
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(
+            f"the feature cache {folder} cannot be written: {error}; make room, or name another data.cache_dir, and "
+            "give the same command again: what is there is whole"
+        ) from error
 
 
 def create_store(folder: Path, key: Mapping[str, Any]) -> None:
     """Make an empty store, or check that the one which is there has this key; remove what a killed run left.
 
     Raises:
-        InputError: see `Store`.
+        InputError: see `Store`; or the folder cannot be written.
     """
     if folder.exists():
         for path in folder.glob(".*.incomplete"):
@@ -130,10 +146,11 @@ def create_store(folder: Path, key: Mapping[str, Any]) -> None:
     if not (folder / KEY).exists():
         if folder.exists() and any(folder.iterdir()):
             raise not_a_store(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{KEY}.incomplete"
-        temporary.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
-        os.rename(temporary, folder / KEY)
+        with writing(folder, temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
+            os.rename(temporary, folder / KEY)
     check_key(folder, key)
 
 
