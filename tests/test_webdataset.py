@@ -269,6 +269,15 @@ def test_streams_are_checked(stream, tmp_path):
             read_samples(name, "datasets", columns=columns, task="generation", streaming=True)
 
 
+def test_a_stream_that_changes_while_it_is_used(tmp_path, stream, table):
+    options = {"columns": {"image": "img", "text": "said"}, "task": "comprehension", "streaming": True}
+    samples = read_samples(stream, "datasets", **options)
+    for part in range(2):
+        table.select_columns(["img", "said"]).to_parquet(tmp_path / f"{part}.parquet")
+    with pytest.raises(InputError, match=r"fewer rows than before|cannot be read on"):
+        ConversationDataset([samples[70]])[0]
+
+
 def test_a_stream_of_paths(tmp_path, monkeypatch):
     """As `datasets` keeps pictures that were given as files."""
     datasets = pytest.importorskip("datasets")
