@@ -49,7 +49,7 @@ def arguments(stage: int, output: Path, folder: Path, steps: int, processes: int
     start = folder / "start/final" if stage == 3 else None
     return [
         *("--config", str(REPOSITORY / f"configs/tiny/stage{stage}.yaml")),
-        *("--run.output_dir", str(output), "--run.device", "cpu"),
+        *("--run.output_dir", str(output), "--run.device", "cpu", "--loss.denoising", "1"),
         *("--model.init_from", "null" if start is None else str(start)),
         *("--data.train", f"[{{path: {data}, media_root: {folder}}}]"),
         *("--data.eval", f"[{{path: {held_out}, media_root: {folder}}}]"),

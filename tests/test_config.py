@@ -21,8 +21,8 @@ from anygpt.training.config import Config, parse_config
 from anygpt.training.stages import ENCODER_LLM
 
 TINY = [p for p in sorted((REPOSITORY / "configs/tiny").rglob("*.yaml")) if p.name != "ablations.yaml"]
-STAGE_1 = ["--config", str(REPOSITORY / "configs/tiny/stage1.yaml")]
-STAGE_2 = ["--config", str(REPOSITORY / "configs/tiny/stage2.yaml")]
+STAGE_1 = ["--config", str(REPOSITORY / "tests/configs/stage1.yaml")]
+STAGE_2 = ["--config", str(REPOSITORY / "tests/configs/stage2.yaml")]
 
 
 def fault(*arguments):

@@ -86,7 +86,7 @@ def argument_maker(tmp_path_factory):
 def arguments(stage, data, output, *more, init_from=None, steps=2, batch_size=6, config=None):
     """The command line of a short run on the tiny zoo; `more` are further arguments."""
     return [
-        *("--config", str(config or REPOSITORY / f"configs/tiny/stage{stage}.yaml")),
+        *("--config", str(config or REPOSITORY / f"tests/configs/stage{stage}.yaml")),
         *("--run.output_dir", str(output), "--run.device", "cpu"),
         *("--data.train", f"[{{path: {data}}}]"),
         *("--train.max_steps", str(steps), "--train.batch_size", str(batch_size), "--train.log_steps", "1"),
