@@ -168,11 +168,6 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     shot(browser, tmp_path, "narrow-error")
 
     assert len(bot_says(browser)) > 1
-    find(browser, "#chat button[aria-label='Clear']")[0].click()
-    wait(browser, lambda: not find(browser, "#chat .bot.message"), "the conversation was not cleared")
-    say(browser, "Again.")
-    wait(browser, lambda: pictures(browser, ".bot") == 1, "no picture came")
-    assert len(find(browser, "#chat .user.message")) == 1, "what was cleared is forgotten"
 
     requested = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in requested if m["method"] == "Network.requestWillBeSent"]
