@@ -11,8 +11,10 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,6 +170,100 @@ def test_a_part_with_another_models_tokenizer(data, tmp_path, capsys):
     model.resize_token_embeddings(100)
     model.save_pretrained(folder)
     refuse(1, data, tmp_path, capsys, folder, "tokenizer", "100", more=(f"--model.language_model.path={folder}",))
+
+
+# -- settings that do not go together --------------------------------------------------------------------------
+
+STAGE_1_SETTINGS = {
+    "nothing trains": (("--train.parts=[]",), ("stage 1", "nothing to train")),
+    "no evaluation at checkpoints": (
+        (
+            "--train.keep_best=eval/loss",
+            "--train.save_steps=3",
+            "--train.eval_steps=2",
+            "--data.eval=[{path: a.jsonl}]",
+        ),
+        ("train.save_steps is 3", "a multiple of train.eval_steps, 2"),
+    ),
+    "a network of no decoder": (("--train.parts=[image_decoder.vae]",), ("image_decoder.vae", "the decoders are none")),
+    "a rate of no part": (("--train.learning_rates={decoder: 1.0e-3}",), ("names decoder", "image_projector")),
+    "wandb in no mode that there is": (("--run.tracker=wandb",), ("run.tracker wandb cannot start",)),
+    "tensorboard that is not there": (("--run.tracker=tensorboard",), ("pip install tensorboard",)),
+}
+
+
+@pytest.mark.parametrize("what", STAGE_1_SETTINGS)
+def test_settings_that_do_not_go_together(data, tmp_path, capsys, monkeypatch, what):
+    settings, said = STAGE_1_SETTINGS[what]
+    if "wandb" in what:
+        monkeypatch.setenv("WANDB_MODE", "sometimes")
+    if "tensorboard" in what:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    refuse(1, data, tmp_path, capsys, *said, more=settings)
+
+
+def test_an_adapters_settings_are_not_changed(data, third, tmp_path, capsys):
+    refuse(3, data, tmp_path, capsys, "lora.r is 16", "made with 8", more=("--lora.r=16",), init_from=third)
+
+
+def test_ridge_without_captions_for_a_decoder(data, tmp_path, capsys):
+    rows = [json.loads(line) for line in (data / "stage2.jsonl").read_text().splitlines()]
+    images = [row for row in rows if any(part["type"] == "image" for part in row["messages"][-1]["content"])]
+    path = tmp_path / "images.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in images))
+    more = ("--train.projector_init=ridge", f"--data.train=[{{path: {path}, media_root: {data}}}]")
+    refuse(2, data, tmp_path, capsys, "no captions for video, audio", "random", more=more)
+
+
+# -- data files that do not fit their settings -----------------------------------------------------------------
+
+
+def table(folder):
+    datasets.Dataset.from_dict({"img": ["a.png"], "said": ["x"]}).to_parquet(folder / "t.parquet")
+    return {"path": "t.parquet", "columns": {"image": "img", "text": "said"}, "task": "comprehension"}
+
+
+def splits(folder):
+    one = datasets.Dataset.from_dict({"img": ["a.png"], "said": ["x"]})
+    datasets.DatasetDict(train=one, test=one).save_to_disk(str(folder / "saved"))
+    return table(folder) | {"path": "saved", "format": "datasets"}
+
+
+def spreadsheet(folder):
+    (folder / "t.xlsx").write_bytes(b"PK")
+    return table(folder) | {"path": "t.xlsx", "format": "datasets"}
+
+
+def shards(folder):
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text("{}\n")
+
+
+FILES = {
+    "a glob of conversations": (lambda f: shards(f) or {"path": "*.jsonl", "format": "jsonl"}, ("several files",)),
+    "no media root": (lambda f: shards(f) or {"path": "a.jsonl", "media_root": "nowhere"}, ("nowhere", "media root")),
+    "a table without columns": (lambda f: table(f) | {"columns": None}, ("give columns",)),
+    "a table without a task": (lambda f: table(f) | {"task": None}, ("comprehension", "generation")),
+    "a table of several splits": (splits, ("several splits", "train, test")),
+    "a table of another kind": (spreadsheet, ("t.xlsx", ".parquet")),
+    "a task of conversations": (lambda f: shards(f) or {"path": "a.jsonl", "task": "generation"}, ("task is given",)),
+    "a stream of conversations": (lambda f: shards(f) or {"path": "a.jsonl", "streaming": True}, ("streaming is set",)),
+    "a format that there is not": (lambda f: shards(f) or {"path": "a.jsonl", "format": "jsnl"}, ("mean 'jsonl'",)),
+    "no format for a suffix": (lambda f: (f / "a.txt").write_text("x") and {"path": "a.txt"}, ("cannot be told",)),
+    "a weight that rounds to none": (lambda f: table(f) | {"weight": 0.1}, ("rounds to none",)),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_data_files_that_do_not_fit_their_settings(data, tmp_path, capsys, monkeypatch, what):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    shutil.copy(next((data / "stage1").rglob("*.png")), folder / "a.png")
+    make, said = FILES[what]
+    source = make(folder)
+    source |= {key: str(folder / source[key]) for key in ("path", "media_root") if key in source}
+    refuse(1, data, tmp_path, capsys, *said, more=(f"--data.train=[{json.dumps(source)}]",))
 
 
 # -- the folder that a run starts from -------------------------------------------------------------------------

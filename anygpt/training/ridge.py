@@ -74,7 +74,7 @@ class RidgeRegression:
             InputError: no samples.
         """
         if not self.count and not self.held:
-            raise InputError("ridge regression was given no captions; the training data has none for this decoder")
+            raise InputError("ridge regression was given no samples")
         if strength is None:
             strength = self._choose() if self.count else None
             for x, y in self.held:
@@ -119,7 +119,7 @@ def set_by_ridge(model: Any, keys: Iterable[str], batches: Iterable[dict[str, An
         The strength that was chosen, by decoder.
 
     Raises:
-        InputError: a projector without a linear path.
+        InputError: a projector without a linear path, or without captions.
     """
     lines = {}
     for key in keys:
@@ -142,6 +142,12 @@ def set_by_ridge(model: Any, keys: Iterable[str], batches: Iterable[dict[str, An
                 encoding = model.decoders[key].module.encode_text(target["captions"])
             fits[key].add(states[key].flatten(1), Condition.of(encoding).embeds.flatten(1))
     model.train(training)
+    empty = [key for key, fit in fits.items() if not fit.count and not fit.held]
+    if empty:
+        raise InputError(
+            f"train.projector_init is ridge, but data.train has no captions for {', '.join(empty)}; add rows with such "
+            "answers, leave the decoder out, or set train.projector_init to random"
+        )
     strengths = {}
     for key, fit in fits.items():
         weight, bias, strengths[key] = fit.solve()
