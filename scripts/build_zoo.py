@@ -3,7 +3,7 @@
     python scripts/build_zoo.py
 
 Hours on two cores. Everything on the way stays in runs/zoo; a run that was cut off continues. The folders are written
-to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names, and are measured there.
+to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names, and measured there.
 """
 
 from __future__ import annotations
