@@ -174,8 +174,8 @@ def test_latents_are_drawn_anew_and_not_stored(world):
     assert posterior.shape[1] == 2 and not torch.equal(one, other)
 
 
-def test_a_run_has_exactly_the_same_losses_with_and_without(script, make_arguments, tmp_path):
-    """Through the script and the stage, with workers. One row at a time, so that kernels round alike in both."""
+def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_path):
+    """Through the script and the stage, with workers. One row at a time; kernels may still round the last bit."""
     cache = ("--data.cache_dir", str(tmp_path / "cache"))
     more = (*BOARD, "--train.gradient_accumulation_steps=4")
     args = make_arguments(3, tmp_path / "plain", *more, steps=2, batch_size=1)
@@ -185,9 +185,13 @@ def test_a_run_has_exactly_the_same_losses_with_and_without(script, make_argumen
     cached = train_here(3, make_arguments(3, tmp_path / "cached", *more, steps=2, batch_size=1))
     losses = losses_of(tmp_path / "plain")
     assert any("denoising" in name for metrics in losses.values() for name in metrics)
-    assert losses == losses_of(tmp_path / "cached")
+    other = losses_of(tmp_path / "cached")
+    assert losses.keys() == other.keys()
+    for update, metrics in losses.items():
+        assert other[update] == pytest.approx(metrics, rel=1e-6)
     first, second = trained_tensors(plain), trained_tensors(cached)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
     assert (tmp_path / "cached/log.txt").read_text().count("from the cache") == 9
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import datasets
 import diffusers.utils.logging
 import transformers.utils.logging
 
@@ -60,3 +61,4 @@ def quiet_libraries() -> None:
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
+    datasets.disable_progress_bars()
