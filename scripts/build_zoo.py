@@ -96,6 +96,10 @@ def collect(output: Path) -> None:
             tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
             file.chmod(0o644)
+        for file in (temporary / part).rglob("*.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:  # where it was made
+                file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
 
