@@ -119,8 +119,8 @@ def test_samples_of_one_caption_are_held_back_together():
     assert torch.isfinite(alone.solve()[0]).all()
 
 
-def test_no_captions_are_refused():
-    with pytest.raises(InputError, match="no captions"):
+def test_no_samples_are_refused():
+    with pytest.raises(InputError, match="no samples"):
         RidgeRegression(3, 2).solve()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from training_utils import (
     SCRIPTS,
     Bench,
@@ -163,6 +164,7 @@ def test_tensorboard_gets_what_the_log_says(make_arguments, tmp_path):
 
 def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # else it keeps the mode that it was first used with in this process
     train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=wandb", "--run.name=mine"))
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
     (record,) = offline.glob("*.wandb")
