@@ -325,7 +325,7 @@ def nothing(model: Any, output: Any) -> torch.Tensor:
     """A zero through everything that trains, for a batch without any loss: other processes wait for its gradients."""
     zero = model.touch_trainable()
     states = output.hidden_states
-    return zero + states.float().mean() * 0 if states.requires_grad else zero
+    return zero if states is None or not states.requires_grad else zero + states.float().mean() * 0
 
 
 @torch.no_grad()
