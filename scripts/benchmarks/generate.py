@@ -76,7 +76,7 @@ def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, dev
         chunks = embeds.split(1, dim=1) if kind == STEPWISE else [embeds]
 
         def work() -> None:
-            cache.crop(options.prompt)
+            cache.crop(options.prompt - cache.get_seq_length())
             length = options.prompt
             for chunk in chunks:
                 length += chunk.shape[1]
