@@ -160,7 +160,8 @@ def test_requests_name_modality_thing_and_motion():
         for _ in range(20):
             request = language.media_request(modality, THINGS[0], rng, motion)
             assert "red circle" in request and ("down" in request) == (modality == "video")
-        assert language.media_reply(modality, rng).endswith(":")
+        reply = language.media_reply(modality, THINGS[0], rng, motion)
+        assert reply.endswith(language.plain_caption(THINGS[0], motion)) and len(set(reply) & set(".:")) == 1
         assert language.describe_question(modality, rng)
         assert "None" not in language.convert_request(modality, rng, motion)
     with pytest.raises(InputError, match="needs a motion"):

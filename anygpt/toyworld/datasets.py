@@ -204,7 +204,7 @@ class _RowWriter:
             return language.described_question(modality, thing, rng, motion)
         if way == "request":
             request = language.media_request(modality, thing, rng, motion)
-            return request, f"{language.media_reply(modality, rng)} {language.plain_caption(thing, motion)}"
+            return request, language.media_reply(modality, thing, rng, motion)
         return self._talk(thing, rng)
 
     def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
@@ -232,7 +232,7 @@ class _RowWriter:
                 asked.append(language.media_request(target, thing, rng, moving))
             else:
                 asked.append(language.convert_request(target, rng, moving))
-            given.append(_text(language.media_reply(target, rng)))
+            given.append(_text(language.media_reply(target, thing, rng, moving)))
             medium = self._write(f"{name}-out", thing, target, moving, rng)
             given.append({**medium, "caption": language.plain_caption(thing, moving)})
         user = [_text(" ".join(asked))]

@@ -22,8 +22,6 @@ _NOUNS = {
     "audio": ("sound", "recording", "audio"),
 }
 _SHOWS = {"image": ("shows", "has"), "video": ("shows", "has"), "audio": ("is of", "comes from")}
-# No space at the end: a tokenizer makes a token of its own of one before a signal token, which no language model
-# expects there.
 _HERE = {
     "image": ("Here is the picture:", "It looks like this:", "This is the image:"),
     "video": ("Here is the video:", "It moves like this:", "This is the clip:"),
@@ -144,9 +142,14 @@ def convert_request(modality: str, rng: np.random.Generator, motion: str | None 
     return pick(rng, _of(_CONVERSIONS, modality)).format(motion=motion)
 
 
-def media_reply(modality: str, rng: np.random.Generator) -> str:
-    """The text before a medium in an answer; it ends with a space."""
-    return pick(rng, _of(_HERE, modality))
+def media_reply(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
+    """The text before a medium in an answer, which says what comes: "Here is the picture: a red circle".
+
+    What the answer shows stands right before its signal tokens, whatever the request was in: the language model says
+    what it saw or heard, and one map from words serves every input. There is no space at the end: a tokenizer makes a
+    token of its own of one before a signal token, which no language model expects there.
+    """
+    return f"{pick(rng, _of(_HERE, modality))} {plain_caption(thing, motion)}"
 
 
 def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
@@ -188,7 +191,7 @@ def sentences(rng: np.random.Generator, rounds: int = 4) -> Iterator[str]:
             yield describe_question(modality, rng)
             yield media_request(modality, thing, rng, moving)
             yield convert_request(modality, rng, moving)
-            yield media_reply(modality, rng)
+            yield pick(rng, _HERE[modality])
         for question, answer in (text_qa(thing, rng), small_talk(rng), refusal(rng)):
             yield question
             yield answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ def check_keys(arguments: Sequence[str], kind: type) -> None:
         raise InputError("; ".join(faults))
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
     """Takes a key that stands twice for the mistake that it is; YAML's own would forget the first."""
 
@@ -73,6 +77,13 @@ class _Loader(yaml.SafeLoader):
             seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
+
+# As in YAML 1.2, `no` is a word: it is one of the precisions. PyYAML's rule would make it false.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != _BOOL]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 # A date that there is not is a ValueError; brackets without end are a RecursionError.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
