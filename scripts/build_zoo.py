@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
 QUALITY = WORK / "quality.json"
-SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"pairs": 12_000}
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"views": 30_000, "pairs": 8_000}
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),
-    "image_encoder": ("encoders",),
-    "audio_encoder": ("encoders",),
+    "image_encoder": ("image_encoder",),
+    "audio_encoder": ("audio_encoder",),
     "image_decoder": ("image_vae", "image_denoiser"),
     "video_decoder": ("image_vae", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),

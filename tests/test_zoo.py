@@ -38,7 +38,7 @@ def test_image_encoder_runs():
     model = CLIPVisionModel.from_pretrained(part_path("image_encoder")).eval()
     pixels = processor(images=[Image.new("RGB", (50, 40), "red")], return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
-    assert model(pixels).last_hidden_state.shape == (1, 17, 64)
+    assert model(pixels).last_hidden_state.shape == (1, 17, 96)
 
 
 def test_audio_encoder_runs():

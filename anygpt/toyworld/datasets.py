@@ -26,7 +26,7 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = ("stage1", "stage2", "stage3", "eval", "joint", "words", "pairs", "pictures", "clips", "sounds")
+KINDS = ("stage1", "stage2", "stage3", "eval", "joint", "words", "pairs", "pictures", "clips", "sounds", "views")
 COMPONENT_KINDS = KINDS[5:]
 """Those that the parts themselves are trained on, in stage 0."""
 _SHOWN = {"pictures": "image", "clips": "video", "sounds": "audio"}
@@ -52,8 +52,8 @@ def write_dataset(
     - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
       those of `stage3`.
     - `words`: text only: what `stage3` has of it, and media that are described in words.
-    - `pairs`: a picture and a sound of one thing, a picture alone (twice as often), or a sound alone in, the
-      plain caption out.
+    - `views`: a picture in, the plain caption out.
+    - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
@@ -148,11 +148,11 @@ class _RowWriter:
             return self._media_to_text(name, thing, modality, rng)
         if self.kind == "words":
             return _text_row(name, self._words(thing, modality, rng))
-        if self.kind == "pairs":
-            if index % 4 == 0:
+        if self.kind in ("views", "pairs"):
+            if self.kind == "pairs" and index % 2 == 0:
                 row = self._pair_to_text(name, thing, "audio", rng)
             else:
-                row = self._media_to_text(name, thing, ("audio", "image", "image")[index % 4 - 1], rng)
+                row = self._media_to_text(name, thing, "image" if self.kind == "views" else "audio", rng)
             row["messages"][1]["content"] = [_text(language.plain_caption(thing))]
             return row
         if self.kind in _SHOWN:

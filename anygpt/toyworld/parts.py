@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from diffusers import (
     AudioLDMPipeline,
     AutoencoderKL,
@@ -28,6 +30,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
     WhisperConfig,
@@ -36,7 +39,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from anygpt.toyworld.language import caption, plain_caption
 from anygpt.toyworld.tokenizers import clip_tokenizer, llm_tokenizer, roberta_tokenizer
+from anygpt.toyworld.world import THINGS
 
 _MEL_BINS = 64
 """Of AudioLDM: its VAE sees (frames, 64) log-mel pictures, its vocoder takes 64 bins."""
@@ -50,16 +55,19 @@ _CLAP_DIM = 32
 """CLAP's projection, the whole condition of AudioLDM. The pipeline pads its empty negative prompt to this many
 tokens (not to the tokenizer's length), so CLAP needs at least that many positions."""
 
+_LEAST_VARIANCE = 0.01
+"""That whitening takes a direction for, as a share of the largest one."""
+
 
 def save_image_encoder(folder: Path) -> None:
     config = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=_IMAGE_SIZE,
         patch_size=8,
-        projection_dim=64,
+        projection_dim=96,
     )
     CLIPVisionModel(config).save_pretrained(folder)
     # The PIL one, by name: the default backend needs torchvision.
@@ -163,6 +171,7 @@ def save_audio_decoder(folder: Path) -> None:
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=4,
+            initializer_factor=0.5,  # see `_whiten`
             max_position_embeddings=_CLAP_DIM + 2,  # RoBERTa counts positions from the padding's id (1) plus one
             projection_dim=_CLAP_DIM,
             hidden_dropout_prob=0.0,
@@ -172,6 +181,7 @@ def save_audio_decoder(folder: Path) -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+    _whiten(text_encoder, tokenizer)
     channels = (32, 64)
     unet = UNet2DConditionModel(
         sample_size=_MEL_BINS // _VAE_FACTOR,  # in latent frames: 8 · 8 mel frames · 10 ms = 0.64 s
@@ -233,6 +243,32 @@ def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
         eos_token_id=tokenizer.eos_token_id,
     )
     return CLIPTextModel(config), tokenizer
+
+
+@torch.no_grad()
+def _whiten(text_encoder: ClapTextModelWithProjection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set CLAP's last layer so that its embeddings of captions have mean 0 and about the same variance everywhere.
+
+    The one vector that AudioLDM is conditioned on must tell things apart and must also lie for a new shape and colour
+    where those of others with that shape and with that colour point to. Trained along with the denoiser it does the
+    first only: each thing gets a place of its own. Small random weights do the second: the vector is nearly a sum
+    over the words. But it is nearly the same for all captions, too, until it is whitened (arXiv 2103.15316).
+    """
+    rng = np.random.default_rng(0)
+    captions = [plain_caption(thing) for thing in THINGS]
+    captions += [caption(thing, rng, modality="audio") for thing in THINGS for _ in range(8)]
+    last = text_encoder.text_projection.linear2
+    inputs: list[torch.Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    text_encoder.eval()(**tokenizer(captions, padding=True, return_tensors="pt"))
+    hook.remove()
+    features = inputs[0].double()
+    mean = features.mean(0)
+    variances, directions = torch.linalg.eigh(torch.cov(features.T, correction=0))
+    # Directions that hardly vary hold what is not a sum over the words; they stay small.
+    weight = (variances + _LEAST_VARIANCE * variances.max()).rsqrt()[:, None] * directions.T
+    last.weight.copy_(weight)
+    last.bias.copy_(-weight @ mean)
 
 
 def _vae(channels: int, sample_size: int) -> AutoencoderKL:

@@ -62,7 +62,7 @@ def make_optimizer(model: Any, config: Config) -> tuple[torch.optim.AdamW, Any]:
     """AdamW over what trains, and its schedule over `train.max_steps`."""
     train = config.train
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay
+        parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
     )
     return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
 

@@ -30,6 +30,7 @@ from anygpt.toyworld.tokenizers import llm_tokenizer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import make_generators, make_loader, take_updates, use_cache, use_frames_of
+from anygpt.training.optimization import make_optimizer
 from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
 
@@ -76,7 +77,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
             CacheWriter(config.data.cache_dir, model.eval(), processor, [dataset], accelerator).write()
             use_cache([dataset], model, processor, config)
         model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        optimizer, _ = make_optimizer(model, config)
         times, losses = [], []
         begin = time.perf_counter()
         loader = make_loader(dataset, Collator(processor), config, accelerator, start=0)
@@ -117,8 +118,7 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
             f"--train.signal_rows={options.signal_rows}",
         ]
     )
-    if case == "alignment":
-        config.loss.denoising = 0.0
+    config.loss.denoising = float(case == "stage 2")
     return config
 
 
