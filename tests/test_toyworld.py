@@ -215,7 +215,7 @@ def test_datasets_are_valid(kind, tmp_path):
     elif kind == "stage2":
         assert found == {("assistant", modality): 16 for modality in MODALITIES}
     else:
-        given = {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12, "pairs": 12 * 2 + 36}
+        given = {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12, "pairs": 24 * 2 + 24, "views": 48}
         assert users["user"] == given.get(kind, 0)
         if kind in ("pictures", "clips", "sounds"):
             assert users["assistant"] == 48

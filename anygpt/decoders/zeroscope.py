@@ -56,7 +56,8 @@ class ZeroscopeDecoder(DiffusionDecoder):
         """The image VAE's, frame by frame: `(B, 3, F, H, W)` -> two of `(B, C, F, h, w)`."""
         frames = pixels.transpose(1, 2)
         moments = super().posterior(frames.flatten(0, 1))
-        mean, std = (x.unflatten(0, frames.shape[:2]).transpose(1, 2) for x in moments)
+        # Contiguous, as they come from a feature cache too: kernels choose their way, and its rounding, by the layout.
+        mean, std = (x.unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous() for x in moments)
         return mean, std
 
     def enable_gradient_checkpointing(self) -> None:
