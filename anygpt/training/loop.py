@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 
@@ -49,6 +49,7 @@ from anygpt.training.loading import (
     use_frames_of,
 )
 from anygpt.training.optimization import compile_layers, learning_rates, make_optimizer
+from anygpt.training.processes import processes
 from anygpt.training.record import environment
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.samples import generate_answers, log_answers, write_answers
@@ -135,14 +136,15 @@ def train(config: Config, stage: Stage) -> Path:
             f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
             "replace it with run.resume=never"
         )
-    accelerator = Accelerator(
-        # Said outright, or several processes on a machine without an accelerator would not find each other.
-        cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision=config.train.mixed_precision,
-        log_with=None if config.run.tracker == "none" else config.run.tracker,
-        project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with processes(config) as accelerator:
+        return train_stage(config, stage, checkpoint, passed_over, accelerator)
+
+
+def train_stage(
+    config: Config, stage: Stage, checkpoint: Path | None, passed_over: list[str], accelerator: Accelerator
+) -> Path:
+    """`train` from the checkpoint that it continues from, if any; `passed_over` are warnings about others."""
+    folder = Path(config.run.output_dir)
     check_sharding(accelerator, config, resumes=checkpoint is not None)
     set_seed(config.run.seed)
     model, processor = build(config)

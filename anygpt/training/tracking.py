@@ -146,7 +146,6 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
 
 
 def check_tracker(config: Config) -> None:
