@@ -102,4 +102,6 @@ class MultimodalConfig(PreTrainedConfig):
 
 def _part(part: Any) -> dict[str, Any]:
     entry = {"class": class_name(part), "source": source_dict(source_of(part)), "adapter": is_peft(part)}
-    return entry | ({"num_frames": part.config.num_frames} if isinstance(base_model(part), VideoEncoder) else {})
+    if not isinstance(base_model(part), VideoEncoder):
+        return entry
+    return entry | {"num_frames": part.config.num_frames, "pool_frames": part.config.pool_frames}

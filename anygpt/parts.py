@@ -50,6 +50,7 @@ class Source:
         quantization_config: keyword arguments of transformers' `BitsAndBytesConfig`, for encoders and language
             models.
         num_frames: frames of a clip, for video encoders and decoders.
+        pool_frames: one feature a frame, where an image encoder reads clips (see `VideoEncoder`).
     """
 
     path: str
@@ -58,6 +59,7 @@ class Source:
     attn_implementation: str | None = None
     quantization_config: dict[str, Any] | None = None
     num_frames: int | None = None
+    pool_frames: bool | None = None
 
     def __post_init__(self) -> None:
         if Path(self.path).is_dir():  # so that what is saved can be loaded from any working directory
@@ -114,7 +116,8 @@ def load_encoder(source: Source, modality: str) -> nn.Module:
             )
         encoder = family.load_class().from_pretrained(folder, **source.loading_options())
         if modality == "video" and family.main_input == "pixel_values":
-            return VideoEncoder(encoder, **({"num_frames": source.num_frames} if source.num_frames else {}))
+            given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
+            return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
         return encoder
 
     return _load(source, f"{modality} encoder", load)
@@ -163,10 +166,11 @@ def source_of(part: nn.Module) -> Source | None:
     path = part.pipeline.name_or_path if isinstance(part, DiffusionDecoder) else part.name_or_path
     if not path:
         return None
-    frames = part.config.num_frames if isinstance(part, VideoEncoder) else None
+    is_video = isinstance(part, VideoEncoder)
+    frames = {name: getattr(part.config, name) for name in ("num_frames", "pool_frames")} if is_video else {}
     dtype = next(part.parameters()).dtype
     revision = getattr(getattr(part, "config", None), "_commit_hash", None)
-    return Source(str(path), revision=revision, dtype=str(dtype).removeprefix("torch."), num_frames=frames)
+    return Source(str(path), revision=revision, dtype=str(dtype).removeprefix("torch."), **frames)
 
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -359,7 +359,8 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
     if issubclass(cls, DiffusionDecoder):
         return load_decoder(Source(str(folder)))
     if cls is VideoEncoder:
-        part = load_encoder(Source(str(folder), num_frames=entry.get("num_frames")), "video")
+        frames = {name: entry[name] for name in ("num_frames", "pool_frames") if name in entry}
+        part = load_encoder(Source(str(folder), **frames), "video")
     else:
         part = cls.from_pretrained(folder, use_safetensors=True, dtype="auto")
     # It was saved whole because it has no source, and the folder that it now comes from is not one either.

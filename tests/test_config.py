@@ -117,8 +117,8 @@ def test_overrides():
 def test_no_is_a_precision_and_no_truth_value(tmp_path):
     """YAML 1.1, which PyYAML reads, takes a bare `no` for false."""
     path = tmp_path / "c.yaml"
-    path.write_text(STAGE_1_FILE + "\ntrain: {mixed_precision: no, gradient_checkpointing: true}\n")
-    config = parse_config(["--config", str(path)])
+    path.write_text("train: {mixed_precision: no, gradient_checkpointing: true}\n")
+    config = parse_config([*STAGE_1, "--config", str(path)])
     assert config.train.mixed_precision == "no" and config.train.gradient_checkpointing is True
     assert parse_config([*STAGE_1, "--train.mixed_precision", "no"]).train.mixed_precision == "no"
 

@@ -9,7 +9,8 @@ from conftest import enlarge
 from tiny_parts import CLIP, ENCODERS, LANGUAGE_MODELS, LLAMA, VISION
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from anygpt.encoders import VideoEncoder
+from anygpt.encoders import FAMILIES, VideoEncoder
+from anygpt.parts import Source, load_encoder
 
 
 def by_label(part):
@@ -152,6 +153,26 @@ def test_models_that_are_no_encoders_are_refused(model, text):
 def test_frame_by_frame_needs_images_of_one_size(label):
     with pytest.raises(InputError, match="cannot run frame by frame"):
         VideoEncoder(encoder_by(label).build())
+
+
+def test_frames_give_one_feature_or_all():
+    tiny = encoder_by("any image encoder, frame by frame")
+    pooled = tiny.build().eval()
+    every = VideoEncoder(pooled.image_encoder, tiny.num_frames, pool_frames=False)
+    inputs = tiny.build_processor()([tiny.media(0), tiny.media(1)])
+    with torch.no_grad():
+        one, all_of_them = (encoder(**inputs).last_hidden_state for encoder in (pooled, every))
+    count = FAMILIES[every.config.model_type].count
+    assert count(pooled.config, inputs) == [one.shape[1]] * 2 == [tiny.num_frames] * 2
+    assert count(every.config, inputs) == [all_of_them.shape[1]] * 2 and all_of_them.shape[1] > one.shape[1]
+    torch.testing.assert_close(all_of_them.unflatten(1, (tiny.num_frames, -1)).mean(dim=2), one)
+
+
+def test_a_saved_video_encoder_keeps_all_features(tmp_path):
+    encoder = load_encoder(Source("zoo:image_encoder", num_frames=2, pool_frames=False), "video")
+    MultimodalModel({"video": ModalEncoderModule(encoder)}, LLAMA.build()).save_pretrained(tmp_path)
+    loaded = MultimodalModel.from_pretrained(tmp_path).encoders["video"].module
+    assert loaded.config.pool_frames is False and loaded.config.num_frames == 2
 
 
 def test_qformer_needs_inputs_of_one_size(tokenizer):

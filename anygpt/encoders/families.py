@@ -85,6 +85,16 @@ _CLAP = EncoderFamily(
     feature_size=features.clap_feature_size,
 )
 
+
+def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]:
+    """Features of each clip: one a frame, or all that the image encoder gives for each of its frames."""
+    clips = inputs["pixel_values_videos"]
+    if config.pool_frames:
+        return [clip.shape[0] for clip in clips]
+    image = config.image_encoder
+    return [sum(FAMILIES[image.model_type].count(image, {"pixel_values": clip})) for clip in clips]
+
+
 FAMILIES: dict[str, EncoderFamily] = {
     # images
     "clip": _CLIP,
@@ -143,7 +153,5 @@ FAMILIES: dict[str, EncoderFamily] = {
     "videomae": EncoderFamily(
         "pixel_values_videos", features.count_tubelets, arguments={"pixel_values_videos": "pixel_values"}
     ),
-    "anygpt_video_encoder": EncoderFamily(
-        "pixel_values_videos", features.count_frames, "anygpt.encoders.video.VideoEncoder"
-    ),
+    "anygpt_video_encoder": EncoderFamily("pixel_values_videos", count_frames, "anygpt.encoders.video.VideoEncoder"),
 }

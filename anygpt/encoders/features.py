@@ -153,8 +153,3 @@ def count_tubelets(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
     clips = inputs["pixel_values_videos"] if "pixel_values_videos" in inputs else inputs["pixel_values"]
     frames = clips[0].shape[0]
     return [frames // config.tubelet_size * _patches(config, {"pixel_values": clips})] * len(clips)
-
-
-def count_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """One feature a frame: `VideoEncoder` pools the frames' own tokens."""
-    return [clip.shape[0] for clip in inputs["pixel_values_videos"]]

@@ -22,16 +22,24 @@ class VideoEncoderConfig(PreTrainedConfig):
     Args:
         image_encoder: config of the image encoder, as a config or its dict.
         num_frames: frames that a clip is sampled to.
+        pool_frames: see `VideoEncoder`.
     """
 
     model_type = "anygpt_video_encoder"
 
-    def __init__(self, image_encoder: PreTrainedConfig | dict | None = None, num_frames: int = 8, **kwargs: Any):
+    def __init__(
+        self,
+        image_encoder: PreTrainedConfig | dict | None = None,
+        num_frames: int = 8,
+        pool_frames: bool = True,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if isinstance(image_encoder, dict):
             image_encoder = AutoConfig.for_model(**image_encoder)
         self.image_encoder = image_encoder
         self.num_frames = num_frames
+        self.pool_frames = pool_frames
 
     @property
     def hidden_size(self) -> int:
@@ -43,7 +51,10 @@ class VideoEncoderConfig(PreTrainedConfig):
 
 
 class VideoEncoder(PreTrainedModel):
-    """Runs an image encoder on every frame and gives one feature a frame: the mean of its tokens plus its time.
+    """Runs an image encoder on every frame and gives one feature a frame, the mean of its tokens plus its time.
+
+    Where a few frames say enough, `pool_frames=False` gives all tokens of each, plus its time: n times as many, but
+    what the encoder has in different tokens, such as where things are, stays apart.
 
     The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the frame's
     index; without it the language model could still tell the frames' order from its own positions, but the
@@ -52,20 +63,21 @@ class VideoEncoder(PreTrainedModel):
     Args:
         image_encoder: any encoder whose first output is `(items, n, features)`.
         num_frames: frames that a clip is sampled to.
+        pool_frames: one feature a frame, or all.
     """
 
     config_class = VideoEncoderConfig
     main_input_name = "pixel_values_videos"
     base_model_prefix = "image_encoder"
 
-    def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8):
+    def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8, pool_frames: bool = True):
         family = FAMILIES.get(image_encoder.config.model_type)
         if family is not None and (family.layout != "fixed" or family.main_input != "pixel_values"):
             raise InputError(
                 f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
                 "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"
             )
-        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames))
+        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames, pool_frames))
         self.image_encoder = image_encoder
         self.post_init()
 
@@ -81,11 +93,14 @@ class VideoEncoder(PreTrainedModel):
         """`PreTrainedModel.__init__` sets it before there is an image encoder; the encoder's own stands."""
 
     def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
-        """`(B, frames, 3, height, width)` pixels give `(B, frames, features)`."""
+        """`(B, frames, 3, height, width)` pixels give `(B, frames, features)`, or `(B, frames · n, features)`."""
         clips, frames = pixel_values_videos.shape[:2]
-        states = self.image_encoder(pixel_values_videos.flatten(0, 1))[0].mean(dim=1)
+        states = self.image_encoder(pixel_values_videos.flatten(0, 1))[0]
+        if self.config.pool_frames:
+            states = states.mean(dim=1, keepdim=True)
         states = states.unflatten(0, (clips, frames))
-        return BaseModelOutput(last_hidden_state=states + _sinusoid(frames, states.shape[-1]).to(states))
+        states = states + _sinusoid(frames, states.shape[-1]).to(states)[:, None]
+        return BaseModelOutput(last_hidden_state=states.flatten(1, 2))
 
 
 # So that a saved processor can read the config back by its model_type.

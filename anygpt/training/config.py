@@ -73,11 +73,13 @@ class EncoderConfig(PartConfig):
     Attributes:
         modality: media type in the data; the key by default.
         num_frames: frames of a clip, for an image encoder under `video`.
+        pool_frames: whether it gives one feature a frame, as by default, or all (see `VideoEncoder`).
         projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, qformer), `activation`, ….
     """
 
     modality: str | None = None
     num_frames: int | None = None
+    pool_frames: bool | None = None
     projector: dict[str, Any] = field(default_factory=dict)
 
 
