@@ -72,7 +72,7 @@ def test_projector_is_lazy_and_takes_its_sizes_from_both_sides(clip, llm):
     assert encoder.projector is None
     MultimodalModel({"image": encoder}, llm)
     assert isinstance(encoder.projector.projection, nn.Linear)
-    assert (encoder.projector.projection.in_features, encoder.projector.projection.out_features) == (64, 128)
+    assert (encoder.projector.projection.in_features, encoder.projector.projection.out_features) == (96, 128)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "gelu_pytorch_tanh", "quick_gelu", "relu2", "laplace"])
@@ -81,30 +81,30 @@ def test_mlp_projector_with_any_activation(clip, llm, activation):
         {"image": ModalEncoderModule(clip)}, llm, init_projector_type="mlp", init_activation=activation
     )
     first, middle, last = model.image_encoder.projector.projection
-    assert (first.in_features, first.out_features, last.in_features, last.out_features) == (64, 128, 128, 128)
-    x = torch.randn(2, 5, 64)
+    assert (first.in_features, first.out_features, last.in_features, last.out_features) == (96, 128, 128, 128)
+    x = torch.randn(2, 5, 96)
     torch.testing.assert_close(model.image_encoder.projector(x), last(middle(first(x))))
     assert not isinstance(middle, nn.Linear)
 
 
 def test_qformer_projector_gives_its_own_number_of_features():
     config = MultimodalProjectorConfig(
-        in_features=64, out_features=128, projection_type="qformer", num_query_tokens=5, num_hidden_layers=1
+        in_features=96, out_features=128, projection_type="qformer", num_query_tokens=5, num_hidden_layers=1
     )
     projector = MultimodalProjector(config)
-    assert projector(torch.randn(2, 17, 64)).shape == (2, 5, 128)
+    assert projector(torch.randn(2, 17, 96)).shape == (2, 5, 128)
     assert torch.pdist(projector.projection.queries[0]).min() > 0
 
 
 def test_projector_wraps_a_module_of_ones_own(clip, llm):
-    own = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128, bias=False))
+    own = nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 128, bias=False))
     wrapped = MultimodalProjector(MultimodalProjectorConfig(clip.config, llm.config), own)
     model = MultimodalModel({"image": ModalEncoderModule(module=clip, projector=wrapped)}, llm).eval()
     features = clip(pixels()).last_hidden_state
     torch.testing.assert_close(model.encode({"pixel_values": pixels()})["image"], own(features))
 
 
-@pytest.mark.parametrize(("sizes", "message"), [((64, 100), "100.*128"), ((32, 128), "64.*32")])
+@pytest.mark.parametrize(("sizes", "message"), [((96, 100), "100.*128"), ((32, 128), "96.*32")])
 def test_size_mismatch_names_both_sizes(clip, llm, sizes, message):
     projector = MultimodalProjector(MultimodalProjectorConfig(in_features=sizes[0], out_features=sizes[1]))
     with pytest.raises(ValueError, match=message):
@@ -161,7 +161,7 @@ def test_callbacks_run_in_order_on_both_kinds_of_output(clip, llm, kind):
     output = "tuple" if kind == "tuple" else "BaseModelOutput"
     assert seen == [
         ("preprocess", both),
-        ("module", both, "BaseModelOutputWithPooling", 64),
+        ("module", both, "BaseModelOutputWithPooling", 96),
         ("projector", both, output, 128),
     ]
 

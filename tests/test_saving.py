@@ -252,9 +252,9 @@ def test_config_cannot_name_any_class(tiny_model, parts, tmp_path):
 
 def test_own_projection_modules_have_to_be_given_again(parts, tmp_path):
     def own():
-        return nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128))
+        return nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 128))
 
-    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=64, out_features=128), own())
+    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=96, out_features=128), own())
     llm = parts.language_model(lively=False)
     model = MultimodalModel({"image": ModalEncoderModule(parts.encoder("image"), projector)}, llm).eval()
     model.save_pretrained(tmp_path)
