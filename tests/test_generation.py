@@ -219,7 +219,8 @@ def test_a_batch_gives_what_its_rows_give_alone(full_model, options):
         ids = alone.sequences[0].tolist()
         lengths.add(len(ids))
         assert together.sequences[row].tolist()[: len(ids)] == ids
-        assert not any(together.sequences[row].tolist()[len(ids) :])
+        # transformers fills up ended rows with padding; in beam search with the first end token, as padding's id is 0.
+        assert set(together.sequences[row].tolist()[len(ids) :]) <= {0, options["eos_token_id"][0]}
         for one, other in zip(spans_of(alone)[0], spans_of(together)[row], strict=True):
             assert (one.condition - other.condition).abs().max() < 1e-5
             assert (one.states - other.states).abs().max() < 1e-5

@@ -136,7 +136,7 @@ def test_spoiled_json_of_a_part(data, tmp_path, capsys, name, file, content, set
     [
         ("--model.encoders.image.dtype=int8", ("int8", "bfloat16")),
         ("--model.language_model.dtype=complex64", ("complex64", "bfloat16")),
-        ("--model.encoders.image.projector={in_features: 7}", ("7", "64")),
+        ("--model.encoders.image.projector={in_features: 7}", ("7", "96")),
         ("--model.encoders.image.projector={out_features: 7}", ("7", "128")),
         ("--model.encoders.image.path=zoo:image_decoder", ("image encoder", "zoo:image_decoder")),
         ("--model.encoders.image.path=zoo:language_model", ("image encoder", "llama")),

@@ -59,7 +59,7 @@ def test_stage_1_on_its_data(run, tmp_path):
         "language model",
         "losses",
     ]
-    assert hops["image encoder"]["output.last_hidden_state"][:3] == ["(1, 17, 64)", "float32", "cpu"]
+    assert hops["image encoder"]["output.last_hidden_state"][:3] == ["(1, 17, 96)", "float32", "cpu"]
     assert hops["video projector"]["features"][0] == "(1, 8, 128)"
     assert hops["processor"]["labels"][1] == "int64"
 

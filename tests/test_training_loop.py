@@ -116,7 +116,8 @@ def test_an_update_is_the_same_however_it_is_split(make_arguments, tmp_path):
         difference = torch.cat([(gradients[n] - g).flatten() for n, g in whole[2].items()]).norm()
         assert difference < 2e-6 * size
         for name, gradient in whole[2].items():
-            assert (gradients[name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-7 * size, name
+            bound = 1e-4 if name.startswith("audio_decoder") else 2e-5  # see above
+            assert (gradients[name] - gradient).norm() < bound * gradient.norm() + 1e-7 * size, name
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_terms(make_arguments, tmp_path):

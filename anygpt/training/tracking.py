@@ -85,6 +85,7 @@ class RunLog:
                 settings = flatten(config.to_dict() | (facts or {}))
                 accelerator.init_trackers(config.run.project, settings, init_kwargs=options)
             except Exception as error:  # each tracker has exceptions of its own
+                accelerator.trackers.clear()  # one that did not start cannot be ended
                 reason = " ".join(str(error).split())
                 raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
         self.since = time.perf_counter()
