@@ -60,7 +60,7 @@ def test_stage_1_on_its_data(run, tmp_path):
         "losses",
     ]
     assert hops["image encoder"]["output.last_hidden_state"][:3] == ["(1, 17, 96)", "float32", "cpu"]
-    assert hops["video projector"]["features"][0] == "(1, 8, 128)"
+    assert hops["video projector"]["features"][0] == "(1, 34, 128)"
     assert hops["processor"]["labels"][1] == "int64"
 
 

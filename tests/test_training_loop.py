@@ -114,7 +114,7 @@ def test_an_update_is_the_same_however_it_is_split(make_arguments, tmp_path):
             assert value == pytest.approx(whole[1][name], rel=5e-6), name
         size = torch.cat([g.flatten() for g in whole[2].values()]).norm()
         difference = torch.cat([(gradients[n] - g).flatten() for n, g in whole[2].items()]).norm()
-        assert difference < 2e-6 * size
+        assert difference < 5e-6 * size
         for name, gradient in whole[2].items():
             bound = 1e-4 if name.startswith("audio_decoder") else 2e-5  # see above
             assert (gradients[name] - gradient).norm() < bound * gradient.norm() + 1e-7 * size, name
