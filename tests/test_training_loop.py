@@ -111,7 +111,7 @@ def test_an_update_is_the_same_however_it_is_split(make_arguments, tmp_path):
         assert metrics.keys() == whole[1].keys()
         for name, value in metrics.items():
             # The whitened text encoder of sounds takes small differences, those of rounding too, several times up.
-            assert value == pytest.approx(whole[1][name], rel=5e-6), name
+            assert value == pytest.approx(whole[1][name], rel=5e-6 if "audio" in name else 2e-6), name
         size = torch.cat([g.flatten() for g in whole[2].values()]).norm()
         difference = torch.cat([(gradients[n] - g).flatten() for n, g in whole[2].items()]).norm()
         assert difference < 5e-6 * size
@@ -169,10 +169,7 @@ def test_two_processes_over_20_updates(make_arguments, tmp_path, stage):
     done = launch(stage, make_arguments(stage, two, *more, steps=20, batch_size=2), processes="two_processes_cpu")
     assert done.returncode == 0, done.stderr
     train_here(stage, make_arguments(stage, one, *more, steps=20, batch_size=4))
-    first, second = losses_of(one), losses_of(two)
-    assert_same_losses(first, second, relative=1e-4)  # single terms, and the norm of the gradient
-    first, second = ({step: {"loss": metrics["loss"]} for step, metrics in x.items()} for x in (first, second))
-    assert_same_losses(first, second, relative=1e-5)
+    assert_same_losses(losses_of(one), losses_of(two), relative=1e-5)
 
 
 # -- settings --------------------------------------------------------------------------------------------------
