@@ -166,6 +166,7 @@ def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # else it keeps the mode that it was first used with in this process
     train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=wandb", "--run.name=mine"))
+    wandb.teardown()  # as a process that ends does it: its service writes the record's last lines only then
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
     (record,) = offline.glob("*.wandb")
     content = record.read_bytes()
