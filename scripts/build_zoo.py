@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
 QUALITY = WORK / "quality.json"
-SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"views": 30_000, "pairs": 8_000}
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"words": 16_000, "views": 30_000, "pairs": 8_000}
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),

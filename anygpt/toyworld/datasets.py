@@ -199,12 +199,18 @@ class _RowWriter:
     def _words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[str, str]:
         """What a language model that never met media knows: talk, and media told in words in place of the media."""
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
-        way = language.pick(rng, ("talk", "describe", "request"))
+        way = language.pick(rng, ("talk", "describe", "request", "convert"))
         if way == "describe":
             return language.described_question(modality, thing, rng, motion)
         if way == "request":
             request = language.media_request(modality, thing, rng, motion)
             return request, language.media_reply(modality, thing, rng, motion)
+        if way == "convert":
+            target = language.pick(rng, MODALITIES)
+            moving = language.pick(rng, MOTIONS) if target == "video" else None
+            given = language.caption(thing, rng, motion, modality)
+            request = language.convert_request(target, rng, moving)
+            return f"{given} {request}", language.media_reply(target, thing, rng, moving)
         return self._talk(thing, rng)
 
     def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
