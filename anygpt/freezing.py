@@ -136,7 +136,7 @@ class PartTraining:
         # Under FSDP2 only the layers of the language model are sharded here, and those run in every batch.
         trainable = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         zero = torch.zeros((), device=self.device)
-        return sum((p.flatten()[0].float() * 0 for p in trainable), zero)
+        return torch.stack([zero, *(p.flatten()[0].float() for p in trainable)]).sum() * 0
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recompute activations in the backward pass, in every part whose library offers it."""

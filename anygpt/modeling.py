@@ -204,7 +204,7 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
         chosen = logits[0] if logits is not None and not return_logits else logits
         losses = self.compute_losses(merged, rows, chosen, conditions, decoder_targets or {}, generators or {})
         loss = weighted_total(losses, self.loss_weights, loss_counts)
-        if self.training and loss is not None:
+        if self.training and loss is not None and torch.distributed.is_initialized():
             loss = loss + self.touch_trainable()
         return MultimodalOutput(
             loss=loss,

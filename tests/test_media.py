@@ -238,6 +238,34 @@ def test_8_bit_wav_flac_and_the_sound_of_a_video(tmp_path):
     assert spectrum.argmax() == 440
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "kind"),
+    [
+        *[("wav", f"pcm_{x}", y) for x, y in (("u8", "u8"), ("s16le", "s16"), ("s24le", "s32"), ("s32le", "s32"))],
+        *[("wav", f"pcm_{x}le", y) for x, y in (("f32", "flt"), ("f64", "dbl"))],
+        ("flac", "flac", "s16"),
+        ("mp4", "aac", "fltp"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_samples_are_what_ffmpeg_converts_them_to(tmp_path, suffix, codec, kind, layout):
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).uniform(-1, 1, (1 + (layout == "stereo"), 4800)).astype(np.float32)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16000, layout=layout, format=kind)
+        frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout=layout)
+        frame.rate = 16000
+        resampler = av.AudioResampler(kind, layout, 16000, frame_size=stream.codec_context.frame_size or None)
+        for part in (frame, None):
+            for converted in resampler.resample(part):
+                container.mux(stream.encode(converted))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler("fltp")
+        expected = [y.to_ndarray() for x in container.decode(audio=0) for y in resampler.resample(x)]
+    np.testing.assert_array_equal(read_audio(path).waveform, np.clip(np.concatenate(expected, axis=1), -1, 1))
+
+
 def float_wav(path: Path, samples: np.ndarray) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_f32le", rate=16000, layout="mono")

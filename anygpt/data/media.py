@@ -75,12 +75,18 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         rate, channels = codec_of(stream).sample_rate, codec_of(stream).channels
         seconds = (container.duration or 0) / av.time_base
         limits.check(path, seconds=seconds, bytes=seconds * rate * channels * 4)
-        to_float = av.AudioResampler(format="fltp")  # rate and layout: those of the first frame
+        stream.codec_context.thread_count = 1  # as of videos
         chunks, length = [], 0
         for frame in container.decode(stream):
-            for converted in to_float.resample(frame):
-                chunks.append(converted.to_ndarray())  # (C, n) float32
-                length += converted.samples
+            if not chunks:  # a header may say otherwise
+                rate, channels = frame.sample_rate, frame.layout.nb_channels
+            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
+                raise ValueError(
+                    f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
+                    f"{frame.layout.nb_channels} channels; convert it to one"
+                )
+            chunks.append(_to_float(frame))
+            length += frame.samples
             limits.check(path, seconds=length / rate, bytes=length * channels * 4)
         if length == 0:
             raise ValueError("it holds no samples")
@@ -88,3 +94,17 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         if not np.isfinite(waveform).all():
             raise ValueError("it holds samples that are NaN or infinite")
         return Audio(waveform=np.clip(waveform, -1, 1), sampling_rate=rate)
+
+
+def _to_float(frame: av.AudioFrame) -> np.ndarray:
+    """`(C, n)` float32, as `av.AudioResampler(format="fltp")` gives it.
+
+    That one starts a filter graph with threads of its own for each file, which costs more than all else of a short one.
+    """
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    if samples.dtype == np.uint8:  # FFmpeg's only unsigned format
+        return (samples.astype(np.float32) - 128) / 128
+    scale = 1 if samples.dtype.kind == "f" else np.float32(2.0 ** -(8 * samples.itemsize - 1))
+    return samples.astype(np.float32) * scale

@@ -32,6 +32,8 @@ from anygpt.errors import InputError
 
 # Containers that say of each packet when it is shown; others (AVI, for one) say when it is decoded.
 TIMED = {"mov", "matroska", "mpegts"}
+# PyAV 17 began to convert a frame in as many threads as there are cores, which take longer to start than it takes.
+_IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 # The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), and how many seconds it is shown.
 Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction]]
 # From when each frame is shown, and when the last one ends, to the indices of those that are wanted.
@@ -170,6 +172,8 @@ def _animation_frames(path: Place) -> Frames:
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song is no video
+            # Workers decode side by side; threads of its own take longer to start than a few frames to decode.
+            codec_of(stream).thread_count = 1
             return stream
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
 
@@ -191,7 +195,7 @@ def _rate(stream: av.VideoStream) -> Fraction:
 
 def _to_array(frame: av.VideoFrame) -> np.ndarray:
     quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as np.rot90 counts them
-    return np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+    return np.rot90(frame.to_ndarray(format="rgb24", **_IN_ONE_THREAD), quarter_turns)
 
 
 # -- from keyframes on -----------------------------------------------------------------------------------

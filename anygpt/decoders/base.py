@@ -134,7 +134,10 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
-        return self.pipeline._execution_device
+        networks = (x for x in self.pipeline.components.values() if isinstance(x, nn.Module))
+        if any(hasattr(network, hook) for network in networks for hook in ("_hf_hook", "_diffusers_hook")):
+            return self.pipeline._execution_device  # which looks at every module of every network
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

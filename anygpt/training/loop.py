@@ -307,7 +307,13 @@ def update(
             *(len(ids[i]) for i in (SAMPLE_IDS, BAD, CUT)),
         )
         sums[-5:] += torch.tensor(done, dtype=torch.float64, device=sums.device)
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in () if torch.distributed.is_initialized() else trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # as `touch_trainable` gives it where there are processes
+    # accelerate tells a sharded model by the whole list of its parameters.
+    clipped = model.parameters() if is_sharded(accelerator) else trained
+    norm = float(accelerator.clip_grad_norm_(clipped, config.train.max_grad_norm))
     *totals, loss, tokens, samples, skipped, cut = accelerator.reduce(sums, reduction="sum").tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
