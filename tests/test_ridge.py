@@ -14,7 +14,7 @@ from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
 from anygpt.training.config import parse_config
 from anygpt.training.loop import train
-from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, RidgeRegression, set_by_ridge
+from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, TOLERANCE, RidgeRegression, set_by_ridge
 from anygpt.training.stages import LLM_DECODER
 
 CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
@@ -67,7 +67,7 @@ def test_fewer_samples_than_inputs():
 
 
 @pytest.mark.parametrize("batch", [7, 64])
-def test_strength_is_the_best_one_for_the_samples_held_back_which_then_join_the_fit(batch):
+def test_strength_is_about_the_best_one_for_the_samples_held_back_which_then_join_the_fit(batch):
     x, y = problem()
     fit = fed(x, y, batch)
     held = torch.cat([outputs for _, outputs in fit.held])
@@ -80,7 +80,8 @@ def test_strength_is_the_best_one_for_the_samples_held_back_which_then_join_the_
         weight, bias = naive_ridge(x[~back], y[~back], relative * scale)
         errors[relative * scale] = float((x[back].double() @ weight.T + bias - y[back]).square().sum())
     weight, bias, strength = fed(x, y, batch).solve()
-    assert strength == pytest.approx(min(errors, key=errors.get), rel=1e-6)
+    good = [strength for strength, error in errors.items() if error <= TOLERANCE * min(errors.values())]
+    assert strength == pytest.approx(max(good), rel=1e-6)
     expected_weight, expected_bias = naive_ridge(x, y, strength)
     torch.testing.assert_close(weight, expected_weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(bias, expected_bias, rtol=1e-7, atol=1e-7)
@@ -90,6 +91,17 @@ def test_noise_calls_for_more_strength():
     x, y = problem(samples=60, inputs=40)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * 100
     assert fed(x, y + noise, 10).solve()[2] > fed(x, y, 10).solve()[2]
+
+
+def test_a_few_captions_do_not_make_a_map_that_explodes():
+    """What is held back differs in what the others have nothing of, so every strength is as wrong about it."""
+    x = (5 + 1e-3 * torch.eye(4, 8)).repeat(3, 1)
+    for seed in range(5):
+        y = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)).repeat(3, 1)
+        fit = fed(x, y, 4)
+        if fit.held and fit.count:
+            break
+    assert fit.solve()[0].abs().max() < 0.1 * fit.solve(strength=1e-10)[0].abs().max()
 
 
 def test_memory_does_not_grow_with_the_samples():

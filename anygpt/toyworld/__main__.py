@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
-    parser.add_argument("--samples", type=int, default=1200, help="rows for each stage (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1600, help="rows for each stage (default: %(default)s)")
     parser.add_argument("--eval-samples", type=int, default=EVAL_SAMPLES, help="rows to judge (default: %(default)s)")
     parser.add_argument(
         "--components", action="store_true", help=f"the data of stage 0 instead, about all {len(THINGS)} things"

@@ -26,7 +26,10 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = ("stage1", "stage2", "stage3", "eval", "joint", "words", "pairs", "pictures", "clips", "sounds", "views")
+KINDS = (
+    *("stage1", "stage2", "stage3", "eval", "joint"),
+    *("plain_words", "pairs", "pictures", "clips", "sounds", "views", "words"),
+)
 COMPONENT_KINDS = KINDS[5:]
 """Those that the parts themselves are trained on, in stage 0."""
 _SHOWN = {"pictures": "image", "clips": "video", "sounds": "audio"}
@@ -51,7 +54,9 @@ def write_dataset(
       "eval-<row>-<input>-<output>", and the answers are reference answers.
     - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
       those of `stage3`.
-    - `words`: text only: what `stage3` has of it, and media that are described in words.
+    - `words`: text only: what `stage3` has of it, and media that are described in words, asked about and turned into
+      others.
+    - `plain_words`: the same, but nothing is turned into anything.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
@@ -146,7 +151,7 @@ class _RowWriter:
         modality = MODALITIES[index % 3]
         if self.kind == "stage1":
             return self._media_to_text(name, thing, modality, rng)
-        if self.kind == "words":
+        if self.kind in ("words", "plain_words"):
             return _text_row(name, self._words(thing, modality, rng))
         if self.kind in ("views", "pairs"):
             if self.kind == "pairs" and index % 2 == 0:
@@ -199,7 +204,8 @@ class _RowWriter:
     def _words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[str, str]:
         """What a language model that never met media knows: talk, and media told in words in place of the media."""
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
-        way = language.pick(rng, ("talk", "describe", "request", "convert"))
+        ways = ("talk", "describe", "request", "convert")
+        way = language.pick(rng, ways if self.kind == "words" else ways[:3])
         if way == "describe":
             return language.described_question(modality, thing, rng, motion)
         if way == "request":

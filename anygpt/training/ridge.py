@@ -20,6 +20,7 @@ from anygpt.errors import InputError
 HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …
 MAX_HELD_BACK = 512  # … up to this number of samples, so that memory does not grow with the captions
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
+TOLERANCE = 1.01  # A larger strength is as good up to this; among a few captions all may be, and the least one explodes.
 
 
 class RidgeRegression:
@@ -94,7 +95,7 @@ class RidgeRegression:
         return x_mean, y_mean, values.clamp(min=0), vectors, rotated
 
     def _choose(self) -> float:
-        """The strength with the least squared error on the held-back samples."""
+        """The largest strength whose squared error on the held-back samples is about the least."""
         x_mean, y_mean, values, vectors, rotated = self._decompose()
         strengths = [relative * float(values.mean().clamp(min=1e-12)) for relative in STRENGTHS]
         if not self.held:
@@ -103,7 +104,7 @@ class RidgeRegression:
         y = torch.cat([y for _, y in self.held]) - y_mean
         in_basis = x @ vectors
         errors = [(in_basis @ (rotated / (values + s)[:, None]) - y).square().sum() for s in strengths]
-        return strengths[int(torch.stack(errors).argmin())]
+        return max(s for s, error in zip(strengths, errors, strict=True) if error <= TOLERANCE * min(errors))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from anygpt.toyworld.tokenizers import llm_tokenizer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import make_generators, make_loader, take_updates, use_cache, use_frames_of
-from anygpt.training.optimization import make_optimizer
+from anygpt.training.optimization import compile_layers, make_optimizer
 from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--signal-rows", choices=("both", "output", "none"), default="output", help="of stage 2 (default: %(default)s)"
     )
+    parser.add_argument("--compile", action="store_true", help="with train.compile on")
 
 
 def sides(options: argparse.Namespace) -> list[str]:
@@ -76,6 +77,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         if way == "cached":
             CacheWriter(config.data.cache_dir, model.eval(), processor, [dataset], accelerator).write()
             use_cache([dataset], model, processor, config)
+        if options.compile:
+            compile_layers(model)
         model.train()
         optimizer, _ = make_optimizer(model, config)
         times, losses = [], []
