@@ -48,9 +48,9 @@ def test_an_overridden_list_inherits_nothing(tmp_path):
 
 
 def test_dotted_overrides_reach_into_projectors():
-    config = parse_config([*STAGE1, "--model.encoders.image.projector.projection_type", "linear"])
-    assert config.model.encoders["image"].projector == {"projection_type": "linear"}
-    assert config.model.encoders["audio"].projector == {"projection_type": "mlp"}
+    config = parse_config([*STAGE1, "--model.encoders.image.projector.projection_type", "mlp"])
+    assert config.model.encoders["image"].projector == {"projection_type": "mlp"}
+    assert config.model.encoders["audio"].projector == {"projection_type": "linear"}
 
 
 @pytest.mark.parametrize("override", [["--loss.encoder_llm", "0"], ["--loss.nll", "0"]])

@@ -110,14 +110,12 @@ def test_an_update_is_the_same_however_it_is_split(make_arguments, tmp_path):
         assert ids == whole[0]
         assert metrics.keys() == whole[1].keys()
         for name, value in metrics.items():
-            # The whitened text encoder of sounds takes small differences, those of rounding too, several times up.
-            assert value == pytest.approx(whole[1][name], rel=5e-6 if "audio" in name else 2e-6), name
+            assert value == pytest.approx(whole[1][name], rel=2e-6), name
         size = torch.cat([g.flatten() for g in whole[2].values()]).norm()
         difference = torch.cat([(gradients[n] - g).flatten() for n, g in whole[2].items()]).norm()
-        assert difference < 5e-6 * size
+        assert difference < 2e-6 * size
         for name, gradient in whole[2].items():
-            bound = 1e-4 if name.startswith("audio_decoder") else 2e-5  # see above
-            assert (gradients[name] - gradient).norm() < bound * gradient.norm() + 1e-7 * size, name
+            assert (gradients[name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-7 * size, name
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_terms(make_arguments, tmp_path):
@@ -164,12 +162,20 @@ def test_two_processes_are_one_with_twice_the_batch(make_arguments, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_over_20_updates(make_arguments, tmp_path, stage):
+    """As the shipped stage 1, with linear projectors: what starts as rounding grows 1,000 times faster through an MLP."""
     two, one = tmp_path / "two", tmp_path / "one"
     more = (*BOARD, "--train.gradient_accumulation_steps=2")
+    if stage == 1:
+        kinds = (f"--model.encoders.{key}.projector.projection_type=linear" for key in ("image", "video", "audio"))
+        more = (*more, *kinds)
     done = launch(stage, make_arguments(stage, two, *more, steps=20, batch_size=2), processes="two_processes_cpu")
     assert done.returncode == 0, done.stderr
     train_here(stage, make_arguments(stage, one, *more, steps=20, batch_size=4))
-    assert_same_losses(losses_of(one), losses_of(two), relative=1e-5)
+    first, second = losses_of(one), losses_of(two)
+    norms = [[metrics.pop("gradient_norm") for metrics in run.values()] for run in (first, second)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    # Answers known before any training have an NLL of 5e-4, a difference of logits near 10: float32 has no more digits.
+    assert_same_losses(first, second, relative=1e-5, absolute=1e-7)
 
 
 # -- settings --------------------------------------------------------------------------------------------------

@@ -220,13 +220,14 @@ def losses_of(folder):
     }
 
 
-def assert_same_losses(first, second, relative):
+def assert_same_losses(first, second, relative, absolute=0.0):
     """Two results of `losses_of` agree."""
     assert first.keys() == second.keys()
     for step in first:
         assert first[step].keys() == second[step].keys()
         for name, value in first[step].items():
-            assert abs(value - second[step][name]) <= relative * abs(value), (step, name, value, second[step][name])
+            bound = max(relative * abs(value), absolute)
+            assert abs(value - second[step][name]) <= bound, (step, name, value, second[step][name])
 
 
 def sgd(parameters):

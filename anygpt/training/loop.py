@@ -296,8 +296,9 @@ def update(
             output = wrapped(**move(batch, accelerator.device), loss_counts=denominators, generators=generators)
             # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
             loss = nothing(model, output) if output.loss is None else output.loss
-            # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
-            accelerator.backward(loss * accelerator.num_processes)
+            if loss.requires_grad:  # else nothing that trains had a part in it, which only a single process sees
+                # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
+                accelerator.backward(loss * accelerator.num_processes)
         for name, term in output.losses.items():
             assert term.count <= denominators[name], f"{name} was counted as {denominators[name]}, not {term.count}"
             sums[names.index(name)] += term.total.detach().double()

@@ -20,7 +20,7 @@ from anygpt.errors import InputError
 HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …
 MAX_HELD_BACK = 512  # … up to this number of samples, so that memory does not grow with the captions
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
-TOLERANCE = 1.01  # A larger strength is as good up to this; among a few captions all may be, and the least one explodes.
+TOLERANCE = 1.01  # up to this a larger strength is as good; with few captions all are, and the least one explodes
 
 
 class RidgeRegression:
