@@ -162,7 +162,7 @@ def test_two_processes_are_one_with_twice_the_batch(make_arguments, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_over_20_updates(make_arguments, tmp_path, stage):
-    """As the shipped stage 1, with linear projectors: what starts as rounding grows 1,000 times faster through an MLP."""
+    """Linear projectors in stage 1, as configs/tiny has: through MLPs rounding grows a thousand times faster."""
     two, one = tmp_path / "two", tmp_path / "one"
     more = (*BOARD, "--train.gradient_accumulation_steps=2")
     if stage == 1:

@@ -48,7 +48,7 @@ from anygpt.training.loading import (
     use_cache,
     use_frames_of,
 )
-from anygpt.training.optimization import compile_layers, learning_rates, make_optimizer
+from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer
 from anygpt.training.processes import processes
 from anygpt.training.record import environment
 from anygpt.training.ridge import set_by_ridge
@@ -296,8 +296,8 @@ def update(
             output = wrapped(**move(batch, accelerator.device), loss_counts=denominators, generators=generators)
             # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
             loss = nothing(model, output) if output.loss is None else output.loss
-            if loss.requires_grad:  # else nothing that trains had a part in it, which only a single process sees
-                # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
+            # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
+            if loss.requires_grad:  # else, in a single process, nothing that trains had a part in it
                 accelerator.backward(loss * accelerator.num_processes)
         for name, term in output.losses.items():
             assert term.count <= denominators[name], f"{name} was counted as {denominators[name]}, not {term.count}"
@@ -308,13 +308,7 @@ def update(
             *(len(ids[i]) for i in (SAMPLE_IDS, BAD, CUT)),
         )
         sums[-5:] += torch.tensor(done, dtype=torch.float64, device=sums.device)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in () if torch.distributed.is_initialized() else trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)  # as `touch_trainable` gives it where there are processes
-    # accelerate tells a sharded model by the whole list of its parameters.
-    clipped = model.parameters() if is_sharded(accelerator) else trained
-    norm = float(accelerator.clip_grad_norm_(clipped, config.train.max_grad_norm))
+    norm = clip_gradients(model, optimizer, config.train.max_grad_norm, accelerator)
     *totals, loss, tokens, samples, skipped, cut = accelerator.reduce(sums, reduction="sum").tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]

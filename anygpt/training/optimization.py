@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anygpt.errors import InputError
 from anygpt.training.config import Config, TrainConfig
+from anygpt.training.sharding import is_sharded
 
 BASE = "learning_rate"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -65,6 +67,21 @@ def make_optimizer(model: Any, config: Config) -> tuple[torch.optim.AdamW, Any]:
         parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
     )
     return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
+
+
+def clip_gradients(model: Any, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
+    """Clip what trains to a norm of `bound`; returns the norm before.
+
+    In a single process what got no gradient gets zeros, as it does on several (`touch_trainable`): the optimizer must
+    not pass it over in one case and go on with its momentum in the other.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in trained:
+        if parameter.grad is None and not torch.distributed.is_initialized():
+            parameter.grad = torch.zeros_like(parameter)
+    # accelerate knows a sharded model by the list of all its parameters; else the few that train are found faster so.
+    clipped = model.parameters() if is_sharded(accelerator) else trained
+    return float(accelerator.clip_grad_norm_(clipped, bound))
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
