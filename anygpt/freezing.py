@@ -129,7 +129,7 @@ class PartTraining:
         ]
 
     def touch_trainable(self) -> Tensor:
-        """A zero that depends on every trainable parameter.
+        """A zero that depends on every trainable parameter; `forward` adds it where there are several processes.
 
         Ranks whose batches lack a modality must still give its projector a gradient, or the others wait for ever.
         """

@@ -19,6 +19,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import ablate  # noqa: E402
 
 PLAN = ablate.read_plan(REPOSITORY / "configs/tiny/ablations.yaml")
+LONG = ablate.read_plan(REPOSITORY / "configs/tiny/long/matrix.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,13 @@ def planned(name, data, seed=0):
     return list(ablate.commands(PLAN, ablation, seed, data, Path("/runs")))
 
 
-@pytest.mark.parametrize("ablation", PLAN.ablations, ids=lambda ablation: ablation.name)
-def test_every_ablation_is_a_valid_run(ablation, data):
-    for folder, command in ablate.commands(PLAN, ablation, 0, data, Path("/runs")):
+@pytest.mark.parametrize(
+    ("plan", "ablation"),
+    [(plan, ablation) for plan in (PLAN, LONG) for ablation in plan.ablations],
+    ids=lambda value: value.name if isinstance(value, ablate.Ablation) else "",
+)
+def test_every_ablation_is_a_valid_run(plan, ablation, data):
+    for folder, command in ablate.commands(plan, ablation, 0, data, Path("/runs")):
         config = parse_config(command[2:])
         assert config.run.output_dir == str(folder)
         assert Path(config.data.train[0].path).parent == data

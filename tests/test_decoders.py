@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -499,6 +500,17 @@ def test_weights_may_be_kept_elsewhere_than_where_is_computed(name):
     for ours, theirs in zip(*(result[:3] for result in results), strict=True):
         torch.testing.assert_close(ours, theirs)
     same(results[0][3], results[1][3], exact=name != "audioldm")
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_the_device_is_where_offloaded_groups_compute(monkeypatch, offload_type):
+    cls, pipeline = FAMILIES["sd"]
+    decoder = cls(pipeline())
+    monkeypatch.setattr(type(decoder.pipeline), "_execution_device", torch.device("meta"))  # as if there were another
+    assert decoder.device == torch.device("cpu")
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    apply_group_offloading(decoder.unet, torch.device("cpu"), offload_type=offload_type, **blocks)
+    assert decoder.device == torch.device("meta")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="enable_model_cpu_offload needs an accelerator")

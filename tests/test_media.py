@@ -266,6 +266,27 @@ def test_samples_are_what_ffmpeg_converts_them_to(tmp_path, suffix, codec, kind,
     np.testing.assert_array_equal(read_audio(path).waveform, np.clip(np.concatenate(expected, axis=1), -1, 1))
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("aac", "m4a"), ("pcm_s16le", "wav"), ("pcm_s64le", "wav")])
+def test_eight_channels_and_64_bits(tmp_path, codec, suffix):
+    path, noise = (
+        tmp_path / f"a.{suffix}",
+        np.random.default_rng(0).uniform(-0.5, 0.5, (1024 * 4, 8)).astype(np.float32),
+    )
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16000, layout="7.1")
+        frame = av.AudioFrame.from_ndarray(noise.reshape(1, -1), format="flt", layout="7.1")
+        frame.rate = 16000
+        to_codec = av.AudioResampler(stream.format, "7.1", 16000, frame_size=stream.codec_context.frame_size or None)
+        for part in (frame, None):
+            for converted in to_codec.resample(part):
+                container.mux(stream.encode(converted))
+        container.mux(stream.encode())
+    sound = read_audio(path)
+    assert sound.waveform.shape[0] == 8 and sound.sampling_rate == 16000
+    if codec != "aac":  # which loses some
+        np.testing.assert_allclose(sound.waveform, noise.T, atol=1e-4)
+
+
 def float_wav(path: Path, samples: np.ndarray) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_f32le", rate=16000, layout="mono")

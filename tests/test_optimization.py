@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training_utils import (
     argument_maker,
     assert_same_losses,
@@ -18,7 +19,13 @@ from training_utils import (
 
 from anygpt import InputError
 from anygpt.training.config import Config, TrainConfig
-from anygpt.training.optimization import compile_layers, learning_rates, make_optimizer, parameter_groups
+from anygpt.training.optimization import (
+    clip_gradients,
+    compile_layers,
+    learning_rates,
+    make_optimizer,
+    parameter_groups,
+)
 from anygpt.training.stages import LLM_DECODER, prepare_stage
 
 BOARD = ("--run.tracker", "tensorboard")
@@ -34,6 +41,26 @@ def model(tiny_model):
     model, _ = tiny_model(("image",), ("image", "audio"))
     prepare_stage(model, LLM_DECODER, Config())
     return model
+
+
+def test_what_got_no_gradient_gets_zeros_and_the_rest_is_clipped(model):
+    """So that its momentum and weight decay go on, as they do where several processes give it zeros."""
+    config = Config()
+    config.train.weight_decay = 0.5
+    optimizer, _ = make_optimizer(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    used, unused = trained[0], trained[1:]
+    used.grad = torch.full_like(used, 3.0)
+    before = [p.detach().clone() for p in unused]
+    norm = clip_gradients(model, optimizer, 1.0, Accelerator(cpu=True))
+    assert norm == pytest.approx(3 * used.numel() ** 0.5, rel=1e-5)
+    assert used.grad.norm().item() == pytest.approx(1, rel=1e-4)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in unused)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    optimizer.step()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter, old in zip(unused, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old * (1 - rates[id(parameter)] * 0.5))
 
 
 def rates_of(model, rates):

@@ -104,6 +104,13 @@ def test_a_few_captions_do_not_make_a_map_that_explodes():
     assert fit.solve()[0].abs().max() < 0.1 * fit.solve(strength=1e-10)[0].abs().max()
 
 
+def test_what_is_not_finite_is_refused():
+    x, y = problem()
+    y[3, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        fed(x, y, 50).solve()
+
+
 def test_memory_does_not_grow_with_the_samples():
     def size(fit):
         tensors = [fit.xtx, fit.xty, fit.x_sum, fit.y_sum, *(t for pair in fit.held for t in pair)]

@@ -76,7 +76,7 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         seconds = (container.duration or 0) / av.time_base
         limits.check(path, seconds=seconds, bytes=seconds * rate * channels * 4)
         stream.codec_context.thread_count = 1  # as of videos
-        chunks, length = [], 0
+        chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
         for frame in container.decode(stream):
             if not chunks:  # a header may say otherwise
                 rate, channels = frame.sample_rate, frame.layout.nb_channels
@@ -85,7 +85,7 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
                     f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
                     f"{frame.layout.nb_channels} channels; convert it to one"
                 )
-            chunks.append(_to_float(frame))
+            chunks.append(_to_float(frame, to_packed))
             length += frame.samples
             limits.check(path, seconds=length / rate, bytes=length * channels * 4)
         if length == 0:
@@ -96,11 +96,14 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         return Audio(waveform=np.clip(waveform, -1, 1), sampling_rate=rate)
 
 
-def _to_float(frame: av.AudioFrame) -> np.ndarray:
+def _to_float(frame: av.AudioFrame, to_packed: av.AudioResampler) -> np.ndarray:
     """`(C, n)` float32, as `av.AudioResampler(format="fltp")` gives it.
 
-    That one starts a filter graph with threads of its own for each file, which costs more than all else of a short one.
+    A resampler starts a filter graph with threads of its own for each file, which costs more than all else of a short
+    one, so it is for what PyAV makes no arrays of: 64-bit integers, and eight planes or more, past which it crashes.
     """
+    if frame.format.name.startswith("s64") or (frame.format.is_planar and frame.layout.nb_channels > 7):
+        return np.concatenate([_to_float(packed, to_packed) for packed in to_packed.resample(frame)], axis=1)
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T

@@ -134,8 +134,10 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
-        networks = (x for x in self.pipeline.components.values() if isinstance(x, nn.Module))
-        if any(hasattr(network, hook) for network in networks for hook in ("_hf_hook", "_diffusers_hook")):
+        networks = [x for x in self.pipeline.components.values() if isinstance(x, nn.Module)]
+        # accelerate's hooks, and diffusers' where it offloads by blocks, are on the networks; those by leaves on these.
+        leaves = [next((m for m in network.modules() if m._parameters), network) for network in networks]
+        if any(hasattr(module, hook) for module in networks + leaves for hook in ("_hf_hook", "_diffusers_hook")):
             return self.pipeline._execution_device  # which looks at every module of every network
         return next(self.denoiser.parameters()).device
 

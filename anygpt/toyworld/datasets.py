@@ -26,7 +26,7 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = (
+KINDS = (  # their order is part of the seed: new ones go to the end
     *("stage1", "stage2", "stage3", "eval", "joint"),
     *("plain_words", "pairs", "pictures", "clips", "sounds", "views", "words"),
 )

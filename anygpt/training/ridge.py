@@ -104,6 +104,11 @@ class RidgeRegression:
         y = torch.cat([y for _, y in self.held]) - y_mean
         in_basis = x @ vectors
         errors = [(in_basis @ (rotated / (values + s)[:, None]) - y).square().sum() for s in strengths]
+        if not torch.stack(errors).isfinite().all():
+            raise InputError(
+                "ridge regression met hidden states or caption encodings that are not finite: the language model or a "
+                "decoder's text encoder overflows (in half precision?), or a cached encoding is damaged"
+            )
         return max(s for s, error in zip(strengths, errors, strict=True) if error <= TOLERANCE * min(errors))
 
 

@@ -30,7 +30,7 @@ from anygpt.toyworld.tokenizers import llm_tokenizer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import make_generators, make_loader, take_updates, use_cache, use_frames_of
-from anygpt.training.optimization import compile_layers, make_optimizer
+from anygpt.training.optimization import clip_gradients, compile_layers, make_optimizer
 from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
 
@@ -88,6 +88,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
             generators = make_generators(ids[TARGET_IDS], 0, step)
             loss = model(**move(batch, accelerator.device), generators=generators).loss
             loss.backward()
+            clip_gradients(model, optimizer, config.train.max_grad_norm, accelerator)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())  # which waits for the device
