@@ -1,6 +1,6 @@
 """The zoo: tiny parts of the real classes, each an ordinary `from_pretrained` folder.
 
-    image_encoder    CLIPVisionModel + CLIPImageProcessor      pixel_values (B, 3, 32, 32) -> (B, 17, 64)
+    image_encoder    CLIPVisionModel + CLIPImageProcessor      pixel_values (B, 3, 32, 32) -> (B, 17, 96)
     audio_encoder    WhisperEncoder + WhisperFeatureExtractor  input_features (B, 80, 100) -> (B, 50, 64)
     language_model   LlamaForCausalLM + tokenizer              hidden size 128, 4 layers
     image_decoder    StableDiffusionPipeline                   condition (B, 16, 64) -> 32×32 RGB
