@@ -14,7 +14,7 @@ term               rows                 sub-terms
 
 Two terms train parts that the stages freeze, and have weight zero unless a config gives them one:
 
-- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and the binding one's;
+- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and what it is bound to;
 - `decoder`: `denoising/<decoder>`, every target under the decoder's own encoding of its caption.
 
 Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
@@ -38,6 +38,7 @@ from anygpt.outputs import LossTerm
 
 TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # those that rows are routed to
 ALIGNMENTS = ("l2", "mse", "cosine")
+TEXT = "text"  # what `binding` names in place of an encoder
 
 
 @dataclass
@@ -62,7 +63,8 @@ class LossWeights:
         by_modality: factor on the alignment and denoising of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
-        binding: the encoder that the others are bound to, as images in ImageBind (arXiv 2305.05665).
+        binding: what encoders are bound to: one of them, as images in ImageBind (arXiv 2305.05665), or `text`, the mean
+            of the language model's embeddings of the answer, in the place of CLIP's text encoder.
         temperature: of InfoNCE; ImageBind's.
     """
 

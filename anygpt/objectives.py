@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights, caption_alignment, info_nce, route, sum_by_term, token_nll
+from anygpt.losses import TEXT, LossWeights, caption_alignment, info_nce, route, sum_by_term, token_nll
 from anygpt.merging import IGNORE, Merged
 from anygpt.outputs import LossTerm
 from anygpt.signal_tokens import Spans
@@ -32,7 +32,7 @@ class LossRows:
         terms: the NLL term of each row.
         nll: rows and positions `(M,)` whose state predicts a label.
         spans: the signal spans of each decoder.
-        pairs: `{encoder key: (P,)}` rows that hold both its features and the binding encoder's.
+        pairs: `{encoder key: (P,)}` rows that hold both its features and what they are bound to.
     """
 
     terms: list[str]
@@ -65,6 +65,7 @@ class Objectives:
         Labels on learned queries are left out: nothing says them.
         """
         spans = {key: self.signal_tokens.find_spans(input_ids, key) for key in self.signal_tokens.ids}
+        pairs = self.bound_pairs(input_ids, labels)
         media_out = torch.zeros_like(media_in)
         for found in spans.values():
             media_out[found.rows] = True
@@ -73,20 +74,28 @@ class Objectives:
         if labels is not None and self.signal_tokens.query_ids:
             queries = torch.tensor(self.signal_tokens.query_ids, device=labels.device)
             labels = labels.masked_fill(torch.isin(input_ids, queries), IGNORE)
-        return LossRows(
-            route(media_in, media_out), label_positions(labels, attention_mask), spans, self.bound_pairs(input_ids)
-        )
+        return LossRows(route(media_in, media_out), label_positions(labels, attention_mask), spans, pairs)
 
-    def bound_pairs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Rows that hold features of an encoder and of the binding one; none unless the `encoder` term is wanted."""
+    def bound_pairs(self, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """Rows that hold features of an encoder and what binds them; none unless the `encoder` term is wanted."""
         binding = self.loss_weights.binding
         if not self.loss_weights.encoder or self.token_ids is None:
             return {}
-        if binding not in self.token_ids:
-            raise InputError(f"loss.binding is {binding!r}, which is no encoder; there are {list(self.token_ids)}")
-        bound = (input_ids == self.token_ids[binding]).any(dim=1)
+        if binding not in (TEXT, *self.token_ids):
+            raise InputError(
+                f"loss.binding is {binding!r}, which is no encoder; expected one of {', '.join(self.token_ids)}, {TEXT}"
+            )
+        bound = self.features_in(input_ids, labels, binding).any(dim=1)
         others = {key: token for key, token in self.token_ids.items() if key != binding}
         return {key: (bound & (input_ids == token).any(dim=1)).nonzero()[:, 0] for key, token in others.items()}
+
+    def features_in(self, input_ids: Tensor, labels: Tensor | None, key: str) -> Tensor:
+        """`(B, S)`, where an encoder's features are, or, for `text`, what the assistant says, signal tokens apart."""
+        if key != TEXT:
+            return input_ids == self.token_ids[key]
+        if labels is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return (labels != IGNORE) & (self.signal_tokens.row_of(input_ids) < 0)
 
     def compute_losses(
         self,
@@ -176,8 +185,9 @@ class Objectives:
         return losses
 
     def pool_features(self, merged: Merged, rows: Tensor, key: str) -> Tensor:
-        """`(P, H)`: the mean of an encoder's projected features in each of the rows."""
-        held = (merged.input_ids[rows] == self.token_ids[key])[..., None]
+        """`(P, H)`: the mean, in each of the rows, of an encoder's projected features, or of the answer's words."""
+        labels = None if merged.labels is None else merged.labels[rows]
+        held = self.features_in(merged.input_ids[rows], labels, key)[..., None]
         features = merged.inputs_embeds[rows].float()
         return (features * held).sum(dim=1) / held.sum(dim=1)
 

@@ -10,6 +10,7 @@ from tiny_parts import CLIP, ENCODERS, LANGUAGE_MODELS, LLAMA, VISION
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.encoders import FAMILIES, VideoEncoder
+from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.parts import Source, load_encoder
 
 
@@ -82,14 +83,21 @@ def test_processor_counts_features_after_saving_too(encoder, tokenizer, tmp_path
     assert batch["input_ids"].tolist() == again["input_ids"].tolist()
 
 
-@pytest.mark.parametrize("projection_type", ["qformer", "merger"])
+@pytest.mark.parametrize("projection_type", ["qformer", "merger", "pooled"])
 def test_counts_follow_the_projector(projection_type, tokenizer):
     model, processor = compose(CLIP, LLAMA, tokenizer, init_projector_type=projection_type)
     batch = make_batch(CLIP, processor)
     per_image = model.image_encoder.projector.config.features_after(5)
     assert int((batch["input_ids"] == model.token_ids["image"]).sum()) == 3 * per_image
-    if projection_type == "qformer":
+    if projection_type != "merger":
         model(**batch)
+
+
+def test_pooled_is_the_mean_through_a_line():
+    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=3, out_features=4, projection_type="pooled"))
+    features, line = torch.randn(2, 5, 3), projector.projection.linear
+    expected = features.double().sum(dim=1) / 5 @ line.weight.double().T + line.bias.double()
+    torch.testing.assert_close(projector(features).double(), expected[:, None], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -175,6 +183,7 @@ def test_a_saved_video_encoder_keeps_all_features(tmp_path):
     assert loaded.config.pool_frames is False and loaded.config.num_frames == 2
 
 
-def test_qformer_needs_inputs_of_one_size(tokenizer):
-    with pytest.raises(InputError, match="a qformer projector needs inputs of one size, but 'pixtral' gives"):
-        compose(encoder_by("Pixtral"), LLAMA, tokenizer, init_projector_type="qformer")
+@pytest.mark.parametrize("kind", ["qformer", "pooled"])
+def test_some_projectors_need_inputs_of_one_size(kind, tokenizer):
+    with pytest.raises(InputError, match=f"a {kind} projector needs inputs of one size, but 'pixtral' gives"):
+        compose(encoder_by("Pixtral"), LLAMA, tokenizer, init_projector_type=kind)

@@ -8,7 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from anygpt import MultimodalModel
+from anygpt.errors import InputError
 from anygpt.losses import LossWeights, info_nce
+from anygpt.merging import IGNORE
 from anygpt.parts import Source, load_decoder, load_encoder
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import parse_config
@@ -130,6 +132,37 @@ def test_pairs_are_rows_with_both_media(tiny_model, media):
     torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-5)
     output.loss.backward()
     assert model.image_encoder.projector.projection.weight.grad.any()
+
+
+def test_encoders_are_bound_to_the_answer(tiny_model, media):
+    """To the mean embedding of what carries a label, media and signal tokens apart."""
+    model, processor = tiny_model(("image",), ("image",))
+    model.loss_weights = LossWeights(nll=0, encoder=1.0, temperature=0.5, binding="text", alignment=0, denoising=0)
+    texts = ["<image> a ring", "a cross", "<image> a red square <image_out>", "<image> no label"]
+    batch = processor({"image": {"images": [media.image(i) for i in range(3)]}}, {"text": texts, "padding": True})
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    labels[:, :2], labels[3] = IGNORE, IGNORE
+    output = model(**batch, labels=labels)
+    assert output.losses["encoder/info_nce/image"].count == 2
+    assert model.count_losses({**batch, "labels": labels})["encoder/info_nce/image"] == 2
+    embedding = model.language_model.get_input_embeddings().weight
+    left_out = [model.token_ids["image"], *model.signal_tokens.ids["image"]]
+    answers = []
+    for row in (0, 2):
+        said = [i for i in labels[row].tolist() if i != IGNORE and i not in left_out]
+        answers.append(embedding[said].double().mean(dim=0))
+    features = model.encode({k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")})["image"]
+    expected = naive_info_nce(features[:2].mean(dim=1), torch.stack(answers), 0.5).sum()
+    total = output.losses["encoder/info_nce/image"].total.double()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_binds_must_be_there(tiny_model, media):
+    model, processor = tiny_model(("image",), ())
+    model.loss_weights = LossWeights(encoder=1.0, binding="audio")
+    batch = processor({"image": {"images": [media.image(0)]}}, {"text": ["<image> a ring"]})
+    with pytest.raises(InputError, match=r"loss\.binding is .audio., which is no encoder; expected one of image, text"):
+        model(**batch, labels=batch["input_ids"])
 
 
 def test_an_unfrozen_decoder_trains_its_denoiser_alone(tiny_model):

@@ -13,7 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from anygpt.encoders.callbacks import EncoderCallbacks, with_features
 from anygpt.encoders.families import FAMILIES, EncoderFamily
-from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
+from anygpt.encoders.projector import (
+    FIXED_LAYOUT_ONLY,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    hidden_size_of,
+)
 from anygpt.errors import InputError
 
 FEATURES = "features"
@@ -153,10 +158,10 @@ class ModalEncoderModule(nn.Module):
                 f"the encoder gives features of size {self.feature_size}, but its projector expects "
                 f"{config.in_features}"
             )
-        if config.projection_type == "qformer" and self.family and self.family.layout != "fixed":
+        if config.projection_type in FIXED_LAYOUT_ONLY and self.family and self.family.layout != "fixed":
             raise InputError(
-                f"a qformer projector needs inputs of one size, but {self.config.model_type!r} gives each input "
-                "features of its own number; use 'linear' or 'mlp'"
+                f"a {config.projection_type} projector needs inputs of one size, but {self.config.model_type!r} gives "
+                "each input features of its own number; use 'linear' or 'mlp'"
             )
 
     def forward(self, inputs: dict[str, Any]) -> Tensor | list[Tensor]:

@@ -12,7 +12,9 @@ from transformers.modeling_outputs import ModelOutput
 from anygpt.errors import InputError
 from anygpt.qformer import QFormerProjection
 
-PROJECTION_TYPES = ("linear", "mlp", "qformer", "merger")
+PROJECTION_TYPES = ("linear", "mlp", "pooled", "qformer", "merger")
+FIXED_LAYOUT_ONLY = ("pooled", "qformer")
+"""Types that look at all features of an input at once, so that inputs must not come packed or padded."""
 
 
 def hidden_size_of(config: Any) -> int:
@@ -36,15 +38,16 @@ class MultimodalProjectorConfig(PreTrainedConfig):
     Args:
         encoder_config: config of the encoder, from which `in_features` is read unless it is given.
         text_config: config of the language model, from which `out_features` is read unless it is given.
-        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `qformer` (BLIP-2's,
-            arXiv 2301.12597: `num_query_tokens` learned queries look at the features) or `merger` (Qwen2-VL's,
-            arXiv 2409.12191: `merge_size²` features one after the other become one).
+        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `pooled` (the mean of an
+            input's features, then one Linear: one embedding an input, as NExT-GPT has it from ImageBind, arXiv
+            2309.05519), `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features)
+            or `merger` (Qwen2-VL's, arXiv 2409.12191: `merge_size²` features one after the other become one).
         activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
         in_features, out_features: sizes, in place of the two configs.
         num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives
             `num_query_tokens` features.
         merge_size: used by `merger`.
-        bias: of the Linears of `linear` and `mlp`.
+        bias: of the Linears of `linear`, `mlp` and `pooled`.
     """
 
     model_type = "anygpt_projector"
@@ -83,6 +86,8 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         """How many features come out, of `count` of one input that go in."""
         if self.projection_type == "qformer":
             return self.num_query_tokens
+        if self.projection_type == "pooled":
+            return 1
         return count // self.merge_size**2 if self.projection_type == "merger" else count
 
 
@@ -130,6 +135,18 @@ class MultimodalProjector(PreTrainedModel):
         return self.projection(features.to(dtype))
 
 
+class PooledProjection(nn.Module):
+    """The mean of the features, through one Linear."""
+
+    def __init__(self, config: MultimodalProjectorConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(items, n, in_features)` to `(items, 1, out_features)`."""
+        return self.linear(features.mean(dim=-2, keepdim=True))
+
+
 class MergerProjection(nn.Module):
     """`merge_size²` consecutive features side by side, through two Linears; what Qwen2-VL calls its patch merger."""
 
@@ -157,6 +174,8 @@ def _build(config: MultimodalProjectorConfig) -> nn.Module:
     if config.projection_type == "mlp":
         first, second = nn.Linear(*sizes, bias=config.bias), nn.Linear(sizes[1], sizes[1], bias=config.bias)
         return nn.Sequential(first, ACT2FN[config.activation], second)
+    if config.projection_type == "pooled":
+        return PooledProjection(config)
     if config.projection_type == "merger":
         return MergerProjection(config)
     return QFormerProjection(

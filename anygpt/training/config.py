@@ -74,7 +74,7 @@ class EncoderConfig(PartConfig):
         modality: media type in the data; the key by default.
         num_frames: frames of a clip, for an image encoder under `video`.
         pool_frames: whether it gives one feature a frame, as by default, or all (see `VideoEncoder`).
-        projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, qformer), `activation`, ….
+        projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its own.
     """
 
     modality: str | None = None
