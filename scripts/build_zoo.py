@@ -33,8 +33,8 @@ SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"words": 16_000, "views": 30_0
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),
-    "image_encoder": ("plain_words", "image_encoder"),
-    "audio_encoder": ("plain_words", "audio_encoder"),
+    "image_encoder": ("words", "image_encoder"),
+    "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),
     "video_decoder": ("image_vae", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),

@@ -26,11 +26,11 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = (  # their order is part of the seed: new ones go to the end
-    *("stage1", "stage2", "stage3", "eval", "joint"),
-    *("plain_words", "pairs", "pictures", "clips", "sounds", "views", "words"),
-)
-COMPONENT_KINDS = KINDS[5:]
+KINDS = {  # with what each adds to the seed
+    **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
+    **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10},
+}
+COMPONENT_KINDS = tuple(KINDS)[5:]
 """Those that the parts themselves are trained on, in stage 0."""
 _SHOWN = {"pictures": "image", "clips": "video", "sounds": "audio"}
 FPS = 8
@@ -56,7 +56,6 @@ def write_dataset(
       those of `stage3`.
     - `words`: text only: what `stage3` has of it, and media that are described in words, asked about and turned into
       others.
-    - `plain_words`: the same, but nothing is turned into anything.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
@@ -107,7 +106,7 @@ def write_dataset(
         # A path is relative to `output`, so the rows can be moved out of the folder that they are written in.
         with (temporary / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index in tqdm(range(num_samples), desc=kind, unit="row", disable=not progress):
-                rng = np.random.default_rng([seed, KINDS.index(kind), index])
+                rng = np.random.default_rng([seed, KINDS[kind], index])
                 file.write(json.dumps(writer.row(index, rng)) + "\n")
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         # Not one step, but at every moment either the rows are missing or all is there.
@@ -151,7 +150,7 @@ class _RowWriter:
         modality = MODALITIES[index % 3]
         if self.kind == "stage1":
             return self._media_to_text(name, thing, modality, rng)
-        if self.kind in ("words", "plain_words"):
+        if self.kind == "words":
             return _text_row(name, self._words(thing, modality, rng))
         if self.kind in ("views", "pairs"):
             if self.kind == "pairs" and index % 2 == 0:
@@ -204,8 +203,7 @@ class _RowWriter:
     def _words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[str, str]:
         """What a language model that never met media knows: talk, and media told in words in place of the media."""
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
-        ways = ("talk", "describe", "request", "convert")
-        way = language.pick(rng, ways if self.kind == "words" else ways[:3])
+        way = language.pick(rng, ("talk", "describe", "request", "convert"))
         if way == "describe":
             return language.described_question(modality, thing, rng, motion)
         if way == "request":

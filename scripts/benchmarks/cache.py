@@ -1,8 +1,9 @@
 """A training step with the feature cache and without: reading, decoding, forward, backward and the optimizer.
 
 `tiny` are the parts of configs/tiny; `small` are SmolLM2-135M's shape, ViT-B/16 at 224, and Stable Diffusion 1.5's
-parts with a U-Net and a VAE of a quarter of the width, weights random. Stage 1 asks about pictures, stage 2 for them:
-once with denoising and once with caption alignment alone. The cache is written first, and not timed. The data are JPEG
+parts with a U-Net and a VAE of a quarter of the width, weights random. Stage 1 asks about pictures, stage 2 for them.
+Stage 1 comes with a projector of all features and with `pooled`, one embedding a picture; stage 2 with denoising and
+with caption alignment alone. The cache is written first, and not timed. The data are JPEG
 photographs of noise, 512 × 384.
 """
 
@@ -35,7 +36,7 @@ from anygpt.training.setup import build, build_dataset
 from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {"stage 1": ENCODER_LLM, "stage 2": LLM_DECODER, "alignment": LLM_DECODER}
+CASES = {"stage 1": ENCODER_LLM, "stage 1 pooled": ENCODER_LLM, "stage 2": LLM_DECODER, "alignment": LLM_DECODER}
 WAYS = ("without", "cached")
 
 
@@ -107,19 +108,21 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
         picture = {"type": "image", "path": f"{i}.jpg"}
         caption = f"a {'red' if i % 2 else 'blue'} thing of the kind {i}"
         asked, said = [picture, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": caption}]
-        if case != "stage 1":
+        if CASES[case] is LLM_DECODER:
             asked, said = [{"type": "text", "text": f"Make {caption}"}], [picture | {"caption": caption}]
         rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
     config = parse_config(
         [
-            f"--config={ROOT}/configs/tiny/stage{1 if case == 'stage 1' else 2}.yaml",
+            f"--config={ROOT}/configs/tiny/stage{1 if CASES[case] is ENCODER_LLM else 2}.yaml",
             "--model.init_from=null",
             f"--data.train=[{{path: {folder / 'rows.jsonl'}}}]",
             f"--data.cache_dir={folder / 'cache'}",
             f"--train.batch_size={options.batch_size}",
             f"--train.max_steps={options.steps + 1}",
             f"--train.signal_rows={options.signal_rows}",
+            *(pooled if case == "stage 1 pooled" else ()),
         ]
     )
     config.loss.denoising = float(case == "stage 2")
@@ -140,7 +143,7 @@ def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, An
         )
     )
     tokenizer = llm_tokenizer()
-    if case == "stage 1":
+    if CASES[case] is ENCODER_LLM:
         vision = CLIPVisionConfig(
             hidden_size=768,
             intermediate_size=3072,
@@ -149,7 +152,9 @@ def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, An
             image_size=224,
             patch_size=16,
         )
-        model = MultimodalModel({"image": ModalEncoderModule(CLIPVisionModel(vision))}, llm)
+        encoders = {"image": ModalEncoderModule(CLIPVisionModel(vision))}
+        projector = "pooled" if case == "stage 1 pooled" else "linear"
+        model = MultimodalModel(encoders, llm, init_projector_type=projector)
         return model, MultimodalProcessor({"image": CLIPImageProcessor()}, tokenizer, model=model)
     decoder = StableDiffusionDecoder(make_pipeline(options.latents))
     model = MultimodalModel({}, llm, {"image": ModalDecoderModule(decoder)})
