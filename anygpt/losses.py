@@ -64,7 +64,8 @@ class LossWeights:
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
         binding: what encoders are bound to: one of them, as images in ImageBind (arXiv 2305.05665), or `text`, the mean
-            of the language model's embeddings of the answer, in the place of CLIP's text encoder.
+            of the language model's embeddings of the answer (all that carries a label but signal tokens), in the place
+            of CLIP's text encoder.
         temperature: of InfoNCE; ImageBind's.
     """
 

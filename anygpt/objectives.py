@@ -81,21 +81,21 @@ class Objectives:
         binding = self.loss_weights.binding
         if not self.loss_weights.encoder or self.token_ids is None:
             return {}
-        if binding not in (TEXT, *self.token_ids):
-            raise InputError(
-                f"loss.binding is {binding!r}, which is no encoder; expected one of {', '.join(self.token_ids)}, {TEXT}"
-            )
+        known = (*self.token_ids, TEXT)
+        if binding not in known:
+            raise InputError(f"loss.binding is {binding!r}, which is no encoder; expected one of {', '.join(known)}")
         bound = self.features_in(input_ids, labels, binding).any(dim=1)
         others = {key: token for key, token in self.token_ids.items() if key != binding}
         return {key: (bound & (input_ids == token).any(dim=1)).nonzero()[:, 0] for key, token in others.items()}
 
     def features_in(self, input_ids: Tensor, labels: Tensor | None, key: str) -> Tensor:
-        """`(B, S)`, where an encoder's features are, or, for `text`, what the assistant says, signal tokens apart."""
-        if key != TEXT:
+        """`(B, S)`, where an encoder's features are, or, for `text`, what carries a label, signal tokens apart."""
+        if key in self.token_ids:
             return input_ids == self.token_ids[key]
         if labels is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
-        return (labels != IGNORE) & (self.signal_tokens.row_of(input_ids) < 0)
+        signals = [i for span in self.signal_tokens.ids.values() for i in span]
+        return (labels != IGNORE) & ~torch.isin(input_ids, torch.tensor(signals, device=input_ids.device))
 
     def compute_losses(
         self,
@@ -185,10 +185,15 @@ class Objectives:
         return losses
 
     def pool_features(self, merged: Merged, rows: Tensor, key: str) -> Tensor:
-        """`(P, H)`: the mean, in each of the rows, of an encoder's projected features, or of the answer's words."""
+        """`(P, H)`: the mean, in each of the rows, of an encoder's projected features, or of the answer's embeddings.
+
+        The latter are what encoders are bound to; nothing trains them here.
+        """
         labels = None if merged.labels is None else merged.labels[rows]
         held = self.features_in(merged.input_ids[rows], labels, key)[..., None]
         features = merged.inputs_embeds[rows].float()
+        if key not in self.token_ids:
+            features = features.detach()
         return (features * held).sum(dim=1) / held.sum(dim=1)
 
     def check_targets(self, key: str, target: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:

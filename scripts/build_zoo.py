@@ -24,6 +24,7 @@ from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.toyworld.zoo import PARTS, write_untrained, zoo
 from anygpt.training.cli import quiet_libraries
+from anygpt.training.config import parse_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
@@ -69,9 +70,12 @@ def main() -> int:
 
 def train(name: str) -> None:
     """One run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
-    folder = WORK / name
+    folder, config = WORK / name, CONFIGS / f"{name}.yaml"
+    made_with = folder / "config.yaml"
+    if made_with.is_file() and yaml.safe_load(made_with.read_text()) != parse_config([f"--config={config}"]).to_dict():
+        raise SystemExit(f"{folder} was made with other settings than {config} has; remove it, or put it elsewhere")
     if not (folder / "final").is_dir() or not (folder / "parts").is_dir():
-        command = [sys.executable, "stages/stage0_components.py", "--config", str(CONFIGS / f"{name}.yaml")]
+        command = [sys.executable, "stages/stage0_components.py", "--config", str(config)]
         shutil.rmtree(folder / "final", ignore_errors=True)
         subprocess.run(command, cwd=ROOT, check=True)
 

@@ -93,11 +93,24 @@ def test_counts_follow_the_projector(projection_type, tokenizer):
         model(**batch)
 
 
+@pytest.mark.parametrize("projection_type", ["linear", "mlp", "pooled", "qformer"])
+def test_features_of_each_input_are_as_good_as_the_input(projection_type, tokenizer):
+    model, processor = compose(CLIP, LLAMA, tokenizer, init_projector_type=projection_type)
+    inputs = {name.removeprefix("image."): value for name, value in make_batch(CLIP, processor).items()}
+    inputs = {name: value for name, value in inputs.items() if name in model.image_encoder.input_names}
+    with torch.no_grad():
+        features, direct = model.image_encoder.encode(inputs), model.image_encoder(inputs)
+        again = model.image_encoder({"features": features})
+    torch.testing.assert_close(torch.stack(list(again)), direct)
+
+
 def test_pooled_is_the_mean_through_a_line():
     projector = MultimodalProjector(MultimodalProjectorConfig(in_features=3, out_features=4, projection_type="pooled"))
     features, line = torch.randn(2, 5, 3), projector.projection.linear
     expected = features.double().sum(dim=1) / 5 @ line.weight.double().T + line.bias.double()
     torch.testing.assert_close(projector(features).double(), expected[:, None], rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"features of shape \(items, n, 3\), not \(5, 3\)"):
+        projector(features[0])
 
 
 @pytest.mark.slow

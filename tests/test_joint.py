@@ -157,6 +157,18 @@ def test_encoders_are_bound_to_the_answer(tiny_model, media):
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_encoders_are_bound_to_stays(tiny_model, media):
+    model, processor = tiny_model(("image",), ())
+    model.train_only(["language_model", "image_projector"])
+    model.loss_weights = LossWeights(nll=0, encoder=1.0, binding="text")
+    texts = ["<image> a ring", "<image> a red square"]
+    batch = processor({"image": {"images": [media.image(i) for i in range(2)]}}, {"text": texts, "padding": True})
+    model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)).loss.backward()
+    assert model.image_encoder.projector.projection.weight.grad.any()
+    gradient = model.language_model.get_input_embeddings().weight.grad
+    assert gradient is None or not gradient.any()
+
+
 def test_what_binds_must_be_there(tiny_model, media):
     model, processor = tiny_model(("image",), ())
     model.loss_weights = LossWeights(encoder=1.0, binding="audio")

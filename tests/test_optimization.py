@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -92,6 +94,17 @@ def test_rates_by_part_and_by_kind(model):
 )
 def test_rates_that_nothing_would_have_are_refused(model, rates, said):
     with pytest.raises(InputError, match=said):
+        parameter_groups(model, TrainConfig(learning_rates=rates))
+
+
+def test_a_rate_of_signal_tokens_may_stay_where_none_trains(model):
+    model = copy.deepcopy(model)
+    for parameter in model.part_parameters("signal_tokens"):
+        parameter.requires_grad_(False)
+    rates = {"signal_tokens": 1.0}
+    names = [group["name"] for group in parameter_groups(model, TrainConfig(learning_rates=rates, signal_rows="none"))]
+    assert names == ["learning_rate"]
+    with pytest.raises(InputError, match="signal_tokens, of which nothing trains"):
         parameter_groups(model, TrainConfig(learning_rates=rates))
 
 

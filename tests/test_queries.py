@@ -10,9 +10,9 @@ from anygpt.errors import InputError
 from anygpt.losses import LossWeights
 from anygpt.signal_tokens import token_names
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.training.config import parse_config
+from anygpt.training.config import Config, parse_config
 from anygpt.training.loop import train
-from anygpt.training.stages import LLM_DECODER
+from anygpt.training.stages import LLM_DECODER, prepare_stage
 
 N = 3
 SPAN = ["[IMG]", "[IMG0]", "[IMG1]", "[IMG2]"]
@@ -176,6 +176,19 @@ def test_save_and_load(built, tmp_path):
     with torch.no_grad():
         first, second = model(**batch), loaded(**same)
     assert torch.equal(first.conditions["image"], second.conditions["image"])
+
+
+@pytest.mark.parametrize("signal_rows", ["both", "output", "none"])
+def test_queries_train_with_the_output_rows(make, signal_rows):
+    """They are input rows, and a decoder that reads queries has nothing else to learn in the language model."""
+    model, _ = make()
+    config = Config()
+    config.train.signal_rows = signal_rows
+    names = set(prepare_stage(model, LLM_DECODER, config))
+    rows = {name.removeprefix("signal_tokens.") for name in names if name.startswith("signal_tokens.")}
+    inputs = {"both": {"image", "audio"}, "output": {"image"}, "none": set()}[signal_rows]
+    outputs = set() if signal_rows == "none" else {"image", "audio"}
+    assert rows == {f"input_rows.{key}" for key in inputs} | {f"output_rows.{key}" for key in outputs}
 
 
 def test_stage_2_by_an_override_in_the_configuration(tmp_path):

@@ -209,6 +209,8 @@ class ModalEncoderModule(nn.Module):
     def _project(self, features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(features, Tensor):
             return self.projector(features)
+        if self.projector.config.projection_type in FIXED_LAYOUT_ONLY:
+            return self.projector(torch.stack(features))
         counts = [self.projector.config.features_after(len(item)) for item in features]
         return list(self.projector(torch.cat(features)).split(counts))
 

@@ -144,6 +144,11 @@ class PooledProjection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`(items, n, in_features)` to `(items, 1, out_features)`."""
+        if features.dim() != 3:
+            raise InputError(
+                f"a pooled projector needs features of shape (items, n, {self.linear.in_features}), not "
+                f"{tuple(features.shape)}: packed ones do not tell where an input ends"
+            )
         return self.linear(features.mean(dim=-2, keepdim=True))
 
 

@@ -74,7 +74,7 @@ class EncoderConfig(PartConfig):
         modality: media type in the data; the key by default.
         num_frames: frames of a clip, for an image encoder under `video`.
         pool_frames: whether it gives one feature a frame, as by default, or all (see `VideoEncoder`).
-        projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its own.
+        projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its options.
     """
 
     modality: str | None = None
@@ -177,8 +177,8 @@ class TrainConfig:
         log_steps: metrics every so many updates.
         sample_steps: answers to the first rows of data.eval, media included, every so many updates; 0 never.
         sample_rows: how many of those rows.
-        signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, and nothing
-            upstream of the language model's last states trains), or `none`.
+        signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, those of
+            learned queries apart), or `none`.
         projector_init: how new output projectors start: `random`, or `ridge`, the closed-form solution of caption
             alignment on the training captions (linear projectors; a transformer gets a linear path beside it).
         ridge_captions: captions that ridge looks at, at most.

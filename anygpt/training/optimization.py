@@ -52,6 +52,8 @@ def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             groups.setdefault(name_of.get(id(parameter), BASE), []).append(parameter)
     idle = sorted(name for name in rates if f"{BASE}/{name}" not in groups)
+    if train.signal_rows == "none":  # one switch is enough
+        idle = [name for name in idle if name != "signal_tokens"]
     if idle:
         raise InputError(f"train.learning_rates names {', '.join(idle)}, of which nothing trains; leave it out")
     return [

@@ -78,7 +78,8 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
     model.train_only(parts)
     rows = config.train.signal_rows
     if "signal_tokens" in parts:
-        model.signal_tokens.input_rows.requires_grad_(rows == "both")
+        for key, parameter in model.signal_tokens.input_rows.items():
+            parameter.requires_grad_(key in trained_inputs(model, rows))
         model.signal_tokens.output_rows.requires_grad_(rows in ("both", "output"))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -121,6 +122,12 @@ def check_adapter(language_model: Any, lora: LoraSettings) -> None:
             )
 
 
+def trained_inputs(model: Any, signal_rows: str) -> list[str]:
+    """Decoders whose input rows train. Learned queries are nothing but input rows, so these stay only under `none`."""
+    signals = model.signal_tokens.signals
+    return [key for key in signals if signal_rows == "both" or (signal_rows == "output" and signals[key] == "queries")]
+
+
 def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
     """The parameters that should train, found by their names alone and not by `requires_grad`."""
     wanted = []
@@ -136,8 +143,8 @@ def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
         elif kind == "decoder":
             wanted += [f"{part}.module.{network}." for network in model.decoders[key].module.trains]
         elif part == "signal_tokens":
-            rows = {"both": ["input_rows", "output_rows"], "output": ["output_rows"], "none": []}[signal_rows]
-            wanted += [f"signal_tokens.{name}." for name in rows]
+            wanted += [f"signal_tokens.input_rows.{key}" for key in trained_inputs(model, signal_rows)]
+            wanted += ["signal_tokens.output_rows."] if signal_rows != "none" else []
     names = {name for name, _ in model.named_parameters() if name.startswith(tuple(wanted or ["\0"]))}
     if "language_model" in parts:
         adapted = is_peft(model.language_model)

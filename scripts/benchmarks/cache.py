@@ -3,8 +3,8 @@
 `tiny` are the parts of configs/tiny; `small` are SmolLM2-135M's shape, ViT-B/16 at 224, and Stable Diffusion 1.5's
 parts with a U-Net and a VAE of a quarter of the width, weights random. Stage 1 asks about pictures, stage 2 for them.
 Stage 1 comes with a projector of all features and with `pooled`, one embedding a picture; stage 2 with denoising and
-with caption alignment alone. The cache is written first, and not timed. The data are JPEG
-photographs of noise, 512 × 384.
+with caption alignment alone. The cache is written first, and not timed. The data are JPEG photographs of noise,
+512 × 384.
 """
 
 from __future__ import annotations
