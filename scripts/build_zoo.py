@@ -37,7 +37,7 @@ MADE_BY = {
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),
-    "video_decoder": ("image_vae", "video_denoiser"),
+    "video_decoder": ("image_vae", "video_denoiser", "video_denoiser_2"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
 """The runs that a part comes from, in order; each is a file in `configs/tiny/stage0`."""

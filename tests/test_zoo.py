@@ -17,8 +17,10 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from anygpt.decoders import DiffusionDecoder
+from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
-from anygpt.toyworld import PARTS, THINGS, language, part_path, write_untrained, zoo
+from anygpt.toyworld import HELD_OUT, PARTS, THINGS, Thing, language, part_path, write_untrained, zoo
 
 PIPELINES = {
     "image_decoder": StableDiffusionPipeline,
@@ -123,6 +125,24 @@ def test_captions_fit_and_differ_in_the_decoders_tokenizers(name):
     assert max(map(len, encoded)) <= tokenizer.model_max_length
     odd = tokenizer("zürich 東京 🎉").input_ids[1:-1]
     assert odd and tokenizer.unk_token_id not in odd
+
+
+@pytest.mark.parametrize(("name", "bound"), [("image_decoder", 0.15), ("video_decoder", 0.15), ("audio_decoder", 0.6)])
+@torch.no_grad()
+def test_unseen_things_are_encoded_where_their_shape_and_colour_point(name, bound):
+    """Shape and colour of an unseen thing, each from another one, add up; the link has nothing else to go by."""
+    decoder = DiffusionDecoder.from_pretrained(part_path(name))
+    motion = "up" if name == "video_decoder" else None
+
+    def encode(shape: str, colour: str) -> torch.Tensor:
+        caption = language.plain_caption(Thing(shape, colour), motion)
+        return Condition.of(decoder.encode_text([caption])).embeds.flatten()
+
+    for thing in HELD_OUT:
+        shape, colour = ("circle", "cyan") if "cross" in str(thing) or "purple" in str(thing) else ("cross", "purple")
+        base, true = encode(shape, colour), encode(thing.shape, thing.colour)
+        guess = encode(thing.shape, colour) + encode(shape, thing.colour) - base
+        assert (guess - true).norm() < bound * (true - base).norm()
 
 
 def test_parts_are_small_and_hold_no_pickles():

@@ -51,6 +51,8 @@ _VAE_FACTOR = 8
 _LATENT_CHANNELS = 8
 _TEXT_TOKENS = 16
 """Longest caption of the image and video decoders; "a purple triangle moving right" needs 7."""
+_EMBEDDING_GAIN = 50.0
+"""Of CLIP's text encoders, see `_clip_text`: how much larger than usual the words' embeddings are."""
 _CLAP_DIM = 32
 """CLAP's projection, the whole condition of AudioLDM. The pipeline pads its empty negative prompt to this many
 tokens (not to the tokenizer's length), so CLAP needs at least that many positions."""
@@ -231,6 +233,12 @@ def save_audio_decoder(folder: Path) -> None:
 
 
 def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A text encoder that stays as it is made here, and its tokenizer.
+
+    Each state is about the embedding of its own word, so a new pair of shape and colour is encoded as what others
+    with that shape and with that colour have in common. Trained along with a denoiser it gives each thing a place of
+    its own.
+    """
     tokenizer = clip_tokenizer(model_max_length=_TEXT_TOKENS)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -244,7 +252,10 @@ def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModel(config), tokenizer
+    text_encoder = CLIPTextModel(config)
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight.mul_(_EMBEDDING_GAIN)
+    return text_encoder, tokenizer
 
 
 @torch.no_grad()
