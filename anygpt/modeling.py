@@ -26,11 +26,14 @@ from anygpt.objectives import Objectives
 from anygpt.outputs import MultimodalOutput
 from anygpt.saving import SavingMixin
 from anygpt.signal_tokens import SignalTokens, Spans
+from anygpt.text_states import TextStates
 from anygpt.transformers_api import TransformersModel
 from anygpt.vlm import take_apart
 
 
-class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, TransformersModel, PreTrainedModel):
+class MultimodalModel(
+    Objectives, TextStates, PartTraining, GenerationMixin, SavingMixin, TransformersModel, PreTrainedModel
+):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:
@@ -164,6 +167,7 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
         return_logits: bool | None = None,
         loss_counts: Mapping[str, int] | None = None,
         generators: Mapping[str, list[torch.Generator]] | None = None,
+        text_states: Mapping[str, Tensor] | None = None,
         **encoder_inputs: Any,
     ) -> MultimodalOutput:
         """Text and media in; logits, conditions and losses out.
@@ -181,6 +185,8 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
             return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
             loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
+            text_states: what `read_text` gave for these rows, in the place of running the language model. The losses
+                are the same; there are neither full logits nor hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
                 `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` stands in place of an encoder's others
                 (see `ModalEncoderModule.encode`).
@@ -189,15 +195,17 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
             InputError: an input that no encoder takes, or that several could take; placeholders and features, or
                 spans and targets, that do not match in number.
         """
-        return_logits = labels is None if return_logits is None else return_logits
+        return_logits = labels is None and text_states is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
             features = self.encode(encoder_inputs)
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
             rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
-            tap.select = None if return_logits else rows.nll
+            tap.select = None if return_logits or text_states is not None else rows.nll
             logits, states = None, {}
-            if return_logits or self.loss_weights.wants_language_model:  # else only encoders or decoders train
+            if text_states is not None:
+                logits, states = self.use_text_states(text_states, rows)
+            elif return_logits or self.loss_weights.wants_language_model:  # else only encoders or decoders train
                 logits, all_states = self.run_language_model(merged, encoder_inputs)
                 states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
         conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}
@@ -210,7 +218,7 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
             loss=loss,
             losses=losses,
             logits=logits if return_logits else None,
-            hidden_states=tap.hidden,
+            hidden_states=tap.hidden if text_states is None else None,
             conditions={key: condition.embeds for key, condition in conditions.items()},
             labels=merged.labels,
             attention_mask=merged.attention_mask,
@@ -274,8 +282,16 @@ class MultimodalModel(Objectives, PartTraining, GenerationMixin, SavingMixin, Tr
         return self.preprocess_llm_callback(**{name: value for name, value in known.items() if name in wanted})
 
     @torch.no_grad()
-    def read_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+    def read_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        text_states: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
         """What the output projectors read in a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
+        if text_states is not None:
+            return {key: x for key in self.decoder_keys if len(x := text_states[f"{key}_decoder"])}
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
         with self.signal_tokens.attached(self.language_model) as tap:
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from anygpt.data.cache.keys import entries
 from anygpt.data.cache.store import KEY
 from anygpt.data.cache.writing import CacheWriter
+from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
-from anygpt.training.stages import choose_networks
+from anygpt.training.stages import choose_networks, trained_inputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +68,8 @@ def write(config: Config, options: argparse.Namespace) -> None:
     )
     model, processor = build(config)
     model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
+    for key in trained_inputs(model, config.train.signal_rows):
+        model.signal_tokens.input_rows[key].requires_grad_(True)
     datasets = [
         ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
         for sources in (config.data.train, config.data.eval)
@@ -91,6 +94,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
         num_workers=config.data.num_workers if options.num_workers is None else options.num_workers,
         on_bad_sample=config.data.on_bad_sample,
         leave_out=options.leave_out,
+        collator=Collator(processor, config.data.max_length, cut=config.data.on_long_sample == "cut"),
         progress=lambda batches, name: tqdm(
             batches, name, unit="batch", disable=None if accelerator.is_main_process else True
         ),

@@ -88,8 +88,14 @@ class World:
         self.folder, self.path, self.accelerator = folder / "cache", folder / "data/stage3.jsonl", accelerator
         lines = self.path.read_text().splitlines(keepends=True)
         self.path.write_text("".join(lines[row] for row in ROWS))
+        self.tiny_model = tiny_model
         self.model, self.processor = tiny_model()
         self.model.train_only([f"{key}_projector" for key in self.model.encoder_keys])
+
+    def keep(self, wanted):
+        """Leave out the rows that are not wanted."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        self.path.write_text("".join(line for line in lines if wanted(json.loads(line))))
 
     def dataset(self):
         dataset = ConversationDataset.from_files([DataSource(str(self.path))])
@@ -106,8 +112,10 @@ class World:
 
     def losses(self, cache):
         dataset = self.dataset()
-        dataset.cache = cache
-        batch = Collator(self.processor)([dataset[row] for row in range(len(ROWS))])
+        dataset.decode_targets = self.model.loss_weights.wants_media
+        collator = Collator(self.processor)
+        dataset.cache = collator.cache = cache
+        batch = collator([dataset[row] for row in range(len(dataset))])
         ids = {name: batch.pop(name) for name in NOT_FOR_MODEL}
         assert not ids[BAD]
         found = self.model(**batch, generators=make_generators(ids[TARGET_IDS], 0, 0)).losses
@@ -146,7 +154,7 @@ def test_a_batch_has_the_same_losses_with_and_without(world, monkeypatch):
     plain, _ = world.losses(None)
     assert world.write(batch_size=4)["written"]
     cache = world.open()
-    assert all(note.endswith("from the cache") for note in cache.notes) and len(cache.notes) == 9
+    assert all(note.endswith("from the cache") for note in cache.notes) and len(cache.notes) == 10
 
     def fail(*_):
         raise AssertionError("computed in spite of the cache")
@@ -160,6 +168,64 @@ def test_a_batch_has_the_same_losses_with_and_without(world, monkeypatch):
     assert any("denoising" in name for name in plain) and any("alignment" in name for name in plain)
     assert cached == pytest.approx(plain, rel=1e-6)  # batched kernels round otherwise than smaller ones
     assert {"image.features", "video.features", "audio.features"} <= set(batch)
+
+
+def test_rows_of_text_are_not_read_again(world, monkeypatch):
+    """Where all rows of a batch are text, and nothing below the states trains, the layers have run once."""
+    world.keep(lambda row: not any(part["type"] != "text" for part in row["messages"][0]["content"]))
+    world.model.loss_weights.denoising = 0
+    world.model.train_only(["signal_tokens", "image_output_projector"])
+    world.model.signal_tokens.input_rows.requires_grad_(False)
+    plain, batch = world.losses(None)
+    assert "text_states" not in batch and {name.split("/")[1] for name in plain} == {"nll", "alignment"}
+    world.write(batch_size=2)
+    cache = world.open()
+    monkeypatch.setattr(type(world.model.language_model.base_model), "forward", None)
+    cached, batch = world.losses(cache)
+    assert set(batch["text_states"]) == {"head", "image_decoder", "video_decoder", "audio_decoder"}
+    assert cached == pytest.approx(plain, rel=1e-6)
+    states = world.model.read_states(**batch)  # what ridge regression looks at
+    assert {key: len(x) for key, x in states.items()} == {
+        key: len(target["captions"]) for key, target in batch["decoder_targets"].items()
+    }
+
+    lines = world.path.read_text().splitlines(keepends=True)
+    changed = [json.loads(line) for line in lines]
+    for row in changed:
+        row["messages"][0]["content"][0]["text"] += "!"
+    world.path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    dataset = world.dataset()
+    collator = Collator(world.processor)
+    collator.cache = cache
+    (bad, *_) = collator([dataset[row] for row in range(len(lines))])[BAD]
+    assert bad.kind == "stale" and "nothing for a row of these" in bad.reason
+
+
+def test_what_keeps_states_from_being_stored(world):
+    def obstacle():
+        return next(entry.obstacle for entry in entries(world.model) if entry.name == "language_model")
+
+    assert obstacle() is None
+    world.model.train("signal_tokens")
+    assert "input rows" in obstacle()
+    world.model.signal_tokens.input_rows.requires_grad_(False)
+    assert obstacle() is None
+    world.model.preprocess_llm_callback = lambda inputs_embeds: {}
+    assert "callback" in obstacle()
+    world.model.train("language_model")
+    assert obstacle() == "it trains"
+    mixed = world.tiny_model(hidden_layer="mix")[0]
+    mixed.train_only([])
+    assert "mixes" in next(entry.obstacle for entry in entries(mixed) if entry.name == "language_model")
+
+
+def test_other_rows_or_layers_make_states_stale(world):
+    world.write()
+    with torch.no_grad():
+        world.model.signal_tokens.input_rows["image"] += 1
+    world.model.decoders["audio"].hidden_layer = 1
+    with pytest.raises(InputError, match=r"hidden_layer\.audio was -1 and is 1; weights\.input_rows changed"):
+        world.open()
 
 
 def test_latents_are_drawn_anew_and_not_stored(world):
@@ -189,7 +255,8 @@ def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_
     first, second = trained_tensors(plain), trained_tensors(cached)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (tmp_path / "cached/log.txt").read_text().count("from the cache") == 9
+    said = (tmp_path / "cached/log.txt").read_text()
+    assert said.count("from the cache") == 9 and "language_model: computed anew: it trains" in said
 
 
 @pytest.mark.slow

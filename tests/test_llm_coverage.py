@@ -46,6 +46,48 @@ def test_trains(composed):
         assert all(grad.isfinite().all() for grad in reached), part
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_states_of_text_stand_for_the_layers(composed, side, monkeypatch):
+    """Losses and gradients from the states of `read_text`, of rows read in another batch, are those of a whole pass."""
+    model, processor = composed
+    model.train_only(["signal_tokens", "image_output_projector"])
+    model.signal_tokens.input_rows.requires_grad_(False)
+    model.decoders["image"].hidden_layer = 1
+    span = "".join(processor.signal_tokens["image"])
+    texts = [f"draw {span} now", "nothing at all", f"{span} and {span}"]
+    captions = ["a red ring", "a cross", "a blue star"]
+
+    def step(**given):
+        model.zero_grad()
+        batch = make_batch(processor, texts, seeds=(), side=side)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = model(**batch, labels=labels, decoder_targets={"image": {"captions": captions}}, **given)
+        output.loss.backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return {name: term.total.detach() for name, term in output.losses.items()}, trained
+
+    losses, gradients = step()
+    rows = []
+    for row in reversed(range(len(texts))):
+        batch = make_batch(processor, texts[row : row + 1], seeds=())
+        rows[:0] = model.read_text(batch["input_ids"], batch["attention_mask"], batch["input_ids"])
+    states = {name: torch.cat([found[name] for found in rows]) for name in rows[0]}
+    assert len(states["image_decoder"]) == 3
+
+    def fail(*_, **__):
+        raise AssertionError("the layers ran")
+
+    monkeypatch.setattr(type(model.language_model.get_decoder()), "forward", fail)
+    from_states, their_gradients = step(text_states=states)
+    torch.testing.assert_close(from_states, losses, rtol=1e-5, atol=1e-6)
+    assert any(bool(gradient.any()) for gradient in gradients.values())
+    torch.testing.assert_close(their_gradients, gradients, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="of other rows"):
+        step(text_states=states | {"head": states["head"][1:]})
+    with pytest.raises(AssertionError, match="the layers ran"):
+        step()
+
+
 def test_answers_in_text_and_images(composed):
     model, processor = composed
     batch = make_batch(processor, side="left")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anygpt.chat import tokenize_with_labels
-from anygpt.data.cache import CachedFeatures, CachedLatents
+from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import sample_messages
 from anygpt.data.media import Audio, Video
@@ -35,12 +35,16 @@ class Collator:
         processor: its model registered, so that it knows decoders and signal tokens.
         max_length: tokens of a row, placeholders and signal spans expanded; None for any number.
         cut: leave out the last turns of a row that is too long, if its first ones fit; else the whole row.
+
+    Attributes:
+        cache: a `FeatureCache` to take the language model's states from.
     """
 
     def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):
         self.processor = processor
         self.max_length = max_length
         self.cut = cut
+        self.cache: FeatureCache | None = None
         tokenizer = processor.llm_tokenizer
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.reserved = [
@@ -72,6 +76,12 @@ class Collator:
         if not all(isinstance(row, tuple) for row in rows):
             fitted = [item if isinstance(row, tuple) else row for item, row in zip(good, rows, strict=True)]
             return self([*bad, *fitted])  # without what does not fit, and its media
+        states = [self.cached_states(item, *row) for item, row in zip(good, rows, strict=True)]
+        if any(isinstance(found, BadSample) for found in states):
+            left = [found if isinstance(found, BadSample) else item for item, found in zip(good, states, strict=True)]
+            return self([*bad, *left])
+        if None not in states:
+            batch["text_states"] = {name: torch.cat([found[name] for found in states]) for name in states[0]}
         ids = [row for row, _ in rows]
         targets, batch[TARGET_IDS] = self.decoder_targets(good)
         return (
@@ -117,6 +127,17 @@ class Collator:
             f"data.max_length = {self.max_length:,}{but}: shorten it, raise the limit, or set data.on_long_sample"
         )
         return BadSample(item.sample.id, reason, "long")
+
+    def cached_states(
+        self, item: LoadedSample, ids: list[int], labels: list[int]
+    ) -> dict[str, Tensor] | BadSample | None:
+        """What the cache has of the language model in a row without media in; None where it has to run."""
+        if self.cache is None or item.inputs:
+            return None
+        try:
+            return self.cache.states(ids, labels)
+        except InputError as error:
+            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}", "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
         """Arguments of the encoders, features where a cache had them, and how many features each input gives."""

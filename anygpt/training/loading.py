@@ -119,8 +119,10 @@ def ridge_batches(
         yield move(batch, accelerator.device)
 
 
-def use_cache(datasets: Iterable[ConversationDataset], model: Any, processor: Any, config: Config) -> list[str]:
-    """Let datasets take from the feature cache what frozen parts make; a line for each part, for the log.
+def use_cache(
+    datasets: Iterable[ConversationDataset], collator: Collator, model: Any, processor: Any, config: Config
+) -> list[str]:
+    """Let datasets and collator take from the feature cache what frozen parts make; a line for each part, for the log.
 
     Call when it is settled which parts train, and after `use_frames_of`.
 
@@ -131,10 +133,10 @@ def use_cache(datasets: Iterable[ConversationDataset], model: Any, processor: An
         return []
     first, *others = datasets
     frames, precision = first.num_video_frames, config.train.mixed_precision
-    first.cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
-    for dataset in others:
-        dataset.cache = first.cache
-    return first.cache.notes
+    cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
+    for user in (first, *others, collator):
+        user.cache = cache
+    return cache.notes
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:

@@ -160,7 +160,7 @@ def train_stage(
         use_frames_of(data, processor)
         data.decode_targets = model.loss_weights.wants_media
         data.in_memory = config.data.in_memory
-    cached = use_cache(filter(None, (dataset, held_out)), model, processor, config)
+    cached = use_cache(filter(None, (dataset, held_out)), collator, model, processor, config)
     new_decoders = [key for key in model.decoder_keys if key not in decoders_before(config)]
     strengths = {}
     if checkpoint is None and config.train.projector_init == "ridge" and new_decoders:

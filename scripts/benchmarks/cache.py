@@ -42,7 +42,9 @@ WAYS = ("without", "cached")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows, a picture each (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, help="rows, a picture each (default: 8 of small, those of its config of tiny)"
+    )
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--latents", type=int, default=16, help="height of the latents of small (default: %(default)s)")
     parser.add_argument(
@@ -75,16 +77,17 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         dataset = build_dataset(config.data.train, model, config, CASES[case])
         use_frames_of(dataset, processor)
         dataset.decode_targets = model.loss_weights.wants_media
+        collator = Collator(processor)
         if way == "cached":
             CacheWriter(config.data.cache_dir, model.eval(), processor, [dataset], accelerator).write()
-            use_cache([dataset], model, processor, config)
+            use_cache([dataset], collator, model, processor, config)
         if options.compile:
             compile_layers(model)
         model.train()
         optimizer, _ = make_optimizer(model, config)
         times, losses = [], []
         begin = time.perf_counter()
-        loader = make_loader(dataset, Collator(processor), config, accelerator, start=0)
+        loader = make_loader(dataset, collator, config, accelerator, start=0)
         for step, ((batch, ids),) in enumerate(take_updates(loader, config)):
             generators = make_generators(ids[TARGET_IDS], 0, step)
             loss = model(**move(batch, accelerator.device), generators=generators).loss
@@ -100,9 +103,22 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 def make_config(folder: Path, size: str, case: str, options: argparse.Namespace) -> Config:
     """The settings of a side, and its data: a picture and a caption a row."""
-    draw = np.random.default_rng(0)
-    count, rows = options.batch_size * (options.steps + 1), []
-    for i in range(count):
+    pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
+    batch_size = options.batch_size or (8 if size == "small" else None)
+    config = parse_config(
+        [
+            f"--config={ROOT}/configs/tiny/stage{1 if CASES[case] is ENCODER_LLM else 2}.yaml",
+            "--model.init_from=null",
+            f"--data.train=[{{path: {folder / 'rows.jsonl'}}}]",
+            f"--data.cache_dir={folder / 'cache'}",
+            *(() if batch_size is None else (f"--train.batch_size={batch_size}",)),
+            f"--train.max_steps={options.steps + 1}",
+            f"--train.signal_rows={options.signal_rows}",
+            *(pooled if case == "stage 1 pooled" else ()),
+        ]
+    )
+    draw, rows = np.random.default_rng(0), []
+    for i in range(config.train.batch_size * config.train.max_steps):
         coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
         coarse.resize((512, 384), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
         picture = {"type": "image", "path": f"{i}.jpg"}
@@ -112,19 +128,6 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
             asked, said = [{"type": "text", "text": f"Make {caption}"}], [picture | {"caption": caption}]
         rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
-    config = parse_config(
-        [
-            f"--config={ROOT}/configs/tiny/stage{1 if CASES[case] is ENCODER_LLM else 2}.yaml",
-            "--model.init_from=null",
-            f"--data.train=[{{path: {folder / 'rows.jsonl'}}}]",
-            f"--data.cache_dir={folder / 'cache'}",
-            f"--train.batch_size={options.batch_size}",
-            f"--train.max_steps={options.steps + 1}",
-            f"--train.signal_rows={options.signal_rows}",
-            *(pooled if case == "stage 1 pooled" else ()),
-        ]
-    )
     config.loss.denoising = float(case == "stage 2")
     return config
 

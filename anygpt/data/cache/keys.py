@@ -1,7 +1,8 @@
 """The stores of a composition, and what each depends on: fingerprints of weights, settings of what comes before.
 
 There is a store for each encoder (`image_encoder`), and two for each decoder: `image_decoder.captions`, its text
-encoders' output, and `image_decoder.latents`, the parameters of its VAE's posterior.
+encoders' output, and `image_decoder.latents`, the parameters of its VAE's posterior. `language_model` holds the states
+of rows without media in, where nothing below them trains, as in stage 2 under `signal_rows: output`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from torch import nn
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import EncoderCallbacks
-from anygpt.encoders.module import ModalEncoderModule
+from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.parts import callback_dict, class_name, fingerprint_tensors
 
 VERSION = 1  # of what is stored, and of our own decoding of media
-FEATURES, CAPTIONS, LATENTS = "features", "captions", "latents"
+FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
+KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
 # Of a config: where, when and with which version it was saved.
 NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
 
@@ -30,8 +32,8 @@ NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_
 class Entry:
     """One store of a composition.
 
-    name: its folder. kind: `FEATURES`, `CAPTIONS` or `LATENTS`. part: key of the encoder or decoder. modality: media
-    type in the data. obstacle: why this run must compute it anew, or None.
+    name: its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
+    "text". obstacle: why this run must compute it anew, or None.
     """
 
     name: str
@@ -55,7 +57,19 @@ def entries(model: Any) -> list[Entry]:
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
         for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
             found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
+    found.append(Entry("language_model", STATES, "language_model", "text", states_obstacle(model)))
     return found
+
+
+def states_obstacle(model: Any) -> str | None:
+    """What the head and the output projectors read in a row without media must stay what it is."""
+    if trains(model.language_model):
+        return "it trains"
+    if trains(model.signal_tokens.input_rows):
+        return "input rows of signal tokens train"
+    if any(decoder.layer_weights is not None for decoder in model.decoders.values()):
+        return "a decoder mixes its layers"
+    return None if model.preprocess_llm_callback is None else "preprocess_llm_callback changes its inputs"
 
 
 def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
@@ -92,6 +106,17 @@ def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, 
             "config": plain(encoder.config.to_dict()),
             "preprocessing": processing(processor.encoder_processors[entry.part]),
             "callbacks": callback_dict(encoder.callbacks),
+        }
+    if entry.kind == STATES:
+        rows = model.signal_tokens
+        weights = {"language_model": model.language_model, "input_rows": rows.input_rows}
+        return key | {
+            "class": class_name(base_model(model.language_model)),
+            "weights": {name: fingerprint_tensors(part.state_dict()) for name, part in weights.items()},
+            "config": plain(model.language_model.config.to_dict()),
+            "signal_tokens": rows.ids,
+            "hidden_layer": {name: decoder.hidden_layer for name, decoder in model.decoders.items()},
+            "nll": model.loss_weights.wants("nll"),
         }
     decoder = model.decoders[entry.part].module
     networks = encoding_networks(decoder)

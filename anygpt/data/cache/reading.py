@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from torch import Tensor
 
-from anygpt.data.cache.keys import CAPTIONS, FEATURES, LATENTS, entries, store_key
+from anygpt.data.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
 from anygpt.data.cache.store import Store
 from anygpt.data.schema import StaleCache, StoredMedium
 from anygpt.decoders.base import Condition
@@ -79,6 +81,23 @@ class FeatureCache:
             )
         return Condition(**store.get(fingerprint))
 
+    def states(self, ids: Sequence[int], labels: Sequence[int]) -> dict[str, Tensor] | None:
+        """The states of one row without media in, see `MultimodalModel.read_text`; None where they are computed.
+
+        Raises:
+            StaleCache: the store has nothing for a row of these tokens.
+        """
+        store = self.stores[STATES].get("text")
+        if store is None:
+            return None
+        fingerprint = fingerprint_row(ids, labels)
+        if fingerprint not in store:
+            raise StaleCache(
+                f"the feature cache {store.folder} has nothing for a row of these {len(ids)} tokens: the text, the "
+                "template or data.max_length changed; run scripts/cache_features.py again"
+            )
+        return store.get(fingerprint)
+
 
 def open_cache(folder: str | Path, model: Any, processor: Any, num_frames: int | None, precision: str) -> FeatureCache:
     """The stores that serve the parts of a composition.
@@ -103,7 +122,7 @@ def open_cache(folder: str | Path, model: Any, processor: Any, num_frames: int |
             f"{', '.join(entry.name for entry in wanted)}; write it with scripts/cache_features.py (safetensors and "
             "JSON alone are read, never a pickle)"
         )
-    cache = FeatureCache({kind: {} for kind in (FEATURES, CAPTIONS, LATENTS)})
+    cache = FeatureCache({kind: {} for kind in KINDS})
     for entry in wanted:
         obstacle = entry.obstacle
         if obstacle is None and not (folder / entry.name).exists():
@@ -126,3 +145,8 @@ def fingerprint_medium(place: Path | StoredMedium) -> str:
 
 def fingerprint_caption(caption: str) -> str:
     return xxhash.xxh3_128_hexdigest(caption.encode())
+
+
+def fingerprint_row(ids: Sequence[int], labels: Sequence[int]) -> str:
+    """Of a row's tokens, and of which of them are labels."""
+    return xxhash.xxh3_128_hexdigest(np.asarray([ids, labels], dtype=np.int64).tobytes())

@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from anygpt.data.cache.keys import CAPTIONS, FEATURES, LATENTS, Entry, entries, store_key
-from anygpt.data.cache.reading import fingerprint_caption, fingerprint_medium
+from anygpt.data.cache.keys import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, store_key
+from anygpt.data.cache.reading import fingerprint_caption, fingerprint_medium, fingerprint_row
 from anygpt.data.cache.store import Store, StoreWriter, create_store
-from anygpt.data.collation import move, raw_target
-from anygpt.data.dataset import ConversationDataset
+from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move, raw_target
+from anygpt.data.dataset import ConversationDataset, LoadedSample
+from anygpt.data.schema import Sample
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
 
@@ -43,6 +44,7 @@ class CacheWriter:
         num_workers: processes that decode, for each process of the run.
         on_bad_sample: "error" stops at media that cannot be read, "skip" counts them.
         leave_out: names of stores not to write.
+        collator: the run's, which makes rows of text; by default one that leaves no row out.
         progress: `(batches, name of the store) -> batches`, as `tqdm` does.
         say: is told what was left out and what was done.
     """
@@ -57,6 +59,7 @@ class CacheWriter:
     num_workers: int = 0
     on_bad_sample: str = "error"
     leave_out: Sequence[str] = ()
+    collator: Collator | None = None
     progress: Callable[[Any, str], Iterable] = lambda batches, name: batches
     say: Callable[[str], None] = lambda line: None
 
@@ -91,6 +94,8 @@ class CacheWriter:
         sub = "alignment" if entry.kind == CAPTIONS else "denoising"
         if entry.name in self.leave_out:
             return "as asked"
+        if entry.kind == STATES:
+            return None if self.text_rows() else "the data has nothing for it"
         if not (entry.kind == FEATURES or weights.wants(sub, entry.part) or weights.decoder):
             return "no loss looks at it"
         answered = entry.kind != FEATURES
@@ -108,7 +113,8 @@ class CacheWriter:
         self.accelerator.wait_for_everyone()  # all have seen the same shards before anyone adds to them
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                return (self.write_captions if entry.kind == CAPTIONS else self.write_media)(entry, store, writer)
+                writers = {CAPTIONS: self.write_captions, STATES: self.write_states}
+                return writers.get(entry.kind, self.write_media)(entry, store, writer)
         finally:
             writer.flush()
 
@@ -123,6 +129,32 @@ class CacheWriter:
             for i, caption in enumerate(batch):
                 writer.add(fingerprint_caption(caption), {name: value[i] for name, value in parts.items()})
         return Counter(written=len(lacking), known=len(mine) - len(lacking))
+
+    def write_states(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
+        loader = DataLoader(
+            [LoadedSample(sample) for sample in self.share(self.text_rows())],
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collator or Collator(self.processor),
+        )
+        counts: Counter = Counter(written=0, known=0)
+        done: set[str] = set()
+        for batch in self.progress(loader, entry.name):
+            for fault in batch[BAD]:
+                self.say(f"left out: {fault.reason}")
+            if not batch[SAMPLE_IDS]:
+                continue
+            rows = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+            ids, labels = ([x[held].tolist() for x, held in zip(y, rows[1].bool(), strict=True)] for y in rows[::2])
+            by_name = {fingerprint_row(*row): i for i, row in enumerate(zip(ids, labels, strict=True))}
+            fresh = {name: i for name, i in by_name.items() if name not in store and name not in done}
+            counts.update(written=len(fresh), known=len(ids) - len(fresh), unreadable=len(batch[BAD]))
+            if fresh:
+                states = self.model.read_text(*(move(x[list(fresh.values())], self.model.device) for x in rows))
+                for name, tensors in zip(fresh, states, strict=True):
+                    writer.add(name, tensors)
+            done.update(fresh)
+        return counts
 
     def write_media(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
         by_place: dict[Any, tuple] = {}
@@ -164,6 +196,11 @@ class CacheWriter:
         for data in self.datasets:
             for sample in data.samples:
                 yield from ((data, sample, role, part) for role, part in sample.media() if part.type == modality)
+
+    def text_rows(self) -> list[Sample]:
+        """Samples without media in."""
+        samples = (sample for data in self.datasets for sample in data.samples)
+        return [sample for sample in samples if not any(role == "user" for role, _ in sample.media())]
 
     def share(self, items: list) -> list:
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
