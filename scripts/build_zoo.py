@@ -52,7 +52,7 @@ def main() -> int:
     options = parser.parse_args()
     quiet_libraries()
     if not options.only_collect:
-        write_untrained(WORK / "untrained")
+        write_start()
         for kind in COMPONENT_KINDS:
             write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
         for name in dict.fromkeys(run for runs in MADE_BY.values() for run in runs):
@@ -66,6 +66,21 @@ def main() -> int:
         (options.output / part / "README.md").write_text(card(part), encoding="utf-8")
     print(options.output)
     return 0
+
+
+def write_start() -> None:
+    """The untrained parts; those that are there already must be what the code makes now."""
+    there, anew = WORK / "untrained", WORK / ".untrained-anew"
+    shutil.rmtree(anew, ignore_errors=True)
+    write_untrained(anew)
+    if not there.is_dir():
+        anew.rename(there)
+        return
+    made, now = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.safetensors")} for f in (there, anew))
+    shutil.rmtree(anew)
+    if made != now:
+        changed = sorted(str(name) for name in {*made, *now} if made.get(name) != now.get(name))
+        raise SystemExit(f"{there} was made by other code ({', '.join(changed)} changed); put runs/zoo elsewhere")
 
 
 def train(name: str) -> None:

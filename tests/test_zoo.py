@@ -1,6 +1,7 @@
 """The tiny parts load as their real classes do, run, and are the same every time."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from anygpt.decoders import DiffusionDecoder
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
 from anygpt.toyworld import HELD_OUT, PARTS, THINGS, Thing, language, part_path, write_untrained, zoo
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import build_zoo
 
 PIPELINES = {
     "image_decoder": StableDiffusionPipeline,
@@ -166,3 +170,17 @@ def test_a_seed_decides_the_weights_and_nothing_else_does(tmp_path):
     assert weights(again) == expected
     different = {name for name, digest in weights(other).items() if digest != expected[name]}
     assert different == {name for name in expected if name.endswith(".safetensors")}
+
+
+def test_a_build_does_not_go_on_from_parts_of_other_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_zoo, "WORK", tmp_path)
+    build_zoo.write_start()
+    before = weights(tmp_path)
+    build_zoo.write_start()
+    assert weights(tmp_path) == before
+    unet, vae = (
+        tmp_path / f"untrained/image_decoder/{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")
+    )
+    unet.write_bytes(vae.read_bytes())
+    with pytest.raises(SystemExit, match=r"other code \(image_decoder/unet/[a-z_.]+ changed\)"):
+        build_zoo.write_start()
