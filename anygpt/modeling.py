@@ -193,8 +193,10 @@ class MultimodalModel(
 
         Raises:
             InputError: an input that no encoder takes, or that several could take; placeholders and features, or
-                spans and targets, that do not match in number.
+                spans and targets, that do not match in number; `text_states` with `return_logits`.
         """
+        if return_logits and text_states is not None:
+            raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
         return_logits = labels is None and text_states is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
             features = self.encode(encoder_inputs)
@@ -203,9 +205,10 @@ class MultimodalModel(
             rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
             tap.select = None if return_logits or text_states is not None else rows.nll
             logits, states = None, {}
-            if text_states is not None:
+            needed = return_logits or self.loss_weights.wants_language_model  # else only encoders or decoders train
+            if needed and text_states is not None:
                 logits, states = self.use_text_states(text_states, rows)
-            elif return_logits or self.loss_weights.wants_language_model:  # else only encoders or decoders train
+            elif needed:
                 logits, all_states = self.run_language_model(merged, encoder_inputs)
                 states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
         conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}

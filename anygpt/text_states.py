@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from anygpt.encoders.module import base_model
 from anygpt.errors import InputError
 from anygpt.objectives import LossRows
 
@@ -52,7 +51,7 @@ class TextStates:
             handle.remove()
         if not ends:
             raise InputError(
-                f"{type(base_model(self.language_model)).__name__} does not run what its get_decoder() gives, so its "
+                f"{type(self.language_model).__name__} does not run what its get_decoder() gives, so its "
                 "layers and its head cannot be taken apart; leave `language_model` out of the feature cache"
             )
         found = {HEAD: (ends[-1][rows.nll], rows.nll[0])}
@@ -61,7 +60,7 @@ class TextStates:
             found[f"{key}_decoder"] = (spans.get(key, nothing), rows.spans[key].rows)
         return [{name: x[at == row] for name, (x, at) in found.items()} for row in range(len(input_ids))]
 
-    def use_text_states(self, given: Mapping[str, Tensor], rows: LossRows) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def use_text_states(self, given: Mapping[str, Tensor], rows: LossRows) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `(1, M, V')` where labels follow, and the states of each decoder's spans.
 
         Call inside `signal_tokens.attached`, the tap selecting nothing.
@@ -73,11 +72,9 @@ class TextStates:
         lengths = {name: len(x) for name, x in given.items()}
         if lengths != wanted:
             raise InputError(f"text_states has {lengths}, but the batch needs {wanted}; they are of other rows")
-        logits = None
-        if wanted[HEAD]:
-            states = given[HEAD][None]
-            with replaced(trunk_of(self.language_model), lambda: LayersOutput(last_hidden_state=states)):
-                logits = self.language_model(inputs_embeds=states, use_cache=False, return_dict=True).logits
+        states = given[HEAD][None]
+        with replaced(trunk_of(self.language_model), lambda: LayersOutput(last_hidden_state=states)):
+            logits = self.language_model(inputs_embeds=states, use_cache=False, return_dict=True).logits
         return logits, {key: given[f"{key}_decoder"] for key, spans in rows.spans.items() if len(spans)}
 
 
@@ -92,7 +89,7 @@ class LayersOutput(BaseModelOutputWithPast):
 
 def trunk_of(language_model: nn.Module) -> nn.Module:
     """A language model without its head and what comes after it."""
-    return base_model(language_model).get_decoder()
+    return language_model.get_decoder()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Writes the feature cache of a run: what its frozen parts make of all media and captions, computed once.
 
-    python scripts/cache_features.py --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
-    accelerate launch scripts/cache_features.py --config … --num-workers 8 --batch-size 64
+    python scripts/cache_features.py --stage 2 --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
+    accelerate launch scripts/cache_features.py --stage 2 --config … --num-workers 8 --batch-size 64
 
 Then train with the same settings; `data.cache_dir` in the YAML serves both. A part that trains in the run is left out.
 A run that was killed goes on where it was. Every setting can be overridden, as in the stages. The exit code is 0, or 2
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from anygpt.data.cache.keys import entries
+from anygpt.data.cache.keys import LANGUAGE_MODEL, entries
 from anygpt.data.cache.store import KEY
 from anygpt.data.cache.writing import CacheWriter
 from anygpt.data.collation import Collator
@@ -30,7 +31,9 @@ from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
-from anygpt.training.stages import choose_networks, trained_inputs
+from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, choose_networks, prepare_stage
+
+STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="the run's YAML; its other settings as in the stages")
+    parser.add_argument(
+        "--stage", type=int, choices=STAGES, help="of the run; the language model's states are left out without it"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="media or captions at once (%(default)s)")
     parser.add_argument("--num-workers", type=int, help="processes that decode; data.num_workers if not given")
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
@@ -66,10 +72,14 @@ def write(config: Config, options: argparse.Namespace) -> None:
         cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
     )
+    set_seed(config.run.seed)  # new signal tokens are drawn at random, here as in the run
     model, processor = build(config)
-    model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
-    for key in trained_inputs(model, config.train.signal_rows):
-        model.signal_tokens.input_rows[key].requires_grad_(True)
+    if options.stage is None:
+        model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
+        options.leave_out.append(LANGUAGE_MODEL)
+        accelerator.print(f"{LANGUAGE_MODEL}: --stage was not given, so what trains below its states is not known")
+    else:
+        prepare_stage(model, STAGES[options.stage], config)
     datasets = [
         ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
         for sources in (config.data.train, config.data.eval)
@@ -79,9 +89,9 @@ def write(config: Config, options: argparse.Namespace) -> None:
         use_frames_of(dataset, processor)
     model.to(accelerator.device).eval()
     if options.overwrite and accelerator.is_main_process:
-        for entry in entries(model):
-            if (folder / entry.name / KEY).is_file():  # anything else is not ours to remove
-                shutil.rmtree(folder / entry.name)
+        for place in (*(folder / entry.name for entry in entries(model)), *folder.glob(f"{LANGUAGE_MODEL}-*")):
+            if (place / KEY).is_file():  # anything else is not ours to remove
+                shutil.rmtree(place)
     accelerator.wait_for_everyone()
     CacheWriter(
         folder,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_parts import ENCODERS
 from training_utils import (
@@ -214,18 +215,82 @@ def test_what_keeps_states_from_being_stored(world):
     assert "callback" in obstacle()
     world.model.train("language_model")
     assert obstacle() == "it trains"
+    world.model.language_model = get_peft_model(world.model.language_model, LoraConfig(target_modules=["q_proj"]))
+    world.model.train_only([])
+    assert obstacle() == "it has adapters"
     mixed = world.tiny_model(hidden_layer="mix")[0]
     mixed.train_only([])
     assert "mixes" in next(entry.obstacle for entry in entries(mixed) if entry.name == "language_model")
 
 
-def test_other_rows_or_layers_make_states_stale(world):
+@pytest.mark.parametrize("change", ["rows", "layer", "loss"])
+def test_other_states_are_kept_beside_those_that_are_there(world, change):
+    def note():
+        return next(note for note in world.open().notes if note.startswith("language_model"))
+
     world.write()
+    assert note() == "language_model: from the cache"
     with torch.no_grad():
-        world.model.signal_tokens.input_rows["image"] += 1
-    world.model.decoders["audio"].hidden_layer = 1
-    with pytest.raises(InputError, match=r"hidden_layer\.audio was -1 and is 1; weights\.input_rows changed"):
-        world.open()
+        world.model.signal_tokens.input_rows["image"] += change == "rows"
+    world.model.decoders["audio"].hidden_layer = 1 if change == "layer" else -1
+    world.model.loss_weights.nll = float(change != "loss")
+    assert note() == "language_model: computed anew: the cache does not hold it"
+    counts = world.write()
+    assert counts["written"] == 1 and note() == "language_model: from the cache"  # of the rows here one is of text
+    assert len(list(world.folder.glob("language_model-*"))) == 2
+
+
+def test_a_row_whose_media_were_cut_off_is_computed(world):
+    """It has no media any more, but was no row of text when the cache was written."""
+    row = json.loads(world.path.read_text().splitlines()[0])
+    text = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+    row["messages"] = [*text, *row["messages"]]
+    world.path.write_text(json.dumps(row) + "\n")
+    world.write()
+    whole = Collator(world.processor)([world.dataset()[0]])
+    collator = Collator(world.processor, whole["input_ids"].shape[1] - 1, cut=True)
+    collator.cache = world.open()
+    batch = collator([world.dataset()[0]])
+    assert batch["cut_samples"] and not batch[BAD] and "text_states" not in batch
+
+
+def test_a_run_of_text_has_the_same_losses_with_and_without(script, make_arguments, tmp_path):
+    """Stage 2 with new signal tokens, which script and run draw alike; and a run that goes on where it was."""
+    cache = ("--data.cache_dir", str(tmp_path / "cache"))
+    more = (*BOARD, "--train.signal_rows=output", "--loss.denoising=0", "--run.seed=3")
+
+    def run(name, *options, steps):
+        return train_here(2, make_arguments(2, tmp_path / name, *more, *options, steps=steps, batch_size=1))
+
+    plain = run("plain", steps=3)
+    written = make_arguments(2, tmp_path / "cached", *more, *cache, steps=3, batch_size=1)
+    assert script([*written, "--stage", "2", "--batch-size", "1"]) == 0
+    cached = run("cached", *cache, steps=3)
+    assert losses_of(tmp_path / "cached") == losses_of(tmp_path / "plain")
+    first, second = trained_tensors(plain), trained_tensors(cached)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert "language_model: from the cache" in (tmp_path / "cached/log.txt").read_text()
+    run("other", *cache, "--run.seed=4", steps=1)
+    assert "language_model: computed anew" in (tmp_path / "other/log.txt").read_text()
+
+
+def test_a_run_that_goes_on_compares_the_cache_with_its_checkpoint(script, make_arguments, tmp_path):
+    """Not with what `init_from` holds by now."""
+    more = (*BOARD, "--train.signal_rows=output", "--loss.denoising=0")
+    start = train_here(2, make_arguments(2, tmp_path / "start", *more, steps=1))
+    more += ("--model.init_from", str(start), "--train.save_steps=1", "--data.cache_dir", str(tmp_path / "cache"))
+    arguments = make_arguments(2, tmp_path / "run", *more, steps=2)
+    assert script([*arguments, "--stage", "2"]) == 0
+    train_here(2, arguments)
+    before = losses_of(tmp_path / "run")
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "run" / name)
+    other = train_here(2, make_arguments(2, tmp_path / "elsewhere", *BOARD, "--run.seed=9", steps=1))
+    shutil.rmtree(start)
+    shutil.copytree(other, start)
+    assert script([*arguments, "--stage", "2"]) == 0  # for the other model; that of the checkpoint's stays
+    train_here(2, arguments)
+    assert losses_of(tmp_path / "run")[2] == before[2]
 
 
 def test_latents_are_drawn_anew_and_not_stored(world):

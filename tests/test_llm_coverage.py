@@ -82,6 +82,8 @@ def test_states_of_text_stand_for_the_layers(composed, side, monkeypatch):
     torch.testing.assert_close(from_states, losses, rtol=1e-5, atol=1e-6)
     assert any(bool(gradient.any()) for gradient in gradients.values())
     torch.testing.assert_close(their_gradients, gradients, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="cannot be had from text_states"):
+        step(text_states=states, return_logits=True)
     with pytest.raises(InputError, match="of other rows"):
         step(text_states=states | {"head": states["head"][1:]})
     with pytest.raises(AssertionError, match="the layers ran"):

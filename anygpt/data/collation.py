@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anygpt.chat import tokenize_with_labels
-from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache
+from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import sample_messages
 from anygpt.data.media import Audio, Video
@@ -136,7 +136,9 @@ class Collator:
             return None
         try:
             return self.cache.states(ids, labels)
-        except InputError as error:
+        except StaleCache as error:
+            if item.cut:  # perhaps of its media
+                return None
             return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}", "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:

@@ -267,16 +267,18 @@ def set_aside(folder: Path, step: int) -> list[str]:
     return lines
 
 
+def load_tensors(checkpoint: Path, model: Any) -> None:
+    """Put a model's tensors back, buffers and frozen projectors too: by now `model.init_from` may be another model."""
+    model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+
+
 def load_training_state(
-    checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
+    checkpoint: Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Put tensors, optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`.
+    """Put optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`.
 
     Without an optimizer its state is left for later (`read_optimizer_state`): a sharded one takes it when prepared.
     """
-    restored = type(model).from_pretrained(checkpoint)
-    # Everything, buffers and frozen projectors too: what `model.init_from` holds by now may be another model.
-    model.load_state_dict(restored.state_dict())
     if optimizer is not None:
         optimizer.load_state_dict(read_optimizer_state(checkpoint))
     state = read_state(checkpoint)

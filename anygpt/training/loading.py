@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from anygpt.data.cache.keys import LANGUAGE_MODEL
 from anygpt.data.cache.reading import open_cache
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset
@@ -120,11 +121,17 @@ def ridge_batches(
 
 
 def use_cache(
-    datasets: Iterable[ConversationDataset], collator: Collator, model: Any, processor: Any, config: Config
+    datasets: Iterable[ConversationDataset],
+    collator: Collator,
+    model: Any,
+    processor: Any,
+    config: Config,
+    sharded: bool = False,
 ) -> list[str]:
     """Let datasets and collator take from the feature cache what frozen parts make; a line for each part, for the log.
 
-    Call when it is settled which parts train, and after `use_frames_of`.
+    Call when it is settled which parts train, and after `use_frames_of`; `sharded` where processes share the language
+    model's layers.
 
     Raises:
         InputError: no cache in `data.cache_dir`, or a stale one.
@@ -134,9 +141,14 @@ def use_cache(
     first, *others = datasets
     frames, precision = first.num_video_frames, config.train.mixed_precision
     cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
-    for user in (first, *others, collator):
+    for user in (first, *others, *(() if sharded else (collator,))):
         user.cache = cache
-    return cache.notes
+    notes = cache.notes
+    if sharded:
+        # All processes gather each layer together, so none may pass over them where another has media in its rows.
+        notes = [note for note in notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
+        notes.append(f"{LANGUAGE_MODEL}: computed anew: its layers are sharded")
+    return notes
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:

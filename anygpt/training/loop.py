@@ -27,6 +27,7 @@ from anygpt.training.checkpoint import (
     PREFIX,
     best_checkpoint,
     choose_checkpoint,
+    load_tensors,
     load_training_state,
     read_optimizer_state,
     remove_old,
@@ -160,7 +161,9 @@ def train_stage(
         use_frames_of(data, processor)
         data.decode_targets = model.loss_weights.wants_media
         data.in_memory = config.data.in_memory
-    cached = use_cache(filter(None, (dataset, held_out)), collator, model, processor, config)
+    if checkpoint is not None:
+        load_tensors(checkpoint, model)  # before the cache is compared with them
+    cached = use_cache(filter(None, (dataset, held_out)), collator, model, processor, config, is_sharded(accelerator))
     new_decoders = [key for key in model.decoder_keys if key not in decoders_before(config)]
     strengths = {}
     if checkpoint is None and config.train.projector_init == "ridge" and new_decoders:
@@ -171,7 +174,7 @@ def train_stage(
     state: dict[str, Any] = {}
     if checkpoint is not None:
         unsharded = None if is_sharded(accelerator) else optimizer
-        state = load_training_state(checkpoint, model, unsharded, scheduler, accelerator)
+        state = load_training_state(checkpoint, unsharded, scheduler, accelerator)
         check_same_data(checkpoint, state, dataset)
     if config.train.compile:
         model.to(accelerator.device)

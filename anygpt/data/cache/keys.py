@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -17,13 +18,14 @@ from torch import nn
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import EncoderCallbacks
-from anygpt.encoders.module import ModalEncoderModule, base_model
+from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
-from anygpt.parts import callback_dict, class_name, fingerprint_tensors
+from anygpt.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
 VERSION = 1  # of what is stored, and of our own decoding of media
 FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
 KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
+LANGUAGE_MODEL = "language_model"
 # Of a config: where, when and with which version it was saved.
 NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
 
@@ -32,7 +34,7 @@ NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_
 class Entry:
     """One store of a composition.
 
-    name: its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
+    name: of its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
     "text". obstacle: why this run must compute it anew, or None.
     """
 
@@ -41,6 +43,12 @@ class Entry:
     part: str
     modality: str
     obstacle: str | None
+
+    def place(self, folder: Path, key: Mapping[str, Any]) -> Path:
+        """The store's folder; of states, which hang on signal tokens that a run draws by its seed, one for each key."""
+        if self.kind != STATES:
+            return folder / self.name
+        return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
 
 
 def entries(model: Any) -> list[Entry]:
@@ -57,7 +65,7 @@ def entries(model: Any) -> list[Entry]:
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
         for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
             found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
-    found.append(Entry("language_model", STATES, "language_model", "text", states_obstacle(model)))
+    found.append(Entry(LANGUAGE_MODEL, STATES, LANGUAGE_MODEL, "text", states_obstacle(model)))
     return found
 
 
@@ -65,6 +73,8 @@ def states_obstacle(model: Any) -> str | None:
     """What the head and the output projectors read in a row without media must stay what it is."""
     if trains(model.language_model):
         return "it trains"
+    if is_peft(model.language_model):
+        return "it has adapters"
     if trains(model.signal_tokens.input_rows):
         return "input rows of signal tokens train"
     if any(decoder.layer_weights is not None for decoder in model.decoders.values()):
@@ -111,7 +121,7 @@ def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, 
         rows = model.signal_tokens
         weights = {"language_model": model.language_model, "input_rows": rows.input_rows}
         return key | {
-            "class": class_name(base_model(model.language_model)),
+            "class": class_name(model.language_model),
             "weights": {name: fingerprint_tensors(part.state_dict()) for name, part in weights.items()},
             "config": plain(model.language_model.config.to_dict()),
             "signal_tokens": rows.ids,

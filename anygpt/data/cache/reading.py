@@ -115,7 +115,7 @@ def open_cache(folder: str | Path, model: Any, processor: Any, num_frames: int |
     """
     folder = Path(folder)
     wanted = entries(model)
-    if not any((folder / entry.name).is_dir() for entry in wanted):
+    if not any(place.is_dir() for entry in wanted for place in folder.glob(f"{entry.name}*")):
         state = "has none of the folders" if folder.is_dir() else "is a file, not a folder with"
         raise InputError(
             f"data.cache_dir {folder} {state if folder.exists() else 'does not exist; it should hold'} "
@@ -125,11 +125,13 @@ def open_cache(folder: str | Path, model: Any, processor: Any, num_frames: int |
     cache = FeatureCache({kind: {} for kind in KINDS})
     for entry in wanted:
         obstacle = entry.obstacle
-        if obstacle is None and not (folder / entry.name).exists():
-            obstacle = "the cache does not hold it"
         if obstacle is None:
             key = store_key(entry, model, processor, num_frames, precision)
-            cache.stores[entry.kind].setdefault(entry.modality, Store(folder / entry.name, key))
+            place = entry.place(folder, key)
+            if place.exists():
+                cache.stores[entry.kind].setdefault(entry.modality, Store(place, key))
+            else:
+                obstacle = "the cache does not hold it"
         cache.notes.append(f"{entry.name}: {'from the cache' if obstacle is None else f'computed anew: {obstacle}'}")
     return cache
 

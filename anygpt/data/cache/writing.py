@@ -95,6 +95,8 @@ class CacheWriter:
         if entry.name in self.leave_out:
             return "as asked"
         if entry.kind == STATES:
+            if not weights.wants_language_model:
+                return "no loss looks at it"
             return None if self.text_rows() else "the data has nothing for it"
         if not (entry.kind == FEATURES or weights.wants(sub, entry.part) or weights.decoder):
             return "no loss looks at it"
@@ -104,8 +106,8 @@ class CacheWriter:
 
     def write_store(self, entry: Entry) -> Counter:
         """Complete one store with this process's share of what it lacks."""
-        place = Path(self.folder) / entry.name
         key = store_key(entry, self.model, self.processor, self.datasets[0].num_video_frames, self.precision)
+        place = entry.place(Path(self.folder), key)
         if self.accelerator.is_main_process:
             create_store(place, key)
         self.accelerator.wait_for_everyone()
