@@ -19,7 +19,7 @@ from linear_probe import load
 from tqdm import tqdm
 
 from anygpt import InputError, ModalDecoderModule, MultimodalModel
-from anygpt.evaluation.answers import STEPS, Settings
+from anygpt.evaluation.answers import Settings
 from anygpt.evaluation.baselines import upper_bound
 from anygpt.evaluation.probes import probe_encoders, question_accuracy
 from anygpt.parts import Source, load_decoder
@@ -29,16 +29,13 @@ from anygpt.toyworld.world import HELD_OUT, MODALITIES
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json"
-DENOISING_STEPS = 50
-"""Stable Diffusion's and Zeroscope's default. An evaluation takes fewer; here the decoders are what is measured."""
 
 
 def measure(samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """`{part: {what: share}}`; `samples` of each kind, but for the encoders' probes, which take 50 renders a thing."""
     model, processor = load(None)
     probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
-    steps = dict.fromkeys(STEPS, DENOISING_STEPS)
-    settings = Settings(samples=samples, talk_samples=samples, seed=seed, steps=steps)
+    settings = Settings(samples=samples, talk_samples=samples, seed=seed)
     quality: dict[str, dict[str, Any]] = {
         "image_encoder": {f"{what} of a picture, linear probe": found for what, found in probes["image"].items()}
         | {f"{what} of a clip, linear probe": found for what, found in probes["video"].items()},
