@@ -173,8 +173,7 @@ def train_stage(
     optimizer, scheduler = make_optimizer(model, config)
     state: dict[str, Any] = {}
     if checkpoint is not None:
-        unsharded = None if is_sharded(accelerator) else optimizer
-        state = load_training_state(checkpoint, unsharded, scheduler, accelerator)
+        state = load_training_state(checkpoint, None if is_sharded(accelerator) else optimizer, scheduler, accelerator)
         check_same_data(checkpoint, state, dataset)
     if config.train.compile:
         model.to(accelerator.device)
