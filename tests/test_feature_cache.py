@@ -40,7 +40,8 @@ from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.losses import LossWeights
-from anygpt.training.loading import make_generators, use_frames_of
+from anygpt.training.config import Config, DataConfig
+from anygpt.training.loading import make_generators, use_cache, use_frames_of
 
 SCRIPT = "scripts/cache_features.py"
 ROWS = (1, 3, 7, 13, 15, 22)  # of the stage 3 data: every input and every output
@@ -238,6 +239,18 @@ def test_other_states_are_kept_beside_those_that_are_there(world, change):
     counts = world.write()
     assert counts["written"] == 1 and note() == "language_model: from the cache"  # of the rows here one is of text
     assert len(list(world.folder.glob("language_model-*"))) == 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_sharded_layers_run_in_every_batch(world, sharded):
+    """Processes gather them together; one with media in its rows would wait for one that passes over them."""
+    world.write()
+    config = Config(data=DataConfig(cache_dir=str(world.folder)))
+    dataset, collator = world.dataset(), Collator(world.processor)
+    notes = use_cache([dataset], collator, world.model, world.processor, config, sharded)
+    assert dataset.cache is not None and (collator.cache is None) == sharded
+    said = [note for note in notes if note.startswith("language_model:")]
+    assert len(notes) == 10 and said[0].endswith("its layers are sharded" if sharded else "from the cache")
 
 
 def test_a_row_whose_media_were_cut_off_is_computed(world):
