@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,17 +32,17 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
 QUALITY = WORK / "quality.json"
-SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"words": 16_000, "views": 30_000, "pairs": 8_000}
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"words": 16_000, "views": 30_000, "pairs": 8_000, "stills": 8_000}
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),
-    "video_decoder": ("image_vae", "video_denoiser", "video_denoiser_2"),
+    "video_decoder": ("image_vae", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
-"""The runs that a part comes from, in order; each is a file in `configs/tiny/stage0`."""
+"""The runs that a part comes from, each starting from the one before; each is a file in `configs/tiny/stage0`."""
 
 
 def main() -> int:
@@ -49,16 +51,14 @@ def main() -> int:
         "--output", type=Path, default=zoo(), help="folder of the finished parts (default: %(default)s)"
     )
     parser.add_argument("--only-collect", action="store_true", help="train nothing; take what runs/zoo has")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once (%(default)s)")
     options = parser.parse_args()
     quiet_libraries()
     if not options.only_collect:
         write_start()
         for kind in COMPONENT_KINDS:
             write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
-        for name in dict.fromkeys(run for runs in MADE_BY.values() for run in runs):
-            train(name)
-            if name == "image_vae":
-                write_video_start()
+        train_all(max(1, options.jobs))
     collect(options.output)
     if options.output.resolve() == zoo():
         subprocess.run([sys.executable, "scripts/zoo_quality.py", "--output", str(QUALITY)], cwd=ROOT, check=True)
@@ -83,16 +83,58 @@ def write_start() -> None:
         raise SystemExit(f"{there} was made by other code ({', '.join(changed)} changed); put runs/zoo elsewhere")
 
 
-def train(name: str) -> None:
+def train_all(jobs: int) -> None:
+    """All runs, several at once: on so small parts two runs with a core each are faster than one with two."""
+    before = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
+    depth = {run: max(runs.index(run) for runs in MADE_BY.values() if run in runs) for run in before}
+    trained: dict[str | None, Future[None]] = {}
+
+    def train_after(start: Future[None] | None, name: str) -> None:
+        if start is not None:
+            start.result()
+        train(name, threads=max(1, (os.cpu_count() or 1) // jobs))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for name in sorted(before, key=depth.__getitem__):  # so none waits for one that has not begun
+            trained[name] = pool.submit(train_after, trained.get(before[name]), name)
+    for run in trained.values():
+        run.result()
+
+
+def train(name: str, threads: int) -> None:
     """One run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
-    folder, config = WORK / name, CONFIGS / f"{name}.yaml"
-    made_with = folder / "config.yaml"
-    if made_with.is_file() and yaml.safe_load(made_with.read_text()) != parse_config([f"--config={config}"]).to_dict():
-        raise SystemExit(f"{folder} was made with other settings than {config} has; remove it, or put it elsewhere")
+    folder, config_file = WORK / name, CONFIGS / f"{name}.yaml"
+    made_with, config = folder / "config.yaml", parse_config([f"--config={config_file}"])
+    if made_with.is_file() and yaml.safe_load(made_with.read_text()) != config.to_dict():
+        raise SystemExit(f"{folder} was made with other settings than {config_file} has; put it elsewhere")
     if not (folder / "final").is_dir() or not (folder / "parts").is_dir():
-        command = [sys.executable, "stages/stage0_components.py", "--config", str(config)]
         shutil.rmtree(folder / "final", ignore_errors=True)
-        subprocess.run(command, cwd=ROOT, check=True)
+        if config.data.cache_dir is not None:
+            call(name, threads, "scripts/cache_features.py", "--config", config_file, "--overwrite", "--batch-size", 64)
+        call(name, threads, "stages/stage0_components.py", "--config", config_file)
+    if name == "image_vae":
+        write_video_start()
+
+
+def call(name: str, threads: int, *command: object) -> None:
+    """Run one of the project's commands; its lines are printed behind the run's name.
+
+    Raises:
+        SystemExit: it failed; what it said stands above.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout or ():
+            print(f"{name}: {line}", end="", flush=True)
+    if process.returncode:
+        raise SystemExit(f"{name}: {command[0]} ended with exit code {process.returncode}, see above")
 
 
 def write_video_start() -> None:

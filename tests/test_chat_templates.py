@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anygpt import InputError
-from anygpt.chat import render, tokenize_with_labels
+from anygpt.chat import render, tokenize_many, tokenize_with_labels
 
 FAMILIES = json.loads((Path(__file__).parent / "data/chat_templates.json").read_text())
 ANSWERS = ["It is a red circle.", "No: [IMG0][IMG1] a ring"]
@@ -65,6 +65,25 @@ def test_both_ways_give_the_same_tokens_and_labels(tokenizer_of, name):
     assert tokenize_with_labels(tokenizer_of(family, "template"), TURNS) == tokenize_with_labels(
         tokenizer_of(family, "marked"), TURNS
     )
+
+
+@pytest.mark.parametrize("way", ["template", "marked"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_conversations_at_once_are_as_each_by_itself(tokenizer_of, name, way):
+    tokenizer = tokenizer_of(FAMILIES[name], way)
+    conversations = [TURNS, TURNS[:2], [TURNS[0], {"role": "assistant", "content": "Yes."}]]
+    alone = [tokenize_with_labels(tokenizer, messages) for messages in conversations]
+    assert len({len(ids) for ids, _ in alone}) == 3
+    assert tokenize_many(tokenizer, conversations) == alone
+    assert tokenize_many(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("way", ["template", "marked"])
+def test_one_conversation_that_is_refused_leaves_the_others(tokenizer_of, way):
+    tokenizer = tokenizer_of(FAMILIES["Mistral"], way)
+    first, refused, last = tokenize_many(tokenizer, [TURNS, TURNS[:1] * 2, TURNS[:2]])
+    assert isinstance(refused, InputError) and "roles must alternate" in str(refused)
+    assert [first, last] == [tokenize_with_labels(tokenizer, TURNS), tokenize_with_labels(tokenizer, TURNS[:2])]
 
 
 def test_conversations_that_a_template_cannot_take(tokenizer_of):

@@ -204,7 +204,7 @@ def test_datasets_are_valid(kind, tmp_path):
             if part.type == "image":
                 assert read_image(part.path).size == (32, 32)
             elif part.type == "video":
-                assert read_video(part.path).frames.shape == (8, 32, 32, 3)
+                assert read_video(part.path).frames.shape == (8, 64, 64, 3)
             else:
                 audio = read_audio(part.path)
                 assert audio.sampling_rate == 16_000 and audio.waveform.shape == (1, 10_240)

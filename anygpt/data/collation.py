@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anygpt.chat import tokenize_with_labels
+from anygpt.chat import tokenize_many, tokenize_with_labels
 from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import sample_messages
@@ -72,7 +72,8 @@ class Collator:
         contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
         expanded = iter(contents)
         conversations = [[m | {"content": next(expanded)} for m in messages] for messages in conversations]
-        rows = [self.tokenize(item, messages) for item, messages in zip(good, conversations, strict=True)]
+        found = tokenize_many(self.processor.llm_tokenizer, conversations)
+        rows = [self.fit(*row) for row in zip(good, conversations, found, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
             fitted = [item if isinstance(row, tuple) else row for item, row in zip(good, rows, strict=True)]
             return self([*bad, *fitted])  # without what does not fit, and its media
@@ -100,8 +101,8 @@ class Collator:
         row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
         return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
 
-    def tokenize(
-        self, item: LoadedSample, messages: list[dict[str, str]]
+    def fit(
+        self, item: LoadedSample, messages: list[dict[str, str]], found: tuple[list[int], list[int]] | InputError
     ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
         """Ids and labels of a row; if it is too long, the row without its last turns, or a bad sample.
 
@@ -110,11 +111,11 @@ class Collator:
         Args:
             item: the row.
             messages: its messages with placeholders expanded.
+            found: their ids and labels, or why there are none.
         """
-        try:
-            ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
-        except InputError as error:
-            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}")
+        if isinstance(found, InputError):
+            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {found}")
+        ids, labels = found
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, labels
         ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"] if self.cut else []

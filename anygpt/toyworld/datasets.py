@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from anygpt.data.media_writing import write_audio, write_image, write_video
@@ -28,13 +29,15 @@ from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
 KINDS = {  # with what each adds to the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
-    **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10},
+    **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12},
 }
 COMPONENT_KINDS = tuple(KINDS)[5:]
 """Those that the parts themselves are trained on, in stage 0."""
-_SHOWN = {"pictures": "image", "clips": "video", "sounds": "audio"}
+_SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "audio"}
 FPS = 8
 """Of the clips: 8 frames, one second."""
+_CLIP_SCALE = 2
+"""Clips are written larger than rendered: H.264 halves the resolution of colours, thin shapes lose theirs."""
 _SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Row = dict[str, Any]
@@ -59,6 +62,7 @@ def write_dataset(
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
+    - `stills`: as `pictures`, but every other one is a frame of a clip, in which things are smaller.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
     the JSONL file comes last: where it exists, all its files do.
@@ -254,9 +258,14 @@ class _RowWriter:
         """Render a medium to a file; `motion` matters for a video only."""
         path = f"{modality}/{name}.{_SUFFIX[modality]}"
         if modality == "image":
-            write_image(self.folder / path, render_image(thing, rng))
+            if self.kind == "stills" and rng.integers(2):
+                frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
+                write_image(self.folder / path, Image.fromarray(frame))
+            else:
+                write_image(self.folder / path, render_image(thing, rng))
         elif modality == "video":
-            write_video(self.folder / path, render_video(thing, motion, rng), FPS)
+            frames = render_video(thing, motion, rng).repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2)
+            write_video(self.folder / path, frames, FPS)
         else:
             write_audio(self.folder / path, render_audio(thing, rng), SAMPLING_RATE)
         return {"type": modality, "path": f"{self.kind}/{path}"}

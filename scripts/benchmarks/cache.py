@@ -1,10 +1,10 @@
 """A training step with the feature cache and without: reading, decoding, forward, backward and the optimizer.
 
-`tiny` are the parts of configs/tiny; `small` are SmolLM2-135M's shape, ViT-B/16 at 224, and Stable Diffusion 1.5's
-parts with a U-Net and a VAE of a quarter of the width, weights random. Stage 1 asks about pictures, stage 2 for them.
-Stage 1 comes with a projector of all features and with `pooled`, one embedding a picture; stage 2 with denoising and
-with caption alignment alone. The cache is written first, and not timed. The data are JPEG photographs of noise,
-512 × 384.
+`tiny` are the parts of configs/tiny on their own data, pictures, clips and sounds. `small` are SmolLM2-135M's shape,
+ViT-B/16 at 224, and Stable Diffusion 1.5's parts with a U-Net and a VAE of a quarter of the width, weights random; the
+data are JPEG photographs of noise, 512 × 384. Stage 1 asks about media, stage 2 for them. Stage 1 comes with a
+projector of all features and with `pooled`, one embedding a medium; stage 2 with denoising and with caption alignment
+alone. The cache is written first, and not timed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor, StableDiffusionDecoder
 from anygpt.data.cache.writing import CacheWriter
 from anygpt.data.collation import TARGET_IDS, Collator, move
+from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.tokenizers import llm_tokenizer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config, parse_config
@@ -43,9 +44,10 @@ WAYS = ("without", "cached")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, help="rows, a picture each (default: 8 of small, those of its config of tiny)"
+        "--batch-size", type=int, help="rows, a medium each (default: 8 of small, those of its config of tiny)"
     )
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
+    parser.add_argument("--num-workers", type=int, default=0, help="data.num_workers (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=16, help="height of the latents of small (default: %(default)s)")
     parser.add_argument(
         "--signal-rows", choices=("both", "output", "none"), default="output", help="of stage 2 (default: %(default)s)"
@@ -102,34 +104,45 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def make_config(folder: Path, size: str, case: str, options: argparse.Namespace) -> Config:
-    """The settings of a side, and its data: a picture and a caption a row."""
+    """The settings of a side, and its data."""
+    kind = "stage1" if CASES[case] is ENCODER_LLM else "stage2"
     pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
     batch_size = options.batch_size or (8 if size == "small" else None)
     config = parse_config(
         [
-            f"--config={ROOT}/configs/tiny/stage{1 if CASES[case] is ENCODER_LLM else 2}.yaml",
+            f"--config={ROOT}/configs/tiny/{kind}.yaml",
             "--model.init_from=null",
-            f"--data.train=[{{path: {folder / 'rows.jsonl'}}}]",
+            f"--data.train=[{{path: {folder / f'{kind}.jsonl'}}}]",
             f"--data.cache_dir={folder / 'cache'}",
             *(() if batch_size is None else (f"--train.batch_size={batch_size}",)),
             f"--train.max_steps={options.steps + 1}",
             f"--train.signal_rows={options.signal_rows}",
+            f"--data.num_workers={options.num_workers}",
             *(pooled if case == "stage 1 pooled" else ()),
         ]
     )
+    count = config.train.batch_size * config.train.max_steps
+    if size == "tiny":
+        write_dataset(folder, kind, count, seed=0)
+    else:
+        write_photographs(folder / f"{kind}.jsonl", count, asked_for=CASES[case] is LLM_DECODER)
+    config.loss.denoising = float(case == "stage 2")
+    return config
+
+
+def write_photographs(path: Path, count: int, asked_for: bool) -> None:
+    """Rows of a picture, a JPEG of 512 × 384, and a caption; the picture is what is asked for, or about."""
     draw, rows = np.random.default_rng(0), []
-    for i in range(config.train.batch_size * config.train.max_steps):
+    for i in range(count):
         coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
-        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(path.parent / f"{i}.jpg", quality=90)
         picture = {"type": "image", "path": f"{i}.jpg"}
         caption = f"a {'red' if i % 2 else 'blue'} thing of the kind {i}"
         asked, said = [picture, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": caption}]
-        if CASES[case] is LLM_DECODER:
+        if asked_for:
             asked, said = [{"type": "text", "text": f"Make {caption}"}], [picture | {"caption": caption}]
         rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config.loss.denoising = float(case == "stage 2")
-    return config
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, Any]:
