@@ -12,13 +12,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL, TextToVideoSDPipeline
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +34,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
 QUALITY = WORK / "quality.json"
-SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {"words": 16_000, "views": 30_000, "pairs": 8_000, "stills": 8_000}
+FINISHED = "finished.json"
+"""In a run's folder: what it was made from. Written last."""
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
+    "words": 16_000,
+    "views": 30_000,
+    "pairs": 8_000,
+    "stills": 8_000,
+    "clips": 8_000,
+}
 """Rows of each kind of data."""
 MADE_BY = {
     "language_model": ("words",),
@@ -54,6 +64,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once (%(default)s)")
     options = parser.parse_args()
     quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if not options.only_collect:
         write_start()
         for kind in COMPONENT_KINDS:
@@ -84,57 +95,110 @@ def write_start() -> None:
 
 
 def train_all(jobs: int) -> None:
-    """All runs, several at once: on so small parts two runs with a core each are faster than one with two."""
-    before = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
-    depth = {run: max(runs.index(run) for runs in MADE_BY.values() if run in runs) for run in before}
-    trained: dict[str | None, Future[None]] = {}
+    """All runs, `jobs` at once: on so small parts two runs with a core each are faster than one with two.
 
-    def train_after(start: Future[None] | None, name: str) -> None:
-        if start is not None:
-            start.result()
-        train(name, threads=max(1, (os.cpu_count() or 1) // jobs))
+    The first one that fails ends the others, which write a checkpoint.
+    """
+    waiting = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
+    for name in waiting:
+        is_finished(name)  # refuses other settings before hours have passed
+    running: dict[Future[None], str] = {}
+    done: set[str | None] = {None}
+    pool, children = ThreadPoolExecutor(jobs), Children()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        while waiting or running:
+            ready = [name for name, start in waiting.items() if start in done]
+            for name in ready[: jobs - len(running)]:
+                del waiting[name]
+                running[pool.submit(train, name, threads, children)] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done.add(running.pop(future))
+                future.result()
+    finally:
+        children.end()
+        pool.shutdown()
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for name in sorted(before, key=depth.__getitem__):  # so none waits for one that has not begun
-            trained[name] = pool.submit(train_after, trained.get(before[name]), name)
-    for run in trained.values():
-        run.result()
+
+def is_finished(name: str) -> bool:
+    """Whether a run came to its end with the present settings and data.
+
+    Raises:
+        SystemExit: it did with others.
+    """
+    folder, now = WORK / name, made_from(name)
+    made_with = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).is_file() else None
+    if made_with not in (None, now):
+        changed = ", ".join(key for key in now if made_with.get(key) != now[key])
+        raise SystemExit(f"{folder} was made with other {changed} than now; remove it, or put runs/zoo elsewhere")
+    return made_with is not None
 
 
-def train(name: str, threads: int) -> None:
+def made_from(name: str) -> dict[str, Any]:
+    """What decides a run: its settings, and what its data was written from."""
+    config = parse_config([f"--config={CONFIGS / name}.yaml"])
+    data = [ROOT / Path(source.path).with_suffix("") / "manifest.json" for source in config.data.train]
+    return {"settings": config.to_dict(), "data": [json.loads(path.read_text()) for path in data if path.is_file()]}
+
+
+def train(name: str, threads: int, children: Children) -> None:
     """One run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
     folder, config_file = WORK / name, CONFIGS / f"{name}.yaml"
-    made_with, config = folder / "config.yaml", parse_config([f"--config={config_file}"])
-    if made_with.is_file() and yaml.safe_load(made_with.read_text()) != config.to_dict():
-        raise SystemExit(f"{folder} was made with other settings than {config_file} has; put it elsewhere")
-    if not (folder / "final").is_dir() or not (folder / "parts").is_dir():
-        shutil.rmtree(folder / "final", ignore_errors=True)
-        if config.data.cache_dir is not None:
-            call(name, threads, "scripts/cache_features.py", "--config", config_file, "--overwrite", "--batch-size", 64)
-        call(name, threads, "stages/stage0_components.py", "--config", config_file)
+    if not is_finished(name):
+        for half_done in ("final", "parts"):
+            shutil.rmtree(folder / half_done, ignore_errors=True)
+        if parse_config([f"--config={config_file}"]).data.cache_dir is not None:
+            cache = ("scripts/cache_features.py", "--config", config_file, "--overwrite", "--batch-size", 64)
+            children.call(name, threads, *cache)
+        children.call(name, threads, "stages/stage0_components.py", "--config", config_file)
+        (folder / FINISHED).write_text(json.dumps(made_from(name), indent=1) + "\n")
     if name == "image_vae":
         write_video_start()
 
 
-def call(name: str, threads: int, *command: object) -> None:
-    """Run one of the project's commands; its lines are printed behind the run's name.
+class Children:
+    """The commands that run."""
 
-    Raises:
-        SystemExit: it failed; what it said stands above.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        for line in process.stdout or ():
-            print(f"{name}: {line}", end="", flush=True)
-    if process.returncode:
-        raise SystemExit(f"{name}: {command[0]} ended with exit code {process.returncode}, see above")
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.ended = False
+
+    def call(self, name: str, threads: int, *command: object) -> None:
+        """Run one of the project's commands; its lines, which go to `runs/zoo/<name>.txt`, are printed with the name.
+
+        Raises:
+            SystemExit: it failed; what it said stands above.
+        """
+        said = WORK / f"{name}.txt"
+        said.parent.mkdir(parents=True, exist_ok=True)
+        threads_only = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        with said.open("wb") as file:  # and no pipe: if this process dies, the run goes on
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=ROOT,
+                env=os.environ | threads_only,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self.processes.append(process)
+        if self.ended:
+            process.terminate()
+        with said.open(errors="replace") as lines:
+            over = False
+            while not over:
+                over = process.poll() is not None  # before reading: what it said last is read, too
+                for line in lines:
+                    print(f"{name}: {line}", end="", flush=True)
+                time.sleep(0 if over else 0.5)
+        if process.returncode:
+            raise SystemExit(f"{name}: {command[0]} ended with exit code {process.returncode}, see above")
+
+    def end(self) -> None:
+        """Ask all to end; a run of training writes a checkpoint first, from which the next build goes on."""
+        self.ended = True
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
 
 
 def write_video_start() -> None:
@@ -174,12 +238,13 @@ def card(part: str) -> str:
         "",
     ]
     for name in MADE_BY[part]:
-        config = yaml.safe_load((WORK / name / "config.yaml").read_text())
-        train, data = config["train"], Path(config["data"]["train"][0]["path"]).stem
+        made = json.loads((WORK / name / FINISHED).read_text())
+        train, (data,) = made["settings"]["train"], made["data"]
         lines += [
-            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {SAMPLES[data]} rows of "
-            f"`{data}`, about all {len(THINGS)} things; {train['max_steps']} updates of "
-            f"{train['batch_size']}; seed {config['run']['seed']}; last: {last_metrics(WORK / name / 'log.txt')}"
+            f"- `configs/tiny/stage0/{name}.yaml` trains {', '.join(train['parts'])}; {data['num_samples']} rows of "
+            f"`{data['kind']}`, about all {len(data['things'])} things; {train['max_steps']} updates of "
+            f"{train['batch_size']}; seed {made['settings']['run']['seed']}; "
+            f"last: {last_metrics(WORK / name / 'log.txt')}"
         ]
     if QUALITY.is_file():
         lines += ["", "On the ten things that alignment never sees, by `python scripts/zoo_quality.py`:", ""]

@@ -20,26 +20,22 @@ from anygpt.errors import reading
 from anygpt.evaluation.answers import Settings
 from anygpt.evaluation.probes import probe_encoders, question_accuracy
 from anygpt.parts import Source, load_encoder, load_encoder_processor, load_language_model, load_tokenizer
+from anygpt.toyworld.zoo import zoo
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
-ENCODERS = {
-    "image": Source("zoo:image_encoder"),
-    "video": Source("zoo:image_encoder", num_frames=8),
-    "audio": Source("zoo:audio_encoder"),
-}
 
-
-def load(checkpoint: Path | None) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """A checkpoint, or the zoo's encoders and language model with nothing between them."""
+def load(checkpoint: Path | None, parts: Path) -> tuple[MultimodalModel, MultimodalProcessor]:
+    """A checkpoint, or the encoders and the language model in a folder of parts with nothing between them."""
     if checkpoint is not None:
         with reading(checkpoint):
             model = MultimodalModel.from_pretrained(checkpoint)
             return model.eval(), MultimodalProcessor.from_pretrained(checkpoint, model=model)
-    llm = Source("zoo:language_model")
-    modules = {key: ModalEncoderModule(load_encoder(source, key)) for key, source in ENCODERS.items()}
-    model = MultimodalModel(modules, load_language_model(llm))
-    processors = {key: load_encoder_processor(source, key) for key, source in ENCODERS.items()}
-    return model.eval(), MultimodalProcessor(processors, load_tokenizer(llm), model=model)
+    llm, eyes, ears = (str(parts / name) for name in ("language_model", "image_encoder", "audio_encoder"))
+    encoders = {"image": Source(eyes), "video": Source(eyes, num_frames=8), "audio": Source(ears)}
+    modules = {key: ModalEncoderModule(load_encoder(source, key)) for key, source in encoders.items()}
+    model = MultimodalModel(modules, load_language_model(Source(llm)))
+    processors = {key: load_encoder_processor(source, key) for key, source in encoders.items()}
+    return model.eval(), MultimodalProcessor(processors, load_tokenizer(Source(llm)), model=model)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("renders", "fresh", "questions"):
             if getattr(options, name) < 1:
                 raise InputError(f"--{name} is {getattr(options, name)}, expected at least 1")
-        model, processor = load(options.checkpoint)
+        model, processor = load(options.checkpoint, zoo())
         found = {"encoders": probe_encoders(model, processor, options.renders, options.fresh, options.seed)}
         settings = Settings(talk_samples=options.questions, seed=options.seed)
         found["questions"] = question_accuracy(model, processor, settings)

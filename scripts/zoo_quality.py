@@ -4,7 +4,7 @@
 
 Encoders: a linear probe fitted on renders of the other things (see `linear_probe.py`). The language model: questions in
 words, small talk, nonsense. Decoders: sampled under true plain captions, and judged. `build_zoo.py` puts the numbers
-into the parts' model cards.
+into the parts' model cards. `--parts` measures other ones, as of a build of one's own (`build_zoo.py --output DIR`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from anygpt.parts import Source, load_decoder
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.render import SAMPLING_RATE
 from anygpt.toyworld.world import HELD_OUT, MODALITIES
+from anygpt.toyworld.zoo import PARTS, zoo
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json"
 
 
-def measure(samples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """`{part: {what: share}}`; `samples` of each kind, but for the encoders' probes, which take 50 renders a thing."""
-    model, processor = load(None)
+def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """`{part: {what: share}}` of the parts in a folder.
+
+    There are `samples` of each kind, but for the encoders' probes, which take 50 renders a thing.
+    """
+    model, processor = load(None, parts)
     probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
     settings = Settings(samples=samples, talk_samples=samples, seed=seed)
     quality: dict[str, dict[str, Any]] = {
@@ -42,7 +46,7 @@ def measure(samples: int, seed: int) -> dict[str, dict[str, Any]]:
         "audio_encoder": {f"{what} of a sound, linear probe": found for what, found in probes["audio"].items()},
         "language_model": question_accuracy(model, processor, settings),
     }
-    sources = {modality: Source(f"zoo:{modality}_decoder") for modality in MODALITIES}
+    sources = {modality: Source(str(parts / f"{modality}_decoder")) for modality in MODALITIES}
     decoders = {key: ModalDecoderModule(load_decoder(source), num_signal_tokens=1) for key, source in sources.items()}
     alone = MultimodalModel({}, model.language_model, decoders)
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
@@ -60,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--samples", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--parts", type=Path, default=zoo(), help="folder of the parts (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0, help="of renders, questions and noise (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -67,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.samples < 1:
             raise InputError(f"--samples is {options.samples}, expected at least 1")
-        quality = measure(options.samples, options.seed)
+        if not (options.parts / PARTS[0]).is_dir():
+            raise InputError(f"--parts {options.parts} is no folder of parts; it should hold {', '.join(PARTS)}")
+        quality = measure(options.parts, options.samples, options.seed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

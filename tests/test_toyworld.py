@@ -223,8 +223,20 @@ def test_datasets_are_valid(kind, tmp_path):
     else:
         given = {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12, "pairs": 24 * 2 + 24, "views": 48}
         assert users["user"] == given.get(kind, 0)
-        if kind in ("pictures", "clips", "sounds"):
+        if kind in ("pictures", "clips", "sounds", "stills"):
             assert users["assistant"] == 48
+
+
+def test_stills_are_pictures_and_frames_of_clips(tmp_path):
+    def areas(kind: str) -> np.ndarray:
+        rows = read_rows(write_dataset(tmp_path, kind, 200, seed=0))
+        pixels = [np.asarray(Image.open(tmp_path / row["messages"][1]["content"][-1]["path"])) for row in rows]
+        return np.array([(p.max(axis=2) > 100).mean() for p in pixels])
+
+    # Radii of 18 to 26% and of 20 to 36%: among stills there are more small things.
+    small, pictures = areas("stills"), areas("pictures")
+    assert small.mean() < 0.9 * pictures.mean()
+    assert small.max() > 0.9 * pictures.max()
 
 
 def test_joint_has_pairs_of_one_thing_between_the_rows_of_stage3(tmp_path):

@@ -1,7 +1,9 @@
 """The tiny parts load as their real classes do, run, and are the same every time."""
 
 import hashlib
+import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +186,64 @@ def test_a_build_does_not_go_on_from_parts_of_other_code(tmp_path, monkeypatch):
     unet.write_bytes(vae.read_bytes())
     with pytest.raises(SystemExit, match=r"other code \(image_decoder/unet/[a-z_.]+ changed\)"):
         build_zoo.write_start()
+
+
+@pytest.fixture
+def nothing_built(tmp_path, monkeypatch):
+    """A build that has not begun."""
+    monkeypatch.setattr(build_zoo, "WORK", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 8])
+def test_a_build_trains_each_part_after_the_one_that_it_starts_from(nothing_built, monkeypatch, jobs):
+    done: list[str] = []
+
+    def train(name: str, threads: int, children: build_zoo.Children) -> None:
+        time.sleep(0.05 if name in ("words", "image_vae") else 0.01)
+        done.append(name)
+
+    monkeypatch.setattr(build_zoo, "train", train)
+    build_zoo.train_all(jobs)
+    assert sorted(done) == sorted({run for runs in build_zoo.MADE_BY.values() for run in runs})
+    for runs in build_zoo.MADE_BY.values():
+        assert list(runs) == sorted(runs, key=done.index)
+
+
+def test_a_run_that_fails_ends_the_others_and_begins_none(nothing_built, monkeypatch):
+    begun: list[str] = []
+
+    def train(name: str, threads: int, children: build_zoo.Children) -> None:
+        begun.append(name)
+        time.sleep(0.2)
+        code = "raise SystemExit(3)" if name == "image_vae" else "import time; time.sleep(60)"
+        children.call(name, threads, "-c", code)
+
+    monkeypatch.setattr(build_zoo, "train", train)
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="image_vae: -c ended with exit code 3"):
+        build_zoo.train_all(2)
+    assert time.monotonic() - start < 30  # what else ran did not run to its end
+    assert sorted(begun) == ["image_vae", "words"]
+
+
+def test_what_a_run_of_the_build_says_is_printed_behind_its_name(nothing_built, capfd):
+    children = build_zoo.Children()
+    children.call("words", 1, "-c", "import os; print(os.environ['OMP_NUM_THREADS'], 'é\\n', sep='')")
+    assert capfd.readouterr().out == "words: 1é\nwords: \n"
+    with pytest.raises(SystemExit, match="words: -c ended with exit code 3"):
+        children.call("words", 1, "-c", "raise SystemExit(3)")
+
+
+def test_a_run_counts_as_finished_only_with_the_settings_and_data_that_it_had(nothing_built, monkeypatch):
+    monkeypatch.setattr(build_zoo, "ROOT", nothing_built)  # of the data
+    manifest = nothing_built / "runs" / "zoo" / "data" / "words" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"num_samples": 5}')
+    (nothing_built / "words" / "parts").mkdir(parents=True)
+    assert not build_zoo.is_finished("words")  # there is something, but it was cut off
+    (nothing_built / "words" / build_zoo.FINISHED).write_text(json.dumps(build_zoo.made_from("words")))
+    assert build_zoo.is_finished("words")
+    manifest.write_text('{"num_samples": 6}')
+    with pytest.raises(SystemExit, match="made with other data than now"):
+        build_zoo.is_finished("words")

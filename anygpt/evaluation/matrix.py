@@ -19,10 +19,11 @@ from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.errors import InputError
 from anygpt.evaluation.answers import Judged, Settings, ask, judge
 from anygpt.evaluation.baselines import caption_baseline, upper_bound
-from anygpt.evaluation.requests import SUFFIXES, TALK, WAYS, matrix_requests, talk_requests
+from anygpt.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
 from anygpt.evaluation.statistics import share
 from anygpt.modeling import MultimodalModel
 from anygpt.processing import MultimodalProcessor
+from anygpt.toyworld.datasets import SUFFIX
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.world import HELD_OUT, SEEN, Thing
 
@@ -164,7 +165,7 @@ def write_samples(folder: Path, judged: Sequence[Judged], rates: dict[str, float
 
 
 def sample_path(one: Judged) -> str:
-    return f"{one.request.id}.{SUFFIXES[one.request.target]}"
+    return f"{one.request.id}.{SUFFIX[one.request.target]}"
 
 
 def sample_line(one: Judged) -> dict[str, Any]:

@@ -14,15 +14,12 @@ from typing import Any
 import numpy as np
 
 from anygpt.data.media import Audio, Video, read_media
-from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.toyworld import language
-from anygpt.toyworld.datasets import FPS
-from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
+from anygpt.toyworld.datasets import SUFFIX, write_render
 from anygpt.toyworld.world import MODALITIES, MOTIONS, Thing
 
 WAYS = ("text", *MODALITIES)
 """In and out, in the order of the matrix."""
-SUFFIXES = {"image": "png", "video": "mp4", "audio": "wav"}
 TALK = ("question", "small talk", "nonsense")
 _STREAM = 20_09
 """Sets the draws of the evaluation apart from those of any dataset of the same seed."""
@@ -122,13 +119,8 @@ def _show(folder: Path, source: str, thing: Thing, number: int, seed: int) -> tu
         return None, None, None
     rng = np.random.default_rng([seed, _STREAM, WAYS.index(source), 0, number])
     motion = language.pick(rng, MOTIONS) if source == "video" else None
-    path = f"inputs/{source}-{number:04d}.{SUFFIXES[source]}"
-    if source == "image":
-        write_image(folder / path, render_image(thing, rng))
-    elif source == "video":
-        write_video(folder / path, render_video(thing, motion, rng), FPS)
-    else:
-        write_audio(folder / path, render_audio(thing, rng), SAMPLING_RATE)
+    path = f"inputs/{source}-{number:04d}.{SUFFIX[source]}"
+    write_render(folder / path, thing, source, motion, rng)
     return motion, path, plain(read_media(source, folder / path))
 
 

@@ -37,8 +37,8 @@ _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "a
 FPS = 8
 """Of the clips: 8 frames, one second."""
 _CLIP_SCALE = 2
-"""Clips are written larger than rendered: H.264 halves the resolution of colours, thin shapes lose theirs."""
-_SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
+"""Clips are written larger than rendered: H.264 halves the resolution of colours, and thin shapes would lose theirs."""
+SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Row = dict[str, Any]
 Part = dict[str, str]
@@ -62,7 +62,7 @@ def write_dataset(
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
-    - `stills`: as `pictures`, but every other one is a frame of a clip, in which things are smaller.
+    - `stills`: as `pictures`, but half of them are frames of clips, in which things are smaller.
 
     Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
     the JSONL file comes last: where it exists, all its files do.
@@ -121,6 +121,17 @@ def write_dataset(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return rows_path
+
+
+def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> None:
+    """Render a picture, a clip or a sound to a file of the modality's `SUFFIX`; `motion` matters for a clip only."""
+    if modality == "image":
+        write_image(path, render_image(thing, rng))
+    elif modality == "video":
+        frames = render_video(thing, motion, rng)
+        write_video(path, frames.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
+    else:
+        write_audio(path, render_audio(thing, rng), SAMPLING_RATE)
 
 
 def _source_hash() -> str:
@@ -256,18 +267,12 @@ class _RowWriter:
 
     def _write(self, name: str, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> Part:
         """Render a medium to a file; `motion` matters for a video only."""
-        path = f"{modality}/{name}.{_SUFFIX[modality]}"
-        if modality == "image":
-            if self.kind == "stills" and rng.integers(2):
-                frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
-                write_image(self.folder / path, Image.fromarray(frame))
-            else:
-                write_image(self.folder / path, render_image(thing, rng))
-        elif modality == "video":
-            frames = render_video(thing, motion, rng).repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2)
-            write_video(self.folder / path, frames, FPS)
+        path = f"{modality}/{name}.{SUFFIX[modality]}"
+        if self.kind == "stills" and rng.integers(2):
+            frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
+            write_image(self.folder / path, Image.fromarray(frame))
         else:
-            write_audio(self.folder / path, render_audio(thing, rng), SAMPLING_RATE)
+            write_render(self.folder / path, thing, modality, motion, rng)
         return {"type": modality, "path": f"{self.kind}/{path}"}
 
 
