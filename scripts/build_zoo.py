@@ -49,7 +49,7 @@ MADE_BY = {
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),
-    "video_decoder": ("image_vae", "video_denoiser"),
+    "video_decoder": ("video_vae", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
 """The runs that a part comes from, each starting from the one before; each is a file in `configs/tiny/stage0`."""
@@ -152,7 +152,7 @@ def train(name: str, threads: int, children: Children) -> None:
             children.call(name, threads, *cache)
         children.call(name, threads, "stages/stage0_components.py", "--config", config_file)
         (folder / FINISHED).write_text(json.dumps(made_from(name), indent=1) + "\n")
-    if name == "image_vae":
+    if name == "video_vae":
         write_video_start()
 
 
@@ -202,9 +202,9 @@ class Children:
 
 
 def write_video_start() -> None:
-    """The untrained video pipeline with the pictures' VAE, as Zeroscope has Stable Diffusion's."""
+    """The untrained video pipeline with a VAE of single frames, which was trained in a pipeline of pictures."""
     untrained, folder = WORK / "untrained" / "video_decoder", WORK / "video_start" / "video_decoder"
-    vae = AutoencoderKL.from_pretrained(WORK / "image_vae" / "parts" / "image_decoder" / "vae")
+    vae = AutoencoderKL.from_pretrained(WORK / "video_vae" / "parts" / "image_decoder" / "vae")
     TextToVideoSDPipeline.from_pretrained(untrained, vae=vae).save_pretrained(folder)
 
 

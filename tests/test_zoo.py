@@ -200,7 +200,7 @@ def test_a_build_trains_each_part_after_the_one_that_it_starts_from(nothing_buil
     done: list[str] = []
 
     def train(name: str, threads: int, children: build_zoo.Children) -> None:
-        time.sleep(0.05 if name in ("words", "image_vae") else 0.01)
+        time.sleep(0.05 if name in ("words", "video_vae") else 0.01)
         done.append(name)
 
     monkeypatch.setattr(build_zoo, "train", train)
