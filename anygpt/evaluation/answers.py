@@ -17,7 +17,7 @@ from anygpt.toyworld.judges import Judges, answers_question, read_words
 from anygpt.toyworld.world import Thing
 
 STEPS = {"image": 20, "video": 20, "audio": 20}
-GUIDANCE = {"image": 2.0, "video": 2.5, "audio": 3.0}
+GUIDANCE = {"image": 2.0, "video": 2.0, "audio": 3.0}
 """Of the decoders in ToyWorld, by modality; chosen on the things that training sees."""
 
 
