@@ -87,7 +87,7 @@ def write_start() -> None:
     if not there.is_dir():
         anew.rename(there)
         return
-    made, now = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.safetensors")} for f in (there, anew))
+    made, now = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (there, anew))
     shutil.rmtree(anew)
     if made != now:
         changed = sorted(str(name) for name in {*made, *now} if made.get(name) != now.get(name))
