@@ -7,8 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"  # unset, accelerate takes one thread
 python=.venv/bin/python
+# Unset, accelerate takes one thread; many have too little to do in so small parts.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}"
 out=runs/quickstart
 launch=(.venv/bin/accelerate launch --config_file configs/accelerate/one_process.yaml)
 
