@@ -162,7 +162,10 @@ def save_video_decoder(folder: Path) -> None:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=_scheduler(),
+        # More noise, down to no signal at all (arXiv 2301.11093 and 2305.08891): a clip's many frames give the mean
+        # of its latents, the colour, away through noise that hides a picture's. What reads it there does not learn to
+        # take it from the caption, and reads it off the pure noise that sampling starts from.
+        scheduler=_scheduler(beta_end=0.03, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
     ).save_pretrained(folder)
 
 
