@@ -14,7 +14,7 @@ out=runs/quickstart
 launch=(.venv/bin/accelerate launch --config_file configs/accelerate/one_process.yaml)
 
 echo "== Data: pictures, clips, sounds and words about coloured shapes"
-"$python" -m anygpt.toyworld --output runs/toyworld
+"$python" -m anygpt.toyworld --output runs/toyworld --kinds stage1 stage2 stage3 eval
 
 echo "== Stage 1, encoder–LLM"
 "${launch[@]}" stages/stage1_encoder_llm.py --config configs/tiny/stage1.yaml \

@@ -320,3 +320,8 @@ def test_the_command_writes_all_kinds(tmp_path, capsys):
         assert any(thing in about for thing in held_out) == (kind == "eval")
     assert main(["--output", str(tmp_path), "--samples", "0"]) == 2
     assert "num_samples=0" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_kinds_that_it_is_asked_for(tmp_path):
+    assert main(["--output", str(tmp_path), "--samples", "2", "--kinds", "stage2", "stage1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage1", "stage1.jsonl", "stage2", "stage2.jsonl"]

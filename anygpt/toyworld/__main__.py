@@ -26,13 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
     parser.add_argument("--samples", type=int, default=1600, help="rows for each stage (default: %(default)s)")
     parser.add_argument("--eval-samples", type=int, default=EVAL_SAMPLES, help="rows to judge (default: %(default)s)")
-    parser.add_argument(
+    stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--kinds", nargs="+", choices=stages, default=stages, help="of these (default: all of them)")
+    which.add_argument(
         "--components", action="store_true", help=f"the data of stage 0 instead, about all {len(THINGS)} things"
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        for kind in COMPONENT_KINDS if options.components else [k for k in KINDS if k not in COMPONENT_KINDS]:
+        for kind in COMPONENT_KINDS if options.components else options.kinds:
             samples, things = (options.eval_samples, HELD_OUT) if kind == "eval" else (options.samples, SEEN)
             things = THINGS if options.components else things
             print(write_dataset(options.output, kind, samples, options.seed, things, progress=True))
