@@ -3,7 +3,7 @@
     python scripts/evaluate.py --checkpoint runs/quickstart/stage3/final --output runs/report
 
 Prints the matrix, and writes matrix.json, samples/ (media and index.jsonl), contact_sheet.png and report.html. The
-things are those that training never saw; `--things seen` takes the others.
+things are those that stages 1 to 3 never saw; `--things seen` takes the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
@@ -93,8 +94,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
         },
     )
     check_settings(settings)
-    if options.output.exists() and not options.output.is_dir():
-        raise InputError(f"--output {options.output} is a file; give a folder")
+    made, samples = options.output, options.output / "samples"
+    if file := next((path for path in (made, *made.parents) if path.exists() and not path.is_dir()), None):
+        raise InputError(f"--output {made}: {file} is a file; give a folder")
+    if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
+        raise InputError(f"--output {made}: {samples} is of no evaluation, and would be replaced; give another folder")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -103,8 +107,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def training_logs(checkpoint: Path) -> list[Path]:
-    """`log.txt` of the run that a final/ folder belongs to and of those beside it, as the quickstart leaves them."""
-    return sorted(checkpoint.resolve().parent.parent.glob("stage*/log.txt"))
+    """`log.txt` of the run of a final/ folder and of those that it started from, as far as they are there."""
+    logs: list[Path] = []
+    final: Path | None = checkpoint.resolve()
+    while final is not None and (log := final.parent / "log.txt").is_file() and log not in logs:
+        logs.insert(0, log)
+        settings = final.parent / "config.yaml"
+        start = yaml.safe_load(settings.read_text())["model"]["init_from"] if settings.is_file() else None
+        final = Path(start).resolve() if start else None
+    return logs
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -36,7 +36,7 @@ mkdir -p "$out/report/answer"
     --prompt "What is this? Answer with a picture, a clip and a sound." \
     --require image video audio --max-new-tokens 96 --guidance 2 | tee "$out/report/answer/answer.txt"
 
-echo "== The any-to-any matrix, on things that training never saw"
+echo "== The any-to-any matrix, on things that stages 1 to 3 never saw"
 "$python" scripts/evaluate.py --checkpoint "$out/stage3/final" --suite toyworld --output "$out/report" --samples 20
 
 echo

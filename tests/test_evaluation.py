@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def test_answers_to_another_request_are_wrong(requests):
             stray = next(r for r in asked if r.target == unasked and r.thing == request.thing)
             found = judge(request, right_answer(stray, rng), judges, 16_000)
             assert found.missing and not found.right and found.unasked == (unasked,)
+            twice = right_answer(request, rng)
+            twice.segments += [s for s in twice.segments if s.type == request.target]
+            assert judge(request, twice, judges, 16_000).unasked == (request.target,)
 
 
 def test_talk():
@@ -143,8 +147,8 @@ def test_talk():
 @pytest.mark.parametrize(
     ("said", "motion", "caption"),
     [
-        ("It is a red circle moving left.", "up", "It is a red circle moving up"),
-        ("The clip has a ring that moves down.", None, "The clip has a ring"),
+        ("It is a red circle moving left.", "up", "It is a red circle moving up."),
+        ("The clip has a ring that moves down.", None, "The clip has a ring."),
         ("a red circle", "left", "a red circle moving left"),
         ("", None, ""),
     ],
@@ -176,10 +180,13 @@ def evaluated(tiny_model, tmp_path_factory):
     model.save_pretrained(folder / "run/final")
     processor.save_pretrained(folder / "run/final")
     (folder / "run/log.txt").write_text("x")
+    (folder / "run/config.yaml").write_text(f"model: {{init_from: {folder / 'stage1/final'}}}")
     (folder / "stage1").mkdir()
+    (folder / "stage1/config.yaml").write_text("model: {init_from: null}")
     (folder / "stage1/log.txt").write_text(
         "update 1  loss 3  encoder_llm/nll 3  tok/s 50\nhello\nupdate 2  loss 2.5  encoder_llm/nll 2.5  tok/s 50\n"
     )
+    shutil.copytree(folder / "stage1", folder / "stage2")  # which has nothing to do with the run
     output = folder / "report"
     output.mkdir()
     (output / "mine.txt").write_text("stays")
@@ -224,7 +231,8 @@ def test_samples_and_their_index(evaluated):
 def test_report_and_sheet(evaluated):
     page = (evaluated / "report.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)  # nothing outside is needed
-    assert "Losses of stage1" in page and "3 → 2.5" in page
+    assert "Losses of stage1" in page and "3 → 2.5" in page and "Losses of stage2" not in page
+    assert len(re.findall(r"<small>\d+–\d+, n = 2</small>", page)) == 16
     assert read_media("image", evaluated / "contact_sheet.png").width > 500
     assert (evaluated / "mine.txt").read_text() == "stays"
     expected = {"mine.txt", "matrix.json", "samples", "report.html", "contact_sheet.png", "anygpt"}
@@ -254,6 +262,16 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     assert script.main(["--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_of_an_evaluation_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/own.txt").write_text("mine")
+    assert script.main(["--output", str(tmp_path), "--checkpoint", "nowhere"]) == 2
+    assert "is of no evaluation" in capsys.readouterr().err
+    assert script.main(["--output", str(tmp_path / "samples/own.txt/out"), "--checkpoint", "nowhere"]) == 2
+    assert "own.txt is a file" in capsys.readouterr().err
+    assert (tmp_path / "samples/own.txt").read_text() == "mine"
 
 
 def test_settings_are_checked():

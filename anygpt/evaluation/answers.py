@@ -63,7 +63,7 @@ class Judged:
         right: shape and colour are both right (of a question in words: the answer is).
         motion: which way the clip moves, or is said to move.
         missing: nothing of the kind asked for came.
-        unasked: modalities that came without having been asked for.
+        unasked: modalities that came without having been asked for, or more often than that.
     """
 
     request: Request
@@ -119,7 +119,7 @@ def ask(
 def judge(request: Request, answer: Answer, judges: Judges, sampling_rate: int) -> Judged:
     """One answer judged; `sampling_rate` is that of the sounds, Hz."""
     media = {way: [s.content for s in answer.segments if s.type == way] for way in WAYS[1:]}
-    unasked = tuple(way for way, found in media.items() if found and way != request.target)
+    unasked = tuple(way for way, found in media.items() if len(found) > (way == request.target))
     judged = Judged(request, answer.text, unasked=unasked)
     if request.target == "text":
         judged.missing = not answer.text.strip()

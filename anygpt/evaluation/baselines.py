@@ -78,9 +78,13 @@ def caption_baseline(
 
 
 def moving_caption(caption: str, motion: str | None) -> str:
-    """A caption with the motion that a clip should have in place of any that it speaks of."""
-    still = _MOVES.sub("", caption).strip().rstrip(".")
-    return f"{still} moving {motion}" if motion else still
+    """A caption with the motion that a clip should have in place of any that it speaks of.
+
+    A full stop stays: a text encoder that has learned whole sentences takes one without for something else.
+    """
+    still = _MOVES.sub("", caption).strip()
+    words = still.removesuffix(".")
+    return words + (f" moving {motion}" if motion else "") + still[len(words) :]
 
 
 def _judged(

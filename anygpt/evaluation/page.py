@@ -77,10 +77,8 @@ def _html_matrix(report: dict[str, Any]) -> str:
         cells = []
         for target in targets:
             colour = f"hsl({120 * row[target]:.0f},65%,{88 - 8 * row[target]:.0f}%)"
-            cells.append(
-                f'<td style="background:{colour}">{percent(row[target])}<br><small>{interval}, '
-                f"n = {report['samples']}</small></td>"
-            )
+            small = f"{interval(report['intervals'][source][target])}, n = {report['samples']}"
+            cells.append(f'<td style="background:{colour}">{percent(row[target])}<br><small>{small}</small></td>')
         rows.append(f"<tr><th>{source}</th>{''.join(cells)}</tr>")
 
     def more(title: str, values: dict[str, float | None]) -> None:
