@@ -3,10 +3,10 @@
     python scripts/ablate.py --seeds 0 1 2                              # all of configs/tiny/ablations.yaml
     python scripts/ablate.py --only default "linear, ridge" --things held_out
 
-An ablation is a set of overrides by stage. Runs are kept by what decides them (settings, seed, data and the run that
-they start from), so what several ablations share is trained once, and what is done is not done again; a run that was
-cut off continues. `--things validation`, the default, leaves some of the seen things out of training and measures on
-them: choose settings by that. `--things held_out` trains on all seen ones, for the numbers to report.
+An ablation is a set of overrides by stage. Runs are kept by what decides them (settings, seed, data, the zoo's parts
+and the run that they start from), so what several ablations share is trained once, and what is done is not done again;
+a run that was cut off continues. `--things validation`, the default, leaves some of the seen things out of training and
+measures on them: choose settings by that. `--things held_out` trains on all seen ones, for the numbers to report.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from anygpt.errors import InputError
+from anygpt.evaluation.answers import Settings
 from anygpt.evaluation.matrix import VALIDATION
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import SEEN
+from anygpt.toyworld.zoo import zoo
 from anygpt.training.cli import MISTAKE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -69,10 +72,14 @@ def read_plan(path: Path) -> Plan:
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     expected = {"stages", "rows", "evaluate", "ablations"}
-    if not isinstance(content, dict) or set(content) != expected or set(content["stages"]) != set(SCRIPTS):
+    if not isinstance(content, dict) or set(content) != expected or set(content["stages"] or {}) != set(SCRIPTS):
         raise InputError(f"{path} must have the keys {', '.join(sorted(expected))}, and stages {', '.join(SCRIPTS)}")
+    if not isinstance(content["ablations"], dict):
+        raise InputError(f"{path}: ablations must be a mapping of names to overrides")
     ablations = []
     for name, body in content["ablations"].items():
+        if not isinstance(body or {}, dict):
+            raise InputError(f"{path}, ablation {name!r} must be a mapping of stages to overrides, but is {body!r}")
         overrides: dict[str, dict[str, Any]] = {stage: {} for stage in SCRIPTS}
         skip: tuple[str, ...] = ()
         for key, value in (body or {}).items():
@@ -84,6 +91,8 @@ def read_plan(path: Path) -> Plan:
                     raise InputError(
                         f"{path}, ablation {name!r}: {stage!r} is no stage; those are {', '.join(SCRIPTS)}"
                     )
+                if not isinstance(value, dict):
+                    raise InputError(f"{path}, ablation {name!r}: {key} must be a mapping of settings, not {value!r}")
                 overrides[stage] |= value
         if "stage3" in skip or set(skip) - set(SCRIPTS):
             raise InputError(f"{path}, ablation {name!r}: skip is {list(skip)}; it can name stage1 and stage2")
@@ -122,11 +131,21 @@ def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path
         settings |= {"data.train": [{"path": str(data / f"{stage}.jsonl")}], "run.seed": seed}
         settings["model.init_from"] = None if start is None else str(start / "final")
         settings |= expand(ablation.overrides[stage], config)
-        decides = json.dumps([config, settings, (data / stage / "manifest.json").read_text()], sort_keys=True)
+        manifest = (data / stage / "manifest.json").read_text()
+        decides = json.dumps([config, settings, manifest, zoo_digest()], sort_keys=True)
         start = folder / f"{stage}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
         arguments = [sys.executable, script, "--config", plan.configs[stage], "--run.output_dir", str(start)]
         yield start, arguments + [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
         inherited = {}
+
+
+@cache
+def zoo_digest() -> str:
+    """Of the tiny parts that the configs name, without their cards: other parts make other runs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in zoo().rglob("*") if path.is_file() and path.suffix != ".md"):
+        digest.update(str(path.relative_to(zoo())).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def run(plan: Plan, ablation: Ablation, seed: int, things: str, output: Path) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def run(plan: Plan, ablation: Ablation, seed: int, things: str, output: Path) ->
         if not (final / "final").is_dir():
             call(command, final.name)
     options = [f"--{key.replace('_', '-')}={value}" for key, value in plan.evaluate.items()]
-    decides = json.dumps([final.name, things, options])
+    decides = json.dumps([final.name, things, options, asdict(Settings())])
     report = output / "reports" / f"{slug(ablation.name)}-{seed}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
     if not (report / "matrix.json").is_file():
         command = [sys.executable, "scripts/evaluate.py", "--checkpoint", str(final / "final"), "--output", str(report)]
@@ -183,13 +202,40 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     names = list(next(iter(rows.values()))[0])
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for name, found in rows.items():
-        cells = []
+        shown = []
         for column in names:
-            values = [one[column] for one in found]
-            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            shown.append(spread([one[column] for one in found]))
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Percent; of several values mean ± standard deviation."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def cells(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, the matrix and what stands beside it over the seeds; then what is counted over all answers."""
+    matrices = {source: [report["matrix"][source] for report in reports] for source in reports[0]["matrix"]}
+    matrices["upper bound"] = [report["upper_bound"] for report in reports]
+    for source in reports[0]["caption_baseline"]:
+        matrices[f"caption baseline, from {source}"] = [report["caption_baseline"][source] for report in reports]
+    targets = list(next(iter(reports[0]["matrix"].values())))
+    lines = [f"| in \\ out | {' | '.join(targets)} |", f"|---|{'---|' * len(targets)}"]
+    for name, rows in matrices.items():
+        shown = (spread([row[target] for row in rows]) if target in rows[0] else "–" for target in targets)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+
+    def total(name: str, shares: Sequence[Mapping[str, Any]]) -> str:
+        return f"{name} {sum(one['right'] for one in shares)} of {sum(one['n'] for one in shares)}"
+
+    counts = [total(name, [report[name] for report in reports]) for name in ("unasked", "missing")]
+    counts.append(total("questions", [report["text_only"]["question"] for report in reports]))
+    for source, row in reports[0]["motion"].items():
+        counts += [total(f"motion {source} → {o}", [report["motion"][source][o] for report in reports]) for o in row]
+    each = ", ".join(f"{100 * report['mean']:.1f} ({100 * report['min']:.1f})" for report in reports)
+    return "\n".join([*lines, "", f"mean (least cell) by seed: {each}; {'; '.join(counts)}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", nargs="*", default=[], metavar="NAME", help="run these alone")
     add("--seeds", nargs="+", type=int, default=[0], help="train and measure with each of them (default: 0)")
     add("--things", choices=sorted(TRAINING_THINGS), default="validation", help="to measure on (default: %(default)s)")
+    add("--cells", action="store_true", help="also print every cell of each matrix, and the counts beside it")
     options = parser.parse_args(arguments)
     results: dict[str, list[dict[str, Any]]] = {}
     try:
@@ -216,6 +263,8 @@ def main(arguments: list[str] | None = None) -> int:
             reports = results.setdefault(ablation.name, [])
             reports += [run(plan, ablation, seed, options.things, output) for seed in options.seeds]
             text = table(results)
+            if options.cells:
+                text = "\n\n".join([text, *(f"{name}:\n\n{cells(found)}" for name, found in results.items())])
             (output / f"table-{options.things}.md").write_text(text + "\n")
             print(text, flush=True)
     except InputError as error:

@@ -53,6 +53,8 @@ MADE_BY = {
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
 """The runs that a part comes from, each starting from the one before; each is a file in `configs/tiny/stage0`."""
+STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
+"""The run that each starts from."""
 
 
 def main() -> int:
@@ -65,18 +67,33 @@ def main() -> int:
     options = parser.parse_args()
     quiet_libraries()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    check_output(options.output)
     if not options.only_collect:
         write_start()
         for kind in COMPONENT_KINDS:
             write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
         train_all(max(1, options.jobs))
     collect(options.output)
-    if options.output.resolve() == zoo():
-        subprocess.run([sys.executable, "scripts/zoo_quality.py", "--output", str(QUALITY)], cwd=ROOT, check=True)
+    measure = ("scripts/zoo_quality.py", "--parts", options.output.resolve(), "--output", QUALITY)
+    subprocess.run([sys.executable, *map(str, measure)], cwd=ROOT, check=True)
     for part in PARTS:
         (options.output / part / "README.md").write_text(card(part), encoding="utf-8")
     print(options.output)
     return 0
+
+
+def check_output(output: Path) -> None:
+    """What is there will be replaced, so it must be a zoo.
+
+    Raises:
+        SystemExit: there is something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise SystemExit(f"error: --output {output} is a file; give a folder")
+    if others := sorted({path.name for path in output.iterdir()} - set(PARTS) if output.is_dir() else ()):
+        raise SystemExit(
+            f"error: --output {output} holds {', '.join(others[:3])}, and would be replaced; give a new folder"
+        )
 
 
 def write_start() -> None:
@@ -99,7 +116,7 @@ def train_all(jobs: int) -> None:
 
     The first one that fails ends the others, which write a checkpoint.
     """
-    waiting = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
+    waiting = dict(STARTS)
     for name in waiting:
         is_finished(name)  # refuses other settings before hours have passed
     running: dict[Future[None], str] = {}
@@ -121,7 +138,7 @@ def train_all(jobs: int) -> None:
 
 
 def is_finished(name: str) -> bool:
-    """Whether a run came to its end with the present settings and data.
+    """Whether a run came to its end with the present settings and data, and from such a start.
 
     Raises:
         SystemExit: it did with others.
@@ -135,10 +152,14 @@ def is_finished(name: str) -> bool:
 
 
 def made_from(name: str) -> dict[str, Any]:
-    """What decides a run: its settings, and what its data was written from."""
+    """What decides a run: its settings, what its data was written from, and the run that it starts from."""
     config = parse_config([f"--config={CONFIGS / name}.yaml"])
     data = [ROOT / Path(source.path).with_suffix("") / "manifest.json" for source in config.data.train]
-    return {"settings": config.to_dict(), "data": [json.loads(path.read_text()) for path in data if path.is_file()]}
+    return {
+        "settings": config.to_dict(),
+        "data": [json.loads(path.read_text()) for path in data if path.is_file()],
+        "start": made_from(STARTS[name]) if STARTS[name] else None,
+    }
 
 
 def train(name: str, threads: int, children: Children) -> None:
@@ -246,12 +267,11 @@ def card(part: str) -> str:
             f"{train['batch_size']}; seed {made['settings']['run']['seed']}; "
             f"last: {last_metrics(WORK / name / 'log.txt')}"
         ]
-    if QUALITY.is_file():
-        lines += ["", "On the ten things that alignment never sees, by `python scripts/zoo_quality.py`:", ""]
-        lines += [
-            f"- {what}: {share['rate']:.3f} ({share['right']} of {share['n']})"
-            for what, share in json.loads(QUALITY.read_text())[part].items()
-        ]
+    lines += ["", "On the ten things that alignment never sees, by `python scripts/zoo_quality.py`:", ""]
+    lines += [
+        f"- {what}: {share['rate']:.3f} ({share['right']} of {share['n']})"
+        for what, share in json.loads(QUALITY.read_text())[part].items()
+    ]
     return "\n".join(lines) + "\n"
 
 

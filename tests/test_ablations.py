@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -89,11 +90,55 @@ def test_table():
     assert other.startswith("| other | 25.0 | 25.0 | 25.0 | 62.5 |")
 
 
+def test_every_cell_and_the_counts_over_seeds():
+    def report(rate, right):
+        found = {"right": right, "n": 10}
+        return {
+            "matrix": {"text": {"text": 1.0, "image": rate}},
+            "upper_bound": {"image": 0.75},
+            "caption_baseline": {"text": {"image": 0.5}},
+            "mean": rate,
+            "min": rate,
+            "unasked": found,
+            "missing": found,
+            "motion": {"text": {"video": found}},
+            "text_only": {"question": found},
+        }
+
+    text = ablate.cells([report(0.5, 1), report(0.7, 2)])
+    assert text.splitlines()[2:5] == [
+        "| text | 100.0 ± 0.0 | 60.0 ± 14.1 |",
+        "| upper bound | – | 75.0 ± 0.0 |",
+        "| caption baseline, from text | – | 50.0 ± 0.0 |",
+    ]
+    assert text.endswith(
+        "by seed: 50.0 (50.0), 70.0 (70.0); unasked 3 of 20; missing 3 of 20; questions 3 of 20; "
+        "motion text → video 3 of 20"
+    )
+
+
+def test_other_parts_make_other_runs(data, tmp_path, monkeypatch):
+    before = [folder for folder, _ in planned("default", data)]
+    parts = shutil.copytree(ablate.zoo(), tmp_path / "zoo")
+    (parts / "video_decoder/README.md").write_text("another card")
+    monkeypatch.setattr(ablate, "zoo", lambda: parts)
+    ablate.zoo_digest.cache_clear()
+    assert [folder for folder, _ in planned("default", data)] == before
+    (parts / "image_encoder/config.json").write_text("{}")
+    ablate.zoo_digest.cache_clear()
+    assert not {folder for folder, _ in planned("default", data)} & set(before)
+    ablate.zoo_digest.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"ablations": {"a": {"stage9": {}}}}, "stage9"),
         ({"ablations": {"a": {"skip": ["stage3"]}}}, "skip"),
+        ({"ablations": {"a": {"stage3": 5}}}, "stage3 must be a mapping"),
+        ({"ablations": {"a": ["stage3"]}}, "'a' must be a mapping"),
+        ({"ablations": None}, "ablations must be a mapping"),
+        ({"stages": None}, "must have the keys"),
         ({"stages": {"stage1": "x"}}, "must have the keys"),
     ],
 )

@@ -244,6 +244,23 @@ def test_a_run_counts_as_finished_only_with_the_settings_and_data_that_it_had(no
     assert not build_zoo.is_finished("words")  # there is something, but it was cut off
     (nothing_built / "words" / build_zoo.FINISHED).write_text(json.dumps(build_zoo.made_from("words")))
     assert build_zoo.is_finished("words")
+    after = nothing_built / "image_encoder"  # which starts from it
+    after.mkdir()
+    (after / build_zoo.FINISHED).write_text(json.dumps(build_zoo.made_from("image_encoder")))
+    assert build_zoo.is_finished("image_encoder")
     manifest.write_text('{"num_samples": 6}')
-    with pytest.raises(SystemExit, match="made with other data than now"):
+    with pytest.raises(SystemExit, match="words was made with other data than now"):
         build_zoo.is_finished("words")
+    with pytest.raises(SystemExit, match="image_encoder was made with other start than now"):
+        build_zoo.is_finished("image_encoder")
+
+
+def test_a_build_replaces_a_zoo_and_nothing_else(tmp_path):
+    build_zoo.check_output(tmp_path / "new")
+    (tmp_path / "language_model").mkdir()
+    build_zoo.check_output(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"holds thesis\.txt, and would be replaced"):
+        build_zoo.check_output(tmp_path)
+    with pytest.raises(SystemExit, match="is a file"):
+        build_zoo.check_output(tmp_path / "thesis.txt")
