@@ -49,7 +49,7 @@ MADE_BY = {
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),
-    "video_decoder": ("video_vae", "video_frames", "video_denoiser"),
+    "video_decoder": ("video_vae", "video_frames", "video_frames_2", "video_frames_3", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
 """The runs that a part comes from, each starting from the one before; each is a file in `configs/tiny/stage0`."""
