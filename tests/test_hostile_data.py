@@ -101,8 +101,9 @@ HOSTILE_MEDIA = {
 @pytest.mark.parametrize("name", HOSTILE_MEDIA)
 def test_hostile_media(tmp_path, name):
     (tmp_path / name).write_bytes(HOSTILE_MEDIA[name])
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(InputError, match=name) as error:
         read_media(kind_of(name), tmp_path / name)
+    assert "memory" not in str(error.value).lower()  # that it ran out of
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])
@@ -140,7 +141,7 @@ def test_damaged_media_give_media_or_an_error(tmp_path, good, name):
             try:
                 read_media(kind, path)
             except InputError as error:
-                assert name in str(error)
+                assert name in str(error) and "memory" not in str(error).lower()
                 refused += 1
     assert refused
 
@@ -339,6 +340,16 @@ def pair(name: str) -> bytes:
     return member(f"{name}.png", png(4, 4, zlib.compress(b"\0" * 52))) + member(f"{name}.txt", b"a caption")
 
 
+def sparse_map(count: int) -> bytes:
+    """A member whose first blocks list its holes, as GNU tar's PAX format 1.0 has it."""
+    info = tarfile.TarInfo("x.png")
+    info.pax_headers = {f"GNU.sparse.{key}": value for key, value in (("major", "1"), ("minor", "0"), ("name", "x"))}
+    content = b"%d\n" % (count // 2) + b"1\n" * 8 * count
+    content += b"\0" * (-len(content) % 512)
+    info.size = len(content)
+    return info.tobuf(tarfile.PAX_FORMAT) + content
+
+
 END = b"\0" * 1024
 OUT = "../../etc/passwd"
 HOSTILE_SHARDS = {
@@ -353,6 +364,7 @@ HOSTILE_SHARDS = {
     "very negative size": member("x.png", b"1", size=-(2**40)) + END,
     "huge header": member("x", type=tarfile.XHDTYPE, size=2**40) + END,
     "negative header": member("x", type=tarfile.GNUTYPE_LONGNAME, size=-512) + END,
+    "endless map of holes": sparse_map(200_000) + END,
     "many headers": member("x", b"y" * 512, type=tarfile.GNUTYPE_LONGNAME) * 3000 + END,
     "broken header": b"\x01" * 512 + END,
     "cut off": member("x.png", b"1" * 4000)[:2000],

@@ -20,6 +20,7 @@ from anygpt.data import (
     write_audio,
     write_video,
 )
+from anygpt.data.formats import iterate_samples
 from anygpt.data.formats.base import find_files
 from anygpt.errors import InputError
 
@@ -185,6 +186,17 @@ def test_tables_with_paths_bytes_prompts_and_text_alone(tmp_path, table):
     assert colours(read(faults, image="raw", text="said")) == [(255, 255, 255)]
     assert "has no 'path'" in str(faults[0]) and "[1]" in str(faults[0])
     assert [sample.media() for sample in read(text="said", prompt="question", task=None)] == [[], []]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stored", ["abc", 5, ["a"], {"b": 1}])
+def test_a_medium_whose_bytes_are_none(tmp_path, table, stored, streaming):
+    """As in tables that were saved as JSON."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"img": {"bytes": stored, "path": "c.png"}, "said": "a thing"}) + "\n")
+    options = {"columns": {"image": "img", "text": "said"}, "task": "generation", "streaming": streaming}
+    with pytest.raises(InputError, match="media column of type struct"):
+        list(read_samples(path, "datasets", **options))
 
 
 def test_columns_and_tables_are_checked(tmp_path, table):

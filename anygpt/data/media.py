@@ -6,7 +6,7 @@ is an `InputError` with the path, the reason and what to do.
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from anygpt.data.media_files import (
     DEFAULT_LIMITS,
@@ -44,6 +44,18 @@ def read_media(
 
 # -- images ----------------------------------------------------------------------------------------------
 
+# What an EXIF orientation asks for. Not by `ImageOps.exif_transpose`, which writes the other tags anew, and fails where
+# one of them is odd.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """An RGB image, turned as its EXIF orientation says; transparency is put on white.
@@ -54,7 +66,9 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image
         InputError: no such file, empty, truncated, not an image, or over a limit.
     """
     with decoding(path, "an image") as path, open_image(path, limits) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()  # TIFF's and AVIF's plugins turn it here, and take the orientation out
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return to_rgb(image if turn is None else image.transpose(turn))
 
 
 # -- sounds ----------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ nothing that makes a decoder open a second file.
 
 import contextlib
 import os
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from anygpt.data.containers import check_whole
 from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
 
@@ -69,28 +68,18 @@ DEFAULT_LIMITS = MediaLimits()
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 # Containers that hold their own data; playlists and `concat` scripts would open other files and addresses.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac,ogg,aiff,au,caf,amr"
-# What Pillow and PyAV raise on broken files.
-DECODER_ERRORS = (
-    av.FFmpegError,
-    Image.DecompressionBombError,
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
 
 
 @contextlib.contextmanager
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
     Image.init()
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-    with path.open("rb") as file, Image.open(file, formats=formats) as image:  # reads the header only
-        limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
-        yield image
+    with path.open("rb") as file:
+        limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read all of it
+        file.seek(0)
+        with Image.open(file, formats=formats) as image:  # reads the header only
+            limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
+            yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -133,42 +122,12 @@ def decoding(path: str | Place, what: str) -> Iterator[Place]:
         raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path.")
     try:
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            raise ValueError("it is empty")
-        if (stated := _stated_size(path, size)) > size:
-            raise ValueError(f"it is truncated, {size:,} bytes of {stated:,}")
+            check_whole(file)
         yield path
     except InputError:
         raise
-    except DECODER_ERRORS as error:
+    except Exception as error:  # on broken files Pillow and PyAV raise whatever their parsers stumble over
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
             f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out."
         ) from error
-
-
-def _stated_size(path: Place, size: int) -> int:
-    """How many bytes the outermost chunks of a RIFF (WAV, AVI, WebP) or MP4/MOV file claim; else `size`.
-
-    Decoders pass over a missing tail without a word, and would give a shorter sound or clip.
-    """
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF" and len(head) == 12:
-            stated = int.from_bytes(head[4:8], "little")
-            # Streamed files do not know their length; some writers count the header of 8 bytes twice.
-            return size if stated in (0, 0xFFFFFFFF) else stated
-        if head[4:8] != b"ftyp":
-            return size
-        position = 0
-        while position + 8 <= size:
-            file.seek(position)
-            box = file.read(16)
-            length = int.from_bytes(box[:4], "big")
-            if length == 1:  # the length follows in 64 bits
-                length = int.from_bytes(box[8:16], "big")
-            if length < 8:  # 0: up to the end of the file
-                return size
-            position += length
-        return position

@@ -260,5 +260,8 @@ def _nearest(name: Any, known: Collection[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "missing" if value is None else repr(value)
+    try:
+        text = "missing" if value is None else repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 
 from anygpt.data.media_files import (
@@ -34,6 +35,8 @@ from anygpt.errors import InputError
 TIMED = {"mov", "matroska", "mpegts"}
 # PyAV 17 began to convert a frame in as many threads as there are cores, which take longer to start than it takes.
 _IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+# Of all frames of an animation together: half a minute of decoding.
+ANIMATION_PIXELS = 2**32
 # The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), and how many seconds it is shown.
 Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction]]
 # From when each frame is shown, and when the last one ends, to the indices of those that are wanted.
@@ -116,13 +119,13 @@ def _evenly_spaced(count: int, k: int) -> list[int]:
 
 
 def _decode_all(
-    frames: Callable[[Place], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
+    frames: Callable[[Place, MediaLimits], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction]:
     """The chosen frames, and how many seconds all are shown; all are decoded, again if the header was wrong."""
     starts, end = [i / header.rate for i in range(header.count)], header.count / header.rate
     while True:
         kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end))
-        starts, end = _keep(frames(path), kept, path, limits)
+        starts, end = _keep(frames(path, limits), kept, path, limits)
         chosen = choose(starts, end)
         if kept.keys() >= set(chosen):
             return [kept[i] for i in chosen], end
@@ -157,13 +160,16 @@ def _animation_header(path: Place, limits: MediaLimits) -> Header:
         count = getattr(image, "n_frames", 1)
         if count == 1 and image.format != "GIF":
             raise ValueError("it is a still image")
+        if image.width * image.height * count > ANIMATION_PIXELS:  # each frame is put on the whole canvas
+            raise ValueError(f"its {count:,} frames of {image.width} × {image.height} pixels are too much to decode")
         return Header(image.width * image.height, count)
 
 
-def _animation_frames(path: Place) -> Frames:
+def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
     with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
+            limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
             milliseconds = image.info.get("duration") or 100  # what browsers take an unstated duration for
             yield lambda: np.asarray(to_rgb(image)), Fraction(milliseconds) / 1000
@@ -178,11 +184,12 @@ def _picture_stream(container: av.container.InputContainer, path: Place) -> av.V
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
 
 
-def _video_frames(path: Place) -> Frames:
+def _video_frames(path: Place, limits: MediaLimits) -> Frames:
     with open_container(path) as container:
         stream = _picture_stream(container, path)
         rate = _rate(stream)
         for frame in container.decode(stream):
+            limits.check(path, pixels=frame.width * frame.height)  # a later frame may be larger
             yield lambda frame=frame: _to_array(frame), 1 / rate
 
 
@@ -194,8 +201,15 @@ def _rate(stream: av.VideoStream) -> Fraction:
 
 
 def _to_array(frame: av.VideoFrame) -> np.ndarray:
-    quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as np.rot90 counts them
-    return np.rot90(frame.to_ndarray(format="rgb24", **_IN_ONE_THREAD), quarter_turns)
+    """Turned and mirrored as its display matrix says, (a, b; c, d): x' = a x + c y, y' = b x + d y."""
+    array = frame.to_ndarray(format="rgb24", **_IN_ONE_THREAD)
+    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return array
+    a, b, _, c, d = np.frombuffer(matrix, np.int32, count=5)
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        array, a, d = array.swapaxes(0, 1), c, b
+    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 # -- from keyframes on -----------------------------------------------------------------------------------
@@ -237,6 +251,7 @@ def _seek_frames(
                 left = {header.shown[i]: i for i in indices}
                 container.seek(key, stream=stream)
                 for frame in _frames_from_keyframe(container, stream):
+                    limits.check(path, pixels=frame.width * frame.height)
                     if frame.is_corrupt or frame.pts is None or frame.pts > max(left):
                         return None
                     if frame.pts in left:

@@ -187,14 +187,21 @@ def is_hub_id(path: Path) -> bool:
 _STORED = object()
 
 
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
 def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
     """For each row of a column `_STORED` where it holds bytes, else the path, or None."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.to_pylist()
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if _holds_bytes(kind):
         return [_STORED if there else None for there in column.is_valid().to_pylist()]
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
+    fields = (
+        {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if pa.types.is_struct(kind) else {}
+    )
+    if "path" in fields and "bytes" in fields and (_holds_bytes(fields["bytes"]) or pa.types.is_null(fields["bytes"])):
         there = pa.compute.struct_field(column, "bytes").is_valid().to_pylist()
         paths = pa.compute.struct_field(column, "path").to_pylist()
         return [_STORED if stored else name for stored, name in zip(there, paths, strict=True)]

@@ -117,9 +117,10 @@ def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     try:
-        tar = tarfile.open(fileobj=_Guarded(file, size), mode="r:")  # noqa: SIM115 (the file is closed by its opener)
+        guarded = _Guarded(file, size)
+        tar = tarfile.open(fileobj=guarded, mode="r:")  # noqa: SIM115 (the file is closed by its opener)
         end = 0
-        while info := tar.next():
+        while info := guarded.next_header(tar):
             tar.members = []  # it would keep them all
             if info.size < 0 or info.offset < end:
                 raise tarfile.ReadError("a member has a negative size")
@@ -139,15 +140,21 @@ def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 class _Guarded:
-    """What tarfile reads headers from: no read is larger than a header needs."""
+    """What tarfile reads headers from: a header, with all that belongs to it, is no larger than one needs to be."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
         self.size = size
+        self.left = MAX_HEADER_BYTES
+
+    def next_header(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        self.left = MAX_HEADER_BYTES
+        return tar.next()
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header claims {count:,} bytes")
+        if not 0 <= count <= self.left:
+            raise tarfile.ReadError(f"a header claims more than {MAX_HEADER_BYTES:,} bytes")
+        self.left -= count
         return self.file.read(count)
 
     def seek(self, position: int) -> int:

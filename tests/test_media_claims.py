@@ -1,0 +1,207 @@
+"""What media files claim and what is there: tails that are missing, tables and canvases that lie, odd tags."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.audio.fifo import AudioFifo
+from PIL import Image
+
+from anygpt.data import read_media
+from anygpt.data.media_files import MediaLimits
+from anygpt.data.media_writing import write_video
+from anygpt.errors import InputError
+
+SOUNDS = {
+    "a.opus": "libopus",
+    "a.mp3": "mp3",
+    "a.aiff": "pcm_s16be",
+    "a.au": "pcm_s16be",
+    "a.w64": "pcm_s16le",
+    "a.caf": "pcm_s16le",
+    "b.mkv": "flac",
+}
+CLIPS = {"a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def encode_clip(path: Path, codec: str) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for frame in noise(20, 64, 64, 3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def encode_sound(path: Path, codec: str) -> None:
+    rate = 48_000
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.sin(np.arange(rate)[None] * 0.1, dtype=np.float32), "fltp", "mono")
+        frame.rate, frame.pts = rate, 0
+        fifo = AudioFifo()
+        for piece in av.AudioResampler(format=stream.format.name, layout="mono", rate=rate).resample(frame):
+            fifo.write(piece)
+        while (piece := fifo.read(stream.codec_context.frame_size or 1024, partial=True)) is not None:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("name", [*SOUNDS, *CLIPS, "a.gif"])
+def test_a_missing_tail_is_an_error(tmp_path, name):
+    """FFmpeg and Pillow would give what there is."""
+    path = tmp_path / name
+    kind = "audio" if name in SOUNDS else "video"
+    if name == "a.gif":
+        pictures = [Image.fromarray(frame) for frame in noise(20, 64, 64, 3)]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    else:
+        (encode_sound if kind == "audio" else encode_clip)(path, (SOUNDS | CLIPS)[name])
+    read_media(kind, path)
+    content = path.read_bytes()
+    for share in (0.3, 0.5, 0.9):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(InputError, match=name):
+            read_media(kind, path)
+
+
+def test_lengths_that_are_not_known_are_no_fault(tmp_path):
+    """As in files that were written as a stream."""
+    encode_clip(tmp_path / "a.mkv", "libx264")
+    content = (tmp_path / "a.mkv").read_bytes()
+    place = content.index(b"\x18\x53\x80\x67") + 4
+    (tmp_path / "a.mkv").write_bytes(content[:place] + b"\x01" + b"\xff" * 7 + content[place + 8 :])
+    assert len(read_media("video", tmp_path / "a.mkv").frames) == 20
+    encode_sound(tmp_path / "a.au", "pcm_s16be")
+    content = (tmp_path / "a.au").read_bytes()
+    (tmp_path / "a.au").write_bytes(content[:8] + b"\xff" * 4 + content[12:])
+    assert read_media("audio", tmp_path / "a.au").waveform.shape == (1, 48_000)
+
+
+@pytest.mark.parametrize(("each", "count"), [(1, 85_000_000), (0, 85_000_000), (2**31, 2**31)])
+def test_a_table_of_samples_that_are_not_there(tmp_path, each, count):
+    """FFmpeg would make room for all of them when it opens the file, 4 GB here."""
+    path = tmp_path / "a.mp4"
+    write_video(path, np.zeros((6, 16, 16, 3), np.uint8), 10)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"stsz")
+    content[place + 8 : place + 16] = struct.pack(">II", each, count)
+    path.write_bytes(content)
+    for kind in ("video", "audio"):
+        with pytest.raises(InputError, match="claims"):
+            read_media(kind, path)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".jpg"])
+def test_a_hole_behind_a_picture(tmp_path, suffix):
+    """A few bytes on disk; some of Pillow's plugins would read all of the file."""
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (16, 16)).save(path)
+    os.truncate(path, 2**30)
+    with pytest.raises(InputError, match="more than max_bytes"):
+        read_media("image", path)
+
+
+def test_scans_without_end(tmp_path):
+    """A progressive JPEG whose last scan comes again and again, each time as much work as the picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    assert read_media("image", path).size == (64, 64)
+    path.write_bytes(content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 200 + content[-2:])
+    with pytest.raises(InputError, match="scans"):
+        read_media("image", path)
+
+
+def gif(width: int, height: int, frames: bytes) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frames + b";"
+
+
+def gif_frame(x: int, y: int) -> bytes:
+    """One pixel."""
+    control = b"\x21\xf9\x04" + struct.pack("<BHB", 5, 10, 0) + b"\0"
+    return control + b"," + struct.pack("<HHHHB", x, y, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+
+
+def test_a_small_animation_on_a_large_canvas(tmp_path):
+    path = tmp_path / "a.gif"
+    path.write_bytes(gif(16, 16, gif_frame(0, 0) * 2))
+    assert read_media("video", path).frames.shape == (2, 16, 16, 3)
+    path.write_bytes(gif(8192, 8192, gif_frame(0, 0) * 3000))
+    with pytest.raises(InputError, match="too much to decode"):
+        read_media("video", path, 1)
+    path.write_bytes(gif(16, 16, gif_frame(0, 0) + gif_frame(12_999, 12_999)))  # the second frame makes it larger
+    with pytest.raises(InputError, match="more than max_pixels"):
+        read_media("video", path, 1, whole=True)
+
+
+def test_frames_that_grow(tmp_path):
+    """The header says 16 × 16; what comes later is checked, too."""
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "rgb24"
+        for index, side in enumerate((16, 16, 64)):
+            buffer = io.BytesIO()
+            Image.new("RGB", (side, side)).save(buffer, "PNG")
+            packet = av.Packet(buffer.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, index * 100, index * 100, True
+            container.mux(packet)
+    for wanted in ({}, {"num_frames": 3}, {"num_frames": 1, "whole": True}):
+        with pytest.raises(InputError, match="more than max_pixels"):
+            read_media("video", path, limits=MediaLimits(max_pixels=1000), **wanted)
+
+
+def test_odd_tags_beside_the_orientation(tmp_path):
+    """A date that is a number: Pillow cannot write such EXIF again, and does not have to."""
+    tags = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHIf", 0x132, 11, 1, 1.0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + struct.pack("<H", 2) + tags + struct.pack("<I", 0)
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_media("image", tmp_path / "a.jpg").size == (4, 8)
+
+
+ONE = 1 << 16
+MATRICES = {  # (a, b, c, d) of x' = a x + c y, y' = b x + d y, and where the white corner goes
+    "as it is": ((ONE, 0, 0, ONE), (0, 0)),
+    "mirrored": ((-ONE, 0, 0, ONE), (0, 1)),
+    "upside down": ((ONE, 0, 0, -ONE), (1, 0)),
+    "half a turn": ((-ONE, 0, 0, -ONE), (1, 1)),
+    "a quarter turn to the right": ((0, ONE, -ONE, 0), (0, 1)),
+    "a quarter turn to the left": ((0, -ONE, ONE, 0), (1, 0)),
+    "transposed": ((0, ONE, ONE, 0), (0, 0)),
+    "transposed the other way": ((0, -ONE, -ONE, 0), (1, 1)),
+    "no matrix at all": ((0, 0, 0, 0), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_clips_are_turned_and_mirrored(tmp_path, name):
+    path = tmp_path / "a.mp4"
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[:, :16, :24] = 255
+    write_video(path, frames, 10)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 44
+    (a, b, c, d), (row, column) = MATRICES[name]
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    for wanted in (None, 2):
+        frame = read_media("video", path, wanted).frames[0]
+        assert frame.shape == ((48, 32, 3) if a == 0 and b else (32, 48, 3))
+        height, width = frame.shape[:2]
+        places = [[frame[h * height // 4, w * width // 4].mean() > 128 for w in (1, 3)] for h in (1, 3)]
+        assert places == [[(h, w) == (row, column) for w in (0, 1)] for h in (0, 1)]
