@@ -12,6 +12,7 @@ not let it be checked at all.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from tqdm import tqdm
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--max-tokens needs --processor, which knows the tokenizer and the encoders")
     if args.num_workers < 0:
         parser.error("--num-workers must be at least 0")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names in any script, to a terminal of any encoding
     columns = dict(pair.partition("=")[::2] for pair in args.columns) if args.columns else None
     with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
 
@@ -96,4 +98,8 @@ def summary(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAULTY)

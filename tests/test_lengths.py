@@ -126,6 +126,10 @@ def test_the_validator_counts_tokens(world, main, tmp_path, capsys):  # noqa: F8
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [part() | {"type": "audio"}]}, *TURN[1:]]}))
     assert main(command) == 1
     assert "no encoder reads 'audio'" in capsys.readouterr().out
+    token = processor.tokens["image"]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": f"what is {token}?"}, *TURN[1:]]}))
+    assert main(command) == 1
+    assert f"contains {token!r}, which is a reserved token" in capsys.readouterr().out
     assert main([str(path), "--processor", str(tmp_path)]) == 2
     with pytest.raises(SystemExit):
         main([str(path), "--max-tokens", "3"])

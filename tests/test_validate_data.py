@@ -4,6 +4,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,17 @@ def test_a_decoder_that_ends_its_process_is_said_to(folder, main, monkeypatch, c
     assert main([str(write(folder, row(id="1"))), "--deep", "--num-workers", "1"]) == 2
     shown = capsys.readouterr().err
     assert "(sample '1')" in shown and "ended the process that decoded it" in shown
+
+
+def test_faults_go_to_any_terminal_and_into_head(folder):
+    """A name in another script on an ASCII terminal; a reader that has seen enough."""
+    path = write(folder, *(row("gone.png", id=f"пример {i}") for i in range(3000)))
+    script = REPOSITORY / "scripts/validate_data.py"
+    command = f"'{sys.executable}' '{script}' '{path}' | head -1"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and "\\u043f" in done.stdout
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_written_schema_is_that_of_the_types():

@@ -11,7 +11,7 @@ from torch import Tensor
 from anygpt.chat import tokenize_many, tokenize_with_labels
 from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
 from anygpt.data.dataset import BadSample, LoadedSample
-from anygpt.data.lengths import sample_messages
+from anygpt.data.lengths import refuse_reserved, sample_messages
 from anygpt.data.media import Audio, Video
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import FEATURES
@@ -47,10 +47,6 @@ class Collator:
         self.cache: FeatureCache | None = None
         tokenizer = processor.llm_tokenizer
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        self.reserved = [
-            *processor.tokens.values(),
-            *(t for tokens in processor.signal_tokens.values() for t in tokens),
-        ]
 
     def __call__(self, items: Sequence[LoadedSample | BadSample]) -> dict[str, Any]:
         """`(B, S)` ids, mask and labels padded on the right; encoder inputs and decoder targets in the rows' order."""
@@ -59,7 +55,7 @@ class Collator:
         for item in items:
             if isinstance(item, LoadedSample):
                 try:
-                    self.check_text(item)
+                    refuse_reserved(self.processor, item.sample)
                     good.append(item)
                 except InputError as error:
                     bad.append(BadSample(item.sample.id, str(error)))
@@ -184,17 +180,6 @@ class Collator:
         for key, found in cached.items():
             targets[key] |= {name: _stack(values) for name, values in found.items()}
         return targets, ids
-
-    def check_text(self, item: LoadedSample) -> None:
-        """Text that contains a placeholder or signal token would be taken for one."""
-        for message in item.sample.messages:
-            for part in message.content:
-                found = next((token for token in self.reserved if part.text and token in part.text), None)
-                if found:
-                    raise InputError(
-                        f"{item.sample.source} (sample {item.sample.id!r}): the text contains {found!r}, which is a "
-                        "reserved token; write media as content parts, and leave the token out of the text"
-                    )
 
 
 def _stack(values: list[Tensor] | list[Condition]) -> Tensor | Condition:

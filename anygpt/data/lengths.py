@@ -13,6 +13,7 @@ from anygpt.chat import tokenize_with_labels
 from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 from anygpt.data.schema import Sample, StoredMedium
 from anygpt.encoders.families import FAMILIES
+from anygpt.errors import InputError
 
 CHARACTERS_PER_TOKEN = 4
 SIDE, FRAMES, RATE = 32, 8, 16_000  # of the media that stand for all others: pixels, frames, Hz
@@ -39,9 +40,11 @@ class Lengths:
         """Tokens of a conversation, those of its chat template included.
 
         Raises:
-            InputError: media that no encoder reads or no decoder makes, or that cannot be decoded where they must be;
+            InputError: text that holds a reserved token; media that no encoder reads or no decoder makes, or that
+                cannot be decoded where they must be;
                 a conversation that the chat template refuses.
         """
+        refuse_reserved(self.processor, sample)
         counts: dict[str, list[int]] = {}
         for role, part in sample.media():
             if role != "assistant":
@@ -93,6 +96,27 @@ class Lengths:
                 else:
                     tokens[i] += self.features_of_any(part.type)
         return tokens
+
+
+def reserved_tokens(processor: Any) -> list[str]:
+    """Placeholders and signal tokens."""
+    return [*processor.tokens.values(), *(t for tokens in processor.signal_tokens.values() for t in tokens)]
+
+
+def refuse_reserved(processor: Any, sample: Sample) -> None:
+    """Text that contains a placeholder or signal token would be taken for one.
+
+    Raises:
+        InputError: there is such a text.
+    """
+    reserved = reserved_tokens(processor)
+    for message in sample.messages:
+        for part in message.content:
+            if found := next((token for token in reserved if part.text and token in part.text), None):
+                raise InputError(
+                    f"{sample.source} (sample {sample.id!r}): the text contains {found!r}, which is a reserved token; "
+                    "write media as content parts, and leave the token out of the text"
+                )
 
 
 def sample_messages(processor: Any, sample: Sample) -> list[dict[str, str]]:
