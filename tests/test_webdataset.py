@@ -20,7 +20,6 @@ from anygpt.data import (
     write_audio,
     write_video,
 )
-from anygpt.data.formats import iterate_samples
 from anygpt.data.formats.base import find_files
 from anygpt.errors import InputError
 
