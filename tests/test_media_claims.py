@@ -76,6 +76,19 @@ def test_a_missing_tail_is_an_error(tmp_path, name):
             read_media(kind, path)
 
 
+def test_samples_that_are_counted_as_if_they_were_not_compressed(tmp_path):
+    """QuickTime's own ADPCM: 64 samples in 34 bytes, each said to be one."""
+    path = tmp_path / "a.mov"
+    encode_sound(path, "adpcm_ima_qt")
+    content = bytearray(path.read_bytes())
+    for table, behind, values in ((b"stsz", 8, (1, 48_000)), (b"stts", 12, (48_000, 1)), (b"stsc", 16, (48_000,))):
+        place = content.index(table) + behind
+        content[place : place + 4 * len(values)] = struct.pack(f">{len(values)}I", *values)
+    path.write_bytes(content)
+    assert len(content) < 48_000
+    assert read_media("audio", path).waveform.shape == (1, 48_000)
+
+
 def test_lengths_that_are_not_known_are_no_fault(tmp_path):
     """As in files that were written as a stream."""
     encode_clip(tmp_path / "a.mkv", "libx264")
