@@ -167,6 +167,7 @@ def test_faults_are_collected_and_the_good_rows_are_given(folder):
         (b'{"id": "\xff"}\n', r"data\.jsonl:1 is not UTF-8 \(byte 0xff\)"),
         (b"[" * 100_000, "is not JSON that can be read|is not valid JSON"),
         (b"9" * 5000, "is not JSON that can be read"),
+        (b'{"id": "a", "messages": [], "id": "b"}\n', r"data\.jsonl:1 .* the key 'id' stands more than once"),
     ],
 )
 def test_files_that_are_not_jsonl(tmp_path, content, message):

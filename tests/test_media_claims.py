@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import av
@@ -27,7 +30,15 @@ SOUNDS = {
     "a.caf": "pcm_s16le",
     "b.mkv": "flac",
 }
-CLIPS = {"a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}
+CLIPS = {
+    "a.mkv": "libx264",
+    "a.webm": "libvpx-vp9",
+    "a.avi": "mpeg4",
+    "a.flv": "flv1",
+    "a.wmv": "mpeg4",
+    "a.ts": "libx264",
+    "a.m2ts": "libx264",
+}
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -71,7 +82,7 @@ def test_a_missing_tail_is_an_error(tmp_path, name):
     read_media(kind, path)
     content = path.read_bytes()
     for share in (0.3, 0.5, 0.9):
-        path.write_bytes(content[: int(len(content) * share)])
+        path.write_bytes(content[: int(len(content) * share) + 1])  # MPEG-TS shows it only within a packet
         with pytest.raises(InputError, match=name):
             read_media(kind, path)
 
@@ -177,6 +188,34 @@ def test_frames_that_grow(tmp_path):
     for wanted in ({}, {"num_frames": 3}, {"num_frames": 1, "whole": True}):
         with pytest.raises(InputError, match="more than max_pixels"):
             read_media("video", path, limits=MediaLimits(max_pixels=1000), **wanted)
+
+
+def test_the_cover_of_a_sound_is_not_decoded_beyond_the_limit(tmp_path):
+    """FFmpeg decodes it when it opens the file: 100 megapixels here, in some kilobytes of the tag."""
+    path = tmp_path / "a.mp3"
+    encode_sound(path, "mp3")
+    width, height = 10_000, 10_000
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(height * (1 + 3 * width)), 1)
+    picture = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        picture += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    frame = b"\0image/png\0\x03\0" + picture
+    frame = b"APIC" + struct.pack(">I", len(frame)) + b"\0\0" + frame
+    length = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\x03\0\0" + length + frame + path.read_bytes())
+    code = (
+        f"from anygpt.data import read_media; import resource; print(read_media('audio', {str(path)!r}).waveform.size)"
+    )
+    code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    plain = code.replace(str(path), str(tmp_path / "plain.mp3"))
+    encode_sound(tmp_path / "plain.mp3", "mp3")
+    results = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout.split() for c in (code, plain)
+    ]
+    (samples, peak), (as_many, usual) = results
+    assert samples == as_many
+    assert int(peak) < int(usual) + 64 * 1024  # KiB
 
 
 def test_odd_tags_beside_the_orientation(tmp_path):

@@ -18,6 +18,8 @@ MAX_SAMPLES = 10**7
 SOUND_PACKING = 8
 """Samples a byte of the sounds that QuickTime counts so: at most six, of MACE 6:1."""
 _OGG_PAGE = 27 + 255 + 255 * 255  # bytes, the largest that there are
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 
 
@@ -34,7 +36,7 @@ def check_whole(file: BinaryIO) -> None:
     if size == 0:
         raise ValueError("it is empty")
     file.seek(0)
-    head = file.read(64)
+    head = file.read(512)
     if head[4:8] == b"ftyp":
         _check_samples(file, size)
     if head.startswith(b"\xff\xd8\xff"):
@@ -46,6 +48,8 @@ def check_whole(file: BinaryIO) -> None:
         raise ValueError("it is truncated, and ends within a frame")
     if head.startswith(b"OggS") and not _ogg_ends(_tail(file, size, _OGG_PAGE)):
         raise ValueError("it is truncated, and does not end with the last page of its stream")
+    if head.startswith(b"FLV") and not _flv_ends(file, size):
+        raise ValueError("it is truncated, and ends within a tag")
     if (stated := _stated_size(file, head, size)) > size:
         raise ValueError(f"it is truncated, {size:,} bytes of {stated:,}")
 
@@ -63,6 +67,13 @@ def _ogg_ends(tail: bytes) -> bool:
         return False
     lengths = page[27 : 27 + page[26]]
     return len(lengths) == page[26] and 27 + page[26] + sum(lengths) <= len(page)
+
+
+def _flv_ends(file: BinaryIO, size: int) -> bool:
+    """Whether the last four bytes say how long the tag before them is."""
+    tag = int.from_bytes(_tail(file, size, 4), "big")
+    start = size - 4 - tag
+    return tag == 0 or (start >= 0 and int.from_bytes(_at(file, start + 1, 3), "big") + 11 == tag)
 
 
 def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
@@ -84,6 +95,11 @@ def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
         return int.from_bytes(head[16:24], "little")
     if head.startswith(b"caff"):
         return _caf_size(file, size)
+    if head.startswith(_ASF):
+        return _asf_size(head, size)
+    for length, sync in ((188, 0), (192, 4)):  # MPEG-TS, and as discs have it, with a time before each packet
+        if head[sync::length][:2] == b"GG" and head[sync + 2 * length : sync + 2 * length + 1] in (b"G", b""):
+            return -(-size // length) * length
     if head.startswith((b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")):
         return _mp3_size(file, head, size)
     return size
@@ -105,6 +121,15 @@ def _variable_length(head: bytes, position: int) -> tuple[int | None, int]:
         return None, position
     value = int.from_bytes(head[position : position + width], "big") & (1 << 7 * width) - 1
     return (None if value == (1 << 7 * width) - 1 else value), position + width
+
+
+def _asf_size(head: bytes, size: int) -> int:
+    """Of the properties of the file, which most writers put near its start; streamed files leave it out."""
+    place = head.find(_ASF_FILE)
+    properties = head[place : place + 92]
+    if place < 0 or len(properties) < 92 or properties[88] & 1:
+        return size
+    return int.from_bytes(properties[40:48], "little")
 
 
 def _caf_size(file: BinaryIO, size: int) -> int:

@@ -82,7 +82,7 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
     Raises:
         InputError: no such file, empty, truncated, no sound in it, NaN or infinite samples, or over a limit.
     """
-    with decoding(path, "audio") as path, open_container(path) as container:
+    with decoding(path, "audio") as path, open_container(path, limits) as container:
         if not container.streams.audio:
             raise InputError(f"{path} has no audio stream: give a file with sound.")
         stream = container.streams.audio[0]

@@ -97,8 +97,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def open_container(path: Place) -> Iterator[av.container.InputContainer]:
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+def open_container(path: Place, limits: MediaLimits) -> Iterator[av.container.InputContainer]:
+    options = {
+        "format_whitelist": CONTAINERS,
+        "protocol_whitelist": "file",
+        "max_pixels": str(limits.max_pixels),  # FFmpeg decodes a sound's cover to find out what it is
+    }
     if isinstance(path, StoredMedium):
         with path.open() as file, av.open(file, options=options) as container:
             yield container

@@ -185,7 +185,7 @@ def _picture_stream(container: av.container.InputContainer, path: Place) -> av.V
 
 
 def _video_frames(path: Place, limits: MediaLimits) -> Frames:
-    with open_container(path) as container:
+    with open_container(path, limits) as container:
         stream = _picture_stream(container, path)
         rate = _rate(stream)
         for frame in container.decode(stream):
@@ -217,7 +217,7 @@ def _to_array(frame: av.VideoFrame) -> np.ndarray:
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:
     """From the packets, none of which is decoded."""
-    with open_container(path) as container:
+    with open_container(path, limits) as container:
         stream = _picture_stream(container, path)
         limits.check(path, seconds=(container.duration or 0) / av.time_base)
         codec = codec_of(stream)
@@ -245,7 +245,7 @@ def _seek_frames(
     kept: dict[int, np.ndarray] = {}
     size = 0
     try:
-        with open_container(path) as container:
+        with open_container(path, limits) as container:
             stream = _picture_stream(container, path)
             for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: _key_before(header, i)):
                 left = {header.shown[i]: i for i in indices}

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,18 @@ from anygpt.errors import InputError
 BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
 CHUNK = 256 * 1024
 SPACE = " \t\r\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands more than once in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Of a key that stands twice, the standard one would keep the last value without a word."""
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -51,7 +64,7 @@ def parse_json(content: bytes, where: str) -> Any:
     if len(content) > MAX_ROW_BYTES:
         raise _too_long(where)
     try:
-        return json.loads(content.decode("utf-8"))
+        return DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(where, content[error.start]) from error
     except json.JSONDecodeError as error:
@@ -121,7 +134,7 @@ class _Text:
         while True:
             self.next_character()
             try:
-                value, end = json.JSONDecoder().raw_decode(self.window, self.position)
+                value, end = DECODER.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
                 # Cut off by the window's end, perhaps: then it is a string, or the fault is right there.
                 final = len(self.window) - error.pos > 64 and not error.msg.startswith("Unterminated")
