@@ -62,6 +62,7 @@ def test_log_mel_without_normalisation_is_torch_stft_with_audioldms_settings():
     torch.testing.assert_close(ours[0, 0], expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow  # librosa compiles as it starts
 def test_log_mel_is_librosas():
     librosa = pytest.importorskip("librosa")
     waveform = noise(6400) + tone(700, 16000, seconds=0.4)

@@ -1,6 +1,6 @@
 """Mistaken input: one line that says what, where and what was expected, exit code 2, nothing half-written.
 
-A few run as `python stages/…`, where messages and exit codes are judged; the rest through the same command line in
+Two run as `python stages/…`, where messages and exit codes are judged; the rest through the same command line in
 this process.
 """
 
@@ -72,12 +72,6 @@ def refuse_process(stage, args, output, *said):
     assert not output.exists()
 
 
-def test_process_missing_media(media, tmp_path):
-    path = write_rows(media, [row([IMAGE, text()], ANSWER), row([IMAGE | {"path": "b.png"}], ANSWER, "1")])
-    output = tmp_path / "run"
-    refuse_process(1, arguments(1, path, output), output, f"{path}:2", "'1'", "b.png", "does not exist", "media_root")
-
-
 def test_process_unreadable_media_in_a_worker(media, tmp_path):
     (media / "b.png").write_bytes(b"not a picture")
     path = write_rows(media, [row([IMAGE | {"path": "b.png"}, text()], ANSWER)])
@@ -92,13 +86,12 @@ def test_process_settings(data, tmp_path):
     refuse_process(1, args, output, "train.learning_rat;", "train.learning_rate?", "train.batch_size?")
 
 
-def test_process_wrong_start(data, tmp_path):
-    output = tmp_path / "run"
-    args = arguments(2, data / "stage2.jsonl", output, init_from=tmp_path / "nothing/final")
-    refuse_process(2, args, output, tmp_path / "nothing/final", "config.json", "final/")
-
-
 # -- the data --------------------------------------------------------------------------------------------------
+
+
+def test_missing_media(media, capsys):
+    path = write_rows(media, [row([IMAGE, text()], ANSWER), row([IMAGE | {"path": "b.png"}], ANSWER, "1")])
+    refuse(1, path, media, capsys, f"{path}:2", "'1'", "b.png", "does not exist", "media_root")
 
 
 def test_unreadable_media_later_in_the_run(media, capsys):
@@ -240,6 +233,13 @@ def test_lora_on_layers_that_are_not_there(data, tmp_path, capsys):
     )
     code, lines = cli_here(3, args, capsys)
     check_mistake(code, lines, "lora.target_modules", "qq")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_not_there(data, tmp_path, capsys):
+    start = tmp_path / "nothing/final"
+    code, lines = cli_here(2, arguments(2, data / "stage2.jsonl", tmp_path / "run", init_from=start), capsys)
+    check_mistake(code, lines, start, "config.json", "final/")
     assert not (tmp_path / "run").exists()
 
 

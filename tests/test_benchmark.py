@@ -1,25 +1,16 @@
 """`scripts/benchmark.py`, and what its `stage2` compares: where the graph ends for each `train.signal_rows`."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from training_utils import load_script
 
 from anygpt.training.config import Config
 from anygpt.training.stages import LLM_DECODER, prepare_stage
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 @pytest.mark.parametrize("rows", ["both", "output", "none"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from training_utils import (
     change_tensors,
     check_mistake,
     cli_here,
+    load_script,
     logged,
     toy_data,
     train_here,
@@ -299,19 +299,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, run, capsys):
 @pytest.fixture(scope="module")
 def killing():
     """`scripts/kill_test.py`; its runs' processes must be able to import it."""
-    spec = importlib.util.spec_from_file_location("kill_test", REPOSITORY / "scripts/kill_test.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     sys.path.insert(0, str(REPOSITORY / "scripts"))
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script("kill_test")
     sys.path.remove(str(REPOSITORY / "scripts"))
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(killing, tmp_path):
     runner = killing.Runner()
-    killing.prepare(runner, tmp_path, [3])
-    assert killing.survives(runner, 3, tmp_path, kills=2, steps=6, processes=1, seed=0)
+    killing.prepare(runner, tmp_path, [1])
+    assert killing.survives(runner, 1, tmp_path, kills=1, steps=4, processes=1, seed=0)
 
 
 @pytest.mark.slow

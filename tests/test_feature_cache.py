@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -24,6 +23,7 @@ from training_utils import (
     check_mistake,
     cli_here,
     environment,
+    load_script,
     losses_of,
     reset_accelerate,
     toy_data,
@@ -67,9 +67,7 @@ def accelerator():
 @pytest.fixture(scope="module")
 def script():
     """`scripts/cache_features.py` in this process: arguments to exit code."""
-    spec = importlib.util.spec_from_file_location("cache_features", REPOSITORY / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("cache_features")
 
     def main(arguments):
         reset_accelerate()

@@ -6,7 +6,7 @@ import torch
 from conftest import enlarge
 from transformers import LlamaConfig, LlamaForCausalLM
 
-PROMPTS, BATCH = 300, 30
+BATCH = 30
 # The smallest media there are: what is looked at here is which of them come, and where.
 SMALLEST = {
     "image": {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 8, "width": 8, "seed": 0},
@@ -29,10 +29,10 @@ def talkative(tiny_model):
     return model, processor
 
 
-def random_prompts(processor, media):
+def random_prompts(processor, media, count):
     rng = np.random.default_rng(0)
     ids = [i for i in range(len(processor.llm_tokenizer)) if i not in processor.llm_tokenizer.all_special_ids]
-    for _ in range(PROMPTS):
+    for _ in range(count):
         text = processor.decode(rng.choice(ids, size=rng.integers(1, 24)).tolist(), skip_special_tokens=True)
         parts = [{"type": "text", "text": text}]
         for _ in range(rng.choice([0, 0, 1, 2])):
@@ -67,13 +67,14 @@ def check_answer(model, processor, ids, answer):
     return [key for key, _ in expected if key != "text"]
 
 
-def test_300_random_prompts(talkative, media):
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_prompts(talkative, media, count):
     model, processor = talkative
     eos = [processor.llm_tokenizer.eos_token_id, *range(100, 900, 37)]
     options = {"max_new_tokens": 10, "eos_token_id": eos, "pad_token_id": 0, "decoder_kwargs": SMALLEST}
-    conversations = list(random_prompts(processor, media))
+    conversations = list(random_prompts(processor, media, count))
     kinds, lengths = [], set()
-    for begin in range(0, PROMPTS, BATCH):
+    for begin in range(0, count, BATCH):
         group = conversations[begin : begin + BATCH]
         batch = processor.apply_chat_template(group, tokenize=True, add_generation_prompt=True)
         together = model.generate(**batch, **options)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from conftest import enlarge
 from peft import LoraConfig, PeftModel, get_peft_model
-from training_utils import run_process
+from training_utils import load_script
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -112,7 +110,7 @@ def test_merged_models_are_saved_and_merged_again(adapted, tmp_path):
         torch.testing.assert_close(logits_of(found, batch), logits_of(again, batch), rtol=0, atol=0)
 
 
-def test_the_script_merges_a_folder(parts, tiny_model, tmp_path):
+def test_the_script_merges_a_folder(parts, tiny_model, tmp_path, capsys):
     llm = get_peft_model(parts.language_model(lively=False), LoraConfig(target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in llm.named_parameters():
@@ -121,12 +119,14 @@ def test_the_script_merges_a_folder(parts, tiny_model, tmp_path):
     model, processor = tiny_model(("image",), ("image",), language_model=llm)
     model.save_pretrained(tmp_path / "final")
     processor.save_pretrained(tmp_path / "final")
-    command = (sys.executable, "scripts/merge_lora.py", "--output", tmp_path / "merged", "--checkpoint")
-    done = run_process(*command, tmp_path / "final")
-    assert done.returncode == 0, done.stderr
+    main = load_script("merge_lora").main
+    arguments = ["--output", str(tmp_path / "merged"), "--checkpoint", str(tmp_path / "final")]
+    assert main(arguments) == 0
     merged = MultimodalModel.from_pretrained(tmp_path / "merged")
     loaded = MultimodalProcessor.from_pretrained(tmp_path / "merged", model=merged)
     batch = loaded({}, {"text": "so " + "".join(processor.signal_tokens["image"])})
     torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch), rtol=1e-4, atol=1e-4)
-    done = run_process(*command, tmp_path / "final")
-    assert done.returncode == 2 and "is there already" in done.stderr and len(done.stderr.splitlines()) == 1
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "is there already" in said and len(said.splitlines()) == 1

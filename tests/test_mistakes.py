@@ -1,7 +1,7 @@
 """Every class of mistake that a run can stop at: one line, exit code 2, and nothing half-written.
 
 Data and settings are in `test_bad_input.py`, checkpoints in `test_checkpoints.py`; here are the parts, the folders that
-a run starts from, and the disk. The same command line as `python stages/…` in this process; some as processes.
+a run starts from, and the disk. The same command line as `python stages/…`, in this process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -23,7 +22,6 @@ from training_utils import (
     change_tensors,
     check_mistake,
     cli_here,
-    run_script,
     stage2_start,
     toy_data,
     train_here,
@@ -352,7 +350,7 @@ def test_a_stage_without_a_start_or_parts(data, tmp_path, capsys):
     check_mistake(code, lines, "model has neither language_model nor init_from")
 
 
-# -- the disk, as processes ------------------------------------------------------------------------------------
+# -- the disk -------------------------------------------------------------------------------------------------
 
 
 def mounted(folder, options):
@@ -363,37 +361,34 @@ def mounted(folder, options):
         pytest.skip("needs the right to mount a file system")
 
 
-def test_a_full_disk(data, tmp_path):
+def test_a_full_disk(data, tmp_path, capsys):
     """Room for one checkpoint and not for two: the first stays whole, and the run goes on where there is room."""
     disk = tmp_path / "disk"
     mounted(disk, "size=1500k")
     try:
         args = arguments(1, data / "stage1.jsonl", disk / "run", "--train.save_steps=1", steps=6, batch_size=2)
-        done = run_script(1, args)
-        check_mistake(done.returncode, done.stderr.splitlines(), "No space left on device", "the last checkpoint is")
+        code, lines = cli_here(1, args, capsys)
+        check_mistake(code, lines, "No space left on device", "the last checkpoint is")
         kept = sorted(disk.glob("run/checkpoint-*"))
         assert kept and not list(disk.glob("run/.*.incomplete")) and not (disk / "run/final").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        done = run_script(1, args)
-        assert done.returncode == 0, done.stderr
+        assert cli_here(1, args, capsys)[0] == 0
         assert f"continues from {kept[-1]}" in (disk / "run/log.txt").read_text()
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_read_only_file_system(data, tmp_path):
+def test_a_read_only_file_system(data, tmp_path, capsys):
     disk = tmp_path / "disk"
     mounted(disk, "size=1m,ro")
     try:
-        done = run_script(1, arguments(1, data / "stage1.jsonl", disk / "run"))
-        check_mistake(done.returncode, done.stderr.splitlines(), "run.output_dir", disk, "may not be written to")
+        code, lines = cli_here(1, arguments(1, data / "stage1.jsonl", disk / "run"), capsys)
+        check_mistake(code, lines, "run.output_dir", disk, "may not be written to")
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_start_that_is_no_folder(data, tmp_path):
+def test_a_start_that_is_no_folder(data, tmp_path, capsys):
     start = tmp_path / "final"
     start.write_text("")
-    done = run_script(2, arguments(2, data / "stage2.jsonl", tmp_path / "run", init_from=start))
-    check_mistake(done.returncode, done.stderr.splitlines(), start, "config.json")
-    assert not Path(tmp_path / "run").exists()
+    refuse(2, data, tmp_path, capsys, start, "config.json", init_from=start)

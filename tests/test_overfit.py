@@ -73,7 +73,7 @@ def sample_latents(decoder, condition):
     return torch.cat(seen).flatten().unflatten(0, (len(CAPTIONS), -1))
 
 
-@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+@pytest.mark.parametrize("modality", ["image", *(pytest.param(x, marks=pytest.mark.slow) for x in ("video", "audio"))])
 def test_conditions_and_latents_become_those_of_the_captions(tmp_path, modality):
     path = write_rows(tmp_path, modality)
     final = run_stage2(tmp_path, modality, path)

@@ -187,7 +187,8 @@ def test_linear_projector_is_set_in_one_pass(parts, modality):
     line = model.decoders[modality].projector.line
     torch.testing.assert_close(line.weight.double(), weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(line.bias.double(), bias, rtol=1e-4, atol=1e-4)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
 def test_encodings_made_before_give_the_same_line(parts):

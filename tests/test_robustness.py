@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
-from training_utils import REPOSITORY, STAGES, toy_data
+from training_utils import REPOSITORY, STAGES, load_script, toy_data
 
 from anygpt import InputError
 from anygpt.data.dataset import DataSource
@@ -119,17 +117,11 @@ def test_damaged_folders_are_said_to_be(final, tmp_path, damage):
         build(config)
 
 
-def test_chat_finds_mistakes_before_it_loads():
+def test_chat_finds_mistakes_before_it_loads(capsys):
     for arguments in (["--max-new-tokens", "0"], ["--steps", "0"], ["--guidance", "nan"], ["--device", "nonsense"]):
-        done = subprocess.run(
-            [sys.executable, "scripts/chat.py", "--prompt", "x", *arguments],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2 and done.stderr.startswith("error: --"), done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        assert load_script("chat").main(["--prompt", "x", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --") and len(said.splitlines()) == 1
 
 
 def test_lists_of_features_must_end_with_rows():

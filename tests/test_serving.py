@@ -22,6 +22,7 @@ import openai
 import pytest
 from PIL import Image
 from serving_utils import send_without_end, serving
+from training_utils import load_script
 
 from anygpt.data.media_writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
@@ -418,14 +419,13 @@ def test_anygpt_does_not_import_the_servers():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("script", ["serve.py", "demo.py"])
-def test_the_scripts_find_mistakes_first(script):
+@pytest.mark.parametrize("script", ["serve", "demo"])
+def test_the_scripts_find_mistakes_first(script, capsys):
     for arguments, message in (
         (["--port", "99999"], "cannot listen"),
         (["--device", "nonsense"], "--device 'nonsense'"),
         (["--offload"], "--offload"),
     ):
-        done = subprocess.run(
-            [sys.executable, f"scripts/{script}", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert load_script(script).main(arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1, said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from training_utils import REPOSITORY
+from training_utils import load_script
 
 from anygpt.errors import InputError
 from anygpt.training.config import Config
@@ -95,11 +94,7 @@ def test_what_cannot_be_done_is_refused(accelerator, setting, resumes, said):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_test", REPOSITORY / "scripts/gpu_test.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_test")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

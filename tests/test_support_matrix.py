@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from tiny_parts import ENCODERS
+from training_utils import load_script
 
 from anygpt.encoders import FAMILIES
 
@@ -15,8 +14,7 @@ BEGIN, END = "<!-- support matrix -->\n", "\n<!-- end of support matrix -->"
 
 
 def test_readme_has_the_printed_table():
-    command = [sys.executable, "scripts/support_matrix.py"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    printed = load_script("support_matrix").table()
     readme = (ROOT / "README.md").read_text()
     assert BEGIN in readme and END in readme
     assert readme.split(BEGIN)[1].split(END)[0].strip() == printed, "run: python scripts/support_matrix.py"

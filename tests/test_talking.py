@@ -1,6 +1,5 @@
 """Talking to a model from the terminal, and what may be attached and asked for, whoever asks."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,19 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from training_utils import load_script
 
 from anygpt.errors import InputError
 from anygpt.talking import Settings, Talker
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,16 @@
 """`scripts/trace_shapes.py` on the tiny configs: every hop of the figure, in order, with what really flows."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from training_utils import REPOSITORY, load_script
 
 from anygpt.toyworld.datasets import write_dataset
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "trace_shapes.py"
-CONFIGS = SCRIPT.parent.parent / "configs" / "tiny"
+CONFIGS = REPOSITORY / "configs" / "tiny"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("trace_shapes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("trace_shapes")
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from training_utils import (
     check_mistake,
     cli_here,
     logged,
-    run_script,
     sgd,
     stage2_start,
     start_process,
@@ -58,7 +57,7 @@ def wait_for(condition, process, seconds=90):
 
 def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     """Workers are in the group as well, and must not die before the update is done."""
-    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=60)
+    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=30)
     process = start_process(sys.executable, SCRIPTS[1], *args)
     log = tmp_path / "run/log.txt"
     wait_for(lambda: log.exists() and "update 2  " in log.read_text(), process)
@@ -70,7 +69,7 @@ def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     assert not (tmp_path / "run/final").exists()
     assert f"checkpoint after update {checkpoint.name.removeprefix('checkpoint-')} written" in log.read_text()
     resumed = train_here(1, args)
-    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=60))
+    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=30))
     first, second = trained_tensors(whole), trained_tensors(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -89,8 +88,8 @@ def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_argum
 # -- what goes wrong -------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory, tmp_path):
-    """As a process: exit code, the batch's samples, and nothing that a run would continue from by itself."""
+def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory, tmp_path, capsys):
+    """Exit code, the batch's samples, and nothing that a run would continue from by itself."""
     poisoned = tmp_path / "poisoned"
     shutil.copytree(stage2_start(tmp_path_factory, data), poisoned)
 
@@ -100,9 +99,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path_factory,
     change_tensors(poisoned, poison)
     output = tmp_path / "run"
     args = arguments(3, data / "stage3.jsonl", output, "--train.save_steps=1", init_from=poisoned, steps=2)
-    done = run_script(3, args)
-    assert done.returncode == 3, done.stderr
-    (line,) = done.stderr.splitlines()
+    code, (line,) = cli_here(3, args, capsys)
+    assert code == 3
     assert line.startswith("error: update 1: ")
     first = Bench(3, [*args, "--run.output_dir", str(tmp_path / "bench")], sgd, tmp_path / "bench").batches
     ids = [sample for _, found in first for sample in found["sample_ids"]]

@@ -1,6 +1,5 @@
 """`scripts/validate_data.py`: every fault with its place, the summary, the exit code; and the written schema."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from training_utils import load_script
 
 from anygpt.data import json_schema, write_image
 from anygpt.data.validation import validate
@@ -19,10 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("validate_data", REPOSITORY / "scripts/validate_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("validate_data").main
 
 
 def row(path="a.png", answer="yes", **more) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import socket
 import subprocess
@@ -98,6 +99,15 @@ def arguments(stage, data, output, *more, init_from=None, steps=2, batch_size=6,
 
 def environment():
     return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def load_script(name):
+    """A file of `scripts/` as a module, whose `main` then runs in this process."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def start_process(*command):
