@@ -98,7 +98,7 @@ def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
     if head.startswith(_ASF):
         return _asf_size(head, size)
     for length, sync in ((188, 0), (192, 4)):  # MPEG-TS, and as discs have it, with a time before each packet
-        if head[sync::length][:2] == b"GG" and head[sync + 2 * length : sync + 2 * length + 1] in (b"G", b""):
+        if head[sync::length] == b"GGG" and not head.startswith(b"GIF"):
             return -(-size // length) * length
     if head.startswith((b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")):
         return _mp3_size(file, head, size)
