@@ -1,7 +1,7 @@
 """Mistaken input: one line that says what, where and what was expected, exit code 2, nothing half-written.
 
-Two run as `python stages/…`, where messages and exit codes are judged; the rest through the same command line in
-this process.
+One runs as `python stages/…`, where messages and exit codes are judged; the rest through the same command line in this
+process.
 """
 
 from __future__ import annotations
@@ -63,30 +63,15 @@ def refuse(stage, path, folder, capsys, *said, more=()):
     assert not output.exists()
 
 
-# -- as a process ----------------------------------------------------------------------------------------------
+# -- the data --------------------------------------------------------------------------------------------------
 
 
-def refuse_process(stage, args, output, *said):
-    done = run_script(stage, args)
-    check_mistake(done.returncode, done.stderr.splitlines(), *said)
-    assert not output.exists()
-
-
-def test_process_unreadable_media_in_a_worker(media, tmp_path):
+def test_unreadable_media_in_a_worker_as_a_process(media, tmp_path):
     (media / "b.png").write_bytes(b"not a picture")
     path = write_rows(media, [row([IMAGE | {"path": "b.png"}, text()], ANSWER)])
-    output = tmp_path / "run"
-    args = arguments(1, path, output, "--data.num_workers", "1")
-    refuse_process(1, args, output, f"{path}:1", "b.png", "cannot be read as an image")
-
-
-def test_process_settings(data, tmp_path):
-    output = tmp_path / "run"
-    args = arguments(1, data / "stage1.jsonl", output, "--train.learning_rat", "1", "--train.btch_size=3")
-    refuse_process(1, args, output, "train.learning_rat;", "train.learning_rate?", "train.batch_size?")
-
-
-# -- the data --------------------------------------------------------------------------------------------------
+    done = run_script(1, arguments(1, path, tmp_path / "run", "--data.num_workers", "1"))
+    check_mistake(done.returncode, done.stderr.splitlines(), f"{path}:1", "b.png", "cannot be read as an image")
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_media(media, capsys):
@@ -200,6 +185,12 @@ def test_text_with_a_reserved_token(media, capsys, token):
 
 
 # -- settings and folders --------------------------------------------------------------------------------------
+
+
+def test_misspelt_settings(data, tmp_path, capsys):
+    more = ("--train.learning_rat", "1", "--train.btch_size=3")
+    said = ("train.learning_rat;", "train.learning_rate?", "train.batch_size?")
+    refuse(1, data / "stage1.jsonl", tmp_path, capsys, *said, more=more)
 
 
 def test_a_negative_learning_rate(data, tmp_path, capsys):
