@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import runpy
+import sys
 import typing
 
 import pytest
 import yaml
-from training_utils import REPOSITORY
+from training_utils import REPOSITORY, SCRIPTS
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
@@ -135,15 +137,16 @@ def test_the_order_of_encoders_is_the_files(tmp_path):
     assert list(parse_config(["--config", str(path)]).model.encoders) == ["video", "audio", "image"]
 
 
-def test_help(capsys):
+def test_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [SCRIPTS[1], "--help"])
     with pytest.raises(SystemExit) as end:
-        run_stage(ENCODER_LLM, "What this stage does.", ["--help"])
+        runpy.run_path(str(REPOSITORY / SCRIPTS[1]), run_name="__main__")
     assert end.value.code == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "--train.learning_rate" in shown.out
     assert "peak learning rate of AdamW" in shown.out  # from the docstring
-    assert "What this stage does." in shown.out
+    assert "Stage 1" in shown.out
 
 
 def test_print_config(capsys):

@@ -167,13 +167,27 @@ def test_faults_are_collected_and_the_good_rows_are_given(folder):
         (b'{"id": "\xff"}\n', r"data\.jsonl:1 is not UTF-8 \(byte 0xff\)"),
         (b"[" * 100_000, "is not JSON that can be read|is not valid JSON"),
         (b"9" * 5000, "is not JSON that can be read"),
-        (b'{"id": "a", "messages": [], "id": "b"}\n', r"data\.jsonl:1 .* the key 'id' stands more than once"),
+        (b'{"id": "a", "messages": [], "id": "b"}\n', r"data\.jsonl:1 has the key 'id' more than once"),
     ],
 )
 def test_files_that_are_not_jsonl(tmp_path, content, message):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_samples(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_key_that_stands_twice(tmp_path, name):
+    """The row before and the row behind are read."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    good = [json.dumps({"id": name, "conversations": turns}) for name in "az"]
+    bad = '{"id": "b", "conversations": [{"from": "human", "value": "a", "value": "c"}]}'
+    rows = [good[0], bad, good[1]]
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else "[" + ",\n".join(rows) + "]")
+    faults = []
+    assert [sample.id for sample in read_samples(tmp_path / name, format="nextgpt", faults=faults)] == ["a", "z"]
+    (fault,) = faults
+    assert f"{name}:2 has the key 'value' more than once" in str(fault)
 
 
 def test_the_file_the_format_and_the_media_root_are_checked(folder):

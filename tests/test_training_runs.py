@@ -57,7 +57,7 @@ def wait_for(condition, process, seconds=90):
 
 def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     """Workers are in the group as well, and must not die before the update is done."""
-    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=30)
+    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=45)
     process = start_process(sys.executable, SCRIPTS[1], *args)
     log = tmp_path / "run/log.txt"
     wait_for(lambda: log.exists() and "update 2  " in log.read_text(), process)
@@ -69,7 +69,7 @@ def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     assert not (tmp_path / "run/final").exists()
     assert f"checkpoint after update {checkpoint.name.removeprefix('checkpoint-')} written" in log.read_text()
     resumed = train_here(1, args)
-    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=30))
+    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=45))
     first, second = trained_tensors(whole), trained_tensors(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

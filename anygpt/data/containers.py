@@ -15,11 +15,16 @@ MAX_SCANS = 100
 """Of a JPEG. Progressive ones have about ten; each is as much work as the whole picture, and may be a few bytes."""
 MAX_SAMPLES = 10**7
 """Of a picture track, 46 hours at 60 a second; FFmpeg makes room for all of them when it opens the file."""
+MAX_TAGS = 10**6
+"""Of an FLV, that are walked through to look for a cut: some hours."""
 SOUND_PACKING = 8
 """Samples a byte of the sounds that QuickTime counts so: at most six, of MACE 6:1."""
 _OGG_PAGE = 27 + 255 + 255 * 255  # bytes, the largest that there are
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_TS_PACKETS = ((188, 0), (192, 4))
+"""Of MPEG-TS: their length, and where in them 0x47 stands. Discs have a time of four bytes before each."""
 _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 
 
@@ -50,6 +55,9 @@ def check_whole(file: BinaryIO) -> None:
         raise ValueError("it is truncated, and does not end with the last page of its stream")
     if head.startswith(b"FLV") and not _flv_ends(file, size):
         raise ValueError("it is truncated, and ends within a tag")
+    for length, sync in _TS_PACKETS:
+        if _is_transport_stream(head, length, sync) and not _transport_stream_ends(file, size, length, sync):
+            raise ValueError("it is truncated, and ends within a packet")
     if (stated := _stated_size(file, head, size)) > size:
         raise ValueError(f"it is truncated, {size:,} bytes of {stated:,}")
 
@@ -70,10 +78,38 @@ def _ogg_ends(tail: bytes) -> bool:
 
 
 def _flv_ends(file: BinaryIO, size: int) -> bool:
-    """Whether the last four bytes say how long the tag before them is."""
+    """Whether the last tag is whole: by its length, which stands behind it, or else, as not all writers do that right,
+    by a walk through all tags."""
     tag = int.from_bytes(_tail(file, size, 4), "big")
     start = size - 4 - tag
-    return tag == 0 or (start >= 0 and int.from_bytes(_at(file, start + 1, 3), "big") + 11 == tag)
+    if tag >= 11 and start >= 0 and int.from_bytes(_at(file, start + 1, 3), "big") + 11 == tag:
+        return True
+    position = int.from_bytes(_at(file, 5, 4), "big") + 4
+    for _ in range(MAX_TAGS):
+        if position >= size:
+            break
+        tag_head = _at(file, position, 4)
+        if tag_head[0] & 0x1F not in (8, 9, 18):  # no sound, picture or script: something else from here on
+            return True
+        end = position + 11 + int.from_bytes(tag_head[1:], "big")
+        if len(tag_head) < 4 or end > size:
+            return False
+        position = end + 4
+    return True
+
+
+def _is_transport_stream(head: bytes, length: int, sync: int) -> bool:
+    """By the first three packets (ISO/IEC 13818-1): 0x47, and three bytes on a flag that is never 00."""
+    heads = [head[start : start + 4] for start in range(sync, sync + 3 * length, length)]
+    others = head.startswith((b"GIF", b"BM", b"\xff"))  # may have a grey of 0x47 there
+    return not others and all(len(one) == 4 and one[0] == 0x47 and one[3] & 0x30 for one in heads)
+
+
+def _transport_stream_ends(file: BinaryIO, size: int, length: int, sync: int) -> bool:
+    """Whether the last packet is whole, or something else follows it: padding, or packets that lie otherwise."""
+    rest = size % length
+    last, before = (_at(file, start + sync, 1) for start in (size - rest, size - rest - length))
+    return not (rest > sync and last == before == b"G")
 
 
 def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
@@ -96,10 +132,7 @@ def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
     if head.startswith(b"caff"):
         return _caf_size(file, size)
     if head.startswith(_ASF):
-        return _asf_size(head, size)
-    for length, sync in ((188, 0), (192, 4)):  # MPEG-TS, and as discs have it, with a time before each packet
-        if head[sync::length] == b"GGG" and not head.startswith(b"GIF"):
-            return -(-size // length) * length
+        return _asf_size(file, head, size)
     if head.startswith((b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")):
         return _mp3_size(file, head, size)
     return size
@@ -123,13 +156,14 @@ def _variable_length(head: bytes, position: int) -> tuple[int | None, int]:
     return (None if value == (1 << 7 * width) - 1 else value), position + width
 
 
-def _asf_size(head: bytes, size: int) -> int:
-    """Of the properties of the file, which most writers put near its start; streamed files leave it out."""
-    place = head.find(_ASF_FILE)
-    properties = head[place : place + 92]
-    if place < 0 or len(properties) < 92 or properties[88] & 1:
+def _asf_size(file: BinaryIO, head: bytes, size: int) -> int:
+    """Up to the end of the data, without the index behind; files that were written as a stream do not know it."""
+    properties = head[head.find(_ASF_FILE) :]
+    start = int.from_bytes(head[16:24], "little")
+    data = _at(file, min(start, size), 24)
+    if not properties.startswith(_ASF_FILE) or len(properties) < 92 or properties[88] & 1 or data[:16] != _ASF_DATA:
         return size
-    return int.from_bytes(properties[40:48], "little")
+    return start + int.from_bytes(data[16:24], "little")
 
 
 def _caf_size(file: BinaryIO, size: int) -> int:

@@ -101,7 +101,8 @@ def open_container(path: Place, limits: MediaLimits) -> Iterator[av.container.In
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": "file",
-        "max_pixels": str(limits.max_pixels),  # FFmpeg decodes a sound's cover to find out what it is
+        # FFmpeg decodes a sound's cover to find out what it is; the option ends at 2^31 - 1.
+        "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
     }
     if isinstance(path, StoredMedium):
         with path.open() as file, av.open(file, options=options) as container:

@@ -15,18 +15,6 @@ CHUNK = 256 * 1024
 SPACE = " \t\r\n"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands more than once in one object")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-"""Of a key that stands twice, the standard one would keep the last value without a word."""
-
-
 def json_rows(path: Path) -> Iterator[Row]:
     """The rows of a `.jsonl` file, else those of one JSON list."""
     return line_rows(path) if path.suffix.lower() == ".jsonl" else list_rows(path)
@@ -64,13 +52,17 @@ def parse_json(content: bytes, where: str) -> Any:
     if len(content) > MAX_ROW_BYTES:
         raise _too_long(where)
     try:
-        return DECODER.decode(content.decode("utf-8"))
+        decoder = _Decoder()
+        value = decoder.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(where, content[error.start]) from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise InputError(f"{where} is not JSON that can be read: {error}.") from error
+    if fault := decoder.fault(where):
+        raise fault
+    return value
 
 
 def list_rows(path: Path) -> Iterator[Row]:
@@ -102,6 +94,25 @@ def list_rows(path: Path) -> Iterator[Row]:
             raise text.error("Extra data")
 
 
+class _Decoder(json.JSONDecoder):
+    """Remembers a key that stood twice in one object; the standard one keeps the last value without a word."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.repeated: str | None = None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self.repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return found
+
+    def fault(self, where: str) -> InputError | None:
+        if self.repeated is None:
+            return None
+        return InputError(f"{where} has the key {self.repeated[:80]!r} more than once in one object: leave one.")
+
+
 class _Text:
     """A window on a JSON file that moves on as values are read from it."""
 
@@ -129,12 +140,13 @@ class _Text:
         self.position += 1
 
     def value(self) -> Any:
-        """The value at the window's position, which moves behind it."""
+        """The value at the window's position, which moves behind it; a fault, if a key stands twice in it."""
         size = CHUNK
         while True:
             self.next_character()
+            decoder = _Decoder()
             try:
-                value, end = DECODER.raw_decode(self.window, self.position)
+                value, end = decoder.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
                 # Cut off by the window's end, perhaps: then it is a string, or the fault is right there.
                 final = len(self.window) - error.pos > 64 and not error.msg.startswith("Unterminated")
@@ -146,8 +158,9 @@ class _Text:
             else:
                 length = end - self.position
                 if end < len(self.window) or not self.grow(size):  # a number could go on
+                    fault = decoder.fault(self.place())
                     self.position += length
-                    return value
+                    return fault or value
             size *= 2  # so that a long row is parsed few times
 
     def grow(self, size: int) -> bool:
