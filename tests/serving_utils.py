@@ -10,13 +10,16 @@ import time
 import httpx
 import uvicorn
 
+from anygpt.serving.command_line import KEEP_ALIVE
+
 
 @contextlib.contextmanager
 def serving(app):
     """`app` on a free port, in a thread; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 2}
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -15,6 +15,9 @@ from anygpt.talking import Talker, check_device
 CHECKPOINT = Path("runs/quickstart/stage3/final")
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_CONNECTIONS = 256
+KEEP_ALIVE = 20
+"""Seconds that an idle connection stays. httpx, and with it OpenAI's client, drops it after 5; were the server's time
+the same, a request could come just as it closes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
@@ -64,5 +67,6 @@ def listen(app: Any, options: argparse.Namespace) -> None:
         port=options.port,
         log_level="warning",
         limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
