@@ -208,17 +208,11 @@ def test_metrics_that_there_are_not(data, tmp_path, capsys, more, said):
 # -- what a run continues from ---------------------------------------------------------------------------------
 
 
-def test_other_data_is_refused(data, run, capsys):
-    rows = (data / "stage1.jsonl").read_text().splitlines(keepends=True)
-    (data / "shorter.jsonl").write_text("".join(rows[:-2]))
-    shorter = ("--data.train", f"[{{path: {data / 'stage1.jsonl'}, weight: 1}}]")
-    args = stage1(data, run, *shorter)
-    shutil.copy(data / "stage1.jsonl", data / "before.jsonl")
-    try:
-        shutil.copy(data / "shorter.jsonl", data / "stage1.jsonl")
-        code, lines = cli_here(1, args, capsys)
-    finally:
-        shutil.copy(data / "before.jsonl", data / "stage1.jsonl")
+def test_other_data_is_refused(data, run, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "shorter")  # the data itself is shared with tests in other processes
+    path = tmp_path / "shorter/stage1.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    code, lines = cli_here(1, stage1(tmp_path / "shorter", run), capsys)
     check_mistake(code, lines, run / "checkpoint-4", "[12]", "[10]", "run.resume=never")
 
 
