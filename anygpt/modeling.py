@@ -21,7 +21,7 @@ from anygpt.errors import InputError
 from anygpt.freezing import PartTraining
 from anygpt.generation import GenerationMixin
 from anygpt.losses import LossWeights, weighted_total
-from anygpt.merging import Merged, inject, prepend
+from anygpt.merging import Merged, inject, prepend, without_right_padding
 from anygpt.objectives import Objectives
 from anygpt.outputs import MultimodalOutput
 from anygpt.saving import SavingMixin
@@ -270,6 +270,7 @@ class MultimodalModel(
         if "position_ids" not in argument_names(self.language_model):
             del arguments["position_ids"]
         arguments |= self.preprocess_llm(merged, encoder_inputs, arguments)
+        arguments["attention_mask"] = without_right_padding(arguments["attention_mask"])
         output = self.language_model(**arguments)
         return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
 

@@ -12,6 +12,9 @@ Each way runs in a process of its own, so that one's peak memory is not another'
                                    `_s`, everything else as it is; peak memory is added here
 
 and, where the ratios are not all to the first way, `baseline(side) -> str`, the way that each is compared with.
+
+With `--rounds N` all ways are measured N times in turn, so that a slow hour of the machine falls on each of them, and
+medians are shown.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -62,12 +65,22 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     Raises:
         SystemExit: it failed; its own messages have been printed.
     """
+    print(f"  {side} …", file=sys.stderr)
     command = [sys.executable, __file__, *arguments, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not found:
         sys.exit(f"error: the side {side} ended with {done.returncode}: {' '.join(command)}\n{done.stdout}")
     return json.loads(found[-1])
+
+
+def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each side's numbers over the rounds."""
+    first = rounds[0]
+    return {
+        side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
+        for side, numbers in first.items()
+    }
 
 
 def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) -> str:
@@ -95,6 +108,7 @@ def main(arguments: list[str]) -> None:
         command = commands.add_parser(
             name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        command.add_argument("--rounds", type=int, default=1, help="of measuring every way (default: %(default)s)")
         module.add_arguments(command)
         command.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there too, as JSON")
         command.add_argument("--side", help=argparse.SUPPRESS)
@@ -103,10 +117,12 @@ def main(arguments: list[str]) -> None:
     if options.side is not None:
         print(RESULT + json.dumps(module.measure(options.side, options) | peak_memory()))
         return
-    results: dict[str, dict[str, Any]] = {}
-    for side in module.sides(options):
-        print(f"{options.benchmark}: {side} …", file=sys.stderr)
-        results[side] = run_side(arguments, side)
+    sides = module.sides(options)
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(1, options.rounds + 1):
+        print(f"{options.benchmark}: round {number} of {options.rounds}", file=sys.stderr)
+        rounds.append({side: run_side(arguments, side) for side in sides})
+    results = medians(rounds)
     baseline = getattr(module, "baseline", lambda side: next(iter(results)))
     print(f"{options.benchmark} on {machine()}\n\n{table(results, baseline)}")
     if options.output is not None:

@@ -1,5 +1,7 @@
 """`scripts/benchmark.py`, and what its `stage2` compares: where the graph ends for each `train.signal_rows`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from training_utils import load_script
@@ -49,6 +51,18 @@ def test_table_gives_ratios_to_the_baseline(script):
         "| both | 2 (1.00×) | 4 (1.00×) |",
         "| none | 0.5 (0.25×) | 3 (0.75×) |",
     ]
+
+
+def test_rounds_are_taken_in_turn_and_their_medians_shown(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "load", lambda name: SimpleNamespace(**vars(module)))
+    module = SimpleNamespace(
+        __doc__="", add_arguments=lambda parser: parser.set_defaults(rounds=3), sides=lambda options: ["a", "b"]
+    )
+    order, times = [], iter([4.0, 1.0, 2.0, 3.0, 8.0, 1.5])
+    monkeypatch.setattr(script, "run_side", lambda arguments, side: order.append(side) or {"step_s": next(times)})
+    script.main(["stage2"])
+    assert order == ["a", "b"] * 3
+    assert "| b | 1.5 (0.38×) |" in capsys.readouterr().out.splitlines()
 
 
 def test_peak_memory_counts_what_was_held(script):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anygpt.errors import InputError
-from anygpt.merging import FEATURE_ID, IGNORE, Merged, inject, pad_left, prepend
+from anygpt.merging import FEATURE_ID, IGNORE, Merged, inject, pad_left, prepend, without_right_padding
 
 IMAGE, AUDIO, PAD = 7, 8, 0
 
@@ -199,3 +199,45 @@ def test_content_under_the_mask_does_not_matter(tiny_model):
         unmasked = model(other).logits
     torch.testing.assert_close(one[mask.bool()], two[mask.bool()])
     assert one.shape == unmasked.shape
+
+
+@pytest.mark.parametrize(
+    ("mask", "dropped"),
+    [
+        ([[1, 1, 1], [1, 0, 0]], True),
+        ([[1, 1, 1], [1, 1, 1]], True),
+        ([[1, 1, 1], [0, 0, 1]], False),
+        ([[1, 1, 0], [0, 1, 1]], False),
+        ([[1, 0, 1], [1, 1, 0]], False),  # a hole
+        ([[[[1, 0], [1, 1]]]], False),  # whole, as a callback may give it
+    ],
+)
+def test_only_right_padding_is_dropped_from_the_mask(mask, dropped):
+    mask = torch.tensor(mask)
+    assert torch.equal(without_right_padding(mask), torch.ones_like(mask) if dropped else mask)
+    assert without_right_padding(None) is None
+
+
+@pytest.mark.parametrize(("side", "masked"), [("right", False), ("left", True)])
+def test_right_padding_needs_no_mask_in_attention(tiny_model, side, masked):
+    """Losses and gradients are those of transformers under its own mask; only the kernel's argument is spared."""
+    model, processor = tiny_model((), ())
+    processor.llm_tokenizer.padding_side = side
+    batch = processor(llm_inputs={"text": ["a red ring", "a long text of quite a few more words"], "padding": True})
+    # from the second token on: transformers has padding on the left predict the first
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(dim=1) * batch["attention_mask"] < 2, IGNORE)
+    seen = []
+    attention = model.language_model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    theirs = model.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels).loss
+    (their_gradient,) = torch.autograd.grad(theirs, embeds)
+    model.get_input_embeddings().register_forward_hook(lambda *_: embeds)
+    ours = model(**batch, labels=labels).loss
+    (our_gradient,) = torch.autograd.grad(ours, embeds)
+    assert batch["attention_mask"].min() == 0 and [mask is not None for mask in seen] == [True, masked]
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_gradient, their_gradient)
+    assert our_gradient.any()

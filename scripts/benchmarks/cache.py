@@ -42,6 +42,7 @@ WAYS = ("without", "cached")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(rounds=3)  # the language model is most of a step of stage 1, and a machine drifts by a tenth
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, help="rows, a medium each (default: 8 of small, those of its config of tiny)"
