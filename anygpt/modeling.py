@@ -200,7 +200,7 @@ class MultimodalModel(
         return_logits = labels is None and text_states is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
             features = self.encode(encoder_inputs)
-            text = self.embed(input_ids, attention_mask, labels)
+            text = self.embed(input_ids, attention_mask, labels, read=text_states is None)
             merged = self.merge(text, features, items_per_row)
             rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
             tap.select = None if return_logits or text_states is not None else rows.nll
@@ -236,11 +236,17 @@ class MultimodalModel(
         by_encoder = self.assign_inputs(inputs)
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
-        """Token embeddings, those of signal tokens included. Call inside `signal_tokens.attached`."""
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, read: bool = True
+    ) -> Merged:
+        """Token embeddings, those of signal tokens included, or, where nothing will read them, embeddings of no width.
+
+        Call inside `signal_tokens.attached`.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeds = self.language_model.get_input_embeddings()(input_ids)
+        embedding = self.language_model.get_input_embeddings()
+        embeds = embedding(input_ids) if read else torch.empty(*input_ids.shape, 0, device=input_ids.device)
         return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
 
     def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:

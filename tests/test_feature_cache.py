@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_parts import ENCODERS
 from training_utils import (
     REPOSITORY,
@@ -347,16 +347,19 @@ def test_two_processes_write_what_one_does(make_arguments, tmp_path):
             **{"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "check": False},
         )
         assert done.returncode == 0, done.stderr
-        files = {p.name: list(p.glob("*.safetensors")) for p in sorted((tmp_path / folder).iterdir())}
-        stores.append(
-            {name: {k: v for path in found for k, v in load_file(path).items()} for name, found in files.items()}
-        )
+        stores.append({path.name: stored(path) for path in sorted((tmp_path / folder).iterdir())})
     one, two = stores
     assert one.keys() == two.keys()
     for name in one:
         assert one[name].keys() == two[name].keys() and one[name]
-        for key, tensor in one[name].items():
-            torch.testing.assert_close(tensor, two[name][key], rtol=1e-5, atol=1e-5)
+        for fingerprint, tensors in one[name].items():
+            torch.testing.assert_close(tensors, two[name][fingerprint], rtol=1e-5, atol=1e-5)
+
+
+def stored(folder):
+    """`{fingerprint: its tensors}` of a store."""
+    store = Store(folder, json.loads((folder / "key.json").read_text()))
+    return {name.hex(): store.get(name.hex()) for name in store.places}
 
 
 # -- resuming, and what is left out ----------------------------------------------------------------------------
@@ -370,14 +373,16 @@ def test_writing_goes_on_where_it_was(world):
     assert counts["written"] == 0 and counts["known"]
     lost = next(path for path in shards if path.parent.name == "image_encoder")
     (lost.parent / ".shard-x.safetensors.incomplete").write_bytes(b"half")  # of a run that was killed
-    names = set(load_file(lost))
+    before_it = stored(lost.parent)
+    names = load_file(lost)["fingerprints"]
     lost.unlink()
     assert world.write()["written"] == len(names)
     after = sorted(world.folder.rglob("*.safetensors"))
     assert {path: path.stat().st_mtime_ns for path in after if path in before}.items() <= before.items()
     assert not list(world.folder.rglob(".*"))
-    found = {name for path in after if path.parent.name == "image_encoder" for name in load_file(path)}
-    assert found == names
+    found = stored(lost.parent)
+    assert found.keys() == before_it.keys()
+    assert all(torch.equal(found[name]["features"], before_it[name]["features"]) for name in found)
 
 
 def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
@@ -385,14 +390,66 @@ def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
     create_store(tmp_path / "s", {})
     writer = StoreWriter(tmp_path / "s")
     batch = torch.arange(1000.0).view(10, 100)
-    for i, row in enumerate(batch):
-        writer.add(f"{i}", {"features": row})
+    names = [f"{i:032x}" for i in range(10)]
+    for name, row in zip(names, batch, strict=True):
+        writer.add(name, {"features": row})
     writer.flush()
     store = Store(tmp_path / "s", {})
-    assert len(store.shards) == 2 and len(store) == 10
-    assert all(torch.equal(store.get(f"{i}")["features"], row) for i, row in enumerate(batch))
+    assert len(store.shards) == 2 and len(store) == 10 and names[3] in store and "f" * 32 not in store
+    assert all(torch.equal(store.get(name)["features"], row) for name, row in zip(names, batch, strict=True))
     again = pickle.loads(pickle.dumps(store))  # as for a worker that is spawned
-    assert torch.equal(again.get("3")["features"], batch[3])
+    assert torch.equal(again.get(names[3])["features"], batch[3])
+
+
+def test_tensors_of_any_length_and_of_other_widths(tmp_path):
+    """Joined where they can be; a tensor of another width or type begins a shard."""
+    given = [
+        {"a": torch.rand(3, 2), "b": torch.rand(0, 4, 5)},
+        {"a": torch.rand(0, 2), "b": torch.rand(2, 4, 5)},
+        {"a": torch.rand(1, 6), "b": torch.rand(1, 4, 5)},
+        {"a": torch.rand(2, 6).bfloat16(), "b": torch.rand(0, 4, 5)},
+        {"c": torch.arange(3)},
+    ]
+    create_store(tmp_path / "s", {})
+    writer = StoreWriter(tmp_path / "s")
+    for i, tensors in enumerate(given):
+        writer.add(f"{i:032x}", tensors)
+    writer.flush()
+    store = Store(tmp_path / "s", {})
+    assert len(store.shards) == 4
+    for i, tensors in enumerate(given):
+        found = store.get(f"{i:032x}")
+        assert found.keys() == tensors.keys()
+        assert all(found[n].dtype == x.dtype and torch.equal(found[n], x) for n, x in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fingerprints": torch.zeros(2, 16)},
+        {"fingerprints": torch.zeros(2, 15, dtype=torch.uint8)},
+        {"edges.features": torch.tensor([0, 9, 2])},
+        {"edges.features": torch.tensor([0, 1, 3])},
+        {"edges.features": torch.tensor([1, 1, 2])},
+        {"edges.features": torch.tensor([0, 2])},
+        {"edges.features": torch.tensor([0.0, 1.0, 2.0])},
+        {"values.features": torch.tensor(1.0)},
+        {"values.other": torch.zeros(2)},
+        {"stray": torch.zeros(2)},
+    ],
+)
+def test_a_shard_whose_tensors_do_not_fit(tmp_path, changed):
+    create_store(tmp_path / "s", {})
+    good = {
+        "fingerprints": torch.zeros(2, 16, dtype=torch.uint8),
+        "values.features": torch.zeros(2, 3),
+        "edges.features": torch.arange(3),
+    }
+    save_file(good, tmp_path / "s/shard-a.safetensors")
+    assert Store(tmp_path / "s", {}).get("0" * 32)["features"].shape == (1, 3)
+    save_file(good | changed, tmp_path / "s/shard-a.safetensors")
+    with pytest.raises(InputError, match=r"shard-a\.safetensors is no whole shard"):
+        Store(tmp_path / "s", {})
 
 
 def test_what_trains_is_computed_anew_and_said_to_be(world):
@@ -544,7 +601,7 @@ def test_pickles_are_refused_and_not_run(world, tmp_path, monkeypatch):
     content = shard.read_bytes()
     for broken in (payload, content[:-10], content[:4], b""):
         shard.write_bytes(broken)
-        with pytest.raises(InputError, match=rf"{shard.name} is no whole safetensors file"):
+        with pytest.raises(InputError, match=rf"{shard.name} is no whole shard"):
             world.open()
     key = world.folder / "image_encoder/key.json"
     shard.write_bytes(content)

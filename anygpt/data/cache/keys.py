@@ -22,7 +22,7 @@ from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
-VERSION = 2  # of what is stored, and of our own decoding of media
+VERSION = 3  # of what is stored, and of our own decoding of media
 FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
 KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
 LANGUAGE_MODEL = "language_model"

@@ -1,8 +1,10 @@
 """Tensors by fingerprint, in shards of safetensors that are mapped into memory.
 
 A store is a folder: `key.json`, which says what its tensors depend on, and `shard-<random>.safetensors`, each written
-beside its place and renamed, so that one which bears its name is whole. A tensor is named `<fingerprint>.<name>`; a
-fingerprint's tensors are in one shard. Nothing else is read: no pickle is ever loaded.
+beside its place and renamed, so that one which bears its name is whole. A shard has a few large tensors, so that
+reading is slicing: `fingerprints`, `(n, 16)` bytes, and for each name `values.<name>`, all tensors of that name one
+behind the other along their first axis, and `edges.<name>`, `(n + 1,)`, where they begin and end. Nothing else is read:
+no pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +32,7 @@ SHARD = "shard-*.safetensors"
 SHARD_BYTES = 256 * 1024**2
 SHARD_SECONDS = 60.0  # what a killed run loses at most
 OPEN_SHARDS = 64  # file handles of one process and store
+ROWS = 2**32  # more than a shard has
 
 
 class Store:
@@ -46,48 +51,74 @@ class Store:
         check_key(folder, key)
         self.folder = folder
         self.shards: list[Path] = []
-        self.places: dict[str, int] = {}
-        self.names: set[str] = set()
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self.places: dict[bytes, int] = {}
+        self._open: OrderedDict[int, dict[str, tuple[Tensor, list[int]]]] = OrderedDict()
         self.refresh()
 
     def refresh(self) -> None:
         """Look for shards that have been added."""
         for path in sorted(set(self.folder.glob(SHARD)) - set(self.shards)):
-            number = len(self.shards)
+            first = len(self.shards) * ROWS
+            names = self._read(path)["fingerprints"].numpy().tobytes()
+            self.places.update((names[i : i + 16], first + i // 16) for i in range(0, len(names), 16))
             self.shards.append(path)
-            for tensor in self._shard(number).keys():  # noqa: SIM118 (a handle of safetensors is no dict)
-                fingerprint, _, name = tensor.partition(".")
-                self.places[fingerprint] = number
-                self.names.add(name)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __contains__(self, fingerprint: str) -> bool:
-        return fingerprint in self.places
+        return bytes.fromhex(fingerprint) in self.places
 
     def get(self, fingerprint: str) -> dict[str, Tensor]:
         """The tensors of a fingerprint by name; views of mapped memory, not to be changed in place."""
-        shard = self._shard(self.places[fingerprint])
-        return {name: shard.get_tensor(f"{fingerprint}.{name}") for name in self.names}
+        number, row = divmod(self.places[bytes.fromhex(fingerprint)], ROWS)
+        return {name: values[edges[row] : edges[row + 1]] for name, (values, edges) in self._shard(number).items()}
 
-    def _shard(self, number: int) -> Any:
+    def _shard(self, number: int) -> dict[str, tuple[Tensor, list[int]]]:
+        """The values of each name, and their edges."""
         if number not in self._open:
-            path = self.shards[number]
-            try:
-                self._open[number] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path} is no whole safetensors file ({error}), and nothing else is read; remove it, and run "
-                    "scripts/cache_features.py again"
-                ) from error
+            found = self._read(self.shards[number])
+            names = [name.removeprefix("values.") for name in found if name.startswith("values.")]
+            self._open[number] = {n: (found[f"values.{n}"], found[f"edges.{n}"].tolist()) for n in names}
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return self._open[number]
 
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file, mapped into memory.
+
+        Raises:
+            InputError: it is no whole shard.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            _check_shard(found)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is no whole shard of safetensors ({error}), and nothing else is read; remove it, and run "
+                "scripts/cache_features.py again"
+            ) from error
+        return found
+
     def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
         return self.__dict__ | {"_open": OrderedDict()}
+
+
+def _check_shard(found: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless tensors are those of a shard, and fit each other."""
+    fingerprints = found.get("fingerprints")
+    if fingerprints is None or fingerprints.dtype != torch.uint8 or fingerprints.shape[1:] != (16,):
+        raise ValueError("it has no fingerprints")
+    for name in found.keys() - {"fingerprints"}:
+        kind, _, rest = name.partition(".")
+        values, edges = found.get(f"values.{rest}"), found.get(f"edges.{rest}")
+        if kind not in ("values", "edges") or values is None or edges is None or not values.dim():
+            raise ValueError(f"its tensor {name} stands alone")
+        places = edges.numpy() if edges.dtype == torch.int64 else np.empty(0)
+        whole = places.shape == (len(fingerprints) + 1,) and places[0] == 0 and places[-1] == len(values)
+        if not whole or (np.diff(places) < 0).any():
+            raise ValueError(f"edges.{rest} does not fit its values")
 
 
 class StoreWriter:
@@ -95,14 +126,18 @@ class StoreWriter:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.held: dict[str, Tensor] = {}
+        self.fingerprints: list[str] = []
+        self.held: dict[str, list[Tensor]] = {}
         self.size, self.since = 0, time.monotonic()
 
     def add(self, fingerprint: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a fingerprint; they are on disk after the next `flush`."""
+        """Keep the tensors of a fingerprint, 32 hexadecimal digits; they are on disk after the next `flush`."""
+        if self.held and not all(fits(self.held.get(name), tensor) for name, tensor in tensors.items()):
+            self.flush()
+        self.fingerprints.append(fingerprint)
         for name, tensor in tensors.items():
-            # A copy of its own: a slice of a batch would be written with the whole batch, or refused.
-            self.held[f"{fingerprint}.{name}"] = kept = tensor.detach().to("cpu", copy=True).contiguous()
+            kept = tensor.detach().to("cpu", copy=True)  # a slice of a batch would hold the whole batch
+            self.held.setdefault(name, []).append(kept)
             self.size += kept.nbytes
         if self.size >= SHARD_BYTES or time.monotonic() - self.since >= SHARD_SECONDS:
             self.flush()
@@ -112,12 +147,22 @@ class StoreWriter:
         if self.held:
             name = f"shard-{uuid.uuid4().hex[:16]}.safetensors"
             temporary = self.folder / f".{name}.incomplete"
+            digests = np.frombuffer(bytes.fromhex("".join(self.fingerprints)), np.uint8).reshape(-1, 16)
+            columns = {"fingerprints": torch.from_numpy(digests.copy())}
+            for key, tensors in self.held.items():
+                columns[f"values.{key}"] = torch.cat(tensors)
+                columns[f"edges.{key}"] = torch.tensor([0, *map(len, tensors)]).cumsum(0)
             with writing(self.folder, temporary):
-                save_file(self.held, temporary, metadata={"format": "pt"})
+                save_file(columns, temporary, metadata={"format": "pt"})
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 os.rename(temporary, self.folder / name)
-        self.held, self.size, self.since = {}, 0, time.monotonic()
+        self.fingerprints, self.held, self.size, self.since = [], {}, 0, time.monotonic()
+
+
+def fits(held: list[Tensor] | None, tensor: Tensor) -> bool:
+    """Whether a tensor can be joined to those that are held."""
+    return held is not None and (held[0].shape[1:], held[0].dtype) == (tensor.shape[1:], tensor.dtype)
 
 
 @contextmanager
