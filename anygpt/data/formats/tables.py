@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from anygpt.data.formats.base import Pair, Row, find_files
+from anygpt.data.formats.parquet import check_row_groups
 from anygpt.data.formats.streams import Stream, StreamedCell
 from anygpt.data.schema import MEDIA_TYPES, StoredMedium, check_keys
 from anygpt.errors import InputError
@@ -158,7 +159,7 @@ def _load(path: Path, streaming: bool) -> Any:
             if streaming and isinstance(table, datasets.Dataset):
                 table = table.to_iterable_dataset()
         elif os.path.isdir(path) or (streaming and is_hub_id(path)):
-            table = datasets.load_dataset(str(path), split="train", streaming=streaming)
+            table = _build(datasets.load_dataset_builder(str(path)), streaming)
         else:
             files = find_files(path)
             builder = BUILDERS.get(files[0].suffix.lower())
@@ -166,9 +167,8 @@ def _load(path: Path, streaming: bool) -> Any:
                 raise InputError(
                     f"{path} is no table that can be read: its suffix must be one of {', '.join(BUILDERS)}."
                 )
-            table = datasets.load_dataset(
-                builder, data_files=[str(file) for file in files], split="train", streaming=streaming
-            )
+            names = [str(file) for file in files]
+            table = _build(datasets.load_dataset_builder(builder, data_files=names), streaming)
     except InputError:
         raise
     except Exception as error:  # whatever datasets and Arrow stumble over in a broken table
@@ -177,6 +177,19 @@ def _load(path: Path, streaming: bool) -> Any:
     if not isinstance(table, datasets.Dataset | datasets.IterableDataset):
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
     return table
+
+
+def _build(builder: Any, streaming: bool) -> Any:
+    """What `load_dataset` gives; where Parquet has to be read anew, row groups are looked at before."""
+    if streaming or not os.path.isdir(builder.cache_dir):
+        for files in (builder.config.data_files or {}).values():
+            for file in files:
+                if file.endswith(".parquet") and os.path.isfile(file):
+                    check_row_groups(Path(file), decode=not streaming)
+    if streaming:
+        return builder.as_streaming_dataset(split="train")
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
 
 
 def is_hub_id(path: Path) -> bool:

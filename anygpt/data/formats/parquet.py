@@ -1,0 +1,68 @@
+"""How much a Parquet file's row groups hold in memory, told before one is read.
+
+`datasets` reads a row group at a time, and a file of kilobytes may say one value of megabytes a million times: by a
+dictionary, by run lengths, or by what values have in common (the encodings of the Parquet format).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from anygpt.errors import InputError
+
+MAX_ROW_GROUP = 256 * 1024**2
+"""Bytes in memory, allowed whatever a file has; reading texts takes up to five times as much."""
+MAX_RATIO = 4  # of bytes in memory to bytes in the file, of larger ones
+ROWS_AT_ONCE = 16  # decoded to see how long values are
+REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
+"""Encodings by which many values may stand for the bytes of one."""
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
+"""Bytes of a value in memory, 8 of the other types; of byte arrays those of the offset."""
+
+
+def check_row_groups(path: Path, decode: bool) -> None:
+    """Check every row group by what the file says of itself.
+
+    Args:
+        path: of a Parquet file.
+        decode: see how long the values are, of columns that may repeat them; about as slow as reading the file.
+
+    Raises:
+        InputError: a row group needs more memory than `MAX_ROW_GROUP`, and far more than it takes in the file.
+        pyarrow.ArrowException: it is no Parquet file.
+    """
+    with pa.parquet.ParquetFile(path, buffer_size=2**20) as file:
+        for number in range(file.metadata.num_row_groups):
+            group, total = file.metadata.row_group(number), 0
+            packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+            limit = max(MAX_ROW_GROUP, MAX_RATIO * min(packed, path.stat().st_size))
+            for i in range(group.num_columns):
+                column, length = group.column(i), max(0, file.schema.column(i).length)
+                values, stored = column.num_values, column.total_uncompressed_size
+                size = values * (length or WIDTHS.get(column.physical_type, 8))
+                if column.physical_type == "BYTE_ARRAY":
+                    repeats = decode and not REPEATING.isdisjoint(column.encodings)
+                    if repeats and total + size + stored * values > limit:
+                        size = _decoded(file, number, column.path_in_schema, limit - total)
+                    else:
+                        size += stored
+                total += size
+                if total > limit:
+                    raise InputError(
+                        f"{path}: row group {number}, of {group.num_rows:,} rows, takes more than {limit:,} bytes in "
+                        f"memory, of {packed:,} in the file, and can only be read whole: write the file again with "
+                        "smaller ones (row_group_size of pyarrow.parquet.write_table)."
+                    )
+
+
+def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int) -> int:
+    """What the values of a column take, or something above `limit` as soon as that is reached."""
+    size = 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name], use_threads=False):
+        size += batch.nbytes
+        if size > limit:
+            break
+    return size
