@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from PIL import Image
 from anygpt.data import read_media
 from anygpt.data.media_files import MediaLimits, open_container
 from anygpt.data.media_writing import write_video
+from anygpt.data.packets import cut_within, frame_length
 from anygpt.errors import InputError
 
 SOUNDS = {
@@ -29,6 +31,10 @@ SOUNDS = {
     "a.w64": "pcm_s16le",
     "a.caf": "pcm_s16le",
     "b.mkv": "flac",
+    "a.mp2": "mp2",
+    "b.flv": "aac",
+    "a.aac": "aac",
+    "a.mpg": "mp2",
 }
 CLIPS = {
     "a.mkv": "libx264",
@@ -38,6 +44,8 @@ CLIPS = {
     "a.wmv": "mpeg4",
     "a.ts": "libx264",
     "a.m2ts": "libx264",
+    "b.mpg": "mpeg2video",
+    "a.vob": "mpeg2video",
 }
 
 
@@ -55,10 +63,10 @@ def encode_clip(path: Path, codec: str) -> None:
         container.mux(stream.encode())
 
 
-def encode_sound(path: Path, codec: str) -> None:
-    rate = 48_000
-    with av.open(str(path), "w") as container:
+def encode_sound(path: Path, codec: str, rate: int = 48_000, bit_rate: int = 64_000, **options: str) -> None:
+    with av.open(str(path), "w", container_options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = bit_rate
         frame = av.AudioFrame.from_ndarray(np.sin(np.arange(rate)[None] * 0.1, dtype=np.float32), "fltp", "mono")
         frame.rate, frame.pts = rate, 0
         fifo = AudioFifo()
@@ -103,8 +111,51 @@ def test_what_only_looks_cut_off(tmp_path):
     for name, content in variants.items():
         (tmp_path / name).write_bytes(content)
         assert len(read_media("video", tmp_path / name).frames) >= 19, name
+    encode_clip(tmp_path / "a.mpg", "mpeg2video")
+    packs = (tmp_path / "a.mpg").read_bytes()
+    for name, behind in {"open.mpg": b"", "ended.mpg": b"\0\0\1\xb9", "padded.mpg": bytes(100)}.items():
+        (tmp_path / name).write_bytes(packs + behind)
+        assert len(read_media("video", tmp_path / name).frames) == 20, name
+    encode_sound(tmp_path / "a.mp3", "mp3", write_xing="0", id3v2_version="0")
+    frames = (tmp_path / "a.mp3").read_bytes()
+    tagged = {
+        "v1": frames + b"TAG" + b"a" * 125,
+        "ape": frames + b"APETAGEX" + bytes(24),
+        "padded": frames + bytes(999),
+    }
+    for name, content in tagged.items():
+        (tmp_path / f"{name}.mp3").write_bytes(content)
+        assert read_media("audio", tmp_path / f"{name}.mp3").waveform.shape[1] >= 48_000, name
     Image.new("RGB", (1440, 1080), (71, 71, 71)).save(tmp_path / "a.bmp")
     assert read_media("image", tmp_path / "a.bmp").size == (1440, 1080)
+
+
+@pytest.mark.parametrize(
+    ("codec", "rate", "bit_rate"),
+    [
+        ("mp2", 48_000, 384_000),
+        ("mp2", 44_100, 160_000),
+        ("mp2", 22_050, 56_000),
+        ("mp3", 44_100, 128_000),
+        ("mp3", 32_000, 320_000),
+        ("mp3", 22_050, 24_000),
+        ("mp3", 8_000, 16_000),
+        ("aac", 44_100, 64_000),
+    ],
+)
+def test_frames_of_sound_are_as_long_as_their_headers_say(tmp_path, codec, rate, bit_rate):
+    """Without a header that says how long the file is; a cut is found wherever it is, but between two frames."""
+    path = tmp_path / f"a.{codec}"  # of ADTS, where it is AAC
+    encode_sound(path, codec, rate, bit_rate, **({"write_xing": "0", "id3v2_version": "0"} if codec == "mp3" else {}))
+    content, ends = path.read_bytes(), [0]
+    while ends[-1] < len(content):
+        ends.append(ends[-1] + frame_length(content[ends[-1] : ends[-1] + 6]))
+        assert ends[-1] > ends[-2]
+    assert ends[-1] == len(content) and len(ends) > 10
+    for begin, end in itertools.pairwise(ends[6:]):
+        assert cut_within(io.BytesIO(content[:end]), content[:512], end) is None
+        for cut in {end - 1, (begin + end) // 2, begin + 6} & set(range(begin + 6, end)):  # its length is in six bytes
+            assert cut_within(io.BytesIO(content[:cut]), content[:512], cut) == "a frame"
 
 
 def test_limits_above_those_of_ffmpeg(tmp_path):

@@ -1,7 +1,7 @@
 """What media files claim of themselves, read before a decoder sees them.
 
 Decoders pass over a missing tail without a word, and would give a shorter sound or clip; and they make room for
-whatever a header says that there is.
+whatever a header says that there is. What ends within a packet is found by `anygpt.data.packets`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from anygpt.data.packets import cut_within, read_at
+
 MAX_SCANS = 100
 """Of a JPEG. Progressive ones have about ten; each is as much work as the whole picture, and may be a few bytes."""
 MAX_SAMPLES = 10**7
 """Of a picture track, 46 hours at 60 a second; FFmpeg makes room for all of them when it opens the file."""
-MAX_TAGS = 10**6
-"""Of an FLV, that are walked through to look for a cut: some hours."""
 SOUND_PACKING = 8
 """Samples a byte of the sounds that QuickTime counts so: at most six, of MACE 6:1."""
-_OGG_PAGE = 27 + 255 + 255 * 255  # bytes, the largest that there are
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
-_TS_PACKETS = ((188, 0), (192, 4))
-"""Of MPEG-TS: their length, and where in them 0x47 stands. Discs have a time of four bytes before each."""
 _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 
 
@@ -49,67 +46,10 @@ def check_whole(file: BinaryIO) -> None:
         chunks = iter(lambda: file.read(2**20), b"")
         if (scans := sum(chunk.count(b"\xff\xda") for chunk in chunks)) > MAX_SCANS:
             raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
-    if head.startswith(b"GIF8") and b"\x00\x3b" not in _tail(file, size, 1024):
-        raise ValueError("it is truncated, and ends within a frame")
-    if head.startswith(b"OggS") and not _ogg_ends(_tail(file, size, _OGG_PAGE)):
-        raise ValueError("it is truncated, and does not end with the last page of its stream")
-    if head.startswith(b"FLV") and not _flv_ends(file, size):
-        raise ValueError("it is truncated, and ends within a tag")
-    for length, sync in _TS_PACKETS:
-        if _is_transport_stream(head, length, sync) and not _transport_stream_ends(file, size, length, sync):
-            raise ValueError("it is truncated, and ends within a packet")
+    if (unit := cut_within(file, head, size)) is not None:
+        raise ValueError(f"it is truncated, and ends within {unit}")
     if (stated := _stated_size(file, head, size)) > size:
         raise ValueError(f"it is truncated, {size:,} bytes of {stated:,}")
-
-
-def _tail(file: BinaryIO, size: int, count: int) -> bytes:
-    file.seek(max(0, size - count))
-    return file.read(count)
-
-
-def _ogg_ends(tail: bytes) -> bool:
-    """Whether the last page is whole, and marked as the last of its stream (RFC 3533)."""
-    start = tail.rfind(b"OggS")
-    page = tail[start:] if start >= 0 else b""
-    if len(page) < 27 or not page[5] & 4:
-        return False
-    lengths = page[27 : 27 + page[26]]
-    return len(lengths) == page[26] and 27 + page[26] + sum(lengths) <= len(page)
-
-
-def _flv_ends(file: BinaryIO, size: int) -> bool:
-    """Whether the last tag is whole: by its length, which stands behind it, or else, as not all writers do that right,
-    by a walk through all tags."""
-    tag = int.from_bytes(_tail(file, size, 4), "big")
-    start = size - 4 - tag
-    if tag >= 11 and start >= 0 and int.from_bytes(_at(file, start + 1, 3), "big") + 11 == tag:
-        return True
-    position = int.from_bytes(_at(file, 5, 4), "big") + 4
-    for _ in range(MAX_TAGS):
-        if position >= size:
-            break
-        tag_head = _at(file, position, 4)
-        if tag_head[0] & 0x1F not in (8, 9, 18):  # no sound, picture or script: something else from here on
-            return True
-        end = position + 11 + int.from_bytes(tag_head[1:], "big")
-        if len(tag_head) < 4 or end > size:
-            return False
-        position = end + 4
-    return True
-
-
-def _is_transport_stream(head: bytes, length: int, sync: int) -> bool:
-    """By the first three packets (ISO/IEC 13818-1): 0x47, and three bytes on a flag that is never 00."""
-    heads = [head[start : start + 4] for start in range(sync, sync + 3 * length, length)]
-    others = head.startswith((b"GIF", b"BM", b"\xff"))  # may have a grey of 0x47 there
-    return not others and all(len(one) == 4 and one[0] == 0x47 and one[3] & 0x30 for one in heads)
-
-
-def _transport_stream_ends(file: BinaryIO, size: int, length: int, sync: int) -> bool:
-    """Whether the last packet is whole, or something else follows it: padding, or packets that lie otherwise."""
-    rest = size % length
-    last, before = (_at(file, start + sync, 1) for start in (size - rest, size - rest - length))
-    return not (rest > sync and last == before == b"G")
 
 
 def _stated_size(file: BinaryIO, head: bytes, size: int) -> int:
@@ -160,7 +100,7 @@ def _asf_size(file: BinaryIO, head: bytes, size: int) -> int:
     """Up to the end of the data, without the index behind; files that were written as a stream do not know it."""
     properties = head[head.find(_ASF_FILE) :]
     start = int.from_bytes(head[16:24], "little")
-    data = _at(file, min(start, size), 24)
+    data = read_at(file, min(start, size), 24)
     if not properties.startswith(_ASF_FILE) or len(properties) < 92 or properties[88] & 1 or data[:16] != _ASF_DATA:
         return size
     return start + int.from_bytes(data[16:24], "little")
@@ -217,10 +157,11 @@ def _check_samples(file: BinaryIO, size: int) -> None:
     """
     for _, start, end in _inside(file, [b"moov", b"trak", b"mdia"], 0, size):
         pictures = any(
-            kind == b"hdlr" and _at(file, content + 8, 4) == b"vide" for kind, content, _ in _boxes(file, start, end)
+            kind == b"hdlr" and read_at(file, content + 8, 4) == b"vide"
+            for kind, content, _ in _boxes(file, start, end)
         )
         for kind, content, _ in _inside(file, [b"minf", b"stbl", b"stsz"], start, end):
-            each, count = struct.unpack(">II", _at(file, content + 4, 8).ljust(8, b"\0"))
+            each, count = struct.unpack(">II", read_at(file, content + 4, 8).ljust(8, b"\0"))
             # QuickTime counts the samples of sounds as if they were not compressed, a byte each.
             if each * count > (size if pictures else SOUND_PACKING * size) or (pictures and count > MAX_SAMPLES):
                 raise ValueError(f"its {kind.decode()} claims {count:,} samples of {each:,} bytes")
@@ -234,8 +175,3 @@ def _inside(file: BinaryIO, path: list[bytes], start: int, end: int) -> Iterator
                 yield kind, content, min(until, end)
             else:
                 yield from _inside(file, path[1:], content, min(until, end))
-
-
-def _at(file: BinaryIO, position: int, count: int) -> bytes:
-    file.seek(position)
-    return file.read(count)
