@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +43,14 @@ class Merged:
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def without_right_padding(mask: Tensor | None) -> Tensor | None:
-    """A language model's `(B, S)` mask, all ones if it only hides padding on the right; any other as it is.
+def without_right_padding(mask: Any) -> Any:
+    """A language model's `(B, S)` mask, all ones if it only hides padding on the right; any other mask as it is.
 
     Causal attention never looks there from a row's own tokens, and what padding itself sees is not read. For a mask of
     ones transformers gives torch none (`_ignore_causal_mask_sdpa`), so that a kernel skips half of the scores, and on a
     GPU FlashAttention, which takes no mask, can be chosen.
     """
-    if mask is None or mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return mask
     return torch.ones_like(mask)
 

@@ -239,14 +239,15 @@ class MultimodalModel(
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, read: bool = True
     ) -> Merged:
-        """Token embeddings, those of signal tokens included, or, where nothing will read them, embeddings of no width.
+        """Token embeddings, those of signal tokens included, or zeros that take no memory, where nothing reads them.
 
         Call inside `signal_tokens.attached`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embedding = self.language_model.get_input_embeddings()
-        embeds = embedding(input_ids) if read else torch.empty(*input_ids.shape, 0, device=input_ids.device)
+        nothing = embedding.weight.new_zeros(embedding.weight.shape[1]).expand(*input_ids.shape, -1)
+        embeds = embedding(input_ids) if read else nothing
         return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
 
     def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:

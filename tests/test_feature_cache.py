@@ -409,6 +409,8 @@ def test_tensors_of_any_length_and_of_other_widths(tmp_path):
         {"a": torch.rand(1, 6), "b": torch.rand(1, 4, 5)},
         {"a": torch.rand(2, 6).bfloat16(), "b": torch.rand(0, 4, 5)},
         {"c": torch.arange(3)},
+        {"c": torch.arange(2), "d": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)},
+        {"d": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)},
     ]
     create_store(tmp_path / "s", {})
     writer = StoreWriter(tmp_path / "s")
@@ -416,11 +418,13 @@ def test_tensors_of_any_length_and_of_other_widths(tmp_path):
         writer.add(f"{i:032x}", tensors)
     writer.flush()
     store = Store(tmp_path / "s", {})
-    assert len(store.shards) == 4
+    assert len(store.shards) == 6
     for i, tensors in enumerate(given):
         found = store.get(f"{i:032x}")
         assert found.keys() == tensors.keys()
         assert all(found[n].dtype == x.dtype and torch.equal(found[n], x) for n, x in tensors.items())
+        # what a worker hands on is a storage, whole
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.values())
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ def test_states_of_text_stand_for_the_layers(composed, side, monkeypatch):
         raise AssertionError("the layers ran")
 
     monkeypatch.setattr(type(model.language_model.get_decoder()), "forward", fail)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    unread = model.embed(
+        ids, None, None, read=False
+    ).inputs_embeds  # wide enough for features to be pooled with others'
+    assert unread.shape == (2, 5, model.get_input_embeddings().weight.shape[1]) and not unread.any()
     from_states, their_gradients = step(text_states=states)
     torch.testing.assert_close(from_states, losses, rtol=1e-5, atol=1e-6)
     assert any(bool(gradient.any()) for gradient in gradients.values())

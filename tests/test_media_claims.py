@@ -153,6 +153,15 @@ def test_frames_of_sound_are_as_long_as_their_headers_say(tmp_path, codec, rate,
             assert cut_within(io.BytesIO(content[:cut]), content[:512], cut) == "a frame"
 
 
+def test_a_tag_tells_nothing_of_what_follows(tmp_path):
+    """Before FLAC, whose frames may look like those of ADTS; before these themselves."""
+    encode_sound(tmp_path / "a.aac", "aac")
+    frames, tag = (tmp_path / "a.aac").read_bytes()[:-3], b"ID3\4\0\0\0\0\0\x05" + bytes(5)
+    for start, found in ((b"", "a frame"), (tag, "a frame"), (b"fLaC", None), (tag + b"fLaC", None)):
+        content = start + frames
+        assert cut_within(io.BytesIO(content), content[:512], len(content)) == found
+
+
 def test_limits_above_those_of_ffmpeg(tmp_path):
     """Its option has an end; beyond, it would not look at the streams, and the header's check would find nothing."""
     encode_sound(tmp_path / "a.aac", "aac")

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from anygpt.data.packets import cut_within, read_at
+from anygpt.data.packets import cut_within, id3_end, read_at
 
 MAX_SCANS = 100
 """Of a JPEG. Progressive ones have about ten; each is as much work as the whole picture, and may be a few bytes."""
@@ -119,11 +119,8 @@ def _caf_size(file: BinaryIO, size: int) -> int:
 
 def _mp3_size(file: BinaryIO, head: bytes, size: int) -> int:
     """What the Xing or Info header in the first frame says, where there is one."""
-    start = 0
-    if head.startswith(b"ID3") and len(head) >= 10:
-        start = 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
-    file.seek(start)
-    frame = file.read(200)
+    start = id3_end(head)
+    frame = read_at(file, start, 200)
     found = max(frame.find(b"Xing"), frame.find(b"Info"))
     if not frame.startswith(b"\xff") or not 0 < found <= 40:
         return size

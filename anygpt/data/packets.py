@@ -39,7 +39,7 @@ def cut_within(file: BinaryIO, head: bytes, size: int) -> str | None:
             return "a packet"
     if head.startswith(b"\0\0\1\xba") and not _program_stream_ends(read_at(file, size - _PS_TAIL, _PS_TAIL)):
         return "a packet"
-    if (head.startswith(b"ID3") or frame_length(head)) and not _sound_ends(read_at(file, size - _TAIL, _TAIL)):
+    if frame_length(read_at(file, id3_end(head), 6)) and not _sound_ends(read_at(file, size - _TAIL, _TAIL)):
         return "a frame"
     return None
 
@@ -48,6 +48,12 @@ def read_at(file: BinaryIO, position: int, count: int) -> bytes:
     """Bytes of a file from a position on, or from its beginning where that lies before it."""
     file.seek(max(0, position))
     return file.read(count)
+
+
+def id3_end(head: bytes) -> int:
+    """Where a tag of ID3v2 at the beginning of a file ends; 0 where there is none."""
+    tagged = head.startswith(b"ID3") and len(head) >= 10
+    return 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(head[6:10])) if tagged else 0
 
 
 def _ogg_ends(tail: bytes) -> bool:

@@ -70,9 +70,10 @@ class Store:
         return bytes.fromhex(fingerprint) in self.places
 
     def get(self, fingerprint: str) -> dict[str, Tensor]:
-        """The tensors of a fingerprint by name; views of mapped memory, not to be changed in place."""
+        """The tensors of a fingerprint by name; copies, since workers hand on whole storages, not views of them."""
         number, row = divmod(self.places[bytes.fromhex(fingerprint)], ROWS)
-        return {name: values[edges[row] : edges[row + 1]] for name, (values, edges) in self._shard(number).items()}
+        columns = self._shard(number).items()
+        return {name: values[edges[row] : edges[row + 1]].clone() for name, (values, edges) in columns}
 
     def _shard(self, number: int) -> dict[str, tuple[Tensor, list[int]]]:
         """The values of each name, and their edges."""
@@ -132,11 +133,12 @@ class StoreWriter:
 
     def add(self, fingerprint: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a fingerprint, 32 hexadecimal digits; they are on disk after the next `flush`."""
-        if self.held and not all(fits(self.held.get(name), tensor) for name, tensor in tensors.items()):
+        assert tensors and all(tensor.dim() for tensor in tensors.values())
+        if self.held and not self.fits(tensors):
             self.flush()
         self.fingerprints.append(fingerprint)
         for name, tensor in tensors.items():
-            kept = tensor.detach().to("cpu", copy=True)  # a slice of a batch would hold the whole batch
+            kept = tensor.detach().to("cpu", copy=True).contiguous()  # a slice would hold the whole batch
             self.held.setdefault(name, []).append(kept)
             self.size += kept.nbytes
         if self.size >= SHARD_BYTES or time.monotonic() - self.since >= SHARD_SECONDS:
@@ -159,10 +161,11 @@ class StoreWriter:
                 os.rename(temporary, self.folder / name)
         self.fingerprints, self.held, self.size, self.since = [], {}, 0, time.monotonic()
 
-
-def fits(held: list[Tensor] | None, tensor: Tensor) -> bool:
-    """Whether a tensor can be joined to those that are held."""
-    return held is not None and (held[0].shape[1:], held[0].dtype) == (tensor.shape[1:], tensor.dtype)
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors can be joined to those that are held."""
+        pairs = [(self.held[name][0], tensor) for name, tensor in tensors.items() if name in self.held]
+        alike = (a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
+        return len(pairs) == len(tensors) == len(self.held) and all(alike)
 
 
 @contextmanager

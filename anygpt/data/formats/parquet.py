@@ -13,10 +13,10 @@ import pyarrow.parquet
 
 from anygpt.errors import InputError
 
-MAX_ROW_GROUP = 256 * 1024**2
+MAX_ROW_GROUP = 320 * 1024**2
 """Bytes in memory, allowed whatever a file has; reading texts takes up to five times as much."""
 MAX_RATIO = 4  # of bytes in memory to bytes in the file, of larger ones
-ROWS_AT_ONCE = 16  # decoded to see how long values are
+ROWS_AT_ONCE = 16  # decoded to see how long values are; fewer of those that may be long
 REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
 """Encodings by which many values may stand for the bytes of one."""
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
@@ -28,7 +28,8 @@ def check_row_groups(path: Path, decode: bool) -> None:
 
     Args:
         path: of a Parquet file.
-        decode: see how long the values are, of columns that may repeat them; about as slow as reading the file.
+        decode: see how long the values are, of columns that may repeat them, else they count once; a few times as slow
+            as reading the file.
 
     Raises:
         InputError: a row group needs more memory than `MAX_ROW_GROUP`, and far more than it takes in the file.
@@ -41,14 +42,13 @@ def check_row_groups(path: Path, decode: bool) -> None:
             limit = max(MAX_ROW_GROUP, MAX_RATIO * min(packed, path.stat().st_size))
             for i in range(group.num_columns):
                 column, length = group.column(i), max(0, file.schema.column(i).length)
-                values, stored = column.num_values, column.total_uncompressed_size
+                values, stored = max(0, column.num_values), max(0, column.total_uncompressed_size)
                 size = values * (length or WIDTHS.get(column.physical_type, 8))
                 if column.physical_type == "BYTE_ARRAY":
+                    size += stored
                     repeats = decode and not REPEATING.isdisjoint(column.encodings)
-                    if repeats and total + size + stored * values > limit:
-                        size = _decoded(file, number, column.path_in_schema, limit - total)
-                    else:
-                        size += stored
+                    if repeats and total + size <= limit < total + size + stored * values:
+                        size = _decoded(file, number, column.path_in_schema, limit - total, stored)
                 total += size
                 if total > limit:
                     raise InputError(
@@ -58,11 +58,19 @@ def check_row_groups(path: Path, decode: bool) -> None:
                     )
 
 
-def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int) -> int:
+def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, longest: int) -> int:
     """What the values of a column take, or something above `limit` as soon as that is reached."""
-    size = 0
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name], use_threads=False):
-        size += batch.nbytes
+    size, rows = 0, max(1, min(ROWS_AT_ONCE, limit // max(1, longest)))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+        leaf = _leaf(batch.column(0))
+        size += (leaf.dictionary_decode() if pa.types.is_dictionary(leaf.type) else batch).nbytes
         if size > limit:
             break
     return size
+
+
+def _leaf(array: pa.Array) -> pa.Array:
+    """The values within lists and structures of a single field."""
+    while pa.types.is_struct(array.type) or pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        array = array.flatten()[0] if pa.types.is_struct(array.type) else array.flatten()
+    return array

@@ -5,6 +5,7 @@ a dataset on the hub, by its id.
 """
 
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -180,12 +181,15 @@ def _load(path: Path, streaming: bool) -> Any:
 
 
 def _build(builder: Any, streaming: bool) -> Any:
-    """What `load_dataset` gives; where Parquet has to be read anew, row groups are looked at before."""
+    """What `load_dataset` gives; where local Parquet is to be read, its row groups are looked at before.
+
+    Of a stream only what they state: decoding would read it all before its first row.
+    """
     if streaming or not os.path.isdir(builder.cache_dir):
-        for files in (builder.config.data_files or {}).values():
-            for file in files:
-                if file.endswith(".parquet") and os.path.isfile(file):
-                    check_row_groups(Path(file), decode=not streaming)
+        for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+            parquet = builder.name == "parquet" or file.lower().endswith(".parquet")
+            if parquet and os.path.isfile(file):
+                check_row_groups(Path(file), decode=not streaming)
     if streaming:
         return builder.as_streaming_dataset(split="train")
     builder.download_and_prepare()
