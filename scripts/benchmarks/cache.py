@@ -39,11 +39,12 @@ from anygpt.training.stages import ENCODER_LLM, LLM_DECODER, prepare_stage
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {"stage 1": ENCODER_LLM, "stage 1 pooled": ENCODER_LLM, "stage 2": LLM_DECODER, "alignment": LLM_DECODER}
 WAYS = ("without", "cached")
+WARM_UP = 2  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)  # the language model is most of a step of stage 1, and a machine drifts by a tenth
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="timed steps, after two of warm-up (default: 5 of small, 20 of tiny)")
     parser.add_argument(
         "--batch-size", type=int, help="rows, a medium each (default: 8 of small, those of its config of tiny)"
     )
@@ -101,7 +102,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
             losses.append(loss.item())  # which waits for the device
             times.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-    return {"step_s": statistics.median(times[1:]), "first loss": losses[0]}
+    return {"step_s": statistics.median(times[WARM_UP:]), "first loss": losses[0]}
 
 
 def make_config(folder: Path, size: str, case: str, options: argparse.Namespace) -> Config:
@@ -109,6 +110,7 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
     kind = "stage1" if CASES[case] is ENCODER_LLM else "stage2"
     pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
     batch_size = options.batch_size or (8 if size == "small" else None)
+    steps = options.steps or (5 if size == "small" else 20)
     config = parse_config(
         [
             f"--config={ROOT}/configs/tiny/{kind}.yaml",
@@ -116,7 +118,7 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
             f"--data.train=[{{path: {folder / f'{kind}.jsonl'}}}]",
             f"--data.cache_dir={folder / 'cache'}",
             *(() if batch_size is None else (f"--train.batch_size={batch_size}",)),
-            f"--train.max_steps={options.steps + 1}",
+            f"--train.max_steps={steps + WARM_UP}",
             f"--train.signal_rows={options.signal_rows}",
             f"--data.num_workers={options.num_workers}",
             *(pooled if case == "stage 1 pooled" else ()),
