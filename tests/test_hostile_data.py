@@ -474,24 +474,24 @@ BOMBS = {
 }
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("what", BOMBS)
 @pytest.mark.timeout(60)
-def test_row_groups_that_are_far_larger_in_memory(tmp_path, what):
+def test_row_groups_that_are_far_larger_in_memory(tmp_path, what, streaming):
     table, options = BOMBS[what]
     path = tmp_path / ("t.PARQUET" if what == "by packing" else "t.parquet")
     pa.parquet.write_table(table(), path, row_group_size=10**9, **options)
     assert path.stat().st_size < 5 * 2**20
     with pytest.raises(InputError, match=r"(?i)t\.parquet: row group 0, of .* rows, takes more than 335,544,320 bytes"):
-        read_samples(path, columns={"text": "said", "prompt": "question"})
+        read_samples(path, "datasets", columns={"text": "said", "prompt": "question"}, streaming=streaming)
 
 
-@pytest.mark.parametrize("decode", [False, True])
-def test_row_groups_that_are_as_large_in_the_file(tmp_path, monkeypatch, decode):
+def test_row_groups_that_are_as_large_in_the_file(tmp_path, monkeypatch):
     """A few values are repeated, many are not, and of the lengths nothing is known before they are decoded."""
     monkeypatch.setattr("anygpt.data.formats.parquet.MAX_ROW_GROUP", 2**20)
     texts = [random.Random(i).randbytes(2000).hex() for i in range(1000)] + ["a caption"] * 1000
     pa.parquet.write_table(pa.table({"said": texts, "more": [[text] * 2 for text in texts]}), tmp_path / "t.parquet")
-    check_row_groups(tmp_path / "t.parquet", decode)
+    check_row_groups(tmp_path / "t.parquet")
 
 
 @pytest.mark.timeout(60)
@@ -500,7 +500,7 @@ def test_row_groups_of_categories(tmp_path):
     labels = pa.array([f"kind {i} of a thing" for i in range(5000)])
     kinds = pa.DictionaryArray.from_arrays(pa.array(np.arange(200_000) % 5000, pa.int32()), labels)
     pa.parquet.write_table(pa.table({"said": kinds}), tmp_path / "t.parquet")
-    check_row_groups(tmp_path / "t.parquet", decode=True)
+    check_row_groups(tmp_path / "t.parquet")
     pa.parquet.write_table(repeated("y" * 2**28, 16), tmp_path / "t.parquet", store_schema=False)
     with pytest.raises(InputError, match="row group 0, of 16 rows"):
-        check_row_groups(tmp_path / "t.parquet", decode=True)
+        check_row_groups(tmp_path / "t.parquet")

@@ -181,15 +181,12 @@ def _load(path: Path, streaming: bool) -> Any:
 
 
 def _build(builder: Any, streaming: bool) -> Any:
-    """What `load_dataset` gives; where local Parquet is to be read, its row groups are looked at before.
-
-    Of a stream only what they state: decoding would read it all before its first row.
-    """
+    """What `load_dataset` gives; where local Parquet is to be read, its row groups are looked at before."""
     if streaming or not os.path.isdir(builder.cache_dir):
         for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
             parquet = builder.name == "parquet" or file.lower().endswith(".parquet")
             if parquet and os.path.isfile(file):
-                check_row_groups(Path(file), decode=not streaming)
+                check_row_groups(Path(file))
     if streaming:
         return builder.as_streaming_dataset(split="train")
     builder.download_and_prepare()
