@@ -8,7 +8,6 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
-from anygpt.configuration import MultimodalConfig
 from anygpt.decoders import (
     AudioLDMDecoder,
     Condition,
@@ -23,10 +22,11 @@ from anygpt.decoders import (
 )
 from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights
-from anygpt.modeling import MultimodalModel
-from anygpt.processing import MultimodalProcessor
-from anygpt.transformers_api import register
+from anygpt.losses.formulas import LossWeights
+from anygpt.model.configuration import MultimodalConfig
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.model.transformers_api import register
+from anygpt.processing.processor import MultimodalProcessor
 
 register(MultimodalConfig, MultimodalModel, MultimodalProcessor)
 

@@ -26,9 +26,9 @@ from typing import Any
 import yaml
 
 from anygpt.errors import InputError
-from anygpt.evaluation.answers import Settings
-from anygpt.evaluation.matrix import VALIDATION
 from anygpt.toyworld.datasets import write_dataset
+from anygpt.toyworld.evaluation.answers import Settings
+from anygpt.toyworld.evaluation.matrix import VALIDATION
 from anygpt.toyworld.world import SEEN
 from anygpt.toyworld.zoo import zoo
 from anygpt.training.cli import MISTAKE

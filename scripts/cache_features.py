@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from anygpt.data.cache.keys import LANGUAGE_MODEL, entries
-from anygpt.data.cache.store import KEY
-from anygpt.data.cache.writing import CacheWriter
+from anygpt.cache.keys import LANGUAGE_MODEL, entries
+from anygpt.cache.store import KEY
+from anygpt.cache.writing import CacheWriter
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from anygpt import InputError
-from anygpt.chat import answer_message
+from anygpt.chat.talking import Settings, Talker, check_device, modality_of, write_segment
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED
-from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
-from anygpt.talking import Settings, Talker, check_device, modality_of, write_segment
+from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.processing.chat_template import answer_message
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parent.parent

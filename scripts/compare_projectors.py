@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from anygpt import InputError, OutputProjector, OutputProjectorConfig
-from anygpt.losses import caption_alignment
-from anygpt.signal_tokens import SignalTokens
+from anygpt.losses.formulas import caption_alignment
+from anygpt.sequence.signal_tokens import SignalTokens
 from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.ridge import RidgeRegression
 

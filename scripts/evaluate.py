@@ -22,11 +22,11 @@ from PIL import Image
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.errors import reading
-from anygpt.evaluation.answers import GUIDANCE, STEPS, Settings
-from anygpt.evaluation.contact_sheet import contact_sheet
-from anygpt.evaluation.matrix import THINGS, check_settings, evaluate
-from anygpt.evaluation.report import text_table, write_report
-from anygpt.evaluation.tracking import log_report
+from anygpt.toyworld.evaluation.answers import GUIDANCE, STEPS, Settings
+from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
+from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
+from anygpt.toyworld.evaluation.report import text_table, write_report
+from anygpt.toyworld.evaluation.tracking import log_report
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parent.parent

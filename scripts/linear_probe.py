@@ -17,9 +17,9 @@ from pathlib import Path
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.errors import reading
-from anygpt.evaluation.answers import Settings
-from anygpt.evaluation.probes import probe_encoders, question_accuracy
-from anygpt.parts import Source, load_encoder, load_encoder_processor, load_language_model, load_tokenizer
+from anygpt.model.parts import Source, load_encoder, load_encoder_processor, load_language_model, load_tokenizer
+from anygpt.toyworld.evaluation.answers import Settings
+from anygpt.toyworld.evaluation.probes import probe_encoders, question_accuracy
 from anygpt.toyworld.zoo import zoo
 from anygpt.training.cli import MISTAKE, quiet_libraries
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.parts import import_class
-from anygpt.signal_tokens import DEFAULT_COUNTS
+from anygpt.model.parts import import_class
+from anygpt.sequence.signal_tokens import DEFAULT_COUNTS
 
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs/full/architectures.yaml"
 GIB = 2**30

@@ -17,8 +17,8 @@ import torch
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.errors import InputError, reading
-from anygpt.parts import is_peft
-from anygpt.saving import part_modules
+from anygpt.model.parts import is_peft
+from anygpt.model.saving import part_modules
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 DTYPES = ("float32", "bfloat16", "float16")

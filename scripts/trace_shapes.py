@@ -27,7 +27,7 @@ from torch import Tensor
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, DataSource
-from anygpt.data.media_writing import write_audio, write_image, write_video
+from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import parse_config
 from anygpt.training.loading import use_frames_of

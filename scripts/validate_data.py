@@ -22,7 +22,7 @@ from anygpt.data.formats.pairs import TASKS
 from anygpt.data.lengths import Lengths
 from anygpt.data.validation import Report, validate
 from anygpt.errors import InputError
-from anygpt.processing import MultimodalProcessor
+from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.cli import quiet_libraries
 
 FAULTY, UNUSABLE = 1, 2

@@ -19,10 +19,10 @@ from linear_probe import load
 from tqdm import tqdm
 
 from anygpt import InputError, ModalDecoderModule, MultimodalModel
-from anygpt.evaluation.answers import Settings
-from anygpt.evaluation.baselines import upper_bound
-from anygpt.evaluation.probes import probe_encoders, question_accuracy
-from anygpt.parts import Source, load_decoder
+from anygpt.model.parts import Source, load_decoder
+from anygpt.toyworld.evaluation.answers import Settings
+from anygpt.toyworld.evaluation.baselines import upper_bound
+from anygpt.toyworld.evaluation.probes import probe_encoders, question_accuracy
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.render import SAMPLING_RATE
 from anygpt.toyworld.world import HELD_OUT, MODALITIES

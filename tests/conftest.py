@@ -15,7 +15,7 @@ from PIL import Image
 from training_utils import shared
 
 from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from anygpt.parts import (
+from anygpt.model.parts import (
     Source,
     load_decoder,
     load_encoder,

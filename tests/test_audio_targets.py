@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers.audio_utils import mel_filter_bank
 
-from anygpt.audio import resample, to_mono
 from anygpt.decoders import AudioTargets, ImageTargets, VideoTargets, target_processor_from_dict
 from anygpt.errors import InputError
+from anygpt.media.audio import resample, to_mono
 
 
 def tone(frequency: float, rate: int, seconds: float = 0.5) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anygpt import InputError, MultimodalProcessor
-from anygpt.chat import DEFAULT_CHAT_TEMPLATE, tokenize_with_labels
+from anygpt.processing.chat_template import DEFAULT_CHAT_TEMPLATE, tokenize_with_labels
 
 CONVERSATION = [
     {"role": "system", "content": "be short"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anygpt import InputError
-from anygpt.chat import render, tokenize_many, tokenize_with_labels
+from anygpt.processing.chat_template import render, tokenize_many, tokenize_with_labels
 
 FAMILIES = json.loads((Path(__file__).parent / "data/chat_templates.json").read_text())
 ANSWERS = ["It is a red circle.", "No: [IMG0][IMG1] a ring"]

@@ -15,7 +15,7 @@ from training_utils import REPOSITORY, SCRIPTS
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights
+from anygpt.losses.formulas import LossWeights
 from anygpt.training import config as module
 from anygpt.training.cli import run_stage
 from anygpt.training.config import Config, parse_config

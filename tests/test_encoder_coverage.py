@@ -11,7 +11,7 @@ from tiny_parts import CLIP, ENCODERS, LANGUAGE_MODELS, LLAMA, VISION
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.encoders import FAMILIES, VideoEncoder
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.parts import Source, load_encoder
+from anygpt.model.parts import Source, load_encoder
 
 
 def by_label(part):

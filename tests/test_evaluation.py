@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from anygpt import InputError
-from anygpt.data.media import read_media
-from anygpt.evaluation import wilson_interval
-from anygpt.evaluation.answers import Settings, ask, judge
-from anygpt.evaluation.baselines import moving_caption
-from anygpt.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
-from anygpt.evaluation.page import read_losses
-from anygpt.evaluation.probes import fit_probe, probe_encoders
-from anygpt.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
-from anygpt.evaluation.statistics import share
+from anygpt.media.reading import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES
+from anygpt.toyworld.evaluation import wilson_interval
+from anygpt.toyworld.evaluation.answers import Settings, ask, judge
+from anygpt.toyworld.evaluation.baselines import moving_caption
+from anygpt.toyworld.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
+from anygpt.toyworld.evaluation.page import read_losses
+from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
+from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
+from anygpt.toyworld.evaluation.statistics import share
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.render import render_audio, render_image, render_video

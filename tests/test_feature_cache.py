@@ -32,14 +32,14 @@ from training_utils import (
 )
 
 from anygpt import InputError, ModalEncoderModule
-from anygpt.data.cache.keys import Entry, entries
-from anygpt.data.cache.reading import open_cache
-from anygpt.data.cache.store import Store, StoreWriter, create_store
-from anygpt.data.cache.writing import CacheWriter, Preparation
+from anygpt.cache.keys import Entry, entries
+from anygpt.cache.reading import open_cache
+from anygpt.cache.store import Store, StoreWriter, create_store
+from anygpt.cache.writing import CacheWriter, Preparation
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.losses import LossWeights
+from anygpt.losses.formulas import LossWeights
 from anygpt.training.config import Config, DataConfig
 from anygpt.training.loading import make_generators, use_cache, use_frames_of
 
@@ -386,7 +386,7 @@ def test_writing_goes_on_where_it_was(world):
 
 
 def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("anygpt.data.cache.store.SHARD_BYTES", 3000)
+    monkeypatch.setattr("anygpt.cache.store.SHARD_BYTES", 3000)
     create_store(tmp_path / "s", {})
     writer = StoreWriter(tmp_path / "s")
     batch = torch.arange(1000.0).view(10, 100)

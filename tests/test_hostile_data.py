@@ -22,8 +22,8 @@ from PIL import Image
 
 from anygpt.data import BadSample, ConversationDataset, DataSource, read_media, read_samples, write_audio, write_image
 from anygpt.data.formats.parquet import check_row_groups
-from anygpt.data.media_writing import write_video
 from anygpt.errors import InputError
+from anygpt.media.writing import write_video
 
 
 @pytest.fixture(autouse=True)

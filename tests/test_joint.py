@@ -9,9 +9,9 @@ import torch.multiprocessing
 
 from anygpt import MultimodalModel
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights, info_nce
-from anygpt.merging import IGNORE
-from anygpt.parts import Source, load_decoder, load_encoder
+from anygpt.losses.formulas import LossWeights, info_nce
+from anygpt.model.parts import Source, load_decoder, load_encoder
+from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import parse_config
 from anygpt.training.loop import train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights, caption_alignment, route, sum_by_term, token_nll, weighted_total
+from anygpt.losses.formulas import LossWeights, caption_alignment, route, sum_by_term, token_nll, weighted_total
 from anygpt.outputs import LossTerm
 
 

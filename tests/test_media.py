@@ -14,12 +14,12 @@ from anygpt.data import (
     read_image,
     read_media,
     read_video,
-    videos,
     write_audio,
     write_image,
     write_video,
 )
 from anygpt.errors import InputError
+from anygpt.media import videos
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

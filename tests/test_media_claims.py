@@ -18,10 +18,10 @@ from av.audio.fifo import AudioFifo
 from PIL import Image
 
 from anygpt.data import read_media
-from anygpt.data.media_files import MediaLimits, open_container
-from anygpt.data.media_writing import write_video
-from anygpt.data.packets import cut_within, frame_length
 from anygpt.errors import InputError
+from anygpt.media.files import MediaLimits, open_container
+from anygpt.media.packets import cut_within, frame_length
+from anygpt.media.writing import write_video
 
 SOUNDS = {
     "a.opus": "libopus",

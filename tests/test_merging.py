@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anygpt.errors import InputError
-from anygpt.merging import FEATURE_ID, IGNORE, Merged, inject, pad_left, prepend, without_right_padding
+from anygpt.sequence.merging import FEATURE_ID, IGNORE, Merged, inject, pad_left, prepend, without_right_padding
 
 IMAGE, AUDIO, PAD = 7, 8, 0
 

@@ -8,7 +8,7 @@ import torch
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
-from anygpt.losses import caption_alignment
+from anygpt.losses.formulas import caption_alignment
 from anygpt.training.config import parse_config
 from anygpt.training.loop import train
 from anygpt.training.stages import LLM_DECODER

@@ -18,11 +18,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from serving_utils import send_without_end, serving
 
-from anygpt.data.media_writing import write_audio
+from anygpt.chat.talking import Talker
+from anygpt.media.writing import write_audio
 from anygpt.serving.engine import Engine
 from anygpt.serving.guard import Guard
 from anygpt.serving.page import make_app
-from anygpt.talking import Talker
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE = 240  # seconds; a browser and a model on a busy machine

@@ -7,8 +7,8 @@ import torch
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights
-from anygpt.signal_tokens import token_names
+from anygpt.losses.formulas import LossWeights
+from anygpt.sequence.signal_tokens import token_names
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loop import train

@@ -9,7 +9,7 @@ import torch
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
-from anygpt.losses import LossWeights, caption_alignment
+from anygpt.losses.formulas import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
 from anygpt.training.config import parse_config

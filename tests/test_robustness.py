@@ -10,7 +10,7 @@ from training_utils import REPOSITORY, STAGES, load_script, toy_data
 
 from anygpt import InputError
 from anygpt.data.dataset import DataSource
-from anygpt.merging import Merged, inject
+from anygpt.sequence.merging import Merged, inject
 from anygpt.training.checkpoint import load_tensors, load_training_state
 from anygpt.training.config import parse_config
 from anygpt.training.loop import train

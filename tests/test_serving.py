@@ -24,11 +24,11 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import load_script
 
-from anygpt.data.media_writing import write_audio, write_video
+from anygpt.chat.talking import Settings, Talker, place
+from anygpt.media.writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.http import BodyLimits, Interface
 from anygpt.serving.openai_form import Limits
-from anygpt.talking import Settings, Talker, place
 
 QUICK = {"decoders": {key: {"num_inference_steps": 2} for key in ("image", "video", "audio")}}
 HELLO = [{"role": "user", "content": "Draw a ring."}]
@@ -413,7 +413,7 @@ def test_offloaded_decoders_make_the_same(tiny_model):
 
 
 def test_anygpt_does_not_import_the_servers():
-    code = "import sys, anygpt, anygpt.talking; print([m for m in sys.modules if m.split('.')[0] in ('gradio', " \
+    code = "import sys, anygpt, anygpt.chat.talking; print([m for m in sys.modules if m.split('.')[0] in ('gradio', " \
         "'starlette', 'fastapi', 'uvicorn') or m.startswith('anygpt.serving')])"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from anygpt.errors import InputError
-from anygpt.signal_tokens import SignalTokens, token_names
+from anygpt.sequence.signal_tokens import SignalTokens, token_names
 
 V, H = 40, 16
 

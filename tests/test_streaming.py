@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from anygpt.errors import InputError
-from anygpt.events import AnswerDone, DecodingStarted, DecodingStep, MediumCalled, MediumDone, Narrator, TextPiece
+from anygpt.generation.events import (
+    AnswerDone,
+    DecodingStarted,
+    DecodingStep,
+    MediumCalled,
+    MediumDone,
+    Narrator,
+    TextPiece,
+)
 
 ALL = ["image", "video", "audio"]
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from training_utils import load_script
 
+from anygpt.chat.talking import Settings, Talker
 from anygpt.errors import InputError
-from anygpt.talking import Settings, Talker
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.data.media import read_audio, read_image, read_video
 from anygpt.data.schema import MediaRoot, parse_sample
 from anygpt.errors import InputError
+from anygpt.media.reading import read_audio, read_image, read_video
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
 from anygpt.toyworld.__main__ import main
 from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset

@@ -2,10 +2,10 @@
 
 from anygpt.data.dataset import BadSample, ConversationDataset, DataSource, LoadedSample
 from anygpt.data.formats import FORMATS, read_samples
-from anygpt.data.media import Audio, MediaLimits, Video, read_audio, read_image, read_media, read_video
-from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.data.sampling import UpdateSampler
 from anygpt.data.schema import ContentPart, MediaRoot, Message, Sample, parse_sample
+from anygpt.media.reading import Audio, MediaLimits, Video, read_audio, read_image, read_media, read_video
+from anygpt.media.writing import write_audio, write_image, write_video
 
 __all__ = [
     "FORMATS",

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anygpt.chat import tokenize_many, tokenize_with_labels
-from anygpt.data.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
+from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import refuse_reserved, sample_messages
-from anygpt.data.media import Audio, Video
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
-from anygpt.merging import IGNORE
-from anygpt.processing import MultimodalProcessor, stack_rows
+from anygpt.media.reading import Audio, Video
+from anygpt.processing.chat_template import tokenize_many, tokenize_with_labels
+from anygpt.processing.processor import MultimodalProcessor, stack_rows
+from anygpt.sequence.merging import IGNORE
 
 # What the loop reads; the rest of a batch goes to the model.
 SAMPLE_IDS, TARGET_IDS, BAD, CUT = "sample_ids", "target_ids", "bad_samples", "cut_samples"

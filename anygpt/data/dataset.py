@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples
 from anygpt.data.formats.streams import ROWS_OF_BLOCK
-from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 from anygpt.data.schema import Sample, StaleCache, StoredMedium
 from anygpt.errors import InputError
+from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 
 if TYPE_CHECKING:
-    from anygpt.data.cache import FeatureCache
+    from anygpt.cache import FeatureCache
     from anygpt.decoders.base import Condition
 
 Media = Image.Image | Video | Audio

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anygpt.chat import tokenize_with_labels
-from anygpt.data.media import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 from anygpt.data.schema import Sample, StoredMedium
 from anygpt.encoders.families import FAMILIES
 from anygpt.errors import InputError
+from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
+from anygpt.processing.chat_template import tokenize_with_labels
 
 CHARACTERS_PER_TOKEN = 4
 SIDE, FRAMES, RATE = 32, 8, 16_000  # of the media that stand for all others: pixels, frames, Hz

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anygpt.data.formats import iterate_samples, missing_error
-from anygpt.data.media import DEFAULT_LIMITS, MediaLimits, read_media
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
+from anygpt.media.reading import DEFAULT_LIMITS, MediaLimits, read_media
 
 if TYPE_CHECKING:
     from anygpt.data.lengths import Lengths

@@ -11,7 +11,7 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sampling import Condition
 from anygpt.errors import InputError
-from anygpt.signal_tokens import DEFAULT_COUNTS, SIGNALS
+from anygpt.sequence.signal_tokens import DEFAULT_COUNTS, SIGNALS
 
 
 class ModalDecoderModule(nn.Module):
@@ -25,7 +25,7 @@ class ModalDecoderModule(nn.Module):
             paper), any other index into `hidden_states` (0 are the embeddings), or `"mix"`, a learned softmax over
             all of them.
         modality: media type in the data; the decoder's own when None.
-        signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `anygpt.signal_tokens`).
+        signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `SignalTokens`).
 
     Attributes:
         module: the diffusion decoder.

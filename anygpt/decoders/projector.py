@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from anygpt.decoders.base import Condition
+from anygpt.encoders.qformer import QFormerProjection
 from anygpt.errors import InputError
-from anygpt.qformer import QFormerProjection
 
 PROJECTION_TYPES = ("linear", "mlp", "transformer", "qformer")
 

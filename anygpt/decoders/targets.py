@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.audio import resample, to_mono
 from anygpt.errors import InputError
+from anygpt.media.audio import resample, to_mono
 
 LOG_FLOOR = 1e-5
 """Mel magnitudes are clipped to this before the logarithm (HiFi-GAN's dynamic range compression)."""

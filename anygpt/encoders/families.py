@@ -119,7 +119,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     "anygpt_qwen2_vl_patches": EncoderFamily(
         "pixel_values",
         features.count_patches_of_grids,
-        "anygpt.vlm.qwen2_vl.Qwen2VLPatchEncoder",
+        "anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
         arguments=_QWEN2_VL.arguments,
         feature_size=lambda config: config.embed_dim,
         layout="packed",

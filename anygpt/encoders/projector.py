@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
 
+from anygpt.encoders.qformer import QFormerProjection
 from anygpt.errors import InputError
-from anygpt.qformer import QFormerProjection
 
 PROJECTION_TYPES = ("linear", "mlp", "pooled", "qformer", "merger")
 FIXED_LAYOUT_ONLY = ("pooled", "qformer")

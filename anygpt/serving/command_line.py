@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from anygpt.chat.talking import Talker, check_device
 from anygpt.errors import InputError
 from anygpt.serving.engine import Engine
-from anygpt.talking import Talker, check_device
 
 CHECKPOINT = Path("runs/quickstart/stage3/final")
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anygpt.answering import Closed
-from anygpt.events import Event
-from anygpt.talking import Reply, Settings, Talker
+from anygpt.chat.talking import Reply, Settings, Talker
+from anygpt.generation.answering import Closed
+from anygpt.generation.events import Event
 
 logger = logging.getLogger(__name__)
 

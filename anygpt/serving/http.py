@@ -21,12 +21,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from anygpt.chat.talking import Reply
 from anygpt.errors import InputError
-from anygpt.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
+from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.unread import Unread
-from anygpt.talking import Reply
 
 logger = logging.getLogger(__name__)
 

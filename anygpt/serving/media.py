@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from anygpt.chat.talking import write_segment
 from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
 from anygpt.outputs import Segment
-from anygpt.talking import write_segment
 
 MIME_TYPES = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
 

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anygpt.chat.talking import Reply, Settings, Talker
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED, is_integer, is_number
 from anygpt.errors import InputError
 from anygpt.outputs import Answer, Segment
 from anygpt.serving.media import from_base64, from_data_url, to_base64, to_data_url
-from anygpt.talking import Reply, Settings, Talker
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 PARTS = {"image_url": "image", "video_url": "video", "input_audio": "audio"}

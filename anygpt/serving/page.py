@@ -18,14 +18,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from fastapi import FastAPI
 
-from anygpt.chat import answer_message
+from anygpt.chat.talking import SUFFIXES, Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
-from anygpt.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.guard import Guard
 from anygpt.serving.http import FAULT, logger
 from anygpt.serving.unread import Unread
-from anygpt.talking import SUFFIXES, Reply, Settings, modality_of, write_segment
 
 MAX_FILES = 8
 MAX_CHARACTERS = 4000

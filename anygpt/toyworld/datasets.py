@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from anygpt.data.media_writing import write_audio, write_image, write_video
 from anygpt.errors import InputError
+from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing

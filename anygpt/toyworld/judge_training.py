@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anygpt.data.media import read_video
-from anygpt.data.media_writing import write_video
+from anygpt.media.reading import read_video
+from anygpt.media.writing import write_video
 from anygpt.toyworld.datasets import FPS
 from anygpt.toyworld.judges import NETWORKS, WEIGHTS, Judges, load_judges
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
-from anygpt.audio import resample, to_mono
 from anygpt.errors import InputError
+from anygpt.media.audio import resample, to_mono
 from anygpt.toyworld.render import AUDIO_SECONDS, SAMPLING_RATE
 from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 

@@ -10,8 +10,8 @@ import torch
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
-from anygpt.modeling import MultimodalModel
-from anygpt.processing import MultimodalProcessor
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
 from anygpt.training.loading import use_frames_of
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
-from anygpt.losses import ALIGNMENTS, LossWeights
+from anygpt.losses.formulas import ALIGNMENTS, LossWeights
 from anygpt.training.overrides import asks_for_help, check_keys, merge
 
 MAX_RATE = 1e3  # AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from anygpt.data.cache.keys import LANGUAGE_MODEL
-from anygpt.data.cache.reading import open_cache
+from anygpt.cache.keys import LANGUAGE_MODEL
+from anygpt.cache.reading import open_cache
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.lengths import Lengths

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset, LoadedSample
-from anygpt.data.media_writing import write_audio, write_image, write_video
+from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.outputs import Answer
 
 TEXT_TOKENS = 64

@@ -18,8 +18,8 @@ from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
-from anygpt.modeling import MultimodalModel
-from anygpt.parts import (
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.model.parts import (
     Source,
     load_decoder,
     load_encoder,
@@ -27,8 +27,8 @@ from anygpt.parts import (
     load_language_model,
     load_tokenizer,
 )
-from anygpt.processing import MultimodalProcessor
-from anygpt.saving import part_entries, read_config
+from anygpt.model.saving import part_entries, read_config
+from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig
 from anygpt.training.stages import Stage
 

@@ -8,8 +8,8 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 
 from anygpt.errors import InputError
-from anygpt.losses import TERMS
-from anygpt.parts import is_peft
+from anygpt.losses.formulas import TERMS
+from anygpt.model.parts import is_peft
 from anygpt.training.config import Config, LoraSettings
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
-from anygpt.freezing import PartSummary
+from anygpt.model.freezing import PartSummary
 from anygpt.training.config import Config
 from anygpt.training.record import memory_in_use
 

@@ -17,8 +17,8 @@ import torch
 from benchmarks.stage2 import clock, make_model
 
 from anygpt import MultimodalModel
-from anygpt.generation import SpanDecoder
-from anygpt.span_rules import SpanRules
+from anygpt.generation.decoding import SpanDecoder
+from anygpt.generation.span_rules import SpanRules
 
 ONE, SPAN, STEPWISE = "one token", "span of 24, one forward", "span of 24, token by token"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

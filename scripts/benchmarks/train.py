@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anygpt.parts import Source, load_tokenizer
+from anygpt.model.parts import Source, load_tokenizer
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training import loop
 from anygpt.training.cli import quiet_libraries

@@ -1,0 +1,175 @@
+"""The stores of a composition, and what each depends on: fingerprints of weights, settings of what comes before.
+
+There is a store for each encoder (`image_encoder`), and two for each decoder: `image_decoder.captions`, its text
+encoders' output, and `image_decoder.latents`, the parameters of its VAE's posterior. `language_model` holds the states
+of rows without media in, where nothing below them trains, as in stage 2 under `signal_rows: output`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import nn
+
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.encoders.callbacks import EncoderCallbacks
+from anygpt.encoders.module import ModalEncoderModule
+from anygpt.encoders.video import VideoFrameProcessor
+from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
+
+VERSION = 3  # of what is stored, and of our own decoding of media
+FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
+KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
+LANGUAGE_MODEL = "language_model"
+# Of a config: where, when and with which version it was saved.
+NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One store of a composition.
+
+    name: of its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
+    "text". obstacle: why this run must compute it anew, or None.
+    """
+
+    name: str
+    kind: str
+    part: str
+    modality: str
+    obstacle: str | None
+
+    def place(self, folder: Path, key: Mapping[str, Any]) -> Path:
+        """The store's folder; of states, which hang on signal tokens that a run draws by its seed, one for each key."""
+        if self.kind != STATES:
+            return folder / self.name
+        return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
+
+
+def entries(model: Any) -> list[Entry]:
+    """The stores of a composition, in whose parts it is settled what trains."""
+    found = []
+    for key, encoder in model.encoders.items():
+        obstacle = encoder_obstacle(encoder)
+        if model.preprocess_llm_callback is not None:
+            obstacle = "preprocess_llm_callback reads its inputs"
+        found.append(Entry(f"{key}_encoder", FEATURES, key, encoder.modality, obstacle))
+    for key, module in model.decoders.items():
+        trained = "it trains" if any(map(trains, encoding_networks(module.module).values())) else None
+        dropped = "captions are dropped at random" if model.loss_weights.caption_dropout else None
+        pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
+        for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
+            found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
+    found.append(Entry(LANGUAGE_MODEL, STATES, LANGUAGE_MODEL, "text", states_obstacle(model)))
+    return found
+
+
+def states_obstacle(model: Any) -> str | None:
+    """What the head and the output projectors read in a row without media must stay what it is."""
+    if trains(model.language_model):
+        return "it trains"
+    if is_peft(model.language_model):
+        return "it has adapters"
+    if trains(model.signal_tokens.input_rows):
+        return "input rows of signal tokens train"
+    if any(decoder.layer_weights is not None for decoder in model.decoders.values()):
+        return "a decoder mixes its layers"
+    return None if model.preprocess_llm_callback is None else "preprocess_llm_callback changes its inputs"
+
+
+def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
+    """What comes after an encoder's features must need nothing but them, and they must stay what they are."""
+    callbacks = encoder.callbacks
+    if trains(encoder.module):
+        return "it trains"
+    if encoder.own_functions:
+        return f"its {' and '.join(encoder.own_functions)} has no fingerprint"
+    if callbacks is None:
+        return None
+    if type(callbacks).postprocess_projector is not EncoderCallbacks.postprocess_projector:
+        return "a callback reads its inputs after the projector"
+    return "its callbacks have parameters" if any(True for _ in callbacks.parameters()) else None
+
+
+def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, precision: str) -> dict[str, Any]:
+    """What a store's tensors depend on, beside the bytes of the media or the text of the captions.
+
+    Args:
+        entry: the store.
+        model, processor: the composition's.
+        num_frames: to which clips are sampled when they are decoded (see `read_video`).
+        precision: `train.mixed_precision`.
+    """
+    key: dict[str, Any] = {"version": VERSION, "precision": precision}
+    if entry.modality == "video" and entry.kind != CAPTIONS:
+        key["num_frames"] = num_frames
+    if entry.kind == FEATURES:
+        encoder = model.encoders[entry.part]
+        return key | {
+            "class": class_name(encoder.module),
+            "weights": fingerprint_tensors(encoder.module.state_dict()),  # those of an adapter too
+            "config": plain(encoder.config.to_dict()),
+            "preprocessing": processing(processor.encoder_processors[entry.part]),
+            "callbacks": callback_dict(encoder.callbacks),
+        }
+    if entry.kind == STATES:
+        rows = model.signal_tokens
+        weights = {"language_model": model.language_model, "input_rows": rows.input_rows}
+        return key | {
+            "class": class_name(model.language_model),
+            "weights": {name: fingerprint_tensors(part.state_dict()) for name, part in weights.items()},
+            "config": plain(model.language_model.config.to_dict()),
+            "signal_tokens": rows.ids,
+            "hidden_layer": {name: decoder.hidden_layer for name, decoder in model.decoders.items()},
+            "nll": model.loss_weights.wants("nll"),
+        }
+    decoder = model.decoders[entry.part].module
+    networks = encoding_networks(decoder)
+    key["class"] = class_name(decoder)
+    key["weights"] = {name: fingerprint_tensors(network.state_dict()) for name, network in networks.items()}
+    key["config"] = {name: plain(n.config.to_dict()) for name, n in networks.items() if hasattr(n.config, "to_dict")}
+    key["config"] |= {name: plain(n.config) for name, n in networks.items() if isinstance(n.config, Mapping)}
+    if entry.kind == LATENTS:
+        return key | {"preprocessing": decoder.targets.to_dict()}
+    parts = decoder.pipeline.components.items()
+    key["tokenizers"] = {name: tokenizer(part) for name, part in parts if name.startswith("tokenizer") and part}
+    return key | {"shape": list(decoder.condition_shape), "pooled": decoder.pooled_dim}
+
+
+def encoding_networks(decoder: DiffusionDecoder) -> dict[str, nn.Module]:
+    """The networks that captions and media may go through before the denoiser, by name."""
+    return {name: network for name, network in decoder.named_children() if network is not decoder.denoiser}
+
+
+def trains(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
+
+
+def processing(processor: Any) -> dict[str, Any]:
+    """The settings of an image processor or feature extractor."""
+    if isinstance(processor, VideoFrameProcessor):
+        return {"frames": processor.num_frames, "of": processing(processor.image_processor)}
+    return {"class": type(processor).__name__, **plain(processor.to_dict())}
+
+
+def tokenizer(part: Any) -> dict[str, Any]:
+    """A tokenizer's fingerprint and length."""
+    backend = getattr(part, "backend_tokenizer", None)
+    content = dict(part.get_vocab()) if backend is None else json.loads(backend.to_str())
+    for name in () if backend is None else ("truncation", "padding"):
+        content.pop(name, None)  # of the last call
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return {"fingerprint": fingerprint, "length": part.model_max_length}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON values, without notes of where and with which version they were saved."""
+    kept = {k: v for k, v in settings.items() if not str(k).startswith("_") and k not in NOTES}
+    return {
+        str(k): plain(v) if isinstance(v, Mapping) else json.loads(json.dumps(v, default=str)) for k, v in kept.items()
+    }

@@ -1,9 +1,0 @@
-"""The feature cache: what frozen parts make of media and captions, computed once and kept in memory-mapped shards.
-
-`keys` says what a store depends on, `store` keeps tensors on disk, `reading` hands them to a dataset, `writing` makes
-them.
-"""
-
-from anygpt.data.cache.reading import CachedFeatures, CachedLatents, FeatureCache, StaleCache
-
-__all__ = ["CachedFeatures", "CachedLatents", "FeatureCache", "StaleCache"]

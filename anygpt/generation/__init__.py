@@ -1,0 +1,1 @@
+"""Text, conditions and media out, in the order in which they are said."""

@@ -1,0 +1,371 @@
+"""Generation: text, then conditions at signal spans, then media, in the order in which they were said.
+
+transformers' `generate` prepares everything (cache, logits processors, stopping criteria) and hands over to
+`SpanDecoder`, a decoding loop for greedy search and sampling that runs a span in one forward over the cache. Beam
+search stays transformers' own, with the span forced token by token. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
+
+from anygpt.encoders.module import argument_names, base_model
+from anygpt.errors import InputError
+from anygpt.generation.answering import Answering, SpanStates
+from anygpt.generation.events import Listener, Narrator
+from anygpt.generation.span_rules import SpanForcing, SpanRules
+from anygpt.outputs import GenerationOutput
+from anygpt.sequence.merging import Merged, pad_left
+from anygpt.sequence.signal_tokens import Spans, Tap
+
+OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+@dataclass
+class SpanDecoder:
+    """The decoding loop that transformers' `generate(custom_generate=…)` calls, for greedy search and sampling.
+
+    Attributes:
+        model: the `MultimodalModel`, its signal tokens attached to the language model.
+        tap: what the language model's head reads.
+        rules: which tokens may come next.
+        prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
+        narrator: is told what is said, where there is one row.
+        spans: the spans that came out, filled while decoding.
+    """
+
+    model: Any = field(repr=False)
+    tap: Tap
+    rules: SpanRules
+    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    narrator: Narrator | None = None
+    spans: list[SpanStates] = field(default_factory=list)
+    _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        language_model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Callable,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Decode until every row has stopped.
+
+        Each step feeds a chunk, aligned to the right: one token for ordinary rows, all tokens of a span for rows
+        that begin one. What lies to the left of shorter rows is masked, so that a row's answer does not depend on
+        what its neighbours say. Such holes would take places of a sliding window, so where a layer's cache is not a
+        plain one, the tokens of a span are fed one by one.
+
+        Returns:
+            `(B, new tokens)` int64, padded on the right.
+        """
+        chunk, mask = model_kwargs["inputs_embeds"], model_kwargs.get("attention_mask")
+        past_key_values = model_kwargs.get("past_key_values")
+        rows, device = chunk.shape[0], chunk.device
+        # transformers drops a mask of ones
+        mask = chunk.new_ones(chunk.shape[:2], dtype=torch.long) if mask is None else mask
+        embedding = language_model.get_input_embeddings()
+        eos = generation_config._eos_token_tensor
+        eos = set() if eos is None else set(eos.flatten().tolist())
+        pad = generation_config._pad_token_tensor
+        pad = 0 if pad is None else int(pad.flatten()[0])
+        for processor in logits_processor:
+            # the padding of each prompt: it is no part of an answer, which processors see row by row
+            if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+                processor.prompt_ignore_length = 0
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        running = [True] * rows
+        fed: list[list[int]] = [[] for _ in range(rows)]
+        waiting: list[list[int]] = [[] for _ in range(rows)]  # tokens said, but not fed yet
+        at_once = all(type(layer) is DynamicLayer for layer in past_key_values.layers)
+        while True:
+            outputs = self._forward(language_model, chunk, mask, past_key_values)
+            past_key_values = outputs.past_key_values
+            self._collect(answers, fed, chunk, outputs.hidden_states)
+            scores = outputs.logits[0].float()  # (B, V'): the head ran on the last place of each row alone
+            for row in (row for row in range(rows) if running[row] and not waiting[row]):
+                answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
+                score = scores[row : row + 1]
+                score[:, self.rules.banned(answers[row])] = -torch.inf
+                # row by row, because rows have different lengths once one of them has said a span
+                score = logits_processor(answer, score)
+                token = int(
+                    torch.multinomial(score.softmax(dim=-1), 1) if generation_config.do_sample else score.argmax(dim=-1)
+                )
+                token = self.rules.forced(answers[row], token, ends=token in eos)
+                key = self.rules.key_of_first.get(token)
+                new = self.rules.ids[key] if key else [token]
+                answers[row] += new
+                if self.narrator is not None:
+                    self.narrator.said(new, key)
+                said = torch.tensor([answers[row]], dtype=torch.long, device=device)
+                running[row] = not bool(stopping_criteria(said, None).any())
+                # A span that ends the answer must run all the same: the decoder is conditioned on its states.
+                waiting[row] = list(new) if running[row] or key else []
+            fed = [tokens if at_once else tokens[:1] for tokens in waiting]
+            waiting = [[] if at_once else tokens[1:] for tokens in waiting]
+            if not any(fed):
+                if self.narrator is not None:
+                    self.narrator.end_text()
+                return _pad_right(answers, pad, device)
+            tokens, chunk_mask = _align_right(fed, pad, device)
+            chunk = embedding(tokens)
+            mask = torch.cat([mask, chunk_mask], dim=1)
+
+    def _forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
+        rows, length = chunk.shape[:2]
+        last = torch.full((rows,), length - 1, device=chunk.device)
+        self.tap.select = (torch.arange(rows, device=chunk.device), last)
+        options = dict(self.prompt) if past_key_values.get_seq_length() == 0 else {}
+        if "position_ids" in argument_names(language_model):
+            options["position_ids"] = self._positions(mask, length)
+        return language_model(
+            inputs_embeds=chunk,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=True,
+            output_hidden_states=any(decoder.needs_all_states for decoder in self.model.decoders.values()),
+            return_dict=True,
+            **options,
+        )
+
+    def _positions(self, mask: Tensor, length: int) -> Tensor:
+        """`(B, length)` positions of the newest places, or `(3, B, length)` where the prompt's are such."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        prompt = self.prompt.get("position_ids")
+        if prompt is None:
+            return positions
+        if mask.shape[1] == prompt.shape[-1]:
+            return prompt
+        # Under M-RoPE an image spans fewer positions than places: text goes on after the largest, whatever the axis.
+        largest = prompt.amax(dim=-1).reshape(-1, len(mask)).amax(dim=0)
+        shift = largest + 1 - mask[:, : prompt.shape[-1]].sum(dim=1)
+        return (positions + shift[:, None]).expand(*prompt.shape[:-1], length)
+
+    def _collect(
+        self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
+    ) -> None:
+        """Keep the states of the spans that the last forward ran, or ran a token of."""
+        for row, new in enumerate(fed):
+            key = self.rules.key_of_first.get(new[0]) if new else None
+            if key is not None:
+                self._begun[row] = (key, len(answers[row]) - len(self.rules.ids[key]), [])
+            if not new or row not in self._begun:
+                continue
+            key, start, found = self._begun[row]
+            decoder = self.model.decoders[key]
+            states = decoder.select_states(self.tap.hidden, all_states)[row, -len(new) :]
+            found.append(states + chunk[row, -len(new) :])
+            if sum(map(len, found)) == len(self.rules.ids[key]):
+                # a trigger before queries is not read
+                self.spans.append(SpanStates(row, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
+                del self._begun[row]
+
+
+class GenerationMixin(Answering):
+    """`generate`, mixed into `MultimodalModel`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        items_per_row: Mapping[str, list[int]] | None = None,
+        require: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        on_event: Listener | None = None,
+        **kwargs: Any,
+    ) -> GenerationOutput:
+        """Answer a batch of prompts with text and media.
+
+        Args:
+            input_ids, attention_mask: `(B, S)`, padded on either side.
+            items_per_row: see `forward`.
+            require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
+            forbid: decoders that no answer may call.
+            decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
+                `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
+                `width` (pixels), `num_frames`, `audio_length_in_s`. With a `seed` a row's media are what they are
+                when the row is alone.
+            generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
+            on_event: called with an `Event` whenever something happens; what it raises ends the
+                generation. For one row, without beams. (`generate_stream` is the iterator.)
+            kwargs: encoder inputs, as in `forward`, and generation options.
+
+        Returns:
+            The new tokens, and one `Answer` a row: its segments in order.
+
+        Raises:
+            InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
+                search; events of several rows, or of a search with beams, where nothing is final before the end.
+        """
+        require, forbid = self.check_request(require, forbid, decoder_kwargs)
+        inputs, options = self._split_inputs(kwargs)
+        config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
+        options = self._special_tokens(config) | options
+        config.update(**options)
+        mode = config.get_generation_mode()
+        if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
+            raise InputError(
+                f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
+                "supported; use greedy search, sampling or beam search, one answer a row"
+            )
+        narrator = None
+        if on_event is not None:
+            if len(input_ids) != 1 or mode in BEAM_MODES:
+                raise InputError(
+                    f"events are told of one row and without beams, not of {len(input_ids)} rows by {mode.value}; "
+                    "leave out on_event, or call generate for each row with num_beams=1"
+                )
+            types = {key: decoder.modality for key, decoder in self.decoders.items()}
+            narrator = Narrator(on_event, self.text_of, types)
+        budget = config.max_new_tokens
+        if budget is None:
+            raise InputError(
+                "max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have"
+            )
+        rules = SpanRules(self.signal_tokens.ids, budget, require, forbid, self._placeholders())
+        if generation_config is not None:
+            options["generation_config"] = generation_config
+        training = self.training
+        self.eval()
+        try:
+            with self.signal_tokens.attached(self.language_model) as tap:
+                merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs), items_per_row)
+                merged = pad_left(merged)
+                if mode in OWN_MODES:
+                    sequences, spans = self._decode_stepwise(merged, inputs, tap, rules, options, narrator)
+                else:
+                    sequences, spans = self._decode_with_beams(merged, inputs, tap, rules, options)
+            answers = self.assemble(sequences, spans, decoder_kwargs or {}, narrator)
+            return GenerationOutput(sequences=sequences, answers=answers)
+        finally:
+            self.train(training)
+
+    def check_request(
+        self,
+        require: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """`require` and `forbid`, each decoder once, with all that is known of `generate`'s arguments before it runs.
+
+        Raises:
+            InputError: an unknown decoder or option.
+        """
+        for name, keys in (("require", require), ("forbid", forbid)):
+            if isinstance(keys, str):
+                raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
+        require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
+        decoder_kwargs = decoder_kwargs or {}
+        unknown = sorted({*require, *forbid, *decoder_kwargs} - set(self.decoder_keys))
+        if unknown:
+            raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(self.decoder_keys)}")
+        for key, given in decoder_kwargs.items():
+            self.decoders[key].module.check_options(given)
+        return require, forbid
+
+    def _decode_stepwise(
+        self,
+        merged: Merged,
+        inputs: Mapping[str, Any],
+        tap: Tap,
+        rules: SpanRules,
+        options: dict[str, Any],
+        narrator: Narrator | None,
+    ):
+        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+        changed = self.preprocess_llm(merged, inputs, prompt)
+        decoder = SpanDecoder(self, tap, rules, changed, narrator)
+        return self.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
+
+    def _decode_with_beams(
+        self, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
+    ):
+        """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
+        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+        prompt |= self.preprocess_llm(merged, inputs, prompt)
+        eos = options.get("eos_token_id")
+        eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+        processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
+        sequences = self.language_model.generate(**prompt, logits_processor=processors, **options)
+        embeds = self.language_model.get_input_embeddings()(sequences)
+        whole = Merged(
+            torch.cat([merged.inputs_embeds, embeds], dim=1),
+            torch.cat([merged.input_ids, sequences], dim=1),
+            torch.cat([merged.attention_mask, torch.ones_like(sequences)], dim=1),
+            None,
+            merged.media_in,
+        )
+        tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
+        _, all_states = self.run_language_model(whole, inputs)
+        prompt = merged.input_ids.shape[1]
+        spans = {key: self.signal_tokens.find_spans(sequences, key) for key in self.decoders}
+        shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
+        states = self.read_spans(whole, shifted, tap.hidden, all_states)
+        return sequences, [
+            # the span ends with what is read
+            SpanStates(row, last + 1 - len(self.signal_tokens.ids[key]), key, state)
+            for key in states
+            for row, last, state in zip(
+                spans[key].rows.tolist(), spans[key].positions[:, -1].tolist(), states[key], strict=True
+            )
+        ]
+
+    def _placeholders(self) -> tuple[int, ...]:
+        """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
+        said = [i for span in self.signal_tokens.ids.values() for i in span]
+        size = max(self.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
+        return tuple(i for i in (self.token_ids or {}).values() if i < size)
+
+    def _special_tokens(self, config: GenerationConfig) -> dict[str, Any]:
+        """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""
+        tokens: dict[str, Any] = {}
+        for name in ("eos_token_id", "pad_token_id"):
+            for source in (config, base_model(self.language_model).generation_config, self.tokenizer):
+                if getattr(source, name, None) is not None:
+                    tokens[name] = getattr(source, name)
+                    break
+        if "eos_token_id" in tokens:
+            eos = tokens["eos_token_id"]
+            tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos)
+        return tokens
+
+    def _split_inputs(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Encoder inputs and generation options; what only training needs is left out."""
+        names = {name for encoder in self.encoders.values() for name in encoder.input_names}
+        inputs, options = {}, {}
+        for name, value in kwargs.items():
+            if name in ("labels", "decoder_targets"):
+                continue
+            (inputs if name in names or "." in name else options)[name] = value
+        return inputs, options
+
+
+def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(B, longest)`, each row at the right."""
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _pad_right(rows: list[list[int]], pad: int, device: torch.device) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows], dtype=torch.long, device=device)

@@ -1,0 +1,1 @@
+"""Images, clips and sounds: reading, writing, resampling."""

@@ -1,0 +1,127 @@
+"""Images, videos and sounds: files to arrays, with Pillow and PyAV only (`media_writing` is the way back).
+
+Nothing here resizes, crops or resamples; each consumer does that for itself. What cannot be decoded in full
+is an `InputError` with the path, the reason and what to do.
+"""
+
+import av
+import numpy as np
+from PIL import ExifTags, Image
+
+from anygpt.errors import InputError
+from anygpt.media.files import (
+    DEFAULT_LIMITS,
+    Audio,
+    MediaLimits,
+    Place,
+    Video,
+    codec_of,
+    decoding,
+    open_container,
+    open_image,
+    to_rgb,
+)
+from anygpt.media.videos import read_video
+
+
+def read_media(
+    media_type: str,
+    path: str | Place,
+    num_frames: int | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    *,
+    whole: bool = False,
+) -> Image.Image | Video | Audio:
+    """Reads an "image", a "video" (with `num_frames` and `whole`, see `read_video`) or an "audio"."""
+    if media_type == "image":
+        return read_image(path, limits)
+    if media_type == "video":
+        return read_video(path, num_frames, limits, whole=whole)
+    if media_type == "audio":
+        return read_audio(path, limits)
+    raise InputError(f"The media type {media_type!r} is not known: it is one of image, video, audio.")
+
+
+# -- images ----------------------------------------------------------------------------------------------
+
+# What an EXIF orientation asks for. Not by `ImageOps.exif_transpose`, which writes the other tags anew, and fails where
+# one of them is odd.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
+    """An RGB image, turned as its EXIF orientation says; transparency is put on white.
+
+    Of an animation, the first frame. 16-bit grey is scaled to 8 bits; floating-point images must lie in [0, 1].
+
+    Raises:
+        InputError: no such file, empty, truncated, not an image, or over a limit.
+    """
+    with decoding(path, "an image") as path, open_image(path, limits) as image:
+        image.load()  # TIFF's and AVIF's plugins turn it here, and take the orientation out
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return to_rgb(image if turn is None else image.transpose(turn))
+
+
+# -- sounds ----------------------------------------------------------------------------------------------
+
+
+def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
+    """Reads a sound file, or the first sound track of a video, at its own rate and with its own channels.
+
+    Integers are scaled to [-1, 1]; floating-point samples beyond (lossy codecs overshoot a little) are clipped.
+
+    Raises:
+        InputError: no such file, empty, truncated, no sound in it, NaN or infinite samples, or over a limit.
+    """
+    with decoding(path, "audio") as path, open_container(path, limits) as container:
+        if not container.streams.audio:
+            raise InputError(f"{path} has no audio stream: give a file with sound.")
+        stream = container.streams.audio[0]
+        rate, channels = codec_of(stream).sample_rate, codec_of(stream).channels
+        seconds = (container.duration or 0) / av.time_base
+        limits.check(path, seconds=seconds, bytes=seconds * rate * channels * 4)
+        stream.codec_context.thread_count = 1  # as of videos
+        chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
+        for frame in container.decode(stream):
+            if not chunks:  # a header may say otherwise
+                rate, channels = frame.sample_rate, frame.layout.nb_channels
+            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
+                raise ValueError(
+                    f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
+                    f"{frame.layout.nb_channels} channels; convert it to one"
+                )
+            chunks.append(_to_float(frame, to_packed))
+            length += frame.samples
+            limits.check(path, seconds=length / rate, bytes=length * channels * 4)
+        if length == 0:
+            raise ValueError("it holds no samples")
+        waveform = np.concatenate(chunks, axis=1)
+        if not np.isfinite(waveform).all():
+            raise ValueError("it holds samples that are NaN or infinite")
+        return Audio(waveform=np.clip(waveform, -1, 1), sampling_rate=rate)
+
+
+def _to_float(frame: av.AudioFrame, to_packed: av.AudioResampler) -> np.ndarray:
+    """`(C, n)` float32, as `av.AudioResampler(format="fltp")` gives it.
+
+    A resampler starts a filter graph with threads of its own for each file, which costs more than all else of a short
+    one, so it is for what PyAV makes no arrays of: 64-bit integers, and eight planes or more, past which it crashes.
+    """
+    if frame.format.name.startswith("s64") or (frame.format.is_planar and frame.layout.nb_channels > 7):
+        return np.concatenate([_to_float(packed, to_packed) for packed in to_packed.resample(frame)], axis=1)
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    if samples.dtype == np.uint8:  # FFmpeg's only unsigned format
+        return (samples.astype(np.float32) - 128) / 128
+    scale = 1 if samples.dtype.kind == "f" else np.float32(2.0 ** -(8 * samples.itemsize - 1))
+    return samples.astype(np.float32) * scale

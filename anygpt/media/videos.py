@@ -1,0 +1,281 @@
+"""Videos and animations to frames: all of them, so many evenly spaced, or so many a second.
+
+Where only some are wanted and the container says when each is shown, decoding starts at the keyframe before each and
+ends with it. Where it does not, and in animations, all are decoded in order and the wanted ones kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from PIL import Image
+
+from anygpt.errors import InputError
+from anygpt.media.files import (
+    DEFAULT_LIMITS,
+    MediaLimits,
+    Place,
+    Video,
+    codec_of,
+    decoding,
+    open_container,
+    open_image,
+    to_rgb,
+)
+
+# Containers that say of each packet when it is shown; others (AVI, for one) say when it is decoded.
+TIMED = {"mov", "matroska", "mpegts"}
+# PyAV 17 began to convert a frame in as many threads as there are cores, which take longer to start than it takes.
+_IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+# Of all frames of an animation together: half a minute of decoding.
+ANIMATION_PIXELS = 2**32
+# The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), and how many seconds it is shown.
+Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction]]
+# From when each frame is shown, and when the last one ends, to the indices of those that are wanted.
+Choice = Callable[[Sequence[Fraction], Fraction], Sequence[int]]
+
+
+@dataclass
+class Header:
+    """What is known of a video before it is decoded.
+
+    pixels: of a frame. count: of frames. shown: when each is, in order, in units of `unit` seconds, and keys: those at
+    which decoding can start; both empty where the container does not say. rate: frames a second.
+    """
+
+    pixels: int
+    count: int
+    shown: Sequence[int] = ()
+    keys: Sequence[int] = ()
+    unit: Fraction = Fraction(1)
+    rate: Fraction = Fraction(10)
+
+
+def read_video(
+    path: str | Place,
+    num_frames: int | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    *,
+    fps: float | None = None,
+    whole: bool = False,
+) -> Video:
+    """Reads a video file, or an animated GIF, WebP or PNG.
+
+    Args:
+        num_frames: None returns all n frames. k returns exactly k, evenly spaced from the first to the last:
+            frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1 (halves up), the middle one for
+            k = 1; where k > n, frames repeat. Only these are kept in memory.
+        fps: so many frames a second in place of a number: those shown at 0, 1 / fps, 2 / fps … seconds, one at least;
+            where the file has fewer, frames repeat.
+        whole: decode all frames whatever is returned, to find out whether they can be.
+
+    Returns:
+        A `Video`, frames turned as the file's rotation says; but for `fps`, times are taken as evenly spaced.
+
+    Raises:
+        InputError: no such file, empty, truncated, not a video, without a picture stream, or over a limit.
+    """
+    if num_frames is not None and (num_frames < 1 or fps is not None):
+        raise InputError(f"num_frames is {num_frames}, and must be at least 1, or None for all frames or with fps.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise InputError(f"fps is {fps}, and must be a number above 0, or None.")
+    with decoding(path, "a video") as path:
+        animated = _is_animation(path)
+        header = (_animation_header if animated else _video_header)(path, limits)
+        kept_count = num_frames or (0 if fps else header.count)
+        limits.check(path, pixels=header.pixels, frames=header.count, bytes=kept_count * header.pixels * 3)
+
+        def choose(starts: Sequence[Fraction], end: Fraction) -> Sequence[int]:
+            if fps is None:
+                return range(len(starts)) if num_frames is None else _evenly_spaced(len(starts), num_frames)
+            times = max(1, math.floor(end * Fraction(fps)))
+            limits.check(path, bytes=times * header.pixels * 3)
+            return [bisect_right(starts, i / Fraction(fps)) - 1 for i in range(times)]
+
+        picked = None
+        if header.shown and not whole and (num_frames is not None or fps is not None):
+            picked = _seek_frames(path, header, choose, limits)
+        chosen, seconds = picked or _decode_all(
+            _animation_frames if animated else _video_frames, path, header, choose, limits
+        )
+        return Video(frames=np.stack(chosen), fps=float(len(chosen) / seconds if fps is None else fps))
+
+
+def _evenly_spaced(count: int, k: int) -> list[int]:
+    if k == 1:
+        return [(count - 1) // 2]
+    return [(2 * i * (count - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]
+
+
+# -- in order --------------------------------------------------------------------------------------------
+
+
+def _decode_all(
+    frames: Callable[[Place, MediaLimits], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
+) -> tuple[list[np.ndarray], Fraction]:
+    """The chosen frames, and how many seconds all are shown; all are decoded, again if the header was wrong."""
+    starts, end = [i / header.rate for i in range(header.count)], header.count / header.rate
+    while True:
+        kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end))
+        starts, end = _keep(frames(path, limits), kept, path, limits)
+        chosen = choose(starts, end)
+        if kept.keys() >= set(chosen):
+            return [kept[i] for i in chosen], end
+
+
+def _keep(
+    frames: Frames, kept: dict[int, np.ndarray | None], path: Place, limits: MediaLimits
+) -> tuple[list[Fraction], Fraction]:
+    """Runs through all frames and puts in those of the indices that are there; from when each is shown, and the end."""
+    starts: list[Fraction] = []
+    end, size = Fraction(0), 0
+    for index, (to_array, shown) in enumerate(frames):
+        if index in kept:
+            kept[index] = to_array()
+            size += kept[index].nbytes
+        starts.append(end)
+        end += shown
+        limits.check(path, frames=len(starts), bytes=size)
+    if not starts:
+        raise ValueError("it holds no frames")
+    return starts, end
+
+
+def _is_animation(path: Place) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head.startswith((b"GIF8", b"\x89PNG")) or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
+
+
+def _animation_header(path: Place, limits: MediaLimits) -> Header:
+    with open_image(path, limits) as image:
+        count = getattr(image, "n_frames", 1)
+        if count == 1 and image.format != "GIF":
+            raise ValueError("it is a still image")
+        if image.width * image.height * count > ANIMATION_PIXELS:  # each frame is put on the whole canvas
+            raise ValueError(f"its {count:,} frames of {image.width} × {image.height} pixels are too much to decode")
+        return Header(image.width * image.height, count)
+
+
+def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
+    with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
+        for index in range(getattr(image, "n_frames", 1)):
+            image.seek(index)
+            limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
+            image.load()
+            milliseconds = image.info.get("duration") or 100  # what browsers take an unstated duration for
+            yield lambda: np.asarray(to_rgb(image)), Fraction(milliseconds) / 1000
+
+
+def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song is no video
+            # Workers decode side by side; threads of its own take longer to start than a few frames to decode.
+            codec_of(stream).thread_count = 1
+            return stream
+    raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
+
+
+def _video_frames(path: Place, limits: MediaLimits) -> Frames:
+    with open_container(path, limits) as container:
+        stream = _picture_stream(container, path)
+        rate = _rate(stream)
+        for frame in container.decode(stream):
+            limits.check(path, pixels=frame.width * frame.height)  # a later frame may be larger
+            yield lambda frame=frame: _to_array(frame), 1 / rate
+
+
+def _rate(stream: av.VideoStream) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise ValueError("it does not say how many frames it shows a second")
+    return Fraction(rate)
+
+
+def _to_array(frame: av.VideoFrame) -> np.ndarray:
+    """Turned and mirrored as its display matrix says, (a, b; c, d): x' = a x + c y, y' = b x + d y."""
+    array = frame.to_ndarray(format="rgb24", **_IN_ONE_THREAD)
+    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return array
+    a, b, _, c, d = np.frombuffer(matrix, np.int32, count=5)
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        array, a, d = array.swapaxes(0, 1), c, b
+    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+# -- from keyframes on -----------------------------------------------------------------------------------
+
+
+def _video_header(path: Place, limits: MediaLimits) -> Header:
+    """From the packets, none of which is decoded."""
+    with open_container(path, limits) as container:
+        stream = _picture_stream(container, path)
+        limits.check(path, seconds=(container.duration or 0) / av.time_base)
+        codec = codec_of(stream)
+        header = Header(codec.width * codec.height, 0, rate=_rate(stream))
+        shown, keys = [], []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                header.count += 1
+                limits.check(path, frames=header.count)
+                shown.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        timed = not TIMED.isdisjoint(container.format.name.split(",")) and shown and None not in shown
+        if timed and len(set(shown)) == len(shown) and min(keys, default=math.inf) <= min(shown):
+            header.shown, header.keys, header.unit = sorted(shown), sorted(keys), Fraction(stream.time_base)
+        return header
+
+
+def _seek_frames(
+    path: Place, header: Header, choose: Choice, limits: MediaLimits
+) -> tuple[list[np.ndarray], Fraction] | None:
+    """As `_decode_all`, but decoding no more than is needed; None if the file is not what its packets say."""
+    starts = [(time - header.shown[0]) * header.unit for time in header.shown]
+    chosen = choose(starts, starts[-1] + 1 / header.rate)
+    kept: dict[int, np.ndarray] = {}
+    size = 0
+    try:
+        with open_container(path, limits) as container:
+            stream = _picture_stream(container, path)
+            for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: _key_before(header, i)):
+                left = {header.shown[i]: i for i in indices}
+                container.seek(key, stream=stream)
+                for frame in _frames_from_keyframe(container, stream):
+                    limits.check(path, pixels=frame.width * frame.height)
+                    if frame.is_corrupt or frame.pts is None or frame.pts > max(left):
+                        return None
+                    if frame.pts in left:
+                        kept[left[frame.pts]] = array = _to_array(frame)
+                        size += array.nbytes
+                        limits.check(path, bytes=size)
+                        del left[frame.pts]
+                    if not left:
+                        break
+                if left:
+                    return None
+    except av.FFmpegError:
+        return None  # decoding in order tells what is wrong
+    return [kept[i] for i in chosen], header.count / header.rate
+
+
+def _key_before(header: Header, index: int) -> int:
+    return header.keys[bisect_right(header.keys, header.shown[index]) - 1]
+
+
+def _frames_from_keyframe(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """What is decoded from the container's position on; packets before a keyframe would give broken frames."""
+    started = False
+    for packet in container.demux(stream):
+        started = started or packet.is_keyframe
+        if started:
+            yield from packet.decode()

@@ -1,0 +1,1 @@
+"""The composition: `MultimodalModel` and what loads, freezes and saves it."""

@@ -1,0 +1,107 @@
+"""`MultimodalConfig`: what a composition consists of, one entry a part, as JSON beside its tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from anygpt.encoders.module import base_model
+from anygpt.encoders.video import VideoEncoder
+from anygpt.model.parts import callback_dict, class_name, is_peft, source_dict, source_of
+
+if TYPE_CHECKING:
+    from anygpt.model.multimodal import MultimodalModel
+
+FORMAT_VERSION = 1
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """The composition.
+
+    Attributes:
+        encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "callbacks",
+            "saved_callbacks", "projector"}}`; `callbacks` names functions, which can only be missed.
+        language_model: `{"class", "source", "fingerprint", "adapter"}`, and where signal tokens were written into its
+            matrices `"vocab_size"`, their rows before.
+        decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
+            "signal", "projector"}}`.
+        encoder_keys, decoder_keys: the keys in their order.
+        token_ids: `{encoder key: placeholder id}`, or None for prepending.
+        signal_token_ids: `{decoder key: ids}`.
+        preprocess_llm_callback: the saved form of the model's; True for a function, which can only be missed.
+
+    `source` is `{path, revision, dtype, …}` (`anygpt.model.parts.Source`), or None: the part then lies whole under
+    `parts/`. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
+    `adapters/`.
+    """
+
+    model_type = "anygpt"
+
+    def __init__(
+        self,
+        encoders: dict[str, dict[str, Any]] | None = None,
+        language_model: dict[str, Any] | None = None,
+        decoders: dict[str, dict[str, Any]] | None = None,
+        encoder_keys: list[str] | None = None,
+        decoder_keys: list[str] | None = None,
+        token_ids: dict[str, int] | None = None,
+        signal_token_ids: dict[str, list[int]] | None = None,
+        preprocess_llm_callback: bool | dict[str, Any] = False,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        # transformers sorts a config's keys when it writes them, but features are prepended in the encoders' order
+        self.encoder_keys = encoder_keys or list(encoders or {})
+        self.decoder_keys = decoder_keys or list(decoders or {})
+        self.encoders = {key: encoders[key] for key in self.encoder_keys}
+        self.language_model = language_model or {}
+        self.decoders = {key: decoders[key] for key in self.decoder_keys}
+        self.token_ids = token_ids
+        self.signal_token_ids = signal_token_ids or {}
+        self.preprocess_llm_callback = preprocess_llm_callback
+        self.format_version = format_version
+
+    @classmethod
+    def of(cls, model: MultimodalModel) -> MultimodalConfig:
+        """Describe a model as it stands; fingerprints are added when it is saved."""
+        callback = model.preprocess_llm_callback
+        encoders = {
+            key: {
+                "modality": encoder.modality,
+                **_part(encoder.module),
+                "additional_args": list(encoder.additional_args),
+                "callbacks": encoder.own_functions,
+                "saved_callbacks": callback_dict(encoder.callbacks),
+                "projector": encoder.projector.config.to_diff_dict(),
+            }
+            for key, encoder in model.encoders.items()
+        }
+        decoders = {
+            key: {
+                "modality": decoder.modality,
+                **_part(decoder.module),
+                "num_signal_tokens": decoder.num_signal_tokens,
+                "hidden_layer": decoder.hidden_layer,
+                "signal": decoder.signal,
+                "projector": decoder.projector.config.to_diff_dict(),
+            }
+            for key, decoder in model.decoders.items()
+        }
+        return cls(
+            encoders,
+            _part(model.language_model),
+            decoders,
+            token_ids=model.token_ids,
+            signal_token_ids=model.signal_tokens.ids,
+            preprocess_llm_callback=callback_dict(callback) or callback is not None,
+            architectures=["MultimodalModel"],
+        )
+
+
+def _part(part: Any) -> dict[str, Any]:
+    entry = {"class": class_name(part), "source": source_dict(source_of(part)), "adapter": is_peft(part)}
+    if not isinstance(base_model(part), VideoEncoder):
+        return entry
+    return entry | {"num_frames": part.config.num_frames, "pool_frames": part.config.pool_frames}

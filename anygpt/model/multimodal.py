@@ -1,0 +1,354 @@
+"""`MultimodalModel`: encoders, input projectors, language model, signal tokens, output projectors, decoders.
+
+`forward` is the figure, one line a hop. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anygpt.cache.text_states import TextStates
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
+from anygpt.errors import InputError
+from anygpt.generation.decoding import GenerationMixin
+from anygpt.losses.formulas import LossWeights, weighted_total
+from anygpt.losses.terms import Objectives
+from anygpt.model.configuration import MultimodalConfig
+from anygpt.model.freezing import PartTraining
+from anygpt.model.saving import SavingMixin
+from anygpt.model.transformers_api import TransformersModel
+from anygpt.model.vlm import take_apart
+from anygpt.outputs import MultimodalOutput
+from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
+from anygpt.sequence.signal_tokens import SignalTokens, Spans
+
+
+class MultimodalModel(
+    Objectives, TextStates, PartTraining, GenerationMixin, SavingMixin, TransformersModel, PreTrainedModel
+):
+    """Any encoders, any causal language model and any diffusion decoders as one model.
+
+    Args:
+        encoders: input modules by key, in the order in which features are prepended.
+        language_model: a transformers causal language model, or a `PeftModel` around one.
+        decoders: output modules by key.
+        preprocess_llm_callback: called with those of the language model's arguments, `input_ids`, `token_ids` and
+            encoder inputs that it names; the dict that it returns changes what the language model is called with.
+        init_projector_type, init_activation: for encoders that come without a projector.
+        init_output_projector_type: for decoders that come without a projector.
+
+    Attributes:
+        <key>_encoder, <key>_decoder, language_model, signal_tokens: the parts.
+        loss_weights: weights of the loss terms, a `LossWeights`.
+        tokenizer: set by `MultimodalProcessor(model=…)` and by `from_pretrained`; generation reads text with it.
+
+    Raises:
+        InputError: a projector does not fit its two sides.
+    """
+
+    config_class = MultimodalConfig
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        encoders: Mapping[str, ModalEncoderModule],
+        language_model: PreTrainedModel,
+        decoders: Mapping[str, ModalDecoderModule] | None = None,
+        *,
+        preprocess_llm_callback: Callable[..., dict[str, Any]] | None = None,
+        init_projector_type: str = "linear",
+        init_activation: str = "gelu",
+        init_output_projector_type: str = "transformer",
+    ):
+        super().__init__(MultimodalConfig())
+        decoders = decoders or {}
+        embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+        if head is None:
+            raise InputError(
+                f"{type(language_model).__name__} has no language-model head; give a causal language model "
+                "(AutoModelForCausalLM)"
+            )
+        self.encoder_keys, self.decoder_keys = tuple(encoders), tuple(decoders)
+        for key, encoder in encoders.items():
+            encoder.modality = encoder.modality or key
+            encoder.init_projector(embedding.weight.shape[1], init_projector_type, init_activation)
+            self.add_module(f"{key}_encoder", encoder)
+        self.language_model = language_model
+        for key, decoder in decoders.items():
+            num_layers = base_model(language_model).config.get_text_config().num_hidden_layers
+            decoder.init_projector(head.weight.shape[1], num_layers, init_output_projector_type)
+            self.add_module(f"{key}_decoder", decoder)
+        counts = {key: decoder.num_signal_tokens for key, decoder in decoders.items()}
+        signals = {key: decoder.signal for key, decoder in decoders.items()}
+        self.signal_tokens = SignalTokens(counts, embedding, head, signals)
+        self.preprocess_llm_callback = preprocess_llm_callback
+        self.loss_weights = LossWeights()
+        self.token_ids: dict[str, int] | None = None
+        self.tokenizer = None
+        self.init_part_training()
+        self.remember_parts()
+        self.config = MultimodalConfig.of(self)
+
+    @classmethod
+    def from_pretrained_multimodal_model(
+        cls,
+        model: str | Path | PreTrainedModel,
+        decoders: Mapping[str, ModalDecoderModule] | None = None,
+        **loading_options: Any,
+    ) -> MultimodalModel:
+        """An existing multimodal model in our parts, with the same logits; placeholders are injected as it does.
+
+        Args:
+            model: hub id, folder, or the model itself: LLaVA, LLaVA-NeXT, Qwen2-VL (images) or Qwen2-Audio. The parts
+                share its tensors.
+            decoders: output modules to add.
+            loading_options: of transformers' `from_pretrained`.
+
+        Raises:
+            InputError: another kind of model, or nothing that can be loaded.
+        """
+        pieces = take_apart(model, **loading_options)
+        composed = cls(pieces.encoders, pieces.language_model, decoders, **pieces.options)
+        composed.set_token_ids(pieces.token_ids)
+        return composed.train(pieces.language_model.training)
+
+    @property
+    def encoders(self) -> dict[str, ModalEncoderModule]:
+        """The input modules by key, in order: a view, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_encoder") for key in self.encoder_keys}
+
+    @property
+    def decoders(self) -> dict[str, ModalDecoderModule]:
+        """The output modules by key, in order: a view, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.get_input_embeddings().weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
+        """Inject features at these placeholder tokens, `{encoder key: id}`; None goes back to prepending.
+
+        Raises:
+            InputError: an unknown encoder, or one id for two encoders.
+        """
+        if token_ids is not None:
+            unknown = sorted(set(token_ids) - set(self.encoder_keys))
+            if unknown:
+                raise InputError(f"set_token_ids names {unknown}; the encoders are {list(self.encoder_keys)}")
+            if len(set(token_ids.values())) != len(token_ids):
+                raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")
+        self.token_ids = dict(token_ids) if token_ids is not None else None
+
+    # ------------------------------------------------------------------------------------------------- the figure
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        decoder_targets: Mapping[str, Mapping[str, Any]] | None = None,
+        items_per_row: Mapping[str, list[int]] | None = None,
+        return_logits: bool | None = None,
+        loss_counts: Mapping[str, int] | None = None,
+        generators: Mapping[str, list[torch.Generator]] | None = None,
+        text_states: Mapping[str, Tensor] | None = None,
+        **encoder_inputs: Any,
+    ) -> MultimodalOutput:
+        """Text and media in; logits, conditions and losses out.
+
+        Args:
+            input_ids: `(B, S)` int64, with one placeholder a feature if token ids are set.
+            attention_mask: `(B, S)`; ones where left out. It is kept, padding on either side included.
+            labels: `(B, S)` int64, `-100` where no loss is taken; not shifted.
+            decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
+                spans, as `MultimodalProcessor` gives them. Either entry may be missing: without captions there is
+                no alignment, without media no denoising. `"conditions"`, what the decoder's `encode_text` gave for
+                the captions, may stand in their place, and `"posterior"`, mean and deviation `(K, 2, C, …)` of
+                `posterior`, in that of the media.
+            items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
+            return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
+            loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
+            generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
+            text_states: what `read_text` gave for these rows, in the place of running the language model. The losses
+                are the same; there are neither full logits nor hidden states.
+            encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
+                `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` stands in place of an encoder's others
+                (see `ModalEncoderModule.encode`).
+
+        Raises:
+            InputError: an input that no encoder takes, or that several could take; placeholders and features, or
+                spans and targets, that do not match in number; `text_states` with `return_logits`.
+        """
+        if return_logits and text_states is not None:
+            raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
+        return_logits = labels is None and text_states is None if return_logits is None else return_logits
+        with self.signal_tokens.attached(self.language_model) as tap:
+            features = self.encode(encoder_inputs)
+            text = self.embed(input_ids, attention_mask, labels, read=text_states is None)
+            merged = self.merge(text, features, items_per_row)
+            rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
+            tap.select = None if return_logits or text_states is not None else rows.nll
+            logits, states = None, {}
+            needed = return_logits or self.loss_weights.wants_language_model  # else only encoders or decoders train
+            if needed and text_states is not None:
+                logits, states = self.use_text_states(text_states, rows)
+            elif needed:
+                logits, all_states = self.run_language_model(merged, encoder_inputs)
+                states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
+        conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}
+        chosen = logits[0] if logits is not None and not return_logits else logits
+        losses = self.compute_losses(merged, rows, chosen, conditions, decoder_targets or {}, generators or {})
+        loss = weighted_total(losses, self.loss_weights, loss_counts)
+        if self.training and loss is not None and torch.distributed.is_initialized():
+            loss = loss + self.touch_trainable()
+        return MultimodalOutput(
+            loss=loss,
+            losses=losses,
+            logits=logits if return_logits else None,
+            hidden_states=tap.hidden if text_states is None else None,
+            conditions={key: condition.embeds for key, condition in conditions.items()},
+            labels=merged.labels,
+            attention_mask=merged.attention_mask,
+        )
+
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Media to features: each encoder that was given something, and its input projector.
+
+        Returns:
+            `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
+        """
+        by_encoder = self.assign_inputs(inputs)
+        return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
+
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, read: bool = True
+    ) -> Merged:
+        """Token embeddings, those of signal tokens included, or zeros that take no memory, where nothing reads them.
+
+        Call inside `signal_tokens.attached`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embedding = self.language_model.get_input_embeddings()
+        nothing = embedding.weight.new_zeros(embedding.weight.shape[1]).expand(*input_ids.shape, -1)
+        embeds = embedding(input_ids) if read else nothing
+        return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
+
+    def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:
+        """Features into the sequence: injected where token ids are set, else prepended."""
+        text.media_in = text.media_in.to(text.inputs_embeds.device)
+        if self.token_ids is None:
+            return prepend(text, features, items_per_row)
+        return inject(text, features, self.token_ids)
+
+    def run_language_model(
+        self, merged: Merged, encoder_inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The language model; its head runs only where the tap selects. Call inside `signal_tokens.attached`.
+
+        Returns:
+            Logits, `(B, S, V')`, or `(1, M, V')` at the tap's places; and the `(B, S, H)` states of all layers if a
+            decoder reads others than the last.
+        """
+        arguments = {
+            "inputs_embeds": merged.inputs_embeds,
+            "attention_mask": merged.attention_mask,
+            "position_ids": merged.position_ids,
+            "use_cache": False,
+            "output_hidden_states": any(decoder.needs_all_states for decoder in self.decoders.values()),
+            "return_dict": True,
+        }
+        if "position_ids" not in argument_names(self.language_model):
+            del arguments["position_ids"]
+        arguments |= self.preprocess_llm(merged, encoder_inputs, arguments)
+        arguments["attention_mask"] = without_right_padding(arguments["attention_mask"])
+        output = self.language_model(**arguments)
+        return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
+
+    def preprocess_llm(
+        self, merged: Merged, encoder_inputs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `preprocess_llm_callback` changes of the language model's arguments; nothing if there is none."""
+        if self.preprocess_llm_callback is None:
+            return {}
+        media = {name.rpartition(".")[2]: value for name, value in encoder_inputs.items()}
+        known = {"input_ids": merged.input_ids, "token_ids": self.token_ids, **media, **arguments}
+        wanted = inspect.signature(self.preprocess_llm_callback).parameters
+        return self.preprocess_llm_callback(**{name: value for name, value in known.items() if name in wanted})
+
+    @torch.no_grad()
+    def read_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        text_states: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """What the output projectors read in a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
+        if text_states is not None:
+            return {key: x for key in self.decoder_keys if len(x := text_states[f"{key}_decoder"])}
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
+        with self.signal_tokens.attached(self.language_model) as tap:
+            merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
+            rows = self.loss_rows(merged.input_ids, merged.attention_mask, None, merged.media_in)
+            tap.select = rows.nll
+            _, all_states = self.run_language_model(merged, inputs)
+        return self.read_spans(merged, rows.spans, tap.hidden, all_states)
+
+    def read_spans(
+        self,
+        merged: Merged,
+        spans: Mapping[str, Spans],
+        last: Tensor,
+        all_states: tuple[Tensor, ...] | None,
+    ) -> dict[str, Tensor]:
+        """What each output projector reads, `(K, N, H)`: the states at its spans plus the token embeddings there."""
+        return {
+            key: spans[key].gather(decoder.select_states(last, all_states)) + spans[key].gather(merged.inputs_embeds)
+            for key, decoder in self.decoders.items()
+            if key in spans and len(spans[key])
+        }
+
+    # ------------------------------------------------------------------------------------------------- the inputs
+
+    def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sort keyword arguments by encoder: `<key>.<name>` to that one, a bare name to the one that takes it.
+
+        Raises:
+            InputError: no encoder takes it, or several could.
+        """
+        by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
+        for full_name, value in inputs.items():
+            if value is None:
+                continue
+            key, _, name = full_name.rpartition(".")
+            takers = [k for k, encoder in self.encoders.items() if name in encoder.input_names and key in ("", k)]
+            if not takers:
+                known = ", ".join(f"{k}: {sorted(encoder.input_names)}" for k, encoder in self.encoders.items())
+                raise InputError(
+                    f"no encoder takes the input {full_name!r}; the encoders take {known or 'nothing: there are none'}"
+                    ". Inputs that only a callback needs are named in ModalEncoderModule(additional_args=…)"
+                )
+            if len(takers) > 1:
+                raise InputError(
+                    f"the input {name!r} could go to {' or '.join(map(repr, takers))}; write it as "
+                    f"{' or '.join(repr(f'{k}.{name}') for k in takers)}"
+                )
+            by_encoder[takers[0]][name] = value
+        return by_encoder

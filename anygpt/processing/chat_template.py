@@ -1,0 +1,183 @@
+"""Conversations to tokens and labels, through any tokenizer's chat template."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from anygpt.errors import InputError
+from anygpt.outputs import Answer
+from anygpt.sequence.merging import IGNORE
+
+# For base models, whose tokenizers have no template of their own. Vicuna's form, which NExT-GPT's recipe uses.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: "
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['role'] | upper }}: {{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+_MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+def plain(text: str, special: Iterable[str]) -> str:
+    """Text in which no special token can be read: one that was typed, or said letter by letter, gets a space inside.
+
+    Else "<image>" in a message would ask for an input, "[IMG0]" break the signal spans, and the template's own marks
+    end the turn and begin another.
+    """
+    for token in special:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def parts_of(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A message's content as parts, neighbouring texts as one: halves of a special token must not come together."""
+    parts: list[dict[str, Any]] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+            parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+        else:
+            parts.append(dict(part))
+    return parts
+
+
+def answer_message(answer: Answer) -> dict[str, Any]:
+    """An answer as the assistant's turn of a conversation, with its media, which `feed_back` gives to the encoders."""
+    parts = []
+    for segment in answer.segments:
+        content = (segment.content, int(segment.rate)) if segment.type == "audio" else segment.content
+        parts.append({"type": segment.type, segment.type: content})
+    return {"role": "assistant", "content": parts}
+
+
+def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
+    """A conversation in which the media that the assistant made are inputs of the user's next turn, at its beginning.
+
+    The assistant's own turns stay as they were said, with signal spans. Media that no encoder reads, and parts
+    without a medium, are not fed back.
+
+    Args:
+        reads: the media types that encoders read.
+    """
+    result, made = [], []
+    for message in messages:
+        if message["role"] == "assistant" and not isinstance(message["content"], str):
+            kinds = ((part["type"], part) for part in message["content"] if part["type"] in reads)
+            made += [{"type": kind, kind: part[kind]} for kind, part in kinds if kind in part]
+        elif message["role"] == "user" and made:
+            message, made = {**message, "content": [*made, *parts_of(message["content"])]}, []
+        result.append(message)
+    return result
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    """The conversation as text. `options` go to the template, `add_generation_prompt` among them.
+
+    Raises:
+        InputError: the template refuses the conversation, as where roles do not alternate.
+    """
+    with _refusals():
+        return tokenizer.apply_chat_template(
+            messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
+        )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template raises, said as a mistake in the conversation."""
+    try:
+        yield
+    except TemplateError as error:
+        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def tokenize_with_labels(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on the assistant's turns alone.
+
+    The mask comes from the template where it marks what is generated; else a turn's labels are the tokens of the text
+    by which the conversation up to and with it is longer than the prompt for it.
+
+    Returns:
+        ids and labels of equal length; labels are `-100` outside the assistant's turns.
+
+    Raises:
+        InputError: the template refuses the conversation, or renders its beginning differently once it goes on, so
+            that turns cannot be told apart; a tokenizer that does not say where in the text its tokens stand.
+    """
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    if _MARKS_GENERATION.search(template):
+        with _refusals():
+            return _tokenize_marked(tokenizer, template, [messages])[0]
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not tell where in the text its tokens stand; use a fast tokenizer"
+        )
+    text = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [IGNORE] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin, end = _turn_in(text, tokenizer, messages, turn)
+            for i, (first, last) in enumerate(places):
+                if first < last and begin < last <= end:
+                    labels[i] = ids[i]
+    return ids, labels
+
+
+def tokenize_many(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
+) -> list[tuple[list[int], list[int]] | InputError]:
+    """`tokenize_with_labels` of each conversation, or why it cannot be; in one call, which is faster, where it can."""
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    if conversations and _MARKS_GENERATION.search(template):
+        with suppress(TemplateError):  # of one of them: below they are told apart
+            return list(_tokenize_marked(tokenizer, template, conversations))
+    results: list[tuple[list[int], list[int]] | InputError] = []
+    for messages in conversations:
+        try:
+            results.append(tokenize_with_labels(tokenizer, messages))
+        except InputError as error:
+            results.append(error)
+    return results
+
+
+def _tokenize_marked(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[list[dict[str, str]]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each conversation through a template that marks what is generated."""
+    encoded = tokenizer.apply_chat_template(
+        conversations, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return [
+        (ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)])
+        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+
+
+def _turn_in(
+    text: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turn: int
+) -> tuple[int, int]:
+    """Where a turn of the assistant's begins and ends in the text of the whole conversation."""
+    if turn == 0:
+        raise InputError("the conversation begins with the assistant; put a user's message before it")
+    prompt = render(tokenizer, messages[:turn], add_generation_prompt=True)
+    # Some templates end a conversation with a token that is not there once it goes on.
+    both = zip(text, render(tokenizer, messages[: turn + 1]), strict=False)
+    end = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
+    if not text.startswith(prompt) or messages[turn]["content"].strip() not in text[len(prompt) : end]:
+        raise InputError(
+            "the tokenizer's chat template renders the beginning of a conversation differently once it goes on, "
+            "so the assistant's turns cannot be found; mark them in the template with {% generation %}"
+        )
+    return len(prompt), end

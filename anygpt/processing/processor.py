@@ -1,0 +1,332 @@
+"""`MultimodalProcessor`: raw media and text to a batch of the model, and back to text.
+
+Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+
+from anygpt.decoders.targets import TargetProcessor
+from anygpt.encoders.callbacks import EncoderCallbacks
+from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.module import count_features
+from anygpt.encoders.projector import MultimodalProjectorConfig
+from anygpt.errors import InputError
+from anygpt.model.transformers_api import TransformersProcessor
+from anygpt.processing.conversations import Conversations
+from anygpt.processing.files import FeatureCounter, ProcessorFiles
+
+if TYPE_CHECKING:
+    from anygpt.model.multimodal import MultimodalModel
+
+
+class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
+    """Processors of all encoders and the tokenizer as one, with the placeholders between them.
+
+    Args:
+        encoder_processors: image processors and feature extractors by encoder key.
+        llm_tokenizer: the language model's tokenizer; placeholders and signal tokens are added to it, and its other
+            special tokens are kept.
+        model: its encoders tell how many features each input gives, its decoders what targets they want; the token
+            ids are registered with it, so that it injects.
+        num_feature_calculation_funcs: `(inputs, outputs) -> int | list[int] | list[list[int]]` by encoder key, of the
+            encoder processor's inputs and outputs: features of every input, of each input, or of each input by row.
+            Automatic for the families of `anygpt.encoders.FAMILIES` when a model is given.
+        predefined_tokens: placeholder token by encoder key; `<key>` where not named.
+        num_features_calculation_funcs: another spelling of `num_feature_calculation_funcs`.
+
+    Raises:
+        InputError: an encoder of the model without processor, or the other way round.
+    """
+
+    def __init__(
+        self,
+        encoder_processors: Mapping[str, Any],
+        llm_tokenizer: PreTrainedTokenizerBase,
+        model: MultimodalModel | None = None,
+        num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
+        predefined_tokens: Mapping[str, str] | None = None,
+        *,
+        num_features_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
+    ):
+        self.encoder_processors = dict(encoder_processors)
+        self.llm_tokenizer = llm_tokenizer
+        self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
+        self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
+        for what, names in (("feature function", self.num_feature_funcs), ("placeholder token", self.tokens)):
+            unknown = sorted(set(names) - set(self.encoder_processors))
+            if unknown:
+                raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
+        self.modalities = {key: key for key in self.encoder_processors}
+        self.encoder_configs: dict[str, PreTrainedConfig] = {}
+        self.encoder_callbacks: dict[str, EncoderCallbacks | None] = {}
+        self.projector_configs: dict[str, MultimodalProjectorConfig] = {}
+        self.signal_tokens: dict[str, list[str]] = {}
+        self.targets: dict[str, TargetProcessor] = {}
+        self.injects = model is not None
+        if model is not None:
+            self._describe(model)
+        self._add_tokens()
+        if model is not None:
+            self.register(model)
+
+    def _describe(self, model: MultimodalModel) -> None:
+        if set(model.encoder_keys) != set(self.encoder_processors):
+            raise InputError(
+                f"the model has the encoders {sorted(model.encoder_keys)}, but processors are given for "
+                f"{sorted(self.encoder_processors)}"
+            )
+        self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
+        self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
+        self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
+        self.projector_configs = {key: encoder.projector.config for key, encoder in model.encoders.items()}
+        self.signal_tokens = model.signal_tokens.names
+        self.describe_targets(model)
+
+    def describe_targets(self, model: MultimodalModel) -> None:
+        """Take the decoders' targets as they are now: what trains in a decoder decides what it wants of them."""
+        self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
+
+    def _add_tokens(self) -> None:
+        names = [*self.tokens.values(), *(name for names in self.signal_tokens.values() for name in names)]
+        # By default a second call would drop the special tokens that the tokenizer already has.
+        self.llm_tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """`{encoder key: id of its placeholder}`."""
+        return {key: self.llm_tokenizer.convert_tokens_to_ids(token) for key, token in self.tokens.items()}
+
+    @property
+    def signal_token_ids(self) -> dict[str, list[int]]:
+        """`{decoder key: ids of its signal tokens}`."""
+        return {key: self.llm_tokenizer.convert_tokens_to_ids(names) for key, names in self.signal_tokens.items()}
+
+    def register(self, model: MultimodalModel) -> None:
+        """Tell a model the token ids and the tokenizer. It injects from then on."""
+        model.set_token_ids(self.token_ids)
+        model.signal_tokens.set_ids(self.signal_token_ids)
+        model.tokenizer = self.llm_tokenizer
+
+    # ------------------------------------------------------------------------------------------------------- a batch
+
+    def __call__(
+        self,
+        encoder_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        llm_inputs: Mapping[str, Any] | None = None,
+        return_tensors: str | None = "pt",
+        decoder_targets: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        text: str | list[str] | None = None,
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Run every processor on its inputs, expand the placeholders, and tokenize.
+
+        Args:
+            encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row.
+            llm_inputs: arguments of the tokenizer; `text` is a string or a list, padded if it is a list and nothing
+                else is said.
+            return_tensors: framework of the tensors; PyTorch by default.
+            decoder_targets: `{decoder key: {"captions": [str], "images" | "videos" | "audios": [media]}}`, in the order
+                of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
+            text, images, videos, audio: the shorter form that transformers' own processors have, in place of
+                `encoder_inputs` and `llm_inputs`.
+            kwargs: given to every processor that accepts them.
+
+        Returns:
+            Everything that `MultimodalModel.forward` takes. An encoder argument whose name two processors share is
+            written `<key>.<name>`.
+
+        Raises:
+            InputError: placeholders and inputs that do not match, with key, row and both counts.
+        """
+        if text is not None:
+            media = {"images": images, "videos": videos, "audio": audio}
+            encoder_inputs, llm_inputs = self.inputs_by_modality(text, media)
+        llm_inputs = dict(llm_inputs or {})
+        data, counts, per_row = self.process_media(encoder_inputs or {}, return_tensors, **kwargs)
+        text = llm_inputs.pop("text", None)
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            expanded = self.expand(texts, counts, per_row)
+            options = _accepted(self.llm_tokenizer.__call__, kwargs) | {"padding": len(texts) > 1} | llm_inputs
+            tokens = self.llm_tokenizer(
+                expanded[0] if isinstance(text, str) and return_tensors is None else expanded,
+                return_tensors=return_tensors,
+                **options,
+            )
+            data |= dict(tokens)
+        if decoder_targets:
+            data["decoder_targets"] = self.process_targets(decoder_targets)
+        if per_row and not self.injects:
+            data["items_per_row"] = per_row
+        return BatchFeature(data)
+
+    def process_media(
+        self, encoder_inputs: Mapping[str, Mapping[str, Any]], return_tensors: str | None = "pt", **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, list[int] | None], dict[str, list[int]]]:
+        """Encoder inputs to tensors.
+
+        Returns:
+            The tensors by argument name; features of each input by key (None where nothing can tell them); and, for
+            keys given as one list a row, how many inputs each row has.
+        """
+        unknown = sorted(set(encoder_inputs) - set(self.encoder_processors))
+        if unknown:
+            raise InputError(
+                f"inputs are given for {unknown}, which no encoder reads; the encoders are "
+                f"{list(self.encoder_processors)}"
+            )
+        outputs: dict[str, dict[str, Any]] = {}
+        counts: dict[str, list[int] | None] = {}
+        per_row: dict[str, list[int]] = {}
+        for key, inputs in encoder_inputs.items():
+            processor, inputs = self.encoder_processors[key], dict(inputs)
+            name = self.media_argument(key)
+            if name in inputs:
+                inputs[name], rows = _flatten(inputs[name])
+                if rows is not None:
+                    per_row[key] = rows
+                if isinstance(inputs[name], list) and not inputs[name]:
+                    continue
+            options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
+            outputs[key] = dict(processor(**{"return_tensors": return_tensors} | options))
+            counts[key] = self.count_features(key, inputs, outputs[key])
+        names = [name for output in outputs.values() for name in output]
+        data = {}
+        for key, output in outputs.items():
+            others = [set(getattr(p, "model_input_names", ())) for k, p in self.encoder_processors.items() if k != key]
+            others.append(set(self.llm_tokenizer.model_input_names))
+            for name, value in output.items():
+                shared = names.count(name) > 1 or any(name in other for other in others)
+                data[f"{key}.{name}" if shared else name] = value
+        return data, counts, per_row
+
+    def media_argument(self, key: str) -> str:
+        """Name of the argument under which an encoder's processor takes its media (`images`, `raw_speech`, …)."""
+        return next(iter(inspect.signature(self.encoder_processors[key].__call__).parameters))
+
+    def count_features(self, key: str, inputs: dict, outputs: dict) -> list[int] | None:
+        """Features of each input, in order; None if neither a function nor a known family can tell."""
+        if key in self.num_feature_funcs:
+            counts = self.num_feature_funcs[key](inputs, outputs)
+            if isinstance(counts, (int, np.integer)):
+                # the media themselves tell how many there are: a processor may pack them into one axis
+                media = inputs.get(self.media_argument(key))
+                listed = isinstance(media, list) and not isinstance(media[0], (int, float, np.number))
+                return [int(counts)] * len(media if listed else next(iter(outputs.values())))
+            return [int(c) for row in counts for c in np.atleast_1d(row)]
+        if key not in self.encoder_configs:
+            return None
+        return count_features(
+            self.encoder_configs[key], self.encoder_callbacks[key], self.projector_configs[key], outputs
+        )
+
+    def _family_options(self, key: str) -> dict[str, Any]:
+        """Arguments without which an encoder's processor leaves out what its family needs."""
+        config = self.encoder_configs.get(key)
+        family = FAMILIES.get(config.model_type) if config is not None else None
+        return dict(family.processor_options) if family is not None else {}
+
+    def expand(
+        self,
+        texts: Sequence[str],
+        counts: Mapping[str, list[int] | None],
+        per_row: Mapping[str, list[int]] | None = None,
+    ) -> list[str]:
+        """Write each placeholder as often as its input has features.
+
+        Raises:
+            InputError: a row has other than as many placeholders as inputs.
+        """
+        texts = list(texts)
+        for key, token in self.tokens.items():
+            in_rows = [text.count(token) for text in texts]
+            given = counts.get(key, [])
+            if not any(in_rows) and not self.injects:
+                continue  # prepending needs no placeholders
+            if given is None:
+                raise InputError(
+                    f"nothing tells how many features the {key!r} encoder gives; build the processor with model= (for "
+                    f"a known encoder family) or with num_feature_calculation_funcs={{{key!r}: …}}"
+                )
+            rows = (per_row or {}).get(key)
+            _check_placeholders(key, token, in_rows, len(given), rows)
+            numbers = iter(given)
+            for row, text in enumerate(texts):
+                head, *tails = text.split(token)
+                texts[row] = head + "".join(token * next(numbers) + tail for tail in tails)
+        return texts
+
+    def process_targets(self, decoder_targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Captions and media for the decoders: `{decoder key: {"captions": [str], "media": tensor}}`."""
+        processed: dict[str, dict[str, Any]] = {}
+        for key, target in decoder_targets.items():
+            if key not in self.targets:
+                raise InputError(
+                    f"there are targets for {key!r}; the decoders are {list(self.targets)} (build the processor with "
+                    "model= to make them known)"
+                )
+            media_name = f"{self.targets[key].modality}s"
+            unknown = sorted(set(target) - {"captions", media_name})
+            if unknown:
+                raise InputError(f"{key!r} targets have the keys {unknown}; expected 'captions' and {media_name!r}")
+            captions, media = target.get("captions"), target.get(media_name)
+            if captions is not None and media is not None and len(captions) != len(media):
+                raise InputError(f"{key!r} targets have {len(captions)} captions but {len(media)} {media_name}")
+            processed[key] = {}
+            if captions is not None:
+                processed[key]["captions"] = list(captions)
+            if media is not None:
+                processed[key]["media"] = self.targets[key](list(media))
+        return processed
+
+
+def _accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that a processor names in its signature, or in the `TypedDict` of its keyword arguments."""
+    owner = getattr(function, "__self__", None)
+    names = set(inspect.signature(function).parameters)
+    names |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _flatten(media: Any) -> tuple[Any, list[int] | None]:
+    """One list a row becomes one list, with the number of inputs of each row; everything else stays as it is."""
+    if isinstance(media, tuple):
+        media = list(media)
+    nested = isinstance(media, list) and media and all(isinstance(row, (list, tuple)) for row in media)
+    if not nested or any(isinstance(item, (int, float, np.number)) for row in media for item in row):
+        return media, None
+    return [item for row in media for item in row], [len(row) for row in media]
+
+
+def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, rows: list[int] | None) -> None:
+    if rows is not None and len(rows) == len(in_rows):
+        bad = next((row for row, (have, want) in enumerate(zip(in_rows, rows, strict=True)) if have != want), None)
+        if bad is not None:
+            raise InputError(
+                f"{key!r}: row {bad} has {in_rows[bad]} {token} placeholders but {rows[bad]} inputs; write one "
+                "placeholder for each input"
+            )
+    elif sum(in_rows) != inputs:
+        where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
+        raise InputError(
+            f"{key!r}: the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given; "
+            "write one placeholder for each input"
+        )
+
+
+def stack_rows(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """`(B, S)` int64 of ragged rows, padded on the right with `fill`."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

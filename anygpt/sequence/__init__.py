@@ -1,0 +1,1 @@
+"""The merged sequence: signal tokens and features among the text."""

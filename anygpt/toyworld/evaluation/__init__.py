@@ -1,0 +1,10 @@
+"""Evaluation: the any-to-any matrix of ToyWorld, what stands beside it, and its reports.
+
+`scripts/evaluate.py` is the command.
+"""
+
+from anygpt.toyworld.evaluation.answers import Judged, Settings
+from anygpt.toyworld.evaluation.matrix import evaluate
+from anygpt.toyworld.evaluation.statistics import wilson_interval
+
+__all__ = ["Judged", "Settings", "evaluate", "wilson_interval"]

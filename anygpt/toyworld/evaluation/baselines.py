@@ -1,0 +1,113 @@
+"""What stands beside the matrix: the decoders under true captions, and under captions that the model writes.
+
+The upper bound is what the decoders can do at all. The caption baseline is the way without a learned link: the model
+describes in words what it is given, and the decoder's own text encoder reads the description. Given text, the request
+itself is the caption.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from anygpt.decoders.base import Condition
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.toyworld import language
+from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, is_thing, judge_media
+from anygpt.toyworld.evaluation.statistics import share
+from anygpt.toyworld.judges import Judges
+from anygpt.toyworld.world import MOTIONS, Thing
+
+_MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
+
+
+def upper_bound(
+    model: MultimodalModel,
+    things: Sequence[Thing],
+    settings: Settings,
+    judges: Judges,
+    sampling_rate: int,
+    progress: Callable[[int], object],
+) -> dict[str, dict[str, Any]]:
+    """`{output modality: share}` of the decoders alone, under plain true captions; of clips the motion as well."""
+    result = {}
+    for modality in (decoder.modality for decoder in model.decoders.values()):
+        rng = np.random.default_rng([settings.seed, 77])
+        shown = [things[i % len(things)] for i in range(settings.samples)]
+        motions = [language.pick(rng, MOTIONS) if modality == "video" else None for _ in shown]
+        captions = [language.plain_caption(thing, motion) for thing, motion in zip(shown, motions, strict=True)]
+        result[modality] = _judged(model, modality, captions, shown, motions, settings, judges, sampling_rate, progress)
+    return result
+
+
+def caption_baseline(
+    model: MultimodalModel,
+    judged: Sequence[Judged],
+    settings: Settings,
+    judges: Judges,
+    sampling_rate: int,
+    progress: Callable[[int], object],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{input modality: {output modality: share}}`, of the same requests as the matrix.
+
+    Args:
+        judged: the matrix's answers; those in text to a medium are the captions.
+    """
+    by_id = {one.request.id: one for one in judged}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for source in dict.fromkeys(one.request.source for one in judged):
+        result[source] = {}
+        for modality in (decoder.modality for decoder in model.decoders.values()):
+            requests = [o.request for o in judged if (o.request.source, o.request.target) == (source, modality)]
+            captions = []
+            for request in requests:
+                if source == "text":
+                    captions.append(request.prompt)
+                else:
+                    said = by_id[request.id.replace(f"-{modality}-", "-text-")].text
+                    captions.append(moving_caption(said, request.motion))
+            shown, motions = [r.thing for r in requests], [r.motion for r in requests]
+            result[source][modality] = _judged(
+                model, modality, captions, shown, motions, settings, judges, sampling_rate, progress
+            )
+    return result
+
+
+def moving_caption(caption: str, motion: str | None) -> str:
+    """A caption with the motion that a clip should have in place of any that it speaks of.
+
+    A full stop stays: a text encoder that has learned whole sentences takes one without for something else.
+    """
+    still = _MOVES.sub("", caption).strip()
+    words = still.removesuffix(".")
+    return words + (f" moving {motion}" if motion else "") + still[len(words) :]
+
+
+def _judged(
+    model: MultimodalModel,
+    modality: str,
+    captions: Sequence[str],
+    things: Sequence[Thing],
+    motions: Sequence[str | None],
+    settings: Settings,
+    judges: Judges,
+    sampling_rate: int,
+    progress: Callable[[int], object],
+) -> dict[str, Any]:
+    """Share of right media that a decoder makes of captions through its own text encoder."""
+    decoder = next(d.module for d in model.decoders.values() if d.modality == modality)
+    generator = torch.Generator().manual_seed(settings.seed)
+    media: list[Any] = []
+    for batch in batches(captions, settings.batch_size):
+        condition = Condition.of(decoder.encode_text(list(batch)))
+        media += decoder.sample(condition, generator=generator, **settings.sampling(modality))
+        progress(len(batch))
+    verdicts = judge_media(modality, media, judges, sampling_rate)
+    result = share(is_thing(verdict, thing) for verdict, thing in zip(verdicts, things, strict=True))
+    if modality == "video":
+        result["motion"] = share(a == b for a, b in zip(judges.motion(media), motions, strict=True))
+    return result

@@ -1,0 +1,115 @@
+"""What the parts know before anything links them: linear probes of encoders, questions in words.
+
+Shapes: `M` media, `D` width of an encoder's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anygpt.errors import InputError
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.processor import MultimodalProcessor
+from anygpt.toyworld import language
+from anygpt.toyworld.evaluation.answers import Settings, ask, batches, judge
+from anygpt.toyworld.evaluation.matrix import THINGS, talk_table
+from anygpt.toyworld.evaluation.requests import talk_requests
+from anygpt.toyworld.evaluation.statistics import share
+from anygpt.toyworld.judges import load_judges
+from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
+from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, Thing
+
+PROPERTIES = {"shape": SHAPES, "colour": COLOURS}
+_BATCH = 128
+
+
+def probe_encoders(
+    model: MultimodalModel, processor: MultimodalProcessor, renders: int, fresh: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """`{encoder key: {"shape": share, "colour": share}}` on fresh renders of held-out things.
+
+    Args:
+        renders: of each seen thing, to fit on.
+        fresh: of each held-out thing, to measure on.
+        seed: of the renders.
+
+    Raises:
+        InputError: no encoder that reads pictures, clips or sounds.
+    """
+    keys = {key: encoder.modality for key, encoder in model.encoders.items() if encoder.modality in MODALITIES}
+    if not keys:
+        raise InputError("the model has no encoder of images, videos or audio to probe")
+    found: dict[str, dict[str, Any]] = {}
+    for key, modality in keys.items():
+        sets = []
+        for number, (things, count) in enumerate(((SEEN, renders), (HELD_OUT, fresh))):
+            rng = np.random.default_rng([seed, 4, MODALITIES.index(modality), number])
+            shown = [thing for thing in things for _ in range(count)]
+            sets.append((pooled_features(model, processor, key, [render(modality, t, rng) for t in shown]), shown))
+        (features, seen), (new_features, held_out) = sets
+        found[key] = {}
+        for name, values in PROPERTIES.items():
+            labels, expected = (
+                torch.tensor([values.index(getattr(thing, name)) for thing in things]) for things in (seen, held_out)
+            )
+            given = fit_probe(features, labels, len(values))(new_features).argmax(-1)
+            found[key][name] = share((given == expected).tolist())
+    return found
+
+
+def render(modality: str, thing: Thing, rng: np.random.Generator) -> Any:
+    """A medium as the processors take it."""
+    if modality == "image":
+        return render_image(thing, rng)
+    if modality == "video":
+        return render_video(thing, language.pick(rng, MOTIONS), rng)
+    return render_audio(thing, rng), SAMPLING_RATE
+
+
+@torch.inference_mode()
+def pooled_features(model: MultimodalModel, processor: MultimodalProcessor, key: str, media: Sequence[Any]) -> Tensor:
+    """The mean over an encoder's features of each medium, `(M, D)`, what its projector gets."""
+    encoder, pooled = model.encoders[key], []
+    for batch in batches(media, _BATCH):
+        inputs = processor.arrange_media((encoder.modality, medium) for medium in batch)
+        data = processor.process_media(inputs)[0]
+        own = {name.removeprefix(f"{key}."): value for name, value in data.items()}
+        moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in own.items()}
+        pooled += [features.float().mean(0).cpu() for features in encoder.encode(moved)]
+    return torch.stack(pooled)
+
+
+def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Module:
+    """Logistic regression on standardised features, to convergence: `(M, D)` and `(M,)` -> a module."""
+    features = features.clone()  # out of inference mode
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    line = nn.Linear(features.shape[1], classes)
+    nn.init.zeros_(line.weight)
+    nn.init.zeros_(line.bias)
+    optimizer = torch.optim.LBFGS(line.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = decay * line.weight.square().sum()
+        loss = F.cross_entropy(line((features - mean) / std), labels) + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        line.weight /= std
+        line.bias -= line.weight @ mean
+    return line.requires_grad_(False)
+
+
+def question_accuracy(model: MultimodalModel, processor: MultimodalProcessor, settings: Settings) -> dict[str, Any]:
+    """Shares of right answers in words, of held-out things (and of small talk and nonsense); see `talk_table`."""
+    requests = talk_requests(THINGS[settings.things], settings.talk_samples, settings.seed)
+    judges = load_judges()
+    return talk_table([judge(*pair, judges, 0) for pair in ask(model, processor, requests, settings)])
