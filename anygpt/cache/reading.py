@@ -13,9 +13,10 @@ from torch import Tensor
 
 from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
 from anygpt.cache.store import Store
-from anygpt.data.schema import StaleCache, StoredMedium
+from anygpt.data.schema import StaleCache
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 CHUNK = 1024**2
 

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples
 from anygpt.data.formats.streams import ROWS_OF_BLOCK
-from anygpt.data.schema import Sample, StaleCache, StoredMedium
+from anygpt.data.schema import Sample, StaleCache
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 
 if TYPE_CHECKING:

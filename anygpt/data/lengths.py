@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anygpt.data.schema import Sample, StoredMedium
+from anygpt.data.schema import Sample
 from anygpt.encoders.families import FAMILIES
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
 

@@ -4,16 +4,16 @@ Every data format (`anygpt.data.formats`) is turned into the JSON form of `parse
 about samples is written once, here.
 """
 
-import abc
 import difflib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from anygpt.data.rows import MEDIA_TYPES, PART_TYPES, ROLES, MediaRow, MessageRow, SampleRow, TextRow
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 SAMPLE_KEYS = tuple(SampleRow.__annotations__)
 MESSAGE_KEYS = tuple(MessageRow.__annotations__)
@@ -34,20 +34,6 @@ class DataError(InputError):
 
 class StaleCache(InputError):
     """The feature cache has nothing for a medium or a caption: never a reason to leave a sample out."""
-
-
-class StoredMedium(abc.ABC):
-    """A medium that is no file of its own, but lies inside a shard or a table.
-
-    It holds where the bytes are, never the bytes: millions of them are in memory at once. `str()` of it is how
-    messages name it.
-    """
-
-    name: str
-
-    @abc.abstractmethod
-    def open(self, mode: str = "rb") -> BinaryIO:
-        """A seekable stream of the medium's bytes; like `Path.open`, so that callers need not tell them apart."""
 
 
 @dataclass(frozen=True)

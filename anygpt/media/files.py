@@ -4,19 +4,35 @@ Only plain local files in well-known containers, and such within shards and tabl
 nothing that makes a decoder open a second file.
 """
 
+import abc
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 from PIL import Image
 
-from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
 from anygpt.media.containers import check_whole
+
+
+class StoredMedium(abc.ABC):
+    """A medium that is no file of its own, but lies inside a shard or a table.
+
+    It holds where the bytes are, never the bytes: millions of them are in memory at once. `str()` of it is how
+    messages name it.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """A seekable stream of the medium's bytes; like `Path.open`, so that callers need not tell them apart."""
+
 
 Place = Path | StoredMedium  # both have `open`
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from anygpt.chat.talking import write_segment
-from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 from anygpt.outputs import Segment
 
 MIME_TYPES = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 # No conversation is that long. Parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 ROWS_OF_BLOCK = 32  # their media are in memory, once for each process
 

@@ -19,8 +19,9 @@ import pyarrow.compute
 from anygpt.data.formats.base import Pair, Row, find_files
 from anygpt.data.formats.parquet import check_row_groups
 from anygpt.data.formats.streams import Stream, StreamedCell
-from anygpt.data.schema import MEDIA_TYPES, StoredMedium, check_keys
+from anygpt.data.schema import MEDIA_TYPES, check_keys
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 COLUMNS = (*MEDIA_TYPES, "text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}

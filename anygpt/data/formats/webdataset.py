@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row, find_files
 from anygpt.data.formats.json_files import parse_json
-from anygpt.data.schema import StoredMedium
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 
 SUFFIXES = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif"), "image"),
