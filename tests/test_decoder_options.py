@@ -81,6 +81,25 @@ def test_a_seed_gives_each_row_what_it_has_alone(full_model):
     assert not np.array_equal(np.asarray(again.images[0]), np.asarray(together.answers[0].images[0]))
 
 
+def test_each_row_may_have_a_seed_of_its_own(full_model):
+    model, processor = full_model
+    options = {"max_new_tokens": 8, "require": ["image"]}
+
+    def images(texts, seed):
+        chosen = {"image": {"num_inference_steps": 2, "seed": seed}}
+        answers = model.generate(**tokenize(processor, texts), decoder_kwargs=chosen, **options).answers
+        return [np.asarray(answer.images[0], np.int16) for answer in answers]
+
+    same = ["a red ring"] * 2
+    first, second = images(same, [3, 4])
+    assert np.abs(first - images(same[:1], 3)[0]).max() <= 1 and np.abs(second - images(same[:1], 4)[0]).max() <= 1
+    assert not np.array_equal(first, second)
+    with pytest.raises(InputError, match="image is given 1 seeds for 2 rows"):
+        images(same, [3])
+    with pytest.raises(InputError, match="a list of such"):
+        images(same, [3, -1])
+
+
 @pytest.mark.parametrize("key", ["image", "video", "audio"])
 def test_a_negative_prompt_is_its_encoding(full_model, key):
     model, processor = full_model

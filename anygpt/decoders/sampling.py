@@ -179,7 +179,9 @@ class Sampling:
         if name == "guidance_scale":
             return None if is_number(value) else "a finite number"
         if name == "seed":
-            return None if is_integer(value) and 0 <= value <= MAX_SEED else "a whole number from 0"
+            seeds = value if isinstance(value, (list, tuple)) else [value]
+            good = all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds)
+            return None if good else "a whole number from 0, or a list of such with one a row"
         if name == "negative_prompt":
             return None if isinstance(value, str) and is_text(value) else "a text of whole characters"
         if name in ("height", "width"):
@@ -201,7 +203,7 @@ class Sampling:
         depend on what else is in the batch.
 
         Args:
-            options: checked by `check_options`.
+            options: checked by `check_options`; a list of seeds has one a sample.
             places: of each of the `B` samples, how many of this decoder's come before it in its answer.
         """
         arguments = {name: value for name, value in options.items() if value is not None}
@@ -209,8 +211,10 @@ class Sampling:
         if prompt is not None:
             arguments["negative_condition"] = Condition.of(self.encode_text([prompt]))[[0] * len(places)]
         if seed is not None:
+            seeds = seed if isinstance(seed, (list, tuple)) else [seed] * len(places)
             arguments["generator"] = [
-                torch.Generator().manual_seed(min(int(seed), MAX_SEED - max(places)) + place) for place in places
+                torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)
+                for own, place in zip(seeds, places, strict=True)
             ]
         return arguments
 

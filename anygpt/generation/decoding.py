@@ -201,8 +201,8 @@ class GenerationMixin(Answering):
             forbid: decoders that no answer may call.
             decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
                 `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
-                `width` (pixels), `num_frames`, `audio_length_in_s`. With a `seed` a row's media are what they are
-                when the row is alone.
+                `width` (pixels), `num_frames`, `audio_length_in_s`. With a `seed`, or a list of them with one a row,
+                a row's media are what they are when the row is alone.
             generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
             on_event: called with an `Event` whenever something happens; what it raises ends the
                 generation. For one row, without beams. (`generate_stream` is the iterator.)
@@ -216,6 +216,9 @@ class GenerationMixin(Answering):
                 search; events of several rows, or of a search with beams, where nothing is final before the end.
         """
         require, forbid = self.check_request(require, forbid, decoder_kwargs)
+        for key, given in (decoder_kwargs or {}).items():
+            if isinstance(seeds := given.get("seed"), (list, tuple)) and len(seeds) != len(input_ids):
+                raise InputError(f"{key} is given {len(seeds)} seeds for {len(input_ids)} rows; give one a row")
         inputs, options = self._split_inputs(kwargs)
         config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
         options = self._special_tokens(config) | options
