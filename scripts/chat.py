@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from anygpt import InputError
-from anygpt.chat.talking import Settings, Talker, check_device, modality_of, write_segment
+from anygpt.chat.chat_model import ChatModel, Settings, check_device, modality_of, write_segment
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
@@ -47,7 +47,7 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.talker = Talker(options.checkpoint, options.device, options.offload)
+        self.chat_model = ChatModel(options.checkpoint, options.device, options.offload)
         kwargs = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
         self.settings = Settings(
             max_new_tokens=options.max_new_tokens,
@@ -55,22 +55,22 @@ class Chat:
             seed=options.seed,
             require=tuple(options.require),
             forbid=tuple(options.forbid),
-            decoder_kwargs=dict.fromkeys(self.talker.makes, kwargs),
+            decoder_kwargs=dict.fromkeys(self.chat_model.makes, kwargs),
         )
-        self.talker.check(self.settings)
+        self.chat_model.check(self.settings)
         self.messages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []  # the same, media as paths
         self.turns = last_turn(options.output)
 
     def say(self, text: str, files: list[str], prefix: str = "") -> None:
         """One turn: what the user says and attaches; prints the answer as it comes. Nothing is kept of a failed one."""
-        parts = [self.talker.read(modality_of(path), path) for path in files]
+        parts = [self.chat_model.read(modality_of(path), path) for path in files]
         shown = [{"type": part["type"], "path": path} for part, path in zip(parts, files, strict=True)]
         said = [{"type": "text", "text": checked_text(text, "what you say")}] if text else []
         messages = [*self.messages, {"role": "user", "content": parts + said}]
         printer = Printer(self.options.output, self.turns + 1, prefix)
         try:
-            reply = self.talker.answer(messages, self.settings, on_event=printer)
+            reply = self.chat_model.answer(messages, self.settings, on_event=printer)
         finally:
             printer.end_line()
         self.turns += 1
@@ -106,7 +106,7 @@ class Chat:
         """Look at a file, so that its faults are known before anything is said."""
         if not path:
             raise InputError("/attach needs the path of a file")
-        part = self.talker.read(modality_of(path), path)
+        part = self.chat_model.read(modality_of(path), path)
         files.append(path)
         print(f"attached {part['type']}: {path}")
 
@@ -220,8 +220,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--forbid", nargs="*", default=[], metavar="KEY", help="decoders that no answer may call")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="signal tokens included (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="sample text instead of taking the likeliest token")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's own)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the checkpoint's own)")
     parser.add_argument("--seed", type=int, default=0, help="of sampled text and media (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="decoders are on the device only while they are used")
@@ -231,9 +231,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Find mistakes before anything is loaded."""
     for name, least, most in (("max_new_tokens", 1, 2**31), ("steps", 1, 2**31), ("seed", 0, MAX_SEED)):
-        if not least <= getattr(options, name) <= most:
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is {getattr(options, name)}, expected a whole number from {least} to {most}")
+            raise InputError(f"{flag} is {value}, expected a whole number from {least} to {most}")
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise InputError(f"--guidance is {options.guidance}, expected a finite number")
     if options.output.exists() and not options.output.is_dir():

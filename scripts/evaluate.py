@@ -22,10 +22,11 @@ from PIL import Image
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.errors import reading
-from anygpt.toyworld.evaluation.answers import GUIDANCE, STEPS, Settings
+from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
 from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
 from anygpt.toyworld.evaluation.report import text_table, write_report
+from anygpt.toyworld.evaluation.requests import WAYS
 from anygpt.toyworld.evaluation.tracking import log_report
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
@@ -51,8 +52,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
     add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
     add("--no-baselines", action="store_true", help="leave out the upper bound and the caption baseline")
-    add("--steps", nargs="*", default=[], metavar="[KIND=]N", help=f"denoising steps (default: {spell(STEPS)})")
-    add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help=f"guidance scale (default: {spell(GUIDANCE)})")
+    add("--steps", nargs="*", default=[], metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
+    add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=DEFAULTS.max_new_tokens, help="of an answer (default: %(default)s)")
     add("--seed", type=int, default=DEFAULTS.seed, help="of requests, renders and noise (default: %(default)s)")
     add("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
@@ -60,25 +61,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def spell(values: dict[str, Any]) -> str:
-    return " ".join(f"{kind}={value}" for kind, value in values.items())
-
-
-def by_kind(flag: str, given: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`["10"]` sets all kinds, `["image=10", "video=8"]` some; numbers as those in `defaults`."""
-    values = dict(defaults)
+def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
+    """`["10"]` sets all kinds, `["image=10", "video=8"]` some."""
+    kinds, values = WAYS[1:], {}
     for item in given:
         kind, _, number = item.rpartition("=")
-        kinds = [kind] if kind else list(values)
-        number_type = type(next(iter(defaults.values())))
+        if kind and kind not in kinds:
+            raise InputError(f"{flag} {item}: there is no {kind!r}; the kinds are {', '.join(kinds)}")
         try:
-            values |= {name: number_type(number) for name in kinds}
+            values |= {name: number_type(number) for name in ([kind] if kind else kinds)}
         except ValueError:
-            raise InputError(
-                f"{flag} {item}: {number!r} is not a number; write for example {spell(defaults)}"
-            ) from None
-        if set(values) != set(defaults):
-            raise InputError(f"{flag} {item}: there is no {kind!r}; the kinds are {', '.join(defaults)}")
+            raise InputError(f"{flag} {item}: {number!r} is not a number; write for example image=2") from None
     return values
 
 
@@ -86,8 +79,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     settings = replace(
         DEFAULTS,
         baselines=not options.no_baselines,
-        steps=by_kind("--steps", options.steps, STEPS),
-        guidance=by_kind("--guidance", options.guidance, GUIDANCE),
+        steps=by_kind("--steps", options.steps, int),
+        guidance=by_kind("--guidance", options.guidance, float),
         **{
             name: getattr(options, name)
             for name in ("samples", "talk_samples", "batch_size", "seed", "things", "max_new_tokens")

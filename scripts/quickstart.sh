@@ -34,11 +34,11 @@ pictures=(runs/toyworld/eval/image/*)
 mkdir -p "$out/report/answer"
 "$python" scripts/chat.py --checkpoint "$out/stage3/final" --output "$out/report/answer" --attach "${pictures[0]}" \
     --prompt "What is this? Answer with a picture, a clip and a sound." \
-    --require image video audio --max-new-tokens 96 --guidance 2 | tee "$out/report/answer/answer.txt"
+    --require image video audio --max-new-tokens 96 | tee "$out/report/answer/answer.txt"
 
 echo "== The any-to-any matrix, on things that stages 1 to 3 never saw"
 "$python" scripts/evaluate.py --checkpoint "$out/stage3/final" --suite toyworld --output "$out/report" --samples 20
 
 echo
 echo "The report: $out/report/report.html (the numbers: matrix.json, the samples: contact_sheet.png and samples/)"
-echo "Talk to it: .venv/bin/python scripts/chat.py --guidance 2"
+echo "Talk to it: .venv/bin/python scripts/chat.py"

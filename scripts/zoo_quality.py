@@ -29,6 +29,7 @@ from anygpt.toyworld.world import HELD_OUT, MODALITIES
 from anygpt.toyworld.zoo import PARTS, zoo
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
+GUIDANCE = {"image": 2, "video": 2, "audio": 3}  # as in configs/tiny
 OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json"
 
 
@@ -47,7 +48,14 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
         "language_model": question_accuracy(model, processor, settings),
     }
     sources = {modality: Source(str(parts / f"{modality}_decoder")) for modality in MODALITIES}
-    decoders = {key: ModalDecoderModule(load_decoder(source), num_signal_tokens=1) for key, source in sources.items()}
+    decoders = {
+        key: ModalDecoderModule(
+            load_decoder(source),
+            num_signal_tokens=1,
+            defaults={"guidance_scale": GUIDANCE[key], "num_inference_steps": 20},
+        )
+        for key, source in sources.items()
+    }
     alone = MultimodalModel({}, model.language_model, decoders)
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
         bounds = upper_bound(alone, HELD_OUT, settings, load_judges(), SAMPLING_RATE, bar.update)

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from training_utils import REPOSITORY, arguments, train_here
 
+from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.decoders import StableDiffusion3Decoder, StableDiffusionXLDecoder
 from anygpt.errors import InputError
+from anygpt.model.saving import read_config
+from anygpt.toyworld.datasets import write_dataset
+from anygpt.toyworld.evaluation.answers import Settings as Evaluation
+from anygpt.training.config import parse_config
+from anygpt.training.setup import build
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +143,74 @@ def test_pipelines_with_a_pooled_condition(kind, make):
     )
     assert [image.size for image in images] == [(size, size)] * 2
     assert steps == [(1, 2), (2, 2)]
+
+
+# ------------------------------------------------------------------------------------------------ defaults
+
+
+def test_defaults_are_kept_and_used_and_requests_override_them(tiny_model, tmp_path):
+    """`final/` knows what suits its decoders: generation uses it, after loading as before, and a request goes first."""
+    model, processor = tiny_model((), ("image",))
+    batch = tokenize(processor, ["a"])
+
+    def draw(model, **options):
+        kwargs = {"image": {"seed": 3, **options}}
+        answer = model.generate(**batch, max_new_tokens=4, require=["image"], decoder_kwargs=kwargs).answers[0]
+        return np.asarray(answer.images[0])
+
+    explicit = draw(model, num_inference_steps=2, guidance_scale=2.0, height=16, negative_prompt="b")
+    model.decoders["image"].defaults = {
+        **{"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "negative_prompt": "b"}
+    }
+    assert np.array_equal(draw(model), explicit) and explicit.shape[0] == 16
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert np.array_equal(draw(again), explicit)
+    assert draw(again, height=24).shape[0] == 24 and draw(again, height=None).shape[0] == 16
+    assert not np.array_equal(draw(again, guidance_scale=9.0), explicit)
+    negative = again.decoders["image"].module.encode_text(["b"])
+    assert np.abs(draw(again, negative_condition=negative).astype(int) - explicit).max() <= 1
+
+    chat_model = ChatModel(tmp_path)
+    assert chat_model.options("image") == {
+        **{"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 32, "negative_prompt": "b"}
+    }
+    said = [{"role": "user", "content": "a"}]
+    own = chat_model.answer(said, Settings(max_new_tokens=4, require=("image",), seed=3)).answer.images[0]
+    named = {"image": {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "negative_prompt": "b"}}
+    asked = chat_model.answer(said, Settings(max_new_tokens=4, require=("image",), seed=3, decoder_kwargs=named))
+    assert np.array_equal(np.asarray(own), np.asarray(asked.answer.images[0])) and own.size == (32, 16)
+    settings = Evaluation().resolved(chat_model.model)
+    assert settings.steps == {"image": 2} and settings.guidance == {"image": 2.0}
+    assert Evaluation(steps={"image": 5}).resolved(chat_model.model).steps == {"image": 5}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [({"steps": 3}, "no option 'steps'"), ({"seed": 3}, "cannot set seed"), ({"height": 7}, "height .* is 7")],
+)
+def test_wrong_defaults_are_refused(tiny_model, defaults, message):
+    model, _ = tiny_model((), ("image",))
+    with pytest.raises(InputError, match=message):
+        model.decoders["image"].defaults = defaults
+
+
+def test_the_tiny_configs_set_defaults(tmp_path_factory, tmp_path):
+    """From the training config into `final/`; a later stage may set others."""
+    (data := tmp_path / "data").mkdir()
+    write_dataset(data, "stage2", 6, seed=0)
+    options = {"steps": 1, "config": REPOSITORY / "configs/tiny/stage2.yaml"}
+    more = ("--model.init_from", "null", "--train.projector_init", "random")
+    final = train_here(2, arguments(2, data / "stage2.jsonl", tmp_path / "run", *more, **options))
+    own = {key: entry["defaults"] for key, entry in read_config(final).decoders.items()}
+    assert own == {
+        key: {"guidance_scale": guidance, "num_inference_steps": 20}
+        for key, guidance in {"image": 2, "video": 2, "audio": 3}.items()
+    }
+    decoders = "{image: {path: 'zoo:image_decoder', hidden_layer: 2, num_signal_tokens: 16, defaults: {height: 64}}}"
+    given = ("--model.init_from", str(final), "--model.decoders", decoders)
+    config = parse_config(["--data.train", f"[{{path: {data}/stage2.jsonl}}]", *given])
+    model, _ = build(config)
+    assert model.decoders["image"].defaults == {"height": 64}
+    assert model.decoders["audio"].defaults == own["audio"]

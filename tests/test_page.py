@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from serving_utils import send_without_end, serving
 
-from anygpt.chat.talking import Talker
+from anygpt.chat.chat_model import ChatModel
 from anygpt.media.writing import write_audio
 from anygpt.serving.engine import Engine
 from anygpt.serving.guard import Guard
@@ -33,7 +33,7 @@ def address(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("final")
     for one in tiny_model():
         one.save_pretrained(folder)
-    engine = Engine(Talker(folder))
+    engine = Engine(ChatModel(folder))
     with serving(make_app(engine, tmp_path_factory.mktemp("uploads"))) as address:
         yield address
     engine.close()
@@ -134,7 +134,8 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     box = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")[0]
     wait(browser, box.is_displayed, "the settings did not open")
     box.click()  # the answer must contain an image
-    steps = find(browser, "#steps input[type=number]")[0]
+    wait(browser, lambda: find(browser, "#decoder-image button"), "no settings of a decoder")[0].click()
+    steps = wait(browser, lambda: find(browser, "#steps-image input[type=number]"), "no slider of steps")[0]
     steps.send_keys(Keys.CONTROL, "a")
     steps.send_keys("3", Keys.TAB)
     beside = lambda: rectangle(browser, "#message")[1] <= rectangle(browser, ".sidebar")[0]  # noqa: E731

@@ -24,7 +24,7 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import load_script
 
-from anygpt.chat.talking import Settings, Talker, place
+from anygpt.chat.chat_model import ChatModel, Settings, place
 from anygpt.media.writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.http import BodyLimits, Interface
@@ -44,7 +44,7 @@ def checkpoint(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(checkpoint):
-    engine = Engine(Talker(checkpoint), max_waiting=40)
+    engine = Engine(ChatModel(checkpoint), max_waiting=40)
     yield engine
     engine.close()
 
@@ -360,7 +360,7 @@ def test_32_clients_at_once(client, address, engine):
 
 
 def test_a_full_queue_says_so(checkpoint):
-    engine = Engine(Talker(checkpoint), max_waiting=1)
+    engine = Engine(ChatModel(checkpoint), max_waiting=1)
     held, go_on = threading.Event(), threading.Event()
 
     def hold(event):
@@ -387,11 +387,11 @@ def test_a_full_queue_says_so(checkpoint):
 def test_faults_are_not_told_to_clients(engine, address, caplog):
     """Something that is the server's fault gives 500 without its inside, and the next request is answered."""
     body = json.dumps({"model": "anygpt", "messages": HELLO, "max_tokens": 2, "forbid": ["image", "video", "audio"]})
-    tokenizer, engine.talker.model.tokenizer = engine.talker.model.tokenizer, object()
+    tokenizer, engine.chat_model.model.tokenizer = engine.chat_model.model.tokenizer, object()
     try:
         answer = post(address, body)
     finally:
-        engine.talker.model.tokenizer = tokenizer
+        engine.chat_model.model.tokenizer = tokenizer
     assert answer.status_code == 500 and "tokenizer" not in answer.text and "log" in answer.json()["error"]["message"]
     assert "AttributeError" in caplog.text
     assert post(address, body).status_code == 200
@@ -413,8 +413,8 @@ def test_offloaded_decoders_make_the_same(tiny_model):
 
 
 def test_anygpt_does_not_import_the_servers():
-    code = "import sys, anygpt, anygpt.chat.talking; print([m for m in sys.modules if m.split('.')[0] in ('gradio', " \
-        "'starlette', 'fastapi', 'uvicorn') or m.startswith('anygpt.serving')])"  # fmt: skip
+    servers = "m.split('.')[0] in ('gradio', 'starlette', 'fastapi', 'uvicorn') or m.startswith('anygpt.serving')"
+    code = f"import sys, anygpt, anygpt.chat.chat_model; print([m for m in sys.modules if {servers}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
-from anygpt.decoders.sampling import Condition
+from anygpt.decoders.sampling import ALTERNATIVES, Condition
 from anygpt.errors import InputError
 from anygpt.sequence.signal_tokens import DEFAULT_COUNTS, SIGNALS
 
@@ -26,6 +27,8 @@ class ModalDecoderModule(nn.Module):
             all of them.
         modality: media type in the data; the decoder's own when None.
         signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `SignalTokens`).
+        defaults: options of generation where a request names none, such as `{"guidance_scale": 2}`; what they leave
+            out is the pipeline's own. Saved with the model.
 
     Attributes:
         module: the diffusion decoder.
@@ -41,6 +44,7 @@ class ModalDecoderModule(nn.Module):
         hidden_layer: int | str = -1,
         modality: str | None = None,
         signal: str = "tokens",
+        defaults: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if not isinstance(model, DiffusionDecoder):
@@ -59,6 +63,25 @@ class ModalDecoderModule(nn.Module):
         self.hidden_layer = hidden_layer
         self.modality = modality or model.modality
         self.layer_weights: nn.Parameter | None = None
+        self.defaults = defaults or {}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Options of generation where a request names none."""
+        return dict(self._defaults)
+
+    @defaults.setter
+    def defaults(self, options: Mapping[str, Any]) -> None:
+        if by_request := {"seed", "generator", "negative_condition"} & set(options):
+            raise InputError(f"defaults of the {self.modality} decoder cannot set {', '.join(sorted(by_request))}")
+        self.module.check_options(options)
+        self._defaults = dict(options)
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's options of generation over the defaults; None stands for the default."""
+        given = {name: value for name, value in given.items() if value is not None}
+        replaced = {name for pair in ALTERNATIVES for name in pair if set(pair) & set(given)}
+        return {name: value for name, value in self._defaults.items() if name not in replaced} | given
 
     @property
     def needs_all_states(self) -> bool:

@@ -152,6 +152,13 @@ class Sampling:
         """What `generate(decoder_kwargs={key: …})` takes for this decoder."""
         return (*STEERING, *self.size_names)
 
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """Steps, guidance and sizes where nobody names any."""
+        call = inspect.signature(self.pipeline.__call__).parameters
+        steering = {name: call[name].default for name in ("num_inference_steps", "guidance_scale") if name in call}
+        return steering | {name: getattr(self, name) for name in self.size_names}
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Find mistakes in the options of generation before anything is computed.
 

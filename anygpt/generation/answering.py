@@ -74,8 +74,9 @@ class Answering:
         decoder = self.decoders[key]
         rows = [span.row for span in spans]
         places = [index - rows.index(row) for index, row in enumerate(rows)]
+        options = decoder.options(options)
         if isinstance(seed := options.get("seed"), (list, tuple)):
-            options = {**options, "seed": [seed[row] for row in rows]}
+            options["seed"] = [seed[row] for row in rows]
         arguments = decoder.module.sampling_arguments(options, places)
         if narrator is not None:
             segments = tuple(narrator.segments[span.start] for span in spans)

@@ -201,8 +201,9 @@ class GenerationMixin(Answering):
             forbid: decoders that no answer may call.
             decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
                 `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
-                `width` (pixels), `num_frames`, `audio_length_in_s`. With a `seed`, or a list of them with one a row,
-                a row's media are what they are when the row is alone.
+                `width` (pixels), `num_frames`, `audio_length_in_s`. What is left out is the decoder's `defaults`, else
+                the pipeline's own. With a `seed`, or a list of them with one a row, a row's media are what they are
+                when the row is alone.
             generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
             on_event: called with an `Event` whenever something happens; what it raises ends the
                 generation. For one row, without beams. (`generate_stream` is the iterator.)

@@ -25,7 +25,7 @@ class MultimodalConfig(PreTrainedConfig):
         language_model: `{"class", "source", "fingerprint", "adapter"}`, and where signal tokens were written into its
             matrices `"vocab_size"`, their rows before.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
-            "signal", "projector"}}`.
+            "signal", "defaults", "projector"}}`.
         encoder_keys, decoder_keys: the keys in their order.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
@@ -85,6 +85,7 @@ class MultimodalConfig(PreTrainedConfig):
                 "num_signal_tokens": decoder.num_signal_tokens,
                 "hidden_layer": decoder.hidden_layer,
                 "signal": decoder.signal,
+                "defaults": decoder.defaults,
                 "projector": decoder.projector.config.to_diff_dict(),
             }
             for key, decoder in model.decoders.items()

@@ -196,6 +196,7 @@ class SavingMixin:
                 hidden_layer=entry["hidden_layer"],
                 modality=entry["modality"],
                 signal=entry["signal"],
+                defaults=entry.get("defaults"),
             )
             for key, entry in config.decoders.items()
         }

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from anygpt.chat.talking import Talker, check_device
+from anygpt.chat.chat_model import ChatModel, check_device
 from anygpt.errors import InputError
 from anygpt.serving.engine import Engine
 
@@ -54,7 +54,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
-    return Engine(Talker(options.checkpoint, options.device, options.offload), options.max_waiting)
+    return Engine(ChatModel(options.checkpoint, options.device, options.offload), options.max_waiting)
 
 
 def listen(app: Any, options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anygpt.chat.talking import Reply, Settings, Talker
+from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.generation.answering import Closed
 from anygpt.generation.events import Event
 
@@ -27,7 +27,7 @@ class Job:
     """One request.
 
     Attributes:
-        messages, settings: see `Talker.answer`.
+        messages, settings: see `ChatModel.answer`.
         deliver: is given the events, then the `Reply` or what went wrong; called in the engine's thread.
     """
 
@@ -54,12 +54,12 @@ class Engine:
     """Answers jobs one after the other, in a thread of its own.
 
     Args:
-        talker: the model.
+        chat_model: the model.
         max_waiting: jobs that may wait.
     """
 
-    def __init__(self, talker: Talker, max_waiting: int = 64):
-        self.talker = talker
+    def __init__(self, chat_model: ChatModel, max_waiting: int = 64):
+        self.chat_model = chat_model
         self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -95,7 +95,7 @@ class Engine:
 
     def _answer(self, job: Job) -> None:
         try:
-            job.deliver(self.talker.answer(job.messages, job.settings, on_event=job.tell))
+            job.deliver(self.chat_model.answer(job.messages, job.settings, on_event=job.tell))
         except Closed:
             pass
         except Exception as error:  # the listener says it; the others' requests go on

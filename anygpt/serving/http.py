@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from anygpt.chat.talking import Reply
+from anygpt.chat.chat_model import Reply
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
@@ -167,11 +167,11 @@ class Interface:
 
     def _understand(self, body: bytes) -> tuple[form.Request, list[dict[str, Any]]]:
         content = parse_json(body)
-        wanted = form.parse_request(content, self.engine.talker, self.limits)
+        wanted = form.parse_request(content, self.engine.chat_model, self.limits)
         name = content.get("model")
         if name != self.model:
             raise self._unknown_model(name)
-        return wanted, wanted.decode(self.engine.talker)
+        return wanted, wanted.decode(self.engine.chat_model)
 
     async def _stream(
         self, request: HTTPRequest, wanted: form.Request, job: Job, events: asyncio.Queue, event: Any

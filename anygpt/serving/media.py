@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anygpt.chat.talking import write_segment
+from anygpt.chat.chat_model import write_segment
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 from anygpt.outputs import Segment

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anygpt.chat.talking import Reply, Settings, Talker
+from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED, is_integer, is_number
 from anygpt.errors import InputError
@@ -67,7 +67,7 @@ class Request:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def decode(self, talker: Talker) -> list[dict[str, Any]]:
+    def decode(self, chat_model: ChatModel) -> list[dict[str, Any]]:
         """The conversation with its media decoded; takes its time.
 
         Raises:
@@ -76,14 +76,14 @@ class Request:
         messages = []
         for message in self.messages:
             parts = [
-                part if part["type"] == "text" else talker.read(part["type"], part["medium"])
+                part if part["type"] == "text" else chat_model.read(part["type"], part["medium"])
                 for part in message["content"]
             ]
             messages.append({"role": message["role"], "content": parts})
         return messages
 
 
-def parse_request(body: Any, talker: Talker, limits: Limits) -> Request:
+def parse_request(body: Any, chat_model: ChatModel, limits: Limits) -> Request:
     """Understand a request's JSON.
 
     Raises:
@@ -102,13 +102,13 @@ def parse_request(body: Any, talker: Talker, limits: Limits) -> Request:
         raise InputError("stream must be true or false, and stream_options an object")
     return Request(
         _messages(given.get("messages"), limits),
-        _settings(given, talker, limits),
+        _settings(given, chat_model, limits),
         given.get("stream", False),
         bool(stream_options.get("include_usage", False)),
     )
 
 
-def _settings(given: Mapping[str, Any], talker: Talker, limits: Limits) -> Settings:
+def _settings(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -> Settings:
     tokens = given.get("max_completion_tokens", given.get("max_tokens", Settings.max_new_tokens))
     if not is_integer(tokens) or tokens < 1:
         raise InputError(f"max_tokens is {tokens!r:.40}; expected a whole number from 1")
@@ -121,32 +121,32 @@ def _settings(given: Mapping[str, Any], talker: Talker, limits: Limits) -> Setti
     seed = given.get("seed", secrets.randbelow(2**32))  # as elsewhere: who wants the same answer again names one
     if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed is {seed!r:.40}; expected a whole number from 0")
-    require, forbid = (_keys(name, given.get(name, []), talker) for name in ("require", "forbid"))
+    require, forbid = (_keys(name, given.get(name, []), chat_model) for name in ("require", "forbid"))
     modalities = given.get("modalities")
     if modalities is not None:
-        known = ["text", *talker.makes.values()]
+        known = ["text", *chat_model.makes.values()]
         if not isinstance(modalities, list) or not all(m in known for m in modalities):
             raise InputError(f"modalities is {modalities!r:.80}; expected a list of {', '.join(dict.fromkeys(known))}")
-        forbid += tuple(key for key, modality in talker.makes.items() if modality not in modalities)
-    return Settings(tokens, temperature, top_p, seed, require, forbid, _decoders(given, talker, limits))
+        forbid += tuple(key for key, modality in chat_model.makes.items() if modality not in modalities)
+    return Settings(tokens, temperature, top_p, seed, require, forbid, _decoders(given, chat_model, limits))
 
 
-def _keys(name: str, keys: Any, talker: Talker) -> tuple[str, ...]:
-    if not isinstance(keys, list) or not all(key in talker.makes for key in map(str, keys)):
-        raise InputError(f"{name} is {keys!r:.80}; expected a list of {', '.join(talker.makes)}")
+def _keys(name: str, keys: Any, chat_model: ChatModel) -> tuple[str, ...]:
+    if not isinstance(keys, list) or not all(key in chat_model.makes for key in map(str, keys)):
+        raise InputError(f"{name} is {keys!r:.80}; expected a list of {', '.join(chat_model.makes)}")
     return tuple(map(str, keys))
 
 
-def _decoders(given: Mapping[str, Any], talker: Talker, limits: Limits) -> dict[str, dict[str, Any]]:
+def _decoders(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -> dict[str, dict[str, Any]]:
     decoders = given.get("decoders", {})
     if not isinstance(decoders, dict) or not all(isinstance(options, dict) for options in decoders.values()):
         raise InputError("decoders must be an object of objects, as {'image': {'num_inference_steps': 25}}")
-    _keys("decoders", list(decoders), talker)
+    _keys("decoders", list(decoders), chat_model)
     for key, options in decoders.items():
         for name in ("generator", "negative_condition"):  # tensors, which JSON cannot hold
             if name in options:
                 raise InputError(f"decoders.{key}.{name} cannot be given here")
-        talker.model.decoders[key].module.check_options(options)
+        chat_model.model.decoders[key].module.check_options(options)
         sizes = {
             **{"num_inference_steps": limits.steps, "height": limits.side, "width": limits.side},
             **{"num_frames": limits.frames, "audio_length_in_s": limits.seconds},

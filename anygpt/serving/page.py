@@ -18,7 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from fastapi import FastAPI
 
-from anygpt.chat.talking import SUFFIXES, Reply, Settings, modality_of, write_segment
+from anygpt.chat.chat_model import SUFFIXES, Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.processing.chat_template import answer_message
@@ -81,7 +81,7 @@ class Page:
     folder: Path
 
     def build(self) -> gr.Blocks:
-        makes = list(self.engine.talker.makes)
+        makes = list(self.engine.chat_model.makes)
         with gr.Blocks(
             title="AnyGPT", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_height=True
         ) as page:
@@ -94,11 +94,19 @@ class Page:
                     gr.CheckboxGroup(makes, label="The answer must not contain"),
                     gr.Slider(8, 512, 128, step=1, label="Tokens of an answer, at most"),
                     gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest)"),
-                    gr.Slider(1, 100, 25, step=1, label="Denoising steps", elem_id="steps"),
-                    gr.Slider(0, 20, 7.5, step=0.5, label="Guidance"),
-                    gr.Textbox("", label="Negative prompt", max_length=500),
                     gr.Number(0, label="Seed", precision=0, minimum=0),
                 ]
+                for key in makes:
+                    own = self.engine.chat_model.options(key)
+                    steps, guidance = own["num_inference_steps"], own["guidance_scale"]
+                    with gr.Accordion(f"Decoder: {key}", open=False, elem_id=f"decoder-{key}"):
+                        settings += [
+                            gr.Slider(
+                                1, max(100, steps), steps, step=1, label="Denoising steps", elem_id=f"steps-{key}"
+                            ),
+                            gr.Slider(0, max(20, guidance), guidance, step=0.5, label="Guidance"),
+                            gr.Textbox(own.get("negative_prompt", ""), label="Negative prompt", max_length=500),
+                        ]
             chat = gr.Chatbot(
                 [],
                 elem_id="chat",
@@ -115,7 +123,7 @@ class Page:
                 show_label=False,
                 placeholder="Say something, and attach pictures, clips or sounds",
                 file_count="multiple",
-                file_types=[suffix for kind in self.engine.talker.reads for suffix in SUFFIXES[kind]],
+                file_types=[suffix for kind in self.engine.chat_model.reads for suffix in SUFFIXES[kind]],
                 max_plain_text_length=MAX_CHARACTERS,
                 stop_btn=True,
             )
@@ -179,23 +187,26 @@ class Page:
         parts = []
         for path in files:
             try:
-                parts.append(self.engine.talker.read(modality_of(path), path))
+                parts.append(self.engine.chat_model.read(modality_of(path), path))
             except InputError as error:  # the visitor knows the file's name, and need not know the server's folders
                 raise InputError(str(error).replace(path, Path(path).name)) from error
         return parts + ([{"type": "text", "text": text}] if text else [])
 
     def _settings(self, values: tuple[Any, ...]) -> Settings:
-        require, forbid, tokens, temperature, steps, guidance, negative, seed = values
-        options = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
-        if negative and negative.strip():
-            options["negative_prompt"] = _whole(negative).strip()
+        require, forbid, tokens, temperature, seed, *by_decoder = values
+        decoders = {}
+        for place, key in enumerate(self.engine.chat_model.makes):
+            steps, guidance, negative = by_decoder[3 * place : 3 * place + 3]
+            decoders[key] = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+            if negative and negative.strip():
+                decoders[key]["negative_prompt"] = _whole(negative).strip()
         return Settings(
             max_new_tokens=int(tokens),
             temperature=float(temperature),
             seed=max(0, int(seed or 0)),
             require=tuple(require or ()),
             forbid=tuple(forbid or ()),
-            decoder_kwargs={key: dict(options) for key in self.engine.talker.makes},
+            decoder_kwargs=decoders,
         )
 
     def _events(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[Event | Reply]:

@@ -94,6 +94,8 @@ class DecoderConfig(PartConfig):
         signal: `tokens`, or `queries`: learned ones after a single trigger token.
         projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
             `d_model`, ….
+        defaults: options of generation where a request names none, such as `{guidance_scale: 2,
+            num_inference_steps: 20}`; the final model keeps them.
     """
 
     num_frames: int | None = None
@@ -101,6 +103,7 @@ class DecoderConfig(PartConfig):
     hidden_layer: int | str = -1
     signal: Literal["tokens", "queries"] = "tokens"
     projector: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

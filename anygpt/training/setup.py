@@ -82,6 +82,8 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
         if key not in decoders:
             ridge = config.train.projector_init == "ridge"
             decoders[key] = new_decoder(key, entry, language_model, precision, ridge)
+        if entry.defaults:
+            decoders[key].defaults = entry.defaults
     unknown = sorted(set(config.loss.by_modality) - set(decoders))
     if unknown:
         raise InputError(
@@ -209,7 +211,7 @@ def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str
     for setting in fields(wanted):
         value = getattr(wanted, setting.name)
         value = Source(value).path if setting.name == "path" else value
-        given = setting.default is MISSING or value != setting.default
+        given = setting.name != "defaults" and (setting.default is MISSING or value != setting.default)
         if setting.name == "projector":
             cls = MultimodalProjectorConfig if isinstance(wanted, EncoderConfig) else OutputProjectorConfig
             check_arguments("projector", value, cls)

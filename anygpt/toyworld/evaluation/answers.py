@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,6 @@ from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld.evaluation.requests import WAYS, Request
 from anygpt.toyworld.judges import Judges, answers_question, read_words
 from anygpt.toyworld.world import Thing
-
-STEPS = {"image": 20, "video": 20, "audio": 20}
-GUIDANCE = {"image": 2.0, "video": 2.0, "audio": 3.0}
-"""Of the decoders in ToyWorld, by modality; chosen on the things that training sees."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Settings:
             settings on with a model that was trained on the others.
         baselines: also take the upper bound and the caption baseline.
         max_new_tokens: an answer's budget, signal tokens included.
-        steps, guidance: of the decoders, by modality.
+        steps, guidance: of the decoders, by modality; the checkpoint's own defaults where one is left out.
     """
 
     samples: int = 20
@@ -44,11 +40,20 @@ class Settings:
     things: str = "held_out"
     baselines: bool = True
     max_new_tokens: int = 64
-    steps: Mapping[str, int] = field(default_factory=lambda: dict(STEPS))
-    guidance: Mapping[str, float] = field(default_factory=lambda: dict(GUIDANCE))
+    steps: Mapping[str, int] = field(default_factory=dict)
+    guidance: Mapping[str, float] = field(default_factory=dict)
+
+    def resolved(self, model: MultimodalModel) -> Settings:
+        """With the steps and the guidance that the model's decoders have where none are given."""
+        own = {d.modality: d.module.pipeline_options | d.options({}) for d in model.decoders.values()}
+        return replace(
+            self,
+            steps={kind: options["num_inference_steps"] for kind, options in own.items()} | dict(self.steps),
+            guidance={kind: options["guidance_scale"] for kind, options in own.items()} | dict(self.guidance),
+        )
 
     def sampling(self, modality: str) -> dict[str, Any]:
-        return {"num_inference_steps": self.steps[modality], "guidance_scale": self.guidance[modality]}
+        return {"num_inference_steps": self.steps.get(modality), "guidance_scale": self.guidance.get(modality)}
 
 
 @dataclass

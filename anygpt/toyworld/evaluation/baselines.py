@@ -99,12 +99,14 @@ def _judged(
     progress: Callable[[int], object],
 ) -> dict[str, Any]:
     """Share of right media that a decoder makes of captions through its own text encoder."""
-    decoder = next(d.module for d in model.decoders.values() if d.modality == modality)
+    outer = next(d for d in model.decoders.values() if d.modality == modality)
+    decoder = outer.module
     generator = torch.Generator().manual_seed(settings.seed)
     media: list[Any] = []
     for batch in batches(captions, settings.batch_size):
         condition = Condition.of(decoder.encode_text(list(batch)))
-        media += decoder.sample(condition, generator=generator, **settings.sampling(modality))
+        options = outer.options({"generator": generator, **settings.sampling(modality)})
+        media += decoder.sample(condition, **decoder.sampling_arguments(options, [0] * len(batch)))
         progress(len(batch))
     verdicts = judge_media(modality, media, judges, sampling_rate)
     result = share(is_thing(verdict, thing) for verdict, thing in zip(verdicts, things, strict=True))

@@ -57,6 +57,7 @@ def evaluate(
         What `matrix.json` holds, and every answer of the matrix.
     """
     began = time.perf_counter()
+    settings = settings.resolved(model)
     things, judges = THINGS[settings.things], load_judges()
     sources = [way for way in WAYS if way == "text" or way in {e.modality for e in model.encoders.values()}]
     targets = [way for way in WAYS if way == "text" or way in {d.modality for d in model.decoders.values()}]

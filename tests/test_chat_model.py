@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from training_utils import load_script
 
-from anygpt.chat.talking import Settings, Talker
+from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.errors import InputError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -27,8 +27,8 @@ def checkpoint(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def talker(checkpoint):
-    return Talker(checkpoint)
+def chat_model(checkpoint):
+    return ChatModel(checkpoint)
 
 
 # ------------------------------------------------------------------------------------------ the terminal
@@ -141,32 +141,32 @@ def test_servers_without_a_checkpoint_say_so(script, capsys):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 40), (50, 1)], ids=lambda size: "×".join(map(str, size)))
-def test_small_pictures_are_pictures(talker, tmp_path, size):
+def test_small_pictures_are_pictures(chat_model, tmp_path, size):
     Image.new("RGB", size, "red").save(tmp_path / "a.png")
-    part = talker.read("image", str(tmp_path / "a.png"))
+    part = chat_model.read("image", str(tmp_path / "a.png"))
     text = Settings(max_new_tokens=1, forbid=("image", "audio"))
-    assert talker.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
+    assert chat_model.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
 
 
-def test_a_thread_of_pixels_is_refused(talker, tmp_path):
+def test_a_thread_of_pixels_is_refused(chat_model, tmp_path):
     """A file of a few kilobytes that an encoder, scaling its shorter side up, would make gigabytes of."""
     Image.new("RGB", (4_000_000, 1)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="4000000 × 1 pixels"):
-        talker.read("image", str(tmp_path / "a.png"))
+        chat_model.read("image", str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(("rate", "samples"), [(1, 5), (8_000, 1), (999_983, 2_000)])
-def test_odd_sounds_are_sounds(talker, tmp_path, rate, samples):
-    part = talker.read("audio", str(write_sound(tmp_path / "a.wav", rate, samples)))
+def test_odd_sounds_are_sounds(chat_model, tmp_path, rate, samples):
+    part = chat_model.read("audio", str(write_sound(tmp_path / "a.wav", rate, samples)))
     text = Settings(max_new_tokens=1, forbid=("image", "audio"))
-    assert talker.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
+    assert chat_model.answer([{"role": "user", "content": [part]}], text).new_tokens == 1
 
 
-def test_a_rate_beyond_reason_is_refused(talker, tmp_path):
+def test_a_rate_beyond_reason_is_refused(chat_model, tmp_path):
     """A file of some bytes whose rate has no divisor in common with the encoder's."""
     with pytest.raises(InputError, match=r"2147483647|up to 1,000,000"):
-        part = talker.read("audio", str(write_sound(tmp_path / "a.wav", 2**31 - 1, 100)))
-        talker.answer([{"role": "user", "content": [part]}], Settings(max_new_tokens=1))
+        part = chat_model.read("audio", str(write_sound(tmp_path / "a.wav", 2**31 - 1, 100)))
+        chat_model.answer([{"role": "user", "content": [part]}], Settings(max_new_tokens=1))
 
 
 def write_sound(path, rate, samples):
@@ -179,9 +179,9 @@ def write_sound(path, rate, samples):
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
-def test_hardly_any_temperature_is_none(talker, temperature):
+def test_hardly_any_temperature_is_none(chat_model, temperature):
     said = [
-        talker.answer([{"role": "user", "content": "a"}], Settings(6, t, forbid=("image", "audio"))).answer.text
+        chat_model.answer([{"role": "user", "content": "a"}], Settings(6, t, forbid=("image", "audio"))).answer.text
         for t in (0.0, temperature)
     ]
     assert said[0] == said[1]
@@ -199,15 +199,15 @@ def test_hardly_any_temperature_is_none(talker, temperature):
         (Settings(decoder_kwargs={"image": {"steps": 1}}), "no option 'steps'"),
     ],
 )
-def test_wrong_settings_are_found_before_there_is_a_conversation(talker, settings, message):
+def test_wrong_settings_are_found_before_there_is_a_conversation(chat_model, settings, message):
     with pytest.raises(InputError, match=message):
-        talker.check(settings)
+        chat_model.check(settings)
 
 
-def test_a_decoder_that_is_required_twice_is_required_once(talker):
-    few = {key: {"num_inference_steps": 1} for key in talker.makes}
+def test_a_decoder_that_is_required_twice_is_required_once(chat_model):
+    few = {key: {"num_inference_steps": 1} for key in chat_model.makes}
     settings = Settings(5, require=("image", "image"), forbid=("audio",), decoder_kwargs=few)
-    assert len(talker.answer([{"role": "user", "content": "a"}], settings).answer.images) == 1
+    assert len(chat_model.answer([{"role": "user", "content": "a"}], settings).answer.images) == 1
 
 
 # ---------------------------------------------------------------------------------------- the memory table

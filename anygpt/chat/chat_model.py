@@ -71,7 +71,7 @@ class Reply:
     new_tokens: int
 
 
-class Talker:
+class ChatModel:
     """A model and its processor.
 
     Args:
@@ -105,6 +105,11 @@ class Talker:
     def makes(self) -> dict[str, str]:
         """`{decoder key: media type}`."""
         return {key: decoder.modality for key, decoder in self.model.decoders.items()}
+
+    def options(self, key: str) -> dict[str, Any]:
+        """Steps, guidance, sizes and whatever else a decoder samples with where nobody asks for anything."""
+        decoder = self.model.decoders[key]
+        return decoder.module.pipeline_options | decoder.options({})
 
     def read(self, modality: str, place: str | Place, limits: MediaLimits = INPUT_LIMITS) -> dict[str, Any]:
         """A medium as a content part of a message.
