@@ -1,76 +1,179 @@
-"""Labels through the chat templates of five families, as they are and with {% generation %} marks."""
+"""Labels and ids through the chat templates of the language models of the support matrix, rebuilt in tests/data."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from tiny_parts import LANGUAGE_MODELS
+from tokenizers.processors import TemplateProcessing
 
-from anygpt import InputError
+from anygpt import InputError, MultimodalModel, MultimodalProcessor
+from anygpt.data import ContentPart, LoadedSample, Message, Sample
+from anygpt.data.collation import Collator
 from anygpt.processing.chat_template import render, tokenize_many, tokenize_with_labels
 
-FAMILIES = json.loads((Path(__file__).parent / "data/chat_templates.json").read_text())
-ANSWERS = ["It is a red circle.", "No: [IMG0][IMG1] a ring"]
-TURNS = [
-    {"role": "user", "content": "What is it?"},
-    {"role": "assistant", "content": ANSWERS[0]},
-    {"role": "user", "content": "Is it a square? It is a red circle."},  # what was answered, said by the user
-    {"role": "assistant", "content": ANSWERS[1]},
+FOLDER = Path(__file__).parent / "data/chat_templates"
+
+
+class Family(NamedTuple):
+    """A template's special tokens, what ends a turn, and what more ends or begins the last one."""
+
+    bos: str | None
+    eos: str
+    end: str
+    special: tuple[str, ...] = ()
+    system: bool = True
+    last_end: str = ""
+    last_begin: str = ""
+
+
+CHATML = ("<|im_start|>", "<|endoftext|>")
+TURNS_OF_GEMMA = ("<start_of_turn>", "<end_of_turn>")
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
+FAMILIES = {
+    "llama3": Family("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", HEADERS),
+    "llama3_1": Family("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", HEADERS),
+    "qwen2_5": Family(None, "<|im_end|>", "<|im_end|>\n", CHATML),
+    "qwen3": Family(None, "<|im_end|>", "<|im_end|>\n", CHATML, last_begin="<think>\n\n</think>\n\n"),
+    "mistral": Family("<s>", "</s>", "</s>", system=False),
+    "mixtral": Family("<s>", "</s>", "</s>"),
+    "gemma": Family("<bos>", "<eos>", "<end_of_turn>\n", TURNS_OF_GEMMA, system=False),
+    "gemma3": Family("<bos>", "<eos>", "<end_of_turn>\n", TURNS_OF_GEMMA),
+    "phi3": Family(
+        "<s>",
+        "<|endoftext|>",
+        "<|end|>\n",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        True,
+        "<|endoftext|>",
+    ),
+    "olmo2": Family("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "deepseek_r1": Family("<|begin|>", "<|end|>", "<|end|>", ("<|User|>", "<|Assistant|>")),
+}
+MARKED = [path.stem.removesuffix("_marked") for path in sorted(FOLDER.glob("*_marked.jinja"))]
+# The template of each language model of the support matrix; the others' checkpoints have none.
+OF_MODEL = {
+    "Llama": "llama3_1",
+    "Mistral": "mistral",
+    "Mixtral": "mixtral",
+    "Qwen2": "qwen2_5",
+    "Qwen3": "qwen3",
+    "Qwen3-MoE": "qwen3",
+    "Gemma 2": "gemma",
+    "Gemma 3": "gemma3",
+    "Phi-3": "phi3",
+    "OLMo 2": "olmo2",
+}
+ANSWERS = ["It is a red circle.", "No: [IMG0][IMG1] a ring", "user", "It is a red circle."]
+ASKED = ["What is it?", "Is it a square? It is a red circle.", "Who?  ", "assistant"]  # some of it is answered, too
+FOUR = [
+    {"role": role, "content": content}
+    for pair in zip(ASKED, ANSWERS, strict=True)
+    for role, content in zip(("user", "assistant"), pair, strict=True)
 ]
+TURNS = FOUR[:4]
 
 
 @pytest.fixture
 def tokenizer_of(parts):
-    """The zoo's tokenizer with a family's special tokens and template."""
+    """The zoo's tokenizer with a family's special tokens and template; it begins texts as the family's does."""
 
-    def make(family, kind):
-        tokenizer = parts.tokenizer()
-        names = ["[IMG0]", "[IMG1]", *family["special"], *filter(None, (family["bos"], family["eos"]))]
+    def make(name, kind=""):
+        family, tokenizer = FAMILIES[name], parts.tokenizer()
+        names = ["[IMG0]", "[IMG1]", *family.special, *filter(None, (family.bos, family.eos))]
         tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)
-        tokenizer.bos_token, tokenizer.eos_token = family["bos"], family["eos"]
-        tokenizer.chat_template = family[kind]
+        tokenizer.bos_token, tokenizer.eos_token = family.bos, family.eos
+        tokenizer.chat_template = (FOLDER / f"{name}{kind}.jinja").read_text()
+        if family.bos:
+            begin = (family.bos, tokenizer.convert_tokens_to_ids(family.bos))
+            single = TemplateProcessing(f"{family.bos} $A", f"{family.bos} $A $B:1", special_tokens=[begin])
+            tokenizer.backend_tokenizer.post_processor = single
         return tokenizer
 
     return make
 
 
-@pytest.mark.parametrize("kind", ["template", "marked"])
-@pytest.mark.parametrize("system", [False, True], ids=["", "system"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_labels_are_the_assistants_turns_and_what_ends_them(tokenizer_of, name, system, kind):
-    family = FAMILIES[name]
-    tokenizer = tokenizer_of(family, kind)
-    messages = [{"role": "system", "content": "Be short."}, *TURNS] if system else TURNS
-    if system and not family["system"]:
-        with pytest.raises(InputError, match="chat template refuses this conversation: "):
-            tokenize_with_labels(tokenizer, messages)
-        return
-    ids, labels = tokenize_with_labels(tokenizer, messages)
-    assert ids == tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
-    assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+def runs_of(labels):
+    """The neighbouring labels that are not ignored."""
     runs, before = [], -100
     for label in labels:
         if label != -100:
             runs = [*runs, []] if before == -100 else runs
             runs[-1].append(label)
         before = label
-    expected = [answer + family["end"] for answer in ANSWERS]
-    expected[-1] += family.get("last_end", "")
+    return runs
+
+
+KINDS = [(name, "") for name in FAMILIES] + [(name, "_marked") for name in MARKED]
+
+
+@pytest.mark.parametrize("system", [False, True], ids=["", "system"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_labels_are_the_assistants_turns_and_what_ends_them(tokenizer_of, name, kind, system):
+    """Of four exchanges, whose words stand in other turns and in the template itself."""
+    family, tokenizer = FAMILIES[name], tokenizer_of(name, kind)
+    messages = [{"role": "system", "content": "Be short."}, *FOUR] if system else FOUR
+    if system and not family.system:
+        with pytest.raises(InputError, match="chat template refuses this conversation: "):
+            tokenize_with_labels(tokenizer, messages)
+        return
+    ids, labels = tokenize_with_labels(tokenizer, messages)
+    assert ids == tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+    expected = [answer + family.end for answer in ANSWERS]
+    expected[-1] = family.last_begin + expected[-1] + family.last_end
     plain = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
-    assert [tokenizer.decode(run) for run in runs] == plain
+    assert [tokenizer.decode(run).strip() for run in runs_of(labels)] == [text.strip() for text in plain]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MARKED)
 def test_both_ways_give_the_same_tokens_and_labels(tokenizer_of, name):
-    family = FAMILIES[name]
-    assert tokenize_with_labels(tokenizer_of(family, "template"), TURNS) == tokenize_with_labels(
-        tokenizer_of(family, "marked"), TURNS
-    )
+    assert tokenize_with_labels(tokenizer_of(name), FOUR) == tokenize_with_labels(tokenizer_of(name, "_marked"), FOUR)
 
 
-@pytest.mark.parametrize("way", ["template", "marked"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_many_conversations_at_once_are_as_each_by_itself(tokenizer_of, name, way):
-    tokenizer = tokenizer_of(FAMILIES[name], way)
+def test_thoughts_of_the_last_turn_are_learnt_and_those_before_taken_out(tokenizer_of):
+    """As Qwen3's template has it."""
+    tokenizer = tokenizer_of("qwen3")
+    answers = [f"<think>\nlooking {i}\n</think>\n\nIt is {i}." for i in range(2)]
+    turns = [message | {"content": answers[i // 2]} if i % 2 else message for i, message in enumerate(TURNS)]
+    _, labels = tokenize_with_labels(tokenizer, turns)
+    first, last = (tokenizer.decode(run) for run in runs_of(labels))
+    assert "looking" not in first and "It is 0." in first
+    assert "looking 1" in last and "It is 1." in last
+
+
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS, ids=lambda language_model: language_model.label)
+def test_every_language_model_trains_on_four_exchanges_with_its_own_template(tokenizer_of, parts, language_model):
+    """And a prompt has the same ids by every way: in training, and by both ways through the processor."""
+    name = OF_MODEL.get(language_model.label)
+    tokenizer = parts.tokenizer() if name is None else tokenizer_of(name)
+    if name is None:
+        tokenizer.chat_template = None
+    model = MultimodalModel({}, language_model.build())
+    model.language_model.resize_token_embeddings(len(tokenizer))
+    processor = MultimodalProcessor({}, tokenizer, model=model)
+    words = [message | {"content": message["content"].replace("[IMG0][IMG1]", "see")} for message in FOUR]
+    messages = tuple(Message(m["role"], (ContentPart("text", text=m["content"]),)) for m in words)
+    batch = Collator(processor)([LoadedSample(Sample("a", messages, "a:1"))])
+    assert not batch["bad_samples"] and len(runs_of(batch["labels"][0].tolist())) == 4
+    loss = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    trained = batch["input_ids"].tolist()
+    assert processor.apply_chat_template(words, tokenize=True)["input_ids"].tolist() == trained
+    assert processor(text=processor.apply_chat_template(words))["input_ids"].tolist() == trained
+    assert processor(text=[processor.apply_chat_template(words)])["input_ids"].tolist() == trained
+    prompt = processor.apply_chat_template(words[:1], add_generation_prompt=True)
+    ids = processor.apply_chat_template(words[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert torch.equal(processor(text=prompt)["input_ids"], ids)
+    if processor.llm_tokenizer.bos_token and prompt.startswith(processor.llm_tokenizer.bos_token):
+        assert torch.equal(processor(text=str(prompt.encode(), "utf-8"))["input_ids"], ids)  # as somebody types it
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_many_conversations_at_once_are_as_each_by_itself(tokenizer_of, name, kind):
+    tokenizer = tokenizer_of(name, kind)
     conversations = [TURNS, TURNS[:2], [TURNS[0], {"role": "assistant", "content": "Yes."}]]
     alone = [tokenize_with_labels(tokenizer, messages) for messages in conversations]
     assert len({len(ids) for ids, _ in alone}) == 3
@@ -78,9 +181,9 @@ def test_many_conversations_at_once_are_as_each_by_itself(tokenizer_of, name, wa
     assert tokenize_many(tokenizer, []) == []
 
 
-@pytest.mark.parametrize("way", ["template", "marked"])
-def test_one_conversation_that_is_refused_leaves_the_others(tokenizer_of, way):
-    tokenizer = tokenizer_of(FAMILIES["Mistral"], way)
+@pytest.mark.parametrize("kind", ["", "_marked"])
+def test_one_conversation_that_is_refused_leaves_the_others(tokenizer_of, kind):
+    tokenizer = tokenizer_of("mistral", kind)
     first, refused, last = tokenize_many(tokenizer, [TURNS, TURNS[:1] * 2, TURNS[:2]])
     assert isinstance(refused, InputError) and "roles must alternate" in str(refused)
     assert [first, last] == [tokenize_with_labels(tokenizer, TURNS), tokenize_with_labels(tokenizer, TURNS[:2])]
@@ -88,6 +191,6 @@ def test_one_conversation_that_is_refused_leaves_the_others(tokenizer_of, way):
 
 def test_conversations_that_a_template_cannot_take(tokenizer_of):
     with pytest.raises(InputError, match="roles must alternate"):
-        tokenize_with_labels(tokenizer_of(FAMILIES["Mistral"], "template"), TURNS[:1] * 2)
+        tokenize_with_labels(tokenizer_of("mistral"), TURNS[:1] * 2)
     with pytest.raises(InputError, match="begins with the assistant"):
-        tokenize_with_labels(tokenizer_of(FAMILIES["Llama 3"], "template"), TURNS[1:])
+        tokenize_with_labels(tokenizer_of("llama3"), TURNS[1:])

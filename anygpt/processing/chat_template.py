@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -78,15 +78,26 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
     return result
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+class Rendered(str):
+    """Text that a chat template wrote: it has every special token already, so that a tokenizer must add none."""
+
+
+def has_special_tokens(text: str, bos_token: str | None) -> bool:
+    """Whether a text begins as the tokenizer would begin it, so that it must not do so a second time."""
+    return isinstance(text, Rendered) or (bool(bos_token) and text.startswith(bos_token))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
     """The conversation as text. `options` go to the template, `add_generation_prompt` among them.
 
     Raises:
         InputError: the template refuses the conversation, as where roles do not alternate.
     """
     with _refusals():
-        return tokenizer.apply_chat_template(
-            messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
+        return Rendered(
+            tokenizer.apply_chat_template(
+                messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
+            )
         )
 
 
@@ -104,15 +115,14 @@ def tokenize_with_labels(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels on the assistant's turns alone.
 
-    The mask comes from the template where it marks what is generated; else a turn's labels are the tokens of the text
-    by which the conversation up to and with it is longer than the prompt for it.
+    The mask comes from the template where it marks what is generated; else from `find_turns`.
 
     Returns:
         ids and labels of equal length; labels are `-100` outside the assistant's turns.
 
     Raises:
-        InputError: the template refuses the conversation, or renders its beginning differently once it goes on, so
-            that turns cannot be told apart; a tokenizer that does not say where in the text its tokens stand.
+        InputError: the template refuses the conversation, or what `find_turns` raises; a tokenizer that does not say
+            where in the text its tokens stand.
     """
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if _MARKS_GENERATION.search(template):
@@ -126,12 +136,10 @@ def tokenize_with_labels(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            begin, end = _turn_in(text, tokenizer, messages, turn)
-            for i, (first, last) in enumerate(places):
-                if first < last and begin < last <= end:
-                    labels[i] = ids[i]
+    for begin, end in find_turns(tokenizer, messages, text):
+        for i, (first, last) in enumerate(places):
+            if first < last and begin < last <= end:
+                labels[i] = ids[i]
     return ids, labels
 
 
@@ -165,19 +173,55 @@ def _tokenize_marked(
     ]
 
 
-def _turn_in(
-    text: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turn: int
-) -> tuple[int, int]:
-    """Where a turn of the assistant's begins and ends in the text of the whole conversation."""
-    if turn == 0:
-        raise InputError("the conversation begins with the assistant; put a user's message before it")
-    prompt = render(tokenizer, messages[:turn], add_generation_prompt=True)
-    # Some templates end a conversation with a token that is not there once it goes on.
-    both = zip(text, render(tokenizer, messages[: turn + 1]), strict=False)
-    end = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
-    if not text.startswith(prompt) or messages[turn]["content"].strip() not in text[len(prompt) : end]:
-        raise InputError(
-            "the tokenizer's chat template renders the beginning of a conversation differently once it goes on, "
-            "so the assistant's turns cannot be found; mark them in the template with {% generation %}"
-        )
-    return len(prompt), end
+def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+    """Where each of the assistant's turns begins and ends in `text`, the whole conversation as `render` gives it.
+
+    The conversation is rendered once more with a mark at the end of each message's content. A turn begins behind what
+    the template writes between the message before it and an answer that is to come (the generation prompt), and ends
+    behind what the template writes after the turn, as far as that stays when the conversation goes on. So a template
+    may write earlier turns differently from the last one, as those do that take out thinking.
+
+    Raises:
+        InputError: the conversation begins with the assistant, or the template leaves out or changes contents, or
+            begins an answer that is there differently from one that is to come.
+    """
+    left, right = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][:2]
+    marks = [f"{left}{i}{right}" for i in range(len(messages))]
+    any_mark = re.compile(f"{left}[0-9]+{right}")
+    marked = []
+    for message, mark in zip(messages, marks, strict=True):
+        end = len(message["content"].rstrip())  # a template may strip what follows
+        marked.append(message | {"content": message["content"][:end] + mark + message["content"][end:]})
+    lost = InputError(
+        "the tokenizer's chat template leaves out or rewrites messages, so that the assistant's turns cannot be found; "
+        "mark them in the template with {% generation %}"
+    )
+
+    def behind(mark: str, count: int, **options: Any) -> str:
+        """What the template writes behind a mark where only the first `count` messages are there."""
+        _, found, rest = render(tokenizer, marked[:count], **options).rpartition(mark)
+        if not found:
+            raise lost
+        return any_mark.sub("", rest)
+
+    whole = render(tokenizer, marked)
+    places, passed = {}, 0
+    for found in any_mark.finditer(whole):
+        places[found[0]] = found.start() - passed
+        passed += len(found[0])
+    if any_mark.sub("", whole) != text:
+        raise lost
+    turns = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if turn == 0:
+            raise InputError("the conversation begins with the assistant; put a user's message before it")
+        if marks[turn] not in places or marks[turn - 1] not in places:
+            raise lost
+        prompt = behind(marks[turn - 1], turn, add_generation_prompt=True)
+        begin, end = places[marks[turn - 1]] + len(prompt), places[marks[turn]]
+        if not text.startswith(prompt, places[marks[turn - 1]]) or begin > end:
+            raise lost
+        turns.append((begin, end + len(os.path.commonprefix([behind(marks[turn], turn + 1), text[end:]]))))
+    return turns

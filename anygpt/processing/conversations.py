@@ -62,8 +62,7 @@ class Conversations:
                     )
                 media.append((part["type"], part[part["type"]]))
         texts = [chat.render(self.llm_tokenizer, self.flatten_messages(c), **kwargs) for c in conversations]
-        # The template writes what begins a text, so the tokenizer must not write it a second time.
-        return self(self.arrange_media(media), {"text": texts, "add_special_tokens": False})
+        return self(self.arrange_media(media), {"text": texts})
 
     def arrange_media(self, media: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
         """`(media type, medium)` pairs as `encoder_inputs`: sorted by encoder, in the form that its processor takes.

@@ -20,6 +20,7 @@ from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
 from anygpt.model.transformers_api import TransformersProcessor
+from anygpt.processing.chat_template import has_special_tokens
 from anygpt.processing.conversations import Conversations
 from anygpt.processing.files import FeatureCounter, ProcessorFiles
 
@@ -135,7 +136,8 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         Args:
             encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row.
             llm_inputs: arguments of the tokenizer; `text` is a string or a list, padded if it is a list and nothing
-                else is said.
+                else is said. Text that begins with the token for it, or that a chat template wrote, gets no special
+                tokens from the tokenizer.
             return_tensors: framework of the tensors; PyTorch by default.
             decoder_targets: `{decoder key: {"captions": [str], "images" | "videos" | "audios": [media]}}`, in the order
                 of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
@@ -158,6 +160,8 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         text = llm_inputs.pop("text", None)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
+            if all(has_special_tokens(one, self.llm_tokenizer.bos_token) for one in texts):
+                llm_inputs = {"add_special_tokens": False} | llm_inputs
             expanded = self.expand(texts, counts, per_row)
             options = _accepted(self.llm_tokenizer.__call__, kwargs) | {"padding": len(texts) > 1} | llm_inputs
             tokens = self.llm_tokenizer(
