@@ -6,17 +6,14 @@ jsonargparse reads them; unknown keys are collected first, all at once, each wit
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses.formulas import ALIGNMENTS, LossWeights
-from anygpt.training.overrides import asks_for_help, check_keys, merge
+from anygpt.settings import parse_settings
 
 MAX_RATE = 1e3  # AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left
 
@@ -255,26 +252,7 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
     Raises:
         InputError: unknown keys (all of them), values of a wrong type, values out of range (all of them).
     """
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file with the sections below")
-    for section in fields(Config):
-        cls = typing.get_type_hints(Config)[section.name]
-        parser.add_argument(f"--{section.name}", type=cls, default=cls())
-    check_keys(arguments, Config)
-    try:
-        parsed = (
-            parser.parse_args(list(arguments))
-            if asks_for_help(arguments)
-            else parser.parse_object(merge(arguments, Config))
-        )
-        parsed = parser.instantiate(parsed)
-    except (TypeError, ValueError, OSError, KeyError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    except Exception as error:  # jsonargparse passes argparse's own error on, which is no ValueError
-        if type(error).__name__ != "ArgumentError":
-            raise
-        raise InputError(" ".join(str(error).split())) from error
-    config = Config(**{section.name: getattr(parsed, section.name) for section in fields(Config)})
+    config = parse_settings(arguments, Config, description)
     check_values(config)
     return config
 

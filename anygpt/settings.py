@@ -1,4 +1,4 @@
-"""What a command line gives, before it is parsed: YAML files and dotted overrides as one mapping, and its faults."""
+"""Settings as dataclasses: from a YAML file and dotted overrides on the command line, with all faults at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from anygpt.errors import InputError
+
+
+def parse_settings(arguments: Sequence[str], kind: type, description: str = "") -> Any:
+    """An instance of the dataclass `kind` from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`).
+
+    Every field of `kind` has a default.
+
+    Raises:
+        InputError: unknown keys (all of them), values of a wrong type.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
+    types, defaults = typing.get_type_hints(kind), kind()
+    for section in fields(kind):
+        parser.add_argument(f"--{section.name}", type=types[section.name], default=getattr(defaults, section.name))
+    check_keys(arguments, kind)
+    try:
+        parsed = (
+            parser.parse_args(list(arguments))
+            if asks_for_help(arguments)
+            else parser.parse_object(merge(arguments, kind))
+        )
+        parsed = parser.instantiate(parsed)
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except Exception as error:  # jsonargparse passes argparse's own error on, which is no ValueError
+        if type(error).__name__ != "ArgumentError":
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+    return kind(**{section.name: getattr(parsed, section.name) for section in fields(kind)})
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
