@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from anygpt import InputError
+from anygpt.evaluation.statistics import share
 from anygpt.media.reading import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES
@@ -23,7 +24,6 @@ from anygpt.toyworld.evaluation.matrix import VALIDATION, cell_table, check_sett
 from anygpt.toyworld.evaluation.page import read_losses
 from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
 from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
-from anygpt.toyworld.evaluation.statistics import share
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.render import render_audio, render_image, render_video

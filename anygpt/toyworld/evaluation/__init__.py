@@ -3,8 +3,8 @@
 `scripts/evaluate.py` is the command.
 """
 
+from anygpt.evaluation.statistics import wilson_interval
 from anygpt.toyworld.evaluation.answers import Judged, Settings
 from anygpt.toyworld.evaluation.matrix import evaluate
-from anygpt.toyworld.evaluation.statistics import wilson_interval
 
 __all__ = ["Judged", "Settings", "evaluate", "wilson_interval"]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from anygpt.decoders.base import Condition
+from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, is_thing, judge_media
-from anygpt.toyworld.evaluation.statistics import share
 from anygpt.toyworld.judges import Judges
 from anygpt.toyworld.world import MOTIONS, Thing
 

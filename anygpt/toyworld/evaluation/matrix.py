@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
+from anygpt.evaluation.statistics import share
 from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
@@ -23,7 +24,6 @@ from anygpt.toyworld.datasets import SUFFIX
 from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
 from anygpt.toyworld.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
-from anygpt.toyworld.evaluation.statistics import share
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.world import HELD_OUT, SEEN, Thing
 

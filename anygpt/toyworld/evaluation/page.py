@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from anygpt.evaluation.formatting import interval, outputs_of, percent, rate
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.formatting import interval, outputs_of, percent, rate
 from anygpt.toyworld.evaluation.matrix import sample_path
 from anygpt.toyworld.evaluation.requests import WAYS
 

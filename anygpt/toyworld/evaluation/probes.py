@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anygpt.errors import InputError
+from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Settings, ask, batches, judge
 from anygpt.toyworld.evaluation.matrix import THINGS, talk_table
 from anygpt.toyworld.evaluation.requests import talk_requests
-from anygpt.toyworld.evaluation.statistics import share
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, Thing

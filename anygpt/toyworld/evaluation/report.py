@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from anygpt.evaluation.formatting import interval, outputs_of, percent, rate
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.formatting import interval, outputs_of, percent, rate
 from anygpt.toyworld.evaluation.page import html_page
 
 
