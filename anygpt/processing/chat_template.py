@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -223,5 +223,6 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
         begin, end = places[marks[turn - 1]] + len(prompt), places[marks[turn]]
         if not text.startswith(prompt, places[marks[turn - 1]]) or begin > end:
             raise lost
-        turns.append((begin, end + len(os.path.commonprefix([behind(marks[turn], turn + 1), text[end:]]))))
+        both = zip(behind(marks[turn], turn + 1), text[end:], strict=False)
+        turns.append((begin, end + len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))))
     return turns
