@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig
 
+from anygpt.composition import Composition
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
 from anygpt.model.parts import callback_dict, class_name, is_peft, source_dict, source_of
-
-if TYPE_CHECKING:
-    from anygpt.model.multimodal import MultimodalModel
 
 FORMAT_VERSION = 1
 
@@ -64,7 +62,7 @@ class MultimodalConfig(PreTrainedConfig):
         self.format_version = format_version
 
     @classmethod
-    def of(cls, model: MultimodalModel) -> MultimodalConfig:
+    def of(cls, model: Composition) -> MultimodalConfig:
         """Describe a model as it stands; fingerprints are added when it is saved."""
         callback = model.preprocess_llm_callback
         encoders = {

@@ -21,19 +21,16 @@ from anygpt.errors import InputError
 from anygpt.generation.decoding import GenerationMixin
 from anygpt.losses.formulas import LossWeights, weighted_total
 from anygpt.losses.terms import Objectives
+from anygpt.model import saving, transformers_api
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.freezing import PartTraining
-from anygpt.model.saving import SavingMixin
-from anygpt.model.transformers_api import TransformersModel
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
 from anygpt.sequence.signal_tokens import SignalTokens, Spans
 
 
-class MultimodalModel(
-    Objectives, TextStates, PartTraining, GenerationMixin, SavingMixin, TransformersModel, PreTrainedModel
-):
+class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, PreTrainedModel):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:
@@ -56,6 +53,13 @@ class MultimodalModel(
 
     config_class = MultimodalConfig
     main_input_name = "input_ids"
+
+    save_pretrained = saving.save_pretrained
+    from_pretrained = classmethod(saving.from_pretrained)
+    own_tensors = saving.own_tensors
+    load_own_tensors = saving.load_own_tensors
+    input_modalities = property(transformers_api.input_modalities)
+    output_modalities = property(transformers_api.output_modalities)
 
     def __init__(
         self,
@@ -94,8 +98,13 @@ class MultimodalModel(
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
         self.init_part_training()
-        self.remember_parts()
+        self.sources = saving.KnownSources(self)
         self.config = MultimodalConfig.of(self)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """True: transformers asks before it builds a pipeline."""
+        return True
 
     @classmethod
     def from_pretrained_multimodal_model(

@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
@@ -70,167 +71,178 @@ AUTO_ARGUMENTS = frozenset(
 )
 
 
-class SavingMixin:
-    """`save_pretrained` and `from_pretrained`, mixed into `MultimodalModel`."""
+def own_tensors(model: Composition) -> dict[str, Tensor]:
+    """Every tensor of the composition that belongs to no part: projectors, signal tokens, layer mixes."""
+    prefixes = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(model))
+    return {n: tensor.detach() for n, tensor in model.state_dict().items() if not n.startswith(prefixes)}
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the composition that belongs to no part: projectors, signal tokens, layer mixes."""
-        prefixes = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(self))
-        return {n: tensor.detach() for n, tensor in self.state_dict().items() if not n.startswith(prefixes)}
 
-    def remember_parts(self) -> None:
-        """Take the fingerprints of all parts that have a source, so that `save_pretrained` sees which ones changed."""
-        self._fingerprints = {
+class SavedModel(Composition, Protocol):
+    """A composition that knows which of its parts have sources."""
+
+    sources: KnownSources
+
+
+C = TypeVar("C", bound=Composition)
+
+
+class KnownSources:
+    """Which parts are still what their sources supply, so that `save_pretrained` need not write them."""
+
+    def __init__(self, model: Composition):
+        self.fingerprints = {
             name: getattr(base_model(part), "anygpt_fingerprint", None) or fingerprint(part)
-            for name, part in part_modules(self).items()
+            for name, part in part_modules(model).items()
             if source_of(part) is not None
         }
-        self._supplied: dict[str, bool] = {}
+        self._same: dict[str, bool] = {}
 
-    def _source_supplies(self, name: str, entry: Mapping[str, Any]) -> bool:
-        """Whether loading a part's source again gives the part as it stands."""
-        if entry["fingerprint"] != self._fingerprints.get(name):
+    def supply(self, name: str, part: nn.Module, entry: Mapping[str, Any]) -> bool:
+        """Whether loading the part's source again gives the part as it stands."""
+        if entry["fingerprint"] != self.fingerprints.get(name):
             return False
-        if name not in self._supplied:
+        if name not in self._same:
             # A part that the caller loaded may have been changed before it came here (resized embeddings, a merged
             # adapter), or be of another class than we would load: its name does not tell, so look once.
-            ours = hasattr(base_model(part_modules(self)[name]), "anygpt_source")
+            ours = hasattr(base_model(part), "anygpt_source")
             try:
                 same = ours or fingerprint(_load_source(Source(**entry["source"]), entry)) == entry["fingerprint"]
             except InputError:
                 same = False
-            self._supplied[name] = same
-        return self._supplied[name]
+            self._same[name] = same
+        return self._same[name]
 
-    def save_pretrained(self, folder: str | Path, *, merge: bool = False, **_: Any) -> None:
-        """Write the composition into `folder`.
 
-        A part with a source is written only as that source, as long as its tensors are what they were when the
-        model was made; a part without one, or trained since, is written whole under `parts/`.
+def save_pretrained(model: SavedModel, folder: str | Path, *, merge: bool = False, **_: Any) -> None:
+    """Write the composition into `folder`.
 
-        Args:
-            folder: made where it is not there.
-            merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
-                its own matrices and the tokenizer beside it. The model in memory stays as it is; its adapted parts
-                and the language model are copied for it.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = MultimodalConfig.of(self)
-        modules = part_modules(self)
-        if merge:
-            modules = {name: merge_adapter(part) for name, part in modules.items()}
-        for name, entry in part_entries(config).items():
-            part = modules[name]
-            entry["adapter"] = is_peft(part)
-            if merge and name == "language_model" and self.signal_tokens.ids:
-                entry["vocab_size"] = part.get_input_embeddings().weight.shape[0]
-                part = write_signal_rows(part, self.signal_tokens, (self.token_ids or {}).values())
-            entry["fingerprint"] = fingerprint(part)
-            if source_of(part) is None or not self._source_supplies(name, entry):
-                entry["source"] = None
-                _save_part(part, folder / "parts" / name)
-            if entry["adapter"]:
-                part.save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
-        if merge and self.tokenizer is not None and (folder / "parts/language_model").is_dir():
-            self.tokenizer.save_pretrained(folder / "parts/language_model")
-        config.save_pretrained(folder)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.own_tensors().items()}
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    A part with a source is written only as that source, as long as its tensors are what they were when the
+    model was made; a part without one, or trained since, is written whole under `parts/`.
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        projections: Mapping[str, nn.Module] | None = None,
-        callbacks: Mapping[str, Mapping[str, Callable]] | None = None,
-        dtype: Any = None,
-        **init_options: Any,
-    ) -> Any:
-        """Give a saved composition back, tensors strict and frozen parts verified.
+    Args:
+        folder: made where it is not there.
+        merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
+            its own matrices and the tokenizer beside it. The model in memory stays as it is; its adapted parts
+            and the language model are copied for it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = MultimodalConfig.of(model)
+    modules = part_modules(model)
+    if merge:
+        modules = {name: merge_adapter(part) for name, part in modules.items()}
+    for name, entry in part_entries(config).items():
+        part = modules[name]
+        entry["adapter"] = is_peft(part)
+        if merge and name == "language_model" and model.signal_tokens.ids:
+            entry["vocab_size"] = part.get_input_embeddings().weight.shape[0]
+            part = write_signal_rows(part, model.signal_tokens, (model.token_ids or {}).values())
+        entry["fingerprint"] = fingerprint(part)
+        if source_of(part) is None or not model.sources.supply(name, part_modules(model)[name], entry):
+            entry["source"] = None
+            _save_part(part, folder / "parts" / name)
+        if entry["adapter"]:
+            part.save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
+    if merge and model.tokenizer is not None and (folder / "parts/language_model").is_dir():
+        model.tokenizer.save_pretrained(folder / "parts/language_model")
+    config.save_pretrained(folder)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in own_tensors(model).items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
-        Args:
-            folder: what `save_pretrained` wrote.
-            projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
-            callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
-            dtype: only "auto", which transformers' pipelines give: each part has its own.
-            init_options: `preprocess_llm_callback` of `MultimodalModel`. What transformers' auto classes add is
-                left aside: the folder is local, and its own config stands.
 
-        Raises:
-            InputError: no such folder; callbacks that the saved model had are not given; a part that changed at its
-                source; tensors missing, unexpected or of another shape, all by name.
-        """
-        if dtype not in (None, "auto"):
-            raise InputError(
-                f"dtype={dtype} cannot be set for all parts at once; each is loaded in the dtype that config.json names"
-            )
-        init_options = {name: value for name, value in init_options.items() if name not in AUTO_ARGUMENTS}
-        folder = Path(folder)
-        config = read_config(folder)
-        callbacks = callbacks or {}
-        check_callbacks(folder, config, callbacks, init_options)
-        parts = {name: _load_part(folder, name, entry) for name, entry in part_entries(config).items()}
-        projections = projections or {}
-        encoders = {
-            key: ModalEncoderModule(
-                parts[f"{key}_encoder"],
-                projector=MultimodalProjector(
-                    MultimodalProjectorConfig(**entry["projector"]), projections.get(f"{key}_projector")
-                ),
-                additional_args=entry["additional_args"],
-                **callbacks.get(f"{key}_encoder", {}),
-                modality=entry["modality"],
-                callbacks=build_callback(entry["saved_callbacks"]),
-            )
-            for key, entry in config.encoders.items()
-        }
-        decoders = {
-            key: ModalDecoderModule(
-                parts[f"{key}_decoder"],
-                projector=OutputProjector(
-                    OutputProjectorConfig(**entry["projector"]), projections.get(f"{key}_output_projector")
-                ),
-                num_signal_tokens=entry["num_signal_tokens"],
-                hidden_layer=entry["hidden_layer"],
-                modality=entry["modality"],
-                signal=entry["signal"],
-                defaults=entry.get("defaults"),
-            )
-            for key, entry in config.decoders.items()
-        }
-        llm_callback = config.preprocess_llm_callback
-        if isinstance(llm_callback, dict):
-            init_options = {"preprocess_llm_callback": build_callback(llm_callback)} | init_options
-        model = cls(encoders, parts["language_model"], decoders, **init_options)
-        model.load_own_tensors(folder)
-        if config.signal_token_ids:
-            model.signal_tokens.set_ids(config.signal_token_ids)
-        model.set_token_ids(config.token_ids)
-        if (folder / "tokenizer_config.json").is_file():
-            model.tokenizer = AutoTokenizer.from_pretrained(folder)
-        return model.eval()
+def from_pretrained(
+    cls: type[C],
+    folder: str | Path,
+    *,
+    projections: Mapping[str, nn.Module] | None = None,
+    callbacks: Mapping[str, Mapping[str, Callable]] | None = None,
+    dtype: Any = None,
+    **init_options: Any,
+) -> C:
+    """Give a saved composition back, tensors strict and frozen parts verified.
 
-    def load_own_tensors(self, folder: str | Path, *, may_lack: tuple[str, ...] = ()) -> None:
-        """Load `model.safetensors` strictly.
+    Args:
+        folder: what `save_pretrained` wrote.
+        projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
+        callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
+        dtype: only "auto", which transformers' pipelines give: each part has its own.
+        init_options: `preprocess_llm_callback` of `MultimodalModel`. What transformers' auto classes add is
+            left aside: the folder is local, and its own config stands.
 
-        Args:
-            folder: a saved composition.
-            may_lack: prefixes of tensors that the file need not have: those of parts that are new in this model.
+    Raises:
+        InputError: no such folder; callbacks that the saved model had are not given; a part that changed at its
+            source; tensors missing, unexpected or of another shape, all by name.
+    """
+    if dtype not in (None, "auto"):
+        raise InputError(
+            f"dtype={dtype} cannot be set for all parts at once; each is loaded in the dtype that config.json names"
+        )
+    init_options = {name: value for name, value in init_options.items() if name not in AUTO_ARGUMENTS}
+    folder = Path(folder)
+    config = read_config(folder)
+    callbacks = callbacks or {}
+    check_callbacks(folder, config, callbacks, init_options)
+    parts = {name: _load_part(folder, name, entry) for name, entry in part_entries(config).items()}
+    projections = projections or {}
+    encoders = {
+        key: ModalEncoderModule(
+            parts[f"{key}_encoder"],
+            projector=MultimodalProjector(
+                MultimodalProjectorConfig(**entry["projector"]), projections.get(f"{key}_projector")
+            ),
+            additional_args=entry["additional_args"],
+            **callbacks.get(f"{key}_encoder", {}),
+            modality=entry["modality"],
+            callbacks=build_callback(entry["saved_callbacks"]),
+        )
+        for key, entry in config.encoders.items()
+    }
+    decoders = {
+        key: ModalDecoderModule(
+            parts[f"{key}_decoder"],
+            projector=OutputProjector(
+                OutputProjectorConfig(**entry["projector"]), projections.get(f"{key}_output_projector")
+            ),
+            num_signal_tokens=entry["num_signal_tokens"],
+            hidden_layer=entry["hidden_layer"],
+            modality=entry["modality"],
+            signal=entry["signal"],
+            defaults=entry.get("defaults"),
+        )
+        for key, entry in config.decoders.items()
+    }
+    llm_callback = config.preprocess_llm_callback
+    if isinstance(llm_callback, dict):
+        init_options = {"preprocess_llm_callback": build_callback(llm_callback)} | init_options
+    model = cls(encoders, parts["language_model"], decoders, **init_options)
+    load_own_tensors(model, folder)
+    if config.signal_token_ids:
+        model.signal_tokens.set_ids(config.signal_token_ids)
+    model.set_token_ids(config.token_ids)
+    if (folder / "tokenizer_config.json").is_file():
+        model.tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.eval()
 
-        Raises:
-            InputError: tensors that are missing, unexpected or of another shape, all by name.
-        """
-        path = Path(folder) / TENSORS
-        if not path.is_file():
-            raise InputError(f"{folder} has no {TENSORS}; expected a folder written by save_pretrained")
-        try:
-            found = load_file(path)
-        except Exception as error:  # safetensors raises its own type, which it does not export
-            raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-        check_tensors(str(path), self.own_tensors(), found, may_lack)
-        self.load_state_dict(found, strict=False)
+
+def load_own_tensors(model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = ()) -> None:
+    """Load `model.safetensors` strictly.
+
+    Args:
+        folder: a saved composition.
+        may_lack: prefixes of tensors that the file need not have: those of parts that are new in this model.
+
+    Raises:
+        InputError: tensors that are missing, unexpected or of another shape, all by name.
+    """
+    path = Path(folder) / TENSORS
+    if not path.is_file():
+        raise InputError(f"{folder} has no {TENSORS}; expected a folder written by save_pretrained")
+    try:
+        found = load_file(path)
+    except Exception as error:  # safetensors raises its own type, which it does not export
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+    check_tensors(str(path), own_tensors(model), found, may_lack)
+    model.load_state_dict(found, strict=False)
 
 
 def check_callbacks(
@@ -274,7 +286,7 @@ def check_tensors(
         )
 
 
-def part_modules(model: Any) -> dict[str, nn.Module]:
+def part_modules(model: Composition) -> dict[str, nn.Module]:
     """The pretrained parts by name."""
     return {
         **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, ProcessorMixin
 
+from anygpt.composition import Composition
+
 
 class TransformersProcessor(ProcessorMixin):
     """Base of `MultimodalProcessor`: media by modality, and the names that the pipeline reads.
@@ -54,20 +56,14 @@ class TransformersProcessor(ProcessorMixin):
         return [found[0] if found else None for found in media]
 
 
-class TransformersModel:
-    """Mixed into `MultimodalModel`: what it reads and says, and that it generates."""
+def input_modalities(model: Composition) -> tuple[str, ...]:
+    """What a composition reads, in the pipeline's words."""
+    return ("text", *dict.fromkeys(encoder.modality for encoder in model.encoders.values()))
 
-    @property
-    def input_modalities(self) -> tuple[str, ...]:
-        return ("text", *dict.fromkeys(encoder.modality for encoder in self.encoders.values()))
 
-    @property
-    def output_modalities(self) -> tuple[str, ...]:
-        return ("text", *dict.fromkeys(decoder.modality for decoder in self.decoders.values()))
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
+def output_modalities(model: Composition) -> tuple[str, ...]:
+    """What a composition makes, in the pipeline's words."""
+    return ("text", *dict.fromkeys(decoder.modality for decoder in model.decoders.values()))
 
 
 def register(config: type, model: type, processor: type) -> None:
