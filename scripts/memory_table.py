@@ -21,8 +21,8 @@ from torch import nn
 
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
+from anygpt.media.types import media_type
 from anygpt.model.parts import import_class
-from anygpt.sequence.signal_tokens import DEFAULT_COUNTS
 
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs/full/architectures.yaml"
 GIB = 2**30
@@ -79,7 +79,7 @@ def projector_bytes(hidden_size: int, encoders: list[nn.Module], decoders: dict[
                 OutputProjectorConfig(
                     projection_type="transformer",
                     in_features=hidden_size,
-                    num_signal_tokens=DEFAULT_COUNTS[modality],
+                    num_signal_tokens=media_type(modality).signal_tokens,
                     condition_shape=condition_shape(networks),
                 )
             )

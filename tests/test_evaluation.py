@@ -14,7 +14,7 @@ import torch
 
 from anygpt import InputError
 from anygpt.evaluation.statistics import share
-from anygpt.media.reading import read_media
+from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES
 from anygpt.toyworld.evaluation import wilson_interval

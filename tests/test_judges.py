@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from anygpt import InputError
-from anygpt.media.reading import read_audio, read_video
+from anygpt.media.reading import read_audio
+from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_video
 from anygpt.toyworld import COLOURS, MOTIONS, SHAPES, THINGS, Thing
 from anygpt.toyworld.judge_training import train_judges

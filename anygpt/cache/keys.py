@@ -20,6 +20,7 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
+from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
 VERSION = 3  # of what is stored, and of our own decoding of media
@@ -106,7 +107,7 @@ def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, 
         precision: `train.mixed_precision`.
     """
     key: dict[str, Any] = {"version": VERSION, "precision": precision}
-    if entry.modality == "video" and entry.kind != CAPTIONS:
+    if is_timed(entry.modality) and entry.kind != CAPTIONS:
         key["num_frames"] = num_frames
     if entry.kind == FEATURES:
         encoder = model.encoders[entry.part]

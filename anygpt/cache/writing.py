@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, store_key
 from anygpt.cache.reading import fingerprint_caption, fingerprint_medium, fingerprint_row
 from anygpt.cache.store import Store, StoreWriter, create_store
-from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move, raw_target
+from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import Sample
 from anygpt.decoders.base import Condition
 from anygpt.errors import InputError
+from anygpt.media.types import media_type
 
 
 @dataclass
@@ -270,7 +271,7 @@ class Preparation:
         if self.entry.kind == FEATURES:
             arranged = self.processor.arrange_media((self.entry.modality, medium) for medium in media)
             return self.processor.process_media(arranged)[0]
-        return self.processor.targets[self.entry.part]([raw_target(medium) for medium in media])
+        return self.processor.targets[self.entry.part]([*map(media_type(self.entry.modality).to_target, media)])
 
 
 def random_state() -> tuple:

@@ -18,20 +18,12 @@ from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
 from anygpt.generation.events import Listener
 from anygpt.generation.span_rules import SpanRules
-from anygpt.media.reading import MediaLimits, Place, read_media
-from anygpt.media.writing import write_audio, write_image, write_video
+from anygpt.media.files import MediaLimits, Place
+from anygpt.media.types import MEDIA, media_type, media_type_of
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer, GenerationOutput, Segment
 from anygpt.processing.processor import MultimodalProcessor
 
-FILE_TYPES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
-"""Suffixes of the files that generated media are written to."""
-SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".bmp", ".webp"),
-    "video": (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".m4a"),
-}
-"""What a file that a person attaches is taken for."""
 INPUT_LIMITS = MediaLimits(max_pixels=4096 * 4096, max_frames=60 * 60, max_seconds=60.0, max_bytes=128 * 1024**2)
 """What one attached medium may ask for."""
 MAX_ASPECT = 50
@@ -119,11 +111,12 @@ class ChatModel:
         """
         key = self.processor.encoder_key(modality)
         # of a video, only the frames that its encoder looks at are kept in memory
-        frames = getattr(self.processor.encoder_processors[key], "num_frames", None) if modality == "video" else None
-        medium = read_media(modality, place, frames, limits)
-        if modality != "audio":
-            height, width = medium.frames.shape[1:3] if modality == "video" else medium.size[::-1]
-            if max(height, width) > MAX_ASPECT * min(height, width):
+        frames = getattr(self.processor.encoder_processors[key], "num_frames", None)
+        kind = media_type(modality)
+        medium = kind.read(place, frames, limits)
+        if size := kind.size(medium):
+            width, height = size
+            if max(size) > MAX_ASPECT * min(size):
                 raise InputError(
                     f"{place} has {width} × {height} pixels; a {modality} may be {MAX_ASPECT} times as long as broad, "
                     "so cut a piece out of it"
@@ -223,20 +216,15 @@ def modality_of(path: str | Path) -> str:
     Raises:
         InputError: a suffix that is not known.
     """
-    for modality, suffixes in SUFFIXES.items():
-        if Path(path).suffix.lower() in suffixes:
-            return modality
-    known = " ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    if kind := media_type_of(path):
+        return kind.name
+    known = " ".join(suffix for kind in MEDIA.values() for suffix in kind.suffixes)
     raise InputError(f"cannot tell what {path} is by its suffix; known are {known}")
 
 
 def write_segment(segment: Segment, stem: str | Path) -> Path:
     """Write a generated medium to `stem` with the suffix of its type; returns the path."""
-    path = Path(f"{stem}{FILE_TYPES[segment.type]}")
-    if segment.type == "image":
-        write_image(path, segment.content)
-    elif segment.type == "video":
-        write_video(path, segment.content, segment.rate)
-    else:
-        write_audio(path, segment.content, int(segment.rate))
+    kind = media_type(segment.type)
+    path = Path(f"{stem}{kind.suffixes[0]}")
+    kind.write(path, segment.content, segment.rate)
     return path

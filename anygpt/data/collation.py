@@ -14,7 +14,7 @@ from anygpt.data.lengths import refuse_reserved, sample_messages
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
-from anygpt.media.reading import Audio, Video
+from anygpt.media.types import media_type
 from anygpt.processing.chat_template import tokenize_many, tokenize_with_labels
 from anygpt.processing.processor import MultimodalProcessor, stack_rows
 from anygpt.sequence.merging import IGNORE
@@ -172,7 +172,8 @@ class Collator:
                         if isinstance(medium, CachedLatents):
                             cached.setdefault(key, {}).setdefault("posterior", []).append(medium.posterior)
                         else:
-                            target.setdefault(f"{modality}s", []).append(raw_target(medium))
+                            kind = media_type(modality)
+                            target.setdefault(kind.plural, []).append(kind.to_target(medium))
                 if modality in item.conditions:
                     cached.setdefault(key, {}).setdefault("conditions", []).extend(item.conditions[modality])
                 ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
@@ -187,13 +188,6 @@ def _stack(values: list[Tensor] | list[Condition]) -> Tensor | Condition:
         return torch.stack(values)
     parts = zip(*((value.embeds, value.pooled, value.mask) for value in values), strict=True)
     return Condition(*(None if part[0] is None else torch.stack(part) for part in parts))
-
-
-def raw_target(medium: Any) -> Any:
-    """A medium as a `TargetProcessor` takes it."""
-    if isinstance(medium, Audio):
-        return medium.waveform, medium.sampling_rate
-    return medium.frames if isinstance(medium, Video) else medium
 
 
 def move(batch: Any, device: Any) -> Any:

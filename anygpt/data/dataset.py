@@ -15,8 +15,8 @@ from anygpt.data.formats import read_samples
 from anygpt.data.formats.streams import ROWS_OF_BLOCK
 from anygpt.data.schema import Sample, StaleCache
 from anygpt.errors import InputError
-from anygpt.media.files import StoredMedium
-from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
+from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, StoredMedium, Video
+from anygpt.media.types import read_media
 
 if TYPE_CHECKING:
     from anygpt.cache import FeatureCache

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from anygpt.data.schema import Sample
 from anygpt.encoders.families import FAMILIES
 from anygpt.errors import InputError
-from anygpt.media.files import StoredMedium
-from anygpt.media.reading import DEFAULT_LIMITS, Audio, MediaLimits, Video, read_media
+from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, StoredMedium
+from anygpt.media.types import media_type, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
 
 CHARACTERS_PER_TOKEN = 4
-SIDE, FRAMES, RATE = 32, 8, 16_000  # of the media that stand for all others: pixels, frames, Hz
 
 
 class Lengths:
@@ -66,12 +64,7 @@ class Lengths:
     def features_of_any(self, modality: str) -> int:
         """How many features a blank medium gives."""
         if modality not in self._same:
-            blank = {
-                "image": Image.new("RGB", (SIDE, SIDE)),
-                "video": Video(np.zeros((self.num_frames or FRAMES, SIDE, SIDE, 3), np.uint8), 8.0),
-                "audio": Audio(np.zeros((1, RATE), np.float32), RATE),
-            }[modality]
-            self._same[modality] = self._count(modality, blank)
+            self._same[modality] = self._count(modality, media_type(modality).blank(self.num_frames))
         return self._same[modality]
 
     def is_fixed(self, key: str) -> bool:

@@ -19,7 +19,8 @@ import numpy as np
 from anygpt.data.formats import iterate_samples, missing_error
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
-from anygpt.media.reading import DEFAULT_LIMITS, MediaLimits, read_media
+from anygpt.media.files import DEFAULT_LIMITS, MediaLimits
+from anygpt.media.types import read_media
 
 if TYPE_CHECKING:
     from anygpt.data.lengths import Lengths

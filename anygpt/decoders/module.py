@@ -12,7 +12,8 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sampling import ALTERNATIVES, Condition
 from anygpt.errors import InputError
-from anygpt.sequence.signal_tokens import DEFAULT_COUNTS, SIGNALS
+from anygpt.media.types import media_type
+from anygpt.sequence.signal_tokens import SIGNALS
 
 
 class ModalDecoderModule(nn.Module):
@@ -91,7 +92,7 @@ class ModalDecoderModule(nn.Module):
     def projector_sizes(self, in_features: int) -> dict[str, Any]:
         """The sizes that an output projector must have between `H = in_features` and this decoder."""
         if self.num_signal_tokens is None:
-            self.num_signal_tokens = DEFAULT_COUNTS[self.modality]
+            self.num_signal_tokens = media_type(self.modality).signal_tokens
         return {
             "in_features": in_features,
             "num_signal_tokens": self.num_signal_tokens,

@@ -98,6 +98,22 @@ def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
             yield image
 
 
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`RGB` as by `to_rgb`; `I;16` from 16 bits as they are, from 8 bits stretched to 16.
+
+    Raises:
+        ValueError: another mode than grey where `I;16` is wanted.
+    """
+    if mode != "I;16":
+        return to_rgb(image)
+    if image.mode not in ("I;16", "I;16B", "I", "L"):
+        raise ValueError(f"it is {image.mode}; expected one channel of grey")
+    values = np.asarray(image).astype(np.int64) * (257 if image.mode == "L" else 1)
+    if not 0 <= values.min() <= values.max() <= 65535:
+        raise ValueError("it has values beyond 16 bits")
+    return Image.fromarray(values.astype(np.uint16))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8 bits a channel, on white; 16-bit grey is scaled, floating-point values must lie in [0, 1]."""
     if image.mode == "F" or image.mode.startswith("I"):

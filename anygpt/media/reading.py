@@ -1,4 +1,4 @@
-"""Images, videos and sounds: files to arrays, with Pillow and PyAV only (`media_writing` is the way back).
+"""Images and sounds: files to arrays, with Pillow and PyAV only (`writing` is the way back).
 
 Nothing here resizes, crops or resamples; each consumer does that for itself. What cannot be decoded in full
 is an `InputError` with the path, the reason and what to do.
@@ -14,33 +14,12 @@ from anygpt.media.files import (
     Audio,
     MediaLimits,
     Place,
-    Video,
     codec_of,
     decoding,
     open_container,
     open_image,
-    to_rgb,
+    to_mode,
 )
-from anygpt.media.videos import read_video
-
-
-def read_media(
-    media_type: str,
-    path: str | Place,
-    num_frames: int | None = None,
-    limits: MediaLimits = DEFAULT_LIMITS,
-    *,
-    whole: bool = False,
-) -> Image.Image | Video | Audio:
-    """Reads an "image", a "video" (with `num_frames` and `whole`, see `read_video`) or an "audio"."""
-    if media_type == "image":
-        return read_image(path, limits)
-    if media_type == "video":
-        return read_video(path, num_frames, limits, whole=whole)
-    if media_type == "audio":
-        return read_audio(path, limits)
-    raise InputError(f"The media type {media_type!r} is not known: it is one of image, video, audio.")
-
 
 # -- images ----------------------------------------------------------------------------------------------
 
@@ -57,7 +36,7 @@ _TURNS = {
 }
 
 
-def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
+def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
     """An RGB image, turned as its EXIF orientation says; transparency is put on white.
 
     Of an animation, the first frame. 16-bit grey is scaled to 8 bits; floating-point images must lie in [0, 1].
@@ -68,7 +47,7 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Image
     with decoding(path, "an image") as path, open_image(path, limits) as image:
         image.load()  # TIFF's and AVIF's plugins turn it here, and take the orientation out
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        return to_rgb(image if turn is None else image.transpose(turn))
+        return to_mode(image if turn is None else image.transpose(turn), mode)
 
 
 # -- sounds ----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
 from anygpt.errors import InputError
+from anygpt.media.types import is_heard, is_timed
 
 ZOO_PREFIX = "zoo:"
 # A checkpoint's config names classes; it may name none outside these packages.
@@ -115,7 +116,7 @@ def load_encoder(source: Source, modality: str) -> nn.Module:
                 f"{config.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}"
             )
         encoder = family.load_class().from_pretrained(folder, **source.loading_options())
-        if modality == "video" and family.main_input == "pixel_values":
+        if is_timed(modality) and family.main_input == "pixel_values":
             given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
             return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
         return encoder
@@ -147,11 +148,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def load_encoder_processor(source: Source, modality: str) -> Any:
     """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
-    auto = AutoFeatureExtractor if modality == "audio" else AutoImageProcessor
+    auto = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
     processor = _load(
         source, f"{modality} processor", lambda folder: auto.from_pretrained(folder, revision=source.revision)
     )
-    if modality == "video":
+    if is_timed(modality):
         config = _load(source, "config", lambda folder: AutoConfig.from_pretrained(folder, revision=source.revision))
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))

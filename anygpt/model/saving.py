@@ -34,6 +34,7 @@ from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
+from anygpt.media.types import VIDEO
 from anygpt.model.configuration import FORMAT_VERSION, MultimodalConfig
 from anygpt.model.parts import (
     Source,
@@ -373,7 +374,7 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
         return load_decoder(Source(str(folder)))
     if cls is VideoEncoder:
         frames = {name: entry[name] for name in ("num_frames", "pool_frames") if name in entry}
-        part = load_encoder(Source(str(folder), **frames), "video")
+        part = load_encoder(Source(str(folder), **frames), VIDEO.name)
     else:
         part = cls.from_pretrained(folder, use_safetensors=True, dtype="auto")
     # It was saved whole because it has no source, and the folder that it now comes from is not one either.

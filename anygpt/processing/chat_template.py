@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
 from anygpt.outputs import Answer
 from anygpt.sequence.merging import IGNORE
 
@@ -53,7 +54,8 @@ def answer_message(answer: Answer) -> dict[str, Any]:
     """An answer as the assistant's turn of a conversation, with its media, which `feed_back` gives to the encoders."""
     parts = []
     for segment in answer.segments:
-        content = (segment.content, int(segment.rate)) if segment.type == "audio" else segment.content
+        kind = MEDIA.get(segment.type)  # none of text
+        content = kind.to_part(segment.content, segment.rate) if kind else segment.content
         parts.append({"type": segment.type, segment.type: content})
     return {"role": "assistant", "content": parts}
 

@@ -9,8 +9,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
-from anygpt.media.audio import resample, to_mono
-from anygpt.media.reading import Audio, Video
+from anygpt.media.types import MEDIA
 from anygpt.processing import chat_template as chat
 
 
@@ -74,13 +73,10 @@ class Conversations:
             key = self.encoder_key(modality)
             name = self.media_argument(key)
             arguments = inputs.setdefault(key, {name: []})
-            if modality == "audio":
-                wanted = arguments["sampling_rate"] = self.encoder_processors[key].sampling_rate
-                medium = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
-                # a waveform without a rate has the encoder's own, as transformers' processors take it
-                waveform, rate = medium if isinstance(medium, tuple) else (medium, wanted)
-                medium = resample(to_mono(waveform), rate, wanted)
-            arguments[name].append(medium.frames if isinstance(medium, Video) else medium)
+            kind, processor = MEDIA.get(self.modalities[key]), self.encoder_processors[key]
+            if kind is not None and kind.heard:
+                arguments["sampling_rate"] = processor.sampling_rate
+            arguments[name].append(medium if kind is None else kind.to_input(medium, processor))
         return inputs
 
     def flatten_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -22,18 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anygpt.errors import InputError
-
-# The paper's counts (NExT-GPT, arXiv 2309.05519, §4.2) and names; any other key gives [KEY0], [KEY1], …
-DEFAULT_COUNTS = {"image": 4, "video": 24, "audio": 8}
-PREFIXES = {"image": "IMG", "video": "VID", "audio": "AUD"}
-
+from anygpt.media.types import MEDIA
 
 SIGNALS = ("tokens", "queries")
 
 
 def token_names(key: str, count: int, signal: str = "tokens") -> list[str]:
-    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`; with queries, the trigger `"[IMG]"` before them."""
-    prefix = PREFIXES.get(key, key.upper())
+    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`; with queries, the trigger `"[IMG]"` before them.
+
+    A key that names no media type gives `[KEY0]`, `[KEY1]`, …
+    """
+    prefix = MEDIA[key].prefix if key in MEDIA else key.upper()
     return [f"[{prefix}]"] * (signal == "queries") + [f"[{prefix}{i}]" for i in range(count)]
 
 

@@ -13,9 +13,8 @@ from typing import Any, BinaryIO
 from anygpt.chat.chat_model import write_segment
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
+from anygpt.media.types import media_type
 from anygpt.outputs import Segment
-
-MIME_TYPES = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
 
 
 @dataclass(frozen=True)
@@ -73,4 +72,4 @@ def to_base64(segment: Segment) -> str:
 
 
 def to_data_url(segment: Segment) -> str:
-    return f"data:{MIME_TYPES[segment.type]};base64,{to_base64(segment)}"
+    return f"data:{media_type(segment.type).mime};base64,{to_base64(segment)}"

@@ -18,11 +18,11 @@ from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED, is_integer, is_number
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA, media_type
 from anygpt.outputs import Answer, Segment
 from anygpt.serving.media import from_base64, from_data_url, to_base64, to_data_url
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PARTS = {"image_url": "image", "video_url": "video", "input_audio": "audio"}
 OWN_FIELDS = ("require", "forbid", "decoders")
 FIELDS = (
     *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream"),
@@ -194,16 +194,17 @@ def _part(part: Any, role: str, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return {"type": "text", "text": checked_text(part.get("text"), f"{where}.text")}
-    if not isinstance(kind, str) or kind not in PARTS:
-        raise InputError(f"{where}: the type is {kind!r:.40}; expected text, {', '.join(PARTS)}")
+    known = {medium.content_part: medium.name for medium in MEDIA.values()}
+    if not isinstance(kind, str) or kind not in known:
+        raise InputError(f"{where}: the type is {kind!r:.40}; expected text, {', '.join(known)}")
     if role == "system":
         raise InputError(f"{where}: a system message holds text only")
     held, name = part.get(kind), f"{where}.{kind}"
     if not isinstance(held, dict):
         raise InputError(f"{name} must be an object")
-    if kind == "input_audio":
-        return {"type": PARTS[kind], "medium": from_base64(held.get("data"), name)}
-    return {"type": PARTS[kind], "medium": from_data_url(held.get("url"), name)}
+    if kind.endswith("_url"):
+        return {"type": known[kind], "medium": from_data_url(held.get("url"), name)}
+    return {"type": known[kind], "medium": from_base64(held.get("data"), name)}
 
 
 # ------------------------------------------------------------------------------------------------------- answers
@@ -213,10 +214,11 @@ def part_of(segment: Segment) -> dict[str, Any]:
     """A segment of an answer as a content part."""
     if segment.type == "text":
         return {"type": "text", "text": segment.content}
-    if segment.type == "audio":
-        return {"type": "input_audio", "input_audio": {"data": to_base64(segment), "format": "wav"}}
-    kind = f"{segment.type}_url"
-    return {"type": kind, kind: {"url": to_data_url(segment)}}
+    medium = media_type(segment.type)
+    kind = medium.content_part
+    if kind.endswith("_url"):
+        return {"type": kind, kind: {"url": to_data_url(segment)}}
+    return {"type": kind, kind: {"data": to_base64(segment), "format": medium.suffixes[0].removeprefix(".")}}
 
 
 def completion(request: Request, model: str, reply: Reply) -> dict[str, Any]:

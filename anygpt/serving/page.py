@@ -18,9 +18,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from fastapi import FastAPI
 
-from anygpt.chat.chat_model import SUFFIXES, Reply, Settings, modality_of, write_segment
+from anygpt.chat.chat_model import Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.media.types import MEDIA
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.guard import Guard
@@ -123,7 +124,7 @@ class Page:
                 show_label=False,
                 placeholder="Say something, and attach pictures, clips or sounds",
                 file_count="multiple",
-                file_types=[suffix for kind in self.engine.chat_model.reads for suffix in SUFFIXES[kind]],
+                file_types=[suffix for kind in self.engine.chat_model.reads for suffix in MEDIA[kind].suffixes],
                 max_plain_text_length=MAX_CHARACTERS,
                 stop_btn=True,
             )

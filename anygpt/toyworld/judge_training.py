@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anygpt.media.reading import read_video
+from anygpt.media.videos import read_video
 from anygpt.media.writing import write_video
 from anygpt.toyworld.datasets import FPS
 from anygpt.toyworld.judges import NETWORKS, WEIGHTS, Judges, load_judges

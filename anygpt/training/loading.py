@@ -20,6 +20,7 @@ from anygpt.data.dataset import ConversationDataset
 from anygpt.data.lengths import Lengths
 from anygpt.data.sampling import UpdateSampler
 from anygpt.errors import InputError
+from anygpt.media.types import VIDEO, is_timed
 from anygpt.training.config import Config
 
 MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # the model's arguments, and what `take_ids` took out of them
@@ -159,4 +160,5 @@ def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
 
 
 def _is_video(consumer: Any) -> bool:
-    return getattr(consumer, "modality", "video") == "video" and hasattr(consumer, "num_frames")
+    """Whether it samples frames of clips; targets of sounds have frames of another kind."""
+    return hasattr(consumer, "num_frames") and is_timed(getattr(consumer, "modality", VIDEO.name))

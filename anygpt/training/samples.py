@@ -13,12 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset, LoadedSample
-from anygpt.media.writing import write_audio, write_image, write_video
+from anygpt.media.types import Clip, Picture, Sound, media_type
 from anygpt.outputs import Answer
 
 TEXT_TOKENS = 64
 DENOISING_STEPS = 20
-SUFFIXES = {"image": "png", "video": "mp4", "audio": "wav"}
 
 
 @dataclass
@@ -105,17 +104,10 @@ def write_answers(answers: Iterator[tuple[str, Answer]], model: Any, folder: Pat
     for row, (name, answer) in enumerate(answers):
         written.append(SampleAnswer(name, answer.text))
         for number, segment in enumerate(s for s in answer.segments if s.type != "text"):
-            decoder = model.decoders[segment.key].module
-            file = SampleFile(segment.type, segment.content, folder / f"{row}-{number}.{SUFFIXES[segment.type]}")
-            if segment.type == "image":
-                write_image(file.path, segment.content)
-            elif segment.type == "video":
-                file.rate = decoder.frame_rate
-                write_video(file.path, segment.content, file.rate)
-            else:
-                file.rate = decoder.sampling_rate
-                write_audio(file.path, segment.content, file.rate)
-            written[-1].files.append(file)
+            kind = media_type(segment.type)
+            path = folder / f"{row}-{number}{kind.suffixes[0]}"
+            kind.write(path, segment.content, segment.rate)
+            written[-1].files.append(SampleFile(segment.type, segment.content, path, segment.rate))
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"id": w.id, "text": w.text, "files": [file.path.name for file in w.files]} for w in written]
     (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -136,9 +128,10 @@ def _log_to_board(answer: SampleAnswer, writer: Any, step: int) -> None:
     writer.add_text(f"samples/{answer.id}", answer.text, step)
     for number, file in enumerate(answer.files):
         tag = f"samples/{answer.id}/{number}-{file.type}"
-        if file.type == "image":
+        kind = media_type(file.type)
+        if isinstance(kind, Picture):
             writer.add_image(tag, np.asarray(file.content.convert("RGB")), step, dataformats="HWC")
-        elif file.type == "video":
+        elif isinstance(kind, Clip):
             writer.add_images(tag, file.content, step, dataformats="NHWC")
         else:
             writer.add_audio(tag, torch.from_numpy(file.content)[None], step, sample_rate=int(file.rate))
@@ -147,9 +140,11 @@ def _log_to_board(answer: SampleAnswer, writer: Any, step: int) -> None:
 def _log_to_wandb(answer: SampleAnswer, tracker: Any, step: int) -> None:
     import wandb
 
-    kinds = {"image": wandb.Image, "video": wandb.Video, "audio": wandb.Audio}
+    kinds = {Picture: wandb.Image, Clip: wandb.Video, Sound: wandb.Audio}
     media = {
-        f"samples/{answer.id}/{number}-{file.type}": kinds[file.type](str(file.path), caption=answer.text)
+        f"samples/{answer.id}/{number}-{file.type}": kinds[type(media_type(file.type))](
+            str(file.path), caption=answer.text
+        )
         for number, file in enumerate(answer.files)
     }
     tracker.log({f"samples/{answer.id}": answer.text, **media}, step=step)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.media.reading import read_media
+from anygpt.media.types import read_media
 from anygpt.toyworld.evaluation.answers import Judged
 from anygpt.toyworld.evaluation.requests import WAYS, plain
 

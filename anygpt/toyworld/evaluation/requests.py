@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from anygpt.media.reading import Audio, Video, read_media
+from anygpt.media.files import Audio, Video
+from anygpt.media.types import read_media
 from anygpt.toyworld import language
 from anygpt.toyworld.datasets import SUFFIX, write_render
 from anygpt.toyworld.world import MODALITIES, MOTIONS, Thing

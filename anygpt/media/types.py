@@ -1,0 +1,223 @@
+"""The table of media types: all that anything else asks about an image, a video, a sound, or another medium.
+
+A new medium is an entry of `MEDIA`: a picture, a clip or a sound of another name, suffix and signal. Who reads the
+table reads it when it is used, so that an entry added at run time counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from anygpt.errors import InputError
+from anygpt.media.audio import resample, to_mono
+from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video
+from anygpt.media.reading import read_audio, read_image
+from anygpt.media.videos import read_video
+from anygpt.media.writing import write_audio, write_image, write_video
+
+SIDE, FRAMES, RATE = 32, 8, 16_000
+"""Of blank media: pixels, frames, Hz."""
+
+
+@dataclass(frozen=True)
+class MediaType:
+    """One row of the table; the subclasses say what such a medium is in memory and how it is handled.
+
+    Attributes:
+        name: in data files, configs and messages.
+        plural: under which decoder targets, the processor and answers list them.
+        suffixes: of its files, in lower case; the first is what is written.
+        mime: the MIME type of what is written.
+        prefix, signal_tokens: names of its signal tokens (`IMG` gives `[IMG0]`), and how many a span has by default.
+        content_part: its content part in OpenAI's chat completions; a `…_url` holds a URL, any other base64.
+    """
+
+    name: str
+    plural: str
+    suffixes: tuple[str, ...]
+    mime: str
+    prefix: str
+    signal_tokens: int
+    content_part: str
+
+    timed = False
+    """Whether a medium is sampled to a number of frames when it is read."""
+    heard = False
+    """Whether its encoders have a feature extractor in place of an image processor."""
+
+    def read(
+        self,
+        place: str | Place,
+        num_frames: int | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        *,
+        whole: bool = False,
+    ) -> Any:
+        """A file's medium; `num_frames` and `whole` are for clips (see `read_video`)."""
+        raise NotImplementedError
+
+    def write(self, path: str | Path, content: Any, rate: float | None) -> None:
+        """Writes what a decoder made, at `rate` frames or samples a second."""
+        raise NotImplementedError
+
+    def blank(self, num_frames: int | None = None) -> Any:
+        """A medium that stands for any other where only its shape matters."""
+        raise NotImplementedError
+
+    def size(self, medium: Any) -> tuple[int, int] | None:
+        """Width and height in pixels; None for what has none."""
+        return None
+
+    def to_input(self, medium: Any, processor: Any) -> Any:
+        """A medium as the `processor` of an encoder takes it."""
+        return medium
+
+    def to_target(self, medium: Any) -> Any:
+        """A medium as a decoder's `TargetProcessor` takes it."""
+        return medium
+
+    def to_part(self, content: Any, rate: float | None) -> Any:
+        """What a decoder made as a content part of a message holds it."""
+        return content
+
+
+@dataclass(frozen=True)
+class Picture(MediaType):
+    """A `PIL.Image` of one mode: `RGB`, or `I;16` for one channel of 16 bits."""
+
+    mode: str = "RGB"
+
+    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Image.Image:
+        return read_image(place, limits, self.mode)
+
+    def write(self, path, content, rate) -> None:
+        write_image(path, content)
+
+    def blank(self, num_frames=None) -> Image.Image:
+        return Image.new(self.mode, (SIDE, SIDE))
+
+    def size(self, medium: Image.Image) -> tuple[int, int]:
+        return medium.size
+
+
+@dataclass(frozen=True)
+class Clip(MediaType):
+    """A `Video`; what decoders make and encoders take are its frames, uint8 `(F, H, W, 3)`."""
+
+    timed = True
+
+    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Video:
+        return read_video(place, num_frames, limits, whole=whole)
+
+    def write(self, path, content, rate) -> None:
+        write_video(path, content, rate)
+
+    def blank(self, num_frames=None) -> Video:
+        return Video(np.zeros((num_frames or FRAMES, SIDE, SIDE, 3), np.uint8), float(FRAMES))
+
+    def size(self, medium: Video) -> tuple[int, int]:
+        height, width = medium.frames.shape[1:3]
+        return width, height
+
+    def to_input(self, medium: Video | np.ndarray, processor: Any) -> np.ndarray:
+        return medium.frames if isinstance(medium, Video) else medium
+
+    def to_target(self, medium: Video) -> np.ndarray:
+        return medium.frames
+
+
+@dataclass(frozen=True)
+class Sound(MediaType):
+    """An `Audio`, or a waveform with its rate; encoders take it mixed to mono, at the rate of their extractor."""
+
+    heard = True
+
+    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Audio:
+        return read_audio(place, limits)
+
+    def write(self, path, content, rate) -> None:
+        write_audio(path, content, int(rate))
+
+    def blank(self, num_frames=None) -> Audio:
+        return Audio(np.zeros((1, RATE), np.float32), RATE)
+
+    def to_input(self, medium: Audio | tuple[np.ndarray, int] | np.ndarray, processor: Any) -> np.ndarray:
+        medium = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
+        # a waveform without a rate has the encoder's own, as transformers' processors take it
+        waveform, rate = medium if isinstance(medium, tuple) else (medium, processor.sampling_rate)
+        return resample(to_mono(waveform), rate, processor.sampling_rate)
+
+    def to_target(self, medium: Audio) -> tuple[np.ndarray, int]:
+        return medium.waveform, medium.sampling_rate
+
+    def to_part(self, content: np.ndarray, rate: float | None) -> tuple[np.ndarray, int]:
+        return content, int(rate)
+
+
+# Signal tokens: the paper's names and counts (NExT-GPT, arXiv 2309.05519, §4.2).
+IMAGE = Picture(
+    "image",
+    "images",
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
+    "image/png",
+    "IMG",
+    4,
+    "image_url",
+)
+VIDEO = Clip("video", "videos", (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"), "video/mp4", "VID", 24, "video_url")
+AUDIO = Sound(
+    "audio",
+    "audios",
+    (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"),
+    "audio/wav",
+    "AUD",
+    8,
+    "input_audio",
+)
+MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)}
+"""All media types by name."""
+
+
+def media_type(name: str) -> MediaType:
+    """The row of a media type.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in MEDIA:
+        raise InputError(f"The media type {name!r} is not known: it is one of {', '.join(MEDIA)}.")
+    return MEDIA[name]
+
+
+def media_type_of(path: str | Path) -> MediaType | None:
+    """The media type of a file by its suffix, the longest that fits (`.depth.png` before `.png`); None if none does."""
+    name = Path(path).name.lower()
+    fits = [(len(suffix), kind) for kind in MEDIA.values() for suffix in kind.suffixes if name.endswith(suffix)]
+    return max(fits, key=lambda fit: fit[0])[1] if fits else None
+
+
+def read_media(
+    name: str,
+    place: str | Place,
+    num_frames: int | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    *,
+    whole: bool = False,
+) -> Any:
+    """Reads a medium of the type `name`; see `MediaType.read`."""
+    return media_type(name).read(place, num_frames, limits, whole=whole)
+
+
+def is_timed(name: str) -> bool:
+    """Whether `name` is a media type of clips."""
+    return name in MEDIA and MEDIA[name].timed
+
+
+def is_heard(name: str) -> bool:
+    """Whether `name` is a media type of sounds."""
+    return name in MEDIA and MEDIA[name].heard
