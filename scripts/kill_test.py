@@ -26,8 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.training.checkpoint import find_checkpoints, step_of
-from anygpt.training.manifest import find_fault
+from anygpt.training.folder import find_checkpoints, find_fault, step_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = 24

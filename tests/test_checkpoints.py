@@ -25,9 +25,17 @@ from training_utils import (
     trained_tensors,
 )
 
-from anygpt.training.checkpoint import best_checkpoint, config_digest, find_checkpoints, remove_old, set_aside
+from anygpt.training.checkpoint import config_digest
 from anygpt.training.config import Config, parse_config
-from anygpt.training.manifest import MANIFEST, find_fault, write_manifest
+from anygpt.training.folder import (
+    MANIFEST,
+    best_checkpoint,
+    find_checkpoints,
+    find_fault,
+    remove_old,
+    set_aside,
+    write_manifest,
+)
 
 STEPS = 4
 

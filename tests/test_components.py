@@ -19,8 +19,8 @@ from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.training.components import write_components
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
 from anygpt.training.stages import COMPONENTS
+from anygpt.training.trainer import train
 
 ONLY_OWN = {"loss.llm": 0, "loss.encoder_llm": 0, "loss.llm_decoder": 0, "loss.encoder_decoder": 0}
 

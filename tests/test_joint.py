@@ -14,8 +14,8 @@ from anygpt.model.parts import Source, load_decoder, load_encoder
 from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
 from anygpt.training.stages import INSTRUCTION_TUNING
+from anygpt.training.trainer import train
 
 TERMS = ("encoder", "llm", "decoder", "encoder_llm", "llm_decoder", "encoder_decoder")
 

@@ -10,8 +10,8 @@ from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.losses.formulas import caption_alignment
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
 from anygpt.training.stages import LLM_DECODER
+from anygpt.training.trainer import train
 
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a white ring"]
 SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}

@@ -11,8 +11,8 @@ from anygpt.losses.formulas import LossWeights
 from anygpt.sequence.signal_tokens import token_names
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import Config, parse_config
-from anygpt.training.loop import train
 from anygpt.training.stages import LLM_DECODER, prepare_stage
+from anygpt.training.trainer import train
 
 N = 3
 SPAN = ["[IMG]", "[IMG0]", "[IMG1]", "[IMG2]"]

@@ -13,9 +13,9 @@ from anygpt.losses.formulas import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
 from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, TOLERANCE, RidgeRegression, set_by_ridge
 from anygpt.training.stages import LLM_DECODER
+from anygpt.training.trainer import train
 
 CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
 

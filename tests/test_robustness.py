@@ -13,9 +13,9 @@ from anygpt.data.dataset import DataSource
 from anygpt.sequence.merging import Merged, inject
 from anygpt.training.checkpoint import load_tensors, load_training_state
 from anygpt.training.config import parse_config
-from anygpt.training.loop import train
 from anygpt.training.setup import build
 from anygpt.training.stages import prepare_stage
+from anygpt.training.trainer import train
 
 STAGE1 = ["--config", str(REPOSITORY / "configs/tiny/stage1.yaml")]
 

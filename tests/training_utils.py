@@ -16,15 +16,13 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 
-from anygpt.data.collation import Collator
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.cli import run_stage
 from anygpt.training.config import parse_config
-from anygpt.training.loading import make_loader, take_updates, use_frames_of
-from anygpt.training.loop import train, update
-from anygpt.training.setup import build, build_dataset
+from anygpt.training.loading import make_loader, take_updates
+from anygpt.training.setup import build
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
-from anygpt.training.tracking import RunLog
+from anygpt.training.trainer import Trainer, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
@@ -252,19 +250,14 @@ class Bench:
         reset_accelerate()
         self.config = parse_config(args)
         self.accelerator = Accelerator(cpu=True)
-        self.model, processor, self.names = start_of(stage, args)
-        dataset = build_dataset(self.config.data.train, self.model, self.config, STAGES[stage])
-        use_frames_of(dataset, processor)
-        loader = make_loader(dataset, Collator(processor), self.config, self.accelerator, start=0)
+        self.trainer = Trainer(self.config, STAGES[stage], self.accelerator).setup()
+        trainer, self.model = self.trainer, self.trainer.model
+        self.names = self.model.trainable_names()
+        loader = make_loader(trainer.dataset, trainer.collator, self.config, self.accelerator, start=0)
         self.batches = next(take_updates(loader, self.config))
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        folder.mkdir(exist_ok=True)
-        self.log = RunLog(self.accelerator, self.config, 1, 0)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer(self.parameters.values()))
-        self.wrapped.train()
+        trainer.optimizer = self.accelerator.prepare(optimizer(self.parameters.values()))
 
     def update(self, step=0):
-        return update(
-            *(self.wrapped, self.model, self.optimizer, self.batches, step),
-            *(self.config, self.accelerator, self.log),
-        )
+        self.trainer.done = step
+        return self.trainer.step(self.batches).by_name()

@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +24,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.config import Config
-from anygpt.training.manifest import find_fault, sync, sync_folder, write_manifest
-
-STATE = "training_state.json"
-PREFIX = "checkpoint-"
-_NAME = re.compile(rf"{PREFIX}(\d+)")
+from anygpt.training.folder import (
+    STATE,
+    find_checkpoints,
+    find_fault,
+    hide,
+    read_state,
+    remove,
+    sync,
+    sync_folder,
+    write_manifest,
+)
 
 
 def config_digest(config: Config) -> str:
@@ -79,7 +84,7 @@ def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
             if main:
                 write_manifest(temporary)
                 sync_folder(temporary)
-                before = _hide(folder)
+                before = hide(folder)
                 os.rename(temporary, folder)
                 sync(folder.parent)
                 shutil.rmtree(before, ignore_errors=True)
@@ -115,20 +120,6 @@ def is_disk_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) or "os error" in str(error)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder; one that is killed half way does not leave half a folder under its name."""
-    shutil.rmtree(_hide(folder), ignore_errors=True)
-
-
-def _hide(folder: Path) -> Path:
-    """Rename a folder, if it is there, to what the next start of the run removes."""
-    hidden = folder.parent / f".{folder.name.removeprefix('.')}.removed.incomplete"
-    shutil.rmtree(hidden, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, hidden)
-    return hidden
-
-
 def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> None:
     """Write a composition and its processor as `final/`."""
     with written_whole(folder, accelerator) as temporary:
@@ -139,21 +130,20 @@ def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerato
 
 def save_checkpoint(
     folder: Path,
-    state: dict[str, Any],
     model: Any,
     processor: Any,
+    state: dict[str, Any],
     optimizer_state: dict[str, Any],
-    scheduler: Any,
+    random_state: dict[str, Any] | None,
     accelerator: Accelerator,
     config: Config,
-    random_state: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint.
 
     Args:
         folder: its name and place.
-        state: what `training_state.json` gets beside the scheduler: step, metrics, sizes of the data, tracker run.
         model, optimizer_state: whole, on the main process.
+        state: what `training_state.json` gets beside the settings' digest and the number of processes.
         random_state: what `rng_state` gave, if it is not to be the present one.
     """
     with written_whole(folder, accelerator) as temporary:
@@ -161,8 +151,7 @@ def save_checkpoint(
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
             _save(optimizer_state, temporary / "optimizer.pt")
-            processes = {"processes": accelerator.num_processes}
-            state = state | processes | {"config": config_digest(config), "scheduler": scheduler.state_dict()}
+            state = state | {"processes": accelerator.num_processes, "config": config_digest(config)}
             (temporary / STATE).write_text(json.dumps(state, default=float, indent=1))
         _save(random_state or rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
 
@@ -172,40 +161,6 @@ def _save(content: Any, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by their names, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The updates done, by a checkpoint's name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A whole checkpoint's `training_state.json`."""
-    return json.loads((checkpoint / STATE).read_text())
-
-
-def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
-    """The checkpoint whose metric was lowest, and the metric; None where none has it."""
-    values = {}
-    for path in find_checkpoints(folder):
-        if (path / STATE).is_file():
-            values[path] = read_state(path)["metrics"].get(metric)
-    values = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
-    return min(values.items(), key=lambda item: item[1], default=None)
-
-
-def remove_old(folder: Path, config: Config) -> None:
-    """Remove checkpoints beyond `train.keep_checkpoints`, but not the best by `train.keep_best`."""
-    best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
-    for old in find_checkpoints(folder)[: -config.train.keep_checkpoints]:
-        if best is None or old != best[0]:
-            remove(old)
 
 
 def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
@@ -252,19 +207,13 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     return checkpoint, passed_over
 
 
-def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints from beyond `step`: damaged ones, or of a branch that the run leaves. Returns what was done.
-
-    Left where they are, they would count as newer than those that the run is about to write.
-    """
-    lines = []
-    for path in find_checkpoints(folder):
-        if step_of(path) > step:
-            aside = folder / f"set-aside-{step_of(path)}"
-            remove(aside)
-            os.rename(path, aside)
-            lines.append(f"{path.name} is beyond update {step}, and now called {aside.name}")
-    return lines
+def check_same_data(checkpoint: Path, state: dict[str, Any], dataset: ConversationDataset) -> None:
+    """The place in the data is a number of updates, so the files must be as long as they were."""
+    if state["samples"] != dataset.lengths:
+        raise InputError(
+            f"{checkpoint} was written over data.train files of {state['samples']} samples, which now have "
+            f"{dataset.lengths}; restore the files, or start over with run.resume=never"
+        )
 
 
 def load_tensors(checkpoint: Path, model: Any) -> None:

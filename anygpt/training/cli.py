@@ -15,11 +15,11 @@ import diffusers.utils.logging
 import transformers.utils.logging
 
 from anygpt.errors import InputError
-from anygpt.training.checks import Aborted, NonFiniteLoss
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import BadSampleError
-from anygpt.training.loop import train
+from anygpt.training.processes import Aborted, NonFiniteLoss
 from anygpt.training.stages import Stage
+from anygpt.training.trainer import train
 
 MISTAKE, NON_FINITE, ABORTED = 2, 3, 4
 # What the system says of a disk: no space, over the quota or the largest file, read-only.

@@ -1,16 +1,33 @@
-"""The processes of a run: how they start together, and how they part."""
+"""The processes of a run: how they start together, stop together, and part."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from anygpt.training.config import Config
+from anygpt.training.folder import GIB
+from anygpt.training.sharding import local
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is no finite number; the update was not made."""
+
+
+class Aborted(RuntimeError):
+    """A metric went above its bound in `train.abort_above`."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT came; the run was checkpointed. The exit code is 128 + the signal's number."""
 
 
 @contextlib.contextmanager
@@ -38,3 +55,62 @@ def processes(config: Config) -> Iterator[Accelerator]:
     finally:
         accelerator.free_memory()
         accelerator.end_training()
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Note SIGTERM and SIGINT instead of dying of them: the loop checkpoints first."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_rank(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+
+
+def check_finite(model: Any, accelerator: Accelerator) -> None:
+    """Raise `NonFiniteLoss`, on all processes, if something that trains is no finite number."""
+    trainable = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    bad = gather_object([name for name, tensor in trainable if not bool(tensor.isfinite().all())])
+    if bad:
+        raise NonFiniteLoss(
+            f"{len(set(bad))} trained tensors are not finite, {bad[0]} first: the last updates overflowed, so they are "
+            "not saved; lower train.learning_rate"
+        )
+
+
+class Sums:
+    """Sums by name, of float64, that all processes add up in one go.
+
+    Args:
+        names: the same on all processes, in the same order.
+        device: of the process.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device):
+        self.places = {name: place for place, name in enumerate(names)}
+        self.values = torch.zeros(len(self.places), dtype=torch.float64, device=device)
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        self.values[self.places[name]] += value.detach().double() if isinstance(value, torch.Tensor) else value
+
+    def add_all(self, values: Mapping[str, torch.Tensor | float]) -> None:
+        for name, value in values.items():
+            self.add(name, value)
+
+    def of_all(self, accelerator: Accelerator) -> dict[str, float]:
+        """The sums over all processes, which all call this together."""
+        return dict(zip(self.places, accelerator.reduce(self.values, reduction="sum").tolist(), strict=True))
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the accelerator's peak, or what the process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return psutil.Process().memory_info().rss / GIB

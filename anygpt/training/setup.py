@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections import Counter
@@ -10,8 +11,10 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
+from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
@@ -30,6 +33,8 @@ from anygpt.model.parts import (
 from anygpt.model.saving import part_entries, read_config
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig
+from anygpt.training.loading import ridge_batches, use_frames_of
+from anygpt.training.ridge import set_by_ridge
 from anygpt.training.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -172,11 +177,6 @@ def check_parts_by_key(config: Config) -> None:
         )
 
 
-def decoders_before(config: Config) -> set[str]:
-    """Decoders whose output projectors `model.init_from` brings along."""
-    return set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
-
-
 def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
     """transformers' configs take any argument and use those that they know: a typing mistake would pass unseen."""
     known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
@@ -272,3 +272,51 @@ def build_dataset(
     if dataset.faults:
         logger.warning("%d rows were left out, the first because: %s", len(dataset.faults), dataset.faults[0])
     return dataset
+
+
+def build_data(
+    model: MultimodalModel, processor: MultimodalProcessor, config: Config, stage: Stage
+) -> tuple[ConversationDataset, ConversationDataset | None, Collator]:
+    """The rows to train on, those to evaluate on, and what makes batches of them."""
+    data = config.data
+    dataset = build_dataset(data.train, model, config, stage)
+    held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
+    for rows in filter(None, (dataset, held_out)):
+        use_frames_of(rows, processor)
+        rows.decode_targets = model.loss_weights.wants_media
+        rows.in_memory = data.in_memory
+    return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
+
+
+def init_projectors(
+    model: MultimodalModel, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
+) -> list[str]:
+    """Set new output projectors by `train.projector_init`; what was done, in lines for people."""
+    before = set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
+    new = [key for key in model.decoder_keys if key not in before]
+    if config.train.projector_init != "ridge" or not new:
+        return []
+    model.to(accelerator.device)
+    strengths = set_by_ridge(model, new, ridge_batches(dataset, collator, config, accelerator))
+    return [f"{key} output projector set by ridge regression, λ = {value:.3g}" for key, value in strengths.items()]
+
+
+def check_metrics(config: Config, model: Any) -> None:
+    """`train.keep_best` and `train.abort_above` must name metrics that this run will have."""
+    train, names = config.train, ["loss", "gradient_norm", *model.loss_names()]
+    evaluated = [f"eval/{name}" for name in names if name != "gradient_norm"]
+    wanted = {"train.abort_above": list(train.abort_above), "train.keep_best": [train.keep_best or "loss"]}
+    for setting, chosen in wanted.items():
+        for name in chosen:
+            if name in evaluated and not train.eval_steps:
+                raise InputError(f"{setting} names {name}, but there is no evaluation; give train.eval_steps")
+            if name not in names + evaluated:
+                near = difflib.get_close_matches(name, names + evaluated, n=1, cutoff=0.0)[0]
+                raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
+    if train.keep_best and not train.save_steps:
+        raise InputError(f"train.keep_best is {train.keep_best!r}, but there are no checkpoints; give train.save_steps")
+    if train.keep_best in evaluated and train.save_steps % train.eval_steps:
+        raise InputError(
+            f"train.keep_best is {train.keep_best!r}, so there must be an evaluation at each checkpoint; "
+            f"train.save_steps is {train.save_steps}, expected a multiple of train.eval_steps, {train.eval_steps}"
+        )

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from anygpt.errors import InputError
 from anygpt.model.freezing import PartSummary
 from anygpt.training.config import Config
-from anygpt.training.record import memory_in_use
+from anygpt.training.processes import memory_in_use
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from anygpt.model.parts import Source, load_tokenizer
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.training import loop
+from anygpt.training import trainer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import parse_config
 from anygpt.training.stages import ENCODER_LLM
@@ -86,16 +86,18 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     quiet_libraries()
     watch = Watch()
 
-    def run_updates(run: loop.Run, updates: Iterable[Any], *others: Any) -> None:
-        """The loop's own, with clocks at the model, the optimizer and the data."""
-        run.wrapped.forward = watch.around("compute", run.wrapped.forward)
-        run.accelerator.backward = watch.around("compute", run.accelerator.backward)
-        run.optimizer.step = watch.around("compute", run.optimizer.step)
-        own(run, watch.take(updates), *others)
+    class Watched(trainer.Trainer):
+        """With clocks at the model, the optimizer and the data."""
 
-    own, loop.run_updates = loop.run_updates, run_updates
+        def run_updates(self, updates: Iterable[Any], caught: list[int]) -> None:
+            self.wrapped.forward = watch.around("compute", self.wrapped.forward)
+            self.accelerator.backward = watch.around("compute", self.accelerator.backward)
+            self.optimizer.step = watch.around("compute", self.optimizer.step)
+            super().run_updates(watch.take(updates), caught)
+
+    trainer.Trainer = Watched
     with tempfile.TemporaryDirectory() as folder:
-        loop.train(parse_config(command(Path(folder), side, options)), ENCODER_LLM)
+        trainer.train(parse_config(command(Path(folder), side, options)), ENCODER_LLM)
     timed = watch.updates[WARM_UP:]
     whole, compute, wait = (sum(times) for times in zip(*timed, strict=True))
     return {

@@ -1,0 +1,400 @@
+"""The trainer of all stages.
+
+An update is some micro-batches on every process. Their losses are sums; the counts that they are divided by are those
+of the whole update, so that its gradient does not depend on how the update was split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch.utils.data import DataLoader
+
+from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, move
+from anygpt.errors import InputError
+from anygpt.training.checkpoint import (
+    check_same_data,
+    choose_checkpoint,
+    load_tensors,
+    load_training_state,
+    read_optimizer_state,
+    rng_state,
+    save_checkpoint,
+    save_model,
+)
+from anygpt.training.config import Config
+from anygpt.training.folder import (
+    FINAL,
+    PREFIX,
+    SAMPLES,
+    STOPPED,
+    best_checkpoint,
+    check_folder,
+    environment,
+    prepare_folder,
+    remove_old,
+    written_or_as_before,
+)
+from anygpt.training.loading import (
+    MicroBatch,
+    loader_options,
+    make_generators,
+    make_loader,
+    take_ids,
+    take_updates,
+    use_cache,
+)
+from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer
+from anygpt.training.processes import (
+    Aborted,
+    Interrupted,
+    NonFiniteLoss,
+    Sums,
+    any_rank,
+    caught_signals,
+    check_finite,
+    processes,
+)
+from anygpt.training.samples import generate_answers, log_answers, write_answers
+from anygpt.training.setup import build, build_data, check_metrics, init_projectors
+from anygpt.training.sharding import (
+    check_sharding,
+    gather_into,
+    is_sharded,
+    load_optimizer_state,
+    optimizer_state,
+    prepare,
+)
+from anygpt.training.stages import Stage, prepare_stage
+from anygpt.training.tracking import RunLog, check_tracker, part_table
+
+LOSS, TOKENS = "loss", "tokens"
+COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT)
+
+
+def train(config: Config, stage: Stage) -> Path:
+    """Run a stage from its settings to its `final/` folder.
+
+    Returns:
+        The `final/` folder.
+
+    Raises:
+        InputError: settings, parts or data that are wrong; nothing is written then, or only checkpoints.
+        NonFiniteLoss: a loss or gradient that is not finite.
+        Aborted: a metric above its bound.
+    """
+    check_tracker(config)
+    folder = Path(config.run.output_dir)
+    check_folder(folder, config)
+    checkpoint, passed_over = choose_checkpoint(config)
+    if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
+        raise InputError(
+            f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
+            "replace it with run.resume=never"
+        )
+    with processes(config) as accelerator:
+        return Trainer(config, stage, accelerator).setup(checkpoint).fit(passed_over)
+
+
+@dataclass
+class Metrics:
+    """What an update did, over all processes.
+
+    Attributes:
+        loss: the weighted sum of all terms.
+        terms: the mean of each sub-term that the update had.
+        gradient_norm: before clipping.
+        tokens, samples: in its batches.
+        skipped, cut: rows left out, and rows shortened.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    gradient_norm: float
+    tokens: int
+    samples: int
+    skipped: int
+    cut: int
+
+    def by_name(self) -> dict[str, float]:
+        """What is logged of each update."""
+        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm}
+
+
+class Trainer:
+    """One run of a stage: `setup` makes its parts, `fit` makes the updates and what is due between them.
+
+    Attributes:
+        done: updates done.
+        model, processor: the composition.
+        wrapped: the model as accelerate prepared it.
+        whole: the model to save; see `sharding.prepare`.
+        log: from `fit` on.
+        notes: lines about the start, for the log.
+    """
+
+    model: Any
+    processor: Any
+    wrapped: Any
+    whole: Any
+    optimizer: Any
+    scheduler: Any
+    log: RunLog
+
+    def __init__(self, config: Config, stage: Stage, accelerator: Accelerator):
+        self.config, self.stage, self.accelerator = config, stage, accelerator
+        self.folder = Path(config.run.output_dir)
+        self.done = 0
+        self.tracker_run: str | None = None
+        self.notes: list[str] = []
+
+    def setup(self, checkpoint: Path | None = None) -> Trainer:
+        """Build model, data and optimizer, at the beginning or as a checkpoint has them.
+
+        Raises:
+            InputError: settings, parts or data that are wrong. Nothing has been written then.
+        """
+        config, accelerator = self.config, self.accelerator
+        check_sharding(accelerator, config, resumes=checkpoint is not None)
+        set_seed(config.run.seed)
+        self.model, self.processor = build(config)
+        names = prepare_stage(self.model, self.stage, config)
+        self.processor.describe_targets(self.model)
+        check_metrics(config, self.model)
+        if config.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
+        self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
+        if checkpoint is not None:
+            load_tensors(checkpoint, self.model)  # before the cache is compared with them
+        data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
+        self.notes += use_cache(data, self.collator, self.model, self.processor, config, is_sharded(accelerator))
+        if checkpoint is None:
+            self.notes += init_projectors(self.model, self.dataset, self.collator, config, accelerator)
+        self.setup_optimizer(checkpoint)
+        return self
+
+    def setup_optimizer(self, checkpoint: Path | None) -> None:
+        """Optimizer and schedule, as they start or as the checkpoint has them, and the model as accelerate wraps it."""
+        config, accelerator, model = self.config, self.accelerator, self.model
+        sharded = is_sharded(accelerator)
+        optimizer, self.scheduler = make_optimizer(model, config)
+        if checkpoint is not None:
+            state = load_training_state(checkpoint, None if sharded else optimizer, self.scheduler, accelerator)
+            check_same_data(checkpoint, state, self.dataset)
+            self.done, self.tracker_run = state["step"], state["tracker_run"]
+            self.notes.append(f"continues from {checkpoint} after update {self.done}")
+        if config.train.compile:
+            model.to(accelerator.device)
+            compile_layers(model)
+        self.wrapped, self.optimizer, self.whole = prepare(model, optimizer, accelerator, config)
+        if checkpoint is not None and sharded:
+            load_optimizer_state(model, self.optimizer, read_optimizer_state(checkpoint))
+        self.wrapped.train()
+
+    def fit(self, warnings: Iterable[str] = ()) -> Path:
+        """Make all updates that are left, and write `final/`; returns that folder.
+
+        Raises:
+            InputError: nothing moved; or the disk is full.
+            NonFiniteLoss, Aborted, Interrupted: after the state was written.
+        """
+        config, accelerator = self.config, self.accelerator
+        loader = make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
+        with contextlib.closing(take_updates(loader, config)) as updates:
+            first = list(itertools.islice(updates, 1))  # mistakes in it are found before anything is written
+            with written_or_as_before(self.folder, accelerator):
+                facts = {"environment": environment(accelerator)}
+                prepared = prepare_folder(self.folder, config, facts["environment"], self.done, accelerator)
+                parts = self.model.summarize_parts()
+                facts["parameters"] = {p.part: p.parameters for p in parts}
+                facts["trainable"] = {p.part: p.trainable for p in parts if p.trainable}
+                self.log = RunLog(accelerator, config, config.train.max_steps, self.done, facts, self.tracker_run)
+                with contextlib.closing(self.log), caught_signals() as caught:
+                    self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
+                    for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
+                        self.log.say(line)
+                    self.run_updates(itertools.chain(first, updates), caught)
+                    self.finish()
+        return self.folder / FINAL
+
+    def run_updates(self, updates: Iterable[list[MicroBatch]], caught: list[int]) -> None:
+        """All updates, and what is due between them: metrics, evaluation, samples, checkpoints, the end on a signal."""
+        train, log = self.config.train, self.log
+        moved = self.done == train.max_steps
+        for micro_batches in log.timed(updates):
+            before = rng_state()
+            try:
+                update = self.step(micro_batches)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}; the state before it is in {self.save(STOPPED, {}, before)}") from None
+            metrics = update.by_name() | learning_rates(self.optimizer)
+            self.scheduler.step()
+            self.done += 1
+            moved |= update.gradient_norm > 0
+            last = self.done == train.max_steps
+            log.count(update.tokens, update.samples, update.skipped, update.cut)
+            log.bar.update()
+            log.bar.set_postfix(loss=f"{update.loss:.4g}", refresh=False)
+            if last or self.is_due(train.log_steps):
+                log.training(self.done, metrics)
+            with log.paused():
+                if self.is_due(train.eval_steps):
+                    found = self.evaluate()
+                    log.metrics(self.done, found)
+                    metrics |= found
+                if self.is_due(train.sample_steps):
+                    self.sample()
+                self.stop_if_above(metrics)
+                interrupted = any_rank(bool(caught), self.accelerator)
+                if interrupted or (train.save_steps and (last or self.is_due(train.save_steps))):
+                    self.save(PREFIX, metrics)
+                    if self.accelerator.is_main_process:
+                        remove_old(self.folder, self.config)
+            if interrupted and not last:
+                log.say(f"interrupted; checkpoint after update {self.done} written, the same command continues from it")
+                raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+        if not moved:
+            raise InputError(
+                "no gradient reached anything that trains, in no update: the data has nothing for the parts that "
+                "train, or every sample was skipped"
+            )
+        check_finite(self.model, self.accelerator)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many updates (0: never) happens after this one."""
+        return every > 0 and self.done % every == 0
+
+    def step(self, micro_batches: list[MicroBatch]) -> Metrics:
+        """Make one update.
+
+        Raises:
+            NonFiniteLoss: before the optimizer's step.
+        """
+        names, accelerator = self.model.loss_names(), self.accelerator
+        counts = Sums(names, accelerator.device)
+        for batch, _ in micro_batches:
+            counts.add_all(self.model.count_losses(batch))
+        denominators = counts.of_all(accelerator)
+        sums = Sums([*names, LOSS, *COUNTED], accelerator.device)
+        for index, (batch, ids) in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            generators = make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                batch = move(batch, accelerator.device)
+                output = self.wrapped(**batch, loss_counts=denominators, generators=generators)
+                # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
+                loss = nothing(self.model, output) if output.loss is None else output.loss
+                # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
+                if loss.requires_grad:  # else, in a single process, nothing that trains had a part in it
+                    accelerator.backward(loss * accelerator.num_processes)
+            for name, term in output.losses.items():
+                assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
+            sums.add_all({name: term.total for name, term in output.losses.items()})
+            sums.add(LOSS, loss)
+            sums.add(TOKENS, int(batch["attention_mask"].sum()))
+            sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
+        norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
+        totals = sums.of_all(accelerator)
+        if not (math.isfinite(totals[LOSS]) and math.isfinite(norm)):
+            bad = [name for name in names if not math.isfinite(totals[name])]
+            seen = gather_object([sample for _, ids in micro_batches for sample in ids[SAMPLE_IDS]])
+            raise NonFiniteLoss(
+                f"update {self.done + 1}: loss {totals[LOSS]}, gradient norm {norm}, not finite: "
+                f"{', '.join(bad) or 'the gradient'}; samples {', '.join(seen)}. The optimizer's step was not made"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = {name: totals[name] / denominators[name] for name in names if denominators[name]}
+        return Metrics(totals[LOSS], means, norm, *(int(totals[name]) for name in COUNTED))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Every sub-term's mean over `data.eval`, and the weighted loss; noise is the same each time."""
+        names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
+        totals, counts = Sums(names, device), Sums(names, device)
+        order = range(len(self.held_out))[accelerator.process_index :: accelerator.num_processes]
+        size = self.config.train.batch_size
+        chunks = [list(order[i : i + size]) for i in range(0, len(order), size)]
+        self.wrapped.eval()
+        options = loader_options(self.config)
+        for batch in DataLoader(self.held_out, batch_sampler=chunks, collate_fn=self.collator, **options):
+            ids = take_ids(batch, self.config)
+            generators = make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
+            losses = self.model(**move(batch, device), generators=generators).losses
+            totals.add_all({name: term.total for name, term in losses.items()})
+            counts.add_all({name: term.count for name, term in losses.items()})
+        self.wrapped.train()
+        total, count = totals.of_all(accelerator), counts.of_all(accelerator)
+        means = {name: total[name] / count[name] for name in names if count[name]}
+        loss = sum(self.model.loss_weights.of(name) * mean for name, mean in means.items())
+        return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
+
+    def sample(self) -> None:
+        """Answers to the first rows of data.eval; every process generates, as a sharded model needs them all."""
+        rows, seed = self.config.train.sample_rows, self.config.run.seed
+        try:
+            with self.accelerator.autocast():
+                answers = list(generate_answers(self.model, self.processor, self.held_out, rows, seed))
+        except InputError as error:
+            self.log.say(f"warning: no samples after update {self.done}: {error}")
+            return
+        if self.accelerator.is_main_process:
+            folder = self.folder / SAMPLES / f"{self.done:06d}"
+            log_answers(write_answers(answers, self.model, folder), self.accelerator, self.done)
+            self.log.say(f"samples after update {self.done}: {folder}")
+
+    def stop_if_above(self, metrics: dict[str, float]) -> None:
+        """Raise `Aborted`, after a checkpoint for inspection, where a metric is above its bound or not a number."""
+        bounds = self.config.train.abort_above
+        over = {name: metrics[name] for name, bound in bounds.items() if name in metrics and not metrics[name] <= bound}
+        if over:
+            path = self.save(STOPPED, metrics)
+            found = ", ".join(f"{name} is {value:.4g}, above {bounds[name]:.4g}" for name, value in over.items())
+            raise Aborted(f"stopped after update {self.done}: {found} (train.abort_above); the state is in {path}")
+
+    def save(self, name: str, metrics: dict[str, float], random_state: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint `<name><updates done>` and return its folder.
+
+        Args:
+            random_state: what `rng_state` gave, if it is not to be the present one.
+
+        Raises:
+            NonFiniteLoss: something that trains is not finite, which no checkpoint may hold that a run continues from.
+        """
+        if name == PREFIX:
+            check_finite(self.model, self.accelerator)
+        path = self.folder / f"{name}{self.done}"
+        state = {"step": self.done, "samples": self.dataset.lengths, "tracker_run": self.log.run_id, "metrics": metrics}
+        state["scheduler"] = self.scheduler.state_dict()
+        gather_into(self.whole, self.model)
+        moved = optimizer_state(self.model, self.optimizer, self.accelerator)
+        save_checkpoint(path, self.whole, self.processor, state, moved, random_state, self.accelerator, self.config)
+        return path
+
+    def finish(self) -> None:
+        """Write `final/`, and say which checkpoint is best."""
+        gather_into(self.whole, self.model)
+        save_model(self.folder / FINAL, self.whole, self.processor, self.accelerator)
+        keep = self.config.train.keep_best
+        best = best_checkpoint(self.folder, keep) if keep else None
+        if best is not None:
+            self.log.say(f"lowest {keep}: {best[1]:.4g}, in {best[0]}")
+        self.log.say(f"finished: {self.folder / FINAL}")
+
+
+def nothing(model: Any, output: Any) -> torch.Tensor:
+    """A zero through everything that trains, for a batch without any loss: other processes wait for its gradients."""
+    zero = model.touch_trainable()
+    states = output.hidden_states
+    return zero if states is None or not states.requires_grad else zero + states.float().mean() * 0
