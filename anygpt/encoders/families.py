@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
 from anygpt.encoders import features
+from anygpt.encoders.imagebind import configuration as imagebind
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class EncoderFamily:
         layout: `fixed`, each input has as many features as the others; `padded`, `(items, n, features)` of which the
             first `count` are real; `packed`, `(total, features)` one input after the other.
         counted_by: inputs that only `count` reads; the encoder does not take them.
+        pool_size: `config -> int`, features of one clip of an input, of which a pooled projector makes one; all of the
+            input's if None.
         processor_options: arguments without which the processor leaves out what `count` and `prepare` read.
     """
 
@@ -44,6 +47,7 @@ class EncoderFamily:
     feature_size: Callable[[PreTrainedConfig], int] | None = None
     layout: str = "fixed"
     counted_by: tuple[str, ...] = ()
+    pool_size: Callable[[PreTrainedConfig], int] | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
 
     def load_class(self) -> Any:
@@ -152,6 +156,13 @@ FAMILIES: dict[str, EncoderFamily] = {
     # video
     "videomae": EncoderFamily(
         "pixel_values_videos", features.count_tubelets, arguments={"pixel_values_videos": "pixel_values"}
+    ),
+    # one tower of several
+    "imagebind": EncoderFamily(
+        imagebind.MAIN_INPUT,
+        imagebind.count_features,
+        "anygpt.encoders.imagebind.ImageBindEncoder",
+        pool_size=lambda config: config.features_per_clip,
     ),
     "anygpt_video_encoder": EncoderFamily("pixel_values_videos", count_frames, "anygpt.encoders.video.VideoEncoder"),
 }

@@ -126,6 +126,12 @@ class ModalEncoderModule(nn.Module):
         size = family_size(self.config) if family_size else hidden_size_of(self.config)
         return self.callbacks.feature_size(size) if self.callbacks else size
 
+    @property
+    def projector_sizes(self) -> dict[str, int | None]:
+        """What the encoder says of its projector, as arguments of `MultimodalProjectorConfig`."""
+        pool = self.family.pool_size if self.family else None
+        return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
+
     def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
         """Features of each input after projection, of inputs as the processor gives them; None if nothing tells."""
         return count_features(self.config, self.callbacks, self.projector.config, inputs)
@@ -139,7 +145,7 @@ class ModalEncoderModule(nn.Module):
         if self.projector is None:
             self.projector = MultimodalProjector(
                 MultimodalProjectorConfig(
-                    in_features=self.feature_size,
+                    **self.projector_sizes,
                     out_features=out_features,
                     projection_type=projection_type,
                     activation=activation,

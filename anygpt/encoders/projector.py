@@ -39,14 +39,15 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         encoder_config: config of the encoder, from which `in_features` is read unless it is given.
         text_config: config of the language model, from which `out_features` is read unless it is given.
         projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `pooled` (the mean of an
-            input's features, then one Linear: one embedding an input, as NExT-GPT has it from ImageBind, arXiv
-            2309.05519), `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features)
+            input's features, then one Linear: one embedding an input, or one a clip, as NExT-GPT has it from ImageBind,
+            arXiv 2309.05519), `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features)
             or `merger` (Qwen2-VL's, arXiv 2409.12191: `merge_size²` features one after the other become one).
         activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
         in_features, out_features: sizes, in place of the two configs.
         num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives
             `num_query_tokens` features.
         merge_size: used by `merger`.
+        pool_size: used by `pooled`: of so many features one after the other the mean is taken; of all if None.
         bias: of the Linears of `linear`, `mlp` and `pooled`.
     """
 
@@ -64,6 +65,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
         merge_size: int = 2,
+        pool_size: int | None = None,
         bias: bool = True,
         **kwargs: Any,
     ):
@@ -80,6 +82,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.merge_size = merge_size
+        self.pool_size = pool_size
         self.bias = bias
 
     def features_after(self, count: int) -> int:
@@ -87,7 +90,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         if self.projection_type == "qformer":
             return self.num_query_tokens
         if self.projection_type == "pooled":
-            return 1
+            return 1 if self.pool_size is None else count // self.pool_size
         return count // self.merge_size**2 if self.projection_type == "merger" else count
 
 
@@ -136,20 +139,21 @@ class MultimodalProjector(PreTrainedModel):
 
 
 class PooledProjection(nn.Module):
-    """The mean of the features, through one Linear."""
+    """The mean of the features, or of every `pool_size` of them, through one Linear."""
 
     def __init__(self, config: MultimodalProjectorConfig):
         super().__init__()
+        self.pool_size = config.pool_size
         self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(items, n, in_features)` to `(items, 1, out_features)`."""
+        """`(items, n, in_features)` to `(items, 1, out_features)`, or `(items, n / pool_size, out_features)`."""
         if features.dim() != 3:
             raise InputError(
                 f"a pooled projector needs features of shape (items, n, {self.linear.in_features}), not "
                 f"{tuple(features.shape)}: packed ones do not tell where an input ends"
             )
-        return self.linear(features.mean(dim=-2, keepdim=True))
+        return self.linear(features.unflatten(1, (-1, self.pool_size or features.shape[1])).mean(dim=2))
 
 
 class MergerProjection(nn.Module):

@@ -124,8 +124,10 @@ class Clip(MediaType):
         height, width = medium.frames.shape[1:3]
         return width, height
 
-    def to_input(self, medium: Video | np.ndarray, processor: Any) -> np.ndarray:
-        return medium.frames if isinstance(medium, Video) else medium
+    def to_input(self, medium: Video | np.ndarray, processor: Any) -> Video | np.ndarray:
+        """Frames alone, but for processors that choose by time, which set `reads_times`."""
+        reads_times = getattr(processor, "reads_times", False)
+        return medium.frames if isinstance(medium, Video) and not reads_times else medium
 
     def to_target(self, medium: Video) -> np.ndarray:
         return medium.frames

@@ -138,7 +138,7 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     encoder = load_encoder(part, modality)
     check_arguments(f"model.encoders.{key}.projector", entry.projector, MultimodalProjectorConfig)
     module = ModalEncoderModule(encoder, modality=modality)
-    sizes = {"in_features": module.feature_size, "out_features": width}
+    sizes = module.projector_sizes | {"out_features": width}
     module.projector = MultimodalProjector(MultimodalProjectorConfig(**sizes | entry.projector))
     return module, load_encoder_processor(part, modality)
 

@@ -1,0 +1,27 @@
+"""ImageBind (arXiv 2305.05665): six modalities in one space, written from its facts, with its tensors' own names.
+
+The published weights are under CC BY-NC-SA 4.0, for non-commercial use.
+"""
+
+from anygpt.encoders.imagebind.configuration import ImageBindConfig
+from anygpt.encoders.imagebind.modeling import ImageBindEncoder, ImageBindModel
+from anygpt.encoders.imagebind.processing import (
+    ImageBindAudioProcessor,
+    ImageBindImageProcessor,
+    ImageBindMotionProcessor,
+    ImageBindTextProcessor,
+    ImageBindVideoProcessor,
+    processor_for,
+)
+
+__all__ = [
+    "ImageBindAudioProcessor",
+    "ImageBindConfig",
+    "ImageBindEncoder",
+    "ImageBindImageProcessor",
+    "ImageBindModel",
+    "ImageBindMotionProcessor",
+    "ImageBindTextProcessor",
+    "ImageBindVideoProcessor",
+    "processor_for",
+]

@@ -1,0 +1,150 @@
+"""`ImageBindConfig`, and how many features each modality gives. Shape legend: `anygpt.outputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from anygpt.errors import InputError
+
+TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
+MEDIA = {"image": "vision", "video": "vision"}
+"""Media types whose tower has another name."""
+MAIN_INPUT = "media_values"
+IMAGE_SIZE = 224
+TEXT_LENGTH = 77
+VOCABULARY = 49408
+MOTION_CHANNELS, MOTION_LENGTH = 6, 2000
+FEATURES = ("embedding", "tokens")
+
+
+class ImageBindConfig(PreTrainedConfig):
+    """Sizes of ImageBind; the defaults are those of the published "huge" model.
+
+    Args:
+        video_frames: frames of a clip.
+        kernel_size: of the vision stem: frames, rows, columns.
+        audio_kernel_size, audio_stride: of the audio stem.
+        out_embed_dim: width of the embeddings, one for all modalities.
+        vision_embed_dim, vision_num_blocks, vision_num_heads: width, blocks and heads of a tower; likewise the others.
+        audio_num_mel_bins, audio_target_len: of a spectrogram: mels, frames.
+        depth_kernel_size, thermal_kernel_size: of their stems, which take single-channel images.
+        imu_kernel_size: steps in time that make one token.
+        modalities: the towers that the model has.
+        feature: what an `ImageBindEncoder` gives of each clip: its `embedding`, or the trunk's `tokens`.
+        kwargs: the original's drop paths, kept without effect, and what every config takes.
+    """
+
+    model_type = "imagebind"
+
+    def __init__(
+        self,
+        video_frames: int = 2,
+        kernel_size: Sequence[int] = (2, 14, 14),
+        audio_kernel_size: int = 16,
+        audio_stride: int = 10,
+        out_embed_dim: int = 1024,
+        vision_embed_dim: int = 1280,
+        vision_num_blocks: int = 32,
+        vision_num_heads: int = 16,
+        text_embed_dim: int = 1024,
+        text_num_blocks: int = 24,
+        text_num_heads: int = 16,
+        audio_embed_dim: int = 768,
+        audio_num_blocks: int = 12,
+        audio_num_heads: int = 12,
+        audio_num_mel_bins: int = 128,
+        audio_target_len: int = 204,
+        depth_embed_dim: int = 384,
+        depth_kernel_size: int = 16,
+        depth_num_blocks: int = 12,
+        depth_num_heads: int = 8,
+        thermal_embed_dim: int = 768,
+        thermal_kernel_size: int = 16,
+        thermal_num_blocks: int = 12,
+        thermal_num_heads: int = 12,
+        imu_embed_dim: int = 512,
+        imu_kernel_size: int = 8,
+        imu_num_blocks: int = 6,
+        imu_num_heads: int = 8,
+        modalities: Sequence[str] = TOWERS,
+        feature: str = "embedding",
+        **kwargs: Any,
+    ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        super().__init__(**kwargs)
+        unknown = sorted(set(modalities) - set(TOWERS))
+        if unknown or not modalities:
+            raise InputError(f"ImageBind has no tower for {unknown or 'nothing'}; it has {', '.join(TOWERS)}")
+        if feature not in FEATURES:
+            raise InputError(f"ImageBind's feature is {feature!r}; expected {' or '.join(FEATURES)}")
+        for name, value in settings.items():
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
+        for tower in self.modalities:
+            width, heads = self.of(tower, "embed_dim"), self.of(tower, "num_heads")
+            if width % heads:
+                raise InputError(f"{tower}_embed_dim is {width}, which {tower}_num_heads = {heads} does not divide")
+
+    def of(self, tower: str, name: str) -> Any:
+        """A setting of one tower: `of("audio", "embed_dim")`."""
+        return getattr(self, f"{tower}_{name}")
+
+    def grid(self, tower: str) -> tuple[int, ...]:
+        """Places of a clip's tokens, the class token apart."""
+        if tower == "vision":
+            sizes = (self.video_frames, IMAGE_SIZE, IMAGE_SIZE)
+            return tuple(size // kernel for size, kernel in zip(sizes, self.kernel_size, strict=True))
+        if tower == "audio":
+            sizes = (self.audio_num_mel_bins, self.audio_target_len)
+            return tuple((size - self.audio_kernel_size) // self.audio_stride + 1 for size in sizes)
+        if tower == "text":
+            return (TEXT_LENGTH,)
+        if tower == "imu":
+            return (MOTION_LENGTH // self.imu_kernel_size,)
+        return (IMAGE_SIZE // self.of(tower, "kernel_size"),) * 2
+
+    def num_tokens(self, tower: str) -> int:
+        """Tokens of a clip in the trunk; text has no class token."""
+        return int(torch.Size(self.grid(tower)).numel()) + (tower != "text")
+
+    def encoder_of(self, modality: str, feature: str | None = None) -> ImageBindConfig:
+        """The config of the `ImageBindEncoder` that reads a media type."""
+        tower = MEDIA.get(modality, modality)
+        if tower not in self.modalities or tower == "text":
+            known = ", ".join((*MEDIA, *(t for t in self.modalities if t not in ("vision", "text"))))
+            raise InputError(f"ImageBind has no encoder of {modality!r}; it has those of {known}")
+        return type(self)(**self.to_dict() | {"modalities": [tower], "feature": feature or self.feature})
+
+    def left_out(self) -> dict[str, None]:
+        """Beginnings of the names of tensors that a file has and an encoder has not: its other towers' for one."""
+        names = {"modality_postprocessors.": None} | ({} if self.feature == "embedding" else {"modality_heads.": None})
+        parts = ("preprocessors", "trunks", "heads")
+        return names | {f"modality_{p}.{t}.": None for p in parts for t in TOWERS if t != self.tower}
+
+    @property
+    def tower(self) -> str:
+        """The only tower of an encoder's config."""
+        return self.modalities[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what an encoder gives."""
+        return self.out_embed_dim if self.feature == "embedding" else self.of(self.tower, "embed_dim")
+
+    @property
+    def features_per_clip(self) -> int:
+        """Features that an encoder gives of an image, or of each clip of a video or sound."""
+        return 1 if self.feature == "embedding" else self.num_tokens(self.tower)
+
+
+def count_features(config: ImageBindConfig, inputs: Mapping[str, Any]) -> list[int]:
+    """Features of each input: those of a clip, times its clips."""
+    clips = [item.shape[0] if item.ndim >= 4 else 1 for item in inputs[MAIN_INPUT]]
+    return [count * config.features_per_clip for count in clips]
+
+
+# So that folders, and saved processors, are read back by their model_type.
+AutoConfig.register(ImageBindConfig.model_type, ImageBindConfig)

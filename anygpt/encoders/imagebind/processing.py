@@ -1,0 +1,232 @@
+"""What ImageBind reads: media to its inputs, on Pillow and NumPy alone. `C` clips of a sample.
+
+All but the texts' are saved and loaded as feature extractors are, and give `media_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ASTFeatureExtractor, BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from anygpt.encoders.imagebind.configuration import IMAGE_SIZE, MAIN_INPUT, MOTION_CHANNELS, MOTION_LENGTH, TEXT_LENGTH
+from anygpt.errors import InputError
+from anygpt.media.files import Video
+
+CROPS = 3
+MEAN, DEVIATION = -4.268, 9.138  # of the log-mel energies
+
+
+class ImageBindProcessor(FeatureExtractionMixin):
+    """Base of the processors: media to one tensor."""
+
+    model_input_names = (MAIN_INPUT,)
+
+    def batch(self, items: Sequence[Any], convert: Callable[[Any], np.ndarray], return_tensors: str) -> BatchFeature:
+        return BatchFeature({MAIN_INPUT: np.stack([convert(item) for item in items])}, tensor_type=return_tensors)
+
+
+class ImageBindImageProcessor(ImageBindProcessor):
+    """Images, the shorter side resized to `size` and the centre cropped.
+
+    Args:
+        size: pixels.
+        channels: 3 with CLIP's mean and deviation; 1 for depth and thermal images, which keep their values (8 bits
+            become 0 to 1).
+    """
+
+    def __init__(self, size: int = IMAGE_SIZE, channels: int = 3, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.size, self.channels = size, channels
+
+    def __call__(self, images: Any, return_tensors: str = "pt") -> BatchFeature:
+        """One image or a list, PIL or arrays `(H, W[, 3])`; gives `media_values (B, channels, size, size)`."""
+        return self.batch(images if isinstance(images, (list, tuple)) else [images], self.convert, return_tensors)
+
+    def convert(self, image: Any) -> np.ndarray:
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        if self.channels == 3:
+            image = image.convert("RGB")
+        elif image.mode != "F":
+            image = image.convert("F" if image.mode.startswith("I") else "L")
+        resized = resize_shorter(image, self.size, Image.Resampling.BICUBIC)
+        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
+        pixels = np.asarray(resized.crop((left, top, left + self.size, top + self.size)), np.float32)
+        if self.channels == 3:
+            return normalize(pixels)
+        return (pixels if image.mode == "F" else pixels / 255)[None]
+
+
+class ImageBindVideoProcessor(ImageBindProcessor):
+    """Videos as `clips` of `seconds`, evenly spread, `frames` of each, in three crops.
+
+    Args:
+        size: pixels of the shorter side, and of the crops.
+        clips, seconds, frames: see above.
+        num_frames: to which a video is sampled when it is read; the clips' frames are those of them that are nearest
+            in time.
+    """
+
+    reads_times = True
+
+    def __init__(
+        self,
+        size: int = IMAGE_SIZE,
+        clips: int = 5,
+        seconds: float = 2.0,
+        frames: int = 2,
+        num_frames: int = 40,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.size, self.clips, self.seconds, self.frames, self.num_frames = size, clips, seconds, frames, num_frames
+
+    def __call__(self, videos: Any, return_tensors: str = "pt") -> BatchFeature:
+        """`Video`s, or uint8 `(n, H, W, 3)` of which each fifth is one clip; `(B, 3 · clips, 3, frames, size, size)`."""
+        one = isinstance(videos, Video) or (isinstance(videos, np.ndarray) and videos.ndim == 4)
+        return self.batch([videos] if one else videos, self.convert, return_tensors)
+
+    def convert(self, video: Video | np.ndarray) -> np.ndarray:
+        frames = video.frames if isinstance(video, Video) else np.asarray(video)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+            raise InputError(f"a video has shape {frames.shape}; expected (frames, height, width, 3)")
+        # without times, the clips lie one behind the other
+        length = len(frames) / video.fps if isinstance(video, Video) else self.clips * self.seconds
+        starts = clip_starts(length, self.seconds, self.clips)
+        times = np.linspace(starts, starts + min(self.seconds, length), self.frames, axis=1)
+        chosen = np.minimum((times / length * len(frames)).astype(int), len(frames) - 1)
+        crops = {index: self.crop(frames[index]) for index in np.unique(chosen)}
+        return np.stack(
+            [np.stack([crops[i][crop] for i in clip], axis=1) for clip in chosen for crop in range(CROPS)]
+        )
+
+    def crop(self, frame: np.ndarray) -> list[np.ndarray]:
+        """The crops at both ends of the longer side and at its middle, `(3, size, size)` each."""
+        image = resize_shorter(Image.fromarray(frame), self.size, Image.Resampling.BILINEAR)
+        offsets = np.linspace((0, 0), (image.width - self.size, image.height - self.size), CROPS)
+        boxes = [(*map(int, np.ceil(at)), *map(int, np.ceil(at) + self.size)) for at in offsets]
+        return [normalize(np.asarray(image.crop(box), np.float32)) for box in boxes]
+
+
+class ImageBindAudioProcessor(ImageBindProcessor):
+    """Sounds as log-mel spectrograms of `clips` of `seconds`, evenly spread: Kaldi's filter banks.
+
+    Args:
+        sampling_rate: Hz.
+        num_mel_bins, target_length: of a spectrogram; frames come every 10 ms, and zeros fill the end.
+        clips, seconds: see above.
+    """
+
+    def __init__(
+        self,
+        sampling_rate: int = 16000,
+        num_mel_bins: int = 128,
+        target_length: int = 204,
+        clips: int = 3,
+        seconds: float = 2.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.sampling_rate, self.num_mel_bins, self.target_length = sampling_rate, num_mel_bins, target_length
+        self.clips, self.seconds = clips, seconds
+
+    def __call__(self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str = "pt") -> BatchFeature:
+        """Mono waveforms `(N,)`, one or a list; gives `media_values (B, C, 1, num_mel_bins, target_length)`.
+
+        Raises:
+            InputError: another sampling rate, another number of dimensions.
+        """
+        if sampling_rate not in (None, self.sampling_rate):
+            raise InputError(f"ImageBind reads sounds at {self.sampling_rate} Hz, not {sampling_rate}; resample them")
+        one = isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1
+        banks = ASTFeatureExtractor(
+            num_mel_bins=self.num_mel_bins,
+            sampling_rate=self.sampling_rate,
+            max_length=self.target_length,
+            mean=MEAN,
+            std=DEVIATION / 2,  # it divides by twice of it
+        )
+
+        def convert(waveform: Any) -> np.ndarray:
+            waveform = np.asarray(waveform, np.float32)
+            if waveform.ndim != 1:
+                raise InputError(f"a waveform is (samples,), but this one is {waveform.shape}")
+            rate = self.sampling_rate
+            length, window = int(self.seconds * rate), int(0.025 * rate)
+            clips = []
+            for start in clip_starts(len(waveform) / rate, self.seconds, self.clips):
+                clip = waveform[int(start * rate) :][:length]
+                clip = np.pad(clip - clip.mean() if len(clip) else clip, (0, max(0, window - len(clip))))
+                clips.append(banks(clip, sampling_rate=rate, return_tensors="np")["input_values"][0].T[None])
+            return np.stack(clips)
+
+        return self.batch([raw_speech] if one else raw_speech, convert, return_tensors)
+
+
+class ImageBindMotionProcessor(ImageBindProcessor):
+    """Readings of an inertial measurement unit, `(6, N)`, cut or filled with zeros to 2,000 steps."""
+
+    def __call__(self, motions: Any, return_tensors: str = "pt") -> BatchFeature:
+        """One or a list; gives `media_values (B, 6, 2000)`."""
+
+        def convert(motion: Any) -> np.ndarray:
+            motion = np.asarray(motion, np.float32)
+            if motion.ndim != 2 or len(motion) != MOTION_CHANNELS:
+                raise InputError(f"readings have shape {motion.shape}; expected ({MOTION_CHANNELS}, steps)")
+            motion = motion[:, :MOTION_LENGTH]
+            return np.pad(motion, ((0, 0), (0, MOTION_LENGTH - motion.shape[1])))
+
+        one = isinstance(motions, np.ndarray) and motions.ndim == 2
+        return self.batch([motions] if one else motions, convert, return_tensors)
+
+
+class ImageBindTextProcessor:
+    """Texts to `(B, 77)` ids by a CLIP tokenizer, padded with 0, the end of text kept where they are too long."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        rows = self.tokenizer([texts] if isinstance(texts, str) else texts, truncation=True, max_length=TEXT_LENGTH)
+        ids = torch.zeros(len(rows["input_ids"]), TEXT_LENGTH, dtype=torch.long)
+        for place, row in zip(ids, rows["input_ids"], strict=True):
+            place[: len(row)] = torch.tensor(row)
+        return ids
+
+
+PROCESSORS: dict[str, Callable[[], ImageBindProcessor]] = {
+    "image": ImageBindImageProcessor,
+    "video": ImageBindVideoProcessor,
+    "audio": ImageBindAudioProcessor,
+    "depth": lambda: ImageBindImageProcessor(channels=1),
+    "thermal": lambda: ImageBindImageProcessor(channels=1),
+    "imu": ImageBindMotionProcessor,
+}
+
+
+def processor_for(modality: str) -> ImageBindProcessor:
+    """The processor of a media type (`image`, `video`, `audio`, `depth`, `thermal`, `imu`)."""
+    if modality not in PROCESSORS:
+        raise InputError(f"ImageBind reads no {modality!r}; it reads {', '.join(PROCESSORS)}")
+    return PROCESSORS[modality]()
+
+
+def clip_starts(length: float, seconds: float, count: int) -> np.ndarray:
+    """When clips of `seconds` begin, the first at 0 and the last ending with the medium; all at 0 if it is shorter."""
+    return np.linspace(0, max(0.0, length - seconds), count)
+
+
+def resize_shorter(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    shorter = min(image.size)
+    return image.resize(tuple(max(size, int(size * side / shorter)) for side in image.size), resampling)
+
+
+def normalize(pixels: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` of 0 to 255 to `(3, H, W)` with CLIP's mean and deviation."""
+    return ((pixels / 255 - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD).transpose(2, 0, 1).astype(np.float32)
