@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 
 from anygpt.encoders import FAMILIES, VideoEncoder, VideoFrameProcessor
+from anygpt.encoders.imagebind import ImageBindConfig, processor_for
 
 SIZE = 16  # pixels a side
 PATCH = 8
@@ -107,6 +108,28 @@ _qwen_processor = _pil(
     temporal_patch_size=2,
 )
 _QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+IMAGEBIND = {
+    "kernel_size": [2, 56, 56],
+    "audio_kernel_size": 32,
+    "audio_stride": 32,
+    "out_embed_dim": 24,
+    **{
+        f"{tower}_{name}": size
+        for tower in ("vision", "text", "audio", "depth", "thermal", "imu")
+        for name, size in (("embed_dim", 16), ("num_blocks", 2), ("num_heads", 2))
+    },
+}
+
+
+def _imagebind(modality: str) -> TinyEncoder:
+    return TinyEncoder(
+        "ImageBind",
+        modality,
+        lambda: ImageBindConfig(**IMAGEBIND).encoder_of(modality),
+        lambda: processor_for(modality),
+    )
+
 
 CLIP = TinyEncoder("CLIP", "image", _config("CLIPVisionConfig", **VISION), _clip_processor)
 ENCODERS = [
@@ -251,6 +274,7 @@ ENCODERS = [
         _pil("videomae", "VideoMAEImageProcessor", size={"shortest_edge": SIZE}, crop_size=_SQUARE),
         num_frames=4,
     ),
+    *map(_imagebind, ("image", "video", "audio")),
     TinyEncoder("any image encoder, frame by frame", "video", CLIP.config, _clip_processor, num_frames=3),
 ]
 

@@ -39,9 +39,9 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         encoder_config: config of the encoder, from which `in_features` is read unless it is given.
         text_config: config of the language model, from which `out_features` is read unless it is given.
         projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `pooled` (the mean of an
-            input's features, then one Linear: one embedding an input, or one a clip, as NExT-GPT has it from ImageBind,
-            arXiv 2309.05519), `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features)
-            or `merger` (Qwen2-VL's, arXiv 2409.12191: `merge_size²` features one after the other become one).
+            input's features, or of each clip's, then one Linear, as NExT-GPT has it from ImageBind, arXiv 2309.05519),
+            `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features) or `merger`
+            (Qwen2-VL's, arXiv 2409.12191: `merge_size²` features one after the other become one).
         activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
         in_features, out_features: sizes, in place of the two configs.
         num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives

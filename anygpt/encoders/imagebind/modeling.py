@@ -29,6 +29,15 @@ from anygpt.losses.formulas import info_nce
 logger = logging.getLogger(__name__)
 
 LICENCE = "ImageBind's published weights are under CC BY-NC-SA 4.0: they are for non-commercial use only"
+CARD = f"""---
+license: cc-by-nc-sa-4.0
+library_name: anygpt
+---
+# ImageBind
+
+The weights of ImageBind (arXiv 2305.05665), with their original tensor names, for anygpt's `ImageBindModel`.
+{LICENCE}.
+"""
 STEMS = {"vision": "rgbt_stem", "audio": "rgbt_stem", "depth": "depth_stem", "thermal": "rgbt_stem", "imu": "imu_stem"}
 WITH_BIAS_KV = ("audio", "depth", "thermal", "imu")
 SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}

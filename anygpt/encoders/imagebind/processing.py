@@ -5,6 +5,8 @@ All but the texts' are saved and loaded as feature extractors are, and give `med
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,7 +90,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         self.size, self.clips, self.seconds, self.frames, self.num_frames = size, clips, seconds, frames, num_frames
 
     def __call__(self, videos: Any, return_tensors: str = "pt") -> BatchFeature:
-        """`Video`s, or uint8 `(n, H, W, 3)` of which each fifth is one clip; `(B, 3 · clips, 3, frames, size, size)`."""
+        """`Video`s, or uint8 `(n, H, W, 3)` of which each fifth is one clip; `(B, 15, 3, frames, size, size)`."""
         one = isinstance(videos, Video) or (isinstance(videos, np.ndarray) and videos.ndim == 4)
         return self.batch([videos] if one else videos, self.convert, return_tensors)
 
@@ -102,9 +104,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         times = np.linspace(starts, starts + min(self.seconds, length), self.frames, axis=1)
         chosen = np.minimum((times / length * len(frames)).astype(int), len(frames) - 1)
         crops = {index: self.crop(frames[index]) for index in np.unique(chosen)}
-        return np.stack(
-            [np.stack([crops[i][crop] for i in clip], axis=1) for clip in chosen for crop in range(CROPS)]
-        )
+        return np.stack([np.stack([crops[i][crop] for i in clip], axis=1) for clip in chosen for crop in range(CROPS)])
 
     def crop(self, frame: np.ndarray) -> list[np.ndarray]:
         """The crops at both ends of the longer side and at its middle, `(3, size, size)` each."""
@@ -145,13 +145,7 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         if sampling_rate not in (None, self.sampling_rate):
             raise InputError(f"ImageBind reads sounds at {self.sampling_rate} Hz, not {sampling_rate}; resample them")
         one = isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1
-        banks = ASTFeatureExtractor(
-            num_mel_bins=self.num_mel_bins,
-            sampling_rate=self.sampling_rate,
-            max_length=self.target_length,
-            mean=MEAN,
-            std=DEVIATION / 2,  # it divides by twice of it
-        )
+        banks = filter_banks(self.num_mel_bins, self.sampling_rate, self.target_length)
 
         def convert(waveform: Any) -> np.ndarray:
             waveform = np.asarray(waveform, np.float32)
@@ -215,6 +209,20 @@ def processor_for(modality: str) -> ImageBindProcessor:
     if modality not in PROCESSORS:
         raise InputError(f"ImageBind reads no {modality!r}; it reads {', '.join(PROCESSORS)}")
     return PROCESSORS[modality]()
+
+
+@functools.cache
+def filter_banks(num_mel_bins: int, sampling_rate: int, length: int) -> ASTFeatureExtractor:
+    """Kaldi's; the lowest of 128 are narrower than what an FFT of 512 tells apart, of which the library warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ASTFeatureExtractor(
+            num_mel_bins=num_mel_bins,
+            sampling_rate=sampling_rate,
+            max_length=length,
+            mean=MEAN,
+            std=DEVIATION / 2,  # it divides by twice of it
+        )
 
 
 def clip_starts(length: float, seconds: float, count: int) -> np.ndarray:
