@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from braceexpand import braceexpand
+
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 
 # No conversation is that long. Parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2
-MAX_FILES = 1_000_000
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MAX_FILES = 100_000
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 class Row(NamedTuple):
@@ -63,12 +64,20 @@ def find_files(path: str | Path) -> list[Path]:
     """
     if os.path.isfile(path):
         return [Path(path)]
+    try:
+        # braceexpand makes the whole of a range before it gives the first name
+        large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in RANGE.findall(str(path)))
+        names = [] if large else list(itertools.islice(braceexpand(str(path)), MAX_FILES + 1))
+    except ValueError as error:  # braces without an end, or numbers of thousands of digits
+        raise InputError(f"The braces of {str(path)[:80]} are not right: {error}.") from error
+    if not 0 < len(names) <= MAX_FILES:
+        raise InputError(f"The braces of {path} stand for more than {MAX_FILES:,} files: give a smaller range.")
     found: list[Path] = []
-    for name in _expand_braces(str(path)):
-        names = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not names:
+    for name in names:
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not matches:
             raise InputError(f"No file matches {name}: check the pattern.")
-        found += [_readable(Path(name)) for name in names]
+        found += [_readable(Path(match)) for match in matches]
     return found
 
 
@@ -79,29 +88,3 @@ def _readable(path: Path) -> Path:
     if not os.access(path, os.R_OK):
         raise InputError(f"The data file {path} may not be read: change its permissions.")
     return path
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    literals = BRACES.split(pattern)  # text, inside of braces, text, inside of braces, …, text
-    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(literals)]
-    count = 1
-    for options in choices:
-        count *= len(options)
-    _check_count(count, pattern)
-    return ("".join(parts) for parts in itertools.product(*choices))
-
-
-def _choices(inside: str, pattern: str) -> list[str]:
-    match = RANGE.fullmatch(inside)
-    if not match:
-        return inside.split(",")
-    if len(inside) > 40:
-        raise InputError(f"The braces of {pattern[:80]} hold numbers that are too long: write fewer digits.")
-    first, last = int(match[1]), int(match[2])
-    _check_count(last - first + 1, pattern)
-    return [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
-
-
-def _check_count(count: int, pattern: str) -> None:
-    if not 0 < count <= MAX_FILES:
-        raise InputError(f"The braces of {pattern} stand for {count:,} files: give a range of 1 to {MAX_FILES:,}.")
