@@ -36,6 +36,8 @@ class EncoderFamily:
         pool_size: `config -> int`, features of one clip of an input, of which a pooled projector makes one; all of the
             input's if None.
         processor_options: arguments without which the processor leaves out what `count` and `prepare` read.
+        names: how its tensors are called in the files of models around it, heads for one, as in `Whole`.
+        optional: constructor arguments by beginning of tensors' names, where a checkpoint has no such tensors.
     """
 
     main_input: str
@@ -49,45 +51,25 @@ class EncoderFamily:
     counted_by: tuple[str, ...] = ()
     pool_size: Callable[[PreTrainedConfig], int] | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def load_class(self) -> Any:
+        """The class, or `AutoModel`, which knows it by its config."""
         if self.encoder_class is None:
             return AutoModel
         module, name = self.encoder_class.rsplit(".", 1)
         return getattr(importlib.import_module(module), name)
 
 
-_CLIP = EncoderFamily("pixel_values", features.count_patches(prefix=1), "transformers.CLIPVisionModel")
-_SIGLIP = EncoderFamily("pixel_values", features.count_patches(), "transformers.SiglipVisionModel")
-_SIGLIP2 = EncoderFamily(
-    "pixel_values", features.count_siglip2_patches, "transformers.Siglip2VisionModel", layout="padded"
-)
-_VIT = EncoderFamily("pixel_values", features.count_patches(prefix=1))
-_WITH_REGISTERS = EncoderFamily("pixel_values", features.count_patches_and_registers)
-_QWEN2_VL = EncoderFamily(
-    "pixel_values",
-    features.count_merged_patches,
-    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
-    arguments={"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"},
-    select=features.pooler_output,
-    layout="packed",
-)
-_QWEN2_5_VL = EncoderFamily(
-    "pixel_values",
-    features.count_merged_patches,
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
-    arguments=_QWEN2_VL.arguments,
-    select=features.pooler_output,
-    feature_size=lambda config: config.out_hidden_size,
-    layout="packed",
-)
-_CLAP = EncoderFamily(
-    "input_features",
-    features.count_clap_cells,
-    "transformers.ClapAudioModel",
-    select=features.flatten_clap_cells,
-    feature_size=features.clap_feature_size,
-)
+def _under(model: str, *heads: str) -> dict[str, str | None]:
+    """Names in a model that puts heads beside its trunk `model`."""
+    return {f"{model}.": "", **dict.fromkeys(heads)}
+
+
+_OLD_VISION = {"vision_model.": "", "visual_projection.": None}
+_NO_POOLER = {"pooler.": {"add_pooling_layer": False}}
+_QWEN_ARGUMENTS = {"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"}
 
 
 def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]:
@@ -101,30 +83,62 @@ def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]
 
 FAMILIES: dict[str, EncoderFamily] = {
     # images
-    "clip": _CLIP,
-    "clip_vision_model": _CLIP,
-    "siglip": _SIGLIP,
-    "siglip_vision_model": _SIGLIP,
-    "siglip2": _SIGLIP2,
-    "siglip2_vision_model": _SIGLIP2,
-    "vit": _VIT,
-    "dinov2": _VIT,
-    "dinov2_with_registers": _WITH_REGISTERS,
-    "dinov3_vit": _WITH_REGISTERS,
+    "clip_vision_model": EncoderFamily(
+        "pixel_values", features.count_patches(prefix=1), "transformers.CLIPVisionModel", names=_OLD_VISION
+    ),
+    "siglip_vision_model": EncoderFamily(
+        "pixel_values",
+        features.count_patches(),
+        "transformers.SiglipVisionModel",
+        names=_OLD_VISION,
+    ),
+    "siglip2_vision_model": EncoderFamily(
+        "pixel_values",
+        features.count_siglip2_patches,
+        "transformers.Siglip2VisionModel",
+        layout="padded",
+        names=_OLD_VISION,
+    ),
+    "vit": EncoderFamily(
+        "pixel_values",
+        features.count_patches(prefix=1),
+        names=_under("vit", "classifier.", "decoder.", "vit.embeddings.mask_token", "embeddings.mask_token"),
+        optional=_NO_POOLER,
+    ),
+    "dinov2": EncoderFamily("pixel_values", features.count_patches(prefix=1), names=_under("dinov2", "classifier.")),
+    "dinov2_with_registers": EncoderFamily(
+        "pixel_values", features.count_patches_and_registers, names=_under("dinov2_with_registers", "classifier.")
+    ),
+    "dinov3_vit": EncoderFamily("pixel_values", features.count_patches_and_registers),
     "dinov3_convnext": EncoderFamily(
         "pixel_values", features.count_convnext_cells, feature_size=lambda config: config.hidden_sizes[-1]
     ),
-    "internvl_vision": _VIT,
+    "internvl_vision": EncoderFamily("pixel_values", features.count_patches(prefix=1)),
     "pixtral": EncoderFamily(
         "pixel_values", features.count_pixtral_patches, select=features.unpack_single_row, layout="packed"
     ),
-    "qwen2_vl_vision": _QWEN2_VL,
-    "qwen2_5_vl_vision": _QWEN2_5_VL,
+    "qwen2_vl_vision": EncoderFamily(
+        "pixel_values",
+        features.count_merged_patches,
+        "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+        arguments=_QWEN_ARGUMENTS,
+        select=features.pooler_output,
+        layout="packed",
+    ),
+    "qwen2_5_vl_vision": EncoderFamily(
+        "pixel_values",
+        features.count_merged_patches,
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+        arguments=_QWEN_ARGUMENTS,
+        select=features.pooler_output,
+        feature_size=lambda config: config.out_hidden_size,
+        layout="packed",
+    ),
     "anygpt_qwen2_vl_patches": EncoderFamily(
         "pixel_values",
         features.count_patches_of_grids,
         "anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
-        arguments=_QWEN2_VL.arguments,
+        arguments=_QWEN_ARGUMENTS,
         feature_size=lambda config: config.embed_dim,
         layout="packed",
     ),
@@ -133,6 +147,11 @@ FAMILIES: dict[str, EncoderFamily] = {
         "input_features",
         features.count_whisper_frames,
         "transformers.models.whisper.modeling_whisper.WhisperEncoder",
+        names={
+            "model.encoder.": "",
+            "encoder.": "",
+            **dict.fromkeys(("model.decoder.", "decoder.", "proj_out.", "projector.", "classifier.", "layer_weights")),
+        },
     ),
     "qwen2_audio_encoder": EncoderFamily(
         "input_features",
@@ -142,8 +161,14 @@ FAMILIES: dict[str, EncoderFamily] = {
         layout="padded",
         processor_options={"return_attention_mask": True, "padding": "max_length"},
     ),
-    "clap": _CLAP,
-    "clap_audio_model": _CLAP,
+    "clap_audio_model": EncoderFamily(
+        "input_features",
+        features.count_clap_cells,
+        "transformers.ClapAudioModel",
+        select=features.flatten_clap_cells,
+        feature_size=features.clap_feature_size,
+        names={"audio_model.": "", "audio_projection.": None},
+    ),
     "phi4_multimodal_audio": EncoderFamily(
         "audio_input_features",
         features.count_phi4_frames,
@@ -155,7 +180,10 @@ FAMILIES: dict[str, EncoderFamily] = {
     ),
     # video
     "videomae": EncoderFamily(
-        "pixel_values_videos", features.count_tubelets, arguments={"pixel_values_videos": "pixel_values"}
+        "pixel_values_videos",
+        features.count_tubelets,
+        arguments={"pixel_values_videos": "pixel_values"},
+        names=_under("videomae", "classifier.", "fc_norm.", "decoder.", "encoder_to_decoder.", "mask_token"),
     ),
     # one tower of several
     "imagebind": EncoderFamily(

@@ -8,155 +8,46 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import SavedCallback
-from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.encoders.module import base_model
-from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
+from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
-from anygpt.media.types import is_heard, is_timed
+from anygpt.model.language_models import load_language_model, load_tokenizer
+from anygpt.parts.source import Source, load
 
-ZOO_PREFIX = "zoo:"
+__all__ = [
+    "Source",
+    "load_decoder",
+    "load_encoder",
+    "load_encoder_processor",
+    "load_language_model",
+    "load_tokenizer",
+]
+
 # A checkpoint's config names classes; it may name none outside these packages.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
 
 
-@dataclass
-class Source:
-    """Where a frozen part comes from.
-
-    Attributes:
-        path: hub id, folder, or `zoo:<name>`.
-        revision: branch, tag or commit of a hub id.
-        dtype: dtype to load it in, as in `torch.<dtype>`; the checkpoint's own when None.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice when None.
-        quantization_config: keyword arguments of transformers' `BitsAndBytesConfig`, for encoders and language
-            models.
-        num_frames: frames of a clip, for video encoders and decoders.
-        pool_frames: one feature a frame, where an image encoder reads clips (see `VideoEncoder`).
-    """
-
-    path: str
-    revision: str | None = None
-    dtype: str | None = None
-    attn_implementation: str | None = None
-    quantization_config: dict[str, Any] | None = None
-    num_frames: int | None = None
-    pool_frames: bool | None = None
-
-    def __post_init__(self) -> None:
-        if Path(self.path).is_dir():  # so that what is saved can be loaded from any working directory
-            self.path = str(Path(self.path).resolve())
-        dtype = torch.float32 if self.dtype is None else getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError(f"dtype {self.dtype!r} of part {self.path!r} is unknown; expected float32, bfloat16, …")
-
-    @property
-    def folder(self) -> str:
-        """What `from_pretrained` takes: `path`, with `zoo:` names resolved."""
-        if not self.path.startswith(ZOO_PREFIX):
-            return self.path
-        from anygpt.toyworld import part_path  # the zoo is only built where it is asked for
-
-        return str(part_path(self.path.removeprefix(ZOO_PREFIX)))
-
-    def loading_options(self) -> dict[str, Any]:
-        """Keyword arguments for transformers' `from_pretrained`."""
-        options: dict[str, Any] = {"use_safetensors": True, "revision": self.revision, "dtype": self.dtype or "auto"}
-        if self.attn_implementation:
-            options["attn_implementation"] = self.attn_implementation
-        if self.quantization_config:
-            from transformers import BitsAndBytesConfig  # needs bitsandbytes, which only its users have
-
-            options["quantization_config"] = BitsAndBytesConfig(**self.quantization_config)
-        return options
-
-
-def _load(source: Source, kind: str, load: Any) -> Any:
-    """Run a `from_pretrained`, and turn what it says about a wrong path into one sentence."""
-    try:
-        part = load(source.folder)
-    except InputError as error:
-        raise InputError(f"cannot load the {kind} {source.path!r}: {error}") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        where = "" if Path(source.folder).is_dir() else " (there is no such folder, so it is taken for a hub id)"
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot load the {kind} {source.path!r}{where}: {reason}") from error
-    if isinstance(part, nn.Module):
-        part.anygpt_source = source
-    return part
-
-
-def load_encoder(source: Source, modality: str) -> nn.Module:
-    """An encoder of the class that its family needs; under `video`, an image encoder becomes a `VideoEncoder`."""
-
-    def load(folder: str) -> nn.Module:
-        config = AutoConfig.from_pretrained(folder, revision=source.revision)
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise InputError(
-                f"{config.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}"
-            )
-        encoder = family.load_class().from_pretrained(folder, **source.loading_options())
-        if is_timed(modality) and family.main_input == "pixel_values":
-            given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
-            return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
-        return encoder
-
-    return _load(source, f"{modality} encoder", load)
-
-
-def load_language_model(source: Source) -> nn.Module:
-    return _load(
-        source,
-        "language model",
-        lambda folder: AutoModelForCausalLM.from_pretrained(folder, **source.loading_options()),
-    )
-
-
-def load_decoder(source: Source) -> DiffusionDecoder:
-    options = {"torch_dtype": getattr(torch, source.dtype)} if source.dtype else {}
-    options |= {"num_frames": source.num_frames} if source.num_frames else {}
-    return _load(
+def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
+    """A decoder of a pipeline; options are the other fields of `Source`, as in a YAML."""
+    source = Source.of(path, options)
+    given = {"torch_dtype": source.torch_dtype} if source.dtype else {}
+    given |= {"num_frames": source.num_frames} if source.num_frames else {}
+    return load(
         source,
         "decoder",
-        lambda folder: DiffusionDecoder.from_pretrained(folder, revision=source.revision, **options),
+        lambda: DiffusionDecoder.from_pretrained(source.folder, revision=source.revision, **given),
     )
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    return _load(source, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder, revision=source.revision))
-
-
-def load_encoder_processor(source: Source, modality: str) -> Any:
-    """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
-    auto = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
-    processor = _load(
-        source, f"{modality} processor", lambda folder: auto.from_pretrained(folder, revision=source.revision)
-    )
-    if is_timed(modality):
-        config = _load(source, "config", lambda folder: AutoConfig.from_pretrained(folder, revision=source.revision))
-        frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
-        return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
-    return processor
 
 
 def source_of(part: nn.Module) -> Source | None:
@@ -236,4 +127,4 @@ def is_peft(part: nn.Module) -> bool:
 
 def source_dict(source: Source | None) -> dict[str, Any] | None:
     """A source as JSON, without what is not set."""
-    return None if source is None else {k: v for k, v in asdict(source).items() if v is not None}
+    return None if source is None else source.to_dict()

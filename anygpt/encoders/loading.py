@@ -1,0 +1,97 @@
+"""Encoders and their processors from a folder or the hub: by themselves, or out of the whole model that holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedConfig,
+)
+
+from anygpt.encoders.families import FAMILIES, EncoderFamily
+from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
+from anygpt.encoders.whole_models import WHOLE_MODELS
+from anygpt.errors import InputError
+from anygpt.media.types import is_heard, is_timed
+from anygpt.parts.networks import load_network
+from anygpt.parts.source import Source, load
+
+
+def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn.Module:
+    """An encoder of the class that its family needs; under `video`, an image encoder becomes a `VideoEncoder`.
+
+    Of a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read.
+
+    Args:
+        path: folder, hub id or `zoo:<name>`.
+        modality: `image`, `video` or `audio`.
+        options: the other fields of `Source`, as in a YAML.
+
+    Raises:
+        InputError: nothing there, no encoder of that modality, or files that do not hold exactly its tensors.
+    """
+    source = Source.of(path, options)
+
+    def build() -> nn.Module:
+        whole = AutoConfig.from_pretrained(source.folder, **source.where)
+        config, family, names = _find_encoder(whole, modality)
+        cls = family.load_class()
+        encoder = load_network(
+            MODEL_MAPPING[type(config)] if cls is AutoModel else cls,
+            config,
+            source.place,
+            names=names,
+            optional=family.optional,
+            dtype=source.torch_dtype,
+            fallback_dtype=whole.dtype,
+            **source.model_options(),
+        )
+        if is_timed(modality) and family.main_input == "pixel_values":
+            given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
+            return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
+        return encoder
+
+    return load(source, f"{modality} encoder", build)
+
+
+def _find_encoder(
+    config: PreTrainedConfig, modality: str
+) -> tuple[PreTrainedConfig, EncoderFamily, dict[str, str | None]]:
+    """An encoder's own config, its family, and what its tensors are called in the files."""
+    whole = WHOLE_MODELS.get(config.model_type)
+    names: dict[str, str | None] = {}
+    if whole is not None:
+        if is_heard(whole.modality) != is_heard(modality):
+            raise InputError(f"the encoder in a {config.model_type!r} model reads {whole.modality}, not {modality}")
+        names = dict(whole.names)
+        config = whole.config(config)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise InputError(
+            f"{config.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}, or "
+            f"a whole model with one in it: {', '.join(sorted(WHOLE_MODELS))}"
+        )
+    if whole is None:
+        return config, family, dict(family.names)
+    # a tower may itself be stored as in a checkpoint of its own
+    inner = {f"{p}{q}": r for p, new in names.items() if new == "" for q, r in family.names.items()}
+    return config, family, inner | names
+
+
+def load_encoder_processor(path: str | Path | Source, modality: str, **options: Any) -> Any:
+    """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
+    source = Source.of(path, options)
+    auto = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
+    processor = load(source, f"{modality} processor", lambda: auto.from_pretrained(source.folder, **source.where))
+    if is_timed(modality):
+        config = load(source, "config", lambda: AutoConfig.from_pretrained(source.folder, **source.where))
+        frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
+        return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
+    return processor

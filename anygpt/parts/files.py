@@ -1,0 +1,243 @@
+"""Weight files of a network, in the layouts that the hub has: one file or shards with an index, variants, pickles.
+
+Only headers are read until a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from anygpt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth")
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+WEIGHTS = ("safetensors", "any")
+# safetensors' names of dtypes
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, or a folder of a hub repository.
+
+    Attributes:
+        path: folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        subfolder: where the network lies in it; "" for the folder itself.
+        variant: as in `model.fp16.safetensors`; files without it where there are none with it.
+        weights: `safetensors`, or `any` to read pickled tensors where there are no safetensors.
+    """
+
+    path: str
+    revision: str | None = None
+    subfolder: str = ""
+    variant: str | None = None
+    weights: str = "safetensors"
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.subfolder}" if self.subfolder else str(self.path)
+
+    def inside(self, subfolder: str) -> Place:
+        joined = f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder
+        return Place(self.path, self.revision, joined, self.variant, self.weights)
+
+    def file(self, name: str) -> Path | None:
+        """A file's path, downloaded where it has to be; None if it is not there."""
+        found = cached_file(
+            self.path,
+            name,
+            revision=self.revision,
+            subfolder=self.subfolder,
+            _raise_exceptions_for_gated_repo=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(found) if found else None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's content; None if it is not there."""
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:  # no JSON, or no text
+            raise InputError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        return content
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's tensors by name, each in its file.
+
+    Attributes:
+        place: where they lie.
+        entry: the file that names them: the weights themselves, or the index of shards.
+        files: file of each tensor.
+        variant: variant that they are of.
+    """
+
+    place: Place
+    entry: Path
+    files: Mapping[str, Path]
+    variant: str | None = None
+    _opened: dict[Path, Any] = field(default_factory=dict)
+
+    @property
+    def pickled(self) -> bool:
+        return next(iter(self.files.values())).suffix in PICKLES
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Names and lazy tensors: slices of safetensors, which read when indexed, or tensors mapped from disk."""
+        for name, path in self.files.items():
+            handle = self._open(path)
+            yield name, handle[name] if isinstance(handle, Mapping) else handle.get_slice(name)
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._opened:
+            self._opened[path] = _read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
+        return self._opened[path]
+
+
+def dtype_of(tensor: Any) -> torch.dtype | None:
+    """Floating dtype of a lazy tensor; None of any other kind."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.dtype if tensor.is_floating_point() else None
+    return _FLOATS.get(tensor.get_dtype())
+
+
+def find_weights(place: Place, names: Mapping[str, str | None] | None = None) -> Weights:
+    """The weight files of the network at `place`.
+
+    Args:
+        place: where they lie.
+        names: as in `rename`; shards that hold nothing but tensors of something else are left where they are.
+
+    Raises:
+        InputError: none there, none that `place.weights` allows, a shard that is missing, a file that is cut off.
+    """
+    variants = [place.variant, None] if place.variant else [None]
+    for suffixes in (SAFETENSORS, PICKLES) if place.weights == "any" else (SAFETENSORS,):
+        for variant in variants:
+            entry = _first(place, suffixes, variant)
+            if entry is None:
+                continue
+            if variant != place.variant:
+                _say_once(f"{place} has no files of variant {place.variant!r}; those without a variant are read")
+            if suffixes is PICKLES:
+                _say_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
+            return Weights(place, entry, _files_of(place, entry, names or {}), variant)
+    if place.weights != "any" and (found := _first(place, PICKLES, place.variant) or _first(place, PICKLES, None)):
+        raise InputError(
+            f"{place} has its weights as {found.name} only, which is a pickle; set weights: any to read its tensors "
+            "(no code in it is run), or name a revision that has safetensors"
+        )
+    raise InputError(f"{place} has no weights; expected model.safetensors, diffusion_pytorch_model.safetensors, …")
+
+
+def _first(place: Place, suffixes: tuple[str, ...], variant: str | None) -> Path | None:
+    mark = f".{variant}" if variant else ""
+    for suffix in suffixes:
+        for stem in STEMS:
+            for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
+                if (found := place.file(name)) is not None:
+                    return found
+    folder = Path(place.path, place.subfolder)
+    loose = [p for p in folder.glob("*") if p.suffix in suffixes[1:]] if folder.is_dir() else []
+    return loose[0] if len(loose) == 1 else None  # weights under a name of their own, as a .pth
+
+
+def _files_of(place: Place, entry: Path, names: Mapping[str, str | None]) -> dict[str, Path]:
+    if entry.suffix != ".json":
+        return dict.fromkeys(_names_in(entry), entry)
+    index = (place.json(entry.name) or {}).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise InputError(f"{entry} is no index of shards: it has no weight_map")
+    files: dict[str, Path] = {}
+    for shard in sorted({shard for name, shard in index.items() if rename(names, name) is not None}):
+        if Path(shard).name != shard or Path(shard).suffix not in SAFETENSORS + PICKLES:
+            raise InputError(f"{entry} names the shard {shard!r}, which is no file of tensors beside it")
+        path = place.file(shard)
+        if path is None:
+            raise InputError(f"{entry} names the shard {shard}, which is not there; download it again")
+        held = _names_in(path)
+        if lacking := sorted(name for name, of in index.items() if of == shard and name not in held):
+            raise InputError(f"{path} lacks {_some(lacking)}, which {entry.name} says is there")
+        files |= dict.fromkeys(held, path)
+    return files
+
+
+def _names_in(path: Path) -> set[str]:
+    return set(_read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path).keys())
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors: it is cut off or of another format ({error}); download it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = re.split(r"(?<=\.)\s|\n", str(error))[0]
+        raise InputError(
+            f"{path} is refused: it holds other things than tensors, such as code, or is cut off ({reason}); nothing "
+            "in it was run"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(f"{path} holds no tensors by name; expected a state dict")
+    return content
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def rename(names: Mapping[str, str | None], name: str) -> str | None:
+    """A tensor's name by the longest prefix that it begins with; None if it belongs to something else.
+
+    Args:
+        names: new beginning by old one; None for those that are left.
+        name: the name in the file.
+    """
+    prefix = max((p for p in names if name.startswith(p)), key=len, default=None)
+    if prefix is None:
+        return name
+    new = names[prefix]
+    return None if new is None else new + name.removeprefix(prefix)

@@ -1,0 +1,137 @@
+"""Networks filled from weight files, with a report: what is missing, left over or of another shape is an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from anygpt.errors import InputError
+from anygpt.parts.files import Place, Weights, _some, dtype_of, find_weights, rename
+
+NOTHING: Mapping[str, str | None] = {}
+
+
+def load_network(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    place: Place,
+    *,
+    names: Mapping[str, str | None] = NOTHING,
+    optional: Mapping[str, Mapping[str, Any]] = {},
+    dtype: torch.dtype | None = None,
+    fallback_dtype: Any = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A transformers network whose every tensor comes from the files at `place`.
+
+    Args:
+        cls: the network's class.
+        config: its config.
+        place: where its files lie; the network may be a part of what they hold.
+        names: new beginning of a tensor's name by the one in the files; None for tensors of something else.
+        optional: constructor arguments by beginning of the names, for where the files have no such tensors.
+        dtype: the config's, else the files' own, if None.
+        fallback_dtype: before the files' own, that of the config around this one.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        InputError: tensors that are missing, left over, of another shape or integers in the place of numbers.
+    """
+    weights = find_weights(place, names)
+    state, origin = {}, {}
+    for name, tensor in weights.tensors():
+        new = rename(names, name)
+        if new is not None:
+            state[new], origin[new] = tensor, name
+    for prefix, arguments in optional.items():
+        if not any(name.startswith(prefix) for name in state):
+            options = {**arguments, **options}
+    if dtype is None:
+        stored = (found for found in map(dtype_of, state.values()) if found is not None)
+        dtype = config.dtype or fallback_dtype or next(stored, torch.float32)
+    with _without_their_report():
+        network, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and _is_float(network, name)]
+    faults = {
+        "lacks": [_name_in_file(network, name, origin) for name in info["missing_keys"]],
+        "has in another shape": [
+            f"{_name_in_file(network, name, origin)} {tuple(found)}, expected {tuple(expected)}"
+            for name, found, expected in info["mismatched_keys"]
+        ],
+        "has left over": [origin.get(name, name) for name in info["unexpected_keys"]],
+        "has as integers": [origin[name] for name in integers],
+    }
+    check_report(weights, cls, faults)
+    if network.can_generate() and place.file("generation_config.json") is not None:
+        network.generation_config = GenerationConfig.from_pretrained(
+            place.path, revision=place.revision, subfolder=place.subfolder
+        )
+    network.config.name_or_path = place.path
+    return network
+
+
+def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[str]]) -> None:
+    """Raise one `InputError` that names the file and the tensors."""
+    found = [f"{verb} {_some(sorted(names))}" for verb, names in faults.items() if names]
+    if found:
+        files = sorted({path.name for path in weights.files.values()})
+        where = weights.entry if len(files) == 1 else f"{weights.entry} ({len(files)} shards)"
+        raise InputError(
+            f"{where} is not what a {cls.__name__} needs: it {'; it '.join(found)}. Nothing is filled with random "
+            "numbers: download it again, or name the model that these weights are of"
+        )
+
+
+@contextmanager
+def _without_their_report() -> Iterator[None]:
+    """transformers' table of what is wrong is for people who read on; ours is an error."""
+    reports = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reports.addFilter(keep)
+    try:
+        yield
+    finally:
+        reports.removeFilter(keep)
+
+
+def _is_float(network: torch.nn.Module, name: str) -> bool:
+    try:
+        return network.get_parameter(name).is_floating_point()
+    except AttributeError:
+        return False
+
+
+def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]) -> str:
+    """A missing tensor's name as the files would have it: called like its nearest neighbour there."""
+    try:
+        saved = list(revert_weight_conversion(network, {name: network.get_parameter_or_buffer(name)}))
+    except Exception:  # a tensor that the library would split or fuse: its name here says enough
+        saved = []
+    candidates = [name, *(saved if len(saved) == 1 else [])]
+    name, near = max(((one, other) for one in candidates for other in origin), key=lambda pair: _alike(*pair))
+    there = origin.get(near, near)
+    kept = _alike(near[::-1], there[::-1])
+    before, after = near[: len(near) - kept], there[: len(there) - kept]
+    return after + name.removeprefix(before) if name.startswith(before) else name
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
