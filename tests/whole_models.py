@@ -71,7 +71,10 @@ def _of(cls: str, config: str, **values: Any) -> Callable[[], torch.nn.Module]:
 def _vlm(cls: str, config: str, tower: str, text: str = "LlamaConfig", **values: Any) -> Callable:
     def build() -> torch.nn.Module:
         made = getattr(transformers, config)(
-            vision_config=TINY[tower].config(), text_config=getattr(transformers, text)(**SMALL_TEXT), **values
+            vision_config=TINY[tower].config(),
+            text_config=getattr(transformers, text)(**SMALL_TEXT),
+            tie_word_embeddings=False,
+            **values,
         )
         return getattr(transformers, cls)(made)
 
@@ -80,7 +83,9 @@ def _vlm(cls: str, config: str, tower: str, text: str = "LlamaConfig", **values:
 
 def _audio(cls: str, config: str, tower: str, text: Callable, **values: Any) -> Callable:
     return lambda: getattr(transformers, cls)(
-        getattr(transformers, config)(audio_config=TINY[tower].config(), text_config=text(), **values)
+        getattr(transformers, config)(
+            audio_config=TINY[tower].config(), text_config=text(), tie_word_embeddings=False, **values
+        )
     )
 
 
