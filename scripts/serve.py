@@ -6,13 +6,15 @@
 
 Pictures, clips and sounds come as data URLs in content parts (`image_url`, `video_url`, `input_audio`) and go out as
 such in the message's `parts`; `stream` gives server-sent events. Beyond OpenAI's fields: `require` and `forbid` (lists
-of decoders), and `decoders` (`{"image": {"num_inference_steps": 25}}`). There is no authentication: put it behind
-something that has, before it listens on anything but this machine.
+of decoders), and `decoders` (`{"image": {"num_inference_steps": 25}}`). `--api-key` (or ANYGPT_API_KEY in the
+environment) asks for a key; pages of other sites may ask only with `--cors-origin`. `GET /metrics` is in Prometheus'
+form. The connection is not encrypted: put it behind something that is, before it listens on anything but this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from anygpt.errors import InputError
@@ -26,6 +28,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_arguments(parser, port=8000)
     parser.add_argument("--model-name", default="anygpt", help="what requests call the model (default: %(default)s)")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("ANYGPT_API_KEY"),
+        help="what clients must send as their key (default: ANYGPT_API_KEY of the environment, or none)",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        nargs="*",
+        default=[],
+        metavar="ORIGIN",
+        help="sites whose pages may ask, as https://example.com; * for any (default: none)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -38,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         engine = load_engine(options)
         print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)
-        listen(Interface(engine, options.model_name).app(), options)
+        interface = Interface(engine, options.model_name, key=options.api_key or None)
+        listen(interface.app(options.host, options.allow_host, options.cors_origin), options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

@@ -10,7 +10,7 @@ import time
 import httpx
 import uvicorn
 
-from anygpt.serving.command_line import KEEP_ALIVE
+from anygpt.serving.connections import server_config
 
 
 @contextlib.contextmanager
@@ -18,8 +18,7 @@ def serving(app):
     """`app` on a free port, in a thread; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 2}
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
+        server = uvicorn.Server(server_config(app, timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -7,10 +7,14 @@ import http.client
 import io
 import json
 import os
+import queue
 import re
+import resource
+import socket
 import subprocess
 import sys
 import threading
+import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
@@ -24,7 +28,7 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import load_script
 
-from anygpt.chat.chat_model import ChatModel, Settings, place
+from anygpt.chat.chat_model import ChatModel, Reply, Settings, place
 from anygpt.media.writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.http import BodyLimits, Interface
@@ -203,7 +207,10 @@ def image_part(url):
         ({"max_tokens": "many"}, 400, "max_tokens is 'many'"),
         ({"temperature": 3}, 400, "temperature is 3"),
         ({"temperature": True}, 400, "temperature is True"),
-        ({"top_p": 0}, 400, "top_p is 0"),
+        ({"top_p": -0.1}, 400, "top_p is -0.1"),
+        ({"stop": [""]}, 400, r"stop is \[''\]; expected a text, or a list of up to 4"),
+        ({"stop": list("abcde")}, 400, "up to 4 texts"),
+        ({"tool_choice": "required"}, 400, "'tool_choice' is not supported"),
         ({"seed": 1.5}, 400, "seed is 1.5"),
         ({"n": 2}, 400, "n is not 1"),
         ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
@@ -297,6 +304,197 @@ def test_wrong_routes(address):
     answer = httpx.get(f"{address}/v1/chat/completions")
     assert answer.status_code == 405 and "Method Not Allowed" in answer.json()["error"]["message"]
     assert httpx.get(f"{address}/../../etc/passwd").status_code == 404
+
+
+def complete(client, **options):
+    return client.chat.completions.create(**{"model": "anygpt", "messages": HELLO, "max_tokens": 12} | options)
+
+
+NO_MEDIA = {"forbid": ["image", "video", "audio"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tool_choice": "none"},
+        {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"parallel_tool_calls": False},
+        {"max_completion_tokens": 4000, "max_tokens": None, "stop": ["e"]},
+        {"seed": -1, "top_p": 0, "temperature": 1},
+        {"stop": None, "logit_bias": {}, "frequency_penalty": 0.0, "reasoning_effort": "low"},
+    ],
+)
+def test_what_openais_clients_send_by_habit(checkpoint, options):
+    """With the limits that a server has without flags."""
+    engine = Engine(ChatModel(checkpoint))
+    with serving(Interface(engine, "anygpt").app()) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=240)
+        assert complete(client, extra_body=NO_MEDIA, **options).choices[0].message.refusal is None
+    engine.close()
+
+
+def test_stop_texts_end_an_answer_and_are_not_in_it(client, engine):
+    """Whole and streamed, also where a stop text is spread over several tokens; the reason is `stop` then."""
+    whole = complete(client, max_tokens=40, extra_body=NO_MEDIA).choices[0]
+    text = whole.message.content
+    assert whole.finish_reason == "length" and len(text) > 30
+    for stop in (text[9:11], [text[20:31], "never said"], [text[25], text[12:25]]):
+        texts = [stop] if isinstance(stop, str) else stop
+        expected = text[: min(place for t in texts if (place := text.find(t)) >= 0)]
+        found = complete(client, max_tokens=40, stop=stop, extra_body=NO_MEDIA)
+        assert found.choices[0].message.content == expected and found.choices[0].finish_reason == "stop"
+        assert found.usage.completion_tokens < 40, "it goes on behind the stop text"
+        stream = complete(client, max_tokens=40, stop=stop, stream=True, extra_body=NO_MEDIA)
+        pieces = [(chunk.choices[0].delta.content or "", chunk.choices[0].finish_reason) for chunk in stream]
+        assert "".join(piece for piece, _ in pieces) == expected and pieces[-1][1] == "stop"
+    held = complete(client, max_tokens=40, stop=text[-1] + "!", stream=True, extra_body=NO_MEDIA)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in held) == text, "what was held back is given"
+
+
+def test_finish_reasons_and_usage(client, engine):
+    """`length` where the tokens, or the model's context, are over; `stop` where the answer ended, also with the last
+    token that it may have."""
+    model = engine.chat_model.model
+    long = [{"role": "user", "content": "a " * 1005}]
+    full = complete(client, messages=long, max_tokens=400, extra_body=NO_MEDIA)
+    assert full.choices[0].finish_reason == "length"
+    assert full.usage.total_tokens == model.language_model.config.max_position_embeddings
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, messages=[{"role": "user", "content": "a " * 2100}], extra_body=NO_MEDIA)
+    assert refused.value.code == "context_length_exceeded"
+    said = engine.chat_model.answer(HELLO, Settings(max_new_tokens=3, forbid=("image", "video", "audio")))
+    config = model.language_model.generation_config
+    batch = engine.chat_model.processor.apply_chat_template(HELLO, tokenize=True, add_generation_prompt=True)
+    third = model.generate(**batch, max_new_tokens=3, forbid=("image", "video", "audio")).sequences[0, 2].item()
+    assert said.new_tokens == 3 and not said.complete
+    before, config.eos_token_id = config.eos_token_id, third
+    try:
+        engine.chat_model.__dict__.pop("_ends", None)
+        assert complete(client, max_tokens=3, extra_body=NO_MEDIA).choices[0].finish_reason == "stop"
+    finally:
+        config.eos_token_id = before
+        engine.chat_model.__dict__.pop("_ends", None)
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}, extra_body=NO_MEDIA))
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
+
+
+def test_media_with_line_breaks_in_their_base64(client, media):
+    """As `base64` of the shell and MIME write it, and percent-encoded as a URL may be."""
+    data = base64.encodebytes(png(media.image(0))).decode()
+    assert "\n" in data.strip()
+    percent = data.replace("\n", "%0A").replace("+", "%2B").replace("=", "%3D")
+    for encoded in (data, data.replace("\n", "\r\n"), percent):
+        content = image_part(f"data:image/png;base64,{encoded}")
+        assert complete(client, messages=content, max_tokens=2, extra_body=NO_MEDIA).usage.prompt_tokens > 10
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_an_answer_ends_when_its_client_is_gone(address, engine, stream):
+    """Plain requests as streamed ones, while tokens come and while a decoder works."""
+    slow = {"decoders": {"image": {"num_inference_steps": 200, "height": 64, "width": 64}}, "require": ["image"]}
+    for more in ({"max_tokens": 400, **NO_MEDIA}, {"max_tokens": 12, **slow}):
+        body = json.dumps({"model": "anygpt", "messages": HELLO, "stream": stream, **more}).encode()
+        host = urlparse(address)
+        connection = socket.create_connection((host.hostname, host.port))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        deadline = time.monotonic() + 60
+        while not [job for job in gc.get_objects() if type(job) is Job]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3)
+        connection.close()
+        gone = time.monotonic()
+        engine.submit(HELLO, Settings(max_new_tokens=1), (done := queue.SimpleQueue()).put)
+        while not isinstance(done.get(timeout=60), Reply):
+            pass
+        assert time.monotonic() - gone < 0.5
+
+
+def test_connections_that_say_nothing_shut_nobody_out(address):
+    """1,100 of them, some in the middle of a line."""
+    host = urlparse(address)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    silent = []
+    try:
+        for number in range(1100):
+            silent.append(socket.create_connection((host.hostname, host.port), timeout=30))
+            if number % 2:
+                silent[-1].sendall(b"POST /v1/chat/com")
+        for _ in range(3):
+            began = time.monotonic()
+            assert httpx.get(f"{address}/health", timeout=10).status_code == 200
+            assert time.monotonic() - began < 1
+        body = json.dumps({"model": "anygpt", "messages": HELLO, "max_tokens": 1, **NO_MEDIA})
+        assert post(address, body).status_code == 200
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_foreign_pages_are_refused(engine):
+    """By the name that they call the server by, and by their own; both can be allowed."""
+
+    def ask(address, path="/v1/models", method="GET", **headers):
+        return httpx.request(method, f"{address}{path}", headers=headers, timeout=60)
+
+    with serving(Interface(engine, "anygpt").app()) as address:
+        port = urlparse(address).port
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}", "127.0.0.1"):
+            assert ask(address, Host=host).status_code == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "192.168.1.5", "a@b:c:d"):
+            for path in ("/v1/models", "/health", "/metrics"):
+                answer = ask(address, path, Host=host)
+                assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"], host
+        assert ask(address, Origin=address).status_code == 200
+        for origin in ("https://evil.example", "null", f"http://evil.example:{port}", "http://127.0.0.1:1"):
+            answer = ask(address, Origin=origin)
+            assert answer.status_code == 403 and answer.json()["error"]["type"] == "invalid_request_error"
+            assert "access-control-allow-origin" not in answer.headers
+    app = Interface(engine, "anygpt").app("0.0.0.0", ["models.example"], ["https://good.example"])
+    with serving(app) as address:
+        for host in ("models.example", "192.168.1.5:80", "[fe80::1]:80"):
+            assert ask(address, Host=host).status_code == 200, host
+        assert ask(address, Host="evil.example").status_code == 403
+        assert ask(address, Origin="https://evil.example").status_code == 403
+        answer = ask(address, Origin="https://good.example")
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://good.example"
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        assert ask(address, method="OPTIONS", Origin="https://good.example", **asked).status_code == 200
+
+
+def test_an_api_key(engine):
+    with serving(Interface(engine, "anygpt", key="s\u00e9cret").app(origins=["*"])) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.models.list()
+        assert refused.value.code == "invalid_api_key"
+        for given in ("", "Bearer", "Bearer s\u00e9cre", "Bearer s\u00e9crets", "Basic s\u00e9cret"):
+            headers = {"Authorization": given.encode()}
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 401, given
+        good = httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer s\u00e9cret".encode()})
+        assert good.status_code == 200
+        assert httpx.get(f"{address}/health").status_code == httpx.get(f"{address}/metrics").status_code == 200
+        asked = {"Access-Control-Request-Method": "POST", "Origin": "https://a.example"}
+        assert httpx.options(f"{address}/v1/models", headers=asked).status_code == 200, "a browser asks without it"
+
+
+def test_metrics(client, address):
+    def read():
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return {name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))}
+
+    before = read()
+    done = complete(client, extra_body={"require": ["image"], **QUICK})
+    after = read()
+    new = {name: after[name] - before.get(name, 0) for name in after}
+    assert new['anygpt_requests_total{status="200"}'] == 1
+    assert new['anygpt_tokens_total{kind="prompt"}'] == done.usage.prompt_tokens
+    assert new['anygpt_tokens_total{kind="generated"}'] == done.usage.completion_tokens
+    assert new['anygpt_decoder_seconds_count{decoder="image"}'] == 1
+    assert 0 < new['anygpt_decoder_seconds_sum{decoder="image"}'] < 60
+    assert after["anygpt_requests_waiting"] == 0
 
 
 def resident():

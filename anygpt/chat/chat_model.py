@@ -5,18 +5,22 @@ The terminal chat and the servers stand on this.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from anygpt.decoders.sampling import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
-from anygpt.generation.events import Listener
+from anygpt.generation.events import Event, Listener, TextPiece
 from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place
 from anygpt.media.types import MEDIA, media_type, media_type_of
@@ -37,12 +41,14 @@ class Settings:
     """How to answer.
 
     Attributes:
-        max_new_tokens: tokens of an answer, signal tokens included.
+        max_new_tokens: tokens of an answer at most, signal tokens included; fewer where the language model has no
+            room for them behind the conversation.
         temperature: 0 takes the likeliest token, else text is sampled.
         top_p: sampled from the likeliest tokens that make up this share.
         seed: of sampled text and of the media.
         require, forbid: decoders that the answer must call, and may not call.
         decoder_kwargs: `{decoder key: options}`, as `generate` takes them.
+        stop: texts that end an answer, which has what stands before them.
     """
 
     max_new_tokens: int = 128
@@ -52,15 +58,27 @@ class Settings:
     require: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     decoder_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
 class Reply:
-    """One answer with its costs: `prompt_tokens`, features included, and `new_tokens`, signal tokens included."""
+    """One answer.
+
+    Attributes:
+        prompt_tokens: of the conversation, media included.
+        new_tokens: of the answer, signal tokens included.
+        complete: it ended by itself or at a stop text, and not because it had no more tokens.
+    """
 
     answer: Answer
     prompt_tokens: int
     new_tokens: int
+    complete: bool = True
+
+
+class TooLong(InputError):
+    """A conversation that leaves the language model no room for an answer."""
 
 
 class ChatModel:
@@ -154,10 +172,13 @@ class ChatModel:
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from error
         prompt_tokens = batch["input_ids"].shape[1]
-        self._check_length(prompt_tokens, settings.max_new_tokens)
-        sampling = {"do_sample": False}
+        budget = min(settings.max_new_tokens, self._room(prompt_tokens))
+        sampling: dict[str, Any] = {"do_sample": False}
         if settings.temperature >= LEAST_TEMPERATURE:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.stop:
+            sampling["stopping_criteria"] = StoppingCriteriaList([StopTexts(self, settings.stop)])
+            on_event = on_event and StopFilter(settings.stop, on_event)
         torch.manual_seed(settings.seed)
         seeded = {}
         for key in self.model.decoder_keys:
@@ -165,23 +186,103 @@ class ChatModel:
             seeded[key] = own if {"seed", "generator"} & set(own) else {**own, "seed": settings.seed}
         output: GenerationOutput = self.model.generate(
             **batch.to(self.model.device),
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=budget,
             require=settings.require,
             forbid=settings.forbid,
             decoder_kwargs=seeded | {key: v for key, v in settings.decoder_kwargs.items() if key not in seeded},
             on_event=on_event,
             **sampling,
         )
-        return Reply(output.answers[0], prompt_tokens, output.sequences.shape[1])
+        said = output.sequences[0].tolist()
+        stopped = cut_at_stop(output.answers[0], settings.stop)
+        complete = stopped or len(said) < budget or said[-1] in self._ends
+        return Reply(output.answers[0], prompt_tokens, len(said), complete)
 
-    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+    def _room(self, prompt_tokens: int) -> int:
+        """How many tokens the language model can read beyond a conversation."""
         config = base_model(self.model.language_model).config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and prompt_tokens + new_tokens > most:
-            raise InputError(
-                f"the conversation has {prompt_tokens} tokens, media included, and an answer may have {new_tokens}, "
-                f"but the language model reads {most} in all; begin a new conversation, or ask for a shorter answer"
+        most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if prompt_tokens >= most:
+            raise TooLong(
+                f"the conversation has {prompt_tokens} tokens, media included, and the language model reads {most}, "
+                "an answer included; begin a new conversation"
             )
+        return most - prompt_tokens
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer."""
+        ends = base_model(self.model.language_model).generation_config.eos_token_id
+        ends = self.processor.llm_tokenizer.eos_token_id if ends is None else ends
+        return set(ends if isinstance(ends, list) else [ends])
+
+
+class StopTexts(StoppingCriteria):
+    """Ends an answer once its text has a stop text.
+
+    transformers' `StopStringCriteria` puts the vocabulary's strings together, which with some tokenizers is not the
+    text that decoding gives.
+    """
+
+    def __init__(self, chat_model: ChatModel, stop: Sequence[str]):
+        self.decode, self.stop = chat_model.model.text_of, stop
+        self.signals = {i for ids in chat_model.model.signal_tokens.ids.values() for i in ids}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ids = input_ids[0].tolist()  # the decoding loop asks row by row
+        begin = max((place + 1 for place, i in enumerate(ids) if i in self.signals), default=0)
+        return torch.tensor([first_stop(self.decode(ids[begin:]), self.stop) is not None])
+
+
+class StopFilter:
+    """A listener that holds text back while it may be the beginning of a stop text, and drops what follows one.
+
+    Args:
+        stop: the stop texts.
+        listener: is given the rest.
+    """
+
+    def __init__(self, stop: Sequence[str], listener: Listener):
+        self.stop, self.listener = stop, listener
+        self._held, self._segment, self._over = "", 0, False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, TextPiece):
+            if self._over:
+                return
+            text, self._segment = self._held + event.text, event.segment
+            end = first_stop(text, self.stop)
+            self._over = end is not None
+            ready = len(text) - self._beginning(text) if end is None else end
+            self._held = "" if self._over else text[ready:]
+            if ready:
+                self.listener(TextPiece(event.segment, text[:ready]))
+            return
+        if self._held:
+            held, self._held = self._held, ""
+            self.listener(TextPiece(self._segment, held))
+        self.listener(event)
+
+    def _beginning(self, text: str) -> int:
+        """How many characters at the end of a text a stop text begins with."""
+        lengths = range(min(len(text), max(map(len, self.stop)) - 1), 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop texts begins; None where there is none."""
+    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
+
+
+def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
+    """Take the first stop text and what follows it out of an answer; returns whether there was one."""
+    for index, segment in enumerate(answer.segments):
+        end = first_stop(segment.content, stop) if segment.type == "text" else None
+        if end is not None:
+            kept = [replace(segment, content=segment.content[:end])] if end else []
+            answer.segments[index:] = kept
+            return True
+    return False
 
 
 def check_device(device: str, offload: bool) -> None:

@@ -14,10 +14,6 @@ from anygpt.serving.engine import Engine
 
 CHECKPOINT = Path("runs/quickstart/stage3/final")
 REPOSITORY = Path(__file__).resolve().parents[2]
-MAX_CONNECTIONS = 256
-KEEP_ALIVE = 20
-"""Seconds that an idle connection stays. httpx, and with it OpenAI's client, drops it after 5; were the server's time
-the same, a request could come just as it closes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
@@ -30,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=port, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--allow-host",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="further names that the server may be asked under, * for any (default: this machine's local ones)",
+    )
     parser.add_argument("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="decoders are on the device only while they are used")
 
@@ -58,15 +61,10 @@ def load_engine(options: argparse.Namespace) -> Engine:
 
 
 def listen(app: Any, options: argparse.Namespace) -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted or terminated."""
     import uvicorn  # not above: `check` says in a sentence where it is missing
 
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=5,
-    )
+    from anygpt.serving.connections import allow_open_files, server_config
+
+    allow_open_files()
+    uvicorn.Server(server_config(app, host=options.host, port=options.port)).run()

@@ -7,11 +7,13 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.generation.answering import Closed
 from anygpt.generation.events import Event
+from anygpt.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,15 @@ class Engine:
     Args:
         chat_model: the model.
         max_waiting: jobs that may wait.
+
+    Attributes:
+        metrics: counts of what is answered.
     """
 
     def __init__(self, chat_model: ChatModel, max_waiting: int = 64):
         self.chat_model = chat_model
+        self.metrics = Metrics()
+        self.metrics.waiting.set_function(lambda: self.waiting)
         self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -95,9 +102,15 @@ class Engine:
 
     def _answer(self, job: Job) -> None:
         try:
-            job.deliver(self.chat_model.answer(job.messages, job.settings, on_event=job.tell))
+            reply = self.chat_model.answer(job.messages, job.settings, on_event=partial(self._tell, job))
+            self.metrics.reply(reply)
+            job.deliver(reply)
         except Closed:
             pass
         except Exception as error:  # the listener says it; the others' requests go on
             if not job.cancelled:
                 job.deliver(error)
+
+    def _tell(self, job: Job, event: Event) -> None:
+        self.metrics.event(event)
+        job.tell(event)

@@ -1,12 +1,13 @@
-"""The HTTP interface: OpenAI's `POST /v1/chat/completions` and `GET /v1/models`, and `GET /health`."""
+"""The HTTP interface: OpenAI's `POST /v1/chat/completions` and `GET /v1/models`, `GET /health` and `GET /metrics`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +15,21 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anygpt.chat.chat_model import Reply
+from anygpt.chat.chat_model import Reply, TooLong
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
+from anygpt.serving.gate import UNCOUNTED, Gate
 from anygpt.serving.unread import Unread
 
 logger = logging.getLogger(__name__)
@@ -43,15 +47,15 @@ class BodyLimits:
 
 
 class Refused(Exception):
-    """A request that gets an error; `status` is HTTP's."""
+    """A request that gets an error; `status` is HTTP's, `kind` and `code` are OpenAI's `type` and `code`."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
+        self.status, self.body = status, form.error_body(message, kind, code)
 
     def response(self) -> Response:
-        headers = {"Retry-After": "5"} if self.status in (429, 503) else None
-        return JSONResponse(form.error_body(self.message, self.kind), self.status, headers=headers)
+        headers = {429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(self.body, self.status, headers=headers.get(self.status))
 
 
 class Interface:
@@ -62,23 +66,65 @@ class Interface:
         model: the name under which the model is known.
         limits: of what a request asks for.
         bodies: of requests' bodies.
+        key: what clients must send as `Authorization: Bearer <key>` to whatever is under `/v1`; None asks for nothing.
     """
 
-    def __init__(self, engine: Engine, model: str, limits: form.Limits | None = None, bodies: BodyLimits | None = None):
-        self.engine, self.model = engine, model
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        limits: form.Limits | None = None,
+        bodies: BodyLimits | None = None,
+        key: str | None = None,
+    ):
+        self.engine, self.model, self.key = engine, model, key
         self.limits, self.bodies = limits or form.Limits(), bodies or BodyLimits()
         self._held = 0  # bytes of bodies that are being read or understood
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
-    def app(self) -> ASGIApp:
+    def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
+        """The ASGI application; see `Gate` for the arguments."""
         routes = [
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
         ]
         handlers = {HTTPException: self._http_error, Exception: self._fault}
-        return Unread(Starlette(routes=routes, exception_handlers=handlers))
+        app: ASGIApp = self._counted(Starlette(routes=routes, exception_handlers=handlers))
+        if origins:
+            app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+
+        def refuse(status: int, reason: str) -> Response:
+            return Refused(status, reason, "busy" if status == 503 else "invalid_request_error").response()
+
+        return Unread(Gate(app, refuse, host, hosts, origins))
+
+    def _counted(self, app: ASGIApp) -> ASGIApp:
+        """Behind the key, and in the metrics."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            async def count(message: Message) -> None:
+                if message["type"] == "http.response.start" and scope["path"] not in UNCOUNTED:
+                    self.engine.metrics.requests.labels(str(message["status"])).inc()
+                await send(message)
+
+            if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._has_key(Headers(scope=scope)):
+                refused = Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+                await refused.response()(scope, receive, count)
+            else:
+                await app(scope, receive, count)
+
+        return counted
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given, expected = key.strip().encode("latin-1"), (self.key or "").encode()  # headers come as latin-1
+        return self.key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given, expected))
+
+    async def metrics(self, request: HTTPRequest) -> Response:
+        return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
@@ -98,24 +144,23 @@ class Interface:
             return refused.response()
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
+        listening = Listening(job, events, request)
+        streams = False
         try:
-            first = await _next(events, job, request)
-            if isinstance(first, Exception):
-                return self._refusal(first).response()
-            if wanted.stream:
-                body = self._stream(request, wanted, job, events, first)
+            event = await listening.next()
+            while not (wanted.stream or isinstance(event, Reply | Exception)):
+                event = await listening.next()
+            if isinstance(event, Exception):
+                return self._refusal(event).response()
+            if streams := wanted.stream:
+                body = self._stream(wanted, listening, event)
                 return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            while not isinstance(first, Reply | Exception):
-                first = await _next(events, job, request)
-            if isinstance(first, Exception):
-                return self._refusal(first).response()
-            return JSONResponse(await self._in_thread(form.completion, wanted, self.model, first))
+            return JSONResponse(await self._in_thread(form.completion, wanted, self.model, event))
         except ClientDisconnect:
-            job.cancel()
             return Response(status_code=499)
-        except BaseException:
-            job.cancel()
-            raise
+        finally:
+            if not streams:
+                listening.end()
 
     async def _accept(self, request: HTTPRequest) -> tuple[form.Request, Job, asyncio.Queue]:
         """Read and understand a request, and put it into the queue."""
@@ -173,9 +218,7 @@ class Interface:
             raise self._unknown_model(name)
         return wanted, wanted.decode(self.engine.chat_model)
 
-    async def _stream(
-        self, request: HTTPRequest, wanted: form.Request, job: Job, events: asyncio.Queue, event: Any
-    ) -> AsyncIterator[str]:
+    async def _stream(self, wanted: form.Request, listening: Listening, event: Any) -> AsyncIterator[str]:
         """Server-sent events until the answer is done."""
         chunk = partial(form.chunk, wanted, self.model)
         try:
@@ -191,28 +234,27 @@ class Interface:
                 elif isinstance(event, MediumDone):
                     part = await self._in_thread(form.part_of, event.content)
                     yield _sse(chunk({"parts": [part | {"index": event.segment}]}))
-                event = await _next(events, job, request)
+                event = await listening.next()
             if isinstance(event, Exception):
-                refused = self._refusal(event)
-                yield _sse(form.error_body(refused.message, refused.kind))
+                yield _sse(self._refusal(event).body)
                 return
-            yield _sse(chunk({}, form.finish_reason(wanted, event)))
+            yield _sse(chunk({}, form.finish_reason(event)))
             if wanted.include_usage:
                 yield _sse(form.usage_chunk(wanted, self.model, event))
             yield "data: [DONE]\n\n"
         except ClientDisconnect:
             return
         finally:
-            job.cancel()
+            listening.end()
 
     def _refusal(self, error: Exception) -> Refused:
         if isinstance(error, InputError):
-            return Refused(400, str(error))
+            return Refused(400, str(error), code="context_length_exceeded" if isinstance(error, TooLong) else None)
         logger.error("a request failed", exc_info=error)
         return Refused(500, FAULT, "server_error")
 
     def _unknown_model(self, name: Any) -> Refused:
-        return Refused(404, f"there is no model {name!r:.80}; there is {self.model!r}")
+        return Refused(404, f"there is no model {name!r:.80}; there is {self.model!r}", code="model_not_found")
 
     def _card(self) -> dict[str, Any]:
         return {"id": self.model, "object": "model", "created": 0, "owned_by": "anygpt"}
@@ -230,20 +272,44 @@ class Interface:
         return JSONResponse(form.error_body(FAULT, "server_error"), 500)
 
 
-async def _next(events: asyncio.Queue, job: Job, request: HTTPRequest) -> Any:
-    """The next event of a job.
+class Listening:
+    """The events of a job, for as long as its client listens.
 
-    Raises:
-        ClientDisconnect: the client has gone; the job is cancelled then.
+    Args:
+        job: is cancelled when the client has gone.
+        events: what the job delivers.
+        request: all of whose body was read.
     """
-    while True:
+
+    def __init__(self, job: Job, events: asyncio.Queue, request: HTTPRequest):
+        self.job, self.events = job, events
+        self._gone = asyncio.create_task(self._wait_until_gone(request))
+
+    async def next(self) -> Any:
+        """The next event.
+
+        Raises:
+            ClientDisconnect: the client has gone.
+        """
+        event = asyncio.create_task(self.events.get())
         try:
-            with anyio.fail_after(0.5):
-                return await events.get()
-        except TimeoutError:
-            if await request.is_disconnected():
-                job.cancel()
-                raise ClientDisconnect from None
+            await asyncio.wait({event, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not event.done():
+                event.cancel()
+        if self._gone.done():
+            raise ClientDisconnect
+        return event.result()
+
+    def end(self) -> None:
+        """Nobody listens any more."""
+        self._gone.cancel()
+        self.job.cancel()  # does nothing to one that is done
+
+    async def _wait_until_gone(self, request: HTTPRequest) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.job.cancel()  # at once, also where nobody waits for an event just then
 
 
 def parse_json(body: bytes) -> Any:

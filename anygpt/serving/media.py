@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 from anygpt.chat.chat_model import write_segment
 from anygpt.errors import InputError
@@ -40,7 +41,8 @@ def from_base64(text: Any, name: str) -> SentMedium:
     if not isinstance(text, str) or not text:
         raise InputError(f"{name} has no data; expected the file's bytes in base64")
     try:
-        return SentMedium(name, base64.b64decode(text, validate=True))
+        # as a data URL it may be percent-encoded, and many encoders break lines
+        return SentMedium(name, base64.b64decode("".join(unquote(text).split()), validate=True))
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{name} is not base64: {error}") from error
 

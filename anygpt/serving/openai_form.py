@@ -26,23 +26,29 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 OWN_FIELDS = ("require", "forbid", "decoders")
 FIELDS = (
     *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream"),
-    *("stream_options", "n", "modalities"),
+    *("stream_options", "n", "modalities", "stop"),
     *OWN_FIELDS,
 )
 # They change nothing about an answer.
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
-# What they are where they ask for nothing.
+IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("verbosity", "reasoning_effort", "parallel_tool_calls"),
+)
+# What they are where they ask for nothing. Tools are never called, which is right where they may not be.
 NEUTRAL = {
-    **{"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "stop": []},
-    "response_format": {"type": "text"},
+    **{"frequency_penalty": [0], "presence_penalty": [0], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}]},
+    **{"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"]},
+    "response_format": [{"type": "text"}],
 }
+TOOLS = {"tools": "tool_choice", "functions": "function_call"}
+MAX_STOPS = 4
 
 
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask for."""
 
-    new_tokens: int = 1024
+    new_tokens: int = 2**20
     messages: int = 200
     characters: int = 100_000
     media: int = 16
@@ -92,7 +98,8 @@ def parse_request(body: Any, chat_model: ChatModel, limits: Limits) -> Request:
     if not isinstance(body, dict):
         raise InputError(f"the body is a JSON {type(body).__name__}; expected an object with model and messages")
     for name, value in body.items():
-        if name not in (*FIELDS, *IGNORED) and value is not None and value != NEUTRAL.get(name):
+        known = name in FIELDS or name in IGNORED or value is None or value in NEUTRAL.get(name, [])
+        if not known and body.get(TOOLS.get(name, "")) != "none":
             raise InputError(f"{name!r:.60} is not supported here; leave it out. Known are {', '.join(FIELDS)}")
     given = {name: value for name, value in body.items() if value is not None}
     if given.get("n", 1) != 1:
@@ -116,11 +123,13 @@ def _settings(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -
     temperature, top_p = given.get("temperature", 0.0), given.get("top_p", 1.0)
     if not is_number(temperature) or not 0 <= temperature <= 2:
         raise InputError(f"temperature is {temperature!r:.40}; expected a number from 0 to 2")
-    if not is_number(top_p) or not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p!r:.40}; expected a number above 0, up to 1")
+    if not is_number(top_p) or not 0 <= top_p <= 1:
+        raise InputError(f"top_p is {top_p!r:.40}; expected a number from 0 to 1")
+    if top_p == 0:  # the likeliest token alone
+        temperature, top_p = 0.0, 1.0
     seed = given.get("seed", secrets.randbelow(2**32))  # as elsewhere: who wants the same answer again names one
-    if not is_integer(seed) or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed!r:.40}; expected a whole number from 0")
+    if not is_integer(seed) or not -MAX_SEED - 1 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed!r:.40}; expected a whole number of 64 bits")
     require, forbid = (_keys(name, given.get(name, []), chat_model) for name in ("require", "forbid"))
     modalities = given.get("modalities")
     if modalities is not None:
@@ -128,7 +137,17 @@ def _settings(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -
         if not isinstance(modalities, list) or not all(m in known for m in modalities):
             raise InputError(f"modalities is {modalities!r:.80}; expected a list of {', '.join(dict.fromkeys(known))}")
         forbid += tuple(key for key, modality in chat_model.makes.items() if modality not in modalities)
-    return Settings(tokens, temperature, top_p, seed, require, forbid, _decoders(given, chat_model, limits))
+    decoders = _decoders(given, chat_model, limits)
+    return Settings(
+        tokens, temperature, top_p, seed & MAX_SEED, require, forbid, decoders, _stop(given.get("stop", []))
+    )
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or len(texts) > MAX_STOPS or not all(isinstance(t, str) and t for t in texts):
+        raise InputError(f"stop is {stop!r:.80}; expected a text, or a list of up to {MAX_STOPS} texts")
+    return tuple(checked_text(text, "stop") for text in texts)
 
 
 def _keys(name: str, keys: Any, chat_model: ChatModel) -> tuple[str, ...]:
@@ -223,8 +242,8 @@ def part_of(segment: Segment) -> dict[str, Any]:
 
 def completion(request: Request, model: str, reply: Reply) -> dict[str, Any]:
     """The whole answer."""
-    message = {"role": "assistant", "content": reply.answer.text, "parts": parts_of(reply.answer)}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(request, reply)}
+    message = {"role": "assistant", "content": reply.answer.text, "refusal": None, "parts": parts_of(reply.answer)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
     return _head(request, model, "chat.completion") | {"choices": [choice], "usage": usage(reply)}
 
 
@@ -235,6 +254,7 @@ def parts_of(answer: Answer) -> list[dict[str, Any]]:
 def chunk(request: Request, model: str, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict:
     """A piece of a streamed answer; `more` are further fields of ours."""
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    more |= {"usage": None} if request.include_usage else {}
     return _head(request, model, "chat.completion.chunk") | {"choices": [choice]} | more
 
 
@@ -247,13 +267,13 @@ def usage(reply: Reply) -> dict[str, int]:
     return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens, "total_tokens": total}
 
 
-def finish_reason(request: Request, reply: Reply) -> str:
-    return "length" if reply.new_tokens >= request.settings.max_new_tokens else "stop"
+def finish_reason(reply: Reply) -> str:
+    return "stop" if reply.complete else "length"
 
 
 def _head(request: Request, model: str, kind: str) -> dict[str, Any]:
     return {"id": request.id, "object": kind, "created": request.created, "model": model}
 
 
-def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,0 +1,47 @@
+"""What `GET /metrics` says, in Prometheus' form."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+
+from anygpt.chat.chat_model import Reply
+from anygpt.generation.events import DecodingStarted, Event, MediumDone
+
+
+class Metrics:
+    """Counts of one server.
+
+    Attributes:
+        requests: answered, by HTTP status.
+        waiting: that wait for the model.
+        batch: how many were answered together.
+        tokens: of `prompt`s, media included, and `generated`, signal tokens included.
+        decoder: seconds that decoders took for a batch, by key.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        names = {"registry": self.registry}
+        self.requests = Counter("anygpt_requests", "Requests by HTTP status", ["status"], **names)
+        self.waiting = Gauge("anygpt_requests_waiting", "Requests that wait for the model", **names)
+        sizes = {"buckets": (1, 2, 4, 8, 16, 32, 64)}
+        self.batch = Histogram("anygpt_batch_size", "Requests answered together", **sizes, **names)
+        self.tokens = Counter("anygpt_tokens", "Tokens, media and signal tokens included", ["kind"], **names)
+        self.decoder = Summary("anygpt_decoder_seconds", "Seconds of a decoder for a batch", ["decoder"], **names)
+        self._begun: dict[str, float] = {}
+
+    def event(self, event: Event) -> None:
+        """Take in an event of a batch; those of several rows come after each other."""
+        if isinstance(event, DecodingStarted):
+            self._begun.setdefault(event.key, time.perf_counter())
+        elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
+            self.decoder.labels(event.content.key).observe(time.perf_counter() - begun)
+
+    def reply(self, reply: Reply) -> None:
+        self.tokens.labels("prompt").inc(reply.prompt_tokens)
+        self.tokens.labels("generated").inc(reply.new_tokens)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
