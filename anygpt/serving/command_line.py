@@ -43,7 +43,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         InputError: a setting that cannot be used, or the extra `demo` is not installed.
     """
-    missing = [name for name in ("gradio", "starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("gradio", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' brings it")
     if options.max_waiting < 1:
