@@ -6,7 +6,8 @@ of them imports `MultimodalModel`. Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, device, nn
@@ -15,7 +16,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.sequence.merging import Merged
-from anygpt.sequence.signal_tokens import SignalTokens, Spans
+from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
+
+
+@dataclass
+class Reading:
+    """What the language model made of a merged batch; empty where no loss reads it.
+
+    Attributes:
+        logits: `(B, S, V')`, or `(1, M, V')` at the places that its tap selected.
+        states: `{decoder key: (K, N, H)}`, what each output projector reads.
+        hidden: `(B, S, H)`, what its head read.
+        everywhere: whether logits are those of all places.
+    """
+
+    logits: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    everywhere: bool = False
+
+    def logits_at(self, places: tuple[Tensor, Tensor]) -> Tensor | None:
+        """`(M, V')`: those at the places, which are the selected ones if there was a selection."""
+        if self.logits is None:
+            return None
+        return self.logits[places] if self.everywhere else self.logits[0]
 
 
 class Composition(Protocol):
@@ -60,6 +84,10 @@ class Composition(Protocol):
         self, text: Merged, features: Mapping[str, Any], items_per_row: Mapping[str, list[int]] | None = None
     ) -> Merged: ...
 
+    def read(
+        self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]
+    ) -> Reading: ...
+
     def run_language_model(
         self, merged: Merged, encoder_inputs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]: ...
@@ -85,3 +113,7 @@ class Composition(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]
+"""`MultimodalModel.read`, or what stands in for it: states that it gave before."""

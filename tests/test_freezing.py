@@ -63,7 +63,7 @@ def test_unknown_part_lists_the_known_ones(tiny_model):
             model.train(part, mode=False)
         for known in (repr(part), "image_encoder", "image_projector", "language_model", "signal_tokens"):
             assert known in str(error.value)
-    with pytest.raises(InputError, match="no part smell"):
+    with pytest.raises(InputError, match="no part 'smell'"):
         model.train_only(["smell"])
 
 

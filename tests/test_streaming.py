@@ -1,12 +1,14 @@
 """Answers as a stream of events: the same answers, piece by piece, and what happens when nobody listens any more."""
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from anygpt.errors import InputError
+from anygpt.generation.answering import text_of
 from anygpt.generation.events import (
     AnswerDone,
     DecodingStarted,
@@ -87,7 +89,7 @@ def test_pieces_are_whole_characters(full_model):
     text = "naïve 日本語 👩‍🚀 and a lone \ufffd too\ufffd"
     ids = processor.llm_tokenizer(text, add_special_tokens=False)["input_ids"]
     events = []
-    narrator = Narrator(events.append, model.text_of, {})
+    narrator = Narrator(events.append, partial(text_of, model), {})
     for token in ids:
         narrator.said([token], None)
     narrator.end_text()

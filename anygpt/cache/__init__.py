@@ -5,5 +5,6 @@ them.
 """
 
 from anygpt.cache.reading import CachedFeatures, CachedLatents, FeatureCache, StaleCache
+from anygpt.cache.text_states import TextStates
 
-__all__ = ["CachedFeatures", "CachedLatents", "FeatureCache", "StaleCache"]
+__all__ = ["CachedFeatures", "CachedLatents", "FeatureCache", "StaleCache", "TextStates"]

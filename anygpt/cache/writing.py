@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, store_key
 from anygpt.cache.reading import fingerprint_caption, fingerprint_medium, fingerprint_row
 from anygpt.cache.store import Store, StoreWriter, create_store
+from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import Sample
@@ -153,7 +154,7 @@ class CacheWriter:
             fresh = {name: i for name, i in by_name.items() if name not in store and name not in done}
             counts.update(written=len(fresh), known=len(ids) - len(fresh), unreadable=len(batch[BAD]))
             if fresh:
-                states = self.model.read_text(*(move(x[list(fresh.values())], self.model.device) for x in rows))
+                states = read_text(self.model, *(move(x[list(fresh.values())], self.model.device) for x in rows))
                 for name, tensors in zip(fresh, states, strict=True):
                     writer.add(name, tensors)
             done.update(fresh)

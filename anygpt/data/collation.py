@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache
+from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache, TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import refuse_reserved, sample_messages
 from anygpt.decoders.base import Condition
@@ -78,7 +78,7 @@ class Collator:
             left = [found if isinstance(found, BadSample) else item for item, found in zip(good, states, strict=True)]
             return self([*bad, *left])
         if None not in states:
-            batch["text_states"] = {name: torch.cat([found[name] for found in states]) for name in states[0]}
+            batch["text_states"] = TextStates.join(states)
         ids = [row for row, _ in rows]
         targets, batch[TARGET_IDS] = self.decoder_targets(good)
         return (
@@ -195,7 +195,7 @@ def move(batch: Any, device: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
-        return {key: move(value, device) for key, value in batch.items()}
+        return type(batch)((key, move(value, device)) for key, value in batch.items())
     if isinstance(batch, list):
         return [move(value, device) for value in batch]
     return batch

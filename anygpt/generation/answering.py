@@ -1,21 +1,19 @@
-"""From finished spans to answers: decoders run batched, text and media put in order; and the same as a stream.
+"""From finished spans to answers: decoders run batched, text and media put in order.
 
 Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anygpt.generation.events import AnswerDone, DecodingStarted, DecodingStep, Event, MediumDone, Narrator
+from anygpt.composition import Composition
+from anygpt.generation.events import AnswerDone, DecodingStarted, DecodingStep, MediumDone, Narrator
 from anygpt.outputs import Answer, Segment
 
 
@@ -35,123 +33,79 @@ class SpanStates:
     states: Tensor
 
 
-class Closed(Exception):
-    """Nobody listens to a stream any more."""
+def assemble(
+    model: Composition,
+    sequences: Tensor,
+    spans: list[SpanStates],
+    decoder_kwargs: Mapping[str, Mapping[str, Any]],
+    narrator: Narrator | None = None,
+) -> list[Answer]:
+    """Run each decoder once, batched over its spans, and put text and media in order.
+
+    Args:
+        sequences: `(B, new tokens)`.
+        spans: those in `sequences`, in any order.
+        decoder_kwargs: options of each decoder's sampling, checked.
+        narrator: is told what happens; then there is one row.
+    """
+    media: dict[tuple[int, int], Segment] = {}
+    for key in model.decoder_keys:
+        mine = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
+        if mine:
+            media |= _decode_media(model, key, mine, decoder_kwargs.get(key, {}), narrator)
+    answers = [_in_order(model, ids, row, media) for row, ids in enumerate(sequences.tolist())]
+    if narrator is not None:
+        narrator.tell(AnswerDone(answers[0]))
+    return answers
 
 
-class Answering:
-    """The end of `generate`, and its streaming form, mixed into `MultimodalModel`."""
-
-    def assemble(
-        self,
-        sequences: Tensor,
-        spans: list[SpanStates],
-        decoder_kwargs: Mapping[str, Mapping[str, Any]],
-        narrator: Narrator | None = None,
-    ) -> list[Answer]:
-        """Run each decoder once, batched over its spans, and put text and media in order.
-
-        Args:
-            sequences: `(B, new tokens)`.
-            spans: those in `sequences`, in any order.
-            decoder_kwargs: options of each decoder's sampling, checked.
-            narrator: is told what happens; then there is one row.
-        """
-        media: dict[tuple[int, int], Segment] = {}
-        for key in self.decoder_keys:
-            mine = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
-            if mine:
-                media |= self._decode_media(key, mine, decoder_kwargs.get(key, {}), narrator)
-        answers = [self._in_order(ids, row, media) for row, ids in enumerate(sequences.tolist())]
+def _decode_media(
+    model: Composition, key: str, spans: list[SpanStates], options: Mapping[str, Any], narrator: Narrator | None
+) -> dict[tuple[int, int], Segment]:
+    """The media of one decoder by row and start of their spans, which are sorted so."""
+    decoder = model.decoders[key]
+    rows = [span.row for span in spans]
+    places = [index - rows.index(row) for index, row in enumerate(rows)]
+    options = decoder.options(options)
+    if isinstance(seed := options.get("seed"), (list, tuple)):
+        options["seed"] = [seed[row] for row in rows]
+    arguments = decoder.module.sampling_arguments(options, places)
+    if narrator is not None:
+        segments = tuple(narrator.segments[span.start] for span in spans)
+        narrator.tell(DecodingStarted(key, segments))
+        arguments["on_step"] = lambda step, steps: narrator.tell(DecodingStep(key, step, steps))
+    condition = decoder.condition(torch.stack([span.states for span in spans]))
+    try:
+        contents = decoder.module.sample(condition, **arguments)
+    finally:
+        # Frees what diffusers' own offloading holds, also where a stream was closed midway; else does nothing.
+        decoder.module.pipeline.maybe_free_model_hooks()
+    media = {}
+    for index, (span, content, embeds) in enumerate(zip(spans, contents, condition.embeds, strict=True)):
+        segment = Segment(decoder.modality, content, key, embeds, span.states, decoder.module.rate)
+        media[span.row, span.start] = segment
         if narrator is not None:
-            narrator.tell(AnswerDone(answers[0]))
-        return answers
+            narrator.tell(MediumDone(segments[index], segment))
+    return media
 
-    def _decode_media(
-        self, key: str, spans: list[SpanStates], options: Mapping[str, Any], narrator: Narrator | None
-    ) -> dict[tuple[int, int], Segment]:
-        """The media of one decoder by row and start of their spans, which are sorted so."""
-        decoder = self.decoders[key]
-        rows = [span.row for span in spans]
-        places = [index - rows.index(row) for index, row in enumerate(rows)]
-        options = decoder.options(options)
-        if isinstance(seed := options.get("seed"), (list, tuple)):
-            options["seed"] = [seed[row] for row in rows]
-        arguments = decoder.module.sampling_arguments(options, places)
-        if narrator is not None:
-            segments = tuple(narrator.segments[span.start] for span in spans)
-            narrator.tell(DecodingStarted(key, segments))
-            arguments["on_step"] = lambda step, steps: narrator.tell(DecodingStep(key, step, steps))
-        condition = decoder.condition(torch.stack([span.states for span in spans]))
-        try:
-            contents = decoder.module.sample(condition, **arguments)
-        finally:
-            # Frees what diffusers' own offloading holds, also where a stream was closed midway; else does nothing.
-            decoder.module.pipeline.maybe_free_model_hooks()
-        media = {}
-        for index, (span, content, embeds) in enumerate(zip(spans, contents, condition.embeds, strict=True)):
-            segment = Segment(decoder.modality, content, key, embeds, span.states, decoder.module.rate)
-            media[span.row, span.start] = segment
-            if narrator is not None:
-                narrator.tell(MediumDone(segments[index], segment))
-        return media
 
-    def _in_order(self, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
-        answer, text, position = Answer(), [], 0
-        while position <= len(ids):
-            segment = media.get((row, position))
-            if (segment or position == len(ids)) and text:
-                said = self.text_of(text)
-                answer.segments += [Segment("text", said)] if said else []
-                text = []
-            if segment:
-                answer.segments.append(segment)
-                position += len(self.signal_tokens.ids[segment.key])
-                continue
-            text += ids[position : position + 1]
-            position += 1
-        return answer
+def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
+    answer, text, position = Answer(), [], 0
+    while position <= len(ids):
+        segment = media.get((row, position))
+        if (segment or position == len(ids)) and text:
+            said = text_of(model, text)
+            answer.segments += [Segment("text", said)] if said else []
+            text = []
+        if segment:
+            answer.segments.append(segment)
+            position += len(model.signal_tokens.ids[segment.key])
+            continue
+        text += ids[position : position + 1]
+        position += 1
+    return answer
 
-    def text_of(self, ids: list[int]) -> str:
-        """Text as it stands in an answer; empty where the model has no tokenizer."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else ""
 
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Event]:
-        """`generate` as an iterator of events: text as it comes, decoders as they start and go on, media.
-
-        The generation runs in a thread of its own. Closing the iterator ends it at its next token or denoising step.
-        The model can do one thing at a time: do not use it elsewhere before the iterator has ended.
-
-        Args:
-            args, kwargs: those of `generate`, with one row and without beams.
-
-        Raises:
-            InputError: as `generate`.
-        """
-        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
-        closed = threading.Event()
-
-        def on_event(event: Event) -> None:
-            if closed.is_set():
-                raise Closed
-            events.put(event)
-
-        def work() -> None:
-            try:
-                self.generate(*args, on_event=on_event, **kwargs)
-                events.put(None)
-            except Closed:
-                pass
-            except BaseException as error:  # goes on in the thread that listens
-                events.put(error)
-
-        worker = threading.Thread(target=work, name="generate_stream", daemon=True)
-        worker.start()
-        try:
-            for event in iter(partial(events.get), None):
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            closed.set()
-            worker.join()
+def text_of(model: Composition, ids: list[int]) -> str:
+    """Text as it stands in an answer; empty where the model has no tokenizer."""
+    return model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer is not None else ""

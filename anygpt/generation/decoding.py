@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
+from anygpt.composition import Composition
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
-from anygpt.generation.answering import Answering, SpanStates
+from anygpt.generation.answering import SpanStates, assemble, text_of
 from anygpt.generation.events import Listener, Narrator
 from anygpt.generation.span_rules import SpanForcing, SpanRules
 from anygpt.outputs import GenerationOutput
@@ -44,7 +46,7 @@ class SpanDecoder:
         spans: the spans that came out, filled while decoding.
     """
 
-    model: Any = field(repr=False)
+    model: Composition = field(repr=False)
     tap: Tap
     rules: SpanRules
     prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -175,191 +177,192 @@ class SpanDecoder:
                 del self._begun[row]
 
 
-class GenerationMixin(Answering):
-    """`generate`, mixed into `MultimodalModel`."""
+@torch.no_grad()
+def generate(
+    model: Composition,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    items_per_row: Mapping[str, list[int]] | None = None,
+    require: Iterable[str] = (),
+    forbid: Iterable[str] = (),
+    decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    generation_config: GenerationConfig | None = None,
+    on_event: Listener | None = None,
+    **kwargs: Any,
+) -> GenerationOutput:
+    """Answer a batch of prompts with text and media.
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        items_per_row: Mapping[str, list[int]] | None = None,
-        require: Iterable[str] = (),
-        forbid: Iterable[str] = (),
-        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        generation_config: GenerationConfig | None = None,
-        on_event: Listener | None = None,
-        **kwargs: Any,
-    ) -> GenerationOutput:
-        """Answer a batch of prompts with text and media.
+    Args:
+        input_ids, attention_mask: `(B, S)`, padded on either side.
+        items_per_row: see `forward`.
+        require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
+        forbid: decoders that no answer may call.
+        decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
+            `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
+            `width` (pixels), `num_frames`, `audio_length_in_s`. What is left out is the decoder's `defaults`, else
+            the pipeline's own. With a `seed`, or a list of them with one a row, a row's media are what they are
+            when the row is alone.
+        generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
+        on_event: called with an `Event` whenever something happens; what it raises ends the
+            generation. For one row, without beams. (`generate_stream` is the iterator.)
+        kwargs: encoder inputs, as in `forward`, and generation options.
 
-        Args:
-            input_ids, attention_mask: `(B, S)`, padded on either side.
-            items_per_row: see `forward`.
-            require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
-            forbid: decoders that no answer may call.
-            decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
-                `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
-                `width` (pixels), `num_frames`, `audio_length_in_s`. What is left out is the decoder's `defaults`, else
-                the pipeline's own. With a `seed`, or a list of them with one a row, a row's media are what they are
-                when the row is alone.
-            generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
-            on_event: called with an `Event` whenever something happens; what it raises ends the
-                generation. For one row, without beams. (`generate_stream` is the iterator.)
-            kwargs: encoder inputs, as in `forward`, and generation options.
+    Returns:
+        The new tokens, and one `Answer` a row: its segments in order.
 
-        Returns:
-            The new tokens, and one `Answer` a row: its segments in order.
-
-        Raises:
-            InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
-                search; events of several rows, or of a search with beams, where nothing is final before the end.
-        """
-        require, forbid = self.check_request(require, forbid, decoder_kwargs)
-        for key, given in (decoder_kwargs or {}).items():
-            if isinstance(seeds := given.get("seed"), (list, tuple)) and len(seeds) != len(input_ids):
-                raise InputError(f"{key} is given {len(seeds)} seeds for {len(input_ids)} rows; give one a row")
-        inputs, options = self._split_inputs(kwargs)
-        config = copy.deepcopy(generation_config or base_model(self.language_model).generation_config)
-        options = self._special_tokens(config) | options
-        config.update(**options)
-        mode = config.get_generation_mode()
-        if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
-            raise InputError(
-                f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
-                "supported; use greedy search, sampling or beam search, one answer a row"
-            )
-        narrator = None
-        if on_event is not None:
-            if len(input_ids) != 1 or mode in BEAM_MODES:
-                raise InputError(
-                    f"events are told of one row and without beams, not of {len(input_ids)} rows by {mode.value}; "
-                    "leave out on_event, or call generate for each row with num_beams=1"
-                )
-            types = {key: decoder.modality for key, decoder in self.decoders.items()}
-            narrator = Narrator(on_event, self.text_of, types)
-        budget = config.max_new_tokens
-        if budget is None:
-            raise InputError(
-                "max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have"
-            )
-        rules = SpanRules(self.signal_tokens.ids, budget, require, forbid, self._placeholders())
-        if generation_config is not None:
-            options["generation_config"] = generation_config
-        training = self.training
-        self.eval()
-        try:
-            with self.signal_tokens.attached(self.language_model) as tap:
-                merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs), items_per_row)
-                merged = pad_left(merged)
-                if mode in OWN_MODES:
-                    sequences, spans = self._decode_stepwise(merged, inputs, tap, rules, options, narrator)
-                else:
-                    sequences, spans = self._decode_with_beams(merged, inputs, tap, rules, options)
-            answers = self.assemble(sequences, spans, decoder_kwargs or {}, narrator)
-            return GenerationOutput(sequences=sequences, answers=answers)
-        finally:
-            self.train(training)
-
-    def check_request(
-        self,
-        require: Iterable[str] = (),
-        forbid: Iterable[str] = (),
-        decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """`require` and `forbid`, each decoder once, with all that is known of `generate`'s arguments before it runs.
-
-        Raises:
-            InputError: an unknown decoder or option.
-        """
-        for name, keys in (("require", require), ("forbid", forbid)):
-            if isinstance(keys, str):
-                raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
-        require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
-        decoder_kwargs = decoder_kwargs or {}
-        unknown = sorted({*require, *forbid, *decoder_kwargs} - set(self.decoder_keys))
-        if unknown:
-            raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(self.decoder_keys)}")
-        for key, given in decoder_kwargs.items():
-            self.decoders[key].module.check_options(given)
-        return require, forbid
-
-    def _decode_stepwise(
-        self,
-        merged: Merged,
-        inputs: Mapping[str, Any],
-        tap: Tap,
-        rules: SpanRules,
-        options: dict[str, Any],
-        narrator: Narrator | None,
-    ):
-        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-        changed = self.preprocess_llm(merged, inputs, prompt)
-        decoder = SpanDecoder(self, tap, rules, changed, narrator)
-        return self.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
-
-    def _decode_with_beams(
-        self, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
-    ):
-        """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
-        prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-        prompt |= self.preprocess_llm(merged, inputs, prompt)
-        eos = options.get("eos_token_id")
-        eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
-        processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
-        sequences = self.language_model.generate(**prompt, logits_processor=processors, **options)
-        embeds = self.language_model.get_input_embeddings()(sequences)
-        whole = Merged(
-            torch.cat([merged.inputs_embeds, embeds], dim=1),
-            torch.cat([merged.input_ids, sequences], dim=1),
-            torch.cat([merged.attention_mask, torch.ones_like(sequences)], dim=1),
-            None,
-            merged.media_in,
+    Raises:
+        InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
+            search; events of several rows, or of a search with beams, where nothing is final before the end.
+    """
+    require, forbid = check_request(model, require, forbid, decoder_kwargs)
+    for key, given in (decoder_kwargs or {}).items():
+        if isinstance(seeds := given.get("seed"), (list, tuple)) and len(seeds) != len(input_ids):
+            raise InputError(f"{key} is given {len(seeds)} seeds for {len(input_ids)} rows; give one a row")
+    inputs, options = _split_inputs(model, kwargs)
+    config = copy.deepcopy(generation_config or base_model(model.language_model).generation_config)
+    options = _special_tokens(model, config) | options
+    config.update(**options)
+    mode = config.get_generation_mode()
+    if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
+        raise InputError(
+            f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
+            "supported; use greedy search, sampling or beam search, one answer a row"
         )
-        tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
-        _, all_states = self.run_language_model(whole, inputs)
-        prompt = merged.input_ids.shape[1]
-        spans = {key: self.signal_tokens.find_spans(sequences, key) for key in self.decoders}
-        shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
-        states = self.read_spans(whole, shifted, tap.hidden, all_states)
-        return sequences, [
-            # the span ends with what is read
-            SpanStates(row, last + 1 - len(self.signal_tokens.ids[key]), key, state)
-            for key in states
-            for row, last, state in zip(
-                spans[key].rows.tolist(), spans[key].positions[:, -1].tolist(), states[key], strict=True
+    narrator = None
+    if on_event is not None:
+        if len(input_ids) != 1 or mode in BEAM_MODES:
+            raise InputError(
+                f"events are told of one row and without beams, not of {len(input_ids)} rows by {mode.value}; "
+                "leave out on_event, or call generate for each row with num_beams=1"
             )
-        ]
+        types = {key: decoder.modality for key, decoder in model.decoders.items()}
+        narrator = Narrator(on_event, partial(text_of, model), types)
+    budget = config.max_new_tokens
+    if budget is None:
+        raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")
+    rules = SpanRules(model.signal_tokens.ids, budget, require, forbid, _placeholders(model))
+    if generation_config is not None:
+        options["generation_config"] = generation_config
+    training = model.training
+    model.eval()
+    try:
+        with model.signal_tokens.attached(model.language_model) as tap:
+            merged = model.merge(model.embed(input_ids, attention_mask, None), model.encode(inputs), items_per_row)
+            merged = pad_left(merged)
+            if mode in OWN_MODES:
+                sequences, spans = _decode_stepwise(model, merged, inputs, tap, rules, options, narrator)
+            else:
+                sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
+        answers = assemble(model, sequences, spans, decoder_kwargs or {}, narrator)
+        return GenerationOutput(sequences=sequences, answers=answers)
+    finally:
+        model.train(training)
 
-    def _placeholders(self) -> tuple[int, ...]:
-        """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
-        said = [i for span in self.signal_tokens.ids.values() for i in span]
-        size = max(self.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
-        return tuple(i for i in (self.token_ids or {}).values() if i < size)
 
-    def _special_tokens(self, config: GenerationConfig) -> dict[str, Any]:
-        """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""
-        tokens: dict[str, Any] = {}
-        for name in ("eos_token_id", "pad_token_id"):
-            for source in (config, base_model(self.language_model).generation_config, self.tokenizer):
-                if getattr(source, name, None) is not None:
-                    tokens[name] = getattr(source, name)
-                    break
-        if "eos_token_id" in tokens:
-            eos = tokens["eos_token_id"]
-            tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos)
-        return tokens
+def check_request(
+    model: Composition,
+    require: Iterable[str] = (),
+    forbid: Iterable[str] = (),
+    decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`require` and `forbid`, each decoder once, with all that is known of `generate`'s arguments before it runs.
 
-    def _split_inputs(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Encoder inputs and generation options; what only training needs is left out."""
-        names = {name for encoder in self.encoders.values() for name in encoder.input_names}
-        inputs, options = {}, {}
-        for name, value in kwargs.items():
-            if name in ("labels", "decoder_targets"):
-                continue
-            (inputs if name in names or "." in name else options)[name] = value
-        return inputs, options
+    Raises:
+        InputError: an unknown decoder or option.
+    """
+    for name, keys in (("require", require), ("forbid", forbid)):
+        if isinstance(keys, str):
+            raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
+    require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
+    decoder_kwargs = decoder_kwargs or {}
+    unknown = sorted({*require, *forbid, *decoder_kwargs} - set(model.decoder_keys))
+    if unknown:
+        raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(model.decoder_keys)}")
+    for key, given in decoder_kwargs.items():
+        model.decoders[key].module.check_options(given)
+    return require, forbid
+
+
+def _decode_stepwise(
+    model: Composition,
+    merged: Merged,
+    inputs: Mapping[str, Any],
+    tap: Tap,
+    rules: SpanRules,
+    options: dict[str, Any],
+    narrator: Narrator | None,
+):
+    prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+    changed = model.preprocess_llm(merged, inputs, prompt)
+    decoder = SpanDecoder(model, tap, rules, changed, narrator)
+    return model.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
+
+
+def _decode_with_beams(
+    model: Composition, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
+):
+    """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
+    prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+    prompt |= model.preprocess_llm(merged, inputs, prompt)
+    eos = options.get("eos_token_id")
+    eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+    processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
+    sequences = model.language_model.generate(**prompt, logits_processor=processors, **options)
+    embeds = model.language_model.get_input_embeddings()(sequences)
+    whole = Merged(
+        torch.cat([merged.inputs_embeds, embeds], dim=1),
+        torch.cat([merged.input_ids, sequences], dim=1),
+        torch.cat([merged.attention_mask, torch.ones_like(sequences)], dim=1),
+        None,
+        merged.media_in,
+    )
+    tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
+    _, all_states = model.run_language_model(whole, inputs)
+    prompt = merged.input_ids.shape[1]
+    spans = {key: model.signal_tokens.find_spans(sequences, key) for key in model.decoders}
+    shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
+    states = model.read_spans(whole, shifted, tap.hidden, all_states)
+    return sequences, [
+        # the span ends with what is read
+        SpanStates(row, last + 1 - len(model.signal_tokens.ids[key]), key, state)
+        for key in states
+        for row, last, state in zip(
+            spans[key].rows.tolist(), spans[key].positions[:, -1].tolist(), states[key], strict=True
+        )
+    ]
+
+
+def _placeholders(model: Composition) -> tuple[int, ...]:
+    """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
+    said = [i for span in model.signal_tokens.ids.values() for i in span]
+    size = max(model.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
+    return tuple(i for i in (model.token_ids or {}).values() if i < size)
+
+
+def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
+    """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""
+    tokens: dict[str, Any] = {}
+    for name in ("eos_token_id", "pad_token_id"):
+        for source in (config, base_model(model.language_model).generation_config, model.tokenizer):
+            if getattr(source, name, None) is not None:
+                tokens[name] = getattr(source, name)
+                break
+    if "eos_token_id" in tokens:
+        eos = tokens["eos_token_id"]
+        tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos)
+    return tokens
+
+
+def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Encoder inputs and generation options; what only training needs is left out."""
+    names = {name for encoder in model.encoders.values() for name in encoder.input_names}
+    inputs, options = {}, {}
+    for name, value in kwargs.items():
+        if name in ("labels", "decoder_targets"):
+            continue
+        (inputs if name in names or "." in name else options)[name] = value
+    return inputs, options
 
 
 def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,7 @@ class LossWeights:
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
+        others: weights of sub-terms that have no field here, by name.
         by_modality: factor on the alignment and denoising of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
@@ -79,6 +80,7 @@ class LossWeights:
     nll: float = 1.0
     alignment: float = 1.0
     denoising: float = 1.0
+    others: dict[str, float] = field(default_factory=dict)
     by_modality: dict[str, float] = field(default_factory=dict)
     alignment_kind: str = "l2"
     snr_gamma: float | None = None
@@ -91,8 +93,13 @@ class LossWeights:
         term, sub, *modality = name.split("/")
         weight = getattr(self, term)
         if term in TERMS:
-            weight *= getattr(self, sub.removeprefix("pooled_"))
+            weight *= getattr(self, sub) if hasattr(self, sub) else self.others.get(sub, 0.0)
         return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
+
+    @property
+    def pooled_alignment(self) -> float:
+        """A pooled condition is aligned with the weight of the others."""
+        return self.alignment
 
     @property
     def wants_media(self) -> bool:

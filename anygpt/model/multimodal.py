@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anygpt.cache.text_states import TextStates
+from anygpt.composition import Reader, Reading
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
 from anygpt.errors import InputError
-from anygpt.generation.decoding import GenerationMixin
+from anygpt.generation.decoding import check_request, generate
+from anygpt.generation.streaming import generate_stream
+from anygpt.losses.batch import find_losses
 from anygpt.losses.formulas import LossWeights, weighted_total
-from anygpt.losses.terms import Objectives
-from anygpt.model import saving, transformers_api
+from anygpt.losses.terms import compute_losses, count_losses, loss_names
+from anygpt.model import freezing, saving, transformers_api
 from anygpt.model.configuration import MultimodalConfig
-from anygpt.model.freezing import PartTraining
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
-from anygpt.sequence.signal_tokens import SignalTokens, Spans
+from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 
-class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, PreTrainedModel):
+class MultimodalModel(PreTrainedModel):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:
@@ -54,6 +55,18 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
     config_class = MultimodalConfig
     main_input_name = "input_ids"
 
+    generate = generate
+    generate_stream = generate_stream
+    check_request = check_request
+    count_losses = count_losses
+    loss_names = loss_names
+    parts = property(freezing.parts_of)
+    part_parameters = freezing.part_parameters
+    train_only = freezing.train_only
+    trainable_names = freezing.trainable_names
+    summarize_parts = freezing.summarize_parts
+    touch_trainable = freezing.touch_trainable
+    gradient_checkpointing_enable = freezing.gradient_checkpointing_enable
     save_pretrained = saving.save_pretrained
     from_pretrained = classmethod(saving.from_pretrained)
     own_tensors = saving.own_tensors
@@ -97,7 +110,7 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
         self.loss_weights = LossWeights()
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
-        self.init_part_training()
+        self.frozen = freezing.frozen_decoders(self)
         self.sources = saving.KnownSources(self)
         self.config = MultimodalConfig.of(self)
 
@@ -163,6 +176,21 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
                 raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")
         self.token_ids = dict(token_ids) if token_ids is not None else None
 
+    def train(self, part: str | bool = True, mode: bool = True) -> MultimodalModel:
+        """Train or freeze one part by name; or, given a bool or nothing, set torch's training mode.
+
+        Unfreezing a PEFT-wrapped part trains its adapters, not its base.
+
+        Raises:
+            InputError: unknown part; the known ones are listed.
+        """
+        if isinstance(part, str):
+            freezing.train_part(self, part, mode)
+        else:
+            super().train(part)
+            freezing.keep_frozen(self)
+        return self
+
     # ------------------------------------------------------------------------------------------------- the figure
 
     def forward(
@@ -176,7 +204,7 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
         return_logits: bool | None = None,
         loss_counts: Mapping[str, int] | None = None,
         generators: Mapping[str, list[torch.Generator]] | None = None,
-        text_states: Mapping[str, Tensor] | None = None,
+        text_states: Reader | None = None,
         **encoder_inputs: Any,
     ) -> MultimodalOutput:
         """Text and media in; logits, conditions and losses out.
@@ -194,8 +222,8 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
             return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
             loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
-            text_states: what `read_text` gave for these rows, in the place of running the language model. The losses
-                are the same; there are neither full logits nor hidden states.
+            text_states: reads the batch in the place of the language model, as `cache.TextStates` do; then there are
+                neither full logits nor hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
                 `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` stands in place of an encoder's others
                 (see `ModalEncoderModule.encode`).
@@ -204,33 +232,23 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
             InputError: an input that no encoder takes, or that several could take; placeholders and features, or
                 spans and targets, that do not match in number; `text_states` with `return_logits`.
         """
-        if return_logits and text_states is not None:
-            raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
-        return_logits = labels is None and text_states is None if return_logits is None else return_logits
+        full = labels is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
             features = self.encode(encoder_inputs)
-            text = self.embed(input_ids, attention_mask, labels, read=text_states is None)
+            text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
-            rows = self.loss_rows(merged.input_ids, merged.attention_mask, merged.labels, merged.media_in)
-            tap.select = None if return_logits or text_states is not None else rows.nll
-            logits, states = None, {}
-            needed = return_logits or self.loss_weights.wants_language_model  # else only encoders or decoders train
-            if needed and text_states is not None:
-                logits, states = self.use_text_states(text_states, rows)
-            elif needed:
-                logits, all_states = self.run_language_model(merged, encoder_inputs)
-                states = self.read_spans(merged, rows.spans, tap.hidden, all_states)
-        conditions = {key: self.decoders[key].condition(state) for key, state in states.items()}
-        chosen = logits[0] if logits is not None and not return_logits else logits
-        losses = self.compute_losses(merged, rows, chosen, conditions, decoder_targets or {}, generators or {})
-        loss = weighted_total(losses, self.loss_weights, loss_counts)
-        if self.training and loss is not None and torch.distributed.is_initialized():
-            loss = loss + self.touch_trainable()
+            batch = find_losses(self, merged, decoder_targets)
+            tap.select = None if full else batch.nll
+            read = text_states or MultimodalModel.read
+            needed = full or self.loss_weights.wants_language_model  # else only encoders or decoders train
+            reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()
+        conditions = {key: self.decoders[key].condition(states) for key, states in reading.states.items()}
+        losses = compute_losses(self, batch, reading, conditions, generators)
         return MultimodalOutput(
-            loss=loss,
+            loss=freezing.touched(self, weighted_total(losses, self.loss_weights, loss_counts)),
             losses=losses,
-            logits=logits if return_logits else None,
-            hidden_states=tap.hidden if text_states is None else None,
+            logits=reading.logits if full else None,
+            hidden_states=reading.hidden,
             conditions={key: condition.embeds for key, condition in conditions.items()},
             labels=merged.labels,
             attention_mask=merged.attention_mask,
@@ -245,18 +263,11 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
         by_encoder = self.assign_inputs(inputs)
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
 
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, read: bool = True
-    ) -> Merged:
-        """Token embeddings, those of signal tokens included, or zeros that take no memory, where nothing reads them.
-
-        Call inside `signal_tokens.attached`.
-        """
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
+        """Token embeddings, those of signal tokens included. Call inside `signal_tokens.attached`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embedding = self.language_model.get_input_embeddings()
-        nothing = embedding.weight.new_zeros(embedding.weight.shape[1]).expand(*input_ids.shape, -1)
-        embeds = embedding(input_ids) if read else nothing
+        embeds = self.language_model.get_input_embeddings()(input_ids)
         return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
 
     def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:
@@ -265,6 +276,12 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
         if self.token_ids is None:
             return prepend(text, features, items_per_row)
         return inject(text, features, self.token_ids)
+
+    def read(self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]) -> Reading:
+        """Logits where the tap selects, and what the output projectors read. Call inside `signal_tokens.attached`."""
+        logits, all_states = self.run_language_model(merged, encoder_inputs)
+        states = self.read_spans(merged, spans, tap.hidden, all_states)
+        return Reading(logits, states, tap.hidden, everywhere=tap.select is None)
 
     def run_language_model(
         self, merged: Merged, encoder_inputs: Mapping[str, Any]
@@ -306,19 +323,17 @@ class MultimodalModel(Objectives, TextStates, PartTraining, GenerationMixin, Pre
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        text_states: Mapping[str, Tensor] | None = None,
+        text_states: Reader | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """What the output projectors read in a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
-        if text_states is not None:
-            return {key: x for key in self.decoder_keys if len(x := text_states[f"{key}_decoder"])}
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
         with self.signal_tokens.attached(self.language_model) as tap:
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
-            rows = self.loss_rows(merged.input_ids, merged.attention_mask, None, merged.media_in)
-            tap.select = rows.nll
-            _, all_states = self.run_language_model(merged, inputs)
-        return self.read_spans(merged, rows.spans, tap.hidden, all_states)
+            batch = find_losses(self, merged)
+            tap.select = batch.nll
+            read = text_states or MultimodalModel.read
+            return read(self, merged, batch.spans, tap, inputs).states
 
     def read_spans(
         self,

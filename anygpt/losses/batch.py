@@ -1,0 +1,260 @@
+"""A merged batch as the losses see it: labelled tokens, pairs of features, targets of decoders, and their rows.
+
+Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from anygpt.composition import Composition
+from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.errors import InputError
+from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, info_nce, route, token_nll
+from anygpt.sequence.merging import IGNORE, Merged
+from anygpt.sequence.signal_tokens import Spans
+
+
+class WeightedModel(Composition, Protocol):
+    """A composition with the weights of its losses."""
+
+    loss_weights: LossWeights
+
+
+@dataclass
+class Labels:
+    """The label tokens of a batch.
+
+    Attributes:
+        rows, positions: `(M,)` int64, the places whose state predicts a label.
+        values: `(M,)` int64, the labels.
+        logits: `(M, V')`; missing while things are only counted.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    values: Tensor
+    has: frozenset[str] = frozenset()
+    logits: Tensor | None = None
+
+    def nll(self) -> Tensor:
+        return token_nll(self.logits, self.values)
+
+
+@dataclass
+class Pairs:
+    """Rows `(P,)` that hold both an encoder's features and what they are bound to."""
+
+    key: str
+    rows: Tensor
+    model: WeightedModel
+    merged: Merged
+    has: frozenset[str] = frozenset()
+
+    def info_nce(self) -> Tensor:
+        # In training all processes meet here, those without pairs too; in evaluation they may have different numbers
+        # of batches, and each takes its own.
+        weights = self.model.loss_weights
+        ours, bound = self._pool(self.key), self._pool(weights.binding)
+        return info_nce(ours, bound, weights.temperature, gather=self.model.training)
+
+    def _pool(self, key: str) -> Tensor:
+        """`(P, H)`: the mean, in each of the rows, of an encoder's projected features, or of the answer's embeddings.
+
+        The latter are what encoders are bound to; nothing trains them here.
+        """
+        labels = None if self.merged.labels is None else self.merged.labels[self.rows]
+        held = _features_in(self.model, self.merged.input_ids[self.rows], labels, key)[..., None]
+        features = self.merged.inputs_embeds[self.rows].float()
+        features = features if key in (self.model.token_ids or {}) else features.detach()
+        return (features * held).sum(dim=1) / held.sum(dim=1)
+
+
+@dataclass
+class Target:
+    """The `K` targets of one decoder, whose captions and media may be missing, or be there as encoded before.
+
+    Attributes:
+        key: the decoder's.
+        rows: `(K,)` int64.
+        given: see `MultimodalModel.forward`.
+        condition, generator: what the language model made for them, and one generator each; missing while things are
+            only counted.
+    """
+
+    key: str
+    rows: Tensor
+    given: Mapping[str, Any]
+    decoder: DiffusionDecoder
+    weights: LossWeights
+    condition: Condition | None = None
+    generator: list[Generator] | None = None
+
+    @cached_property
+    def has(self) -> frozenset[str]:
+        """What sub-terms may need: captions, media, a pooled condition, networks that train."""
+        kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
+        found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
+        return frozenset(found | set(self.decoder.trains) | ({"pooled"} if self.decoder.pooled_dim else set()))
+
+    @cached_property
+    def encoding(self) -> Condition:
+        """The decoder's own encoding of the captions."""
+        given = self.given.get("conditions")
+        encoding = Condition.of(self.decoder.encode_text(self.captions) if given is None else given)
+        return encoding if self.condition is None else encoding.to(self.condition.embeds.device)
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """The captions; where the decoder alone trains on them, some are dropped."""
+        captions = self.given.get("captions")
+        dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
+        if captions is None or not dropped or self.weights.wants("alignment", self.key):
+            return captions
+        return drop_captions(captions, self.weights, self.generator)
+
+    @cached_property
+    def reconstructions(self) -> dict[str, Tensor]:
+        return self.decoder.reconstruction_losses(self.given["media"], self.generator)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        if self.given.get("posterior") is not None:
+            mean, std = self.given["posterior"].to(self.decoder.device).unbind(1)
+            return self.decoder.sample_posterior(mean, std, self.generator)
+        return self.decoder.encode_media(self.given["media"], generator=self.generator)
+
+    def alignment(self) -> Tensor:
+        return caption_alignment(self.condition.embeds, self.encoding.embeds, self.weights.alignment_kind)
+
+    def pooled_alignment(self) -> Tensor:
+        pooled = (self.condition.pooled[:, None], self.encoding.pooled[:, None])
+        return caption_alignment(*pooled, self.weights.alignment_kind)
+
+    def reconstruction(self, network: str) -> Tensor:
+        return self.reconstructions[network]
+
+    def denoising(self, condition: Condition) -> Tensor:
+        gamma = self.weights.snr_gamma
+        return self.decoder.denoising_loss(condition, self.latents, generator=self.generator, snr_gamma=gamma)
+
+
+@dataclass
+class LossBatch:
+    """Where the losses of a batch are taken.
+
+    Attributes:
+        terms: the term of each row.
+        labels: those whose likelihood is a loss.
+        spans: the signal spans of each decoder.
+        pairs: by encoder.
+        targets: by decoder.
+    """
+
+    terms: list[str]
+    labels: Labels
+    spans: dict[str, Spans]
+    pairs: dict[str, Pairs]
+    targets: dict[str, Target]
+
+    @property
+    def nll(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions `(M,)` where logits are needed."""
+        return self.labels.rows, self.labels.positions
+
+    def __iter__(self) -> Iterator[tuple[str, Labels | Pairs | Target]]:
+        """All that has losses with its key, which is empty for the labels."""
+        yield "", self.labels
+        yield from self.pairs.items()
+        yield from self.targets.items()
+
+
+def find_losses(
+    model: WeightedModel, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
+) -> LossBatch:
+    """Find labels, spans and pairs in a merged batch; nothing is computed.
+
+    Labels on learned queries are left out: nothing says them.
+
+    Raises:
+        InputError: targets of an unknown decoder, or other than as many as signal spans.
+    """
+    ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
+    spans = {key: signals.find_spans(ids, key) for key in signals.ids}
+    media_out = torch.zeros_like(merged.media_in)
+    for found in spans.values():
+        media_out[found.rows] = True
+    if labels is None or not weights.wants("nll"):
+        labels = torch.full_like(ids, IGNORE)
+    queries = torch.tensor(signals.query_ids, device=ids.device, dtype=ids.dtype)
+    at = label_positions(labels.masked_fill(torch.isin(ids, queries), IGNORE), merged.attention_mask)
+    return LossBatch(
+        route(merged.media_in, media_out),
+        Labels(*at, labels[at[0], at[1] + 1]),
+        spans,
+        {key: Pairs(key, rows, model, merged) for key, rows in _bound_pairs(model, ids, merged.labels).items()},
+        {key: _make_target(model, key, target, spans) for key, target in (targets or {}).items()},
+    )
+
+
+def label_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
+
+    Nothing is predicted from padding: a row's first token has no loss, whether padding stands before it or not.
+    """
+    return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+
+
+def _bound_pairs(model: WeightedModel, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Rows that hold features of an encoder and what binds them; none unless the `encoder` term is wanted."""
+    binding = model.loss_weights.binding
+    if not model.loss_weights.encoder or model.token_ids is None:
+        return {}
+    known = (*model.token_ids, TEXT)
+    if binding not in known:
+        raise InputError(f"loss.binding is {binding!r}, which is no encoder; expected one of {', '.join(known)}")
+    bound = _features_in(model, input_ids, labels, binding).any(dim=1)
+    others = {key: token for key, token in model.token_ids.items() if key != binding}
+    return {key: (bound & (input_ids == token).any(dim=1)).nonzero()[:, 0] for key, token in others.items()}
+
+
+def _features_in(model: Composition, input_ids: Tensor, labels: Tensor | None, key: str) -> Tensor:
+    """`(B, S)`, where an encoder's features are, or, for `text`, what carries a label, signal tokens apart."""
+    if key in (model.token_ids or {}):
+        return input_ids == model.token_ids[key]
+    if labels is None:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    signals = [i for span in model.signal_tokens.ids.values() for i in span]
+    return (labels != IGNORE) & ~torch.isin(input_ids, torch.tensor(signals, device=input_ids.device))
+
+
+def _make_target(model: WeightedModel, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> Target:
+    """Targets must be of a known decoder, and as many as its signal spans."""
+    if key not in model.decoder_keys:
+        raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")
+    if key not in spans:
+        raise InputError(
+            f"there are targets for {key!r}, but the model does not know its signal tokens' ids; build the "
+            "MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
+        )
+    for name, values in given.items():
+        if values is not None and len(values) != len(spans[key]):
+            raise InputError(
+                f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
+                "one, in the order of the batch"
+            )
+    return Target(key, spans[key].rows, given, model.decoders[key].module, model.loss_weights)
+
+
+def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:
+    """The captions, each made empty with the chance `weights.caption_dropout`, drawn from its target's generator."""
+    if not weights.caption_dropout:
+        return captions
+    draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]
+    return ["" if draw < weights.caption_dropout else text for text, draw in zip(captions, draws, strict=True)]
