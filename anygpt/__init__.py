@@ -1,6 +1,11 @@
 """Any-to-any multimodal language models from pretrained Hugging Face parts."""
 
 import logging
+import os
+
+# Read by OpenMP when torch is loaded. Its threads that wait for work would keep their cores busy; where another program
+# wants one of these, every operation then waits for the scheduler, and small models take a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # diffusers imports image processors whose default needs torchvision. Nothing here does: the PIL versions are what we
 # want, so the two notes about them at every start say nothing new.

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 python=.venv/bin/python
 # Unset, accelerate takes one thread; many have too little to do in so small parts.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}"

@@ -27,7 +27,11 @@ class Aborted(RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGINT came; the run was checkpointed. The exit code is 128 + the signal's number."""
+    """A signal came, and the run was checkpointed, as `line` says. The exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int, line: str):
+        super().__init__(128 + number)
+        self.line = line
 
 
 @contextlib.contextmanager

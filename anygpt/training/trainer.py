@@ -262,8 +262,9 @@ class Trainer:
                     if self.accelerator.is_main_process:
                         remove_old(self.folder, self.config)
             if interrupted and not last:
-                log.say(f"interrupted; checkpoint after update {self.done} written, the same command continues from it")
-                raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+                line = f"interrupted; checkpoint after update {self.done} written, the same command continues from it"
+                log.say(line)
+                raise Interrupted(caught[0] if caught else signal.SIGTERM, line)
         if not moved:
             raise InputError(
                 "no gradient reached anything that trains, in no update: the data has nothing for the parts that "
