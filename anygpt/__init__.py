@@ -25,10 +25,13 @@ from anygpt.decoders import (
     StableDiffusionXLDecoder,
     ZeroscopeDecoder,
 )
+from anygpt.decoders.loading import load_decoder
 from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
+from anygpt.encoders.loading import load_encoder
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.model.configuration import MultimodalConfig
+from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.transformers_api import register
 from anygpt.processing.processor import MultimodalProcessor
@@ -56,4 +59,8 @@ __all__ = [
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
     "ZeroscopeDecoder",
+    "load_decoder",
+    "load_encoder",
+    "load_language_model",
+    "load_tokenizer",
 ]

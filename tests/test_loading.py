@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
+from tiny_pipelines import audioldm, stable_diffusion, stable_diffusion_3, zeroscope
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from anygpt import InputError
-from anygpt.model.parts import load_encoder, load_language_model
+from anygpt.model.parts import load_decoder, load_encoder, load_language_model
 
 
 @pytest.fixture
@@ -83,3 +84,29 @@ def test_many_faults_are_counted(llama):
     change(llama, lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n])
     with pytest.raises(InputError, match=r"it lacks model\.layers\.1\.\S+, .* and 4 more"):
         load_language_model(llama)
+
+
+PIPELINES = {"image": stable_diffusion, "video": zeroscope, "audio": audioldm, "image, SD 3": stable_diffusion_3}
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_every_network_of_a_pipeline_is_its_checkpoint(make, tmp_path):
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path)
+    for name, network in pipeline.components.items():
+        if not isinstance(network, torch.nn.Module):
+            continue
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, decoder.get_submodule(name).state_dict()[key]), f"{name}.{key}"
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        stored = sorted(load_file(file))
+        for lost in (stored[0], stored[len(stored) // 2]):
+            kept = load_file(file)
+            save_file({n: t for n, t in kept.items() if n != lost}, file, metadata={"format": "pt"})
+            with pytest.raises(InputError, match=f"{name}/{file.name} is not what a .* it lacks {lost}"):
+                load_decoder(tmp_path)
+            save_file(kept | {"stray": torch.ones(1)}, file, metadata={"format": "pt"})
+            with pytest.raises(InputError, match=f"{name}/{file.name} is not what a .* it has left over stray"):
+                load_decoder(tmp_path)
+            save_file(kept, file, metadata={"format": "pt"})

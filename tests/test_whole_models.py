@@ -6,11 +6,13 @@ import random
 
 import pytest
 import torch
+from tiny_parts import IMAGEBIND
 from whole_models import WHOLE_MODELS, rewrite
 
 from anygpt import InputError
 from anygpt.encoders import FAMILIES
-from anygpt.model.parts import load_encoder, load_language_model
+from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
+from anygpt.model.parts import load_encoder, load_encoder_processor, load_language_model
 
 
 def by_label(whole):
@@ -86,3 +88,16 @@ def test_a_language_model_that_lacks_a_tensor_is_refused_by_name(whole, tmp_path
         rewrite(folder, lambda _, name=name: {n: t for n, t in kept["all"].items() if n != name})
         with pytest.raises(InputError, match=f" {name}"):
             load_language_model(folder)
+
+
+@pytest.mark.parametrize("feature", ["embedding", "tokens"])
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+def test_a_tower_out_of_imagebind(modality, feature, tmp_path):
+    model = ImageBindModel(ImageBindConfig(**IMAGEBIND))
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path, modality, feature=feature)
+    expected = model.state_dict()
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert encoder.config.feature == feature
+    assert load_encoder_processor(tmp_path, modality) is not None

@@ -312,4 +312,9 @@ WHOLE_MODELS = [
         _of("VideoMAEForVideoClassification", "VideoMAEConfig", **VISION, num_frames=4, tubelet_size=2),
         "videomae.",
     ),
+    *(
+        WholeModel(f"ImageBind's {e.modality} encoder", e.modality, e.build, "")
+        for e in ENCODERS
+        if e.label == "ImageBind"
+    ),
 ]

@@ -20,10 +20,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from anygpt.decoders.denoising import DenoisingLoss, Generators, check_generators
+from anygpt.decoders.pipelines import load_pipeline
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.sampling import Condition, Sampling
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
+from anygpt.parts.files import Place
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +73,25 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
     def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> DiffusionDecoder:
         """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
 
-        `kwargs` that the family's constructor names go there, the others (`torch_dtype`, `revision`, …) to the
-        pipeline's `from_pretrained`. Only safetensors are read: pickled weights are refused.
+        `kwargs` that the family's constructor names go there, those of `Place` (`revision`, `subfolder`, `variant`,
+        `weights`) and the hub's (`cache_dir`, `token`, …) say where to look, and the others (`torch_dtype`, …) go to
+        the pipeline's `from_pretrained`. Pickled weights are refused unless `weights="any"`; code in them always is.
 
         Raises:
-            InputError: no pipeline there, one of another or an unknown class, or weights that are not safetensors.
+            InputError: no pipeline there, one of another or an unknown class, or files that do not hold exactly its
+                networks' tensors.
         """
         if kwargs.pop("use_safetensors", True) is not True:
-            raise InputError(f"{path_or_id}: use_safetensors can only be True, as pickled weights are never read.")
-        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
-        try:
-            config = DiffusionPipeline.load_config(str(path_or_id), **hub)
-            class_name = config["_class_name"]
-        except (OSError, KeyError) as error:
+            raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
+        hub = {k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs}
+        where = {k: kwargs.pop(k) for k in ("revision", "subfolder", "variant", "weights") if k in kwargs}
+        place = Place(str(path_or_id), **{k: v for k, v in where.items() if v is not None}, hub=hub)
+        config = place.json("model_index.json")
+        class_name = (config or {}).get("_class_name")
+        if class_name is None:
             raise InputError(
-                f"No diffusers pipeline at {str(path_or_id)!r}: expected a folder with a model_index.json, or a hub id "
-                f"({str(error).splitlines()[0]})."
-            ) from error
+                f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id."
+            )
         found = cls if hasattr(cls, "pipeline_class") else DiffusionDecoder._registry.get(str(class_name))
         if found is None:
             raise InputError(
@@ -100,19 +104,8 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
                 "name a folder of that kind, or use DiffusionDecoder.from_pretrained."
             )
         settings = {name: kwargs.pop(name) for name in found._setting_names() if name in kwargs}
-        saved = Path(path_or_id, SETTINGS_FILE)
-        if saved.is_file():
-            settings = {**json.loads(saved.read_text()), **settings}
-        # diffusers saves a pipeline without a part (SD 3's T5), but loads it only when told that it is to be without.
-        absent = {name: None for name, part in config.items() if part == [None, None]}
-        try:
-            pipeline = found.pipeline_class.from_pretrained(str(path_or_id), use_safetensors=True, **absent | kwargs)
-        except OSError as error:
-            raise InputError(
-                f"{path_or_id}: could not load every part from safetensors ({str(error).splitlines()[0]}); pickled "
-                "weights are refused, so name a revision that has safetensors, or convert them where you trust them."
-            ) from error
-        return found(pipeline, **settings)
+        settings = (place.json(SETTINGS_FILE) or {}) | settings
+        return found(load_pipeline(found.pipeline_class, config, place, **kwargs), **settings)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the pipeline (safetensors) and this decoder's own settings into the folder `path`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
 
     def build() -> nn.Module:
         whole = AutoConfig.from_pretrained(source.folder, **source.where)
-        config, family, names = _find_encoder(whole, modality)
+        config, family, names = _find_encoder(whole, modality, source.feature)
         cls = family.load_class()
         encoder = load_network(
             MODEL_MAPPING[type(config)] if cls is AutoModel else cls,
@@ -62,36 +63,43 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
 
 
 def _find_encoder(
-    config: PreTrainedConfig, modality: str
-) -> tuple[PreTrainedConfig, EncoderFamily, dict[str, str | None]]:
+    config: PreTrainedConfig, modality: str, feature: str | None
+) -> tuple[PreTrainedConfig, EncoderFamily, Mapping[str, str | None]]:
     """An encoder's own config, its family, and what its tensors are called in the files."""
     whole = WHOLE_MODELS.get(config.model_type)
-    names: dict[str, str | None] = {}
+    own = config
     if whole is not None:
-        if is_heard(whole.modality) != is_heard(modality):
-            raise InputError(f"the encoder in a {config.model_type!r} model reads {whole.modality}, not {modality}")
-        names = dict(whole.names)
-        config = whole.config(config)
-    family = FAMILIES.get(config.model_type)
+        if whole.heard is not None and whole.heard != is_heard(modality):
+            raise InputError(f"the encoder in a {config.model_type!r} model does not read {modality}")
+        own = whole.config(config, modality)
+    if feature is not None:
+        if not hasattr(own, "feature"):
+            raise InputError(f"feature is {feature!r}, but a {own.model_type!r} encoder has no such choice")
+        own = type(own)(**own.to_dict() | {"feature": feature})
+    family = FAMILIES.get(own.model_type)
     if family is None:
         raise InputError(
-            f"{config.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}, or "
+            f"{own.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}, or "
             f"a whole model with one in it: {', '.join(sorted(WHOLE_MODELS))}"
         )
     if whole is None:
-        return config, family, dict(family.names)
+        return own, family, family.names
+    names = whole.names(own) if callable(whole.names) else whole.names
     # a tower may itself be stored as in a checkpoint of its own
     inner = {f"{p}{q}": r for p, new in names.items() if new == "" for q, r in family.names.items()}
-    return config, family, inner | names
+    return own, family, {**inner, **names}
 
 
 def load_encoder_processor(path: str | Path | Source, modality: str, **options: Any) -> Any:
     """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
     source = Source.of(path, options)
+    config = load(source, "config", lambda: AutoConfig.from_pretrained(source.folder, **source.where))
+    whole = WHOLE_MODELS.get(config.model_type)
+    if whole is not None and whole.processor is not None:
+        return whole.processor(modality)
     auto = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
     processor = load(source, f"{modality} processor", lambda: auto.from_pretrained(source.folder, **source.where))
     if is_timed(modality):
-        config = load(source, "config", lambda: AutoConfig.from_pretrained(source.folder, **source.where))
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor

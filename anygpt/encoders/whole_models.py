@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 from transformers import PreTrainedConfig, ViTConfig
+
+from anygpt.encoders.imagebind import processor_for
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,17 @@ class Whole:
     """An encoder inside a whole model.
 
     Attributes:
-        modality: what the encoder reads: `image` (frames of clips too) or `audio`.
-        config: the encoder's config out of the whole model's.
+        config: the encoder's config out of the whole model's, for a modality.
         names: new beginning of a tensor's name by the one in the files, the longest that fits; None for tensors of the
-            rest of the model. A tensor that fits nowhere is left over, an error.
+            rest of the model. A tensor that fits nowhere is left over, an error. Or a function of the encoder's config.
+        heard: whether the encoder reads sounds (None: one encoder for each modality).
+        processor: makes the processor of a modality, where the folder holds none.
     """
 
-    modality: str
-    config: Callable[[PreTrainedConfig], PreTrainedConfig]
-    names: Mapping[str, str | None]
+    config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
+    names: Mapping[str, str | None] | Callable[[PreTrainedConfig], Mapping[str, str | None]]
+    heard: bool | None = False
+    processor: Callable[[str], Any] | None = None
 
 
 def _tower(name: str, *others: str) -> dict[str, str | None]:
@@ -35,42 +39,55 @@ def _tower(name: str, *others: str) -> dict[str, str | None]:
     return {f"model.{name}.": "", f"{name}.": "", **dict.fromkeys(rest)}
 
 
-def _vit_of_mae(config: PreTrainedConfig) -> PreTrainedConfig:
+def _vit_of_mae(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
     """A masked autoencoder's encoder is a ViT; its own class would leave out patches at random."""
     return ViTConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 
-_VISION, _AUDIO = attrgetter("vision_config"), attrgetter("audio_config")
+def _vision(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
+    return config.vision_config
+
+
+def _audio(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
+    return config.audio_config
+
+
 _DUAL_IMAGE = {
     "vision_model.": "",
     **dict.fromkeys(("text_model.", "visual_projection.", "text_projection.", "logit_", "classifier.")),
 }
 WHOLE_MODELS: dict[str, Whole] = {
-    "clip": Whole("image", _VISION, _DUAL_IMAGE),
-    "siglip": Whole("image", _VISION, _DUAL_IMAGE),
-    "siglip2": Whole("image", _VISION, _DUAL_IMAGE),
-    "llava": Whole("image", _VISION, _tower("vision_tower")),
-    "llava_next": Whole("image", _VISION, _tower("vision_tower", "image_newline")),
-    "llava_onevision": Whole("image", _VISION, _tower("vision_tower", "image_newline")),
-    "mistral3": Whole("image", _VISION, _tower("vision_tower")),
-    "gemma3": Whole("image", _VISION, _tower("vision_tower")),
-    "paligemma": Whole("image", _VISION, _tower("vision_tower")),
-    "internvl": Whole("image", _VISION, _tower("vision_tower")),
-    "qwen2_vl": Whole("image", _VISION, _tower("visual")),
-    "qwen2_5_vl": Whole("image", _VISION, _tower("visual")),
-    "vit_mae": Whole("image", _vit_of_mae, {"vit.": "", "decoder.": None}),
+    "clip": Whole(_vision, _DUAL_IMAGE),
+    "siglip": Whole(_vision, _DUAL_IMAGE),
+    "siglip2": Whole(_vision, _DUAL_IMAGE),
+    "llava": Whole(_vision, _tower("vision_tower")),
+    "llava_next": Whole(_vision, _tower("vision_tower", "image_newline")),
+    "llava_onevision": Whole(_vision, _tower("vision_tower", "image_newline")),
+    "mistral3": Whole(_vision, _tower("vision_tower")),
+    "gemma3": Whole(_vision, _tower("vision_tower")),
+    "paligemma": Whole(_vision, _tower("vision_tower")),
+    "internvl": Whole(_vision, _tower("vision_tower")),
+    "qwen2_vl": Whole(_vision, _tower("visual")),
+    "qwen2_5_vl": Whole(_vision, _tower("visual")),
+    "vit_mae": Whole(_vit_of_mae, {"vit.": "", "decoder.": None}),
     "clap": Whole(
-        "audio",
-        _AUDIO,
+        _audio,
         {
             "audio_model.": "",
             **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_")),
         },
+        heard=True,
     ),
-    "qwen2_audio": Whole("audio", _AUDIO, _tower("audio_tower")),
+    "qwen2_audio": Whole(_audio, _tower("audio_tower"), heard=True),
     "phi4_multimodal": Whole(
-        "audio",
-        _AUDIO,
+        _audio,
         {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))},
+        heard=True,
+    ),
+    "imagebind": Whole(
+        lambda config, modality: config.encoder_of(modality),
+        lambda config: config.left_out(),
+        heard=None,
+        processor=processor_for,
     ),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from peft import PeftModel
 from torch import nn
 
 from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.loading import load_decoder
 from anygpt.encoders.callbacks import SavedCallback
 from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.model.language_models import load_language_model, load_tokenizer
-from anygpt.parts.source import Source, load
+from anygpt.parts.source import Source
 
 __all__ = [
     "Source",
@@ -36,18 +36,6 @@ __all__ = [
 
 # A checkpoint's config names classes; it may name none outside these packages.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
-
-
-def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
-    """A decoder of a pipeline; options are the other fields of `Source`, as in a YAML."""
-    source = Source.of(path, options)
-    given = {"torch_dtype": source.torch_dtype} if source.dtype else {}
-    given |= {"num_frames": source.num_frames} if source.num_frames else {}
-    return load(
-        source,
-        "decoder",
-        lambda: DiffusionDecoder.from_pretrained(source.folder, revision=source.revision, **given),
-    )
 
 
 def source_of(part: nn.Module) -> Source | None:

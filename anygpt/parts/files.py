@@ -10,12 +10,13 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -40,6 +41,7 @@ class Place:
         subfolder: where the network lies in it; "" for the folder itself.
         variant: as in `model.fp16.safetensors`; files without it where there are none with it.
         weights: `safetensors`, or `any` to read pickled tensors where there are no safetensors.
+        hub: `cache_dir`, `token`, … of a hub id.
     """
 
     path: str
@@ -47,13 +49,14 @@ class Place:
     subfolder: str = ""
     variant: str | None = None
     weights: str = "safetensors"
+    hub: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.path}/{self.subfolder}" if self.subfolder else str(self.path)
 
     def inside(self, subfolder: str) -> Place:
         joined = f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder
-        return Place(self.path, self.revision, joined, self.variant, self.weights)
+        return replace(self, subfolder=joined)
 
     def file(self, name: str) -> Path | None:
         """A file's path, downloaded where it has to be; None if it is not there."""
@@ -65,8 +68,23 @@ class Place:
             _raise_exceptions_for_gated_repo=True,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
+            **self.hub,
         )
         return Path(found) if found else None
+
+    def folder_without_weights(self) -> Path:
+        """The folder, downloaded where it has to be, but for tensors."""
+        if Path(self.path).is_dir():
+            return Path(self.path, self.subfolder)
+        inside = f"{self.subfolder}/" if self.subfolder else ""
+        folder = snapshot_download(
+            self.path,
+            revision=self.revision,
+            allow_patterns=[f"{inside}*"],
+            ignore_patterns=[f"*{suffix}" for suffix in (*SAFETENSORS, *PICKLES, ".msgpack", ".onnx", ".h5", ".ckpt")],
+            **self.hub,
+        )
+        return Path(folder, self.subfolder)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's content; None if it is not there."""
@@ -145,8 +163,8 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
             return Weights(place, entry, _files_of(place, entry, names or {}), variant)
     if place.weights != "any" and (found := _first(place, PICKLES, place.variant) or _first(place, PICKLES, None)):
         raise InputError(
-            f"{place} has its weights as {found.name} only, which is a pickle; set weights: any to read its tensors "
-            "(no code in it is run), or name a revision that has safetensors"
+            f"{place} has its weights as {found.name} only, and pickled weights are refused by default; set weights: "
+            "any to read their tensors (code in them is never run), or name a revision that has safetensors"
         )
     raise InputError(f"{place} has no weights; expected model.safetensors, diffusion_pytorch_model.safetensors, …")
 

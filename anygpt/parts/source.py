@@ -35,6 +35,7 @@ class Source:
             models.
         num_frames: frames of a clip, for video encoders and decoders.
         pool_frames: one feature a frame, where an image encoder reads clips (see `VideoEncoder`).
+        feature: what an encoder with a choice gives, as ImageBind's `embedding` or `tokens`.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Source:
     quantization_config: dict[str, Any] | None = None
     num_frames: int | None = None
     pool_frames: bool | None = None
+    feature: str | None = None
 
     def __post_init__(self) -> None:
         self.path = str(self.path)

@@ -1,0 +1,92 @@
+"""A diffusers pipeline whose every network is filled from its files, with a report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from anygpt.errors import InputError
+from anygpt.parts.files import Place, find_weights
+from anygpt.parts.networks import check_report, load_network
+
+DTYPE = torch.float32  # of pipelines, as diffusers has it, whatever the files' own is
+
+
+def load_pipeline(
+    cls: type[DiffusionPipeline], index: Mapping[str, Any], place: Place, **options: Any
+) -> DiffusionPipeline:
+    """The pipeline at `place`.
+
+    Args:
+        cls: its class.
+        index: content of its `model_index.json`.
+        place: where it lies.
+        options: of diffusers' `from_pretrained`: `torch_dtype`, components to use in place of the files', …
+
+    Raises:
+        InputError: a network whose files do not hold exactly its tensors.
+    """
+    dtype = options.get("torch_dtype") or DTYPE
+    given: dict[str, Any] = {}
+    for name, entry in index.items():
+        if not isinstance(entry, (list, tuple)) or name in options:
+            continue
+        if list(entry) == [None, None]:
+            given[name] = None  # saved without it (SD 3's T5), but it is only left out when told to be
+            continue
+        network = _class_of(*entry)
+        if network is not None:
+            given[name] = _load(network, place.inside(name), dtype)
+    folder = place.folder_without_weights()
+    return cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
+
+
+def _class_of(library: str, name: str) -> type[nn.Module] | None:
+    """The class of a network; None of what has no weights."""
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
+        diffusers.pipelines, library, None
+    )
+    cls = getattr(home, name, None)
+    if cls is None:
+        raise InputError(f"its model_index.json names {library}.{name}, which this version of {library} does not have")
+    return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
+
+
+def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
+    if not issubclass(cls, ModelMixin):
+        config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
+        return load_network(cls, config, place, dtype=dtype)
+    weights = find_weights(place)
+    with _quietly():
+        network, info = cls.from_pretrained(
+            place.path,
+            revision=place.revision,
+            subfolder=place.subfolder,
+            variant=weights.variant,
+            use_safetensors=not weights.pickled,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            **place.hub,
+        )
+    check_report(weights, cls, {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]})
+    return network
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without diffusers' warnings of what is left over: ours is an error."""
+    reports = logging.getLogger("diffusers.models.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reports.setLevel(level)
