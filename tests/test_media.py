@@ -1,6 +1,7 @@
 """Media files, sound and broken ones, into arrays and back."""
 
 import wave
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -132,7 +133,8 @@ def test_frames_are_evenly_spaced_and_the_length_is_kept(tmp_path, suffix):
 def test_a_wrong_frame_count_in_the_header_is_found_out(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", grey_frames(21), None)
     for count in (100, 5):
-        monkeypatch.setattr(videos, "_video_header", lambda path, limits, n=count: videos.Header(32 * 48, n))
+        header = videos.Header(32 * 48, [Fraction(i, 10) for i in range(count)], Fraction(count, 10))
+        monkeypatch.setattr(videos, "_video_header", lambda path, limits, header=header: header)
         assert frame_numbers(read_video(path, num_frames=3).frames) == [0, 10, 20]
         assert frame_numbers(read_video(path).frames) == list(range(21))
 
@@ -263,7 +265,9 @@ def test_samples_are_what_ffmpeg_converts_them_to(tmp_path, suffix, codec, kind,
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("fltp")
         expected = [y.to_ndarray() for x in container.decode(audio=0) for y in resampler.resample(x)]
-    np.testing.assert_array_equal(read_audio(path).waveform, np.clip(np.concatenate(expected, axis=1), -1, 1))
+    expected = np.concatenate(expected, axis=1)
+    assert np.abs(expected).max() < 2
+    np.testing.assert_array_equal(read_audio(path).waveform, expected / max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("aac", "m4a"), ("pcm_s16le", "wav"), ("pcm_s64le", "wav")])
@@ -296,9 +300,19 @@ def float_wav(path: Path, samples: np.ndarray) -> Path:
     return path
 
 
-def test_float_samples_are_clipped_and_nan_is_refused(tmp_path):
-    loud = read_audio(float_wav(tmp_path / "loud.wav", np.array([0.25, 1.5, -1.5])))
-    assert loud.waveform.tolist() == [[0.25, 1, -1]]
+def test_float_samples_have_the_range_that_is_evident(tmp_path):
+    """Nothing is clipped: a little beyond 1 is divided by the peak, integers' ranges by theirs, others are refused."""
+    for samples, top in (
+        ([0.25, 1.5, -1.5], 1.5),
+        ([0.5, 16384, -16384], 2**15),
+        ([1, -8e6], 2**23),
+        ([2e9, 1], 2**31),
+    ):
+        loud = read_audio(float_wav(tmp_path / "loud.wav", np.array(samples)))
+        np.testing.assert_allclose(loud.waveform[0], np.float32(samples) / top, rtol=1e-6)
+    for peak in (4.0, 127.0, 1e10):
+        with pytest.raises(InputError, match="their range is not known"):
+            read_audio(float_wav(tmp_path / "bad.wav", np.array([0, peak])))
     for bad in (np.nan, np.inf):
         with pytest.raises(InputError, match="NaN or infinite"):
             read_audio(float_wav(tmp_path / "bad.wav", np.array([0, bad])))
@@ -321,8 +335,10 @@ def test_files_that_are_not_media(tmp_path, kind):
         READERS[kind](tmp_path)
     with pytest.raises(InputError, match="it is empty"):
         READERS[kind](tmp_path / "empty")
-    for name in ("text.jpg", "list.mp4", "concat.wav"):
-        with pytest.raises(InputError, match=f"{name} cannot be read as"):
+    with pytest.raises(InputError, match=r"text.jpg cannot be read as"):
+        READERS[kind](tmp_path / "text.jpg")
+    for name in ("list.mp4", "concat.wav"):
+        with pytest.raises(InputError, match=f"{name} is a playlist, which is not read here"):
             READERS[kind](tmp_path / name)
 
 

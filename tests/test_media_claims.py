@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import itertools
 import math
 import os
 import re
@@ -19,8 +19,7 @@ from PIL import Image
 
 from anygpt.data import read_media
 from anygpt.errors import InputError
-from anygpt.media.files import MediaLimits, open_container
-from anygpt.media.packets import cut_within, frame_length
+from anygpt.media.files import Audio, MediaLimits, open_container
 from anygpt.media.writing import write_video
 
 SOUNDS = {
@@ -36,6 +35,7 @@ SOUNDS = {
     "a.aac": "aac",
     "a.mpg": "mp2",
 }
+UNTOLD = ("a.opus", "a.mp2", "a.mpg", "b.mpg", "a.vob", "a.wmv", "a.ts", "a.m2ts")
 CLIPS = {
     "a.mkv": "libx264",
     "a.webm": "libvpx-vp9",
@@ -63,11 +63,15 @@ def encode_clip(path: Path, codec: str) -> None:
         container.mux(stream.encode())
 
 
-def encode_sound(path: Path, codec: str, rate: int = 48_000, bit_rate: int = 64_000, **options: str) -> None:
+def encode_sound(
+    path: Path, codec: str, rate: int = 48_000, bit_rate: int = 64_000, seconds: int = 1, **options: str
+) -> None:
     with av.open(str(path), "w", container_options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
         stream.bit_rate = bit_rate
-        frame = av.AudioFrame.from_ndarray(np.sin(np.arange(rate)[None] * 0.1, dtype=np.float32), "fltp", "mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.sin(np.arange(seconds * rate)[None] * 0.1, dtype=np.float32), "fltp", "mono"
+        )
         frame.rate, frame.pts = rate, 0
         fifo = AudioFifo()
         for piece in av.AudioResampler(format=stream.format.name, layout="mono", rate=rate).resample(frame):
@@ -79,20 +83,29 @@ def encode_sound(path: Path, codec: str, rate: int = 48_000, bit_rate: int = 64_
 
 @pytest.mark.parametrize("name", [*SOUNDS, *CLIPS, "a.gif"])
 def test_a_missing_tail_is_an_error(tmp_path, name):
-    """FFmpeg and Pillow would give what there is."""
+    """FFmpeg and Pillow would give what there is, but they tell: by an error, a corrupt packet or frame, a stated
+    length. Of some streams nothing tells when they are cut between two packets; these give less."""
     path = tmp_path / name
     kind = "audio" if name in SOUNDS else "video"
     if name == "a.gif":
         pictures = [Image.fromarray(frame) for frame in noise(20, 64, 64, 3)]
         pictures[0].save(path, save_all=True, append_images=pictures[1:])
     else:
-        (encode_sound if kind == "audio" else encode_clip)(path, (SOUNDS | CLIPS)[name])
-    read_media(kind, path)
+        encode_sound(path, SOUNDS[name], seconds=3) if kind == "audio" else encode_clip(path, CLIPS[name])
+    all_there = length(read_media(kind, path))
     content = path.read_bytes()
-    for share in (0.3, 0.5, 0.9):
+    for share in (0.3, 0.5, 0.8):
         path.write_bytes(content[: int(len(content) * share) + 10])  # MPEG-TS shows it only within a packet
-        with pytest.raises(InputError, match=name):
-            read_media(kind, path)
+        if name in UNTOLD:
+            with contextlib.suppress(InputError):
+                assert length(read_media(kind, path)) < (share + 0.15) * all_there
+        else:
+            with pytest.raises(InputError, match=f"{name} cannot be read as"):
+                read_media(kind, path)
+
+
+def length(medium) -> int:
+    return medium.waveform.shape[1] if isinstance(medium, Audio) else len(medium.frames)
 
 
 def test_what_only_looks_cut_off(tmp_path):
@@ -125,48 +138,11 @@ def test_what_only_looks_cut_off(tmp_path):
     assert read_media("image", tmp_path / "a.bmp").size == (1440, 1080)
 
 
-@pytest.mark.parametrize(
-    ("codec", "rate", "bit_rate"),
-    [
-        ("mp2", 48_000, 384_000),
-        ("mp2", 44_100, 160_000),
-        ("mp2", 22_050, 56_000),
-        ("mp3", 44_100, 128_000),
-        ("mp3", 32_000, 320_000),
-        ("mp3", 22_050, 24_000),
-        ("mp3", 8_000, 16_000),
-        ("aac", 44_100, 64_000),
-    ],
-)
-def test_frames_of_sound_are_as_long_as_their_headers_say(tmp_path, codec, rate, bit_rate):
-    """Without a header that says how long the file is; a cut is found wherever it is, but between two frames."""
-    path = tmp_path / f"a.{codec}"  # of ADTS, where it is AAC
-    encode_sound(path, codec, rate, bit_rate, **({"write_xing": "0", "id3v2_version": "0"} if codec == "mp3" else {}))
-    content, ends = path.read_bytes(), [0]
-    while ends[-1] < len(content):
-        ends.append(ends[-1] + frame_length(content[ends[-1] : ends[-1] + 6]))
-        assert ends[-1] > ends[-2]
-    assert ends[-1] == len(content) and len(ends) > 10
-    for begin, end in itertools.pairwise(ends[6:]):
-        assert cut_within(io.BytesIO(content[:end]), content[:512], end) is None
-        for cut in {end - 1, (begin + end) // 2, begin + 6} & set(range(begin + 6, end)):  # its length is in six bytes
-            assert cut_within(io.BytesIO(content[:cut]), content[:512], cut) == "a frame"
-
-
-def test_a_tag_tells_nothing_of_what_follows(tmp_path):
-    """Before FLAC, whose frames may look like those of ADTS; before these themselves."""
-    encode_sound(tmp_path / "a.aac", "aac")
-    frames, tag = (tmp_path / "a.aac").read_bytes()[:-3], b"ID3\4\0\0\0\0\0\x05" + bytes(5)
-    for start, found in ((b"", "a frame"), (tag, "a frame"), (b"fLaC", None), (tag + b"fLaC", None)):
-        content = start + frames
-        assert cut_within(io.BytesIO(content), content[:512], len(content)) == found
-
-
 def test_limits_above_those_of_ffmpeg(tmp_path):
     """Its option has an end; beyond, it would not look at the streams, and the header's check would find nothing."""
     encode_sound(tmp_path / "a.aac", "aac")
     for pixels in (2**31, math.inf):
-        with open_container(tmp_path / "a.aac", MediaLimits(max_pixels=pixels)) as container:
+        with open_container(tmp_path / "a.aac", MediaLimits(max_pixels=pixels)) as (container, _):
             assert container.streams.audio[0].sample_rate == 48_000
 
 

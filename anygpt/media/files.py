@@ -7,6 +7,8 @@ nothing that makes a decoder open a second file.
 import abc
 import contextlib
 import os
+import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from anygpt.errors import InputError
-from anygpt.media.containers import check_whole
+from anygpt.media.audio import to_mono
+from anygpt.media.endings import Ending, check_tables
 
 
 class StoredMedium(abc.ABC):
@@ -47,10 +50,15 @@ class Video:
 
 @dataclass
 class Audio:
-    """`waveform`: float32 in [-1, 1], (C, N). `sampling_rate`: samples a second, in Hz."""
+    """`waveform`: float32 in [-1, 1], (C, N). `sampling_rate`: samples a second, in Hz. `layout`: see `to_mono`."""
 
     waveform: np.ndarray
     sampling_rate: int
+    layout: str | None = None
+
+    def mono(self) -> np.ndarray:
+        """`(N,)`: all channels mixed."""
+        return to_mono(self.waveform, self.layout)
 
 
 @dataclass(frozen=True)
@@ -80,20 +88,39 @@ class MediaLimits:
 
 DEFAULT_LIMITS = MediaLimits()
 
-# Formats that Pillow decodes by itself (its EPS plugin, for one, starts another program).
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+# Formats that Pillow decodes by itself (its EPS plugin, for one, starts another program), or with pillow-heif.
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+IMAGE_FORMATS += ("HEIF",)
+MAX_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; each is as much work as the whole picture, and may be a few bytes."""
+# What people have that is not read here: how it begins, its name, and what makes something of it that is.
+UNREAD = (
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "with pillow-heif installed and registered it is read as it is"),
+    (rb"\xff\x0a|....JXL ", "JPEG XL", "pillow-jxl-plugin or djxl reads it"),
+    (rb"\s*(<\?xml[^<]*)?(<!--.*?-->\s*)?<svg", "SVG", "cairosvg draws it"),
+    (rb"%PDF", "PDF", "pdftoppm draws it"),
+    (rb"MThd", "MIDI", "fluidsynth plays it"),
+    (rb"\.RMF|\.ra\xfd", "RealMedia", "ffmpeg converts it"),
+    (rb"#EXTM3U|ffconcat|\[playlist\]", "a playlist", "give the files that it names"),
+    (rb"\s*(<!doctype html|<html)", "an HTML page", "the download failed: fetch the file again"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
+)
 # Containers that hold their own data; playlists and `concat` scripts would open other files and addresses.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac,ogg,aiff,au,caf,amr"
 
 
 @contextlib.contextmanager
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
-    Image.init()
-    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    """An image whose header alone has been read, in the format that Pillow chooses."""
     with path.open("rb") as file:
         limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read all of it
         file.seek(0)
-        with Image.open(file, formats=formats) as image:  # reads the header only
+        with Image.open(file) as image:
+            if image.format not in IMAGE_FORMATS:
+                name = image.format_description or image.format
+                raise InputError(f"{path} is {name}, which is not read here: convert it to PNG or JPEG.")
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(path)
             limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
             yield image
 
@@ -115,34 +142,71 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, on white; 16-bit grey is scaled, floating-point values must lie in [0, 1]."""
+    """8 bits a channel as Pillow converts them, transparency on white.
+
+    Pillow cuts off what grey has beyond 8 bits; here 16-bit grey is scaled from 65535 (from its own white in a TIFF of
+    fewer bits), and floating-point values must lie in [0, 1].
+
+    Raises:
+        ValueError: values whose white is not known.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
-        top = 1.0 if image.mode == "F" else 65535.0
+        top = 1.0 if image.mode == "F" else image.info.get("white", 65535.0)
         if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
             raise ValueError(f"its {image.mode} values are not in [0, {top:g}], so that white is not known")
-        image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+        grey = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+        if (clear := image.info.get("transparency")) is not None:
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        image = grey
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def _check_scans(path: Place) -> None:
+    with path.open("rb") as file:
+        scans = sum(chunk.count(b"\xff\xda") for chunk in iter(lambda: file.read(2**20), b""))
+    if scans > MAX_SCANS:
+        raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
+
+
 @contextlib.contextmanager
-def open_container(path: Place, limits: MediaLimits) -> Iterator[av.container.InputContainer]:
+def open_container(path: Place, limits: MediaLimits) -> Iterator[tuple[av.container.InputContainer, Ending]]:
+    """An open container, and what tells in the end whether all of it was there."""
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": "file",
         # FFmpeg decodes a sound's cover to find out what it is; the option ends at 2^31 - 1.
         "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
     }
-    if isinstance(path, StoredMedium):
-        with path.open() as file, av.open(file, options=options) as container:
-            yield container
-    else:
+    with path.open("rb") as file:
+        head = file.read(8)
+        file.seek(0)
         # "file:" keeps a colon in the name from being taken for a protocol.
-        with av.open(f"file:{path}", options=options) as container:
-            yield container
+        with av.open(file if isinstance(path, StoredMedium) else f"file:{path}", options=options) as container:
+            yield container, Ending(container, head, str(path))
+
+
+def decoded(
+    container: av.container.InputContainer, stream: av.stream.Stream, ending: Ending
+) -> Iterator[av.frame.Frame]:
+    """All frames of a stream, in order.
+
+    Raises:
+        ValueError: after the last one, where the file ends too early.
+    """
+    tail: deque[bool] = deque(maxlen=3)
+    for packet in container.demux():
+        ending.see(packet)
+        if packet.stream.index == stream.index:
+            for frame in packet.decode():
+                tail.append(frame.is_corrupt)
+                yield frame
+    if any(tail):
+        raise ValueError("it is truncated: its last frames are not whole")
+    ending.check()
 
 
 def codec_of(stream: av.stream.Stream) -> av.CodecContext:
@@ -153,18 +217,27 @@ def codec_of(stream: av.stream.Stream) -> av.CodecContext:
 
 @contextlib.contextmanager
 def decoding(path: str | Place, what: str) -> Iterator[Place]:
-    """Checks that the file is there and whole; turns what a decoder raises within into an `InputError`."""
+    """Checks that the file is there; turns what a decoder raises within into an `InputError`."""
     path = Path(path) if isinstance(path, str) else path
     if isinstance(path, Path) and not os.path.isfile(path):  # a folder, a pipe or a device will not do either
         raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path.")
+    head = b""
     try:
         with path.open("rb") as file:
-            check_whole(file)
+            head = file.read(512)
+            if not head:
+                raise ValueError("it is empty")
+            check_tables(file, head)
         yield path
     except InputError:
         raise
     except Exception as error:  # on broken files Pillow and PyAV raise whatever their parsers stumble over
+        for begins, name, advice in UNREAD:
+            if re.match(begins, head, re.DOTALL | re.IGNORECASE):
+                raise InputError(f"{path} is {name}, which is not read here: {advice}.") from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # whose own message names an object in memory
+            reason = "its format is not known"
         raise InputError(
             f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out."
         ) from error

@@ -15,6 +15,7 @@ from anygpt.media.files import (
     MediaLimits,
     Place,
     codec_of,
+    decoded,
     decoding,
     open_container,
     open_image,
@@ -36,16 +37,21 @@ _TURNS = {
 }
 
 
-def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
-    """An RGB image, turned as its EXIF orientation says; transparency is put on white.
+BITS_PER_SAMPLE = 258  # TIFF's tag
 
-    Of an animation, the first frame. 16-bit grey is scaled to 8 bits; floating-point images must lie in [0, 1].
+
+def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
+    """An image of a mode (`RGB`, or `I;16` for 16-bit grey), turned as its EXIF orientation says.
+
+    Of an animation, the first frame; for what becomes of transparency and bit depths see `to_rgb`.
 
     Raises:
         InputError: no such file, empty, truncated, not an image, or over a limit.
     """
     with decoding(path, "an image") as path, open_image(path, limits) as image:
         image.load()  # TIFF's and AVIF's plugins turn it here, and take the orientation out
+        if image.format == "TIFF" and image.mode.startswith("I"):
+            image.info["white"] = 2.0 ** min(image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 16) - 1
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         return to_mode(image if turn is None else image.transpose(turn), mode)
 
@@ -53,26 +59,32 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: st
 # -- sounds ----------------------------------------------------------------------------------------------
 
 
+RANGES = (2.0**15, 2.0**23, 2.0**31)
+"""Of 16, 24 and 32 bits, from which floating-point samples may come unscaled."""
+
+
 def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
     """Reads a sound file, or the first sound track of a video, at its own rate and with its own channels.
 
-    Integers are scaled to [-1, 1]; floating-point samples beyond (lossy codecs overshoot a little) are clipped.
+    Integers are scaled to [-1, 1], floating-point samples beyond it by `_scale`.
 
     Raises:
-        InputError: no such file, empty, truncated, no sound in it, NaN or infinite samples, or over a limit.
+        InputError: no such file, empty, truncated, no sound in it, samples that are NaN, infinite or in no range that
+            is known, or over a limit.
     """
-    with decoding(path, "audio") as path, open_container(path, limits) as container:
+    with decoding(path, "audio") as path, open_container(path, limits) as (container, ending):
         if not container.streams.audio:
             raise InputError(f"{path} has no audio stream: give a file with sound.")
         stream = container.streams.audio[0]
-        rate, channels = codec_of(stream).sample_rate, codec_of(stream).channels
-        seconds = (container.duration or 0) / av.time_base
-        limits.check(path, seconds=seconds, bytes=seconds * rate * channels * 4)
+        rate, layout = codec_of(stream).sample_rate, codec_of(stream).layout
+        seconds = ending.stated or 0
+        limits.check(path, seconds=seconds, bytes=seconds * rate * layout.nb_channels * 4)
         stream.codec_context.thread_count = 1  # as of videos
         chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream, ending):
             if not chunks:  # a header may say otherwise
-                rate, channels = frame.sample_rate, frame.layout.nb_channels
+                rate, layout = frame.sample_rate, frame.layout
+            channels = layout.nb_channels
             if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
                 raise ValueError(
                     f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
@@ -83,10 +95,27 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
             limits.check(path, seconds=length / rate, bytes=length * channels * 4)
         if length == 0:
             raise ValueError("it holds no samples")
-        waveform = np.concatenate(chunks, axis=1)
-        if not np.isfinite(waveform).all():
-            raise ValueError("it holds samples that are NaN or infinite")
-        return Audio(waveform=np.clip(waveform, -1, 1), sampling_rate=rate)
+        return Audio(_scale(np.concatenate(chunks, axis=1)), rate, layout.name)
+
+
+def _scale(waveform: np.ndarray) -> np.ndarray:
+    """Samples within [-1, 1], by their evident range: a little beyond, as of lossy codecs and hot mixes, are divided by
+    their peak; in the hundreds or more, by 2 to the power of 15, 23 or 31.
+
+    Raises:
+        ValueError: NaN or infinite samples, or a peak between these ranges or above.
+    """
+    peak = float(np.abs(waveform).max())
+    if not np.isfinite(peak):
+        raise ValueError("it holds samples that are NaN or infinite")
+    if peak <= 1:
+        return waveform
+    if peak <= 2:
+        return waveform / np.float32(peak)
+    top = next((top for top in RANGES if peak <= top), None) if peak > 256 else None
+    if top is None:
+        raise ValueError(f"its samples reach {peak:g}, so their range is not known; scale them to [-1, 1]")
+    return waveform / np.float32(top)
 
 
 def _to_float(frame: av.AudioFrame, to_packed: av.AudioResampler) -> np.ndarray:

@@ -149,13 +149,13 @@ class Sound(MediaType):
         return Audio(np.zeros((1, RATE), np.float32), RATE)
 
     def to_input(self, medium: Audio | tuple[np.ndarray, int] | np.ndarray, processor: Any) -> np.ndarray:
-        medium = (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
+        medium = self.to_target(medium) if isinstance(medium, Audio) else medium
         # a waveform without a rate has the encoder's own, as transformers' processors take it
         waveform, rate = medium if isinstance(medium, tuple) else (medium, processor.sampling_rate)
         return resample(to_mono(waveform), rate, processor.sampling_rate)
 
     def to_target(self, medium: Audio) -> tuple[np.ndarray, int]:
-        return medium.waveform, medium.sampling_rate
+        return medium.mono(), medium.sampling_rate
 
     def to_part(self, content: np.ndarray, rate: float | None) -> tuple[np.ndarray, int]:
         return content, int(rate)

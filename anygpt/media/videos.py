@@ -1,7 +1,8 @@
 """Videos and animations to frames: all of them, so many evenly spaced, or so many a second.
 
-Where only some are wanted and the container says when each is shown, decoding starts at the keyframe before each and
-ends with it. Where it does not, and in animations, all are decoded in order and the wanted ones kept.
+Frames are chosen by the time at which they are shown, and their pixels made square. Where only some are wanted and the
+container says when each is shown, decoding starts at the keyframe before each and ends with it. Where it does not, and
+in animations, all are decoded in order and the wanted ones kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from anygpt.media.files import (
     Place,
     Video,
     codec_of,
+    decoded,
     decoding,
     open_container,
     open_image,
@@ -37,8 +39,9 @@ TIMED = {"mov", "matroska", "mpegts"}
 _IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 # Of all frames of an animation together: half a minute of decoding.
 ANIMATION_PIXELS = 2**32
-# The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), and how many seconds it is shown.
-Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction]]
+# The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), from when it is shown (None where the file does
+# not say), and for how long, in seconds.
+Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction | None, Fraction]]
 # From when each frame is shown, and when the last one ends, to the indices of those that are wanted.
 Choice = Callable[[Sequence[Fraction], Fraction], Sequence[int]]
 
@@ -47,16 +50,16 @@ Choice = Callable[[Sequence[Fraction], Fraction], Sequence[int]]
 class Header:
     """What is known of a video before it is decoded.
 
-    pixels: of a frame. count: of frames. shown: when each is, in order, in units of `unit` seconds, and keys: those at
-    which decoding can start; both empty where the container does not say. rate: frames a second.
+    pixels: of a frame. starts: when each frame is shown, in seconds from the first one. end: when the last one is over.
+    times: the same as `starts` in units of the stream, and keys: those at which decoding can start; both empty where
+    the container does not say.
     """
 
     pixels: int
-    count: int
-    shown: Sequence[int] = ()
+    starts: Sequence[Fraction]
+    end: Fraction
+    times: Sequence[int] = ()
     keys: Sequence[int] = ()
-    unit: Fraction = Fraction(1)
-    rate: Fraction = Fraction(10)
 
 
 def read_video(
@@ -70,15 +73,15 @@ def read_video(
     """Reads a video file, or an animated GIF, WebP or PNG.
 
     Args:
-        num_frames: None returns all n frames. k returns exactly k, evenly spaced from the first to the last:
-            frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1 (halves up), the middle one for
-            k = 1; where k > n, frames repeat. Only these are kept in memory.
+        num_frames: None returns all n frames. k returns exactly k, evenly spaced in time from the first to the last,
+            the nearest to each place: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1
+            (halves up), the middle one for k = 1; where k > n, frames repeat. Only these are kept in memory.
         fps: so many frames a second in place of a number: those shown at 0, 1 / fps, 2 / fps … seconds, one at least;
             where the file has fewer, frames repeat.
         whole: decode all frames whatever is returned, to find out whether they can be.
 
     Returns:
-        A `Video`, frames turned as the file's rotation says; but for `fps`, times are taken as evenly spaced.
+        A `Video`, frames turned as the file's rotation says.
 
     Raises:
         InputError: no such file, empty, truncated, not a video, without a picture stream, or over a limit.
@@ -90,18 +93,19 @@ def read_video(
     with decoding(path, "a video") as path:
         animated = _is_animation(path)
         header = (_animation_header if animated else _video_header)(path, limits)
-        kept_count = num_frames or (0 if fps else header.count)
-        limits.check(path, pixels=header.pixels, frames=header.count, bytes=kept_count * header.pixels * 3)
+        count = len(header.starts)
+        kept_count = num_frames or (0 if fps else count)
+        limits.check(path, pixels=header.pixels, frames=count, bytes=kept_count * header.pixels * 3)
 
         def choose(starts: Sequence[Fraction], end: Fraction) -> Sequence[int]:
             if fps is None:
-                return range(len(starts)) if num_frames is None else _evenly_spaced(len(starts), num_frames)
+                return range(len(starts)) if num_frames is None else _evenly_spaced(starts, num_frames)
             times = max(1, math.floor(end * Fraction(fps)))
             limits.check(path, bytes=times * header.pixels * 3)
             return [bisect_right(starts, i / Fraction(fps)) - 1 for i in range(times)]
 
         picked = None
-        if header.shown and not whole and (num_frames is not None or fps is not None):
+        if header.times and not whole and (num_frames is not None or fps is not None):
             picked = _seek_frames(path, header, choose, limits)
         chosen, seconds = picked or _decode_all(
             _animation_frames if animated else _video_frames, path, header, choose, limits
@@ -109,10 +113,16 @@ def read_video(
         return Video(frames=np.stack(chosen), fps=float(len(chosen) / seconds if fps is None else fps))
 
 
-def _evenly_spaced(count: int, k: int) -> list[int]:
-    if k == 1:
-        return [(count - 1) // 2]
-    return [(2 * i * (count - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]
+def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
+    """The frames nearest to `k` places in time; between two, the later one, but the earlier one for the middle."""
+    first, length = starts[0], starts[-1] - starts[0]
+    chosen = []
+    for place in [first + length / 2] if k == 1 else [first + length * Fraction(i, k - 1) for i in range(k)]:
+        before = bisect_right(starts, place) - 1
+        after = min(before + 1, len(starts) - 1)
+        lead = (place - starts[before]) - (starts[after] - place)
+        chosen.append(after if lead > 0 or (lead == 0 and k > 1) else before)
+    return chosen
 
 
 # -- in order --------------------------------------------------------------------------------------------
@@ -122,9 +132,9 @@ def _decode_all(
     frames: Callable[[Place, MediaLimits], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction]:
     """The chosen frames, and how many seconds all are shown; all are decoded, again if the header was wrong."""
-    starts, end = [i / header.rate for i in range(header.count)], header.count / header.rate
+    starts, end = header.starts, header.end
     while True:
-        kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end))
+        kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end) if starts else ())
         starts, end = _keep(frames(path, limits), kept, path, limits)
         chosen = choose(starts, end)
         if kept.keys() >= set(chosen):
@@ -135,18 +145,22 @@ def _keep(
     frames: Frames, kept: dict[int, np.ndarray | None], path: Place, limits: MediaLimits
 ) -> tuple[list[Fraction], Fraction]:
     """Runs through all frames and puts in those of the indices that are there; from when each is shown, and the end."""
-    starts: list[Fraction] = []
-    end, size = Fraction(0), 0
-    for index, (to_array, shown) in enumerate(frames):
+    said: list[Fraction | None] = []
+    lengths: list[Fraction] = []
+    size = 0
+    for index, (to_array, start, length) in enumerate(frames):
         if index in kept:
             kept[index] = to_array()
             size += kept[index].nbytes
-        starts.append(end)
-        end += shown
-        limits.check(path, frames=len(starts), bytes=size)
-    if not starts:
+        said.append(start)
+        lengths.append(length)
+        limits.check(path, frames=len(said), bytes=size)
+    if not said:
         raise ValueError("it holds no frames")
-    return starts, end
+    if None in said or any(after <= before for before, after in itertools.pairwise(said)):
+        said = [Fraction(0), *itertools.accumulate(lengths[:-1])]
+    starts = [start - said[0] for start in said]
+    return starts, starts[-1] + lengths[-1]
 
 
 def _is_animation(path: Place) -> bool:
@@ -162,7 +176,7 @@ def _animation_header(path: Place, limits: MediaLimits) -> Header:
             raise ValueError("it is a still image")
         if image.width * image.height * count > ANIMATION_PIXELS:  # each frame is put on the whole canvas
             raise ValueError(f"its {count:,} frames of {image.width} × {image.height} pixels are too much to decode")
-        return Header(image.width * image.height, count)
+        return Header(image.width * image.height, [Fraction(i, 10) for i in range(count)], Fraction(count, 10))
 
 
 def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
@@ -172,7 +186,7 @@ def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
             milliseconds = image.info.get("duration") or 100  # what browsers take an unstated duration for
-            yield lambda: np.asarray(to_rgb(image)), Fraction(milliseconds) / 1000
+            yield lambda: np.asarray(to_rgb(image)), None, Fraction(milliseconds) / 1000
 
 
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
@@ -185,12 +199,13 @@ def _picture_stream(container: av.container.InputContainer, path: Place) -> av.V
 
 
 def _video_frames(path: Place, limits: MediaLimits) -> Frames:
-    with open_container(path, limits) as container:
+    with open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
-        rate = _rate(stream)
-        for frame in container.decode(stream):
-            limits.check(path, pixels=frame.width * frame.height)  # a later frame may be larger
-            yield lambda frame=frame: _to_array(frame), 1 / rate
+        unit, rate = Fraction(stream.time_base), _rate(stream)
+        for frame in decoded(container, stream, ending):
+            limits.check(path, pixels=_square_width(frame.width, stream) * frame.height)  # a later frame may be larger
+            start = None if frame.pts is None else frame.pts * unit
+            yield lambda frame=frame: _to_array(frame, stream), start, (frame.duration or 0) * unit or 1 / rate
 
 
 def _rate(stream: av.VideoStream) -> Fraction:
@@ -200,9 +215,14 @@ def _rate(stream: av.VideoStream) -> Fraction:
     return Fraction(rate)
 
 
-def _to_array(frame: av.VideoFrame) -> np.ndarray:
+def _square_width(width: int, stream: av.VideoStream) -> int:
+    """How many square pixels are as wide as a row of the stream's, which need not be square."""
+    return max(1, round(width * (stream.sample_aspect_ratio or 1)))
+
+
+def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
     """Turned and mirrored as its display matrix says, (a, b; c, d): x' = a x + c y, y' = b x + d y."""
-    array = frame.to_ndarray(format="rgb24", **_IN_ONE_THREAD)
+    array = frame.to_ndarray(format="rgb24", width=_square_width(frame.width, stream), **_IN_ONE_THREAD)
     matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return array
@@ -217,45 +237,49 @@ def _to_array(frame: av.VideoFrame) -> np.ndarray:
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:
     """From the packets, none of which is decoded."""
-    with open_container(path, limits) as container:
+    with open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
-        limits.check(path, seconds=(container.duration or 0) / av.time_base)
-        codec = codec_of(stream)
-        header = Header(codec.width * codec.height, 0, rate=_rate(stream))
-        shown, keys = [], []
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                header.count += 1
-                limits.check(path, frames=header.count)
-                shown.append(packet.pts)
+        limits.check(path, seconds=ending.stated or 0)
+        codec, rate, unit = codec_of(stream), _rate(stream), Fraction(stream.time_base)
+        pixels = _square_width(codec.width, stream) * codec.height
+        shown: list[tuple[int | None, int | None]] = []
+        keys: list[int | None] = []
+        for packet in container.demux():
+            ending.see(packet)
+            if packet.stream.index == stream.index and packet.size and not packet.is_discard:
+                shown.append((packet.pts, packet.duration))
+                limits.check(path, frames=len(shown))
                 if packet.is_keyframe:
                     keys.append(packet.pts)
-        timed = not TIMED.isdisjoint(container.format.name.split(",")) and shown and None not in shown
-        if timed and len(set(shown)) == len(shown) and min(keys, default=math.inf) <= min(shown):
-            header.shown, header.keys, header.unit = sorted(shown), sorted(keys), Fraction(stream.time_base)
-        return header
+        ending.check()
+        timed = not TIMED.isdisjoint(container.format.name.split(",")) and all(time is not None for time, _ in shown)
+        if not timed or len({time for time, _ in shown}) < len(shown) or min(keys, default=math.inf) > min(shown)[0]:
+            return Header(pixels, [i / rate for i in range(len(shown))], len(shown) / rate)
+        shown.sort()
+        times = [time for time, _ in shown]
+        starts = [(time - times[0]) * unit for time in times]
+        return Header(pixels, starts, starts[-1] + ((shown[-1][1] or 0) * unit or 1 / rate), times, sorted(keys))
 
 
 def _seek_frames(
     path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction] | None:
     """As `_decode_all`, but decoding no more than is needed; None if the file is not what its packets say."""
-    starts = [(time - header.shown[0]) * header.unit for time in header.shown]
-    chosen = choose(starts, starts[-1] + 1 / header.rate)
+    chosen = choose(header.starts, header.end)
     kept: dict[int, np.ndarray] = {}
     size = 0
     try:
-        with open_container(path, limits) as container:
+        with open_container(path, limits) as (container, _):
             stream = _picture_stream(container, path)
             for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: _key_before(header, i)):
-                left = {header.shown[i]: i for i in indices}
+                left = {header.times[i]: i for i in indices}
                 container.seek(key, stream=stream)
                 for frame in _frames_from_keyframe(container, stream):
-                    limits.check(path, pixels=frame.width * frame.height)
+                    limits.check(path, pixels=_square_width(frame.width, stream) * frame.height)
                     if frame.is_corrupt or frame.pts is None or frame.pts > max(left):
                         return None
                     if frame.pts in left:
-                        kept[left[frame.pts]] = array = _to_array(frame)
+                        kept[left[frame.pts]] = array = _to_array(frame, stream)
                         size += array.nbytes
                         limits.check(path, bytes=size)
                         del left[frame.pts]
@@ -265,11 +289,11 @@ def _seek_frames(
                     return None
     except av.FFmpegError:
         return None  # decoding in order tells what is wrong
-    return [kept[i] for i in chosen], header.count / header.rate
+    return [kept[i] for i in chosen], header.end
 
 
 def _key_before(header: Header, index: int) -> int:
-    return header.keys[bisect_right(header.keys, header.shown[index]) - 1]
+    return header.keys[bisect_right(header.keys, header.times[index]) - 1]
 
 
 def _frames_from_keyframe(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:

@@ -1,0 +1,113 @@
+"""Whether a sound or a clip ends before its file says so, and headers that would make a decoder take too much memory.
+
+A decoder gives what is there of a file that was cut off. FFmpeg tells of it in two ways: it marks a packet that it
+could not read in full as corrupt, and most containers say how long they are. What neither tells, as of a stream that
+was cut between two packets, passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import struct
+from functools import cache
+from typing import BinaryIO
+
+import av
+
+logger = logging.getLogger(__name__)
+
+STREAMED = 0x7F000000
+"""Bytes. Writers to a pipe cannot come back to the header: they leave sizes from here on there (sox, FFmpeg), or 0."""
+TOLERANCE, SHARE = 0.1, 0.02
+"""Seconds, and share of the stated length, by which the last packet may end early: codecs' delays, rounded times."""
+SEARCHED = 64 * 2**20
+"""Bytes of a file up to which its tables of samples are looked at."""
+PACKING = 8
+"""Samples a byte, at most (QuickTime's MACE 6:1 has six)."""
+
+
+class Ending:
+    """Looks at all packets of a container as they come, and says in the end whether any are missing.
+
+    Args:
+        container: the open container.
+        head: the file's first 8 bytes or more.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, container: av.container.InputContainer, head: bytes, name: str):
+        self.container, self.head, self.name = container, head, name
+        self.stated = self._stated_seconds()
+        self.begin, self.end, self.longest = math.inf, -math.inf, 0.0
+        self.corrupt = 0
+        self.last_corrupt = False
+
+    def _stated_seconds(self) -> float | None:
+        """How long the file says that it is; None where it does not, or where FFmpeg has only its bytes to go by."""
+        if not self.container.duration:
+            return None
+        seconds = self.container.duration / av.time_base
+        rates = [s.codec_context.bit_rate or 0 for s in self.container.streams if s.codec_context is not None]
+        size = seconds * sum(rates) / 8
+        estimated = size and abs(self.container.size - size) < 0.01 * size
+        return None if estimated or size >= STREAMED else seconds
+
+    def see(self, packet: av.Packet) -> None:
+        time = packet.dts if packet.pts is None else packet.pts
+        if not packet.size or packet.is_discard:
+            return
+        self.corrupt += packet.is_corrupt
+        self.last_corrupt = packet.is_corrupt
+        if time is not None:
+            unit = float(packet.time_base)
+            self.begin = min(self.begin, time * unit)
+            self.end = max(self.end, (time + (packet.duration or 0)) * unit)
+            self.longest = max(self.longest, (packet.duration or 0) * unit)
+
+    def check(self) -> None:
+        """To be called after the last packet.
+
+        Raises:
+            ValueError: the end is missing.
+        """
+        if self.last_corrupt and not self._has_wrong_size():
+            raise ValueError("it is truncated: its last packet is not whole")
+        if self.corrupt > self.last_corrupt:
+            _warn_once(f"{self.name} has {self.corrupt} damaged packets; what FFmpeg makes of them is used")
+        if self.stated is None or self.end == -math.inf:
+            return
+        there = max(self.end, self.end - self.begin)
+        if self.stated - there > max(TOLERANCE, SHARE * self.stated, self.longest):
+            raise ValueError(f"it is truncated: {there:.2f} of {self.stated:.2f} seconds are there")
+
+    def _has_wrong_size(self) -> bool:
+        """Whether it is a WAV in which more data are stated than there are, but not as of a file that was cut off.
+
+        FFmpeg marks the last packet of all such files.
+        """
+        stated = int.from_bytes(self.head[4:8], "little")
+        return self.head.startswith(b"RIFF") and not 0 < stated - self.container.size < STREAMED
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_tables(file: BinaryIO, head: bytes) -> None:
+    """Refuses an MP4 whose tables claim more samples than its bytes can hold: FFmpeg makes room for all at once.
+
+    Raises:
+        ValueError: there is such a table.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if head[4:8] != b"ftyp" or size > SEARCHED:
+        return
+    file.seek(0)
+    for found in re.finditer(rb"stsz\0\0\0\0(.{8})", file.read(), re.DOTALL):
+        each, count = struct.unpack(">II", found[1])
+        if (each or 4) * count > PACKING * size:
+            raise ValueError(f"its table of samples claims {count:,} of {each:,} bytes")
