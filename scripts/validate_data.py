@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--media-root", help="the folder that media paths are relative to; the file's own by default")
     parser.add_argument("--columns", nargs="+", metavar="KEY=COLUMN", help="of a table: image=…, text=… and so on")
     parser.add_argument("--task", choices=TASKS, help="what is learned from pairs of media and captions")
-    parser.add_argument("--deep", action="store_true", help="decode every medium")
+    parser.add_argument("--follow-links", action="store_true", help="links below the media root may lead out of it")
+    parser.add_argument("--deep", action="store_true", help="decode every medium; with --processor, prepare every row")
     parser.add_argument("--processor", metavar="DIR", help="a run's final/ or checkpoint folder: counts tokens with it")
     parser.add_argument("--max-tokens", type=int, help="of a row, those of its media included; more are a fault")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode and count (%(default)s)")
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
                 args.media_root,
                 columns,
                 args.task,
+                args.follow_links,
                 deep=args.deep,
                 lengths=lengths,
                 max_tokens=args.max_tokens,
@@ -91,7 +93,8 @@ def summary(report: Report) -> str:
     rows += [(f"media: {what}", count) for what, count in sorted(report.media.items())]
     if report.tokens:
         rows += [("tokens of all samples", report.tokens), ("tokens of the longest", report.longest)]
-    rows += [("repeated conversations", report.repeated)] if report.repeated else []
+    for what, count in (("repeated conversations", report.repeated), ("repeated ids", report.repeated_ids)):
+        rows += [(what, count)] if count else []
     rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows)

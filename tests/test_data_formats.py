@@ -87,13 +87,13 @@ def test_blank_lines_bom_crlf_and_number_ids_are_accepted(folder):
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         ({"messages": [{"role": "assistent", "content": "x"}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "assistant", "content": 3}]}, "'content' must be a string or a list of parts"),
-        (row(assistant=""), r"messages\[1\] is empty"),
+        (row(assistant=""), r"messages\[1\]: is empty"),
         (row([{"type": "imge", "path": "a.jpg"}]), "did you mean 'image'"),
         (row([{"type": "image", "pth": "a.jpg"}]), "did you mean 'path'"),
         (row([{"type": "text"}]), "'text' must be a string, and is missing"),
         (row([{"type": "text", "text": "x", "path": "a.jpg"}]), "'path' is not known"),
         (row([{"type": "image"}]), "has no 'path'"),
-        (row([image(7)]), "the path must be a string"),
+        (row([image(7)]), "'path' must be a string, and is 7"),
         (row([image("")]), "is not a file name"),
         (row([image("a\0.jpg")]), "is not a file name"),
         (row("\ud83d"), "lone surrogate"),
@@ -149,7 +149,7 @@ def test_missing_media_are_counted_and_the_first_is_named(folder):
 
 
 def test_faults_are_collected_and_the_good_rows_are_given(folder):
-    path = jsonl(folder, row(id="a"), row(id="a"), row([image("x.jpg")]), {}, row(id="z"))
+    path = jsonl(folder, row(id="a"), row(id=["a"]), row([image("x.jpg")]), {}, row(id="z"))
     with path.open("a") as file:
         file.write("{broken\n")
     faults = []
@@ -412,7 +412,7 @@ def test_videochat(folder):
         ("alpaca", {"instruction": "x"}, "'output' must be a string, and is missing"),
         ("alpaca", {"instruction": "x", "output": ""}, "is empty"),
         ("alpaca", {"instruction": 1, "output": "x"}, "'instruction' must be a string"),
-        ("videochat", {"QA": []}, "'video' or 'image', and has neither"),
+        ("videochat", {"QA": [{"q": "x", "a": "y"}]}, "'video' or 'image', and has neither"),
         ("videochat", {"video": "a.mp4", "QA": []}, "at least one pair"),
         ("videochat", {"video": "a.mp4", "QA": [{"q": "x"}]}, "'a' must be a string"),
         ("videochat", {"video": "a.mp4", "QA": [{"q": "x", "a": "y"}], "start": 0, "end": 2}, "a part of its video"),

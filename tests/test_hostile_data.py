@@ -199,7 +199,6 @@ HOSTILE_LINES = {
     "empty id": line(id=""),
     "id is a list": line(id=[]),
     "no caption": '{"messages": [{"role": "assistant", "content": [{"type": "image", "path": "a.png"}]}]}',
-    "again": line(id="first"),
 }
 
 

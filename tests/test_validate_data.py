@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from training_utils import load_script
 
-from anygpt.data import json_schema, write_image
+from anygpt.data import write_image
+from anygpt.data.rows import SampleRow
 from anygpt.data.validation import validate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,14 +60,14 @@ def test_every_fault_is_shown_with_file_line_and_sample(folder, main, capsys):
         (":3 (sample '3')", "x.png does not exist"),
         (":4 (sample '4')", "no 'caption'"),
         (":6 (sample 'd-5')", "cut.png cannot be read as an image"),
-        (":5 (sample '1')", f"already used at {path}:1"),
     )
     for line, said in zip(shown, expected, strict=False):
         assert str(path) in line and all(text in line for text in said), line
     counts = {line.rsplit(None, 1)[0]: line.rsplit(None, 1)[1] for line in shown[len(expected) :]}
-    kinds = ("caption", "duplicates", "missing media", "not decodable", "structure")
+    kinds = ("caption", "missing media", "not decodable", "structure")
     assert {f"faults: {kind}": "1" for kind in kinds}.items() <= counts.items()
-    assert (counts["rows"], counts["samples without a fault"], counts["repeated conversations"]) == ("6", "1", "1")
+    assert (counts["rows"], counts["samples without a fault"], counts["repeated conversations"]) == ("6", "2", "1")
+    assert counts["repeated ids"] == "1"
 
 
 def test_a_list_that_breaks_off_is_shown_with_what_comes_before(folder, main, capsys):
@@ -113,8 +115,49 @@ def test_faults_go_to_any_terminal_and_into_head(folder):
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-def test_the_written_schema_is_that_of_the_types():
-    written = json.loads((REPOSITORY / "anygpt/data/schema.json").read_text())
-    assert written == json_schema.json_schema(), "run python -m anygpt.data.json_schema > anygpt/data/schema.json"
-    assert written["$defs"]["TargetRow"]["required"] == ["type", "path", "caption"]
-    assert written["$defs"]["MediaRow"]["required"] == ["type", "path"]
+def test_the_json_schema_of_a_row():
+    """For editors: the same keys that are checked."""
+    schema = SampleRow.model_json_schema()
+    assert set(schema["properties"]) == {"id", "messages"} and schema["additionalProperties"] is False
+    assert schema["$defs"]["MediaRow"]["properties"]["path"]["type"] == "string"
+    assert schema["$defs"]["MessageRow"]["required"] == ["role", "content"]
+
+
+def test_deep_refuses_reserved_tokens_in_texts_as_training_does(folder, main, capsys):
+    rows = [
+        row(id="1", answer="see [IMG0]"),
+        row(id="2", answer=[{"type": "text", "text": ["<video>", "b"]}]),
+        row(id="3"),
+    ]
+    path = write(folder, *rows)
+    assert main([str(path)]) == 0
+    assert main([str(path), "--deep"]) == 1
+    shown = capsys.readouterr().out
+    assert f"{path}:1 (sample '1'): the text contains '[IMG0]', which is a reserved token" in shown
+    assert f"{path}:2 (sample '2'): the text contains '<video>'" in shown and "not usable" in shown
+
+
+def test_workers_end_with_a_parent_that_is_killed(folder):
+    path = write(folder, *(row(id=str(i)) for i in range(5)))
+    code = (
+        "import os, sys, time, multiprocessing as mp\n"
+        "from anygpt.data.validation import validate\n"
+        "def slow(rows):\n"
+        "    for i, row in enumerate(rows):\n"
+        "        print(*(p.pid for p in mp.active_children()), flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        f"validate({str(path)!r}, num_workers=2, progress=slow)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -9 and workers
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{workers} still run")
+
+
+def test_more_workers_than_any_machine_has(folder, main, capsys):
+    assert main([str(write(folder, row())), "--num-workers", "100000"]) == 2
+    assert "num_workers is 100,000" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_columns_and_tables_are_checked(tmp_path, table):
         ({"image": "imge", "text": "said"}, "has no column 'imge'"),
         ({"imgae": "img", "text": "said"}, "did you mean 'image'"),
         ({"image": "n", "text": "said"}, "media column of type int64"),
-        ({"image": "img", "text": "n"}, "no caption"),
+        ({"image": "img", "text": "n"}, "the text must be a string, and is 7"),
     ):
         with pytest.raises(InputError, match=message):
             read_samples(path, columns=columns, task="generation")

@@ -123,7 +123,8 @@ class CacheWriter:
             writer.flush()
 
     def write_captions(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
-        captions = dict.fromkeys(part.caption for _, _, role, part in self.uses(entry.modality) if role == "assistant")
+        targets = (part for _, _, role, part in self.uses(entry.modality) if role == "assistant")
+        captions = dict.fromkeys(caption for part in targets for caption in (part.caption, *part.others))
         mine = self.share(list(captions))
         lacking = [caption for caption in mine if fingerprint_caption(caption) not in store]
         batches = [lacking[i : i + self.batch_size] for i in range(0, len(lacking), self.batch_size)]
@@ -203,7 +204,7 @@ class CacheWriter:
 
     def text_rows(self) -> list[Sample]:
         """Samples without media in."""
-        samples = (sample for data in self.datasets for sample in data.samples)
+        samples = (s.worded(i) for data in self.datasets for s in data.samples for i in range(s.wordings))
         return [sample for sample in samples if not any(role == "user" for role, _ in sample.media())]
 
     def share(self, items: list) -> list:

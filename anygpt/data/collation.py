@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache, TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
-from anygpt.data.lengths import refuse_reserved, sample_messages
+from anygpt.data.lengths import refuse_reserved, reserved_tokens, sample_messages
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
@@ -55,7 +55,7 @@ class Collator:
         for item in items:
             if isinstance(item, LoadedSample):
                 try:
-                    refuse_reserved(self.processor, item.sample)
+                    refuse_reserved(reserved_tokens(self.processor), item.sample)
                     good.append(item)
                 except InputError as error:
                     bad.append(BadSample(item.sample.id, str(error)))
@@ -63,7 +63,18 @@ class Collator:
         batch[CUT] = [item.sample.id for item in good if item.cut]
         if not good:
             return batch | self.nothing()
-        data, counts = self.encoder_inputs(good)
+        try:
+            data, counts = self.encoder_inputs(good)
+            targets, batch[TARGET_IDS] = self.decoder_targets(good)
+        except InputError as error:
+            if len(good) == 1:
+                sample = good[0].sample
+                reason = f"{sample.source} (sample {sample.id!r}): {error}"
+                return self([*bad, BadSample(sample.id, reason)])
+            alone = [self([item])[BAD] for item in good]
+            if not any(alone):
+                raise
+            return self([*bad, *(found[0] if found else item for found, item in zip(alone, good, strict=True))])
         conversations = [sample_messages(self.processor, item.sample) for item in good]
         contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
         expanded = iter(contents)
@@ -80,7 +91,6 @@ class Collator:
         if None not in states:
             batch["text_states"] = TextStates.join(states)
         ids = [row for row, _ in rows]
-        targets, batch[TARGET_IDS] = self.decoder_targets(good)
         return (
             batch
             | data

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 from torch.utils.data import Dataset
 
-from anygpt.data.formats import read_samples
+from anygpt.data.formats import read_samples, with_unique_ids
 from anygpt.data.formats.streams import ROWS_OF_BLOCK
 from anygpt.data.schema import Sample, StaleCache
 from anygpt.errors import InputError
@@ -35,6 +35,8 @@ class DataSource:
     task: of pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium in and
         learns its caption, "generation" takes the caption in and learns the medium.
     streaming: read a table (format "datasets") as a stream; its rows then come in order, shuffled within blocks.
+    follow_links: links below the media root may lead out of it, as in a snapshot of the hub's cache, whose files are
+        links into its blobs.
     """
 
     path: str
@@ -44,6 +46,7 @@ class DataSource:
     columns: dict[str, str] | None = None
     task: Literal["comprehension", "generation"] | None = None
     streaming: bool = False
+    follow_links: bool = False
 
 
 @dataclass
@@ -96,10 +99,10 @@ class BadSample:
 
 
 class ConversationDataset(Dataset):
-    """Samples by index, in the order given.
+    """Samples by index, in the order given; of one with several wordings, the first or that of a sampler's `Place`.
 
     Args:
-        samples: from `read_samples`; their ids must be unique.
+        samples: from `read_samples`; an id that occurs again gets a number.
         num_video_frames: frames a video, evenly spaced (see `read_video`); None keeps all.
         on_bad_sample: what to do where media cannot be decoded: "error" raises `InputError`, "skip" gives a
             `BadSample` in its place, so that indices and lengths stay what they are.
@@ -113,7 +116,7 @@ class ConversationDataset(Dataset):
         faults: with "skip" and `from_files`, one `InputError` a row that was left out when reading.
 
     Raises:
-        InputError: no samples, repeated ids, or another `on_bad_sample`.
+        InputError: no samples, or another `on_bad_sample`.
     """
 
     def __init__(
@@ -127,14 +130,7 @@ class ConversationDataset(Dataset):
             raise InputError(f"on_bad_sample is {on_bad_sample!r}, and must be 'error' or 'skip'.")
         if not samples:
             raise InputError("The dataset has no samples: give at least one data file with a usable row.")
-        self.samples = list(samples)
-        first_source: dict[str, str] = {}
-        for sample in self.samples:
-            if sample.id in first_source:
-                raise InputError(
-                    f"The id {sample.id!r} is used at {first_source[sample.id]} and {sample.source}: make ids unique."
-                )
-            first_source[sample.id] = sample.source
+        self.samples = with_unique_ids(samples)
         self.num_video_frames = num_video_frames
         self.decode_targets = True
         self.cache: FeatureCache | None = None
@@ -168,7 +164,7 @@ class ConversationDataset(Dataset):
         by_source = []
         for source in sources:
             found: list[InputError] | None = [] if on_bad_sample == "skip" else None
-            options = (source.columns, source.task, source.streaming)
+            options = (source.columns, source.task, source.streaming, source.follow_links)
             by_source.append(read_samples(source.path, source.format, source.media_root, found, *options))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
@@ -190,7 +186,7 @@ class ConversationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> LoadedSample | BadSample:
-        sample = self.samples[index]
+        sample = self.samples[index].worded(getattr(index, "draw", 0))
         try:
             return self._load(sample)
         except InputError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from anygpt.data.schema import Sample
 from anygpt.encoders.families import FAMILIES
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, StoredMedium
-from anygpt.media.types import media_type, read_media
+from anygpt.media.types import MEDIA, media_type, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
 
 CHARACTERS_PER_TOKEN = 4
@@ -43,7 +43,7 @@ class Lengths:
                 cannot be decoded where they must be;
                 a conversation that the chat template refuses.
         """
-        refuse_reserved(self.processor, sample)
+        refuse_reserved(reserved_tokens(self.processor), sample)
         counts: dict[str, list[int]] = {}
         for role, part in sample.media():
             if role != "assistant":
@@ -97,16 +97,22 @@ def reserved_tokens(processor: Any) -> list[str]:
     return [*processor.tokens.values(), *(t for tokens in processor.signal_tokens.values() for t in tokens)]
 
 
-def refuse_reserved(processor: Any, sample: Sample) -> None:
+def usual_reserved_tokens() -> list[str]:
+    """Those of a model whose parts have the names of their media types."""
+    return [f"<{kind.name}>" for kind in MEDIA.values()] + [
+        f"[{kind.prefix}{i}]" for kind in MEDIA.values() for i in range(kind.signal_tokens)
+    ]
+
+
+def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
     """Text that contains a placeholder or signal token would be taken for one.
 
     Raises:
         InputError: there is such a text.
     """
-    reserved = reserved_tokens(processor)
     for message in sample.messages:
-        for part in message.content:
-            if found := next((token for token in reserved if part.text and token in part.text), None):
+        for text in (text for part in message.content if part.text for text in (part.text, *part.others)):
+            if found := next((token for token in reserved if token in text), None):
                 raise InputError(
                     f"{sample.source} (sample {sample.id!r}): the text contains {found!r}, which is a reserved token; "
                     "write media as content parts, and leave the token out of the text"

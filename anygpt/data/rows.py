@@ -1,71 +1,258 @@
-"""The project's own JSON form as types: one object a line of a `.jsonl` file.
+"""The rows of data files as pydantic models, whose faults are said with their place and key.
 
-`anygpt.data.schema.parse_sample` checks rows of this form and takes its known keys from here;
-`anygpt.data.json_schema` writes the same types as a JSON Schema, for editors and for other programs.
+`SampleRow` is the project's own form, one object a line of a `.jsonl` file, which every other format is turned into;
+`SampleRow.model_json_schema()` is its JSON Schema, for editors and other programs.
 """
 
-from typing import Literal, TypedDict
+from __future__ import annotations
 
-MediaType = Literal["image", "video", "audio"]
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-MEDIA_TYPES: tuple[str, ...] = ("image", "video", "audio")
-PART_TYPES = ("text", *MEDIA_TYPES)
-ROLES = ("system", "user", "assistant")
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
+from anygpt.media.types import MEDIA
+
+R = TypeVar("R", bound=BaseModel)
 
 
-class TextRow(TypedDict):
+class DataError(InputError):
+    """A fault of a data file. `kind` is what `scripts/validate_data.py` counts it under."""
+
+    def __init__(self, message: str, kind: str = "structure"):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # a worker's error is pickled on its way to the main process
+        return type(self), (str(self), self.kind)
+
+
+def checked(model: type[R], value: Any, where: str) -> R:
+    """`value` as a row of `model`.
+
+    Raises:
+        DataError: the first fault, with `where`, the place within the row, the key, and the nearest known one.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(where + _sentence(first), first.get("ctx", {}).get("kind", "structure")) from error
+
+
+def fault(message: str, kind: str = "structure") -> PydanticCustomError:
+    """What a model's own rule raises; `message` follows the place."""
+    return PydanticCustomError("row", "{message}", {"message": message, "kind": kind})
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: 80 characters at most."""
+    try:
+        text = "missing" if value is None else repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: Any, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, and all of them."""
+    close = difflib.get_close_matches(str(name)[:100], known, n=1)
+    return (f": did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(sorted(known))})"
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One of pydantic's errors, as what follows the name of the row."""
+    place = [part for part in error["loc"] if not str(part).startswith("<")]  # without the tags of unions
+    what = ""
+    if place and isinstance(place[-1], str):
+        what = f"{place.pop()!r} "
+    at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    value = shown(error["input"])
+    match error["type"]:
+        case "row":
+            text = error["ctx"]["message"]
+        case "string_type":
+            text = f"must be a string, and is {value}."
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+            text = f"is {value}, which is not known{nearest(error['input'], known)}."
+        case "too_short" | "string_too_short":
+            text = "is empty: give it a value, or leave it out."
+        case _:
+            text = f"is {value}: {error['msg']}."
+    return f"{f', {at[1:]}' if at else ''}: {what}{text}"
+
+
+class RowModel(BaseModel):
+    """What every row and part of one has in common: no unknown key, no value taken for another type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """The keys that a row may have."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        known = cls.keys()
+        if not isinstance(value, Mapping):
+            raise fault(f"must be a JSON object with the keys {', '.join(sorted(known))}, and is {shown(value)}.")
+        for key in value:
+            if key not in known:
+                raise fault(f"the key {shown(key)} is not known{nearest(key, known)}.")
+        required = (field.alias or name for name, field in cls.model_fields.items() if field.is_required())
+        return dict.fromkeys(required) | dict(value)  # so that what is missing is said with what it must be
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair, "\ud83d"
+        place = error.start
+        raise fault(f"holds half a character (a lone surrogate) at position {place}: write it as UTF-8.") from error
+    return text
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def at_least_one(what: str) -> BeforeValidator:
+    """Says that a list has an entry, which messages call `what`."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list) or not value:
+            raise fault(f"must be a list of at least one {what}, and is {shown(value)}.")
+        return value
+
+    return BeforeValidator(check)
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+"""A string that tokenizers and file systems can take."""
+Id = Annotated[Text, Field(min_length=1), BeforeValidator(_number_as_text)]
+"""A string or a number; the same one may occur again. A row without has its place in the file."""
+Texts = Annotated[
+    Annotated[Text, Tag("<one>")] | Annotated[list[Text], Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<one>"),
+]
+"""A string or a list. Of several wordings each epoch draws one, and an evaluation takes all as references."""
+
+
+class TextRow(RowModel):
     """Text of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Texts
 
 
-class _MediaKeys(TypedDict):
-    type: MediaType
-    path: str
+def _place(value: Any) -> Any:
+    if not isinstance(value, str | StoredMedium | None):
+        raise fault(f"must be a string, and is {shown(value)}.")
+    return _encodable(value) if isinstance(value, str) else value
 
 
-class TargetRow(_MediaKeys):
-    """A medium that the assistant answers with; its decoder is aligned with the caption."""
+class MediaRow(RowModel):
+    """A medium: an input of the user's turn, a target of the assistant's, which needs the caption.
 
-    caption: str
+    `path` is relative to the media root and may not leave it; readers of shards and tables put a `StoredMedium` there.
+    """
 
+    type: str
+    path: Annotated[Any, AfterValidator(_place), WithJsonSchema({"type": "string"})] = None
+    caption: Texts | None = None
 
-class MediaRow(_MediaKeys, total=False):
-    """A medium that the user gives. `path` is relative to the media root, and may not leave it."""
+    @model_validator(mode="before")
+    @classmethod
+    def _known_type(cls, value: Mapping[str, Any]) -> Any:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if not isinstance(kind, str) or kind not in MEDIA:
+            raise fault(f"the part type {shown(kind)} is not known{nearest(kind, ('text', *MEDIA))}.")
+        return value
 
-    caption: str
-
-
-class SystemRow(TypedDict):
-    """Instructions: text only."""
-
-    role: Literal["system"]
-    content: str | list[TextRow]
-
-
-class UserRow(TypedDict):
-    """A turn of the user, whose media are inputs."""
-
-    role: Literal["user"]
-    content: str | list[TextRow | MediaRow]
-
-
-class AssistantRow(TypedDict):
-    """A turn of the assistant, whose media are targets."""
-
-    role: Literal["assistant"]
-    content: str | list[TextRow | TargetRow]
+    @model_validator(mode="after")
+    def _has_path(self) -> MediaRow:
+        if self.path is None:
+            raise fault(f"this {self.type} has no 'path': give the file, relative to the media root.")
+        return self
 
 
-MessageRow = UserRow  # every role has the same keys
+def _tag(part: Any) -> str:
+    return "<text>" if isinstance(part, Mapping) and part.get("type") == "text" else "<medium>"
 
 
-class _SampleKeys(TypedDict):
-    messages: list[SystemRow | UserRow | AssistantRow]
+Part = Annotated[Annotated[TextRow, Tag("<text>")] | Annotated[MediaRow, Tag("<medium>")], Discriminator(_tag)]
 
 
-class SampleRow(_SampleKeys, total=False):
-    """A conversation, with one turn of the assistant at least. Without an id it gets its place in the file."""
+def _text_as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise fault(f"must be a string or a list of parts, and is {shown(value)}.")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
-    id: str | int
+
+class MessageRow(RowModel):
+    """One turn; `content` may be one string."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_text_as_parts)]
+
+    @model_validator(mode="after")
+    def _suits_its_role(self) -> MessageRow:
+        for i, part in enumerate(self.content):
+            if isinstance(part, TextRow):
+                continue
+            if self.role == "system":
+                raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
+            if self.role == "assistant" and not all(map(str.strip, wordings(part.caption))):
+                raise fault(
+                    f"content[{i}]: this {part.type} is a target and has no 'caption', which its decoder is aligned "
+                    "with: add one.",
+                    "caption",
+                )
+        if not any(isinstance(part, MediaRow) or all(wordings(part.text)) for part in self.content):
+            raise fault("is empty: give it text or media, or leave the message out.")
+        return self
+
+
+class SampleRow(RowModel):
+    """A conversation, with one turn of the assistant at least."""
+
+    messages: Annotated[list[MessageRow], at_least_one("message")]
+    id: Id = ""
+
+    @model_validator(mode="after")
+    def _can_be_learnt(self) -> SampleRow:
+        if not any(message.role == "assistant" for message in self.messages):
+            raise fault("has no assistant message, so there is nothing to learn from it: add the answer.")
+        parts = [part for message in self.messages for part in message.content]
+        lists = [part.text if isinstance(part, TextRow) else part.caption for part in parts]
+        counts = {len(one) for one in lists if isinstance(one, list) and len(one) > 1}
+        if len(counts) > 1:
+            raise fault(
+                f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, of which one place is "
+                "drawn for all: give each as many."
+            )
+        return self
+
+
+def wordings(value: str | list[str] | None) -> tuple[str, ...]:
+    """A text or caption of a row as a tuple; one empty text where there is none."""
+    return tuple(value) if isinstance(value, list) and value else (value or "",)

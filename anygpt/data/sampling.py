@@ -12,6 +12,20 @@ from anygpt.errors import InputError
 SORTED_BATCHES = 64  # so many are sorted by size at once: more, and an epoch's order would be that of the sizes
 
 
+class Place(int):
+    """A dataset's index, with a number by which `ConversationDataset` draws one of a sample's wordings."""
+
+    draw: int
+
+    def __new__(cls, index: int, draw: int) -> "Place":
+        place = super().__new__(cls, index)
+        place.draw = draw
+        return place
+
+    def __getnewargs__(self) -> tuple[int, int]:  # of pickle, on the way to a worker
+        return int(self), self.draw
+
+
 class UpdateSampler(Sampler[list[int]]):
     """A batch sampler: yields the micro-batches of one rank, lists of `batch_size` dataset indices.
 
@@ -28,6 +42,8 @@ class UpdateSampler(Sampler[list[int]]):
     each, or of neighbouring sizes among some thousands of samples, and in an order of their own. The last one of a
     group may then be shorter, and an epoch ends with a whole micro-batch; still it visits each sample as often as
     before, and processes share each micro-batch.
+
+    Indices are `Place`s: which of a sample's wordings an epoch takes is drawn by `(seed, epoch)`, too.
 
     The order depends on `(seed, epoch)` alone, so starting at update k gives what the uninterrupted run
     gives from k on. The batches are for this rank already: do not let accelerate shard them again.
@@ -78,7 +94,7 @@ class UpdateSampler(Sampler[list[int]]):
         self._check_sizes()
         self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
         self.epoch_size = sum(self.draws)
-        self._cached_epoch: tuple[int, np.ndarray] | None = None
+        self._cached_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return (self.num_updates - self.start_update) * self.gradient_accumulation_steps
@@ -87,7 +103,9 @@ class UpdateSampler(Sampler[list[int]]):
         if self.groups is not None or self.sizes is not None:
             first = self.start_update * self.gradient_accumulation_steps
             batches = itertools.islice(self._grouped(), first, first + len(self))
-            yield from (np.array_split(batch, self.world_size)[self.rank].tolist() for batch in batches)
+            for draws, batch in batches:
+                mine = np.array_split(batch, self.world_size)[self.rank]
+                yield [Place(index, int(draws[index])) for index in mine]
             return
         micro = self.batch_size * self.world_size
         for update in range(self.start_update, self.num_updates):
@@ -95,11 +113,11 @@ class UpdateSampler(Sampler[list[int]]):
                 first = (update * self.gradient_accumulation_steps + step) * micro + self.rank * self.batch_size
                 yield [self._index_at(position) for position in range(first, first + self.batch_size)]
 
-    def _grouped(self) -> Iterator[np.ndarray]:
-        """The micro-batches of all ranks together, epoch after epoch without end."""
+    def _grouped(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The epoch's draws and the micro-batch of all ranks together, without end."""
         micro = self.batch_size * self.world_size
         for epoch in itertools.count():
-            order = self._epoch_order(epoch)
+            order, draws = self._epoch_order(epoch), self._draws(epoch)
             groups = np.zeros(len(order), np.int64) if self.groups is None else self.groups[order]
             batches: list[np.ndarray] = []
             for group in np.unique(groups):
@@ -109,13 +127,18 @@ class UpdateSampler(Sampler[list[int]]):
                     members = members[np.lexsort((self.sizes[members], windows))]
                 batches += np.split(members, range(micro, len(members), micro))
             for place in np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches)):
-                yield batches[place]
+                yield draws, batches[place]
 
-    def _index_at(self, position: int) -> int:
+    def _index_at(self, position: int) -> Place:
         epoch, offset = divmod(position, self.epoch_size)
         if self._cached_epoch is None or self._cached_epoch[0] != epoch:
-            self._cached_epoch = (epoch, self._epoch_order(epoch))
-        return int(self._cached_epoch[1][offset])
+            self._cached_epoch = (epoch, self._epoch_order(epoch), self._draws(epoch))
+        _, order, draws = self._cached_epoch
+        return Place(order[offset], int(draws[order[offset]]))
+
+    def _draws(self, epoch: int) -> np.ndarray:
+        """A number for each sample, int64 (samples,)."""
+        return np.random.default_rng([self.seed, epoch, 2]).integers(2**31, size=sum(self.lengths))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The dataset indices of one epoch in their order, int64 (epoch_size,)."""

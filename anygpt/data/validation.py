@@ -5,6 +5,9 @@ Memory stays the same however long the file is, but for 16 bytes a row, by which
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -16,7 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anygpt.data.collation import BAD, Collator
+from anygpt.data.dataset import ConversationDataset
 from anygpt.data.formats import iterate_samples, missing_error
+from anygpt.data.lengths import refuse_reserved, usual_reserved_tokens
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from anygpt.data.lengths import Lengths
 
 AHEAD = 32  # rows that wait for each worker
+MAX_WORKERS = 1024
 
 
 @dataclass
@@ -33,8 +40,8 @@ class Report:
     """What was found.
 
     rows: all of them. samples: those without a fault. media: `{"user image": how many, …}`, of the samples whose rows
-    are right. faults: by kind. repeated: conversations that had occurred before, word for word; not a fault. tokens,
-    longest: of all samples whose length was counted, and of the longest.
+    are right. faults: by kind. repeated, repeated_ids: conversations, word for word, and ids that had occurred before;
+    no faults. tokens, longest: of all samples whose length was counted, and of the longest.
     """
 
     rows: int = 0
@@ -42,6 +49,7 @@ class Report:
     media: Counter = field(default_factory=Counter)
     faults: Counter = field(default_factory=Counter)
     repeated: int = 0
+    repeated_ids: int = 0
     tokens: int = 0
     longest: int = 0
 
@@ -52,6 +60,7 @@ def validate(
     media_root: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
+    follow_links: bool = False,
     *,
     deep: bool = False,
     limits: MediaLimits = DEFAULT_LIMITS,
@@ -61,11 +70,12 @@ def validate(
     on_fault: Callable[[InputError], None] = lambda fault: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Report:
-    """Checks a data file: form, media files, captions, placeholders, repeated ids.
+    """Checks a data file: form, media files, captions, placeholders.
 
     Args:
-        path, format, media_root, columns, task: see `anygpt.data.formats.iterate_samples`.
-        deep: also decode every medium.
+        path, format, media_root, columns, task, follow_links: see `anygpt.data.formats.iterate_samples`.
+        deep: also decode every medium, and refuse reserved tokens in texts; with `lengths` make each row what training
+            makes of it, with the processors of the parts.
         limits: of the media.
         lengths: also count tokens, placeholders and signal spans expanded.
         max_tokens: more are a fault.
@@ -84,7 +94,7 @@ def validate(
         on_fault(fault)
 
     def rows() -> Iterator[Sample | InputError]:
-        return iterate_samples(path, format, media_root, columns, task)
+        return iterate_samples(path, format, media_root, columns, task, follow_links=follow_links)
 
     check = SampleCheck(deep, limits, lengths, max_tokens)
     for sample, (faults, tokens) in progress(_in_parallel(check, _until_broken(rows()), num_workers)):
@@ -100,12 +110,9 @@ def validate(
         for fault in faults:
             count(fault)
         report.samples += not faults
-    twice = _occur_twice(ids)
-    if twice:
-        for fault in _repeated_ids(_until_broken(rows()), twice):
-            report.samples -= 1
-            count(fault)
-    report.repeated = len(conversations) - len(np.unique(np.frombuffer(conversations, np.uint64)))
+    report.repeated, report.repeated_ids = (
+        len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))) for hashes in (conversations, ids)
+    )
     return report
 
 
@@ -137,15 +144,36 @@ class SampleCheck:
             return [], 0
         faults = list(self.media_faults(sample))
         tokens = 0
-        if self.lengths is not None and not faults:
+        if not faults:
             try:
-                tokens = self.lengths.of(sample)
+                for number in range(sample.wordings):
+                    tokens = max(tokens, self.usable(sample.worded(number)))
             except InputError as error:
-                faults.append(DataError(f"{sample.source} (sample {sample.id!r}): {error}", "not usable"))
+                named = str(error).startswith(sample.source)
+                text = str(error) if named else f"{sample.source} (sample {sample.id!r}): {error}"
+                faults.append(DataError(text, "not usable"))
             if self.max_tokens is not None and tokens > self.max_tokens:
                 text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
                 faults.append(DataError(f"{sample.source} (sample {sample.id!r}) has {text}: shorten it.", "too long"))
         return faults, tokens
+
+    def usable(self, sample: Sample) -> int:
+        """Tokens of a sample, if they are counted.
+
+        Raises:
+            InputError: training would refuse the sample.
+        """
+        if self.lengths is None:
+            if self.deep:
+                refuse_reserved(usual_reserved_tokens(), sample)
+            return 0
+        if not self.deep:
+            return self.lengths.of(sample)
+        loaded = ConversationDataset([sample], self.lengths.num_frames, limits=self.limits)[0]
+        batch = Collator(self.lengths.processor)([loaded])
+        for bad in batch[BAD]:
+            raise InputError(bad.reason)
+        return int(batch["attention_mask"].sum())
 
     def media_faults(self, sample: Sample) -> Iterator[InputError]:
         missing = sample.missing_files()
@@ -168,8 +196,10 @@ def _in_parallel(check: SampleCheck, rows: Iterable[Sample | InputError], num_wo
     if not num_workers:
         yield from ((row, check(row)) for row in rows)
         return
+    if num_workers > MAX_WORKERS:
+        raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core.")
     waiting: deque = deque()
-    with ProcessPoolExecutor(num_workers, initializer=_remember, initargs=(check,)) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_begin, initargs=(check, os.getpid())) as pool:
         for row in rows:
             waiting.append((row, pool.submit(_check_one, row)))
             if len(waiting) > AHEAD * num_workers:
@@ -192,8 +222,15 @@ def _result(row: Sample | InputError, future: Future) -> Checked:
 _CHECK: list[SampleCheck] = []  # of a worker
 
 
-def _remember(check: SampleCheck) -> None:
+def _begin(check: SampleCheck, parent: int) -> None:
     _CHECK[:] = [check]
+
+    def end_with_the_parent() -> None:  # which may be killed before it can end its workers
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
 
 
 def _check_one(row: Sample | InputError) -> tuple[list[InputError], int]:
@@ -202,23 +239,3 @@ def _check_one(row: Sample | InputError) -> tuple[list[InputError], int]:
 
 def _hash(value: Hashable) -> int:
     return hash(value) % 2**64  # Python's own may be negative
-
-
-def _occur_twice(hashes: array) -> set[int]:
-    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
-    return set(values[counts > 1].tolist())
-
-
-def _repeated_ids(rows: Iterator[Sample | InputError], twice: set[int]) -> Iterator[DataError]:
-    """Goes over the rows again, now that it is known which ids to look out for."""
-    first: dict[str, str] = {}
-    for sample in rows:
-        if isinstance(sample, Sample) and _hash(sample.id) in twice:
-            if sample.id in first:
-                yield DataError(
-                    f"{sample.source} (sample {sample.id!r}): the id was already used at {first[sample.id]}: "
-                    "give every sample its own id, or none.",
-                    "duplicates",
-                )
-            else:
-                first[sample.id] = sample.source

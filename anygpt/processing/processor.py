@@ -204,7 +204,11 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
                 if isinstance(inputs[name], list) and not inputs[name]:
                     continue
             options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
-            outputs[key] = dict(processor(**{"return_tensors": return_tensors} | options))
+            try:
+                outputs[key] = dict(processor(**{"return_tensors": return_tensors} | options))
+            except Exception as error:  # whatever a processor raises of media that it cannot take
+                reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+                raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
             counts[key] = self.count_features(key, inputs, outputs[key])
         names = [name for output in outputs.values() for name in output]
         data = {}

@@ -4,6 +4,6 @@ A format is one entry of `FORMATS` and one file here: how the rows are found, an
 into the project's own JSON form (`anygpt.data.schema.parse_sample`), where all checks are made.
 """
 
-from anygpt.data.formats.reading import FORMATS, iterate_samples, missing_error, read_samples
+from anygpt.data.formats.reading import FORMATS, iterate_samples, missing_error, read_samples, with_unique_ids
 
-__all__ = ["FORMATS", "iterate_samples", "missing_error", "read_samples"]
+__all__ = ["FORMATS", "iterate_samples", "missing_error", "read_samples", "with_unique_ids"]

@@ -2,17 +2,20 @@
 
 from typing import Any
 
-from anygpt.data.schema import check_keys, checked_text
-
-KEYS = ("id", "instruction", "input", "output", "text")  # `text` repeats the others as one prompt: not read
+from anygpt.data.rows import Id, RowModel, Text
 
 
-def convert(row: Any, where: str) -> dict:
+class AlpacaRow(RowModel):
+    """An instruction with its answer; `text` repeats the others as one prompt, and is not read."""
+
+    instruction: Text
+    output: Text
+    input: Text | None = None
+    text: Any = None
+    id: Id = ""
+
+
+def convert(row: AlpacaRow, where: str) -> dict:
     """One row in the project's own form: the input, where there is one, follows the instruction after a blank line."""
-    check_keys(row, KEYS, where)
-    said = [checked_text(row.get("instruction"), f"{where}: 'instruction'")]
-    if row.get("input"):
-        said.append(checked_text(row["input"], f"{where}: 'input'"))
-    answer = checked_text(row.get("output"), f"{where}: 'output'")
-    messages = [{"role": "user", "content": "\n\n".join(said)}, {"role": "assistant", "content": answer}]
-    return {"messages": messages} | ({"id": row["id"]} if "id" in row else {})
+    asked = "\n\n".join(filter(None, (row.instruction, row.input)))
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]}

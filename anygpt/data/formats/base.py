@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
+from anygpt.data.rows import RowModel
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 
@@ -32,10 +33,13 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A medium and its caption, of a WebDataset shard or a row of a table; see `anygpt.data.formats.pairs`."""
+    """A medium and its caption, of a WebDataset shard or a row of a table; see `anygpt.data.formats.pairs`.
+
+    Either may be a list: media in the order of their placeholders, captions that say the same.
+    """
 
     kind: str | None
-    medium: str | StoredMedium | None
+    medium: str | StoredMedium | list[str | StoredMedium | None] | None
     text: Any
     prompt: Any = None
 
@@ -44,16 +48,20 @@ class Format(NamedTuple):
     """How the rows are found in a file, and how one becomes a row in the project's own form.
 
     rows: `rows(path)`, and `rows(path, columns, streaming)` where `takes_columns`.
-    convert: `convert(value, where)`, where messages name the row by `where`; None for `Pair`s.
+    model: of a row; None for `Pair`s and the project's own form.
+    convert: `convert(row, where)` of a row of `model`, where messages name it by `where`; None where `model` is.
     suffixes: of the files that are taken to be of this format when none is given.
     media_by_type: look in images/, videos/ and audios/ too (see `MediaRoot`).
+    pairs: the rows are `Pair`s, which need a task.
     """
 
     rows: Callable[..., Iterator[Row]]
-    convert: Callable[[Any, str], Any] | None
+    model: type[RowModel] | None = None
+    convert: Callable[[Any, str], dict] | None = None
     suffixes: tuple[str, ...] = ()
     media_by_type: bool = False
     takes_columns: bool = False
+    pairs: bool = False
 
 
 def find_files(path: str | Path) -> list[Path]:

@@ -2,22 +2,29 @@
 
 from typing import Any
 
-from anygpt.data.formats import turns as common
-from anygpt.data.schema import MEDIA_TYPES, check_keys
-
-TURN_KEYS = ("from", "value")
-# The last five say where a row comes from and how large its images are: not needed, not read.
-KEYS = ("id", "conversations", *MEDIA_TYPES, "model", "source", "data_source", "width", "height")
+from anygpt.data.formats.turns import TurnsRow, inputs, messages
+from anygpt.media.types import MEDIA
 
 
-def convert(row: Any, where: str) -> dict:
+class LlavaRow(TurnsRow):
+    """Its last five keys say where a row comes from and how large its images are, and are not read."""
+
+    model: Any = None
+    source: Any = None
+    data_source: Any = None
+    width: Any = None
+    height: Any = None
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        return super().keys() | set(MEDIA)
+
+
+def convert(row: LlavaRow, where: str) -> dict:
     """One row in the project's own form.
 
     `image` (and `video`, `audio`, as LLaVA's successors have them) names one file or a list; `<image>` in the human
     turns says where each stands, and where there is none they open the first human turn. Rows without media are text.
     """
-    check_keys(row, KEYS, where)
-    turns = common.checked_turns(row, TURN_KEYS, where)
-    media = {kind: common.inputs(row, kind, turns, kind, where) for kind in MEDIA_TYPES}
     # A marker in an answer is text there: LLaVA's assistant answers with nothing else.
-    return common.with_id(row, common.messages(turns, {"human": media}))
+    return messages(row, {"human": {kind: inputs(row, kind, kind, where) for kind in MEDIA}})

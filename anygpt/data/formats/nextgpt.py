@@ -1,24 +1,34 @@
 """NExT-GPT's JSON: its `*_comprehension` and `*_generation` files, and its instruction files."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from anygpt.data.formats import turns as common
-from anygpt.data.schema import MEDIA_TYPES, DataError, check_keys
+from anygpt.data.formats.turns import Turn, TurnsRow, count_error, count_markers, inputs, messages
+from anygpt.data.rows import DataError, Text, at_least_one
 from anygpt.errors import InputError
-
-TURN_KEYS = ("from", "value", "caption", "input_modality", "output_modality")
-KEYS = (
-    "id",
-    "conversations",
-    *(f"{side}_{kind}" for kind in MEDIA_TYPES for side in ("input", "output")),
-    *(f"{kind}_captions" for kind in MEDIA_TYPES),
-    # NExT-GPT's own text encodings (pickled arrays) and notes on where a row comes from: not needed, not read.
-    *(f"{kind}_caption_embeddings" for kind in MEDIA_TYPES),
-    "source_data",
-)
+from anygpt.media.types import MEDIA
 
 
-def convert(row: Any, where: str) -> dict:
+class NextGptTurn(Turn):
+    """A turn's `caption` is that of its medium."""
+
+    caption: Text | None = None
+    input_modality: Any = None
+    output_modality: Any = None
+
+
+class NextGptRow(TurnsRow):
+    """Its `*_caption_embeddings` (pickled arrays) and `source_data` are not read."""
+
+    conversations: Annotated[list[NextGptTurn], at_least_one("turn")]
+    source_data: Any = None
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        forms = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
+        return super().keys() | {form.format(kind) for form in forms for kind in MEDIA}
+
+
+def convert(row: NextGptRow, where: str) -> dict:
     """One row in the project's own form.
 
     `<image>`, `<video>` and `<audio>` in the turns' values say where the media stand: in a human turn the
@@ -28,30 +38,23 @@ def convert(row: Any, where: str) -> dict:
     where the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely
     on encodings made beforehand) is an error, as there is no target to decode.
     """
-    check_keys(row, KEYS, where)
-    turns = common.checked_turns(row, TURN_KEYS, where)
-    media = {
-        "human": {kind: common.inputs(row, f"input_{kind}", turns, kind, where) for kind in MEDIA_TYPES},
-        "gpt": {kind: _targets(row, turns, kind, where) for kind in MEDIA_TYPES},
-    }
-    return common.with_id(row, common.messages(turns, media))
+    human = {kind: inputs(row, f"input_{kind}", kind, where) for kind in MEDIA}
+    return messages(row, {"human": human, "gpt": {kind: _targets(row, kind, where) for kind in MEDIA}})
 
 
-def _targets(row: dict, turns: list[dict], kind: str, where: str) -> list[dict]:
-    files = common.listed(row, f"output_{kind}", where)
-    captions = common.listed(row, f"{kind}_captions", where)
+def _targets(row: NextGptRow, kind: str, where: str) -> list[dict]:
+    files, captions = row.listed(f"output_{kind}"), row.listed(f"{kind}_captions")
     if captions and not files:
         raise InputError(
             f"{where} has '{kind}_captions' but no 'output_{kind}': a target is a {kind} file with its caption; "
             f"add the file names, or take the '<{kind}>' markers and captions out."
         )
-    markers = common.count_markers(turns, "gpt", kind)
+    markers = count_markers(row, "gpt", kind)
     if markers != len(files):
-        raise common.count_error(where, "gpt", kind, markers, f"'output_{kind}' names {len(files)} file(s)")
+        raise count_error(where, "gpt", kind, markers, f"'output_{kind}' names {len(files)} file(s)")
     if not captions:
-        captions = [
-            t["caption"] for t in turns if t["from"] == "gpt" and t.get("output_modality") == kind and t.get("caption")
-        ]
+        turns = (turn for turn in row.conversations if turn.speaker == "gpt" and turn.output_modality == kind)
+        captions = [turn.caption for turn in turns if turn.caption]
     if len(captions) != len(files):
         raise DataError(
             f"{where}: 'output_{kind}' names {len(files)} file(s) and '{kind}_captions' holds {len(captions)} "

@@ -1,6 +1,7 @@
-"""Pairs of a medium and its caption, of shards and tables, as conversations of one turn."""
+"""Pairs of media and their caption, of shards and tables, as conversations of one turn."""
 
 from anygpt.data.formats.base import Pair
+from anygpt.data.formats.turns import split_markers
 from anygpt.data.schema import DataError, checked_text
 from anygpt.errors import InputError
 
@@ -20,21 +21,40 @@ def check_task(task: str | None, where: str) -> None:
 
 
 def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
-    """One pair in the project's own form; without a medium, a turn of text."""
-    if not isinstance(pair.text, str) or not pair.text.strip():
+    """One pair in the project's own form; without a medium, a turn of text.
+
+    Several texts are wordings of the same. Several media stand where the prompt has their markers (`<image>`), or
+    before it; as targets they have a text each.
+    """
+    texts = [text for text in (pair.text if isinstance(pair.text, list) else [pair.text]) if text is not None]
+    texts = [checked_text(text, f"{where}: the text").strip() for text in texts]
+    texts = [text for text in texts if text]
+    if not texts:
         raise DataError(f"{where} has no caption or answer: give it one, or leave it out.", "caption")
-    text = checked_text(pair.text, f"{where}: the text").strip()
     prompt = None if pair.prompt is None else checked_text(pair.prompt, f"{where}: the prompt")
     if pair.kind is None:
-        return _turn([_text(prompt or "")], [_text(text)])
-    medium = {"type": pair.kind, "path": pair.medium}
+        return _turn([_text(prompt or "")], [_text(texts)])
+    media = pair.medium if isinstance(pair.medium, list) else [pair.medium]
+    parts = [{"type": pair.kind, "path": medium} for medium in media]
     if task == "generation":
-        asked = prompt or GENERATION_PROMPT.format(kind=pair.kind, caption=text)
-        return _turn([_text(asked)], [medium | {"caption": text}])
-    return _turn([medium, _text(prompt or COMPREHENSION_PROMPT.format(kind=pair.kind))], [_text(text)])
+        captions = [texts] if len(media) == 1 else texts
+        if len(captions) != len(media):
+            raise DataError(f"{where} has {len(media)} targets and {len(texts)} captions: give one each.", "caption")
+        asked = prompt or [GENERATION_PROMPT.format(kind=pair.kind, caption=text) for text in texts]
+        if len(media) > 1 and not prompt:
+            asked = GENERATION_PROMPT.format(kind=pair.kind, caption="; ".join(texts))
+        targets = [part | {"caption": caption} for part, caption in zip(parts, captions, strict=True)]
+        return _turn([_text(asked)], targets)
+    prompt = prompt or COMPREHENSION_PROMPT.format(kind=pair.kind)
+    markers = prompt.count(f"<{pair.kind}>")
+    if markers not in (0, len(parts)):
+        text = f"{where}: its prompt has {markers} '<{pair.kind}>' marker(s) for {len(parts)} media: give one each."
+        raise DataError(text, "placeholders")
+    said = split_markers(prompt, {pair.kind: iter(parts)}) if markers else [*parts, _text(prompt)]
+    return _turn(said, [_text(texts)])
 
 
-def _text(text: str) -> dict:
+def _text(text: str | list[str]) -> dict:
     return {"type": "text", "text": text}
 
 

@@ -1,10 +1,10 @@
 """A data file of any format into checked samples."""
 
-import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from anygpt.data.formats import alpaca, llava, nextgpt, videochat
 from anygpt.data.formats.base import Format, Row, find_files
@@ -12,17 +12,19 @@ from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.pairs import check_task, convert_pair
 from anygpt.data.formats.tables import is_hub_id, table_rows
 from anygpt.data.formats.webdataset import shard_rows
-from anygpt.data.schema import MEDIA_TYPES, DataError, MediaRoot, Sample, parse_sample, row_name
+from anygpt.data.rows import checked, nearest
+from anygpt.data.schema import DataError, MediaRoot, Sample, parse_sample, row_name
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
 
 FORMATS: dict[str, Format] = {
-    "jsonl": Format(line_rows, lambda value, where: value, suffixes=(".jsonl",)),
-    "nextgpt": Format(json_rows, nextgpt.convert, suffixes=(".json",), media_by_type=True),
-    "llava": Format(json_rows, llava.convert, media_by_type=True),
-    "alpaca": Format(json_rows, alpaca.convert),
-    "videochat": Format(json_rows, videochat.convert, media_by_type=True),
-    "webdataset": Format(shard_rows, None, suffixes=(".tar",)),
-    "datasets": Format(table_rows, None, suffixes=(".parquet", ".arrow"), takes_columns=True),
+    "jsonl": Format(line_rows, suffixes=(".jsonl",)),
+    "nextgpt": Format(json_rows, nextgpt.NextGptRow, nextgpt.convert, (".json",), media_by_type=True),
+    "llava": Format(json_rows, llava.LlavaRow, llava.convert, media_by_type=True),
+    "alpaca": Format(json_rows, alpaca.AlpacaRow, alpaca.convert),
+    "videochat": Format(json_rows, videochat.VideoChatRow, videochat.convert, media_by_type=True),
+    "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True),
+    "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
 }
 
 
@@ -34,35 +36,29 @@ def read_samples(
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     streaming: bool = False,
+    follow_links: bool = False,
 ) -> list[Sample]:
     """Reads one data file and checks every row and that every media file exists.
 
     Args:
-        path, format, media_root, columns, task, streaming: see `iterate_samples`.
+        path, format, media_root, columns, task, streaming, follow_links: see `iterate_samples`.
         faults: None makes the first fault an error. A list collects the faults instead, and the rows that
             have one are left out of the result.
 
     Returns:
-        The samples in the order of the file. Rows without an id get `<file stem>-<row index>`, from 0.
+        The samples in the order of the file. Rows without an id get `<file stem>-<row index>`, from 0; an id that
+        occurs again (LLaVA's is that of the picture) gets a number.
 
     Raises:
-        InputError: what `iterate_samples` raises; and, with `faults=None`, any row that is not right, a repeated
-            id, or missing media (naming the first, and how many are missing in all).
+        InputError: what `iterate_samples` raises; and, with `faults=None`, any row that is not right, or
+            missing media (naming the first, and how many are missing in all).
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
-    first_source: dict[str, str] = {}  # by sample id
-    for sample in iterate_samples(path, format, media_root, columns, task, streaming):
+    for sample in iterate_samples(path, format, media_root, columns, task, streaming, follow_links):
         try:
             if isinstance(sample, InputError):
                 raise sample
-            if sample.id in first_source:
-                raise DataError(
-                    f"{sample.source}: the id {sample.id[:80]!r} was already used at {first_source[sample.id]}: "
-                    "give every sample its own id, or none.",
-                    "duplicates",
-                )
-            first_source[sample.id] = sample.source
             absent = [(sample, file) for file in sample.missing_files()]
             missing += absent
             if absent and faults is not None:
@@ -75,7 +71,23 @@ def read_samples(
             samples.append(sample)
     if missing and faults is None:
         raise missing_error(missing)
-    return samples
+    return with_unique_ids(samples)
+
+
+def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, of which those whose id has occurred before get a number: `7`, `7-2`, `7-3`."""
+    taken, uses, found = {sample.id for sample in samples}, Counter(), []
+    if len(taken) == len(samples):
+        return list(samples)
+    for sample in samples:
+        uses[sample.id] += 1
+        name = sample.id
+        if uses[name] > 1:
+            while (name := f"{sample.id}-{uses[sample.id]}") in taken:
+                uses[sample.id] += 1
+            taken.add(name)
+        found.append(sample if name == sample.id else replace(sample, id=name))
+    return found
 
 
 def iterate_samples(
@@ -85,6 +97,7 @@ def iterate_samples(
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     streaming: bool = False,
+    follow_links: bool = False,
 ) -> Iterator[Sample | InputError]:
     """The samples of a data file one after the other, and the fault in the place of a row that is not right.
 
@@ -100,6 +113,7 @@ def iterate_samples(
             `videos` and `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
         columns: for "datasets", and needed there: see `tables.table_rows`.
         task: "comprehension" or "generation", needed where rows are pairs of a medium and a caption: see `pairs`.
+        follow_links: links below the media root may lead out of it (see `MediaRoot`).
         streaming: for "datasets": fetch media block by block, without a copy of the table; `path` may be a hub id.
 
     Raises:
@@ -114,44 +128,47 @@ def iterate_samples(
         raise InputError(f"streaming is set for {path}, but the format {name!r} is read as it lies: leave it out.")
     if columns is not None and not chosen.takes_columns:
         raise InputError(f"columns is given for {path}, whose format {name!r} has none: leave it out.")
-    if task is not None and chosen.convert:
+    if task is not None and not chosen.pairs:
         raise InputError(f"task is given for {path}, whose format {name!r} holds conversations: leave it out.")
     rows = chosen.rows(path, columns, streaming) if chosen.takes_columns else chosen.rows(path)
-    if chosen.convert is None and not (columns and not set(MEDIA_TYPES) & set(columns)):  # a table may be text alone
+    if chosen.pairs and not (columns and not set(MEDIA) & set(columns)):  # a table may be text alone
         check_task(task, str(path))
     if media_root is None:
         folder = Path() if remote else path.parent  # a dataset on the hub has no media beside it
         media_root = folder if path.exists() or remote else find_files(path)[0].parent
-    root = MediaRoot(media_root, by_type=chosen.media_by_type)
-    convert = chosen.convert or (lambda value, where: convert_pair(value, where, task))
+    root = MediaRoot(media_root, by_type=chosen.media_by_type, follow_links=follow_links)
     empty = True
     for row in rows:
         empty = False
         try:
-            yield _sample(row, convert, root)
+            yield _sample(row, chosen, task, root)
         except InputError as fault:
             yield fault
     if empty:
         raise InputError(f"{path} holds no samples: it is empty.")
 
 
-def _sample(row: Row, convert: Callable[[Any, str], Any], root: MediaRoot) -> Sample:
-    if isinstance(row.value, InputError):
-        raise row.value
-    converted = convert(row.value, row_name(row.value, row.source, row.id))
-    return parse_sample(converted, row.source, row.id, root)
+def _sample(row: Row, chosen: Format, task: str | None, root: MediaRoot) -> Sample:
+    value = row.value
+    if isinstance(value, InputError):
+        raise value
+    where = row_name(value, row.source, row.id)
+    if chosen.pairs:
+        value = convert_pair(value, where, task)
+    elif chosen.model is not None:
+        found = checked(chosen.model, value, where)
+        value = chosen.convert(found, where) | ({"id": found.id} if found.id else {})
+    return parse_sample(value, row.source, row.id, root)
 
 
 def _format_of(path: Path, name: str | None) -> str:
     if name is None:
         name = next((known for known, value in FORMATS.items() if path.suffix.lower() in value.suffixes), None)
     elif name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "check the spelling"
-        raise InputError(f"The format {name!r} of {path} is not known: {hint} (known: {', '.join(FORMATS)})")
+        raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
     if not (name == "datasets" and os.path.isdir(path)):
         several = len(find_files(path)) > 1  # which also finds out whether they are there
-        if several and name and FORMATS[name].convert:
+        if several and name and not FORMATS[name].pairs:
             raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
     if name is None:
         raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")

@@ -69,14 +69,21 @@ class StreamedCell(StoredMedium):
     block: int
     row: int  # within the block
     place: str
+    item: int | None = None  # of a list
 
     def __str__(self) -> str:
         return f"{self.place}, column {self.name!r}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        value = self.stream.block(self.block)[self.name][self.row]
-        if pa.types.is_struct(value.type) and value.is_valid:
-            value = value["bytes"]
-        if not value.is_valid:
-            raise InputError(f"{self} holds no bytes.")
-        return io.BytesIO(value.as_py())
+        return open_value(self.stream.block(self.block)[self.name][self.row], self.item, str(self))
+
+
+def open_value(value: pa.Scalar, item: int | None, place: str) -> BinaryIO:
+    """The bytes of a table's value: binary, or a structure with `bytes`; or those of an item of a list."""
+    if item is not None:
+        value = value.values[item] if value.is_valid and item < len(value.values) else pa.NULL
+    if pa.types.is_struct(value.type) and value.is_valid:
+        value = value["bytes"]
+    if not value.is_valid:
+        raise InputError(f"{place} holds no bytes.")
+    return io.BytesIO(value.as_py())

@@ -4,11 +4,10 @@ A folder of `save_to_disk`, one that `load_dataset` understands, or Parquet, JSO
 a dataset on the hub, by its id.
 """
 
-import io
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +17,13 @@ import pyarrow.compute
 
 from anygpt.data.formats.base import Pair, Row, find_files
 from anygpt.data.formats.parquet import check_row_groups
-from anygpt.data.formats.streams import Stream, StreamedCell
-from anygpt.data.schema import MEDIA_TYPES, check_keys
+from anygpt.data.formats.streams import Stream, StreamedCell, open_value
+from anygpt.data.rows import nearest
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
+from anygpt.media.types import MEDIA
 
-COLUMNS = (*MEDIA_TYPES, "text", "prompt", "id")
+COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 ROWS_AT_ONCE = 256
 
@@ -36,13 +36,13 @@ class Cell(StoredMedium):
     name: str  # of the column
     row: int
     place: str
+    item: int | None = None  # of a list
 
     def __str__(self) -> str:
         return f"{self.place}, column {self.name!r}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        value = self.table[self.row][self.name][0]
-        return io.BytesIO((value["bytes"] if pa.types.is_struct(value.type) else value).as_py())
+        return open_value(self.table[self.row][self.name][0], self.item, str(self))
 
 
 def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = False) -> Iterator[Row]:
@@ -50,12 +50,13 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
 
     Args:
         columns: the table's column for each of `COLUMNS`: one of image, video and audio (or none, for text), `text`
-            (the caption or the answer), and where there are such `prompt` (what the user says) and `id`. A medium is
-            bytes, a `datasets` feature of Image, Audio or Video, or a path below the media root.
+            (the caption or the answer, or a list of several that say the same), and where there are such `prompt`
+            (what the user says) and `id`. A medium is bytes, a `datasets` feature of Image, Audio or Video, or a path
+            below the media root; or a list of such, in the order of their markers in the prompt (`<image>`).
         streaming: see `streams`.
     """
     columns = _checked_columns(path, columns)
-    kind = next((key for key in columns if key in MEDIA_TYPES), None)
+    kind = next((key for key in columns if key in MEDIA), None)
     if streaming:
         yield from _streamed_rows(path, columns, kind)
         return
@@ -68,10 +69,11 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
                 yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
                 continue
             media = [None] * len(part) if kind is None else _media(part[columns[kind]], path)
-            for i, medium in enumerate(media):
-                if medium is _STORED:
-                    media[i] = Cell(table, columns[kind], first + i, f"{path}[{first + i}]")
-            yield from _rows(path, part, columns, kind, media, first)
+
+            def cell(i: int, item: int | None, first: int = first) -> Cell:
+                return Cell(table, columns[kind], first + i, f"{path}[{first + i}]", item)
+
+            yield from _rows(path, part, columns, kind, _placed(media, cell), first)
 
 
 def _whole_rows(block: pa.Table, path: Path, start: int) -> Iterator[tuple[int, pa.Table | InputError]]:
@@ -99,11 +101,15 @@ def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> 
     if first is None:
         return
     _check_names(path, columns, first.column_names)
-    wanted = [name for key, name in columns.items() if key not in MEDIA_TYPES]
-    stored = kind is not None and _STORED in _media(first[columns[kind]], path)
-    if kind is not None and not stored:  # paths, which are read with the texts
-        if is_hub_id(path):
-            raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
+    wanted = [name for key, name in columns.items() if key not in MEDIA]
+    column = None if kind is None else first[columns[kind]]
+    media = [] if column is None else _media(column, path)
+    stored = any(_STORED in (one if isinstance(one, list) else [one]) for one in media)
+    # Paths are read with the texts, and lists, to see how long they are.
+    looked_at = column is not None and (not stored or _is_list(column.type))
+    if column is not None and not stored and is_hub_id(path):
+        raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
+    if looked_at:
         wanted.append(columns[kind])
     start = 0
     for number, block in enumerate(stream.blocks(list(dict.fromkeys(wanted)))):
@@ -111,13 +117,13 @@ def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> 
             if isinstance(part, InputError):
                 yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
                 continue
-            media: list[Any] = [_STORED if stored else None] * len(part)
-            if kind is not None and not stored:
-                media = _media(part[columns[kind]], path)
-            for i, medium in enumerate(media):
-                if medium is _STORED:
-                    media[i] = StreamedCell(stream, columns[kind], number, first - start + i, f"{path}[{first + i}]")
-            yield from _rows(path, part, columns, kind, media, first)
+            media = _media(part[columns[kind]], path) if looked_at else [_STORED if stored else None] * len(part)
+
+            def cell(i: int, item: int | None, number: int = number, start: int = start, first: int = first) -> Any:
+                place = f"{path}[{first + i}]"
+                return StreamedCell(stream, columns[kind], number, first - start + i, place, item)
+
+            yield from _rows(path, part, columns, kind, _placed(media, cell), first)
         start += len(block)
 
 
@@ -125,7 +131,7 @@ def _rows(
     path: Path, block: pa.Table, columns: Mapping[str, str], kind: str | None, media: list[Any], start: int
 ) -> Iterator[Row]:
     """The rows of a block whose first one has the number `start`."""
-    values = {key: block[name].to_pylist() for key, name in columns.items() if key not in MEDIA_TYPES}
+    values = {key: block[name].to_pylist() for key, name in columns.items() if key not in MEDIA}
     for i, medium in enumerate(media):
         pair = Pair(kind, medium, values["text"][i], values["prompt"][i] if "prompt" in values else None)
         name = values["id"][i] if "id" in values else None
@@ -143,12 +149,13 @@ def _check_names(path: Path, columns: Mapping[str, str], there: list[str]) -> No
 def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[str, str]:
     if not columns:
         raise InputError(f"{path} is a table: give columns, as {{image: <its image column>, text: <its captions>}}.")
-    check_keys(columns, COLUMNS, f"columns of {path}")
-    media = [key for key in columns if key in MEDIA_TYPES]
+    known = (*MEDIA, *COLUMNS)
+    for key in columns:
+        if key not in known:
+            raise InputError(f"columns of {path}: the key {key!r} is not known{nearest(key, known)}.")
+    media = [key for key in columns if key in MEDIA]
     if "text" not in columns or len(media) > 1 or (not media and "prompt" not in columns):
-        raise InputError(
-            f"columns of {path} must give 'text', and one of {', '.join(MEDIA_TYPES)} or 'prompt' with it."
-        )
+        raise InputError(f"columns of {path} must give 'text', and one of {', '.join(MEDIA)} or 'prompt' with it.")
     return columns
 
 
@@ -202,20 +209,38 @@ def is_hub_id(path: Path) -> bool:
 _STORED = object()
 
 
+def _placed(media: list[Any], cell: Callable[[int, int | None], StoredMedium]) -> list[Any]:
+    """What `_media` gives, with `cell(row, item of a list)` in the place of each `_STORED`."""
+    return [
+        [cell(i, j) if item is _STORED else item for j, item in enumerate(medium)]
+        if isinstance(medium, list)
+        else cell(i, None)
+        if medium is _STORED
+        else medium
+        for i, medium in enumerate(media)
+    ]
+
+
 def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
-    """For each row of a column `_STORED` where it holds bytes, else the path, or None."""
+    """For each row of a column `_STORED` where it holds bytes, else the path, or None; of a column of lists, lists."""
     kind = column.type
+    if _is_list(kind):
+        items = iter(_media(pa.compute.list_flatten(column), path))
+        lengths = pa.compute.list_value_length(column).to_pylist()
+        return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.to_pylist()
     if _holds_bytes(kind):
         return [_STORED if there else None for there in column.is_valid().to_pylist()]
-    fields = (
-        {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if pa.types.is_struct(kind) else {}
-    )
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     if "path" in fields and "bytes" in fields and (_holds_bytes(fields["bytes"]) or pa.types.is_null(fields["bytes"])):
         there = pa.compute.struct_field(column, "bytes").is_valid().to_pylist()
         paths = pa.compute.struct_field(column, "path").to_pylist()

@@ -5,6 +5,7 @@ A sample is the members of one name: a medium (`000012.jpg`), its caption (`0000
 """
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row, find_files
 from anygpt.data.formats.json_files import parse_json
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
+from anygpt.media.types import MEDIA, media_type_of
 
-SUFFIXES = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif"), "image"),
-    **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov", "gif"), "video"),
-    **dict.fromkeys(("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac"), "audio"),
-}
+# What names mean is what the `webdataset` library takes them to mean (its `base_plus_ext` and `skip_meta`): a key, and
+# behind the base name's first dot a suffix; other names, among them "._x.jpg", are passed over.
+NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+META = re.compile(r"__[^/]*__($|/)")
+TEXTS, JSONS = ("txt", "text", "transcript"), ("json", "jsn")
 MAX_HEADER_BYTES = 1024**2  # long names; a header may claim any size, and tarfile would read it
 BLOCK = 512
 
@@ -80,7 +82,7 @@ def shard_rows(path: Path) -> Iterator[Row]:
         try:
             with shard.open("rb") as file:
                 samples, fault = _index(shard, file)
-                for key, members in samples.items():
+                for key, members in samples:
                     source = f"{shard}[{_printable(key)}]"
                     try:
                         value: Pair | InputError = _pair(members, key, source, file)
@@ -93,20 +95,29 @@ def shard_rows(path: Path) -> Iterator[Row]:
             yield Row(str(shard), shard.stem, fault)
 
 
-def _index(shard: Path, file: BinaryIO) -> tuple[dict[str, dict[str, Any]], InputError | None]:
-    """`{key: {suffix: member, or the fault of it}}` in the shard's order, and what ended the reading too early."""
-    samples: dict[str, dict[str, Any]] = {}
+def _index(shard: Path, file: BinaryIO) -> tuple[list[tuple[str, dict[str, Any]]], InputError | None]:
+    """Each key with `{suffix: member, or the fault of it}` in the shard's order, and what ended the reading too early.
+
+    A sample's members need not stand together, unless its key comes again with the same suffixes.
+    """
+    samples: list[tuple[str, dict[str, Any]]] = []
+    latest: dict[str, dict[str, Any]] = {}
     try:
         for info in _headers(shard, file):
-            if info.isdir():
+            name = NAME.fullmatch(info.name)
+            if not info.isreg() or META.match(info.name) or not name:
                 continue
-            folder, slash, base = info.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            members = samples.setdefault(f"{folder}{slash}{stem}", {})
-            problem = _problem(info)
-            if not problem and suffix.lower() in members:
+            key, suffix = name[1].removeprefix("./"), name[2].lower()
+            again = suffix in latest.get(key, ())
+            if key not in latest or (again and samples[-1][0] != key):
+                latest[key] = {}
+                samples.append((key, latest[key]))
+            problem = None
+            if info.issparse():
+                problem = f"the member {_printable(info.name)} is a sparse file"
+            elif suffix in latest[key]:
                 problem = f"there are two members {_printable(info.name)}"
-            members[suffix.lower()] = problem or TarMember(shard, info.name, info.offset_data, info.size)
+            latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
     except InputError as error:
         return samples, error
     return samples, None
@@ -166,37 +177,38 @@ class _Guarded:
         return self.file.tell()
 
 
-def _problem(info: tarfile.TarInfo) -> str | None:
-    """Why a member is not used, if it is not. Names are never used as paths; strange ones are refused all the same."""
-    name = _printable(info.name)
-    if info.issparse() or not info.isreg():
-        return f"the member {name} is a link, a sparse file or a device"
-    if info.name.startswith("/") or ".." in info.name.split("/"):
-        return f"the member's name {name} leads out of the shard"
-    return None
-
-
 def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair:
     problem = next((member for member in members.values() if isinstance(member, str)), None)
     if problem:
         raise InputError(f"{where}: {problem}: pack the shard again, or leave the sample out.")
     if _printable(key) != key:
         raise InputError(f"{where}: the member's name is not UTF-8: rename it.")
-    media = [suffix for suffix in members if suffix in SUFFIXES]
+    kinds = {suffix: media_type_of(f"x.{suffix}") for suffix in members}
+    media = [suffix for suffix, kind in kinds.items() if kind is not None]
+    # "jpg" before "seg.png": further fields of the sample have longer suffixes
+    media = [suffix for suffix in media if f".{suffix}" in kinds[suffix].suffixes] or media
     if len(media) != 1:
         ends = _printable(", ".join(members))
-        raise InputError(f"{where} must have one medium, and has {len(media)}: its members end in {ends}.")
+        known = ", ".join(suffix for kind in MEDIA.values() for suffix in kind.suffixes)
+        text = f"{where} must have one medium, and has {len(media)}: its members end in {ends}, media in {known}."
+        raise InputError(text)
     caption = None
-    if "txt" in members:
-        content = _read(members["txt"], where, file)
+    if name := _ending_in(members, TEXTS):
+        content = _read(members[name], where, file)
         try:
             caption = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8.") from error
-    elif "json" in members:
-        row = parse_json(_read(members["json"], where, file), f"{where}: the member .json")
+    elif name := _ending_in(members, JSONS):
+        row = parse_json(_read(members[name], where, file), f"{where}: the member .{name}")
         caption = row.get("caption") if isinstance(row, dict) else None
-    return Pair(kind=SUFFIXES[media[0]], medium=members[media[0]], text=caption)
+    return Pair(kind=kinds[media[0]].name, medium=members[media[0]], text=caption)
+
+
+def _ending_in(members: dict[str, Any], endings: tuple[str, ...]) -> str | None:
+    """The suffix that is one of `endings`, else the first whose last part is."""
+    whole = [ending for ending in endings if ending in members]
+    return next(iter(whole or [suffix for suffix in members if suffix.rpartition(".")[2] in endings]), None)
 
 
 def _read(member: TarMember, where: str, file: BinaryIO) -> bytes:
