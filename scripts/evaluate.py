@@ -1,9 +1,12 @@
-"""Measure a trained model: the any-to-any matrix of ToyWorld, its upper bound and baseline, and what it says in words.
+"""Measure a trained model: by a suite of metrics on anybody's data, or by the any-to-any matrix of ToyWorld.
 
     python scripts/evaluate.py --checkpoint runs/quickstart/stage3/final --output runs/report
+    python scripts/evaluate.py --checkpoint DIR --suite configs/evaluation/coco_generation.yaml --output DIR
 
-Prints the matrix, and writes matrix.json, samples/ (media and index.jsonl), contact_sheet.png and report.html. The
-things are those that stages 1 to 3 never saw; `--things seen` takes the others.
+A suite file writes metrics.json, samples/ and report.html; what is finished in the output folder is not asked again,
+and the suite's settings are overridden as in `--ask.seed 1 --limit 1000`. `--suite toyworld` prints the matrix, its
+upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png and report.html. Its things are those that
+stages 1 to 3 never saw; `--things seen` takes the others.
 """
 
 from __future__ import annotations
@@ -22,43 +25,43 @@ from PIL import Image
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.errors import reading
+from anygpt.evaluation.command import add_arguments
+from anygpt.evaluation.command import run as run_suite
+from anygpt.evaluation.tracking import log_values
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
 from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
-from anygpt.toyworld.evaluation.report import text_table, write_report
+from anygpt.toyworld.evaluation.report import text_table, tracked_values, write_report
 from anygpt.toyworld.evaluation.requests import WAYS
-from anygpt.toyworld.evaluation.tracking import log_report
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULTS = Settings()
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and for a suite file what is left over: settings of the suite."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        default=REPOSITORY / "runs/quickstart/stage3/final",
-        help="a run's final/ folder (default: the quickstart's last)",
-    )
-    add("--suite", choices=["toyworld"], default="toyworld", help="what to measure (default: %(default)s)")
-    add("--output", type=Path, required=True, help="folder to write to; what an earlier evaluation left is replaced")
+    add_arguments(parser, REPOSITORY / "runs/quickstart/stage3/final")
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--help" not in given and parser.parse_known_args(given)[0].suite != "toyworld":
+        return parser.parse_known_args(given)
+    add = parser.add_argument_group("of --suite toyworld").add_argument
     add("--samples", type=int, default=DEFAULTS.samples, help="a cell of the matrix (default: %(default)s)")
     add("--talk-samples", type=int, default=DEFAULTS.talk_samples, help="of each kind of talk (default: %(default)s)")
     add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
     add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
-    add("--no-baselines", action="store_true", help="leave out the upper bound and the caption baseline")
     add("--steps", nargs="*", default=[], metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
     add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=DEFAULTS.max_new_tokens, help="of an answer (default: %(default)s)")
     add("--seed", type=int, default=DEFAULTS.seed, help="of requests, renders and noise (default: %(default)s)")
-    add("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
-    add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log matrix and sheet there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(given)
+    if options.answers is not None:
+        parser.error("--answers goes with a suite file: ToyWorld's requests are made anew each time")
+    options.device = options.device or "cpu"
+    return options, []
 
 
 def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
@@ -128,20 +131,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         write_report(options.output, samples, report, judged, sheet, training_logs(options.checkpoint))
     finally:
         shutil.rmtree(samples, ignore_errors=True)
-    log_report(options.tracker, options.output, report, sheet)
+    log_values(options.tracker, options.output, tracked_values(report), {"contact_sheet": sheet})
     return report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options, overrides = parse(arguments)
     quiet_libraries()
     try:
-        report = run(options)
+        if options.suite == "toyworld":
+            made = "matrix.json, contact_sheet.png, report.html and samples/"
+            told = f"{text_table(run(options))}\n\n{made} are in {options.output}"
+        else:
+            told = run_suite(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    print(text_table(report))
-    print(f"\nmatrix.json, contact_sheet.png, report.html and samples/ are in {options.output}")
+    if told is not None:
+        print(told)
     return 0
 
 

@@ -120,6 +120,14 @@ def tiny_model(parts):
 
 
 @pytest.fixture(scope="session")
+def networks(tmp_path_factory, parts):
+    """A folder with tiny networks for the metrics; see `evaluation_utils`."""
+    from evaluation_utils import write_networks  # for the tests of metrics alone
+
+    return shared(tmp_path_factory, "networks", lambda folder: write_networks(folder, parts.folder / "language_model"))
+
+
+@pytest.fixture(scope="session")
 def media():
     """Small media, different for every seed: `media.image(0)`, `media.video(0)`, `media.audio(0)`."""
 

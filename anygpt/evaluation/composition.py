@@ -32,7 +32,7 @@ Found = Mapping[str, Sequence[Sequence[float]]]
 
 
 def compose(per_category: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """`(id, prompt, what is expected)` of each category, the same for the same seed.
+    """`(id, caption, what is expected)` of each category, the same for the same seed.
 
     What is expected: `category`, `things` (`name`, `count`, `colour` or None, one each) and `relation` (of the first
     thing to the second) or None.
@@ -61,7 +61,7 @@ def compose(per_category: int, seed: int) -> list[tuple[str, str, dict[str, Any]
                 "things": [dict(zip(("name", "count", "colour"), thing, strict=True)) for thing in things],
                 "relation": relation if category == "position" else None,
             }
-            wishes.append((f"{category}-{number:04d}", f"Make this image: a photo of {text}.", expected))
+            wishes.append((f"{category}-{number:04d}", f"a photo of {text}", expected))
     return wishes
 
 

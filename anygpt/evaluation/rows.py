@@ -61,8 +61,13 @@ def read_rows(suite: Suite) -> list[Row]:
     if suite.composition is not None:
         wishes = compose(suite.composition.per_category, suite.composition.seed)
         found = [
-            Row(name, Sample(name, (Message("user", (ContentPart("text", text),)),), name), expected=expected)
-            for name, text, expected in wishes
+            Row(
+                name,
+                Sample(name, (Message("user", (ContentPart("text", f"Make this image: {caption}."),)),), name),
+                captions={"image": caption},
+                expected=expected,
+            )
+            for name, caption, expected in wishes
         ]
     else:
         samples = ConversationDataset.from_files([DataSource(**vars(source)) for source in suite.data]).samples
@@ -121,9 +126,9 @@ def reworded(messages: tuple[Message, ...], prompt: str | None) -> tuple[Message
 
 
 def without_media(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """What is left in words."""
-    said = (replace(m, content=tuple(part for part in m.content if part.type == "text")) for m in messages)
-    return tuple(message for message in said if message.content)
+    """The same messages with their words alone."""
+    nothing = (ContentPart("text", ""),)
+    return tuple(replace(m, content=tuple(p for p in m.content if p.type == "text") or nothing) for m in messages)
 
 
 def choices_of(question: Message, choices: Sequence[str] | str | None) -> dict[str, str]:

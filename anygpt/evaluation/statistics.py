@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 Z_95 = 1.959963984540054
 """Two-sided 95% quantile of the normal distribution."""
 
@@ -31,3 +33,15 @@ def share(outcomes: Iterable[bool]) -> dict[str, Any]:
     outcomes = list(outcomes)
     right, n = sum(outcomes), len(outcomes)
     return {"rate": right / n if n else None, "right": right, "n": n, "interval": list(wilson_interval(right, n))}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a mean (Efron 1979), the same at each call.
+
+    Args:
+        values: `(n,)`, at least one.
+    """
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

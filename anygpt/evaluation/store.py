@@ -16,18 +16,11 @@ import xxhash
 from anygpt.data.schema import MediaRoot
 from anygpt.errors import InputError
 from anygpt.evaluation.rows import Row
-from anygpt.media.writing import write_audio, write_image, write_video
+from anygpt.media.types import MEDIA, media_type, media_type_of
 from anygpt.outputs import Answer
 
 INDEX = "index.jsonl"
 SETTINGS = "asked.json"
-SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "video": (".mp4", ".webm", ".gif"), "audio": (".wav", ".flac")}
-"""By media type; the first is what answers are written as."""
-WRITERS = {
-    "image": lambda path, content, rate: write_image(path, content),
-    "video": write_video,
-    "audio": lambda path, content, rate: write_audio(path, np.nan_to_num(content), int(rate)),
-}
 
 
 class AnswerStore:
@@ -51,11 +44,14 @@ class AnswerStore:
 
     def add(self, row: Row, answer: Answer, **more: Any) -> None:
         """Write an answer's media, then its line."""
-        stem = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row.id)[:60]}-{xxhash.xxh3_64_hexdigest(row.id)[:8]}"
+        stem = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row.id)[:60]}-{xxhash.xxh3_64_hexdigest(row.id.encode())[:8]}"
         files = []
         for number, segment in enumerate(s for s in answer.segments if s.type != "text"):
-            path = f"{stem}-{number}{SUFFIXES[segment.type][0]}"
-            WRITERS[segment.type](self.folder / path, segment.content, segment.rate)
+            kind = media_type(segment.type)
+            path = f"{stem}-{number}{kind.suffixes[0]}"
+            kind.write(
+                self.folder / path, np.nan_to_num(segment.content) if kind.heard else segment.content, segment.rate
+            )
             files.append({"type": segment.type, "path": path})
         line = {"id": row.id, "text": answer.text, "files": files, **more}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +123,10 @@ def read_answers(folder: str | Path, rows: list[Row]) -> dict[str, dict[str, Any
             continue
         files = list(line.get("files") or [])
         if "path" in line:
-            files.append({"type": type_of(line["path"]), "path": line["path"]})
+            kind = media_type_of(line["path"])
+            if kind is None:
+                raise InputError(f"{folder / INDEX} (row {row.id!r}): the suffix of {line['path']} names no media type")
+            files.append({"type": kind.name, "path": line["path"]})
         where = f"{folder / INDEX} (row {row.id!r})"
         places = [{"type": f["type"], "path": root.resolve(f["path"], f["type"], where)} for f in files]
         if absent := [str(file["path"]) for file in places if not file["path"].is_file()]:
@@ -138,22 +137,14 @@ def read_answers(folder: str | Path, rows: list[Row]) -> dict[str, dict[str, Any
     return found
 
 
-def type_of(path: str) -> str:
-    """The media type of a file by its suffix."""
-    for kind, suffixes in SUFFIXES.items():
-        if Path(path).suffix.lower() in suffixes:
-            return kind
-    raise InputError(f"{path}: the suffix names no media type; known are {', '.join(sum(SUFFIXES.values(), ()))}")
-
-
 def _by_name(folder: Path, name: str) -> dict[str, Any] | None:
     if "/" in name or "\0" in name:
         return None
     text = folder / f"{name}.txt"
     files = [
-        {"type": kind, "path": f"{name}{suffix}"}
-        for kind, suffixes in SUFFIXES.items()
-        for suffix in suffixes
+        {"type": kind.name, "path": f"{name}{suffix}"}
+        for kind in MEDIA.values()
+        for suffix in kind.suffixes
         if (folder / f"{name}{suffix}").is_file()
     ]
     if not files and not text.is_file():

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from anygpt.data.dataset import DataSource
-from anygpt.data.rows import MEDIA_TYPES
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
 from anygpt.settings import parse_settings
 
 TURNS = ("last", "all")
@@ -69,6 +69,33 @@ class Composition:
 
 
 @dataclass
+class MetricSpec:
+    """A metric and its options; which of them it takes is in `anygpt.evaluation.metrics.METRICS`.
+
+    Attributes:
+        metric: a key of that table.
+        name: in the results; the metric's own by default, with its features where two would be the same.
+        features: id or folder of the network whose features it looks at, or `inception`.
+        revision: branch, tag or commit of that id.
+        modality: media type that it looks at, where the metric leaves it open.
+        num_frames: frames of a clip that are looked at, evenly spaced.
+        subset_size: samples of a block, for KID.
+        detector: id or folder of an open-vocabulary detector, for compositions.
+        threshold: of its detections.
+    """
+
+    metric: str = ""
+    name: str | None = None
+    features: str | None = None
+    revision: str | None = None
+    modality: str | None = None
+    num_frames: int | None = None
+    subset_size: int | None = None
+    detector: str | None = None
+    threshold: float | None = None
+
+
+@dataclass
 class Suite:
     """All settings.
 
@@ -77,7 +104,7 @@ class Suite:
         data: files, of any format that training reads.
         composition: prompts of our own grammar in place of data.
         ask: how the model is asked.
-        metrics: one mapping each: `metric`, and its options; see `anygpt.evaluation.metrics`.
+        metrics: what is taken.
         baselines: what stands beside the model's numbers; null takes all that fit the rows.
         limit: rows that are asked, drawn evenly from all; null asks all.
         shown: rows in the report.
@@ -87,7 +114,7 @@ class Suite:
     data: list[DataSource] = field(default_factory=list)
     composition: Composition | None = None
     ask: Ask = field(default_factory=Ask)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[MetricSpec] = field(default_factory=list)
     baselines: list[str] | None = None
     limit: int | None = None
     shown: int = 24
@@ -120,8 +147,11 @@ def check_values(suite: Suite) -> None:
         ("ask.guidance_scale", ask.guidance_scale, math.isfinite(ask.guidance_scale or 0), "a finite number"),
         ("ask.choices", ask.choices, not isinstance(ask.choices, str) or ask.choices == "lines", "a list, or lines"),
         ("limit", suite.limit, suite.limit is None or suite.limit >= 1, "at least 1, or null"),
+        *((f"metrics[{i}].{name}", value, value is None or value >= 1, "at least 1")
+          for i, spec in enumerate(suite.metrics)
+          for name, value in (("num_frames", spec.num_frames), ("subset_size", spec.subset_size))),
         ("shown", suite.shown, suite.shown >= 0, "at least 0"),
-        *((name, kind, kind in MEDIA_TYPES, " or ".join(MEDIA_TYPES)) for name, kinds in media for kind in kinds),
+        *((name, kind, kind in MEDIA, " or ".join(MEDIA)) for name, kinds in media for kind in kinds),
         *(("baselines", name, name in BASELINES, " or ".join(BASELINES)) for name in suite.baselines or []),
     ]  # fmt: skip
     faults = [f"{name} is {value!r}, expected {expected}" for name, value, good, expected in rules if not good]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from anygpt.evaluation.formatting import interval, outputs_of, percent, rate
+from anygpt.evaluation.store import write
 from anygpt.toyworld.evaluation.answers import Judged
 from anygpt.toyworld.evaluation.page import html_page
 
@@ -47,6 +47,16 @@ def text_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tracked_values(report: dict[str, Any]) -> dict[str, float]:
+    """For a tracker: every cell as `matrix/<input>/<output>`, and the numbers beside it."""
+    values = {name: report[name] for name in ("mean", "min")}
+    values |= {name: report[name]["rate"] for name in ("unasked", "missing")}
+    for name in ("matrix", "caption_baseline"):
+        values |= {f"{name}/{i}/{o}": rate for i, row in report[name].items() for o, rate in row.items()}
+    values |= {f"upper_bound/{o}": rate for o, rate in report["upper_bound"].items()}
+    return values | {f"text_only/{kind}": found["rate"] for kind, found in report["text_only"].items()}
+
+
 def write_report(
     output: Path,
     samples: Path,
@@ -69,16 +79,6 @@ def write_report(
     os.rename(samples, output / "samples")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
-    _write(output / "contact_sheet.png", buffer.getvalue())
-    _write(output / "report.html", page.encode())
-    _write(output / "matrix.json", (json.dumps(report, indent=1) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside its place, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(output / "contact_sheet.png", buffer.getvalue())
+    write(output / "report.html", page.encode())
+    write(output / "matrix.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -1,0 +1,457 @@
+"""Each metric against an independent one, closed forms and naive formulas; and that it moves the right way."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from evaluation_utils import clip, picture, sound
+from PIL import Image, ImageFilter
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import AutoTokenizer, CLIPModel
+
+from anygpt import InputError
+from anygpt.data.schema import ContentPart, Message, Sample
+from anygpt.evaluation.composition import CATEGORIES, COLOURS, compose, is_composed, related
+from anygpt.evaluation.metrics import distances, similarity
+from anygpt.evaluation.metrics.base import Batch, Item, Mean
+from anygpt.evaluation.metrics.detection import CompositionScore, overlap
+from anygpt.evaluation.metrics.features import PretrainedNetwork
+from anygpt.evaluation.metrics.text import CaptionMetric, normalize_answer, vqa_accuracy, words_of
+from anygpt.evaluation.rows import Row
+from anygpt.evaluation.statistics import bootstrap_interval
+from anygpt.media.types import MEDIA
+
+
+def row(references=(), **options):
+    prompt = Sample("0", (Message("user", (ContentPart("text", "What is this?"),)),), "here")
+    return Row("0", prompt, tuple(references), **options)
+
+
+class Vectors:
+    """A network whose features are what it is given."""
+
+    def of_media(self, media):
+        return torch.tensor(np.stack(media))
+
+
+class Features(Batch):
+    """A batch of features without media."""
+
+    def __init__(self, answers, targets):
+        super().__init__([None] * len(answers))
+        self.features = lambda network, role, modality, num_frames=None: torch.as_tensor(
+            answers if role == "answer" else targets
+        )
+
+
+def distance_of(metric, answers, targets, size=16):
+    for start in range(0, len(answers), size):
+        metric.update(Features(answers[start : start + size], targets[start : start + size]))
+    return metric.compute()[""]
+
+
+# ---- distances
+
+
+def gaussians(number=4000, width=6, seed=0):
+    """Samples whose mean and covariance are exactly what is asked for."""
+    random_state = np.random.default_rng(seed)
+    found = []
+    for _ in range(2):
+        x = random_state.standard_normal((number, width))
+        x -= x.mean(0)
+        x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+        scale, mean = random_state.uniform(0.5, 2.0, width), random_state.standard_normal(width)
+        found.append((x * scale + mean, mean, scale))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 16, 4000])
+def test_frechet_distance_of_known_gaussians(size):
+    (x, mean, scale), (y, other_mean, other_scale) = gaussians()
+    expected = ((mean - other_mean) ** 2).sum() + ((scale - other_scale) ** 2).sum()
+    found = distance_of(distances.Frechet(Vectors(), "image"), x, y, size)
+    assert found["value"] == pytest.approx(expected, rel=1e-6) and found["n"] == 4000 and "note" not in found
+
+
+def test_fid_and_kid_are_those_of_torchmetrics():
+    generator = np.random.default_rng(1)
+    x, y = generator.standard_normal((60, 8)), generator.standard_normal((60, 8)) * 1.3 + 0.2
+    identity = torch.nn.Identity()
+    identity.num_features = 8
+    fid = FrechetInceptionDistance(feature=identity)
+    kid = KernelInceptionDistance(feature=identity, subsets=1, subset_size=60)
+    for metric in (fid, kid):
+        metric.update(torch.as_tensor(y), real=True)
+        metric.update(torch.as_tensor(x), real=False)
+    assert distance_of(distances.Frechet(Vectors(), "image"), x, y)["value"] == pytest.approx(float(fid.compute()))
+    assert distance_of(distances.Kid(Vectors(), "image"), x, y)["value"] == pytest.approx(float(kid.compute()[0]))
+
+
+def test_kid_is_the_mean_of_its_blocks():
+    generator = np.random.default_rng(2)
+    x, y = generator.standard_normal((2, 50, 4))
+
+    def unbiased(a, b):
+        kernel = lambda u, v: (u @ v / 4 + 1) ** 3  # noqa: E731
+        pairs = list(itertools.permutations(range(len(a)), 2))
+        inside = sum(kernel(a[i], a[j]) + kernel(b[i], b[j]) for i, j in pairs) / len(pairs)
+        return inside - 2 * np.mean([[kernel(u, v) for u in a] for v in b])
+
+    blocks = [unbiased(x[i : i + 20], y[i : i + 20]) for i in (0, 20)]
+    found = distance_of(distances.Kid(Vectors(), "image", subset_size=20), x, y, size=16)
+    assert found["value"] == pytest.approx(np.mean(blocks)) and found["std"] == pytest.approx(np.std(blocks))
+
+
+def test_cmmd_is_the_naive_one(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    generator = np.random.default_rng(3)
+    x, y = generator.standard_normal((2, 30, 5))
+    u, v = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+
+    def kernel(a, b):
+        return np.mean([[np.exp(-((p - q) ** 2).sum() / 200) for p in a] for q in b])
+
+    expected = 1000 * (kernel(u, u) + kernel(v, v) - 2 * kernel(u, v))
+    assert distance_of(distances.Cmmd(Vectors(), "image"), x, y)["value"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_too_few_samples_are_said():
+    x, y = np.random.default_rng(4).standard_normal((2, 5, 8))
+    found = distance_of(distances.Frechet(Vectors(), "image"), x, y)
+    assert "singular" in found["note"] and "at least 9 samples" in found["note"]
+    for cls in (distances.Frechet, distances.Kid):
+        with pytest.raises(InputError, match="at least two"):
+            distance_of(cls(Vectors(), "image"), x[:1], y[:1])
+
+
+@pytest.mark.parametrize("cls", [distances.Frechet, distances.Kid, distances.Cmmd])
+def test_memory_does_not_grow_with_the_samples(cls):
+    generator = np.random.default_rng(5)
+
+    def peak(number):
+        metric = cls(Vectors(), "image")
+        tracemalloc.start()
+        for _ in range(number // 100):
+            x, y = generator.standard_normal((2, 100, 64))
+            metric.update(Features(x, y))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, sum(t.numel() for t in getattr(metric, "waiting", None) or [])
+
+    few, many = peak(1_000), peak(20_000)
+    assert many[0] < few[0] + 200_000 and many[1] <= 2 * 1000 * 64
+
+
+# ---- words
+
+CAPTIONS = [
+    ("a man riding a horse on the beach", ["a man rides a horse along the beach", "a person on a horse by the sea"]),
+    ("two dogs are playing", ["two dogs play in the grass.", "A pair of dogs playing with a ball"]),
+    ("a red bus", ["a double-decker bus on a city street", "the red bus doesn't stop"]),
+    ("a cat", ["a cat sleeping on a sofa", "the cat's asleep"]),
+]
+
+
+def caption_value(kind, pairs):
+    metric = CaptionMetric(kind)
+    metric.update(Batch([Item(row(references), said, {}) for said, references in pairs]))
+    return metric.compute()
+
+
+def test_caption_metrics_are_those_of_pycocoevalcap():
+    references = {i: [words_of(said) for said in all_said] for i, (_, all_said) in enumerate(CAPTIONS)}
+    answers = {i: [words_of(said)] for i, (said, _) in enumerate(CAPTIONS)}
+    bleu, _ = Bleu(4).compute_score(references, answers, verbose=0)
+    found = caption_value("bleu", CAPTIONS)
+    assert [found[f"_{n}"]["value"] for n in (1, 2, 3, 4)] == pytest.approx(bleu)
+    for kind, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
+        value = caption_value(kind, CAPTIONS)[""]
+        assert value["value"] == pytest.approx(scorer.compute_score(references, answers)[0])
+        assert value["interval"][0] <= value["value"] <= value["interval"][1]
+
+
+@pytest.mark.parametrize("kind", ["bleu", "rouge_l", "cider"])
+def test_captions_of_other_pictures_are_worse(kind):
+    pairs = [(references[0], references) for _, references in CAPTIONS]
+    shares, values = (0, 2, 4), []
+    for share in shares:  # so many get another's caption
+        said = [pairs[(i + 1) % share][0] if i < share else pairs[i][0] for i in range(4)]
+        found = caption_value(kind, [(s, references) for s, (_, references) in zip(said, pairs, strict=True)])
+        values.append(next(iter(found.values()))["value"])
+    assert values[0] > values[1] > values[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A man's t-shirt doesn't fit.", "a man 's t-shirt does n't fit"),
+        ('He said: "stop!" (twice), then left...', "he said stop twice then left"),
+        ("It costs $3.50, or 1,000 yen", "it costs $ 3.50 or 1,000 yen"),
+    ],
+)
+def test_words(text, words):
+    assert words_of(text) == words
+
+
+VQA_ANSWERS = [
+    ("Yes", "yes"), ("no.", "no"), ("The dog", "dog"), ("a cat", "cat"), ("an apple", "apple"), ("two", "2"),
+    ("Ten dogs", "10 dogs"), ("none", "0"), ("zero", "0"), ("eleven", "eleven"), ("dont", "don't"), ("isnt", "isn't"),
+    ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("t-shirt", "t shirt"), ("red/blue", "red blue"),
+    ("red / blue", "red blue"), ("yes, it is", "yes it is"), ("1,000", "1000"), ("3.5", "3.5"), ("U.S.", "us"),
+    ("what?", "what"), ("(left)", "left"), ("  on   the\ttable\n", "on table"), ("red and white", "red and white"),
+    ("wheres", "where's"), ("\"stop\"", "stop"), ("$5", "$5"), ("6:30", "6:30"), ("oclock", "o'clock"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "normal"), VQA_ANSWERS)
+def test_vqa_answers_are_normalised(answer, normal):
+    assert normalize_answer(answer) == normal
+
+
+@pytest.mark.parametrize(("same", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy(same, accuracy):
+    assert vqa_accuracy("The dog.", ["dog"] * same + ["cat"] * (10 - same)) == pytest.approx(accuracy)
+    assert vqa_accuracy("dog", ["a dog"]) == 1.0
+
+
+def test_bootstrap_interval():
+    values = np.random.default_rng(0).standard_normal(400)
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1) and low < values.mean() < high
+
+
+# ---- networks
+
+
+@pytest.fixture(scope="module")
+def network(networks):
+    return lambda name, modality, **options: PretrainedNetwork(str(networks / name), modality, **options)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """`(kind, medium) -> path`."""
+    folder, numbers = tmp_path_factory.mktemp("media"), itertools.count()
+
+    def write(kind, content, rate=None):
+        path = folder / f"{next(numbers)}{MEDIA[kind].suffixes[0]}"
+        MEDIA[kind].write(path, content, rate)
+        return path
+
+    return write
+
+
+def items(kind, answers, **options):
+    return [Item(row(**{k: {kind: v[i]} for k, v in options.items()}), "", {kind: a}) for i, a in enumerate(answers)]
+
+
+def test_clip_score_is_that_of_torchmetrics(networks, network, files):
+    torchmetrics_score = pytest.importorskip("torchmetrics.functional.multimodal").clip_score
+    pictures, captions = [picture(i) for i in range(5)], [f"a red ring {i}" for i in range(5)]
+
+    class Tensors(CLIPModel):  # transformers 5 gives outputs where torchmetrics 1.9 still takes tensors
+        def get_image_features(self, *args):
+            return super().get_image_features(*args).pooler_output
+
+        def get_text_features(self, *args):
+            return super().get_text_features(*args).pooler_output
+
+    model = Tensors.from_pretrained(networks / "clip")
+    images = network("clip", "image").processor
+    tokenizer = AutoTokenizer.from_pretrained(networks / "clip")
+
+    class Processor:  # transformers' own wants torchvision
+        def __call__(self, text=None, images=None, **kwargs):
+            if images is not None:
+                return self.images([Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images], return_tensors="pt")
+            return tokenizer(text, return_tensors="pt", padding=True)
+
+    Processor.images = staticmethod(images)
+    tensors = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]
+    expected = float(torchmetrics_score(tensors, captions, lambda: (model, Processor())))
+    batch = Batch(items("image", [files("image", p) for p in pictures], captions=captions))
+    metric = similarity.ClipScore(similarity.cosine(network("clip", "image"), "image", "caption", None))
+    metric.update(batch)
+    assert metric.compute()[""]["value"] == pytest.approx(expected, abs=1e-3)
+
+
+def score_of(make, kind, answers, size=16, **options):
+    metric = Mean(make)
+    found = items(kind, answers, **options)
+    for start in range(0, len(found), size):
+        metric.update(Batch(found[start : start + size]))
+    return metric.compute()[""]["value"]
+
+
+def test_similarity_of_pictures_falls_with_blur(network, files):
+    pictures = [picture(i, 40) for i in range(4)]
+    sources = [files("image", p) for p in pictures]
+    for name in ("clip", "dino"):
+        make = similarity.cosine(network(name, "image"), "image", "source", None)
+        values = []
+        for radius in (0, 3, 12):
+            answers = [files("image", p.filter(ImageFilter.GaussianBlur(radius))) for p in pictures]
+            values.append(score_of(make, "image", answers, sources=sources))
+        assert values[0] == pytest.approx(100, abs=1e-3) and values[0] > values[1] > values[2]
+        assert score_of(make, "image", answers, size=1, sources=sources) == pytest.approx(values[2], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "frames"), [("dino", "image", False), ("videomae", "video", False), ("clip", "video", True)]
+)
+def test_distances_grow_with_noise(name, kind, frames, network, files):
+    generator = np.random.default_rng(0)
+    originals = [np.asarray(picture(i)) if kind == "image" else clip(i) for i in range(12)]
+    write = lambda x: files(kind, Image.fromarray(x) if kind == "image" else x, 8)  # noqa: E731
+    targets, values = [write(x) for x in originals], []
+    for level in (0, 40, 160):
+        noisy = [np.clip(x + level * generator.standard_normal(x.shape), 0, 255).astype(np.uint8) for x in originals]
+        metric = distances.Frechet(network(name, kind), kind, frames=frames)
+        metric.update(Batch(items(kind, [write(x) for x in noisy], targets=targets)))
+        values.append(metric.compute()[""]["value"])
+    assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
+
+
+def test_sounds_drift_apart_with_noise(network, files):
+    generator = np.random.default_rng(0)
+    write = lambda x: files("audio", np.clip(x, -1, 1), 16_000)  # noqa: E731
+    originals = [sound(i) for i in range(12)]
+    targets, found = [write(x) for x in originals], []
+    classifier = network("ast", "audio", classify=True)
+    for level in (0, 0.002, 0.02):
+        answers = [write(x + level * generator.standard_normal(x.shape)) for x in originals]
+        fad = distances.Frechet(network("clap", "audio"), "audio")
+        fad.update(Batch(items("audio", answers, targets=targets)))
+        kl = score_of(similarity.label_divergence(classifier, "audio"), "audio", answers, targets=targets)
+        found.append((fad.compute()[""]["value"], kl))
+    for values in zip(*found, strict=True):
+        assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
+
+
+def test_label_divergence_is_the_formula(network, files):
+    classifier = network("ast", "audio", classify=True)
+    pair = [files("audio", sound(i), 16_000) for i in (1, 5)]
+    p, q = classifier.of_media([MEDIA["audio"].read(path) for path in pair]).double().softmax(-1)
+    found = score_of(similarity.label_divergence(classifier, "audio"), "audio", [pair[1]], targets=[pair[0]])
+    assert found == pytest.approx(float((p * (p / q).log()).sum()))
+
+
+def test_clap_score_and_long_sounds(network, files):
+    """CLAP's extractor takes a random part of a long sound; ours is the same each time."""
+    clap = network("clap", "audio")
+    sounds = [files("audio", sound(i, 2.5), 16_000) for i in range(3)]
+    make = similarity.cosine(clap, "audio", "caption", None)
+    values = [score_of(make, "audio", sounds, size, captions=["a horn"] * 3) for size in (16, 1)]
+    media, texts = clap.of_media([MEDIA["audio"].read(path) for path in sounds]), clap.of_texts(["a horn"])
+    assert values[0] == pytest.approx(100 * float(torch.cosine_similarity(media, texts).mean()), abs=1e-4)
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_clipsim_and_frame_consistency(network, files):
+    clips = [clip(i) for i in range(3)]
+    paths, captions = [files("video", x, 8) for x in clips], ["a red ring moving left"] * 3
+    images = network("clip", "image")
+    read = [MEDIA["video"].read(path).frames for path in paths]
+    frames = [images.of_media([Image.fromarray(f) for f in x]) for x in read]
+    sims = [100 * torch.cosine_similarity(f, images.of_texts(captions[:1])).mean() for f in frames]
+    make = similarity.frames_to_text(network("clip", "video"), "video", None)
+    assert score_of(make, "video", paths, captions=captions) == pytest.approx(float(np.mean(sims)), abs=1e-3)
+    make = similarity.frames_to_frames(network("clip", "video"), "video", None)
+    steady = score_of(make, "video", paths)
+    assert steady == pytest.approx(
+        float(np.mean([100 * torch.cosine_similarity(f[1:], f[:-1]).mean() for f in frames])), abs=1e-3
+    )
+    shuffled = [files("video", np.stack([clip(10 * i + j, 1)[0] for j in range(6)]), 8) for i in range(3)]
+    assert score_of(make, "video", shuffled) < steady
+
+
+def test_networks_that_are_not_there(network, networks, tmp_path):
+    with pytest.raises(InputError, match="hf download nobody/nothing"):
+        PretrainedNetwork("nobody/nothing", "image")
+    with pytest.raises(InputError, match="reads no text"):
+        network("dino", "image").of_texts(["a"])
+
+
+# ---- compositions
+
+
+def test_prompts_of_compositions():
+    wishes = compose(20, seed=0)
+    assert wishes == compose(20, seed=0) and wishes != compose(20, seed=1)
+    assert len({name for name, _, _ in wishes}) == 20 * len(CATEGORIES)
+    for _, text, expected in wishes:
+        assert all(thing["name"][:3] in text for thing in expected["things"])
+        assert all(thing["colour"] is None or thing["colour"] in text for thing in expected["things"])
+        assert (expected["relation"] is None) == (expected["category"] != "position")
+        assert (expected["things"][0]["count"] > 1) == (expected["category"] == "counting")
+
+
+def drawn(expected):
+    """A picture as asked, and the boxes that a perfect detector finds."""
+    image, found = Image.new("RGB", (100, 100), "grey"), {}
+    spots = {"left of": [(5, 40), (70, 40)], "right of": [(70, 40), (5, 40)], "above": [(40, 5), (40, 70)]}
+    places = iter(spots.get(expected["relation"], [(40, 70), (40, 5), (5, 5), (70, 70)]))
+    for thing in expected["things"]:
+        for _ in range(thing["count"]):
+            x, y = next(places)
+            box = (x, y, x + 20, y + 20)
+            image.paste(thing["colour"] or "white", box)
+            found.setdefault(thing["name"], []).append(box)
+    return image, found
+
+
+def colour_of(crop, name):
+    names = {Image.new("RGB", (1, 1), colour).getpixel((0, 0)): colour for colour in COLOURS}
+    return names.get(crop.getpixel((10, 10)), "none")
+
+
+def test_compositions_are_judged():
+    """What was asked is right; one thing fewer, one more where it is counted, or another colour or place is wrong."""
+    for _, _, expected in compose(5, seed=0):
+        image, found = drawn(expected)
+        assert is_composed(expected, found, image, colour_of)
+        name = expected["things"][0]["name"]
+        assert not is_composed(expected, found | {name: found[name][1:]}, image, colour_of)
+        more = found | {name: [*found[name], (0, 0, 5, 5)]}
+        assert is_composed(expected, more, image, colour_of) == (expected["category"] != "counting")
+        if expected["things"][0]["colour"]:
+            assert not is_composed(expected, found, Image.new("RGB", (100, 100), "cyan"), colour_of)
+        if expected["relation"]:
+            first, second = (thing["name"] for thing in expected["things"])
+            swapped = {first: found[second], second: found[first]}
+            assert not is_composed(expected, swapped, image, colour_of)
+
+
+def test_boxes():
+    assert overlap((0, 0, 10, 10), (0, 0, 10, 10)) == 1 and overlap((0, 0, 4, 4), (5, 5, 9, 9)) == 0
+    assert overlap((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert related((0, 0, 10, 10), (20, 0, 30, 10), "left of") and not related(
+        (0, 0, 10, 10), (1, 0, 11, 10), "left of"
+    )
+
+
+def test_composition_score(network, files):
+    """With a detector that finds everything, and CLIP's colours."""
+    wishes = [wish for wish in compose(3, seed=0) if wish[2]["category"] in ("two_objects", "counting")]
+    perfect = []
+    rows = []
+    for _, text, expected in wishes:
+        image, found = drawn(expected)
+        path = files("image", image)
+        perfect.append(found)
+        rows.append(Item(row(captions={"image": text}, expected=expected), "", {"image": path}))
+    metric = CompositionScore(lambda image, names: perfect.pop(0), network("clip", "image"), "image")
+    metric.update(Batch(rows))
+    found = metric.compute()
+    assert found[""]["value"] == 1.0 and found["_counting"]["n"] == 3
+    assert metric.colour_of(Image.new("RGB", (20, 20), "red"), "cat") in COLOURS
