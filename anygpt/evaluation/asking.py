@@ -48,8 +48,9 @@ class Asker:
         self.model, self.processor, self.suite, ask = model, processor, suite, suite.ask
         self.makes = {decoder.modality: key for key, decoder in model.decoders.items()}
         if lacking := sorted({*ask.require, *looked_at} - set(self.makes)):
+            makes = ", ".join(self.makes) or "text alone"
             raise InputError(
-                f"the suite asks for {', '.join(lacking)}; the model makes {', '.join(self.makes) or 'text'}"
+                f"the suite looks at {', '.join(lacking)}, and the model makes {makes}: take another suite"
             )
         self.looked_at = list(looked_at)
         self.require = [self.makes[kind] for kind in ask.require]

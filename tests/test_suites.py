@@ -1,0 +1,418 @@
+"""Suites: what is asked, that nothing is asked twice, and that the numbers do not depend on how it was run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from evaluation_utils import text, write_medium, write_rows
+
+from anygpt import InputError
+from anygpt.data.collation import NOT_FOR_MODEL
+from anygpt.data.dataset import ConversationDataset
+from anygpt.evaluation import run as run_module
+from anygpt.evaluation.asking import Asker, _answered
+from anygpt.evaluation.report import text_table
+from anygpt.evaluation.rows import read_rows
+from anygpt.evaluation.run import evaluate
+from anygpt.evaluation.store import AnswerStore
+from anygpt.evaluation.suite import read_suite
+from anygpt.media.types import MEDIA
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import evaluate as script  # noqa: E402
+
+ROWS = 6
+
+
+def process(index=0, number=1):
+    """As much of an accelerator as `evaluate` uses; processes run one after the other, the first one last."""
+    return SimpleNamespace(
+        is_main_process=index == 0,
+        process_index=index,
+        num_processes=number,
+        device=torch.device("cpu"),
+        wait_for_everyone=lambda: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Rows that are answered with pictures, some from a picture."""
+    folder = tmp_path_factory.mktemp("drawn")
+    rows = []
+    for i in range(ROWS):
+        target = {"type": "image", "path": write_medium(folder, "image", i), "caption": f"a red ring {i}"}
+        given = [{"type": "image", "path": write_medium(folder, "image", 10 + i)}] if i % 2 else []
+        rows.append(([*given, text(f"make the picture of a red ring {i}")], [text("here "), target]))
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def draw_suite(drawn, networks):
+    def make(*overrides, name="suite.yaml"):
+        (drawn / name).write_text(
+            f"""
+name: pictures
+data: [{{path: {drawn}/rows.jsonl}}]
+ask: {{require: [image], num_inference_steps: 1, max_new_tokens: 4}}
+metrics:
+  - {{metric: frechet_distance, features: {networks}/dino}}
+  - {{metric: clip_score, features: {networks}/clip}}
+  - {{metric: clip_i, features: {networks}/clip}}
+"""
+        )
+        return read_suite(drawn / name, overrides)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def talker(tiny_model):
+    return tiny_model()
+
+
+def asked_for(monkeypatch):
+    """Ids of the rows whose answers are made from now on."""
+    asked, add = [], AnswerStore.add
+
+    def noting(self, row, answer):
+        asked.append((self.folder.name, row.id))
+        add(self, row, answer)
+
+    monkeypatch.setattr(AnswerStore, "add", noting)
+    return asked
+
+
+def values(report):
+    return {
+        (name, way): (found["value"], found["n"])
+        for name, ways in report["metrics"].items()
+        for way, found in ways.items()
+    }
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key][0] == pytest.approx(other[key][0], rel=1e-3, abs=0.02) and one[key][1] == other[key][1], key
+
+
+@pytest.fixture(scope="module")
+def whole(draw_suite, talker, tmp_path_factory):
+    """One process, batch 16, without an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return output, evaluate(draw_suite(), output, process(), *talker)
+
+
+def test_what_is_written(whole):
+    output, report = whole
+    assert report == json.loads((output / "metrics.json").read_text())
+    assert set(report["metrics"]) == {"frechet_distance", "clip_score", "clip_i"}
+    for ways in report["metrics"].values():
+        assert set(ways) == {"model", "upper_bound", "caption_baseline"}
+    score = report["metrics"]["clip_score"]["model"]
+    assert score["n"] == ROWS and score["interval"][0] <= score["value"] <= score["interval"][1]
+    source = report["metrics"]["clip_i"]["model"]
+    assert source["n"] == 3 and source["left_out"] == 3  # only half of the rows have a picture to be like
+    assert "interval" not in report["metrics"]["frechet_distance"]["model"]
+    assert report["about"]["frechet_distance"]["features"].endswith("dino")
+    assert report["about"]["frechet_distance"]["better"] == "lower"
+    assert report["seed"] == 0 and report["missing"] == {"image": 0} and "torchmetrics" in report["versions"]
+    lines = [json.loads(line) for line in (output / "samples/index.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == [str(i) for i in range(ROWS)]
+    for line in lines:
+        assert [file["type"] for file in line["files"]] == ["image"]
+        MEDIA["image"].read(output / "samples" / line["files"][0]["path"])
+    page = (output / "report.html").read_text()
+    links = re.findall(r'src="([^"]+)"', page)
+    assert len(links) == ROWS * 4 + 3 and all((output / link).is_file() for link in links)
+    table = text_table(report)
+    assert "upper bound" in table and "at least 17 samples are needed" in table
+
+
+def test_noise_differs_from_row_to_row_and_the_upper_bound_has_the_same(whole):
+    output, _ = whole
+    pictures = [np.asarray(MEDIA["image"].read(path)) for path in sorted((output / "samples").glob("*.png"))]
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_batch_size_changes_nothing(size, whole, draw_suite, talker, tmp_path):
+    suite = draw_suite("--ask.batch_size", str(size))
+    same(values(evaluate(suite, tmp_path / "out", process(), *talker)), values(whole[1]))
+
+
+def test_two_processes_share_the_rows(whole, draw_suite, talker, tmp_path, monkeypatch):
+    asked = asked_for(monkeypatch)
+    suite = draw_suite("--ask.batch_size", "2")
+    AnswerStore(tmp_path / "out/samples").claim({})  # or the second would be the first to write
+    for way in ("samples", "baselines/upper_bound", "baselines/caption_baseline"):
+        known = run_module._how(suite)
+        (tmp_path / "out" / way).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / way / "asked.json").write_text(json.dumps({"suite": known}))
+    assert evaluate(suite, tmp_path / "out", process(1, 2), *talker) is None
+    assert [row for way, row in asked if way == "samples"] == ["1", "3", "5"]
+    same(values(evaluate(suite, tmp_path / "out", process(0, 2), *talker)), values(whole[1]))
+    assert len(asked) == len(set(asked)) == 3 * ROWS
+    assert [path.name for path in (tmp_path / "out/samples").glob("*.jsonl")] == ["index.jsonl"]
+
+
+def test_after_a_kill_nothing_is_asked_twice(whole, draw_suite, talker, tmp_path, monkeypatch):
+    asked = asked_for(monkeypatch)
+    add = AnswerStore.add
+
+    def dying(self, row, answer):
+        if len(asked) == 8:
+            with self.own.open("a") as index:
+                index.write('{"id": "2", "te')  # what the kill left of the line
+            raise KeyboardInterrupt
+        add(self, row, answer)
+
+    suite = draw_suite("--ask.batch_size", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerStore, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(suite, tmp_path / "out", process(), *talker)
+    assert not (tmp_path / "out/metrics.json").exists()
+    report = evaluate(suite, tmp_path / "out", process(), *talker)
+    assert len(asked) == len(set(asked)) == 3 * ROWS
+    same(values(report), values(whole[1]))
+    evaluate(suite, tmp_path / "out", process(), *talker)
+    assert len(asked) == 3 * ROWS
+
+
+def test_answers_of_other_settings_are_not_mixed(whole, draw_suite, talker):
+    with pytest.raises(InputError, match=r"asked for otherwise \(suite changed\)"):
+        evaluate(draw_suite("--ask.seed", "1"), whole[0], process(), *talker)
+    with pytest.raises(InputError, match=r"asked for otherwise \(checkpoint changed\)"):
+        evaluate(draw_suite(), whole[0], process(), *talker, facts={"checkpoint": "another"})
+
+
+@pytest.mark.parametrize("form", ["index", "path", "names"])
+def test_finished_answers_are_scored_without_a_model(form, whole, draw_suite, tmp_path):
+    output, report = whole
+    folder = output / "samples"
+    if form != "index":
+        folder = tmp_path / "answers"
+        folder.mkdir()
+        lines = []
+        for line in map(json.loads, (output / "samples/index.jsonl").read_text().splitlines()):
+            (folder / f"{line['id']}.png").write_bytes((output / "samples" / line["files"][0]["path"]).read_bytes())
+            lines.append(json.dumps({"id": line["id"], "path": f"{line['id']}.png"}) + "\n")
+        if form == "path":
+            (folder / "index.jsonl").write_text("".join(lines))
+    found = evaluate(draw_suite(), tmp_path / "out", process(), answers=folder)
+    model = {key: value for key, value in values(report).items() if key[1] == "model"}
+    same(values(found), model)
+
+
+def test_answers_that_are_none(draw_suite, tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no answer to any of the 6 rows"):
+        evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
+    for line, message in (
+        ({"id": "0", "path": "../x.png"}, "not inside the media root"),
+        ({"id": "0", "path": "x.png"}, "does not exist"),
+        ({"id": "0", "path": "x.txt"}, "names no media type"),
+        ({"text": "a"}, "index.jsonl:1 is no answer"),
+    ):
+        (tmp_path / "index.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(InputError, match=message):
+            evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
+    (tmp_path / "index.jsonl").write_text('{"id": "0", "text": "no picture"}\n')
+    with pytest.raises(InputError, match="frechet_distance has no answer to look at"):
+        evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
+
+
+# ---- words
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """Pictures with two captions each, and clips with one."""
+    folder = tmp_path_factory.mktemp("described")
+    rows = []
+    for i in range(3):
+        given = [{"type": "image", "path": write_medium(folder, "image", i)}, text("What is it?")]
+        rows += [(given, [text(said)]) for said in (f"a red ring {i}", f"one ring, number {i}")]
+    rows.append(([{"type": "video", "path": write_medium(folder, "video", 0)}, text("What is it?")], [text("a ring")]))
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def word_suite(described, metrics, *overrides, **ask):
+    path = described.parent / "suite.yaml"
+    path.write_text(json.dumps({"data": [{"path": str(described)}], "ask": ask, "metrics": metrics}))
+    return read_suite(path, overrides)
+
+
+CAPTIONING = [{"metric": name} for name in ("bleu", "rouge_l", "cider", "exact_match", "vqa_accuracy")]
+
+
+def test_captions_and_the_language_model_alone(described, talker, tmp_path):
+    suite = word_suite(described, CAPTIONING, max_new_tokens=4, prompt="{text} Say it in a word.")
+    rows = read_rows(suite)
+    assert rows[0].references == ("a red ring 0", "one ring, number 0") and len(rows) == 4
+    assert rows[0].question == "What is it? Say it in a word." and set(rows[3].sources) == {"video"}
+    report = evaluate(suite, tmp_path / "out", process(), *talker)
+    assert {"bleu_1", "bleu_4", "rouge_l", "cider", "exact_match", "vqa_accuracy"} <= set(report["metrics"])
+    assert all(set(ways) == {"model", "without_media"} for ways in report["metrics"].values())
+    said = [
+        {line["id"]: line["text"] for line in map(json.loads, path.read_text().splitlines())}
+        for path in (tmp_path / "out/samples/index.jsonl", tmp_path / "out/baselines/without_media/index.jsonl")
+    ]
+    assert said[0] != said[1]
+
+
+def test_right_words_are_right(described, tmp_path):
+    suite = word_suite(described, CAPTIONING)
+    for number, row in enumerate(read_rows(suite)):
+        (tmp_path / f"{row.id}.txt").write_text(row.references[number % len(row.references)])
+    report = evaluate(suite, tmp_path / "out", process(), answers=tmp_path)
+    found = {name: ways["model"]["value"] for name, ways in report["metrics"].items()}
+    assert found["rouge_l"] == found["exact_match"] == 1.0 and found["bleu_1"] == pytest.approx(1.0)
+
+
+def test_choices_are_taken_by_likelihood(described, talker, tmp_path):
+    """The choice is the one that the model gives the smallest loss, alone and in a batch."""
+    model, processor = talker
+    suite = word_suite(described, [{"metric": "multiple_choice"}], choices=["a red ring 0", "a ring", "blue"])
+    report = evaluate(suite, tmp_path / "out", process(), *talker)
+    assert report["metrics"]["multiple_choice"]["model"]["n"] == 4
+    chosen = {line["id"]: line["text"] for line in map(json.loads, (tmp_path / "out/samples/index.jsonl").open())}
+    asker = Asker(model, processor, suite, [])
+    way = asker.ways(read_rows(suite), True)["model"]
+    for row in read_rows(suite):
+        ((_, (answer,)),) = asker.answers(way, [row])
+        losses = []
+        for choice in row.choices:
+            item = ConversationDataset([way.sample_of(row)], num_video_frames=4)[0]
+            batch = {k: v for k, v in asker.collator([_answered(item, choice)]).items() if k not in NOT_FOR_MODEL}
+            with torch.no_grad():
+                term = model(**batch).losses["encoder_llm/nll"]
+            losses.append(float(term.mean))
+        assert answer.text == chosen[row.id] == row.choices[int(np.argmin(losses))]
+
+
+def test_choices_that_a_question_lists(tmp_path):
+    question = "What is it?\nA. a cat\nB. a dog\n"
+    path = write_rows(
+        tmp_path / "rows.jsonl", [([text(question)], [text(said)]) for said in ("B", "a cat", "B. a dog")]
+    )
+    metrics = [{"metric": "multiple_choice"}]
+    (row,) = read_rows(word_suite(path, metrics, choices="lines"))
+    assert row.choices == ("A", "B") and row.references == ("B", "A", "B")
+    write_rows(path, [([text("What is it?")], [text("a cat")])])
+    with pytest.raises(InputError, match="a question lists none"):
+        read_rows(word_suite(path, metrics, choices="lines"))
+
+
+def test_all_turns_of_a_dialogue(tmp_path, talker):
+    said = [("user", "hello"), ("assistant", "hi"), ("user", "a ring?"), ("assistant", "yes")]
+    messages = [{"role": role, "content": words} for role, words in said]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", "messages": messages}))
+    suite = word_suite(tmp_path / "rows.jsonl", [{"metric": "bleu"}], turns="all")
+    rows = read_rows(suite)
+    assert [(row.id, row.references, len(row.prompt.messages)) for row in rows] == [
+        ("a#1", ("hi",), 1),
+        ("a#3", ("yes",), 3),
+    ]
+    assert evaluate(suite, tmp_path / "out", process(), *talker)["rows"] == 2
+    assert len(read_rows(word_suite(tmp_path / "rows.jsonl", [{"metric": "bleu"}]))) == 1
+
+
+def test_a_limit_draws_from_all_rows(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [([text(f"{i}?")], [text("a")]) for i in range(200)])
+    metrics = [{"metric": "bleu"}]
+    ids = [int(row.id) for row in read_rows(word_suite(path, metrics, "--limit", "40"))]
+    assert len(ids) == 40 and ids == sorted(ids) and max(ids) > 150
+    assert ids != [int(row.id) for row in read_rows(word_suite(path, metrics, "--limit", "40", "--ask.seed", "1"))]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--metrics", "[{metric: fidd}]"], "no metric 'fidd'; did you mean 'fid'"),
+        (["--metrics", "[{metric: fid, threshold: 0.1}]"], "metric fid takes no threshold"),
+        (["--metrics", "[{metric: fvd}]"], r"metric fvd \(video\) does not fit: none of 6 rows has target"),
+        (["--metrics", "[{metric: composition}]"], "none of 6 rows has expected"),
+        (["--metrics", "[{metric: clip_score, features: nobody/nothing}]"], "hf download nobody/nothing"),
+        (["--metrics", "[{metric: fid}]"], "needs the package torch-fidelity"),
+        (["--metrics", "[{metric: frechet_distance}]"], "needs features"),
+        (["--metrics", "[{metric: multiple_choice}]"], "none of 6 rows has choices"),
+        (["--metrics", "[{metric: bleu}, {metric: bleu}]"], "two metrics are called bleu"),
+        (["--metrics", "[]"], "metrics is empty"),
+        (["--metric", "[]"], "unknown setting metric; did you mean metrics"),
+        (["--ask.sed", "1"], "unknown setting ask.sed"),
+        (["--ask.require", "[smell]"], "ask.require is 'smell', expected image or video or audio"),
+        (["--ask.require", "image"], "ask.require"),
+        (["--limit", "0"], "limit is 0, expected at least 1"),
+        (["--ask.turns", "first"], "ask.turns is 'first'"),
+        (["--baselines", "[upper]"], "baselines is 'upper'"),
+        (["--baselines", "[without_media]"], "baselines: without_media does not fit"),
+        (["--ask.num_inference_steps", "0"], "num_inference_steps of the image decoder is 0"),
+        (["--data", "[{path: nowhere.jsonl}]"], "nowhere.jsonl does not exist"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_asked(overrides, message, draw_suite, talker, tmp_path):
+    with pytest.raises(InputError, match=message):
+        evaluate(draw_suite(*overrides), tmp_path / "out", process(), *talker)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_that_is_not_there(draw_suite, tiny_model, tmp_path):
+    with pytest.raises(InputError, match="looks at image, and the model makes audio"):
+        evaluate(draw_suite(), tmp_path / "out", process(), *tiny_model(decoders=("audio",)))
+
+
+def test_rows_that_ask_nothing(tmp_path):
+    lines = {"messages": [{"role": "assistant", "content": "hello"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(lines))
+    with pytest.raises(InputError, match="there is nothing to ask"):
+        read_rows(word_suite(tmp_path / "rows.jsonl", [{"metric": "bleu"}]))
+
+
+# ---- the command
+
+
+def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
+    draw_suite()
+    model, processor = talker
+    model.save_pretrained(tmp_path / "final")
+    processor.save_pretrained(tmp_path / "final")
+    arguments = ["--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml"), "--limit", "2"]
+    assert script.main([*arguments, "--output", str(tmp_path / "out"), "--tracker", "tensorboard"]) == 0
+    assert "clip_score" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["rows"] == 2
+    assert list((tmp_path / "out").rglob("events*"))
+    for more, message in (
+        (["--samples", "3"], "unknown setting samples"),
+        (["--suite", "nowhere.yaml"], "is no file"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere"),
+    ):
+        assert script.main([*arguments, "--output", str(tmp_path / "other"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_real_processes(draw_suite, drawn, talker, whole, tmp_path):
+    draw_suite()
+    talker[0].save_pretrained(tmp_path / "final")
+    talker[1].save_pretrained(tmp_path / "final")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    arguments = ["scripts/evaluate.py", "--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml")]
+    subprocess.run([*launch, *arguments, "--output", str(tmp_path / "out")], cwd=REPOSITORY, check=True)
+    same(values(json.loads((tmp_path / "out/metrics.json").read_text())), values(whole[1]))
