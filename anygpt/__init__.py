@@ -35,10 +35,9 @@ from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.transformers_api import register
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.version import __version__
 
 register(MultimodalConfig, MultimodalModel, MultimodalProcessor)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AudioLDMDecoder",
@@ -59,6 +58,7 @@ __all__ = [
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
     "ZeroscopeDecoder",
+    "__version__",
     "load_decoder",
     "load_encoder",
     "load_language_model",

@@ -1,10 +1,10 @@
 """`scripts/benchmark.py`, and what its `stage2` compares: where the graph ends for each `train.signal_rows`."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training_utils import load_script
 
 from anygpt.training.config import Config
 from anygpt.training.stages import LLM_DECODER, prepare_stage
@@ -12,7 +12,7 @@ from anygpt.training.stages import LLM_DECODER, prepare_stage
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("benchmark")
+    return importlib.import_module("anygpt.commands.benchmark")
 
 
 @pytest.mark.parametrize("rows", ["both", "output", "none"])

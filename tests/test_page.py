@@ -3,7 +3,13 @@
 import http.client
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from urllib.parse import urlparse
 
 import httpx
@@ -17,6 +23,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from serving_utils import send_without_end, serving
+from training_utils import REPOSITORY
 
 from anygpt.chat.chat_model import ChatModel
 from anygpt.media.writing import write_audio
@@ -205,6 +212,11 @@ def test_no_file_of_the_server_is_readable(address, path):
         assert b"root:" not in answer.content and b"[project]" not in answer.content
 
 
+def png(image):
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 def test_only_what_was_uploaded_can_be_read_and_named(address, tmp_path):
     """Uploads come back to who knows their path; an event that names another file is refused."""
     picture = io.BytesIO()
@@ -265,3 +277,42 @@ def test_uploads_are_those_inside_the_folder(tmp_path):
     assert guard._uploaded(str(tmp_path / "in"))
     for path in (str(tmp_path), str(tmp_path) + "2/a", str(tmp_path / "link"), str(tmp_path / ".." / "a"), "a\0b", ""):
         assert not guard._uploaded(path)
+
+
+# ---------------------------------------------------------------------------------------- the process
+
+
+def test_foreign_pages_are_refused(address):
+    port = urlparse(address).port
+    for headers in ({"Host": f"evil.example:{port}"}, {"Origin": "https://evil.example"}):
+        for path in ("/", "/config", "/gradio_api/info"):
+            answer = httpx.get(f"{address}{path}", headers=headers, timeout=PATIENCE)
+            assert answer.status_code == 403 and "allow" in answer.json()["detail"]
+    assert httpx.get(address, headers={"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}).is_success
+
+
+def test_sigterm_removes_uploads(tiny_model, tmp_path):
+    """Those of the page's own folder in the system's temporary one."""
+    for one in tiny_model():
+        one.save_pretrained(tmp_path / "final")
+    (temporary := tmp_path / "temporary").mkdir()
+    command = [sys.executable, "scripts/demo.py", "--checkpoint", str(tmp_path / "final"), "--port", "0"]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as demo:
+        try:
+            address = next(line for line in demo.stdout if line.startswith("Open ")).split()[-1]
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    picture = png(Image.new("RGB", (8, 8)))
+                    up = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", picture)}, timeout=60)
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.2)
+            assert Path(up.json()[0]).is_file() and str(temporary) in up.json()[0]
+            demo.terminate()
+            assert demo.wait(60) == 128 + signal.SIGTERM
+            assert not list(temporary.glob("anygpt-demo-*"))
+        finally:
+            demo.kill()

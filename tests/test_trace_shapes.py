@@ -1,8 +1,11 @@
 """`scripts/trace_shapes.py` on the tiny configs: every hop of the figure, in order, with what really flows."""
 
-import pytest
-from training_utils import REPOSITORY, load_script
+import importlib
 
+import pytest
+from training_utils import REPOSITORY
+
+from anygpt import commands
 from anygpt.toyworld.datasets import write_dataset
 
 CONFIGS = REPOSITORY / "configs" / "tiny"
@@ -10,7 +13,7 @@ CONFIGS = REPOSITORY / "configs" / "tiny"
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("trace_shapes")
+    return importlib.import_module("anygpt.commands.trace_shapes")
 
 
 @pytest.fixture
@@ -91,8 +94,6 @@ def test_watching_leaves_the_model_as_it_was(script, tiny_model):
     assert before == (set(vars(model)), {name: len(m._forward_hooks) for name, m in model.named_modules()})
 
 
-def test_mistakes_are_one_line(script, capsys):
-    with pytest.raises(SystemExit) as error:
-        script.main(["nothing.yaml"])
-    assert error.value.code == 2
+def test_mistakes_are_one_line(capsys):
+    assert commands.run("trace-shapes", ["nothing.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: --config 'nothing.yaml'")

@@ -1,7 +1,7 @@
 """Benchmarks: time and peak memory of one thing done in several ways, as ratios in one run.
 
-    python scripts/benchmark.py stage2 [--steps 5 …]
-    python scripts/benchmark.py stage2 --help
+    anygpt benchmark stage2 [--steps 5 …]
+    anygpt benchmark stage2 --help
 
 Each way runs in a process of its own, so that one's peak memory is not another's. A benchmark is a file in
 `scripts/benchmarks/` with a docstring and three functions:
@@ -34,13 +34,22 @@ from types import ModuleType
 
 import torch
 
-HERE = Path(__file__).resolve().parent
+from anygpt.commands import REPOSITORY, new_parser
+from anygpt.errors import InputError
+
+HERE = REPOSITORY / "scripts"
 RESULT = "benchmark result: "
 GIB = 2**30
 
 
 def names() -> list[str]:
-    """The benchmarks that there are."""
+    """The benchmarks that there are.
+
+    Raises:
+        InputError: none: they belong to the repository, and not to what is installed from it.
+    """
+    if not (HERE / "benchmarks").is_dir():
+        raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")
     return sorted(path.stem for path in (HERE / "benchmarks").glob("*.py"))
 
 
@@ -66,7 +75,7 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
         SystemExit: it failed; its own messages have been printed.
     """
     print(f"  {side} …", file=sys.stderr)
-    command = [sys.executable, __file__, *arguments, "--side", side]
+    command = [sys.executable, "-m", "anygpt", "benchmark", *arguments, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not found:
@@ -101,7 +110,7 @@ def machine() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("benchmark", __doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(names())}}}")
     for name in names():
         module = load(name)
@@ -127,7 +136,3 @@ def main(arguments: list[str]) -> None:
     print(f"{options.benchmark} on {machine()}\n\n{table(results, baseline)}")
     if options.output is not None:
         options.output.write_text(json.dumps({"machine": machine(), "sides": results}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """Writes the feature cache of a run: what its frozen parts make of all media and captions, computed once.
 
-    python scripts/cache_features.py --stage 2 --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
+    anygpt cache-features --stage 2 --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
     accelerate launch scripts/cache_features.py --stage 2 --config … --num-workers 8 --batch-size 64
 
 Then train with the same settings; `data.cache_dir` in the YAML serves both. A part that trains in the run is left out.
@@ -11,9 +11,7 @@ after a mistake, which one line tells.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -24,10 +22,10 @@ from tqdm import tqdm
 from anygpt.cache.keys import LANGUAGE_MODEL, entries
 from anygpt.cache.store import KEY
 from anygpt.cache.writing import CacheWriter
+from anygpt.commands import new_parser
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
-from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
@@ -36,10 +34,8 @@ from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER,
 STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(arguments: list[str]) -> None:
+    parser = new_parser("cache-features", __doc__)
     parser.add_argument("--config", required=True, help="the run's YAML; its other settings as in the stages")
     parser.add_argument(
         "--stage", type=int, choices=STAGES, help="of the run; the language model's states are left out without it"
@@ -49,16 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
     parser.add_argument("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")
     options, settings = parser.parse_known_args(arguments)
-    quiet_libraries()
-    try:
-        if options.batch_size < 1 or (options.num_workers or 0) < 0:
-            raise InputError("--batch-size must be at least 1, and --num-workers at least 0")
-        write(parse_config(["--config", options.config, *settings]), options)
-    except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return MISTAKE
-    return 0
+    if options.batch_size < 1 or (options.num_workers or 0) < 0:
+        raise InputError("--batch-size must be at least 1, and --num-workers at least 0")
+    write(parse_config(["--config", options.config, *settings]), options)
 
 
 def write(config: Config, options: argparse.Namespace) -> None:
@@ -110,7 +99,3 @@ def write(config: Config, options: argparse.Namespace) -> None:
         ),
         say=accelerator.print,
     ).write()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

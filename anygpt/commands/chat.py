@@ -1,7 +1,7 @@
 """Talk to a trained model in the terminal: text and files in, text and media out.
 
-    python scripts/chat.py                                                # a conversation
-    python scripts/chat.py --prompt "What is this?" --attach picture.png  # one answer
+    anygpt chat                                                # a conversation
+    anygpt chat --prompt "What is this?" --attach picture.png  # one answer
 
 In a conversation, text comes as it is said, media are written into the folder `--output` and their paths printed, and
 what was generated is an input of your next message. Commands:
@@ -25,16 +25,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anygpt import InputError
 from anygpt.chat.chat_model import ChatModel, Settings, check_device, modality_of, write_segment
+from anygpt.commands import CHECKPOINT, REPOSITORY, new_parser
 from anygpt.data.schema import checked_text
 from anygpt.decoders.sampling import MAX_SEED
+from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.processing.chat_template import answer_message
-from anygpt.training.cli import MISTAKE, quiet_libraries
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-INTERRUPTED = 128 + 2  # by Ctrl-C, as shells have it
 COMMANDS = "/attach PATH, /history, /save PATH, /reset, /quit"
 
 
@@ -203,14 +201,12 @@ class Printer:
         self.begun = False
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = new_parser("chat", __doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=REPOSITORY / "runs/quickstart/stage3/final",
+        default=CHECKPOINT,
         help="a run's final/ folder (default: the quickstart's last)",
     )
     parser.add_argument("--prompt", help="give one answer to this, and end")
@@ -244,27 +240,14 @@ def check(options: argparse.Namespace) -> None:
     check_device(options.device, options.offload)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    quiet_libraries()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows what it can
             stream.reconfigure(errors="replace")
-    try:
-        check(options)
-        chat = Chat(options)
-        if options.prompt is None and not options.attach:
-            chat.run()
-        else:
-            chat.say(options.prompt or "", options.attach)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    check(options)
+    chat = Chat(options)
+    if options.prompt is None and not options.attach:
+        chat.run()
+    else:
+        chat.say(options.prompt or "", options.attach)

@@ -1,6 +1,6 @@
 """Merge what was trained into the parts: LoRA into the weights, signal tokens into resized matrices.
 
-    python scripts/merge_lora.py --checkpoint runs/tiny/stage3/final --output runs/merged [--dtype float32]
+    anygpt merge-lora --checkpoint runs/tiny/stage3/final --output runs/merged [--dtype float32]
 
 The output is a composition as any other (`MultimodalModel.from_pretrained`), without adapters; and its
 `parts/language_model` is a language model with its tokenizer that transformers loads alone.
@@ -8,18 +8,16 @@ The output is a composition as any other (`MultimodalModel.from_pretrained`), wi
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt.commands import new_parser
 from anygpt.errors import InputError, reading
 from anygpt.model.parts import is_peft
 from anygpt.model.saving import part_modules
-from anygpt.training.cli import MISTAKE, quiet_libraries
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,25 +49,13 @@ def merge(checkpoint: Path, output: Path, dtype: str | None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(arguments: list[str]) -> None:
+    parser = new_parser("merge-lora", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's final/ or checkpoint-<step>/ folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the merged language model (default: its own; merging in bfloat16 rounds)"
     )
     options = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
-        merge(options.checkpoint, options.output, options.dtype)
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return MISTAKE
+    merge(options.checkpoint, options.output, options.dtype)
     print(options.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Serve a trained model over HTTP, in the form of OpenAI's chat completions.
 
-    python scripts/serve.py
+    anygpt serve
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "anygpt", "messages": [{"role": "user", "content": "Draw a red ring."}]}'
 
@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from anygpt.errors import InputError
-from anygpt.serving.command_line import add_arguments, check, listen, load_engine
-from anygpt.training.cli import MISTAKE, quiet_libraries
+from anygpt.commands import new_parser
+from anygpt.commands.servers import add_arguments, check, listen, load_engine
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = new_parser("serve", __doc__)
     add_arguments(parser, port=8000)
     parser.add_argument("--model-name", default="anygpt", help="what requests call the model (default: %(default)s)")
     parser.add_argument(
@@ -43,22 +39,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    quiet_libraries()
-    try:
-        check(options)
-        from anygpt.serving.http import Interface  # after the check, which says in a sentence what is not installed
+    check(options)
+    from anygpt.serving.http import Interface  # after the check, which says in a sentence what is not installed
 
-        engine = load_engine(options)
-        print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)
-        interface = Interface(engine, options.model_name, key=options.api_key or None)
-        listen(interface.app(options.host, options.allow_host, options.cors_origin), options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    interface = Interface(load_engine(options), options.model_name, key=options.api_key or None)
+    print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)
+    listen(interface.app(options.host, options.allow_host, options.cors_origin), options)

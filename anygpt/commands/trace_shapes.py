@@ -1,7 +1,7 @@
 """Every hop's tensors from input to decoder: name, shape, dtype and device, in the order in which they come about.
 
-    python scripts/trace_shapes.py configs/tiny/stage3.yaml [--section.key value …]
-    python scripts/trace_shapes.py --checkpoint runs/quickstart/stage3/final
+    anygpt trace-shapes configs/tiny/stage3.yaml [--section.key value …]
+    anygpt trace-shapes --checkpoint runs/quickstart/stage3/final
 
 One real forward pass is watched, on samples of the config's own data that cover every input and output modality; on
 made-up media where there is no data. The shapes in letters are those of the legend in `anygpt/outputs.py`.
@@ -9,9 +9,7 @@ made-up media where there is no data. The shapes in letters are those of the leg
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
+from anygpt.commands import new_parser
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.media.writing import write_audio, write_image, write_video
-from anygpt.training.cli import MISTAKE, quiet_libraries
 from anygpt.training.config import parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
@@ -205,7 +203,7 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
 
 def load(arguments: list[str]) -> tuple[MultimodalModel, MultimodalProcessor, list[DataSource]]:
     """The model of a config (with overrides) or of a checkpoint, and the config's data."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("trace-shapes", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="a YAML file of a stage; dotted overrides may follow")
     what.add_argument("--checkpoint", metavar="DIR", help="a final/ folder")
@@ -222,15 +220,6 @@ def load(arguments: list[str]) -> tuple[MultimodalModel, MultimodalProcessor, li
 
 
 def main(arguments: list[str]) -> None:
-    quiet_libraries()
-    try:
-        model, processor, sources = load(arguments)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        print(trace(model, move(make_batch(model, processor, sources), model.device)))
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(MISTAKE)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    model, processor, sources = load(arguments)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    print(trace(model, move(make_batch(model, processor, sources), model.device)))

@@ -1,9 +1,9 @@
 """Checks a data file before a run does: every fault with its file, line and sample, and a summary.
 
-    python scripts/validate_data.py train.jsonl --media-root media --deep --num-workers 8
-    python scripts/validate_data.py train.jsonl --processor runs/stage2/final --max-tokens 2048
-    python scripts/validate_data.py 'shards/{00000..00012}.tar' --task generation
-    python scripts/validate_data.py table.parquet --columns image=picture text=caption --task comprehension
+    anygpt validate-data train.jsonl --media-root media --deep --num-workers 8
+    anygpt validate-data train.jsonl --processor runs/stage2/final --max-tokens 2048
+    anygpt validate-data 'shards/{00000..00012}.tar' --task generation
+    anygpt validate-data table.parquet --columns image=picture text=caption --task comprehension
 
 Faults go to stdout, one a line. The exit code is 0 without faults, 1 with some, 2 where the file or the arguments do
 not let it be checked at all.
@@ -11,27 +11,22 @@ not let it be checked at all.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 
 from tqdm import tqdm
 
+from anygpt.commands import new_parser
 from anygpt.data.formats import FORMATS
 from anygpt.data.formats.pairs import TASKS
 from anygpt.data.lengths import Lengths
 from anygpt.data.validation import Report, validate
-from anygpt.errors import InputError
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.training.cli import quiet_libraries
 
-FAULTY, UNUSABLE = 1, 2
+FAULTY = 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(arguments: list[str]) -> int:
+    parser = new_parser("validate-data", __doc__)
     parser.add_argument("file", help="the data file; for shards and tables also a glob or braces")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}; by the suffix if not given")
     parser.add_argument("--media-root", help="the folder that media paths are relative to; the file's own by default")
@@ -56,35 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
                 yield row
                 bar.update()
 
-        try:
-            lengths = None
-            if args.processor is not None:
-                lengths = count_with(args.processor)
-            report = validate(
-                args.file,
-                args.format,
-                args.media_root,
-                columns,
-                args.task,
-                args.follow_links,
-                deep=args.deep,
-                lengths=lengths,
-                max_tokens=args.max_tokens,
-                num_workers=args.num_workers,
-                on_fault=lambda fault: bar.write(str(fault)),
-                progress=counted,
-            )
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return UNUSABLE
+        lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
+        report = validate(
+            args.file,
+            args.format,
+            args.media_root,
+            columns,
+            args.task,
+            args.follow_links,
+            deep=args.deep,
+            lengths=lengths,
+            max_tokens=args.max_tokens,
+            num_workers=args.num_workers,
+            on_fault=lambda fault: bar.write(str(fault)),
+            progress=counted,
+        )
     print(summary(report))
     return FAULTY if report.faults else 0
-
-
-def count_with(folder: str) -> Lengths:
-    """What counts tokens with a saved processor."""
-    quiet_libraries()
-    return Lengths(MultimodalProcessor.from_pretrained(folder))
 
 
 def summary(report: Report) -> str:
@@ -98,11 +81,3 @@ def summary(report: Report) -> str:
     rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAULTY)

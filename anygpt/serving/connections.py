@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Any
 
 import uvicorn
@@ -51,8 +52,14 @@ class BoundedProtocol(H11Protocol):
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
     """How both servers run under uvicorn; `options` are its own."""
+    # What is still being answered when the server ends is cancelled; that is no fault, and needs no traceback.
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options
     return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, **options)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def allow_open_files() -> None:

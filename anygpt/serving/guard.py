@@ -73,7 +73,7 @@ class Guard:
             except ClientDisconnect:
                 return
         if status is not None:
-            await JSONResponse({"detail": reason}, status)(scope, receive, with_headers)
+            await refuse(status, reason)(scope, receive, with_headers)
         else:
             await self.app(scope, receive, with_headers)
 
@@ -120,6 +120,11 @@ class Guard:
         if "\0" in path:
             return False
         return os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
+
+
+def refuse(status: int, reason: str) -> JSONResponse:
+    """An error as gradio's page understands it."""
+    return JSONResponse({"detail": reason}, status)
 
 
 def _is_upload(scope: Scope) -> bool:

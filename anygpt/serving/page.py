@@ -6,7 +6,7 @@ import os
 import queue
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.guard import Guard
+from anygpt.serving.gate import Gate
+from anygpt.serving.guard import Guard, refuse
 from anygpt.serving.http import FAULT, logger
 from anygpt.serving.unread import Unread
 
@@ -267,12 +268,13 @@ def _said_error(sentence: str) -> dict[str, Any]:
     return {"role": "assistant", "content": sentence, "metadata": {"title": "This did not work"}}
 
 
-def make_app(engine: Engine, folder: Path) -> Unread:
+def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Unread:
     """The page as an ASGI application.
 
     Args:
         engine: answers.
         folder: for uploads and generated media; nothing else should be in it.
+        host, hosts: see `Gate`.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     page = Page(engine, folder).build()
@@ -290,4 +292,4 @@ def make_app(engine: Engine, folder: Path) -> Unread:
         css=STYLE,
     )
     page.has_launched = True  # gradio checks the paths in events only then
-    return Unread(Guard(app, folder))
+    return Unread(Gate(Guard(app, folder), refuse, host, hosts))

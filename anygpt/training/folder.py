@@ -32,7 +32,17 @@ MANIFEST, STATE = "manifest.json", "training_state.json"
 PREFIX = "checkpoint-"
 STOPPED = "stopped-"  # a checkpoint for inspection, which no run continues from by itself
 GIB = 2**30
-PACKAGES = ("anygpt", "torch", "transformers", "diffusers", "peft", "accelerate", "safetensors", "datasets", "numpy")
+PACKAGES = (
+    "anygpt-link",
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "numpy",
+)
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 _CHUNK = 2**22
 

@@ -26,6 +26,7 @@ from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
 from anygpt.toyworld.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.world import HELD_OUT, SEEN, Thing
+from anygpt.version import __version__
 
 VALIDATION = tuple(
     Thing(shape, colour)
@@ -99,7 +100,8 @@ def evaluate(
         "things": [str(thing) for thing in things],
         "settings": asdict(settings),
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in ("anygpt", "torch", "transformers", "diffusers", "peft")}
+        "versions": {"anygpt": __version__}
+        | {name: version(name) for name in ("torch", "transformers", "diffusers", "peft")}
         | {"python": platform.python_version()},
     }
     return report, judged

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, check_device
+from anygpt.commands import CHECKPOINT
 from anygpt.errors import InputError
 from anygpt.serving.engine import Engine
-
-CHECKPOINT = Path("runs/quickstart/stage3/final")
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=REPOSITORY / CHECKPOINT,
+        default=CHECKPOINT,
         help="a run's final/ folder (default: the quickstart's last)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -54,6 +54,11 @@ def check(options: argparse.Namespace) -> None:
             options.port = probe.getsockname()[1]
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; name another --port") from error
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM unwinds as an error does, so that what was written for the time being goes: by default it just kills."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def load_engine(options: argparse.Namespace) -> Engine:

@@ -1,0 +1,11 @@
+"""`anygpt benchmark` from a checkout (`--help` says what it does)."""
+
+import sys
+from functools import partial
+
+from anygpt.commands import run
+
+main = partial(run, "benchmark")
+
+if __name__ == "__main__":
+    sys.exit(main())
