@@ -20,6 +20,7 @@ from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
 from anygpt.model.transformers_api import TransformersProcessor
+from anygpt.processing import repeatable
 from anygpt.processing.chat_template import has_special_tokens
 from anygpt.processing.conversations import Conversations
 from anygpt.processing.files import FeatureCounter, ProcessorFiles
@@ -205,7 +206,7 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
                     continue
             options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
             try:
-                outputs[key] = dict(processor(**{"return_tensors": return_tensors} | options))
+                outputs[key] = repeatable.call(processor, {"return_tensors": return_tensors} | options, name)
             except Exception as error:  # whatever a processor raises of media that it cannot take
                 reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
                 raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error

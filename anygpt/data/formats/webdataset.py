@@ -19,9 +19,9 @@ from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA, media_type_of
 
 # What names mean is what the `webdataset` library takes them to mean (its `base_plus_ext` and `skip_meta`): a key, and
-# behind the base name's first dot a suffix; other names, among them "._x.jpg", are passed over.
-NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-META = re.compile(r"__[^/]*__($|/)")
+# behind the base name's first dot a suffix. Other names are passed over, hidden ones ("._x.jpg") in folders, too.
+NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
+META = re.compile(r"__[^/]*__($|/|[.])")
 TEXTS, JSONS = ("txt", "text", "transcript"), ("json", "jsn")
 MAX_HEADER_BYTES = 1024**2  # long names; a header may claim any size, and tarfile would read it
 BLOCK = 512

@@ -1,0 +1,57 @@
+"""Encoder processors that draw from global random states, called so that an input always gives the same tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+SEED = 0
+
+
+@contextmanager
+def _fixed_draws() -> Iterator[None]:
+    """Global random states start from `SEED` inside, and are afterwards what they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            random.seed(SEED)
+            np.random.seed(SEED)
+            torch.manual_seed(SEED)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a processor makes of a batch, the same whatever else is in it and whichever process runs it.
+
+    One that drew (transformers' CLAP takes a random part of a long sound) is called again for each input by itself.
+
+    Args:
+        name: of the argument that holds the media.
+    """
+    with _fixed_draws():
+        before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+        output = dict(processor(**arguments))
+        drew = random.getstate() != before[0] or np.random.get_state()[2] != before[1]
+        drew = drew or not torch.equal(torch.get_rng_state(), before[2])
+    media = arguments.get(name)
+    if not drew or not isinstance(media, list) or len(media) < 2 or isinstance(media[0], (int, float)):
+        return output
+    alone = []
+    for medium in media:
+        with _fixed_draws():
+            alone.append(dict(processor(**{**arguments, name: [medium]})))
+    return {key: _joined([one[key] for one in alone]) for key in output}
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return np.concatenate(values) if isinstance(values[0], np.ndarray) else [item for value in values for item in value]
