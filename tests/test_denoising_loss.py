@@ -126,7 +126,7 @@ def test_the_training_schedule_has_the_noise_levels_of_the_pipelines(scheduler):
     # Schedulers made with their defaults, which are not all DDPM's: from_config alone would swap LCM's.
     pipeline = tiny_pipelines.stable_diffusion()
     pipeline.scheduler = scheduler()
-    ours = StableDiffusionDecoder(pipeline).training_schedule
+    ours = StableDiffusionDecoder(pipeline).schedule.scheduler
     torch.testing.assert_close(ours.alphas_cumprod, scheduler().alphas_cumprod, rtol=1e-5, atol=1e-7)
 
 
@@ -174,7 +174,7 @@ def test_one_generator_is_reproducible_and_none_draws_anew(family):
 
 
 def test_timesteps_cover_the_schedule():
-    drawn = image_decoder().draw_timesteps(20000, torch.Generator().manual_seed(0))
+    drawn = image_decoder().schedule.draw(20000, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert drawn.min() == 0 and drawn.max() == 999 and abs(drawn.float().mean() - 499.5) < 10
 
 
@@ -267,7 +267,7 @@ def test_the_mean_is_what_train_text_to_image_sdxl_computes(snr_gamma):
 def flow_inputs(decoder):
     condition, latents = random_inputs(decoder, 4, (4, 6, 10))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    return condition, latents, noise, decoder.training_schedule.timesteps[[0, 250, 700, 999]]
+    return condition, latents, noise, decoder.schedule.scheduler.timesteps[[0, 250, 700, 999]]
 
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"])
@@ -311,15 +311,15 @@ def test_the_flow_in_float64():
 
 def test_the_flows_timesteps_have_the_density_of_the_training_script():
     decoder = StableDiffusion3Decoder(tiny_pipelines.stable_diffusion_3())
-    drawn = decoder.draw_timesteps(20000, torch.Generator().manual_seed(0))
+    drawn = decoder.schedule.draw(20000, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert drawn.dtype == torch.float32 and drawn.min() > 0 and drawn.max() <= 1000
     # σ' = 3σ / (1 + 2σ) undone; the schedule runs from σ = 1 down, in steps of 1/1000
     sigma = (drawn / 1000).double()
     logit = torch.logit((sigma / (3 - 2 * sigma)).clamp(1e-3, 1 - 1e-3))
     assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
     a, b = (torch.Generator().manual_seed(seed) for seed in (1, 2))
-    together = decoder.draw_timesteps(2, [a, b])
-    alone = [decoder.draw_timesteps(1, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    together = decoder.schedule.draw(2, [a, b], torch.device("cpu"))
+    alone = [decoder.schedule.draw(1, torch.Generator().manual_seed(seed), torch.device("cpu")) for seed in (1, 2)]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -327,8 +327,8 @@ def test_every_scheme_draws_timesteps_of_the_schedule_and_an_unknown_one_is_refu
     pipeline = tiny_pipelines.stable_diffusion_3()
     for scheme in ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none"):
         decoder = StableDiffusion3Decoder(pipeline, weighting_scheme=scheme)
-        drawn = decoder.draw_timesteps(500, torch.Generator().manual_seed(0))
-        assert torch.isin(drawn, decoder.training_schedule.timesteps).all() and len(drawn.unique()) > 200
+        drawn = decoder.schedule.draw(500, torch.Generator().manual_seed(0), torch.device("cpu"))
+        assert torch.isin(drawn, decoder.schedule.scheduler.timesteps).all() and len(drawn.unique()) > 200
     with pytest.raises(InputError, match="'uniform': expected logit_normal, mode"):
         StableDiffusion3Decoder(pipeline, weighting_scheme="uniform")
 
@@ -338,7 +338,7 @@ def test_the_flows_sampling_schedule_is_not_used():
     decoder = StableDiffusion3Decoder(pipeline)
     condition, latents, noise, timesteps = flow_inputs(decoder)
     call = {"noise": noise, "timesteps": timesteps}
-    expected, levels = decoder.denoising_loss(condition, latents, **call), decoder.training_schedule.sigmas.clone()
+    expected, levels = decoder.denoising_loss(condition, latents, **call), decoder.schedule.scheduler.sigmas.clone()
     decoder.sample(condition, num_inference_steps=2)
     assert len(pipeline.scheduler.sigmas) != len(levels)
     for scheduler in (
@@ -348,7 +348,7 @@ def test_the_flows_sampling_schedule_is_not_used():
     ):
         pipeline.scheduler = scheduler
         again = StableDiffusion3Decoder(pipeline)
-        torch.testing.assert_close(again.training_schedule.sigmas, levels, rtol=0, atol=0)
+        torch.testing.assert_close(again.schedule.scheduler.sigmas, levels, rtol=0, atol=0)
         torch.testing.assert_close(again.denoising_loss(condition, latents, **call), expected, rtol=0, atol=0)
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(InputError, match="DDIMScheduler is not configured for it"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from anygpt.decoders import DiffusionDecoder
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.toyworld import HELD_OUT, PARTS, THINGS, Thing, language, part_path, write_untrained, zoo
 

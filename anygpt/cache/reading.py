@@ -14,7 +14,7 @@ from torch import Tensor
 from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
 from anygpt.cache.store import Store
 from anygpt.data.schema import StaleCache
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 

@@ -26,7 +26,7 @@ from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import Sample
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
 

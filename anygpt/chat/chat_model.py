@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from anygpt.decoders.sampling import MAX_SEED
+from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
 from anygpt.generation.events import Event, Listener, TextPiece

@@ -28,7 +28,7 @@ from typing import Any
 from anygpt.chat.chat_model import ChatModel, Settings, check_device, modality_of, write_segment
 from anygpt.commands import CHECKPOINT, REPOSITORY, new_parser
 from anygpt.data.schema import checked_text
-from anygpt.decoders.sampling import MAX_SEED
+from anygpt.decoders.options import MAX_SEED
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.processing.chat_template import answer_message

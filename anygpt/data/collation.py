@@ -11,7 +11,7 @@ from torch import Tensor
 from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache, TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import refuse_reserved, reserved_tokens, sample_messages
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
 from anygpt.media.types import media_type

@@ -20,7 +20,7 @@ from anygpt.media.types import read_media
 
 if TYPE_CHECKING:
     from anygpt.cache import FeatureCache
-    from anygpt.decoders.base import Condition
+    from anygpt.decoders.conditions import Condition
 
 Media = Image.Image | Video | Audio
 

@@ -2,9 +2,9 @@
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
-from anygpt.decoders.sampling import Condition
 from anygpt.decoders.sd3 import StableDiffusion3Decoder
 from anygpt.decoders.sdxl import StableDiffusionXLDecoder
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder

@@ -12,9 +12,9 @@ from diffusers import AudioLDMPipeline, DiffusionPipeline
 from torch import Tensor
 
 from anygpt.decoders.base import DiffusionDecoder
-from anygpt.decoders.denoising import Generators
+from anygpt.decoders.conditions import Condition, Generators
+from anygpt.decoders.options import is_number
 from anygpt.decoders.reconstruction import vocoder_loss
-from anygpt.decoders.sampling import Condition, is_number
 from anygpt.decoders.targets import AudioTargets
 
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from anygpt.decoders.denoising import DenoisingLoss, Generators, check_generators
-from anygpt.decoders.pipelines import load_pipeline
+from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
+from anygpt.decoders.options import STEERING, check_options, expected_of, seeded
+from anygpt.decoders.pipelines import find_class, load_pipeline
 from anygpt.decoders.reconstruction import autoencoder_loss
-from anygpt.decoders.sampling import Condition, Sampling
+from anygpt.decoders.running import is_hooked, step_callback
+from anygpt.decoders.schedules import DiffusionSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
 from anygpt.parts.files import Place
@@ -32,7 +36,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "anygpt_decoder.json"
 
 
-class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
+class DiffusionDecoder(nn.Module, ABC):
     """A diffusers pipeline as a frozen, differentiable decoder of conditions.
 
     The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
@@ -43,6 +47,8 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
 
     modality: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    size_names: ClassVar[tuple[str, ...]]
+    """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
     _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
 
     def __init_subclass__(cls, **kwargs):
@@ -86,23 +92,7 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
         hub = {k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs}
         where = {k: kwargs.pop(k) for k in ("revision", "subfolder", "variant", "weights") if k in kwargs}
         place = Place(str(path_or_id), **{k: v for k, v in where.items() if v is not None}, hub=hub)
-        config = place.json("model_index.json")
-        class_name = (config or {}).get("_class_name")
-        if class_name is None:
-            raise InputError(
-                f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id."
-            )
-        found = cls if hasattr(cls, "pipeline_class") else DiffusionDecoder._registry.get(str(class_name))
-        if found is None:
-            raise InputError(
-                f"{path_or_id}: no decoder for the pipeline class {class_name}; "
-                f"known are {', '.join(sorted(DiffusionDecoder._registry))}."
-            )
-        if found.pipeline_class.__name__ != class_name:
-            raise InputError(
-                f"{path_or_id} holds a {class_name}, but {cls.__name__} needs a {found.pipeline_class.__name__}: "
-                "name a folder of that kind, or use DiffusionDecoder.from_pretrained."
-            )
+        found, config = find_class(place, cls if hasattr(cls, "pipeline_class") else None, DiffusionDecoder._registry)
         settings = {name: kwargs.pop(name) for name in found._setting_names() if name in kwargs}
         settings = (place.json(SETTINGS_FILE) or {}) | settings
         return found(load_pipeline(found.pipeline_class, config, place, **kwargs), **settings)
@@ -127,12 +117,8 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
-        networks = [x for x in self.pipeline.components.values() if isinstance(x, nn.Module)]
-        # accelerate's hooks, and diffusers' where it offloads by blocks, are on the networks; those by leaves on these.
-        leaves = [next((m for m in network.modules() if m._parameters), network) for network in networks]
-        if any(hasattr(module, hook) for module in networks + leaves for hook in ("_hf_hook", "_diffusers_hook")):
-            return self.pipeline._execution_device  # which looks at every module of every network
-        return next(self.denoiser.parameters()).device
+        hooked = is_hooked(self.pipeline)  # the pipeline's own property looks at every module of every network
+        return self.pipeline._execution_device if hooked else next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,8 +186,7 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Bring a projected condition to where the text encoder's lie; by default nothing. Applied by the loss and
-        by sampling, harmless when applied twice, and of the type given."""
+        """Bring a projected condition to where the text encoder's lie; the loss and sampling do. Twice is once."""
         return condition
 
     @torch.no_grad()
@@ -219,17 +204,13 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
 
     def sample_posterior(self, mean: Tensor, std: Tensor, generator: Generators = None) -> Tensor:
         """`encode_media` from its second step on, of what `posterior` gave."""
-        latents = mean
+        check_generators(generator, len(mean))
         if generator is not None:
-            check_generators(generator, len(mean))
-            latents = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
-        return self.scale_latents(latents)
+            mean = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+        return self.scale_latents(mean)
 
     def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
-        """How far media are from what the decoder's own networks make of them, `{network: (B,)}`, float32.
-
-        For the networks that train (see `train_networks`); the VAE's is `autoencoder_loss`.
-        """
+        """How far media are from what the networks that train make of them, `{network: (B,)}`, float32."""
         if "vae" not in self.trains:
             return {}
         pixels = media if isinstance(media, Tensor) else self.targets(media)
@@ -251,6 +232,164 @@ class DiffusionDecoder(DenoisingLoss, Sampling, nn.Module, ABC):
         """Shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * self.vae.config.scaling_factor
+
+    # ---- the denoising loss
+
+    @cached_property
+    def schedule(self) -> TrainingSchedule:
+        """How the network is trained, by default on the DDPM schedule of the pipeline's scheduler config."""
+        return DiffusionSchedule(self.pipeline.scheduler)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The network's prediction, like `noisy`."""
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=condition.embeds).sample
+
+    def denoising_loss(
+        self,
+        condition: Tensor | Condition,
+        latents: Tensor,
+        *,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        generator: Generators = None,
+        snr_gamma: float | None = None,
+    ) -> Tensor:
+        """Mean squared error of the prediction, one number a sample: `(B,)`, float32.
+
+        Args:
+            condition: `(B, T, D)`; gradients reach it through the frozen network.
+            latents: `(B, C, …)` from `encode_media`.
+            noise: like `latents`; drawn if not given.
+            timesteps: `(B,)` training steps as the schedule draws them; drawn if not given.
+            generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
+                the batch it is in. A CPU generator serves any device.
+            snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
+
+        Raises:
+            InputError: shapes that do not fit, or a schedule that cannot be trained with.
+        """
+        condition = self._ready(condition, len(latents))
+        check_generators(generator, len(latents))
+        # Noise, target and error in float32 (or more): bfloat16 has too few digits to subtract in.
+        latents = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        if noise is None:
+            noise = randn_tensor(latents.shape, generator, self.device, latents.dtype)
+        elif noise.shape != latents.shape:
+            raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
+        if timesteps is None:
+            timesteps = self.schedule.draw(len(latents), generator, self.device)
+        elif timesteps.shape != (len(latents),):
+            raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one a sample: ({len(latents)},).")
+        timesteps = timesteps.to(self.device)
+        weight = self.schedule.weight(timesteps, snr_gamma)
+        noisy, target = self.schedule.noise_and_target(latents, noise.to(latents), timesteps)
+        prediction = self.predict(noisy.to(self.dtype), timesteps, condition)
+        return weight * F.mse_loss(prediction.to(target.dtype), target, reduction="none").flatten(1).mean(1)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the network's activations in the backward pass."""
+        self.denoiser.enable_gradient_checkpointing()
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Tensor | Condition,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_condition: Tensor | Condition | None = None,
+        generator: Generators = None,
+        on_step: Callable[[int, int], None] | None = None,
+        **size: float,
+    ) -> list:
+        """Generate `B` media by calling the pipeline on the condition, as it would on captions encoded to it.
+
+        Args:
+            condition: `(B, T, D)`.
+            num_inference_steps, guidance_scale: the pipeline's own defaults if None.
+            negative_condition: `(B, T, D)`; if None, what the pipeline uses when given no negative prompt.
+            generator: one, or a list with one a sample.
+            on_step: called with the number of finished denoising steps and of all; what it raises ends the sampling.
+            size: the family's `size_names`; the decoder's own by default.
+
+        Raises:
+            InputError: shapes that do not fit, or a size this decoder does not have.
+        """
+        if unknown := sorted(set(size) - set(self.size_names)):
+            raise InputError(
+                f"{type(self).__name__}.sample has no argument {', '.join(unknown)}: sizes are "
+                f"{', '.join(self.size_names)}."
+            )
+        condition = self._ready(condition)
+        if negative_condition is not None:
+            negative_condition = self._ready(negative_condition, len(condition))
+        check_generators(generator, len(condition))
+        # All sizes are passed: given only one of height and width, diffusers would drop it.
+        arguments = {name: getattr(self, name) for name in self.size_names} | size
+        steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        arguments |= {name: value for name, value in steering.items() if value is not None}
+        arguments |= self.prompt_arguments(condition, negative_condition)
+        if on_step is not None:
+            arguments |= step_callback(self.pipeline, on_step)
+        return self.collect(self.pipeline(**arguments, generator=generator))
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
+        parts = {"prompt_embeds": "embeds"} | ({} if self.pooled_dim is None else {"pooled_prompt_embeds": "pooled"})
+        arguments = {}
+        for name, part in parts.items():
+            arguments[name] = getattr(condition, part)
+            arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
+        return arguments
+
+    def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
+        """Checked, normalised, on the decoder's device and in its dtype."""
+        condition = Condition.of(condition)
+        check_condition(condition, type(self).__name__, batch_size, self.condition_shape, self.pooled_dim)
+        return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
+
+    # ---- the options of generation
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """What `generate(decoder_kwargs={key: …})` takes for this decoder."""
+        return (*STEERING, *self.size_names)
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """Steps, guidance and sizes where nobody names any."""
+        call = inspect.signature(self.pipeline.__call__).parameters
+        steering = {name: call[name].default for name in ("num_inference_steps", "guidance_scale") if name in call}
+        return steering | {name: getattr(self, name) for name in self.size_names}
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """See `options.check_options`."""
+        check_options(self.modality, options, self.option_names, self.expected_of)
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """What should stand in place of an option's value; None where it is right. A family adds its own sizes."""
+        return expected_of(name, value, self.pipeline.scheduler.config.num_train_timesteps, self.size_multiple)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels are multiples of this: the VAE's factor, and diffusers asks for 8."""
+        return math.lcm(8, self.pipeline.vae_scale_factor)
+
+    def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+        """Checked options of generation as arguments of `sample`.
+
+        A `seed`, or one of a list with one a sample, gives a sample a generator of its own by its place: how many of
+        this decoder's media come before it in its answer. So a medium does not depend on what else is in the batch.
+        """
+        arguments = {name: value for name, value in options.items() if value is not None}
+        prompt, seed = arguments.pop("negative_prompt", None), arguments.pop("seed", None)
+        if prompt is not None:
+            arguments["negative_condition"] = Condition.of(self.encode_text([prompt]))[[0] * len(places)]
+        if seed is not None:
+            arguments["generator"] = seeded(seed, places)
+        return arguments
 
 
 @cache

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.options import ALTERNATIVES
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
-from anygpt.decoders.sampling import ALTERNATIVES, Condition
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
 from anygpt.sequence.signal_tokens import SIGNALS

@@ -20,6 +20,34 @@ from anygpt.parts.networks import check_report, load_network
 DTYPE = torch.float32  # of pipelines, as diffusers has it, whatever the files' own is
 
 
+def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of decoders for the pipeline at `place`, and its `model_index.json`.
+
+    Args:
+        place: where it lies.
+        cls: the class that it must have; any of the known when None.
+        known: classes by the name of their pipelines.
+
+    Raises:
+        InputError: no pipeline there, or one of another or an unknown class.
+    """
+    config = place.json("model_index.json")
+    name = (config or {}).get("_class_name")
+    if name is None:
+        raise InputError(
+            f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id."
+        )
+    found = cls or known.get(str(name))
+    if found is None:
+        raise InputError(f"{place}: no decoder for the pipeline class {name}; known are {', '.join(sorted(known))}.")
+    if found.pipeline_class.__name__ != name:
+        raise InputError(
+            f"{place} holds a {name}, but {found.__name__} needs a {found.pipeline_class.__name__}: name a folder of "
+            "that kind, or use DiffusionDecoder.from_pretrained."
+        )
+    return found, config
+
+
 def load_pipeline(
     cls: type[DiffusionPipeline], index: Mapping[str, Any], place: Place, **options: Any
 ) -> DiffusionPipeline:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.encoders.qformer import QFormerProjection
 from anygpt.errors import InputError
 

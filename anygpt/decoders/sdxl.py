@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from anygpt.decoders.sampling import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from anygpt.data.collation import NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import ContentPart, Message, Sample
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.evaluation.rows import Row, conversation, reworded, without_media
 from anygpt.evaluation.suite import BASELINES, Suite

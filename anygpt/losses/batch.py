@@ -14,7 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from anygpt.composition import Composition
-from anygpt.decoders.base import Condition, DiffusionDecoder
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, info_nce, route, token_nll
 from anygpt.sequence.merging import IGNORE, Merged

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from anygpt.composition import Reading
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.losses.batch import Labels, LossBatch, Pairs, Target, WeightedModel, find_losses
 from anygpt.losses.formulas import TERMS, LossWeights, sum_by_term
 from anygpt.outputs import LossTerm

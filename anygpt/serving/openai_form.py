@@ -16,7 +16,7 @@ from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.data.schema import checked_text
-from anygpt.decoders.sampling import MAX_SEED, is_integer, is_number
+from anygpt.decoders.options import MAX_SEED, is_integer, is_number
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA, media_type
 from anygpt.outputs import Answer, Segment

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 
 HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anygpt.decoders.base import Condition
+from anygpt.decoders.conditions import Condition
 from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.toyworld import language

@@ -1,0 +1,93 @@
+"""The options that generation takes for a decoder: `generate(decoder_kwargs={key: options})`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from anygpt.errors import InputError
+
+STEERING = ("num_inference_steps", "guidance_scale", "negative_prompt", "negative_condition", "seed", "generator")
+"""Options of every decoder, beside the sizes that its family names."""
+ALTERNATIVES = (("negative_prompt", "negative_condition"), ("seed", "generator"))
+MAX_SEED = 2**63 - 1
+
+
+def check_options(
+    decoder: str, options: Mapping[str, Any], names: Sequence[str], expected_of: Callable[[str, Any], str | None]
+) -> None:
+    """Find mistakes in the options of generation before anything is computed.
+
+    Args:
+        decoder: what messages call it.
+        options: by name; None stands for the default.
+        names: the options that it has.
+        expected_of: `(name, value)` to what should stand in place of the value, None where it is right.
+
+    Raises:
+        InputError: an option that the decoder does not have, or a value that it cannot take.
+    """
+    if unknown := sorted(set(options) - set(names)):
+        raise InputError(
+            f"the {decoder} decoder has no option {', '.join(map(repr, unknown))}; it has {', '.join(names)}"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    for one, other in ALTERNATIVES:
+        if one in given and other in given:
+            raise InputError(f"the {decoder} decoder is given both {one} and {other}; give one of them")
+    for name, value in given.items():
+        if expected := expected_of(name, value):
+            raise InputError(f"{name} of the {decoder} decoder is {value!r:.80}; expected {expected}")
+
+
+def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> str | None:
+    """What should stand in place of an option's value; None where it is right, or not looked at here.
+
+    Args:
+        name, value: the option.
+        most_steps: steps of the training schedule.
+        size_multiple: heights and widths are multiples of it.
+    """
+    if name == "num_inference_steps":
+        good = is_integer(value) and 1 <= value <= most_steps
+        return None if good else f"a whole number from 1 to {most_steps}"
+    if name == "guidance_scale":
+        return None if is_number(value) else "a finite number"
+    if name == "seed":
+        seeds = value if isinstance(value, (list, tuple)) else [value]
+        good = all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds)
+        return None if good else "a whole number from 0, or a list of such with one a row"
+    if name == "negative_prompt":
+        return None if isinstance(value, str) and is_text(value) else "a text of whole characters"
+    if name in ("height", "width"):
+        good = is_integer(value) and value > 0 and value % size_multiple == 0
+        return None if good else f"a multiple of {size_multiple}"
+    if name == "num_frames":
+        return None if is_integer(value) and value > 0 else "a whole number from 1"
+    return None
+
+
+def seeded(seed: int | Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
+    """A generator a sample, from one seed or one a sample, and the sample's place in its answer."""
+    seeds = [seed] * len(places) if isinstance(seed, int) else seed
+    return [
+        torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)
+        for own, place in zip(seeds, places, strict=True)
+    ]
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; also no integer beyond what a float can be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: str) -> bool:
+    """Whole characters: tokenizers take no half of a surrogate pair, which JSON and command lines may hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -1,0 +1,166 @@
+"""How decoders are trained: a noise schedule apart from the pipeline's scheduler, whose tables are the sampler's.
+
+`DiffusionSchedule` is that of networks trained on a DDPM schedule, `FlowSchedule` of those trained by flow matching.
+Shapes: `B` batch, `C` latent channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
+from torch import Tensor
+
+from anygpt.decoders.conditions import Generators
+from anygpt.errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+
+
+class TrainingSchedule(ABC):
+    """Timesteps, noise, targets and weights of a denoising loss.
+
+    Attributes:
+        scheduler: the diffusers scheduler that holds the noise levels.
+    """
+
+    scheduler: Any
+
+    def draw(self, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
+        """Training timesteps `(B,)` on `device`; a list of generators draws each sample from its own."""
+        if isinstance(generator, list):
+            return torch.cat([self.draw(1, g, device) for g in generator])
+        return self.density(batch_size, generator, device if generator is None else generator.device).to(device)
+
+    @abstractmethod
+    def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Timesteps `(B,)`, drawn on `device`."""
+
+    @abstractmethod
+    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents and what the network should predict from them, both like `latents`."""
+
+    @abstractmethod
+    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
+        """Weights `(B,)` of the samples' losses.
+
+        Raises:
+            InputError: min-SNR-γ, where it cannot be had.
+        """
+
+
+class DiffusionSchedule(TrainingSchedule):
+    """The DDPM noise schedule (arXiv 2006.11239) of a pipeline's scheduler.
+
+    Raises:
+        InputError: a config without betas, as flow matching's (DDPM would take it, with betas of its own), or a
+            prediction type other than epsilon, v_prediction and sample.
+    """
+
+    def __init__(self, scheduler: Any):
+        config = scheduler.config
+        self.kind = config.get("prediction_type", PREDICTION_TYPES[0])
+        if "beta_schedule" not in config or config.get("use_flow_sigmas") or self.kind == "flow_prediction":
+            raise InputError(
+                f"the decoder trains with a DDPM noise schedule, but the pipeline's {type(scheduler).__name__} is "
+                "configured for flow matching or continuous noise levels: give the pipeline the diffusion scheduler "
+                "that it was trained with."
+            )
+        if self.kind not in PREDICTION_TYPES:
+            raise InputError(
+                f"The scheduler's prediction_type is {self.kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
+                "correct scheduler_config.json."
+            )
+        # Without this key: from_config would replace whatever the other class had as a default (LCM's betas, for one)
+        # by DDPM's default.
+        self.scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+
+    def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Uniform over the schedule, int64."""
+        high = self.scheduler.config.num_train_timesteps
+        return torch.randint(high, (batch_size,), generator=generator, device=device)
+
+    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if self.kind == "v_prediction":
+            return noisy, self.scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, noise if self.kind == "epsilon" else latents
+
+    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
+        """1, or min-SNR-γ's (arXiv 2303.09556).
+
+        With s the signal-to-noise ratio: epsilon min(s,γ)/s, v_prediction min(s,γ)/(s+1), sample min(s,γ).
+
+        Raises:
+            InputError: γ with epsilon prediction at zero terminal SNR.
+        """
+        if snr_gamma is None:
+            return 1.0
+        if self.kind == "epsilon" and self.scheduler.alphas_cumprod.min() == 0:
+            raise InputError(
+                "snr_gamma cannot be used with epsilon prediction at zero terminal SNR (the weight is 0/0): "
+                "leave snr_gamma unset, or use a v_prediction model."
+            )
+        snr = compute_snr(self.scheduler, timesteps)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.kind]
+        return snr.clamp(max=snr_gamma) / divisor
+
+
+class FlowSchedule(TrainingSchedule):
+    """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the noise levels of a pipeline's.
+
+    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script, for the density of σ and the weights.
+
+    Raises:
+        InputError: an unknown scheme, or a scheduler that is not configured for flow matching.
+    """
+
+    def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
+        check_scheme(scheme)
+        self.scheme = scheme
+        config = scheduler.config
+        shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+        if shift is None:
+            raise InputError(
+                f"the decoder trains by flow matching, but the pipeline's {type(scheduler).__name__} is not configured "
+                "for it: give it the flow's scheduler."
+            )
+        dynamic = config.get("use_dynamic_shifting", False)  # leaves the training levels unshifted, as in the script
+        self.scheduler = FlowMatchEulerDiscreteScheduler(
+            config.num_train_timesteps, shift, use_dynamic_shifting=dynamic
+        )
+
+    def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """float32, 1000 σ in a schedule of 1000 steps; parameters are the training script's."""
+        steps = self.scheduler.timesteps
+        u = compute_density_for_timestep_sampling(
+            self.scheme, batch_size, 0.0, 1.0, 1.29, device=device, generator=generator
+        )
+        return steps[(u * len(steps)).long().clamp(max=len(steps) - 1).cpu()]
+
+    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigmas = self._sigmas(timesteps).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))
+        return (1 - sigmas) * latents + sigmas * noise, noise - latents
+
+    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
+        """The scheme's, 1 but for cosmap and sigma_sqrt; `snr_gamma` is an `InputError`."""
+        if snr_gamma is not None:
+            raise InputError("the decoder is trained by flow matching, where snr_gamma means nothing.")
+        return compute_loss_weighting_for_sd3(self.scheme, self._sigmas(timesteps))
+
+    def _sigmas(self, timesteps: Tensor) -> Tensor:
+        return timesteps / self.scheduler.config.num_train_timesteps
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise an `InputError` for a weighting scheme that does not exist."""
+    if scheme not in WEIGHTING_SCHEMES:
+        raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")
