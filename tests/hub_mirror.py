@@ -183,7 +183,11 @@ def llama_tokenizer(repository: Repository) -> int:
     import sentencepiece
 
     words = " ".join("".join(c) for c in zip(CHARACTERS, reversed(CHARACTERS), strict=True))
-    lines = [words, "the quick brown fox jumps over the lazy dog", "USER: what is this? ASSISTANT: a picture of it"] * 20
+    lines = [
+        words,
+        "the quick brown fox jumps over the lazy dog",
+        "USER: what is this? ASSISTANT: a picture of it",
+    ] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -209,8 +213,8 @@ def llama_tokenizer(repository: Repository) -> int:
 
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

@@ -156,8 +156,8 @@ def train_here(stage, args):
     return train(parse_config(args), STAGES[stage])
 
 
-def cli_here(stage, args, capsys):
-    """The command line in this process: exit code, and the lines on stderr."""
+def cli_here(stage, args, capsys, out=None):
+    """The command line in this process: exit code, and the lines on stderr; what it prints is added to `out`."""
     reset_accelerate()
     capsys.readouterr()
     try:
@@ -165,7 +165,10 @@ def cli_here(stage, args, capsys):
         code = 0
     except SystemExit as end:
         code = end.code
-    return code, capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    if out is not None:
+        out.append(printed.out)
+    return code, printed.err.splitlines()
 
 
 def check_mistake(code, lines, *said):

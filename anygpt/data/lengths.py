@@ -14,6 +14,7 @@ from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, StoredMedium
 from anygpt.media.types import MEDIA, media_type, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
+from anygpt.sequence.merging import IGNORE
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -36,7 +37,11 @@ class Lengths:
         self._same: dict[str, int] = {}
 
     def of(self, sample: Sample) -> int:
-        """Tokens of a conversation, those of its chat template included.
+        """Tokens of a conversation, those of its chat template included; see `with_labels`."""
+        return self.with_labels(sample)[0]
+
+    def with_labels(self, sample: Sample) -> tuple[int, int]:
+        """Tokens of a conversation, those of its chat template included, and how many of them carry a label.
 
         Raises:
             InputError: text that holds a reserved token; media that no encoder reads or no decoder makes, or that
@@ -52,7 +57,8 @@ class Lengths:
         messages = sample_messages(self.processor, sample)
         contents = self.processor.expand([message["content"] for message in messages], counts)
         messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
-        return len(tokenize_with_labels(self.processor.llm_tokenizer, messages)[0])
+        ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
+        return len(ids), sum(label != IGNORE for label in labels)
 
     def features(self, modality: str, place: Path | StoredMedium) -> int:
         """How many features a medium gives."""

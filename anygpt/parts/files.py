@@ -236,6 +236,13 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
     return content
 
 
+def shape_of(tensor: Any) -> torch.Tensor:
+    """A lazy tensor without its numbers, on the meta device; integers of any kind become int64."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.to("meta")
+    return torch.empty(tensor.get_shape(), dtype=dtype_of(tensor) or torch.int64, device="meta")
+
+
 @cache
 def _say_once(message: str) -> None:
     logger.warning(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,9 +13,25 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, _some, dtype_of, find_weights, rename
+from anygpt.parts.files import Place, Weights, _some, dtype_of, find_weights, rename, shape_of
 
 NOTHING: Mapping[str, str | None] = {}
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within, networks are made on the meta device: files' headers are compared with them, and no weight is read."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def wants_shapes_only() -> bool:
+    """Whether this is within `shapes_only`."""
+    return _SHAPES_ONLY.get()
 
 
 def load_network(
@@ -55,6 +72,10 @@ def load_network(
     if dtype is None:
         stored = (found for found in map(dtype_of, state.values()) if found is not None)
         dtype = config.dtype or fallback_dtype or next(stored, torch.float32)
+    if wants_shapes_only():
+        state = {name: shape_of(tensor) for name, tensor in state.items()}
+        options = {name: value for name, value in options.items() if name != "quantization_config"}
+        options["device_map"] = "meta"
     with _without_their_report():
         network, info = cls.from_pretrained(
             None,

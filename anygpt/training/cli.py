@@ -17,6 +17,7 @@ import psutil
 import transformers.utils.logging
 
 from anygpt.errors import InputError
+from anygpt.training.check import FLAG, Findings, check, report
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import BadSampleError
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
@@ -45,8 +46,11 @@ def run_stage(
     quiet_libraries()
     rank, launcher = int(os.environ.get("RANK", "0")), find_launcher()
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        config = parse_config(with_tiny_config(stage, given, main=rank == 0), description)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        settings = with_tiny_config(stage, [a for a in given if a != FLAG], main=rank == 0)
+        config = parse_config(settings, f"{description}\n{FLAG}: {check.__doc__}")
+        if FLAG in given:
+            sys.exit(say(check(config, stage), config))
         final = train(config, stage)
         if afterwards is not None and rank == 0:
             afterwards(final, config)
@@ -97,6 +101,14 @@ def say_last(line: str, launcher: int | None) -> None:
         print(line, file=sys.stderr)
     else:
         subprocess.Popen([sys.executable, "-c", _LAST, str(launcher), line], start_new_session=True)
+
+
+def say(found: Findings, config: Config) -> int:
+    """Print what a check found; the exit code."""
+    print(report(found, config))
+    for fault in found.faults:
+        print("error:", fault, file=sys.stderr)
+    return MISTAKE if found.faults else 0
 
 
 def quiet_libraries() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.data.schema import Sample
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.module import ModalEncoderModule
@@ -234,32 +235,7 @@ def build_dataset(
         InputError: unreadable files, media without encoder or decoder, rows that feed no loss of the stage.
     """
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
-    inputs = {encoder.modality for encoder in model.encoders.values()}
-    outputs = {decoder.modality for decoder in model.decoders.values()}
-    terms: Counter[str] = Counter()
-    for sample in dataset.samples:
-        found = {"user": set(), "assistant": set()}
-        for role, part in sample.media():
-            found["assistant" if role == "assistant" else "user"].add(part.type)
-        for kinds, known, what in (
-            (found["user"], inputs, "an encoder"),
-            (found["assistant"], outputs, "a decoder"),
-        ):
-            if kinds - known:
-                raise InputError(
-                    f"{sample.source} (sample {sample.id!r}) needs {what} for {', '.join(sorted(kinds - known))}, but "
-                    f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
-                    "such rows out"
-                )
-        term = {(0, 0): "llm", (1, 0): "encoder_llm", (0, 1): "llm_decoder", (1, 1): "encoder_decoder"}[
-            bool(found["user"]), bool(found["assistant"])
-        ]
-        if term not in stage.terms:
-            raise InputError(
-                f"{sample.source} (sample {sample.id!r}) is a row of the kind {term}, which {stage.name} does not "
-                f"train on; it takes {', '.join(stage.terms)}"
-            )
-        terms[term] += 1
+    terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
     weights = model.loss_weights
     subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
     own = weights.encoder or weights.decoder or weights.reconstruction
@@ -272,6 +248,38 @@ def build_dataset(
     if dataset.faults:
         logger.warning("%d rows were left out, the first because: %s", len(dataset.faults), dataset.faults[0])
     return dataset
+
+
+def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
+    """The loss term that a sample feeds.
+
+    Raises:
+        InputError: media without encoder or decoder, or a term that the stage does not train on.
+    """
+    inputs = {encoder.modality for encoder in model.encoders.values()}
+    outputs = {decoder.modality for decoder in model.decoders.values()}
+    found = {"user": set(), "assistant": set()}
+    for role, part in sample.media():
+        found["assistant" if role == "assistant" else "user"].add(part.type)
+    for kinds, known, what in (
+        (found["user"], inputs, "an encoder"),
+        (found["assistant"], outputs, "a decoder"),
+    ):
+        if kinds - known:
+            raise InputError(
+                f"{sample.source} (sample {sample.id!r}) needs {what} for {', '.join(sorted(kinds - known))}, but "
+                f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
+                "such rows out"
+            )
+    term = {(0, 0): "llm", (1, 0): "encoder_llm", (0, 1): "llm_decoder", (1, 1): "encoder_decoder"}[
+        bool(found["user"]), bool(found["assistant"])
+    ]
+    if term not in stage.terms:
+        raise InputError(
+            f"{sample.source} (sample {sample.id!r}) is a row of the kind {term}, which {stage.name} does not "
+            f"train on; it takes {', '.join(stage.terms)}"
+        )
+    return term
 
 
 def build_data(

@@ -1,0 +1,249 @@
+"""How much memory a run takes, computed from shapes: a step is gone through with tensors that hold no numbers.
+
+Parameters are counted as they are loaded and trained. What is made on the way, forward and backward, recomputation
+included, is counted as it comes and goes, by running one update on torch's fake tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from anygpt.decoders.base import Condition
+from anygpt.encoders.module import base_model
+from anygpt.media.types import media_type
+from anygpt.training.config import Config
+
+ADAM_BYTES = 8  # two moments in 32 bits
+
+
+@dataclass(frozen=True)
+class PartMemory:
+    """A part's parameters and buffers: how many train, bytes by dtype, and what training them adds."""
+
+    part: str
+    parameters: int
+    trainable: int
+    bytes_by_dtype: dict[str, int]
+    gradients: int
+    moments: int
+
+    @property
+    def weights(self) -> int:
+        return sum(self.bytes_by_dtype.values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A kind of rows: keys of the encoders that read their media, and of the decoders that make what they answer."""
+
+    encoders: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{' + '.join(('text', *self.encoders))} to {' + '.join(self.decoders) or 'text'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a run on one device.
+
+    Attributes:
+        parts: the parts.
+        activations: the most that an update makes at a time beside gradients, if all its rows are of one kind.
+        left_out: what could not be counted, and why.
+    """
+
+    parts: list[PartMemory]
+    activations: dict[Rows, int]
+    left_out: list[str]
+
+    @property
+    def total(self) -> int:
+        held = sum(part.weights + part.gradients + part.moments for part in self.parts)
+        return held + max(self.activations.values(), default=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that are made within, while they live; `peak` is the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            if self._known.pop(key, None) is not None:
+                self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows, tuple[int, int]]) -> Plan:
+    """The memory of a run.
+
+    Args:
+        model: on the meta device, prepared for the stage; it is made of fake tensors afterwards.
+        processor: its processor.
+        config: the run's settings.
+        kinds: tokens of a row, and those of them that carry a loss, by kind of rows.
+    """
+    parts = [measure_part(model, name) for name in model.parts]
+    activations, left_out = {}, []
+    rows = config.train.batch_size
+    inputs = {key: blank_inputs(processor, key, rows) for key in model.encoder_keys}
+    targets = {key: target_shape(decoder.module, rows) for key, decoder in model.decoders.items()}
+    gradients = sum(part.gradients for part in parts)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(model, mode)
+    model.train()
+    for kind, (tokens, labels) in kinds.items():
+        with ExitStack() as stack:
+            stack.enter_context(mode)
+            live = stack.enter_context(LiveBytes())
+            if config.train.mixed_precision == "bf16":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            try:
+                run_update(model, kind, inputs, targets, (rows, tokens, labels))
+            except Exception as error:  # a network that looks at numbers, for one
+                left_out.append(f"{kind}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            activations[kind] = max(0, live.peak - gradients)
+        model.zero_grad(set_to_none=True)
+    return Plan(parts, activations, left_out)
+
+
+def measure_part(model: Any, name: str) -> PartMemory:
+    found = list(_tensors(model.parts[name]))
+    sizes: dict[str, int] = {}
+    for tensor in found:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        sizes[dtype] = sizes.get(dtype, 0) + tensor.nbytes
+    trained = [tensor for tensor in found if tensor.requires_grad]
+    count = sum(tensor.numel() for tensor in trained)
+    parameters = sum(tensor.numel() for tensor in found if isinstance(tensor, nn.Parameter))
+    gradients = sum(tensor.nbytes for tensor in trained)
+    return PartMemory(name, parameters, count, sizes, gradients, ADAM_BYTES * count)
+
+
+def _tensors(pieces: list[nn.Module | nn.Parameter]) -> Iterator[Tensor]:
+    """Each parameter and buffer once."""
+    known: set[int] = set()
+    for piece in pieces:
+        found = [piece] if isinstance(piece, nn.Parameter) else [*piece.parameters(), *piece.buffers()]
+        for tensor in found:
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                yield tensor
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace a module's tensors by fake ones, on no device at all; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                store[name] = made[id(tensor)]
+
+
+def run_update(
+    model: Any,
+    kind: Rows,
+    inputs: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[str, tuple[int, ...]],
+    sizes: tuple[int, int, int],
+) -> None:
+    """Forward and backward of a micro-batch of one kind of rows.
+
+    Args:
+        model: of fake tensors.
+        kind: each row has one medium for each of its encoders, and one target for each of its decoders.
+        inputs, targets: the encoders' inputs, and the shapes of the decoders' targets, of a micro-batch.
+        sizes: rows, tokens of each, and those of them that carry a loss.
+    """
+    rows, tokens, labels = sizes
+    language_model = base_model(model.language_model)
+    embedding = language_model.get_input_embeddings().weight
+    embeds = torch.zeros(rows, tokens, embedding.shape[1], dtype=embedding.dtype)
+    for key in kind.encoders:
+        features = model.encoders[key](tree_map_only(Tensor, torch.zeros_like, dict(inputs[key])))
+        features = features if isinstance(features, Tensor) else torch.stack(list(features))
+        embeds = embeds + features.mean().to(embeds.dtype)  # all that matters is that the graph goes on
+    if any(rows_.requires_grad for rows_ in model.signal_tokens.input_rows.values()):
+        embeds = embeds + sum(row.mean() for row in model.signal_tokens.input_rows.values()).to(embeds.dtype)
+    losses = []
+    if model.loss_weights.wants_language_model:
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        states = language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
+        said = states[:, : max(1, min(labels, tokens))].flatten(0, 1)
+        logits = language_model.get_output_embeddings()(said).float()
+        signals = [model.signal_tokens.output_rows] if isinstance(model.signal_tokens.output_rows, Tensor) else []
+        signals += list(model.signal_tokens.output_rows.parameters()) if not signals else []
+        logits = logits + sum((row.mean().float() for row in signals), torch.zeros(()))
+        losses.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
+    else:
+        states = embeds
+    for key in kind.decoders:
+        losses += decoder_losses(model, key, states, targets[key])
+    loss = sum(losses)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.backward()
+
+
+def decoder_losses(model: Any, key: str, states: Tensor, target: tuple[int, ...]) -> list[Tensor]:
+    """Those of a decoder's rows, of the `(B, S, H)` states of the language model."""
+    module, weights = model.decoders[key], model.loss_weights
+    decoder, losses = module.module, []
+    signals = module.projector.config.num_signal_tokens
+    condition = Condition.of(module.condition(states[:, :1].expand(-1, signals, -1)))
+    losses.append((condition.embeds.float() ** 2).mean())
+    if condition.pooled is not None:
+        losses.append((condition.pooled.float() ** 2).mean())
+    if weights.wants("denoising", key) or weights.decoder:
+        latents = decoder.encode_media(torch.zeros(target, dtype=decoder.vae.dtype))
+        losses.append(decoder.denoising_loss(condition, latents).mean())
+    return losses
+
+
+def target_shape(decoder: Any, rows: int) -> tuple[int, ...]:
+    """Of a batch of media as the decoder's `targets` makes them."""
+    kind = media_type(decoder.modality)
+    blank = decoder.targets([kind.to_target(kind.blank(getattr(decoder, "num_frames", None)))])
+    return (rows, *blank.shape[1:])
+
+
+def blank_inputs(processor: Any, key: str, rows: int) -> dict[str, Any]:
+    """A blank medium for each row, as the encoder's processor gives it."""
+    modality = processor.modalities[key]
+    medium = media_type(modality).blank(getattr(processor.encoder_processors[key], "num_frames", None))
+    data, _, _ = processor.process_media(processor.arrange_media([(modality, medium)] * rows))
+    return {name.removeprefix(f"{key}."): value for name, value in data.items()}
