@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +18,7 @@ from tiny_pipelines import audioldm, stable_diffusion, stable_diffusion_3, zeros
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from anygpt import InputError
-from anygpt.model.parts import load_decoder, load_encoder, load_language_model
+from anygpt.model.parts import load_decoder, load_encoder, load_language_model, load_tokenizer
 
 
 @pytest.fixture
@@ -110,3 +118,225 @@ def test_every_network_of_a_pipeline_is_its_checkpoint(make, tmp_path):
             with pytest.raises(InputError, match=f"{name}/{file.name} is not what a .* it has left over stray"):
                 load_decoder(tmp_path)
             save_file(kept, file, metadata={"format": "pt"})
+
+
+# ----------------------------------------------------------------------------------------------- files of other kinds
+
+
+def as_pickle(folder, name="pytorch_model.bin"):
+    """The weights of a folder as a pickle alone."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / name)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "imagebind_huge.pth", "weights.pt"])
+def test_pickled_tensors_are_read_where_asked_for(name, llama, caplog):
+    tensors = as_pickle(llama, name)
+    with pytest.raises(InputError, match="set weights: any") as refusal:
+        load_language_model(llama)
+    assert str(llama) in str(refusal.value)
+    model = load_language_model(llama, weights="any")
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in tensors.items())
+    load_language_model(llama, weights="any")
+    assert caplog.text.count("weights_only=True") == 1
+
+
+def test_pickled_shards(llama, tmp_path):
+    tensors = load_file(llama / "model.safetensors")
+    names = sorted(tensors)
+    (llama / "model.safetensors").unlink()
+    shards = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
+    for shard, held in shards.items():
+        torch.save({n: tensors[n] for n in held}, llama / shard)
+    index = {"weight_map": {n: shard for shard, held in shards.items() for n in held}}
+    (llama / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    model = load_language_model(llama, weights="any")
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in tensors.items())
+
+
+class Bomb:
+    """A pickle that would leave a file behind."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_pickle_never_runs(old, llama, tmp_path_factory):
+    tensors, target = as_pickle(llama), tmp_path_factory.mktemp("bomb") / "ran"
+    torch.save(tensors | {"x": Bomb(target)}, llama / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is refused: .*code"):
+        load_language_model(llama, weights="any")
+    (llama / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is refused"):
+        load_language_model(llama, weights="any")
+    assert not target.exists()
+
+
+def test_a_pipeline_of_bin_files_only(tmp_path):
+    pipeline = zeroscope()
+    pipeline.save_pretrained(tmp_path)
+    for name in ("unet", "vae"):
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        torch.save(load_file(file), tmp_path / name / "diffusion_pytorch_model.bin")
+        file.unlink()
+    with pytest.raises(InputError, match=r"has its weights as diffusion_pytorch_model\.bin only.* weights: any"):
+        load_decoder(tmp_path)
+    decoder = load_decoder(tmp_path, weights="any")
+    for key, tensor in pipeline.unet.state_dict().items():
+        assert torch.equal(tensor, decoder.unet.state_dict()[key])
+
+
+def test_variants_and_subfolders(tmp_path, caplog):
+    pipeline = stable_diffusion()
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "models/sd", variant="fp16")
+    with pytest.raises(InputError, match=r"has no weights.* it has \S+\.fp16\.safetensors, so set the variant"):
+        load_decoder(tmp_path, subfolder="models/sd")
+    decoder = load_decoder(tmp_path, subfolder="models/sd", variant="fp16", dtype="float16")
+    assert torch.equal(decoder.unet.state_dict()["conv_in.weight"], pipeline.unet.conv_in.weight)
+    assert decoder.vae.dtype == decoder.text_encoder.dtype == torch.float16
+    LLAMA.build().save_pretrained(tmp_path / "text/llama")
+    load_language_model(tmp_path, subfolder="text/llama", variant="fp16")
+    assert "has no files of variant 'fp16'; those without a variant are read" in caplog.text
+
+
+def test_shards_of_safetensors(llama):
+    model = LLAMA.build()
+    model.save_pretrained(llama, max_shard_size="40KB")
+    (llama / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(llama.glob("model-*.safetensors"))) > 2
+    found = load_language_model(llama).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in model.state_dict().items())
+    last = sorted(llama.glob("model-*.safetensors"))[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"{last.name} cannot be read as safetensors: it is cut off"):
+        load_language_model(llama)
+    last.unlink()
+    with pytest.raises(InputError, match=rf"index\.json names the shard {last.name}, which is not there"):
+        load_language_model(llama)
+
+
+# -------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def sentencepiece_model(path, model_type="bpe"):
+    """A tiny sentencepiece model, as Llama's and T5's repositories hold it."""
+    import sentencepiece
+
+    text = path.parent / "corpus.txt"
+    text.write_text("\n".join(f"a red circle number {n} and a blue square" for n in range(50)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(path.with_suffix("")), vocab_size=30, model_type=model_type, pad_id=3
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "file, kind, settings",
+    [
+        ("tokenizer.model", "bpe", {"tokenizer_class": "LlamaTokenizer"}),
+        ("spiece.model", "unigram", {"tokenizer_class": "T5Tokenizer", "extra_ids": 4}),
+    ],
+)
+def test_tokenizers_of_sentencepiece_alone(file, kind, settings, tmp_path):
+    sentencepiece_model(tmp_path / file, kind)
+    (tmp_path / "corpus.txt").unlink()
+    for vocab in tmp_path.glob("*.vocab"):
+        vocab.unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    model_type = settings["tokenizer_class"].removesuffix("Tokenizer").lower()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer("a red circle", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids).strip() == "a red circle" and len(ids) > 3
+
+
+# ---------------------------------------------------------------------------------------------------------- mistakes
+
+
+def mistake(llama, name):
+    """One thing that is wrong with a folder, and what is said of it."""
+    config = json.loads((llama / "config.json").read_text())
+    if name == "another library's":
+        (llama / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 10}))
+        return r"config\.json names no model_type"
+    if name == "no config":
+        (llama / "config.json").unlink()
+        return r"has no config\.json"
+    if name == "a config of another class":
+        (llama / "config.json").write_text(json.dumps({"model_type": "vit"}))
+        return "a 'vit' model is no causal language model"
+    if name == "another model's weights":
+        (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        return r"it lacks model\.layers\.2"
+    if name == "a damaged config":
+        (llama / "config.json").write_text('{"model_type": ')
+        return r"config\.json is damaged"
+    if name == "weights of another format":
+        (llama / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+        return r"model\.safetensors cannot be read as safetensors"
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["another library's", "no config", "a config of another class", "another model's weights", "a damaged config",
+     "weights of another format"],
+)  # fmt: skip
+def test_mistakes_are_one_line(name, llama):
+    text = mistake(llama, name)
+    with pytest.raises(InputError, match=text) as refusal:
+        load_language_model(llama)
+    assert "\n" not in str(refusal.value) and str(llama) in str(refusal.value)
+
+
+def test_an_id_that_is_not_there():
+    for load in (load_language_model, load_decoder, lambda path: load_encoder(path, "image"), load_tokenizer):
+        with pytest.raises(
+            InputError, match=r"cannot load the .* 'nobody/nothing'.*there is no such folder"
+        ) as refusal:
+            load("nobody/nothing")
+        assert "\n" not in str(refusal.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: gated, or not there."""
+
+    def do_HEAD(self):
+        gated = "/someone/gated" in self.path
+        self.send_response(403 if gated else 401)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "no")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("someone/gated", "'someone/gated' is gated: accept its terms at http"),
+        ("someone/nothing", "no 'someone/nothing' at the hub, or it is private"),
+    ],
+)
+def test_what_the_hub_refuses(name, text, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"import anygpt; anygpt.load_language_model({name!r})"
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    server.shutdown()
+    assert done.returncode == 1 and text in done.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -35,7 +36,8 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
     name = (config or {}).get("_class_name")
     if name is None:
         raise InputError(
-            f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id."
+            f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id"
+            + ("." if Path(place.path).is_dir() else " (there is no such folder).")
         )
     found = cls or known.get(str(name))
     if found is None:

@@ -36,6 +36,7 @@ class EncoderFamily:
         pool_size: `config -> int`, features of one clip of an input, of which a pooled projector makes one; all of the
             input's if None.
         processor_options: arguments without which the processor leaves out what `count` and `prepare` read.
+        class_token: whether its first feature is a class token, of the image as a whole.
         names: how its tensors are called in the files of models around it, heads for one, as in `Whole`.
         optional: constructor arguments by beginning of tensors' names, where a checkpoint has no such tensors.
     """
@@ -51,6 +52,7 @@ class EncoderFamily:
     counted_by: tuple[str, ...] = ()
     pool_size: Callable[[PreTrainedConfig], int] | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
+    class_token: bool = False
     names: Mapping[str, str | None] = field(default_factory=dict)
     optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -78,13 +80,18 @@ def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]
     if config.pool_frames:
         return [clip.shape[0] for clip in clips]
     image = config.image_encoder
-    return [sum(FAMILIES[image.model_type].count(image, {"pixel_values": clip})) for clip in clips]
+    counts = [FAMILIES[image.model_type].count(image, {"pixel_values": clip}) for clip in clips]
+    return [sum(frames) - bool(config.drop_cls) * len(frames) for frames in counts]
 
 
 FAMILIES: dict[str, EncoderFamily] = {
     # images
     "clip_vision_model": EncoderFamily(
-        "pixel_values", features.count_patches(prefix=1), "transformers.CLIPVisionModel", names=_OLD_VISION
+        "pixel_values",
+        features.count_patches(prefix=1),
+        "transformers.CLIPVisionModel",
+        class_token=True,
+        names=_OLD_VISION,
     ),
     "siglip_vision_model": EncoderFamily(
         "pixel_values",
@@ -102,18 +109,27 @@ FAMILIES: dict[str, EncoderFamily] = {
     "vit": EncoderFamily(
         "pixel_values",
         features.count_patches(prefix=1),
+        class_token=True,
         names=_under("vit", "classifier.", "decoder.", "vit.embeddings.mask_token", "embeddings.mask_token"),
         optional=_NO_POOLER,
     ),
-    "dinov2": EncoderFamily("pixel_values", features.count_patches(prefix=1), names=_under("dinov2", "classifier.")),
-    "dinov2_with_registers": EncoderFamily(
-        "pixel_values", features.count_patches_and_registers, names=_under("dinov2_with_registers", "classifier.")
+    "dinov2": EncoderFamily(
+        "pixel_values",
+        features.count_patches(prefix=1),
+        class_token=True,
+        names=_under("dinov2", "classifier."),
     ),
-    "dinov3_vit": EncoderFamily("pixel_values", features.count_patches_and_registers),
+    "dinov2_with_registers": EncoderFamily(
+        "pixel_values",
+        features.count_patches_and_registers,
+        class_token=True,
+        names=_under("dinov2_with_registers", "classifier."),
+    ),
+    "dinov3_vit": EncoderFamily("pixel_values", features.count_patches_and_registers, class_token=True),
     "dinov3_convnext": EncoderFamily(
         "pixel_values", features.count_convnext_cells, feature_size=lambda config: config.hidden_sizes[-1]
     ),
-    "internvl_vision": EncoderFamily("pixel_values", features.count_patches(prefix=1)),
+    "internvl_vision": EncoderFamily("pixel_values", features.count_patches(prefix=1), class_token=True),
     "pixtral": EncoderFamily(
         "pixel_values", features.count_pixtral_patches, select=features.unpack_single_row, layout="packed"
     ),

@@ -15,14 +15,24 @@ from transformers import (
     AutoModel,
     PreTrainedConfig,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from anygpt.encoders.families import FAMILIES, EncoderFamily
+from anygpt.encoders.imagebind.processing import ImageBindProcessor
+from anygpt.encoders.selection import LlavaCallbacks, check_selection
 from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
 from anygpt.encoders.whole_models import WHOLE_MODELS
 from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, load
+
+# Image processors that transformers has for torchvision only, which nothing here may need: the same steps on PIL.
+PIL_PROCESSORS = (
+    {} if is_torchvision_available() else dict.fromkeys(("dinov3_vit", "dinov3_convnext"), ViTImageProcessorPil)
+)
 
 
 def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn.Module:
@@ -41,6 +51,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
     source = Source.of(path, options)
 
     def build() -> nn.Module:
+        source.place.config()
         whole = AutoConfig.from_pretrained(source.folder, **source.where)
         config, family, names = _find_encoder(whole, modality, source.feature)
         cls = family.load_class()
@@ -54,9 +65,21 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             fallback_dtype=whole.dtype,
             **source.model_options(),
         )
+        layer, drop = source.feature_layer, source.drop_cls
+        if layer is None:
+            layer = getattr(whole, "vision_feature_layer", None)
+        if drop is None:
+            drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
+        check_selection(config, layer if isinstance(layer, int) else None, drop)
         if is_timed(modality) and family.main_input == "pixel_values":
             given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
+            given |= {"feature_layer": layer, "drop_cls": drop}
             return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
+        for name in ("num_frames", "pool_frames"):
+            if getattr(source, name) is not None and not is_timed(modality):
+                raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
+        if layer is not None or drop:
+            encoder.anygpt_callbacks = LlavaCallbacks(layer, "default" if drop else "full")
         return encoder
 
     return load(source, f"{modality} encoder", build)
@@ -94,12 +117,32 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
     """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
     source = Source.of(path, options)
     config = load(source, "config", lambda: AutoConfig.from_pretrained(source.folder, **source.where))
-    whole = WHOLE_MODELS.get(config.model_type)
-    if whole is not None and whole.processor is not None:
-        return whole.processor(modality)
-    auto = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
-    processor = load(source, f"{modality} processor", lambda: auto.from_pretrained(source.folder, **source.where))
-    if is_timed(modality):
+    processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
+    if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
+    return processor
+
+
+def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
+    whole = WHOLE_MODELS.get(config.model_type)
+    given = dict(source.processor or {})
+    square = given.pop("pad_to_square", False)
+    if whole is not None and whole.processor is not None:
+        processor = whole.processor(modality)
+    elif is_heard(modality):
+        processor = AutoFeatureExtractor.from_pretrained(source.folder, **source.where)
+    else:
+        replacement = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
+        processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.where)
+    settings = processor.to_dict()
+    if unknown := sorted(set(given) - set(settings)):
+        raise InputError(f"processor has the unknown setting {unknown[0]!r}; known are {', '.join(sorted(settings))}")
+    if given or square:
+        cls = type(processor)
+        if square:
+            if not {"image_mean", "do_center_crop"} <= set(settings):
+                raise InputError(f"pad_to_square is for images that are resized and cropped; {cls.__name__} does not")
+            cls = LlavaImageProcessorPil
+        processor = cls.from_dict({**settings, **given, **({"do_pad": True} if square else {})})
     return processor

@@ -55,7 +55,8 @@ class ModalEncoderModule(nn.Module):
             is merged: `(items, n, H)`, a list of `(n, H)`, or `(features, H)` packed in order.
         modality: media type in the data (`image`, `video`, `audio`); the key under which the module is given to
             `MultimodalModel` when None.
-        callbacks: the three callbacks in a form that can be saved, in place of functions.
+        callbacks: the three callbacks in a form that can be saved, in place of functions. Without either, those that
+            `load_encoder` was told of (`feature_layer`, `drop_cls`) or that the encoder's whole model has.
 
     Attributes:
         module: the encoder.
@@ -86,6 +87,8 @@ class ModalEncoderModule(nn.Module):
             raise InputError("ModalEncoderModule takes callbacks= or single callback functions, not both")
         self.module = model if model is not None else module
         _check_encoder(self.module)
+        if callbacks is None and not any(functions):
+            callbacks = getattr(base_model(self.module), "anygpt_callbacks", None)
         self.projector = projector
         self.callbacks = callbacks
         if callbacks is not None:

@@ -22,7 +22,7 @@ class VideoEncoderConfig(PreTrainedConfig):
     Args:
         image_encoder: config of the image encoder, as a config or its dict.
         num_frames: frames that a clip is sampled to.
-        pool_frames: see `VideoEncoder`.
+        pool_frames, feature_layer, drop_cls: see `VideoEncoder`.
     """
 
     model_type = "anygpt_video_encoder"
@@ -32,6 +32,8 @@ class VideoEncoderConfig(PreTrainedConfig):
         image_encoder: PreTrainedConfig | dict | None = None,
         num_frames: int = 8,
         pool_frames: bool = True,
+        feature_layer: int | None = None,
+        drop_cls: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -40,6 +42,8 @@ class VideoEncoderConfig(PreTrainedConfig):
         self.image_encoder = image_encoder
         self.num_frames = num_frames
         self.pool_frames = pool_frames
+        self.feature_layer = feature_layer
+        self.drop_cls = drop_cls
 
     @property
     def hidden_size(self) -> int:
@@ -64,20 +68,30 @@ class VideoEncoder(PreTrainedModel):
         image_encoder: any encoder whose first output is `(items, n, features)`.
         num_frames: frames that a clip is sampled to.
         pool_frames: one feature a frame, or all.
+        feature_layer: hidden states to read; the encoder's output if None.
+        drop_cls: leave each frame's class token out.
     """
 
+    settings = ("num_frames", "pool_frames", "feature_layer", "drop_cls")
     config_class = VideoEncoderConfig
     main_input_name = "pixel_values_videos"
     base_model_prefix = "image_encoder"
 
-    def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8, pool_frames: bool = True):
+    def __init__(
+        self,
+        image_encoder: PreTrainedModel,
+        num_frames: int = 8,
+        pool_frames: bool = True,
+        feature_layer: int | None = None,
+        drop_cls: bool = False,
+    ):
         family = FAMILIES.get(image_encoder.config.model_type)
         if family is not None and (family.layout != "fixed" or family.main_input != "pixel_values"):
             raise InputError(
                 f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
                 "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"
             )
-        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames, pool_frames))
+        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames, pool_frames, feature_layer, drop_cls))
         self.image_encoder = image_encoder
         self.post_init()
 
@@ -95,7 +109,11 @@ class VideoEncoder(PreTrainedModel):
     def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
         """`(B, frames, 3, height, width)` pixels give `(B, frames, features)`, or `(B, frames · n, features)`."""
         clips, frames = pixel_values_videos.shape[:2]
-        states = self.image_encoder(pixel_values_videos.flatten(0, 1))[0]
+        layer = self.config.feature_layer
+        options = {} if layer is None else {"output_hidden_states": True}
+        output = self.image_encoder(pixel_values_videos.flatten(0, 1), **options)
+        states = output[0] if layer is None else output.hidden_states[layer]
+        states = states[:, 1:] if self.config.drop_cls else states
         if self.config.pool_frames:
             states = states.mean(dim=1, keepdim=True)
         states = states.unflatten(0, (clips, frames))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig, ViTConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from anygpt.encoders.imagebind import processor_for
 
@@ -25,12 +27,15 @@ class Whole:
             rest of the model. A tensor that fits nowhere is left over, an error. Or a function of the encoder's config.
         heard: whether the encoder reads sounds (None: one encoder for each modality).
         processor: makes the processor of a modality, where the folder holds none.
+        image_processor: class to read the folder's settings with, where the model's own makes more than the tower takes
+            (tiles).
     """
 
     config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
     names: Mapping[str, str | None] | Callable[[PreTrainedConfig], Mapping[str, str | None]]
     heard: bool | None = False
     processor: Callable[[str], Any] | None = None
+    image_processor: type | None = None
 
 
 def _tower(name: str, *others: str) -> dict[str, str | None]:
@@ -61,8 +66,8 @@ WHOLE_MODELS: dict[str, Whole] = {
     "siglip": Whole(_vision, _DUAL_IMAGE),
     "siglip2": Whole(_vision, _DUAL_IMAGE),
     "llava": Whole(_vision, _tower("vision_tower")),
-    "llava_next": Whole(_vision, _tower("vision_tower", "image_newline")),
-    "llava_onevision": Whole(_vision, _tower("vision_tower", "image_newline")),
+    "llava_next": Whole(_vision, _tower("vision_tower", "image_newline"), image_processor=CLIPImageProcessorPil),
+    "llava_onevision": Whole(_vision, _tower("vision_tower", "image_newline"), image_processor=SiglipImageProcessorPil),
     "mistral3": Whole(_vision, _tower("vision_tower")),
     "gemma3": Whole(_vision, _tower("vision_tower")),
     "paligemma": Whole(_vision, _tower("vision_tower")),

@@ -103,4 +103,4 @@ def _part(part: Any) -> dict[str, Any]:
     entry = {"class": class_name(part), "source": source_dict(source_of(part)), "adapter": is_peft(part)}
     if not isinstance(base_model(part), VideoEncoder):
         return entry
-    return entry | {"num_frames": part.config.num_frames, "pool_frames": part.config.pool_frames}
+    return entry | {name: getattr(part.config, name) for name in VideoEncoder.settings}

@@ -60,6 +60,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
                 **source.where,
                 **source.model_options(),
             )
+        source.place.config()
         config = AutoConfig.from_pretrained(source.folder, **source.where)
         names = WHOLE_MODELS.get(config.model_type, {})
         own = config

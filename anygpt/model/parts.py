@@ -47,7 +47,7 @@ def source_of(part: nn.Module) -> Source | None:
     if not path:
         return None
     is_video = isinstance(part, VideoEncoder)
-    frames = {name: getattr(part.config, name) for name in ("num_frames", "pool_frames")} if is_video else {}
+    frames = {name: getattr(part.config, name) for name in VideoEncoder.settings} if is_video else {}
     dtype = next(part.parameters()).dtype
     revision = getattr(getattr(part, "config", None), "_commit_hash", None)
     return Source(str(path), revision=revision, dtype=str(dtype).removeprefix("torch."), **frames)

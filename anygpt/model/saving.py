@@ -373,7 +373,7 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
     if issubclass(cls, DiffusionDecoder):
         return load_decoder(Source(str(folder)))
     if cls is VideoEncoder:
-        frames = {name: entry[name] for name in ("num_frames", "pool_frames") if name in entry}
+        frames = {name: entry[name] for name in VideoEncoder.settings if name in entry}
         part = load_encoder(Source(str(folder), **frames), VIDEO.name)
     else:
         part = cls.from_pretrained(folder, use_safetensors=True, dtype="auto")

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -60,17 +62,47 @@ class Place:
 
     def file(self, name: str) -> Path | None:
         """A file's path, downloaded where it has to be; None if it is not there."""
-        found = cached_file(
-            self.path,
-            name,
-            revision=self.revision,
-            subfolder=self.subfolder,
-            _raise_exceptions_for_gated_repo=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **self.hub,
-        )
+        try:
+            found = cached_file(
+                self.path,
+                name,
+                revision=self.revision,
+                subfolder=self.subfolder,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **self.hub,
+            )
+        except OSError as error:
+            if isinstance(error.__cause__, GatedRepoError):
+                raise InputError(
+                    f"{self.path!r} is gated: accept its terms at {ENDPOINT}/{self.path}, then run `hf auth login` or "
+                    "set HF_TOKEN"
+                ) from error
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                raise InputError(
+                    f"there is no {self.path!r} at the hub, or it is private: look at its spelling, or run `hf auth "
+                    "login`"
+                ) from error
+            raise
         return Path(found) if found else None
+
+    def config(self) -> dict[str, Any]:
+        """The content of `config.json`, looked at before a library does.
+
+        Raises:
+            InputError: none there, or one of another library.
+        """
+        content = self.json("config.json")
+        if content is None:
+            pipeline = self.file("model_index.json") is not None
+            raise InputError(
+                f"{self} has no config.json"
+                + ("; it holds a diffusers pipeline, which is a decoder" if pipeline else ", or cannot be reached")
+                + ("" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)")
+            )
+        if "model_type" not in content:
+            raise InputError(f"{self}/config.json names no model_type; expected a model that transformers saved")
+        return content
 
     def folder_without_weights(self) -> Path:
         """The folder, downloaded where it has to be, but for tensors."""
@@ -166,7 +198,9 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
             f"{place} has its weights as {found.name} only, and pickled weights are refused by default; set weights: "
             "any to read their tensors (code in them is never run), or name a revision that has safetensors"
         )
-    raise InputError(f"{place} has no weights; expected model.safetensors, diffusion_pytorch_model.safetensors, …")
+    there = ", ".join(path.name for path in _here(place, SAFETENSORS)[:3])
+    hint = f"; it has {there}, so set the variant" if there else ""
+    raise InputError(f"{place} has no weights: expected model.safetensors or diffusion_pytorch_model.safetensors{hint}")
 
 
 def _first(place: Place, suffixes: tuple[str, ...], variant: str | None) -> Path | None:
@@ -176,9 +210,14 @@ def _first(place: Place, suffixes: tuple[str, ...], variant: str | None) -> Path
             for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
                 if (found := place.file(name)) is not None:
                     return found
+    loose = [p for p in _here(place, suffixes) if p.suffix != ".bin" and not p.name.startswith(STEMS)]
+    return loose[0] if len(loose) == 1 else None  # weights under a name of their own
+
+
+def _here(place: Place, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of such suffixes in a local folder."""
     folder = Path(place.path, place.subfolder)
-    loose = [p for p in folder.glob("*") if p.suffix in suffixes[1:]] if folder.is_dir() else []
-    return loose[0] if len(loose) == 1 else None  # weights under a name of their own, as a .pth
+    return sorted(p for p in folder.glob("*") if p.suffix in suffixes) if folder.is_dir() else []
 
 
 def _files_of(place: Place, entry: Path, names: Mapping[str, str | None]) -> dict[str, Path]:

@@ -35,6 +35,11 @@ class Source:
             models.
         num_frames: frames of a clip, for video encoders and decoders.
         pool_frames: one feature a frame, where an image encoder reads clips (see `VideoEncoder`).
+        feature_layer: of an encoder: hidden states to read, -2 as LLaVA does; its output, or what its whole model
+            reads, if None.
+        drop_cls: of an encoder: leave the class token out.
+        processor: arguments of an encoder's image processor or feature extractor that replace those in its folder, and
+            `pad_to_square`, as LLaVA 1.5 does.
         feature: what an encoder with a choice gives, as ImageBind's `embedding` or `tokens`.
     """
 
@@ -50,6 +55,9 @@ class Source:
     num_frames: int | None = None
     pool_frames: bool | None = None
     feature: str | None = None
+    feature_layer: int | None = None
+    drop_cls: bool | None = None
+    processor: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.path = str(self.path)

@@ -51,13 +51,21 @@ class PartConfig:
     Attributes:
         path: hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
         revision: branch, tag or commit of a hub id.
-        dtype: dtype to load it in (`float32`, `bfloat16`); the checkpoint's own by default.
+        subfolder: folder in there that holds the part.
+        variant: of the weight files (`fp16`); those without one where there are none.
+        weights: `safetensors`, or `any` to read `.bin` and `.pth` files where there are none; code never runs.
+        gguf_file: file of a language model in that format, to read in the place of safetensors.
+        dtype: dtype to load it in (`float32`, `bfloat16`); the checkpoint's own by default, float32 for decoders.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …
         quantization_config: arguments of transformers' `BitsAndBytesConfig`.
     """
 
     path: str
     revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    weights: str | None = None
+    gguf_file: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     quantization_config: dict[str, Any] | None = None
@@ -71,12 +79,21 @@ class EncoderConfig(PartConfig):
         modality: media type in the data; the key by default.
         num_frames: frames of a clip, for an image encoder under `video`.
         pool_frames: whether it gives one feature a frame, as by default, or all (see `VideoEncoder`).
+        feature: what an encoder with a choice gives: `embedding` or `tokens`, of ImageBind.
+        feature_layer: hidden states to read (-2 as LLaVA does); the encoder's output by default.
+        drop_cls: leave the class token out.
+        processor: arguments of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
+            `pad_to_square: true`, as LLaVA 1.5 does.
         projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its options.
     """
 
     modality: str | None = None
     num_frames: int | None = None
     pool_frames: bool | None = None
+    feature: str | None = None
+    feature_layer: int | None = None
+    drop_cls: bool | None = None
+    processor: dict[str, Any] | None = None
     projector: dict[str, Any] = field(default_factory=dict)
 
 

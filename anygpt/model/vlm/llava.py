@@ -14,38 +14,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from anygpt.encoders.callbacks import EncoderCallbacks, with_features
-from anygpt.encoders.families import FAMILIES
-
-
-class LlavaCallbacks(EncoderCallbacks):
-    """Features of chosen layers, with or without the class token.
-
-    Args:
-        feature_layer: index into the encoder's hidden states; several are concatenated.
-        select_strategy: `default` drops the class token, `full` keeps everything.
-    """
-
-    def __init__(self, feature_layer: int | list[int] = -2, select_strategy: str = "default", **settings: Any):
-        super().__init__(feature_layer=feature_layer, select_strategy=select_strategy, **settings)
-        self.layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-        self.drops_class_token = select_strategy == "default"
-
-    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs | {"output_hidden_states": True, "return_dict": True}
-
-    def postprocess_module(self, inputs: dict[str, Any], output: Any) -> Any:
-        chosen = torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
-        if self.drops_class_token:
-            chosen = chosen[:, 1:]
-        # Pixtral packs all images into one row; its output's first entry has lost that row already
-        return with_features(output, chosen[0] if output[0].dim() == 2 else chosen)
-
-    def feature_size(self, size: int) -> int:
-        return size * len(self.layers)
-
-    def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        return [n - self.drops_class_token for n in FAMILIES[config.model_type].count(config, inputs)]
+from anygpt.encoders.callbacks import with_features
+from anygpt.encoders.selection import LlavaCallbacks
 
 
 class LlavaNextCallbacks(LlavaCallbacks):

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrai
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
+from anygpt.encoders.selection import LlavaCallbacks
 from anygpt.errors import InputError
-from anygpt.model.vlm.llava import LlavaCallbacks, LlavaNextCallbacks
+from anygpt.model.vlm.llava import LlavaNextCallbacks
 from anygpt.model.vlm.qwen2_vl import MRopePositions, Qwen2VLForCausalLM, Qwen2VLPatchConfig, Qwen2VLPatchEncoder
 
 
