@@ -8,12 +8,13 @@ import re
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from pydantic import TypeAdapter, ValidationError
 
 from anygpt.errors import InputError
 
@@ -46,6 +47,19 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
             raise
         raise InputError(" ".join(str(error).split())) from error
     return kind(**{section.name: getattr(parsed, section.name) for section in fields(kind)})
+
+
+def find_misfits(settings: Any) -> list[str]:
+    """Every value of a dataclass, at any depth, that its annotated type (`Field(ge=1)`) does not allow."""
+    try:
+        TypeAdapter(type(settings)).validate_python(asdict(settings))
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    else:
+        return []
+    places = ["".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in fault["loc"])[1:] for fault in faults]
+    expected = [fault["msg"].removeprefix("Input should be ") for fault in faults]
+    return [f"{at} is {f['input']!r}, expected {words}" for at, f, words in zip(places, faults, expected, strict=True)]
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

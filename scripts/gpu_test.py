@@ -85,7 +85,7 @@ class Bench:
             *(REPOSITORY / f"stages/{SCRIPTS[stage]}.py", "--config", REPOSITORY / f"configs/tiny/stage{stage}.yaml"),
             *("--run.output_dir", output, "--model.init_from", start),
             *("--data.train", f"[{{path: {data}}}]", "--data.eval", f"[{{path: {data}}}]"),
-            *("--train.max_steps", UPDATES, "--train.batch_size", self.rows // processes),
+            *("--train.max_steps", UPDATES, "--train.warmup_steps", "0", "--train.batch_size", self.rows // processes),
             *("--loss.denoising", 1, "--train.projector_init", "random"),
             *("--train.log_steps", 1, "--train.save_steps", 0, "--train.eval_steps", 0, "--train.sample_steps", 0),
             *more,

@@ -153,7 +153,7 @@ def test_mistakes_in_the_list(change, message, tmp_path):
 @pytest.mark.slow
 def test_ablations_run_and_what_is_done_is_not_done_again(tmp_path, capfd):
     content = yaml.safe_load((REPOSITORY / "configs/tiny/ablations.yaml").read_text())
-    short = {"train.max_steps": 1, "train.batch_size": 2}
+    short = {"train.max_steps": 1, "train.warmup_steps": 0, "train.batch_size": 2}
     content |= {
         "rows": 12,
         "evaluate": {"samples": 1, "talk_samples": 1, "steps": 1, "max_new_tokens": 8},

@@ -108,6 +108,7 @@ def run(folder, data, kind, parts, names, **settings):
         "train.parts": json.dumps(names),
         "train.batch_size": 4,
         "train.max_steps": 3,
+        "train.warmup_steps": 0,
         **settings,
     }
     config = parse_config([f"--{name}={value}" for name, value in arguments.items()])

@@ -198,6 +198,7 @@ def test_the_joint_configuration_trains_all_six_terms(tmp_path, capsys):
             "--run.device=cpu",
             f"--data.train=[{{path: {rows}}}]",
             "--train.max_steps=2",
+            "--train.warmup_steps=0",
             "--train.batch_size=16",
             "--train.log_steps=1",
         ]

@@ -204,6 +204,7 @@ def test_stage_2_by_an_override_in_the_configuration(tmp_path):
             f"--model.decoders={json.dumps(decoders)}",
             f"--data.train={json.dumps([{'path': str(rows)}])}",
             "--train.max_steps=2",
+            "--train.warmup_steps=0",
             "--train.batch_size=3",
         ]
     )

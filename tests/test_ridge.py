@@ -256,6 +256,7 @@ def test_stage_2_starts_at_the_line(tmp_path, capsys):
         "train.signal_rows": "none",
         "train.batch_size": len(CAPTIONS),
         "train.max_steps": 1,
+        "train.warmup_steps": 0,
         "train.learning_rate": 1e-12,
         "loss.denoising": 0,
         "loss.alignment_kind": "mse",

@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 def stage1(data, output, *arguments):
     source = f"[{{path: {data / 'stage1.jsonl'}}}]"
-    steps = ["--train.max_steps", "2", "--train.batch_size", "3"]
+    steps = ["--train.max_steps", "2", "--train.warmup_steps", "0", "--train.batch_size", "3"]
     return parse_config([*STAGE1, "--run.output_dir", str(output), "--data.train", source, *steps, *arguments])
 
 

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from PIL import Image
+from pydantic import Field
 from torch.utils.data import Dataset
 
 from anygpt.data.formats import read_samples, with_unique_ids
@@ -42,7 +43,7 @@ class DataSource:
     path: str
     format: str | None = None
     media_root: str | None = None
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     columns: dict[str, str] | None = None
     task: Literal["comprehension", "generation"] | None = None
     streaming: bool = False

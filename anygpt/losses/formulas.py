@@ -27,16 +27,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from anygpt.errors import InputError
 from anygpt.outputs import LossTerm
 
 TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # those that rows are routed to
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ALIGNMENTS = ("l2", "mse", "cosine")
 TEXT = "text"  # what `binding` names in place of an encoder
 
@@ -70,23 +73,23 @@ class LossWeights:
         temperature: of InfoNCE; ImageBind's.
     """
 
-    llm: float = 1.0
-    encoder_llm: float = 1.0
-    llm_decoder: float = 1.0
-    encoder_decoder: float = 1.0
-    encoder: float = 0.0
-    decoder: float = 0.0
-    reconstruction: float = 0.0
-    nll: float = 1.0
-    alignment: float = 1.0
-    denoising: float = 1.0
-    others: dict[str, float] = field(default_factory=dict)
-    by_modality: dict[str, float] = field(default_factory=dict)
-    alignment_kind: str = "l2"
-    snr_gamma: float | None = None
-    caption_dropout: float = 0.0
+    llm: Weight = 1.0
+    encoder_llm: Weight = 1.0
+    llm_decoder: Weight = 1.0
+    encoder_decoder: Weight = 1.0
+    encoder: Weight = 0.0
+    decoder: Weight = 0.0
+    reconstruction: Weight = 0.0
+    nll: Weight = 1.0
+    alignment: Weight = 1.0
+    denoising: Weight = 1.0
+    others: dict[str, Weight] = field(default_factory=dict)
+    by_modality: dict[str, Weight] = field(default_factory=dict)
+    alignment_kind: Literal["l2", "mse", "cosine"] = "l2"
+    snr_gamma: PositiveFloat | None = None
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     binding: str = "image"
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
 
     def of(self, name: str) -> float:
         """The weight of `"<term>/<sub-term>[/<modality>]"`."""

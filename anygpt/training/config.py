@@ -5,19 +5,26 @@ jsonargparse reads them; unknown keys are collected first, all at once, each wit
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
-from anygpt.losses.formulas import ALIGNMENTS, LossWeights
-from anygpt.settings import parse_settings
+from anygpt.losses.formulas import LossWeights
+from anygpt.settings import find_misfits, parse_settings
 
-MAX_RATE = 1e3  # AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left
-
-MAX_STEPS = 10**9
+# Bounds far beyond what anybody trains with: a slip of a few zeros is to be told at once, not by a full memory.
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Every = Annotated[int, Field(ge=0, le=10**9)]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
+Tokens = Annotated[int, Field(ge=1, le=2**12)]
+# AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left.
+Rate = Annotated[float, Field(gt=0, le=1e3)]
+WORKERS = max(64, 4 * (os.cpu_count() or 1))
 
 
 @dataclass
@@ -38,7 +45,7 @@ class RunConfig:
     output_dir: str = "runs/run"
     name: str | None = None
     project: str = "anygpt"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     resume: str = "auto"
     device: Literal["auto", "cpu"] = "auto"
@@ -88,7 +95,7 @@ class EncoderConfig(PartConfig):
     """
 
     modality: str | None = None
-    num_frames: int | None = None
+    num_frames: Tokens | None = None
     pool_frames: bool | None = None
     feature: str | None = None
     feature_layer: int | None = None
@@ -112,8 +119,8 @@ class DecoderConfig(PartConfig):
             num_inference_steps: 20}`; the final model keeps them.
     """
 
-    num_frames: int | None = None
-    num_signal_tokens: int | None = None
+    num_frames: Tokens | None = None
+    num_signal_tokens: Tokens | None = None
     hidden_layer: int | str = -1
     signal: Literal["tokens", "queries"] = "tokens"
     projector: dict[str, Any] = field(default_factory=dict)
@@ -160,10 +167,10 @@ class DataConfig:
     train: list[DataSource] = field(default_factory=list)
     eval: list[DataSource] = field(default_factory=list)
     cache_dir: str | None = None
-    num_workers: int = 0
+    num_workers: Annotated[int, Field(ge=0, le=WORKERS)] = 0
     in_memory: bool = False
     on_bad_sample: Literal["error", "skip"] = "error"
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     on_long_sample: Literal["error", "skip", "cut"] = "error"
     group_by_modality: bool = False
     group_by_length: bool = False
@@ -174,7 +181,8 @@ class TrainConfig:
     """The optimisation.
 
     Attributes:
-        max_steps: updates.
+        max_steps: updates. A run that is stopped or finished goes on where it was given more.
+        num_epochs: passes over data.train; where it is given, `max_steps` follows from it.
         batch_size: rows of a micro-batch on one process.
         gradient_accumulation_steps: micro-batches of an update on one process.
         learning_rate: peak learning rate of AdamW.
@@ -205,27 +213,28 @@ class TrainConfig:
         compile: torch.compile of the layers of encoders, language model and denoisers.
     """
 
-    max_steps: int = 1000
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
-    learning_rates: dict[str, float] = field(default_factory=dict)
+    max_steps: Steps = 1000
+    num_epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    batch_size: Rows = 8
+    gradient_accumulation_steps: Rows = 1
+    learning_rate: Rate = 1e-3
+    learning_rates: dict[str, Rate] = field(default_factory=dict)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: Every = 0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
-    save_steps: int = 0
-    keep_checkpoints: int = 2
+    save_steps: Every = 0
+    keep_checkpoints: PositiveInt = 2
     keep_best: str | None = None
-    abort_above: dict[str, float] = field(default_factory=dict)
-    eval_steps: int = 0
-    log_steps: int = 10
-    sample_steps: int = 0
-    sample_rows: int = 4
+    abort_above: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=dict)
+    eval_steps: Every = 0
+    log_steps: Steps = 10
+    sample_steps: Every = 0
+    sample_rows: PositiveInt = 4
     signal_rows: Literal["both", "output", "none"] = "both"
     projector_init: Literal["random", "ridge"] = "random"
-    ridge_captions: int = 10_000
+    ridge_captions: PositiveInt = 10_000
     parts: list[str] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -242,9 +251,9 @@ class LoraSettings:
         target_modules: names of the layers to adapt; `all-linear` for all but the head.
     """
 
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    r: Tokens = 8
+    alpha: PositiveInt = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | str = "all-linear"
 
 
@@ -276,65 +285,16 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
 
 def check_values(config: Config) -> None:
     """Raise one `InputError` that names every value out of range, what it is and what it should be."""
-    train, loss, lora = config.train, config.loss, config.lora
-    rules = [
-        ("run.seed", config.run.seed, 0 <= config.run.seed < 2**32, "from 0 to 4294967295"),
-        ("run.output_dir", config.run.output_dir, config.run.output_dir.strip() != "", "a folder"),
-        ("train.max_steps", train.max_steps, 1 <= train.max_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS:,}"),
-        ("train.batch_size", train.batch_size, train.batch_size >= 1, "at least 1"),
-        (
-            "train.gradient_accumulation_steps",
-            train.gradient_accumulation_steps,
-            train.gradient_accumulation_steps >= 1,
-            "at least 1",
-        ),
-        *(
-            (name, rate, 0 < rate <= MAX_RATE, f"a number above 0, and at most {MAX_RATE:g}")
-            for name, rate in (
-                ("train.learning_rate", train.learning_rate),
-                *((f"train.learning_rates.{part}", rate) for part, rate in train.learning_rates.items()),
-            )
-        ),
-        ("train.warmup_steps", train.warmup_steps, train.warmup_steps >= 0, "at least 0"),
-        ("train.weight_decay", train.weight_decay, 0 <= train.weight_decay < float("inf"), "at least 0"),
-        ("train.max_grad_norm", train.max_grad_norm, train.max_grad_norm > 0, "above 0"),
-        ("train.save_steps", train.save_steps, train.save_steps >= 0, "at least 0"),
-        ("train.keep_checkpoints", train.keep_checkpoints, train.keep_checkpoints >= 1, "at least 1"),
-        ("train.eval_steps", train.eval_steps, train.eval_steps >= 0, "at least 0"),
-        ("train.sample_steps", train.sample_steps, train.sample_steps >= 0, "at least 0"),
-        ("train.sample_rows", train.sample_rows, train.sample_rows >= 1, "at least 1"),
-        ("train.ridge_captions", train.ridge_captions, train.ridge_captions >= 1, "at least 1"),
-        ("train.log_steps", train.log_steps, train.log_steps >= 1, "at least 1"),
-        ("data.num_workers", config.data.num_workers, config.data.num_workers >= 0, "at least 0"),
-        (
-            "data.max_length",
-            config.data.max_length,
-            config.data.max_length is None or config.data.max_length >= 1,
-            "at least 1, or null",
-        ),
-        ("loss.alignment_kind", loss.alignment_kind, loss.alignment_kind in ALIGNMENTS, " or ".join(ALIGNMENTS)),
-        ("loss.snr_gamma", loss.snr_gamma, loss.snr_gamma is None or loss.snr_gamma > 0, "above 0, or null"),
-        ("loss.temperature", loss.temperature, loss.temperature > 0, "above 0"),
-        ("lora.r", lora.r, lora.r >= 1, "at least 1"),
-        ("lora.alpha", lora.alpha, lora.alpha >= 1, "at least 1"),
-        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "from 0 up to, but not, 1"),
-    ]
-    for kind, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
-        for key, part in parts.items():
-            for name in ("num_frames", "num_signal_tokens"):
-                value = getattr(part, name, None)
-                rules.append((f"model.{kind}.{key}.{name}", value, value is None or value >= 1, "at least 1"))
-    for place, files in (("train", config.data.train), ("eval", config.data.eval)):
-        for i, file in enumerate(files):
-            good = 0 <= file.weight < float("inf")
-            rules.append((f"data.{place}[{i}].weight", file.weight, good, "at least 0"))
-    rules += [(f"train.abort_above.{name}", x, not math.isnan(x), "a number") for name, x in train.abort_above.items()]
-    weights = {f.name: getattr(loss, f.name) for f in fields(loss) if f.type == "float"}
-    weights |= {f"by_modality.{key}": value for key, value in loss.by_modality.items()}
-    rules += [(f"loss.{name}", value, 0 <= value < float("inf"), "at least 0") for name, value in weights.items()]
-    faults = [f"{name} is {value!r}, expected {expected}" for name, value, good, expected in rules if not good]
+    train = config.train
+    faults = find_misfits(config)
+    if not config.run.output_dir.strip():
+        faults.append(f"run.output_dir is {config.run.output_dir!r}, expected a folder")
     if config.model.language_model is None and config.model.init_from is None:
         faults.append("model has neither language_model nor init_from, expected at least one of them")
+    if train.num_epochs is None and train.warmup_steps > train.max_steps:
+        faults.append(
+            f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
+        )
     for name, steps in (("eval_steps", train.eval_steps), ("sample_steps", train.sample_steps)):
         if steps and not config.data.eval:
             faults.append(f"train.{name} is {steps}, but data.eval is empty, expected at least one file there")

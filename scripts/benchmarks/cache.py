@@ -119,6 +119,7 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
             f"--data.cache_dir={folder / 'cache'}",
             *(() if batch_size is None else (f"--train.batch_size={batch_size}",)),
             f"--train.max_steps={steps + WARM_UP}",
+            "--train.warmup_steps=0",
             f"--train.signal_rows={options.signal_rows}",
             f"--data.num_workers={options.num_workers}",
             *(pooled if case == "stage 1 pooled" else ()),

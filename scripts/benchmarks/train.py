@@ -116,7 +116,14 @@ def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
         *("--config", str(REPOSITORY / "configs/tiny/stage1.yaml"), *more),
         *("--run.output_dir", str(folder / "run"), "--data.train", f"[{{path: {rows}}}]"),
         *("--data.num_workers", str(options.workers), "--train.batch_size", str(options.batch_size)),
-        *("--train.max_steps", str(options.steps + WARM_UP), "--train.mixed_precision", options.mixed_precision),
+        *(
+            "--train.max_steps",
+            str(options.steps + WARM_UP),
+            "--train.warmup_steps",
+            "0",
+            "--train.mixed_precision",
+            options.mixed_precision,
+        ),
     ]
 
 
