@@ -49,6 +49,17 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
     return kind(**{section.name: getattr(parsed, section.name) for section in fields(kind)})
 
 
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key: value`, lists as text: what a tracker takes, and what can be compared."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
 def find_misfits(settings: Any) -> list[str]:
     """Every value of a dataclass, at any depth, that its annotated type (`Field(ge=1)`) does not allow."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from training_utils import (
     REPOSITORY,
     arguments,
@@ -25,7 +27,7 @@ from training_utils import (
     trained_tensors,
 )
 
-from anygpt.training.checkpoint import config_digest
+from anygpt.training.checkpoint import settings_that_count
 from anygpt.training.config import Config, parse_config
 from anygpt.training.folder import (
     MANIFEST,
@@ -221,7 +223,7 @@ def test_other_data_is_refused(data, run, tmp_path, capsys):
     path = tmp_path / "shorter/stage1.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     code, lines = cli_here(1, stage1(tmp_path / "shorter", run), capsys)
-    check_mistake(code, lines, run / "checkpoint-4", "[12]", "[10]", "run.resume=never")
+    check_mistake(code, lines, run / "checkpoint-4", "12 rows", "10 rows", "run.resume=never")
 
 
 def test_a_run_can_be_moved(data, finished, run, tmp_path):
@@ -237,10 +239,51 @@ def test_a_run_can_be_moved(data, finished, run, tmp_path):
 
 def test_rows_are_counted_over_all_processes(data, tmp_path, monkeypatch):
     """1 process with 6 rows and 2 with 3 train the same, and may go on from each other; 2 with 6 may not."""
-    one = config_digest(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"]))
+    one = settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert config_digest(parse_config([*stage1(data, tmp_path), "--train.batch_size=3"])) == one
-    assert config_digest(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"])) != one
+    assert settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=3"])) == one
+    assert settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"])) != one
+
+
+# -- more updates, and other data ------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_with_more_updates(data, finished, run):
+    """With a constant rate it ends where a run of that length does; with another the new schedule counts at once."""
+    constant = ("--train.scheduler=constant", "--train.save_steps=2")
+    short, long = run.with_name("short"), run.with_name("long")
+    train_here(1, stage1(data, short, *constant, steps=2))
+    first = trained_tensors(train_here(1, stage1(data, short, *constant, steps=4)))
+    second = trained_tensors(train_here(1, stage1(data, long, *constant, steps=4)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "of 4 updates instead of 2" in (short / "log.txt").read_text()
+
+    train_here(1, stage1(data, run, steps=6))
+    shown = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("update 5  ")]
+    rate = parse_config(stage1(data, run)).train.learning_rate * 0.5 * (1 + math.cos(math.pi * 4 / 6))
+    assert f"learning_rate {rate:.4g}" in shown[-1]
+
+
+def test_a_run_is_not_made_shorter_than_it_is(data, run, capsys):
+    code, lines = cli_here(1, stage1(data, run, steps=3), capsys)
+    check_mistake(code, lines, "checkpoint-4 is beyond train.max_steps, which is 3")
+
+
+def test_epochs_are_counted_in_updates(data, tmp_path):
+    more = ("--train.num_epochs=1.5", "--train.gradient_accumulation_steps=2")
+    train_here(1, stage1(data, tmp_path / "run", *more))
+    assert "1.5 epochs of 12 rows, 6 an update: 3 updates" in (tmp_path / "run/log.txt").read_text()
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["max_steps"] == 3
+    assert (tmp_path / "run/checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: [r.replace("a ", "a  ", 1) for r in rows]])
+def test_other_rows_of_the_same_number_are_noticed(data, run, tmp_path, capsys, change):
+    shutil.copytree(data, tmp_path / "elsewhere")
+    file = tmp_path / "elsewhere/stage1.jsonl"
+    file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+    code, lines = cli_here(1, stage1(file.parent, run, steps=6), capsys)
+    check_mistake(code, lines, file, "other rows", "12 rows", "run.resume=never")
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_argum
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-3", "checkpoint-4"]
     code, lines = cli_here(1, [*args, "--train.learning_rate=0.1"], capsys)
-    check_mistake(code, lines, "checkpoint-4", "other settings", "run.resume=never")
+    check_mistake(code, lines, "checkpoint-4", "train.learning_rate was 0.002 and is 0.1;", "run.resume=never")
     code, _ = cli_here(1, [*args, "--train.learning_rate=0.1", "--run.resume=never"], capsys)
     assert code == 0
 

@@ -8,8 +8,8 @@ synced and renamed, so one that bears its name is complete; one that was damaged
 
 from __future__ import annotations
 
-import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
+from anygpt.settings import flatten
 from anygpt.training.config import Config
 from anygpt.training.folder import (
     STATE,
@@ -40,11 +42,11 @@ from anygpt.training.folder import (
 )
 
 
-def config_digest(config: Config) -> str:
-    """A digest of the settings on which the trained weights depend; where and how often a run writes is not in it.
+def settings_that_count(config: Config) -> dict[str, Any]:
+    """The settings on which the trained weights depend, by name; where and how often a run writes is not among them.
 
-    Nor in which folders its data and its start lie: a run can be moved. Rows of a micro-batch are counted over all
-    processes: 1 process with 2b and 2 with b train the same.
+    Nor in which folders its data and its start lie: a run can be moved. Nor how long it is: it can be extended. Rows of
+    a micro-batch are counted over all processes: 1 process with 2b and 2 with b train the same.
     """
     settings = config.to_dict()
     for source in settings["data"]["train"]:
@@ -54,14 +56,31 @@ def config_digest(config: Config) -> str:
         "model": ("init_from",),  # a checkpoint has it whole
         "data": ("cache_dir", "num_workers", "in_memory", "eval"),
         "train": (
-            *("save_steps", "keep_checkpoints", "keep_best", "abort_above"),
-            *("eval_steps", "log_steps", "sample_steps", "sample_rows"),
+            *("max_steps", "num_epochs", "save_steps", "keep_checkpoints", "keep_best", "abort_above"),
+            *("eval_steps", "log_steps", "sample_steps", "sample_rows", "profile"),
         ),
     }.items():
         for name in names:
             settings[section].pop(name)
-    settings["train"]["batch_size"] *= int(os.environ.get("WORLD_SIZE", "1"))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    settings["train"]["batch_size (of all processes)"] = settings["train"].pop("batch_size") * world_size()
+    return flatten(settings)
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_digests(dataset: ConversationDataset) -> list[str]:
+    """A digest of each file of a dataset, in their order: its rows' ids, texts and names of media, in theirs."""
+    digests, samples = [], iter(dataset.samples)
+    for length in dataset.lengths:
+        digest = xxhash.xxh3_128()
+        for sample in itertools.islice(samples, length):
+            parts = [(m.role, part) for m in sample.messages for part in m.content]
+            row = [(role, p.type, p.text, p.caption, p.others, p.path and p.path.name) for role, p in parts]
+            digest.update(repr((sample.id, row)).encode())
+        digests.append(f"{length} rows, {digest.hexdigest()}")
+    return digests
 
 
 @contextmanager
@@ -143,7 +162,7 @@ def save_checkpoint(
     Args:
         folder: its name and place.
         model, optimizer_state: whole, on the main process.
-        state: what `training_state.json` gets beside the settings' digest and the number of processes.
+        state: what `training_state.json` gets beside the settings.
         random_state: what `rng_state` gave, if it is not to be the present one.
     """
     with written_whole(folder, accelerator) as temporary:
@@ -151,7 +170,7 @@ def save_checkpoint(
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
             _save(optimizer_state, temporary / "optimizer.pt")
-            state = state | {"processes": accelerator.num_processes, "config": config_digest(config)}
+            state = state | {"settings": settings_that_count(config)}
             (temporary / STATE).write_text(json.dumps(state, default=float, indent=1))
         _save(random_state or rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
 
@@ -197,23 +216,25 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 "folder, auto or never"
             )
     state = read_state(checkpoint)
-    if state["config"] != config_digest(config):
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+    before, now = state["settings"], settings_that_count(config)
+    if before != now:
+        named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        others = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in named)
         raise InputError(
-            f"{checkpoint} was written with other settings, or on another number of processes (it was "
-            f"{state['processes']}, now {processes}) with the same train.batch_size; give this run its own "
+            f"{checkpoint} was written with other settings: {others}; give them as they were, give this run its own "
             "run.output_dir, or start over with run.resume=never"
         )
     return checkpoint, passed_over
 
 
-def check_same_data(checkpoint: Path, state: dict[str, Any], dataset: ConversationDataset) -> None:
-    """The place in the data is a number of updates, so the files must be as long as they were."""
-    if state["samples"] != dataset.lengths:
-        raise InputError(
-            f"{checkpoint} was written over data.train files of {state['samples']} samples, which now have "
-            f"{dataset.lengths}; restore the files, or start over with run.resume=never"
-        )
+def check_same_data(checkpoint: Path, before: list[str], now: list[str], config: Config) -> None:
+    """The place in the data is a number of updates, so the files must have the rows that they had."""
+    for source, was, there in zip(config.data.train, before, now, strict=True):
+        if was != there:
+            raise InputError(
+                f"{source.path} has other rows, or in another order, than when {checkpoint} was written (it had {was}, "
+                f"and has {there}); restore it, or start over with run.resume=never"
+            )
 
 
 def load_tensors(checkpoint: Path, model: Any) -> None:

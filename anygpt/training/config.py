@@ -211,6 +211,7 @@ class TrainConfig:
             configuration uses it.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: torch.compile of the layers of encoders, language model and denoisers.
+        profile: write a trace of torch's profiler of so many updates to `profile/`, after two others; 0 none.
     """
 
     max_steps: Steps = 1000
@@ -238,6 +239,7 @@ class TrainConfig:
     parts: list[str] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    profile: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 @dataclass
@@ -291,7 +293,7 @@ def check_values(config: Config) -> None:
         faults.append(f"run.output_dir is {config.run.output_dir!r}, expected a folder")
     if config.model.language_model is None and config.model.init_from is None:
         faults.append("model has neither language_model nor init_from, expected at least one of them")
-    if train.num_epochs is None and train.warmup_steps > train.max_steps:
+    if train.warmup_steps > train.max_steps:
         faults.append(
             f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
         )

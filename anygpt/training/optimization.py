@@ -71,6 +71,12 @@ def make_optimizer(model: Any, config: Config) -> tuple[torch.optim.AdamW, Any]:
     return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
 
 
+def set_rates(optimizer: Any, scheduler: Any) -> None:
+    """The rates of the next update, by the schedule as it is now: a run that goes on may have become longer."""
+    for group, peak, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = peak * share(scheduler.last_epoch)
+
+
 def clip_gradients(model: Any, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
     """Clip what trains to a norm of `bound`; returns the norm before.
 

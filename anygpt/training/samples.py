@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset, LoadedSample
+from anygpt.errors import InputError
 from anygpt.media.types import Clip, Picture, Sound, media_type
 from anygpt.outputs import Answer
 
@@ -44,6 +45,27 @@ class SampleAnswer:
     id: str
     text: str
     files: list[SampleFile] = field(default_factory=list)
+
+
+def take_samples(
+    model: Any,
+    processor: Any,
+    dataset: ConversationDataset,
+    rows: int,
+    seed: int,
+    folder: Path,
+    accelerator: Accelerator,
+    step: int,
+) -> str:
+    """Generate answers on every process, and write and track them on the main one; returns a line that says so."""
+    try:
+        with accelerator.autocast():
+            answers = list(generate_answers(model, processor, dataset, rows, seed))
+    except InputError as error:
+        return f"warning: no samples after update {step}: {error}"
+    if accelerator.is_main_process:
+        log_answers(write_answers(answers, model, folder), accelerator, step)
+    return f"samples after update {step}: {folder}"
 
 
 @torch.no_grad()

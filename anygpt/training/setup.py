@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields
@@ -33,7 +34,7 @@ from anygpt.model.parts import (
 )
 from anygpt.model.saving import part_entries, read_config
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig
+from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig, check_values
 from anygpt.training.loading import ridge_batches, use_frames_of
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.stages import Stage
@@ -294,6 +295,22 @@ def build_data(
         rows.decode_targets = model.loss_weights.wants_media
         rows.in_memory = data.in_memory
     return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
+
+
+def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -> list[str]:
+    """Set `train.max_steps` by `train.num_epochs` where that is given; a line that says so.
+
+    Raises:
+        InputError: the warm-up is longer.
+    """
+    train = config.train
+    if train.num_epochs is None:
+        return []
+    rows = sum(round(length * weight) for length, weight in zip(dataset.lengths, dataset.weights, strict=True))
+    update = train.batch_size * train.gradient_accumulation_steps * processes
+    train.max_steps = math.ceil(train.num_epochs * rows / update)
+    check_values(config)
+    return [f"{train.num_epochs:g} epochs of {rows} rows, {update} an update: {train.max_steps} updates"]
 
 
 def init_projectors(

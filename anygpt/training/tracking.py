@@ -15,19 +15,9 @@ from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
 from anygpt.model.freezing import PartSummary
+from anygpt.settings import flatten
 from anygpt.training.config import Config
 from anygpt.training.processes import memory_in_use
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.key: value`, with values that every tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
 
 
 def part_table(parts: list[PartSummary]) -> str:
@@ -77,13 +67,15 @@ class RunLog:
             mininterval=1,
         )
         if config.run.tracker != "none":
-            name = config.run.name or self.folder.name
+            name, board = config.run.name or self.folder.name, config.run.tracker == "tensorboard"
             wandb = {"name": name, "dir": str(self.folder), "id": self.run_id, "resume": "allow"}
-            options = {"wandb": wandb} if config.run.tracker == "wandb" else {}
             os.environ.setdefault("WANDB_SILENT", "true")
             try:
                 settings = flatten(config.to_dict() | (facts or {}))
-                accelerator.init_trackers(config.run.project, settings, init_kwargs=options)
+                if board:  # it has projects by folder, and no nulls
+                    settings = {key: "null" if value is None else value for key, value in settings.items()}
+                project = name if board else config.run.project
+                accelerator.init_trackers(project, settings, init_kwargs={} if board else {"wandb": wandb})
             except Exception as error:  # each tracker has exceptions of its own
                 accelerator.trackers.clear()  # one that did not start cannot be ended
                 reason = " ".join(str(error).split())

@@ -25,6 +25,7 @@ from anygpt.errors import InputError
 from anygpt.training.checkpoint import (
     check_same_data,
     choose_checkpoint,
+    data_digests,
     load_tensors,
     load_training_state,
     read_optimizer_state,
@@ -54,7 +55,7 @@ from anygpt.training.loading import (
     take_updates,
     use_cache,
 )
-from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer
+from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
 from anygpt.training.processes import (
     Aborted,
     Interrupted,
@@ -65,8 +66,8 @@ from anygpt.training.processes import (
     check_finite,
     processes,
 )
-from anygpt.training.samples import generate_answers, log_answers, write_answers
-from anygpt.training.setup import build, build_data, check_metrics, init_projectors
+from anygpt.training.samples import take_samples
+from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.sharding import (
     check_sharding,
     gather_into,
@@ -175,6 +176,8 @@ class Trainer:
             self.model.gradient_checkpointing_enable()
         self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
         self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
+        self.digests = data_digests(self.dataset)
+        self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
         if checkpoint is not None:
             load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
@@ -191,15 +194,22 @@ class Trainer:
         optimizer, self.scheduler = make_optimizer(model, config)
         if checkpoint is not None:
             state = load_training_state(checkpoint, None if sharded else optimizer, self.scheduler, accelerator)
-            check_same_data(checkpoint, state, self.dataset)
+            check_same_data(checkpoint, state["data"], self.digests, config)
             self.done, self.tracker_run = state["step"], state["tracker_run"]
             self.notes.append(f"continues from {checkpoint} after update {self.done}")
+            before, steps = state["max_steps"], config.train.max_steps
+            if self.done > steps:
+                raise InputError(f"{checkpoint} is beyond train.max_steps, which is {steps}; give at least {self.done}")
+            if before != steps:
+                self.notes.append(f"of {steps} updates instead of {before}: the learning rate follows the new schedule")
         if config.train.compile:
             model.to(accelerator.device)
             compile_layers(model)
         self.wrapped, self.optimizer, self.whole = prepare(model, optimizer, accelerator, config)
         if checkpoint is not None and sharded:
             load_optimizer_state(model, self.optimizer, read_optimizer_state(checkpoint))
+        if checkpoint is not None:
+            set_rates(self.optimizer, self.scheduler)
         self.wrapped.train()
 
     def fit(self, warnings: Iterable[str] = ()) -> Path:
@@ -343,17 +353,9 @@ class Trainer:
 
     def sample(self) -> None:
         """Answers to the first rows of data.eval; every process generates, as a sharded model needs them all."""
-        rows, seed = self.config.train.sample_rows, self.config.run.seed
-        try:
-            with self.accelerator.autocast():
-                answers = list(generate_answers(self.model, self.processor, self.held_out, rows, seed))
-        except InputError as error:
-            self.log.say(f"warning: no samples after update {self.done}: {error}")
-            return
-        if self.accelerator.is_main_process:
-            folder = self.folder / SAMPLES / f"{self.done:06d}"
-            log_answers(write_answers(answers, self.model, folder), self.accelerator, self.done)
-            self.log.say(f"samples after update {self.done}: {folder}")
+        train, folder = self.config.train, self.folder / SAMPLES / f"{self.done:06d}"
+        rows = self.held_out, train.sample_rows, self.config.run.seed
+        self.log.say(take_samples(self.model, self.processor, *rows, folder, self.accelerator, self.done))
 
     def stop_if_above(self, metrics: dict[str, float]) -> None:
         """Raise `Aborted`, after a checkpoint for inspection, where a metric is above its bound or not a number."""
@@ -376,8 +378,8 @@ class Trainer:
         if name == PREFIX:
             check_finite(self.model, self.accelerator)
         path = self.folder / f"{name}{self.done}"
-        state = {"step": self.done, "samples": self.dataset.lengths, "tracker_run": self.log.run_id, "metrics": metrics}
-        state["scheduler"] = self.scheduler.state_dict()
+        state = {"step": self.done, "max_steps": self.config.train.max_steps, "data": self.digests}
+        state |= {"scheduler": self.scheduler.state_dict(), "metrics": metrics, "tracker_run": self.log.run_id}
         gather_into(self.whole, self.model)
         moved = optimizer_state(self.model, self.optimizer, self.accelerator)
         save_checkpoint(path, self.whole, self.processor, state, moved, random_state, self.accelerator, self.config)
