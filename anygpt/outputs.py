@@ -125,10 +125,12 @@ class GenerationOutput(ModelOutput):
     Attributes:
         sequences: `(B, new tokens)` int64, right-padded with the pad token; the prompt is not repeated.
         answers: one `Answer` a row.
+        lengths: of the rows of `sequences` without their padding; None of a search with beams.
     """
 
     sequences: torch.LongTensor | None = None
     answers: list[Answer] | None = None
+    lengths: list[int] | None = None
 
     @property
     def text(self) -> list[str]:

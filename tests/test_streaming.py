@@ -11,11 +11,12 @@ from anygpt.errors import InputError
 from anygpt.generation.answering import text_of
 from anygpt.generation.events import (
     AnswerDone,
+    Closed,
     DecodingStarted,
     DecodingStep,
+    EventEmitter,
     MediumCalled,
     MediumDone,
-    Narrator,
     TextPiece,
 )
 
@@ -89,10 +90,10 @@ def test_pieces_are_whole_characters(full_model):
     text = "naïve 日本語 👩‍🚀 and a lone \ufffd too\ufffd"
     ids = processor.llm_tokenizer(text, add_special_tokens=False)["input_ids"]
     events = []
-    narrator = Narrator(events.append, partial(text_of, model), {})
+    emitter = EventEmitter(events.append, partial(text_of, model), {})
     for token in ids:
-        narrator.said([token], None)
-    narrator.end_text()
+        emitter.said([token], None)
+    emitter.end_text()
     pieces = [event.text for event in events]
     assert len(pieces) > 5 and "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces[:5])
@@ -112,12 +113,82 @@ def test_a_closed_stream_ends_the_work_and_leaves_the_model_usable(full_model, k
     assert len(model.generate(**prompt(processor), **few).answers[0].images) == 1
 
 
+PROMPTS = ["Draw a ring.", "What is a long blue square, and what does it sound like?", "Hello"]
+
+
+def together(processor, prompts=PROMPTS):
+    conversations = [[{"role": "user", "content": text}] for text in prompts]
+    return processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5}], ids=["greedy", "sampling"])
+def test_each_row_of_a_batch_has_the_events_that_it_has_alone(full_model, sampling):
+    """Text piece by piece, media and the end; sampled with a seed of its own, within a budget of its own."""
+    model, processor = full_model
+    seeds, budgets = [5, 2**63 - 1, 7], [20, 9, 14]
+    told = [[], [], []]
+
+    def kwargs(own):
+        return {key: {"num_inference_steps": 2, "seed": own} for key in model.decoder_keys}
+
+    given = {"require": ["image"], "max_new_tokens": 20, **sampling}
+    output = model.generate(
+        **together(processor),
+        **given,
+        seeds=seeds,
+        budgets=budgets,
+        decoder_kwargs=kwargs(seeds),
+        on_event=lambda event: told[event.row].append(event),
+    )
+    assert output.lengths[1] <= 9 and all(output.sequences.shape[1] >= length for length in output.lengths)
+    for row, text in enumerate(PROMPTS):
+        alone = []
+        one = model.generate(
+            **prompt(processor, text),
+            **given | {"max_new_tokens": budgets[row]},
+            seeds=seeds[row : row + 1],
+            decoder_kwargs=kwargs(seeds[row]),
+            on_event=alone.append,
+        )
+        assert one.sequences[0].tolist() == output.sequences[row, : output.lengths[row]].tolist()
+        kinds = [(type(e), getattr(e, "text", getattr(e, "segment", None))) for e in told[row]]
+        assert kinds == [(type(e), getattr(e, "text", getattr(e, "segment", None))) for e in alone]
+        for a, b in zip(output.answers[row].images, one.answers[0].images, strict=True):
+            assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [TextPiece, DecodingStep], ids=["in text", "in a decoder"])
+def test_a_closed_row_leaves_the_others_as_they_are(full_model, kind):
+    model, processor = full_model
+    chosen = options(model, require=["image"])
+    expected = model.generate(**together(processor), **chosen)
+    after = []
+
+    def close_the_second(event):
+        if event.row == 1:
+            after.append(event)
+            if isinstance(event, kind):
+                raise Closed
+
+    output = model.generate(**together(processor), **chosen, on_event=close_the_second)
+    assert isinstance(after[-1], kind), "nothing is told of a row once it is closed"
+    if kind is TextPiece:
+        assert output.lengths[1] < expected.lengths[1] and not output.answers[1].images
+    for row in (0, 2):
+        assert output.answers[row].text == expected.answers[row].text
+        assert np.array_equal(np.asarray(output.answers[row].images[0]), np.asarray(expected.answers[row].images[0]))
+
+    def close(event):
+        if isinstance(event, kind):
+            raise Closed
+
+    with pytest.raises(Closed):
+        model.generate(**together(processor), **chosen, on_event=close)
+
+
 def test_what_cannot_be_streamed_is_said(full_model):
     model, processor = full_model
-    with pytest.raises(InputError, match="not of 1 rows by beam_search"):
+    with pytest.raises(InputError, match="not for beam_search"):
         list(model.generate_stream(**prompt(processor), **options(model, num_beams=2)))
-    two = processor(llm_inputs={"text": ["a", "b"]})
-    with pytest.raises(InputError, match="one row and without beams, not of 2 rows"):
-        list(model.generate_stream(**two, **options(model)))
     with pytest.raises(InputError, match="no decoder smell"):
         list(model.generate_stream(**prompt(processor), **options(model, require=["smell"])))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
+from anygpt.generation.answering import text_of
 from anygpt.generation.events import Event, Listener, TextPiece
 from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place
@@ -225,7 +226,7 @@ class StopTexts(StoppingCriteria):
     """
 
     def __init__(self, chat_model: ChatModel, stop: Sequence[str]):
-        self.decode, self.stop = chat_model.model.text_of, stop
+        self.decode, self.stop = partial(text_of, chat_model.model), stop
         self.signals = {i for ids in chat_model.model.signal_tokens.ids.values() for i in ids}
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

@@ -5,7 +5,7 @@ Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from anygpt.composition import Composition
-from anygpt.generation.events import AnswerDone, DecodingStarted, DecodingStep, MediumDone, Narrator
+from anygpt.generation.events import (
+    AnswerDone,
+    Closed,
+    DecodingStarted,
+    DecodingStep,
+    EventEmitter,
+    MediumDone,
+    end_where_all_are_closed,
+)
 from anygpt.outputs import Answer, Segment
 
 
@@ -38,7 +46,7 @@ def assemble(
     sequences: Tensor,
     spans: list[SpanStates],
     decoder_kwargs: Mapping[str, Mapping[str, Any]],
-    narrator: Narrator | None = None,
+    emitters: Sequence[EventEmitter] = (),
 ) -> list[Answer]:
     """Run each decoder once, batched over its spans, and put text and media in order.
 
@@ -46,21 +54,27 @@ def assemble(
         sequences: `(B, new tokens)`.
         spans: those in `sequences`, in any order.
         decoder_kwargs: options of each decoder's sampling, checked.
-        narrator: is told what happens; then there is one row.
+        emitters: one a row, or none. No media are made of rows that are closed.
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.decoder_keys:
-        mine = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
-        if mine:
-            media |= _decode_media(model, key, mine, decoder_kwargs.get(key, {}), narrator)
+        wanted = [span for span in spans if span.key == key and not (emitters and emitters[span.row].closed)]
+        if wanted:
+            wanted.sort(key=lambda span: (span.row, span.start))
+            media |= _decode_media(model, key, wanted, decoder_kwargs.get(key, {}), emitters)
     answers = [_in_order(model, ids, row, media) for row, ids in enumerate(sequences.tolist())]
-    if narrator is not None:
-        narrator.tell(AnswerDone(answers[0]))
+    for emitter, answer in zip(emitters, answers, strict=False):
+        emitter.emit(AnswerDone, answer)
+    end_where_all_are_closed(emitters)
     return answers
 
 
 def _decode_media(
-    model: Composition, key: str, spans: list[SpanStates], options: Mapping[str, Any], narrator: Narrator | None
+    model: Composition,
+    key: str,
+    spans: list[SpanStates],
+    options: Mapping[str, Any],
+    emitters: Sequence[EventEmitter],
 ) -> dict[tuple[int, int], Segment]:
     """The media of one decoder by row and start of their spans, which are sorted so."""
     decoder = model.decoders[key]
@@ -70,22 +84,31 @@ def _decode_media(
     if isinstance(seed := options.get("seed"), (list, tuple)):
         options["seed"] = [seed[row] for row in rows]
     arguments = decoder.module.sampling_arguments(options, places)
-    if narrator is not None:
-        segments = tuple(narrator.segments[span.start] for span in spans)
-        narrator.tell(DecodingStarted(key, segments))
-        arguments["on_step"] = lambda step, steps: narrator.tell(DecodingStep(key, step, steps))
+    if emitters:
+        told = {row: emitters[row] for row in rows}
+        for row, emitter in told.items():
+            emitter.emit(DecodingStarted, key, tuple(emitter.segments[s.start] for s in spans if s.row == row))
+
+        def on_step(step: int, steps: int) -> None:
+            for emitter in told.values():
+                emitter.emit(DecodingStep, key, step, steps)
+            end_where_all_are_closed(list(told.values()))
+
+        arguments["on_step"] = on_step
     condition = decoder.condition(torch.stack([span.states for span in spans]))
     try:
         contents = decoder.module.sample(condition, **arguments)
+    except Closed:  # by `on_step`; other rows may be wanted still
+        return {}
     finally:
         # Frees what diffusers' own offloading holds, also where a stream was closed midway; else does nothing.
         decoder.module.pipeline.maybe_free_model_hooks()
     media = {}
-    for index, (span, content, embeds) in enumerate(zip(spans, contents, condition.embeds, strict=True)):
+    for span, content, embeds in zip(spans, contents, condition.embeds, strict=True):
         segment = Segment(decoder.modality, content, key, embeds, span.states, decoder.module.rate)
         media[span.row, span.start] = segment
-        if narrator is not None:
-            narrator.tell(MediumDone(segments[index], segment))
+        if emitters:
+            emitters[span.row].emit(MediumDone, emitters[span.row].segments[span.start], segment)
     return media
 
 

@@ -8,8 +8,8 @@ search stays transformers' own, with the span forced token by token. Shape legen
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from anygpt.composition import Composition
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.generation.answering import SpanStates, assemble, text_of
-from anygpt.generation.events import Listener, Narrator
+from anygpt.generation.events import EventEmitter, Listener, end_where_all_are_closed
 from anygpt.generation.span_rules import SpanForcing, SpanRules
 from anygpt.outputs import GenerationOutput
 from anygpt.sequence.merging import Merged, pad_left
@@ -40,18 +40,21 @@ class SpanDecoder:
     Attributes:
         model: the `MultimodalModel`, its signal tokens attached to the language model.
         tap: what the language model's head reads.
-        rules: which tokens may come next.
+        rules: which tokens may come next, by row.
         prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
-        narrator: is told what is said, where there is one row.
-        spans: the spans that came out, filled while decoding.
+        emitters: told what each row says, or none.
+        generators: what each row is sampled with; torch's own where there are none.
+        spans, lengths: the spans that came out, and the tokens of each row, filled while decoding.
     """
 
     model: Composition = field(repr=False)
     tap: Tap
-    rules: SpanRules
+    rules: Sequence[SpanRules]
     prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    narrator: Narrator | None = None
+    emitters: Sequence[EventEmitter] = ()
+    generators: Sequence[torch.Generator] = ()
     spans: list[SpanStates] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
@@ -101,27 +104,35 @@ class SpanDecoder:
             for row in (row for row in range(rows) if running[row] and not waiting[row]):
                 answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 score = scores[row : row + 1]
-                score[:, self.rules.banned(answers[row])] = -torch.inf
+                rules = self.rules[row]
+                score[:, rules.banned(answers[row])] = -torch.inf
                 # row by row, because rows have different lengths once one of them has said a span
                 score = logits_processor(answer, score)
-                token = int(
-                    torch.multinomial(score.softmax(dim=-1), 1) if generation_config.do_sample else score.argmax(dim=-1)
-                )
-                token = self.rules.forced(answers[row], token, ends=token in eos)
-                key = self.rules.key_of_first.get(token)
-                new = self.rules.ids[key] if key else [token]
+                if generation_config.do_sample:
+                    generator = self.generators[row] if self.generators else None
+                    token = int(torch.multinomial(score.softmax(dim=-1), 1, generator=generator))
+                else:
+                    token = int(score.argmax(dim=-1))
+                token = rules.forced(answers[row], token, ends=token in eos)
+                key = rules.key_of_first.get(token)
+                new = rules.ids[key] if key else [token]
                 answers[row] += new
-                if self.narrator is not None:
-                    self.narrator.said(new, key)
                 said = torch.tensor([answers[row]], dtype=torch.long, device=device)
-                running[row] = not bool(stopping_criteria(said, None).any())
+                running[row] = len(answers[row]) < rules.budget and not bool(stopping_criteria(said, None).any())
                 # A span that ends the answer must run all the same: the decoder is conditioned on its states.
                 waiting[row] = list(new) if running[row] or key else []
+                if self.emitters:
+                    emitter = self.emitters[row]
+                    emitter.said(new, key)
+                    if not running[row]:
+                        emitter.end_text()
+                    if emitter.closed:
+                        running[row], waiting[row] = False, []
+            end_where_all_are_closed(self.emitters)
             fed = [tokens if at_once else tokens[:1] for tokens in waiting]
             waiting = [[] if at_once else tokens[1:] for tokens in waiting]
             if not any(fed):
-                if self.narrator is not None:
-                    self.narrator.end_text()
+                self.lengths = [len(answer) for answer in answers]
                 return _pad_right(answers, pad, device)
             tokens, chunk_mask = _align_right(fed, pad, device)
             chunk = embedding(tokens)
@@ -162,16 +173,16 @@ class SpanDecoder:
     ) -> None:
         """Keep the states of the spans that the last forward ran, or ran a token of."""
         for row, new in enumerate(fed):
-            key = self.rules.key_of_first.get(new[0]) if new else None
+            key = self.rules[row].key_of_first.get(new[0]) if new else None
             if key is not None:
-                self._begun[row] = (key, len(answers[row]) - len(self.rules.ids[key]), [])
+                self._begun[row] = (key, len(answers[row]) - len(self.rules[row].ids[key]), [])
             if not new or row not in self._begun:
                 continue
             key, start, found = self._begun[row]
             decoder = self.model.decoders[key]
             states = decoder.select_states(self.tap.hidden, all_states)[row, -len(new) :]
             found.append(states + chunk[row, -len(new) :])
-            if sum(map(len, found)) == len(self.rules.ids[key]):
+            if sum(map(len, found)) == len(self.rules[row].ids[key]):
                 # a trigger before queries is not read
                 self.spans.append(SpanStates(row, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
                 del self._begun[row]
@@ -189,6 +200,8 @@ def generate(
     decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     generation_config: GenerationConfig | None = None,
     on_event: Listener | None = None,
+    budgets: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> GenerationOutput:
     """Answer a batch of prompts with text and media.
@@ -204,8 +217,10 @@ def generate(
             the pipeline's own. With a `seed`, or a list of them with one a row, a row's media are what they are
             when the row is alone.
         generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
-        on_event: called with an `Event` whenever something happens; what it raises ends the
-            generation. For one row, without beams. (`generate_stream` is the iterator.)
+        on_event: called with an `Event` whenever something happens, without beams. A `Closed` that it raises ends the
+            event's row, anything else the generation. (`generate_stream` is the iterator.)
+        budgets: new tokens of each row, where some may have fewer than `max_new_tokens`; without beams.
+        seeds: one a row, for sampled text that is what it is when the row is alone; without beams.
         kwargs: encoder inputs, as in `forward`, and generation options.
 
     Returns:
@@ -213,12 +228,13 @@ def generate(
 
     Raises:
         InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
-            search; events of several rows, or of a search with beams, where nothing is final before the end.
+            search; events of a search with beams, where nothing is final before the end.
+        Closed: the listener has closed every row.
     """
     require, forbid = check_request(model, require, forbid, decoder_kwargs)
     for key, given in (decoder_kwargs or {}).items():
-        if isinstance(seeds := given.get("seed"), (list, tuple)) and len(seeds) != len(input_ids):
-            raise InputError(f"{key} is given {len(seeds)} seeds for {len(input_ids)} rows; give one a row")
+        if isinstance(own := given.get("seed"), (list, tuple)) and len(own) != len(input_ids):
+            raise InputError(f"{key} is given {len(own)} seeds for {len(input_ids)} rows; give one a row")
     inputs, options = _split_inputs(model, kwargs)
     config = copy.deepcopy(generation_config or base_model(model.language_model).generation_config)
     options = _special_tokens(model, config) | options
@@ -229,15 +245,13 @@ def generate(
             f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
             "supported; use greedy search, sampling or beam search, one answer a row"
         )
-    narrator = None
-    if on_event is not None:
-        if len(input_ids) != 1 or mode in BEAM_MODES:
-            raise InputError(
-                f"events are told of one row and without beams, not of {len(input_ids)} rows by {mode.value}; "
-                "leave out on_event, or call generate for each row with num_beams=1"
-            )
-        types = {key: decoder.modality for key, decoder in model.decoders.items()}
-        narrator = Narrator(on_event, partial(text_of, model), types)
+    if mode in BEAM_MODES and (on_event or budgets or seeds):
+        raise InputError(
+            f"on_event, budgets and seeds are for greedy search and sampling, not for {mode.value}; leave them out, or "
+            "set num_beams=1"
+        )
+    types, decode = {key: decoder.modality for key, decoder in model.decoders.items()}, partial(text_of, model)
+    emitters = [EventEmitter(on_event, decode, types, row) for row in range(len(input_ids) if on_event else 0)]
     budget = config.max_new_tokens
     if budget is None:
         raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")
@@ -251,11 +265,17 @@ def generate(
             merged = model.merge(model.embed(input_ids, attention_mask, None), model.encode(inputs), items_per_row)
             merged = pad_left(merged)
             if mode in OWN_MODES:
-                sequences, spans = _decode_stepwise(model, merged, inputs, tap, rules, options, narrator)
+                by_row = [replace(rules, budget=own) for own in budgets or [budget] * len(input_ids)]
+                device = merged.inputs_embeds.device
+                generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
+                decoder = SpanDecoder(model, tap, by_row, emitters=emitters, generators=generators)
+                sequences, spans = _decode_stepwise(decoder, merged, inputs, options), decoder.spans
+                lengths = decoder.lengths
             else:
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
-        answers = assemble(model, sequences, spans, decoder_kwargs or {}, narrator)
-        return GenerationOutput(sequences=sequences, answers=answers)
+                lengths = None
+        answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters)
+        return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
     finally:
         model.train(training)
 
@@ -285,18 +305,11 @@ def check_request(
 
 
 def _decode_stepwise(
-    model: Composition,
-    merged: Merged,
-    inputs: Mapping[str, Any],
-    tap: Tap,
-    rules: SpanRules,
-    options: dict[str, Any],
-    narrator: Narrator | None,
-):
+    decoder: SpanDecoder, merged: Merged, inputs: Mapping[str, Any], options: dict[str, Any]
+) -> Tensor:
     prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-    changed = model.preprocess_llm(merged, inputs, prompt)
-    decoder = SpanDecoder(model, tap, rules, changed, narrator)
-    return model.language_model.generate(**prompt | changed, custom_generate=decoder, **options), decoder.spans
+    decoder.prompt = decoder.model.preprocess_llm(merged, inputs, prompt)
+    return decoder.model.language_model.generate(**prompt | decoder.prompt, custom_generate=decoder, **options)
 
 
 def _decode_with_beams(

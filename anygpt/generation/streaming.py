@@ -10,11 +10,7 @@ from typing import Any
 
 from anygpt.composition import Composition
 from anygpt.generation.decoding import generate
-from anygpt.generation.events import Event
-
-
-class Closed(Exception):
-    """Nobody listens to a stream any more."""
+from anygpt.generation.events import Closed, Event
 
 
 def generate_stream(model: Composition, *args: Any, **kwargs: Any) -> Iterator[Event]:
@@ -24,7 +20,7 @@ def generate_stream(model: Composition, *args: Any, **kwargs: Any) -> Iterator[E
     The model can do one thing at a time: do not use it elsewhere before the iterator has ended.
 
     Args:
-        args, kwargs: those of `generate`, with one row and without beams.
+        args, kwargs: those of `generate`, without beams.
 
     Raises:
         InputError: as `generate`.

@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
-from anygpt.generation.events import Event
-from anygpt.generation.streaming import Closed
+from anygpt.generation.events import Closed, Event
 from anygpt.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
