@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,12 +20,12 @@ from transformers import AutoTokenizer, CLIPModel
 
 from anygpt import InputError
 from anygpt.data.schema import ContentPart, Message, Sample
-from anygpt.evaluation.composition import CATEGORIES, COLOURS, compose, is_composed, related
-from anygpt.evaluation.metrics import distances, similarity
-from anygpt.evaluation.metrics.base import Batch, Item, Mean
-from anygpt.evaluation.metrics.detection import CompositionScore, overlap
+from anygpt.evaluation.grammar import CATEGORIES, COLOURS, compose
+from anygpt.evaluation.metrics import METRICS, distances
+from anygpt.evaluation.metrics.base import Batch, ClipSim, Cosine, FrameConsistency, Item, LabelDivergence
+from anygpt.evaluation.metrics.composition import CompositionScore, is_composed, overlap, related
 from anygpt.evaluation.metrics.features import PretrainedNetwork
-from anygpt.evaluation.metrics.text import CaptionMetric, normalize_answer, vqa_accuracy, words_of
+from anygpt.evaluation.metrics.text import normalize_answer, vqa_accuracy, words_of
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.statistics import bootstrap_interval
 from anygpt.media.types import MEDIA
@@ -162,7 +163,7 @@ CAPTIONS = [
 
 
 def caption_value(kind, pairs):
-    metric = CaptionMetric(kind)
+    metric = METRICS[kind].make()
     metric.update(Batch([Item(row(references), said, {}) for said, references in pairs]))
     return metric.compute()
 
@@ -280,13 +281,13 @@ def test_clip_score_is_that_of_torchmetrics(networks, network, files):
     tensors = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]
     expected = float(torchmetrics_score(tensors, captions, lambda: (model, Processor())))
     batch = Batch(items("image", [files("image", p) for p in pictures], captions=captions))
-    metric = similarity.ClipScore(similarity.cosine(network("clip", "image"), "image", "caption", None))
+    metric = METRICS["clip_score"].make(network("clip", "image"), "image")
     metric.update(batch)
     assert metric.compute()[""]["value"] == pytest.approx(expected, abs=1e-3)
 
 
 def score_of(make, kind, answers, size=16, **options):
-    metric = Mean(make)
+    metric = make()
     found = items(kind, answers, **options)
     for start in range(0, len(found), size):
         metric.update(Batch(found[start : start + size]))
@@ -297,7 +298,7 @@ def test_similarity_of_pictures_falls_with_blur(network, files):
     pictures = [picture(i, 40) for i in range(4)]
     sources = [files("image", p) for p in pictures]
     for name in ("clip", "dino"):
-        make = similarity.cosine(network(name, "image"), "image", "source", None)
+        make = partial(Cosine, network(name, "image"), "image", role="source")
         values = []
         for radius in (0, 3, 12):
             answers = [files("image", p.filter(ImageFilter.GaussianBlur(radius))) for p in pictures]
@@ -316,7 +317,7 @@ def test_distances_grow_with_noise(name, kind, frames, network, files):
     targets, values = [write(x) for x in originals], []
     for level in (0, 40, 160):
         noisy = [np.clip(x + level * generator.standard_normal(x.shape), 0, 255).astype(np.uint8) for x in originals]
-        metric = distances.Frechet(network(name, kind), kind, frames=frames)
+        metric = distances.Frechet(network(name, kind), kind, by_frame=frames)
         metric.update(Batch(items(kind, [write(x) for x in noisy], targets=targets)))
         values.append(metric.compute()[""]["value"])
     assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
@@ -332,7 +333,7 @@ def test_sounds_drift_apart_with_noise(network, files):
         answers = [write(x + level * generator.standard_normal(x.shape)) for x in originals]
         fad = distances.Frechet(network("clap", "audio"), "audio")
         fad.update(Batch(items("audio", answers, targets=targets)))
-        kl = score_of(similarity.label_divergence(classifier, "audio"), "audio", answers, targets=targets)
+        kl = score_of(partial(LabelDivergence, classifier, "audio"), "audio", answers, targets=targets)
         found.append((fad.compute()[""]["value"], kl))
     for values in zip(*found, strict=True):
         assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
@@ -342,7 +343,7 @@ def test_label_divergence_is_the_formula(network, files):
     classifier = network("ast", "audio", classify=True)
     pair = [files("audio", sound(i), 16_000) for i in (1, 5)]
     p, q = classifier.of_media([MEDIA["audio"].read(path) for path in pair]).double().softmax(-1)
-    found = score_of(similarity.label_divergence(classifier, "audio"), "audio", [pair[1]], targets=[pair[0]])
+    found = score_of(partial(LabelDivergence, classifier, "audio"), "audio", [pair[1]], targets=[pair[0]])
     assert found == pytest.approx(float((p * (p / q).log()).sum()))
 
 
@@ -350,7 +351,7 @@ def test_clap_score_and_long_sounds(network, files):
     """CLAP's extractor takes a random part of a long sound; ours is the same each time."""
     clap = network("clap", "audio")
     sounds = [files("audio", sound(i, 2.5), 16_000) for i in range(3)]
-    make = similarity.cosine(clap, "audio", "caption", None)
+    make = partial(Cosine, clap, "audio", role="caption")
     values = [score_of(make, "audio", sounds, size, captions=["a horn"] * 3) for size in (16, 1)]
     media, texts = clap.of_media([MEDIA["audio"].read(path) for path in sounds]), clap.of_texts(["a horn"])
     assert values[0] == pytest.approx(100 * float(torch.cosine_similarity(media, texts).mean()), abs=1e-4)
@@ -364,9 +365,9 @@ def test_clipsim_and_frame_consistency(network, files):
     read = [MEDIA["video"].read(path).frames for path in paths]
     frames = [images.of_media([Image.fromarray(f) for f in x]) for x in read]
     sims = [100 * torch.cosine_similarity(f, images.of_texts(captions[:1])).mean() for f in frames]
-    make = similarity.frames_to_text(network("clip", "video"), "video", None)
+    make = partial(ClipSim, network("clip", "video"), "video")
     assert score_of(make, "video", paths, captions=captions) == pytest.approx(float(np.mean(sims)), abs=1e-3)
-    make = similarity.frames_to_frames(network("clip", "video"), "video", None)
+    make = partial(FrameConsistency, network("clip", "video"), "video")
     steady = score_of(make, "video", paths)
     assert steady == pytest.approx(
         float(np.mean([100 * torch.cosine_similarity(f[1:], f[:-1]).mean() for f in frames])), abs=1e-3
@@ -440,7 +441,7 @@ def test_boxes():
     )
 
 
-def test_composition_score(network, files):
+def test_composition_score(network, networks, files, monkeypatch):
     """With a detector that finds everything, and CLIP's colours."""
     wishes = [wish for wish in compose(3, seed=0) if wish[2]["category"] in ("two_objects", "counting")]
     perfect = []
@@ -450,7 +451,8 @@ def test_composition_score(network, files):
         path = files("image", image)
         perfect.append(found)
         rows.append(Item(row(captions={"image": text}, expected=expected), "", {"image": path}))
-    metric = CompositionScore(lambda image, names: perfect.pop(0), network("clip", "image"), "image")
+    monkeypatch.setattr(CompositionScore, "detect", lambda self, image, names: perfect.pop(0))
+    metric = CompositionScore(network("clip", "image"), "image", detector=str(networks / "owlvit"))
     metric.update(Batch(rows))
     found = metric.compute()
     assert found[""]["value"] == 1.0 and found["_counting"]["n"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from anygpt.errors import reading
+from anygpt.errors import InputError, reading
 from anygpt.evaluation.report import text_table
-from anygpt.evaluation.suite import read_suite
+from anygpt.evaluation.suite import Suite, read_suite
 from anygpt.evaluation.tracking import log_values
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
@@ -39,9 +40,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> str | None:
         overrides: dotted settings over the suite's own, as `--ask.seed 1 --data '[{path: rows.jsonl}]'`.
     """
     suite = read_suite(options.suite, overrides)
-    if options.no_baselines:
-        suite.baselines = []
-    from anygpt.evaluation.run import describe_checkpoint, evaluate  # its libraries are an extra
+    suite.baselines = [] if options.no_baselines else suite.baselines
+    check_installed()
+    from anygpt.evaluation.run import evaluate  # its libraries are an extra
 
     # Others wait while one still asks. Without a device all processes must be told that they run on the CPU.
     accelerator = Accelerator(
@@ -49,26 +50,34 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> str | None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     parts: dict[str, Any] = {"answers": options.answers}
+    if (folder := options.answers or options.checkpoint) and not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give --checkpoint a run's final/, --answers a folder of answers")
     if options.answers is None:
-        facts = describe_checkpoint(options.checkpoint)
-        with reading(options.checkpoint):
-            model = MultimodalModel.from_pretrained(options.checkpoint)
-            processor = MultimodalProcessor.from_pretrained(options.checkpoint, model=model)
-        parts |= {
-            "model": model.to(options.device or accelerator.device).eval(),
-            "processor": processor,
-            "facts": facts,
-        }
-    try:
-        report = evaluate(suite, options.output, accelerator, **parts)
-    finally:
-        accelerator.end_training()
+        with reading(folder):
+            model = MultimodalModel.from_pretrained(folder).to(options.device or accelerator.device).eval()
+            processor = MultimodalProcessor.from_pretrained(folder, model=model)
+        # what is in a checkpoint is told by the sizes and times of its files
+        stats = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        parts |= {"model": model, "processor": processor, "facts": {"checkpoint": str(folder), "files": files}}
+    report = evaluate(suite, options.output, accelerator, **parts)
+    accelerator.end_training()
     if report is None:
         return None
-    values = {
+    log_values(options.tracker, options.output, flat_values(suite, report))
+    return f"{text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
+
+
+def flat_values(suite: Suite, report: dict[str, Any]) -> dict[str, float]:
+    """`{"<suite>/<metric>": value}` of the model, and with `/<baseline>` behind it of the others."""
+    return {
         f"{suite.name}/{name}" + ("" if way == "model" else f"/{way}"): value["value"]
         for name, found in report["metrics"].items()
         for way, value in found.items()
     }
-    log_values(options.tracker, options.output, values)
-    return f"{text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
+
+
+def check_installed() -> None:
+    """Raises `InputError` where the extra is not there."""
+    if missing := [name for name in ("torchmetrics", "pycocoevalcap") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[evaluation]' brings it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
 from anygpt.data.schema import ContentPart, Message, Sample, StoredMedium
 from anygpt.errors import InputError
-from anygpt.evaluation.composition import compose
+from anygpt.evaluation.grammar import compose
 from anygpt.evaluation.suite import Ask, Suite
 
 _CHOICE = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.+?)\s*$", re.MULTILINE)
@@ -31,7 +31,7 @@ class Row:
         targets, captions: the first medium of each type that the data answer with, and its caption.
         sources: the last medium of each type that the user gives.
         choices: answers to choose from; empty lets the model write.
-        expected: what a composition asks for (see `anygpt.evaluation.composition`).
+        expected: what a composition asks for (see `anygpt.evaluation.grammar`).
     """
 
     id: str
@@ -58,30 +58,22 @@ def read_rows(suite: Suite) -> list[Row]:
     Raises:
         InputError: data that cannot be read, or rows without anything to ask.
     """
+    found: dict[Any, Row] = {}
     if suite.composition is not None:
-        wishes = compose(suite.composition.per_category, suite.composition.seed)
-        found = [
-            Row(
-                name,
-                Sample(name, (Message("user", (ContentPart("text", f"Make this image: {caption}."),)),), name),
-                captions={"image": caption},
-                expected=expected,
-            )
-            for name, caption, expected in wishes
-        ]
+        for name, caption, expected in compose(suite.composition, suite.ask.seed):
+            said = Message("user", (ContentPart("text", f"Make this image: {caption}."),))
+            found[name] = Row(name, Sample(name, (said,), name), captions={"image": caption}, expected=expected)
     else:
         samples = ConversationDataset.from_files([DataSource(**vars(source)) for source in suite.data]).samples
-        found = [row for sample in samples for row in rows_of(sample, suite.ask)]
-        same: dict[Any, Row] = {}
-        for row in found:
+        for row in (row for sample in samples for row in rows_of(sample, suite.ask)):
             key = row.id if row.targets else row.prompt.messages
-            first = same.get(key)
-            same[key] = row if first is None else replace(first, references=first.references + row.references)
-        found = list(same.values())
-    if suite.limit is not None and suite.limit < len(found):
-        chosen = np.random.default_rng(suite.ask.seed).choice(len(found), suite.limit, replace=False)
-        found = [found[i] for i in sorted(chosen)]
-    return found
+            same = found.get(key)
+            found[key] = replace(same, references=same.references + row.references) if same else row
+    rows = list(found.values())
+    if suite.limit is not None and suite.limit < len(rows):
+        chosen = np.random.default_rng(suite.ask.seed).choice(len(rows), suite.limit, replace=False)
+        rows = [rows[i] for i in sorted(chosen)]
+    return rows
 
 
 def rows_of(sample: Sample, ask: Ask) -> list[Row]:
@@ -91,22 +83,26 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
         raise InputError(f"{sample.source} (sample {sample.id!r}) begins with the answer: there is nothing to ask.")
     rows = []
     for turn in turns if ask.turns == "all" else turns[-1:]:
-        name = sample.id if len(turns) == 1 or ask.turns == "last" else f"{sample.id}#{turn}"
         before, answer = sample.messages[:turn], sample.messages[turn]
-        media = [part for part in answer.content if part.type != "text"][::-1]  # so that the first one stays
+        question = text_of(before[-1])
+        choices = dict(_CHOICE.findall(question)) if ask.choices == "lines" else {c: c for c in ask.choices or ()}
+        if ask.choices == "lines" and len(choices) < 2:
+            raise InputError(f"ask.choices is lines, but a question lists none, as 'A. a cat': {question!r}")
+        said = text_of(answer)
+        said = next((c for c, text in choices.items() if said == text or said.startswith(f"{c}.")), said)
+        if ask.prompt is not None:
+            before = (*before[:-1], reworded(before[-1], ask.prompt.replace("{text}", question)))
+        media = [part for part in answer.content if part.path][::-1]  # so that the first one stays
         given = [part for message in before if message.role == "user" for part in message.content if part.path]
-        said, choices = text_of(answer), choices_of(before[-1], ask.choices)
-        for letter, choice in choices.items():
-            said = letter if said.startswith(f"{letter}.") or said == choice else said
         rows.append(
             Row(
-                name,
-                Sample(name, reworded(before, ask.prompt), sample.source),
+                f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
+                replace(sample, messages=before),
                 (said,) if said else (),
-                {part.type: part.path for part in media},
-                {part.type: part.caption for part in media},
-                {part.type: part.path for part in given},
-                tuple(choices),
+                targets={part.type: part.path for part in media},
+                captions={part.type: part.caption for part in media},
+                sources={part.type: part.path for part in given},
+                choices=tuple(choices),
             )
         )
     return rows
@@ -116,29 +112,9 @@ def text_of(message: Message) -> str:
     return "".join(part.text for part in message.content if part.type == "text").strip()
 
 
-def reworded(messages: tuple[Message, ...], prompt: str | None) -> tuple[Message, ...]:
-    """The last message with other words behind its media; `{text}` in them stands for its own."""
-    if prompt is None:
-        return messages
-    text = prompt.replace("{text}", text_of(messages[-1]))
-    media = tuple(part for part in messages[-1].content if part.type != "text")
-    return (*messages[:-1], replace(messages[-1], content=(*media, ContentPart("text", text))))
-
-
-def without_media(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The same messages with their words alone."""
-    nothing = (ContentPart("text", ""),)
-    return tuple(replace(m, content=tuple(p for p in m.content if p.type == "text") or nothing) for m in messages)
-
-
-def choices_of(question: Message, choices: Sequence[str] | str | None) -> dict[str, str]:
-    """The answers to choose from, each with what it stands for; with `lines`, letters that the question explains."""
-    if choices == "lines":
-        found = dict(_CHOICE.findall(text_of(question)))
-        if len(found) < 2:
-            raise InputError(f"ask.choices is lines, but a question lists none, as 'A. a cat': {text_of(question)!r}")
-        return found
-    return {choice: choice for choice in choices or ()}
+def reworded(message: Message, text: str) -> Message:
+    """The message with other words behind its media."""
+    return replace(message, content=(*(part for part in message.content if part.path), ContentPart("text", text)))
 
 
 def conversation(item: LoadedSample) -> list[dict[str, Any]]:

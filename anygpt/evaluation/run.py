@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,19 +15,18 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from anygpt.errors import InputError
 from anygpt.evaluation.asking import Asker
 from anygpt.evaluation.metrics import MetricSet, check_specs, modality_of
 from anygpt.evaluation.metrics.base import Item
+from anygpt.evaluation.metrics.features import load_network
 from anygpt.evaluation.report import write_report
-from anygpt.evaluation.rows import Row, read_rows
-from anygpt.evaluation.store import AnswerStore, read_answers, write
+from anygpt.evaluation.rows import read_rows
+from anygpt.evaluation.store import AnswerStore, write
 from anygpt.evaluation.suite import Suite
 
 LIBRARIES = ("anygpt", "torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
 SCORED = 32
 """Answers that are looked at together."""
-Lines = Mapping[str, Mapping[str, Any]]
 
 
 def evaluate(
@@ -48,7 +48,7 @@ def evaluate(
         output: the folder; what is finished in it is not asked again.
         accelerator: the processes.
         model, processor: what is asked, in eval mode on its device; None where there are `answers`.
-        answers: a folder of finished answers.
+        answers: a folder of finished answers, with an index as `AnswerStore` has it.
         facts: which model it is; answers of another are not mixed with its own.
 
     Returns:
@@ -57,128 +57,77 @@ def evaluate(
     Raises:
         InputError: metrics, rows, model and answers that do not fit, or other answers in `output`.
     """
-    began = time.perf_counter()
+    began, main, facts = time.perf_counter(), accelerator.is_main_process, dict(facts or {})
     rows = read_rows(suite)
-    only = _only_medium(suite, rows)
+    kinds = set(suite.ask.require) or {kind for row in rows for kind in row.targets}
+    only = min(kinds) if len(kinds) == 1 else None
     check_specs(suite.metrics, rows, only)
-    kinds = [modality_of(spec, only) for spec in suite.metrics]
-    looked_at = list(dict.fromkeys(kind for kind in kinds if kind != "text"))
-    loaded: dict[tuple, Any] = {}
-    main = accelerator.is_main_process
+    modalities = [modality_of(spec, only) for spec in suite.metrics]
+    looked_at = [kind for kind in dict.fromkeys(modalities) if kind != "text"]
+    load = functools.cache(functools.partial(load_network, device=accelerator.device))
     if main:
-        MetricSet(suite.metrics, loaded, accelerator.device, only)  # what is missing is said before anything is asked
-    if answers is not None:
-        lines = {"model": read_answers(answers, rows)}
-    else:
+        metrics = MetricSet(suite.metrics, only, load)  # what is missing is said before anything is asked
+    stores = {"model": AnswerStore(answers)} if answers is not None else {}
+    if answers is None:
         asker = Asker(model, processor, suite, looked_at)
-        ways = asker.ways(rows, "text" in kinds)
-        known = {"suite": _how(suite), **(facts or {})}
-        stores = {way: AnswerStore(_folder(output, way), accelerator.process_index) for way in ways}
-        for name, way in ways.items():
+        for name, way in asker.ways(rows, "text" in modalities).items():
+            folder = output / "samples" if name == "model" else output / "baselines" / name
+            stores[name] = store = AnswerStore(folder, accelerator.process_index)
             if main:
-                stores[name].claim(known)
-                stores[name].merge()
-            accelerator.wait_for_everyone()
-            _ask(asker, name, way, stores[name], rows, accelerator)
-        accelerator.wait_for_everyone()
-        if main:
-            lines = {}
-            for name, store in stores.items():
+                store.claim(_how(suite) | facts)
                 store.merge()
-                lines[name] = _with_paths(store)
+            accelerator.wait_for_everyone()
+            done = store.read()
+            mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if row.id not in done]
+            for row, answer in tqdm(asker.answers(way, mine), name, len(mine), disable=not main, unit="row"):
+                store.add(row.id, answer)
+        accelerator.wait_for_everyone()
     if not main:
         return None
-    values = {way: _score(suite, way, found, rows, loaded, accelerator, only) for way, found in lines.items()}
-    names = dict.fromkeys(name for found in values.values() for name in found)
+    about: dict[str, Any] = {}
+    values: dict[str, dict[str, Any]] = {}
+    lines: dict[str, dict[str, Any]] = {}
+    for name, store in stores.items():
+        if answers is None:
+            store.merge()
+        lines[name] = store.resolved()
+        words = {"model": (True, False), "without_media": (True,)}.get(name, (False,))  # whose metrics it has
+        specs = [spec for spec, kind in zip(suite.metrics, modalities, strict=True) if (kind == "text") in words]
+        metrics = MetricSet(specs, only, load) if values else metrics
+        answered = [row for row in rows if row.id in lines[name]]
+        for start in tqdm(range(0, len(answered), SCORED), f"scoring {name}", unit="batch"):
+            batch = [(row, lines[name][row.id]) for row in answered[start : start + SCORED]]
+            metrics.update([Item(row, line["text"], first_media(line)) for row, line in batch])
+        values[name] = metrics.compute(len(rows))
+        about = about or metrics.describe()
+    said = lines["model"]
     report = {
         "suite": suite.name,
         "rows": len(rows),
-        "metrics": {name: {way: found[name] for way, found in values.items() if name in found} for name in names},
-        "about": MetricSet(suite.metrics, loaded, accelerator.device, only).describe(),
-        "missing": {kind: sum(kind not in _types(line) for line in lines["model"].values()) for kind in looked_at},
-        "unanswered": len(rows) - len(lines["model"]),
+        "metrics": {
+            name: {way: found[name] for way, found in values.items() if name in found} for name in values["model"]
+        },
+        "about": about,
+        "missing": {kind: sum(kind not in first_media(line) for line in said.values()) for kind in looked_at},
+        "unanswered": sum(row.id not in said for row in rows),
         "seed": suite.ask.seed,
         "settings": asdict(suite),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        **(facts or {}),
+        **facts,
     }
-    write_report(output / "report.html", report, [(row, lines) for row in rows[: suite.shown]])
+    write_report(output / "report.html", report, rows[: suite.shown], lines)
     write(output / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
-def _ask(asker: Asker, name: str, way: Any, store: AnswerStore, rows: Sequence[Row], accelerator: Accelerator) -> None:
-    """Ask this process's share of what is not finished."""
-    done = store.read()
-    mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if row.id not in done]
-    bar = tqdm(total=len(mine), desc=name, unit="row", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    with bar:
-        for batch, answers in asker.answers(way, mine):
-            for row, answer in zip(batch, answers, strict=True):
-                store.add(row, answer)
-            bar.update(len(batch))
-
-
-def _score(
-    suite: Suite,
-    way: str,
-    lines: Lines,
-    rows: Sequence[Row],
-    loaded: dict[tuple, Any],
-    accelerator: Accelerator,
-    only: str | None,
-) -> dict[str, dict[str, Any]]:
-    """A way's values by name; a baseline of words has the metrics of words, one of media the others."""
-    words = {"model": (True, False), "without_media": (True,)}.get(way, (False,))
-    specs = [spec for spec in suite.metrics if (modality_of(spec, only) == "text") in words]
-    metrics = MetricSet(specs, loaded, accelerator.device, only)
-    answered = [row for row in rows if row.id in lines]
-    for start in tqdm(range(0, len(answered), SCORED), desc=f"scoring {way}", unit="batch", dynamic_ncols=True):
-        metrics.update([_item(row, lines[row.id]) for row in answered[start : start + SCORED]])
-    return metrics.compute(len(rows))
-
-
-def _item(row: Row, line: Mapping[str, Any]) -> Item:
-    return Item(row, line["text"], {file["type"]: file["path"] for file in reversed(line["files"])})
-
-
-def _with_paths(store: AnswerStore) -> dict[str, dict[str, Any]]:
-    found = store.read()
-    for line in found.values():
-        line["files"] = [file | {"path": store.folder / file["path"]} for file in line["files"]]
-    return found
-
-
-def _types(line: Mapping[str, Any]) -> set[str]:
-    return {file["type"] for file in line["files"]}
-
-
-def _folder(output: Path, way: str) -> Path:
-    return output / "samples" if way == "model" else output / "baselines" / way
-
-
-def _only_medium(suite: Suite, rows: Sequence[Row]) -> str | None:
-    """The one medium that answers hold, where there is just one."""
-    kinds = set(suite.ask.require) or {kind for row in rows for kind in row.targets}
-    return kinds.pop() if len(kinds) == 1 else None
+def first_media(line: Mapping[str, Any]) -> dict[str, Path]:
+    """The first file of each media type in an answer."""
+    return {file["type"]: file["path"] for file in reversed(line["files"])}
 
 
 def _how(suite: Suite) -> dict[str, Any]:
-    """What an answer depends on: not the metrics, nor how many rows there are."""
+    """What an answer depends on: neither the metrics, nor how many rows there are or go together."""
     settings = asdict(suite)
     ask = {name: value for name, value in settings["ask"].items() if name not in ("batch_size", "num_workers")}
-    return {"data": settings["data"], "composition": settings["composition"], "ask": ask}
-
-
-def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Which checkpoint it is: its path, and the sizes and times of its files.
-
-    Raises:
-        InputError: no folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--checkpoint {folder} does not exist; name a run's final/ folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    state = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return {"checkpoint": str(folder), "files": state}
+    return {"data": settings["data"], "composition": suite.composition, "ask": ask}

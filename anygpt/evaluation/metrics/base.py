@@ -1,17 +1,17 @@
 """What every metric is made of: batches of answers beside what would be right, and values with their certainty.
 
-Shapes: `M` items of a batch, `D` width of a network's features.
+Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's features.
 """
 
 from __future__ import annotations
 
-import abc
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from anygpt.evaluation.rows import Place, Row
@@ -38,17 +38,7 @@ class Item:
         """Whether a metric's need is met; see `Kind.needs`."""
         if need in ("references", "expected", "choices"):
             return bool(getattr(self.row, need))
-        if need == "caption":
-            return modality in self.row.captions
-        return self.place(need, modality) is not None
-
-
-class Network(Protocol):
-    """What gives features; see `anygpt.evaluation.metrics.features`."""
-
-    def of_media(self, media: Sequence[Any]) -> Tensor: ...
-
-    def of_texts(self, texts: Sequence[str]) -> Tensor: ...
+        return modality in self.row.captions if need == "caption" else self.place(need, modality) is not None
 
 
 class Batch:
@@ -66,7 +56,7 @@ class Batch:
             self._known[key] = [read_media(modality, place, num_frames) for place in places]
         return self._known[key]
 
-    def features(self, network: Network, role: str, modality: str, num_frames: int | None = None) -> Tensor:
+    def features(self, network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
         """`(M, D)`; the role `caption` is in words."""
         key = (id(network), role, modality, num_frames)
         if key not in self._known:
@@ -77,26 +67,46 @@ class Batch:
         return self._known[key]
 
 
-class Metric(abc.ABC):
-    """Looks at batches one after the other, and keeps no more than it needs."""
+class Metric:
+    """Looks at batches one after the other, and keeps no more than it needs.
 
-    @abc.abstractmethod
-    def update(self, batch: Batch) -> None: ...
+    Args:
+        network: gives features, where it needs some.
+        modality: what it looks at: `text`, or a media type.
+        num_frames: frames of a clip that are read; all if None.
+    """
 
-    @abc.abstractmethod
+    def __init__(self, network: Any = None, modality: str = "text", num_frames: int | None = None):
+        self.network, self.modality, self.num_frames = network, modality, num_frames
+
+    def update(self, batch: Batch) -> None:
+        raise NotImplementedError
+
     def compute(self) -> dict[str, Value]:
         """Values by what follows the metric's name: `""`, or `"_1"` and the like where there are several."""
+        raise NotImplementedError
+
+    def features(self, batch: Batch, role: str) -> Tensor:
+        """`(M, D)`."""
+        return batch.features(self.network, role, self.modality, self.num_frames)
+
+    def frames(self, batch: Batch, role: str) -> list[Tensor]:
+        """`(F, D)`, one an item."""
+        return [self.network.of_frames(c.frames) for c in batch.media(role, self.modality, self.num_frames)]
 
 
 class Mean(Metric):
     """The mean of one number a sample: 8 bytes each are kept, for the interval."""
 
-    def __init__(self, score: Callable[[Batch], Sequence[float]]):
-        self.score = score
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         self.scores = array("d")
 
     def update(self, batch: Batch) -> None:
         self.scores.extend(float(score) for score in self.score(batch))
+
+    def score(self, batch: Batch) -> Sequence[float]:
+        raise NotImplementedError
 
     def compute(self) -> dict[str, Value]:
         return {"": mean_value(self.scores)}
@@ -106,3 +116,46 @@ def mean_value(scores: Sequence[float]) -> Value:
     """The mean with its bootstrap interval."""
     values = np.asarray(scores, np.float64)
     return {"value": float(values.mean()), "n": len(values), "interval": list(bootstrap_interval(values))}
+
+
+class Cosine(Mean):
+    """100 times the cosine of an answer and its `role`: `caption`, `source` or `target`."""
+
+    def __init__(self, *arguments: Any, role: str, **options: Any):
+        super().__init__(*arguments, **options)
+        self.role = role
+
+    def score(self, batch: Batch) -> list[float]:
+        return (100 * F.cosine_similarity(self.features(batch, "answer"), self.features(batch, self.role))).tolist()
+
+
+class ClipScore(Cosine):
+    """The same with the caption, not below 0 as a mean, as torchmetrics takes it (arXiv 2104.08718)."""
+
+    def compute(self) -> dict[str, Value]:
+        value = super().compute()[""]
+        return {"": value | {"value": max(value["value"], 0.0), "interval": [max(x, 0.0) for x in value["interval"]]}}
+
+
+class ClipSim(Mean):
+    """100 times the cosine of a caption and each frame, as a mean over frames (arXiv 2104.14806)."""
+
+    def score(self, batch: Batch) -> list[float]:
+        pairs = zip(self.frames(batch, "answer"), self.features(batch, "caption"), strict=True)
+        return [float(100 * F.cosine_similarity(frames, text[None]).mean()) for frames, text in pairs]
+
+
+class FrameConsistency(Mean):
+    """100 times the cosine of each frame and the next, as a mean; of a single frame 100."""
+
+    def score(self, batch: Batch) -> list[float]:
+        clips = self.frames(batch, "answer")
+        return [float(100 * F.cosine_similarity(f[:-1], f[1:]).mean()) if len(f) > 1 else 100.0 for f in clips]
+
+
+class LabelDivergence(Mean):
+    """KL(labels of the true sound ‖ labels of the answer), of a classifier's softmax, in nats."""
+
+    def score(self, batch: Batch) -> list[float]:
+        answers, targets = (self.features(batch, role).double().log_softmax(-1) for role in ("answer", "target"))
+        return F.kl_div(answers, targets, reduction="none", log_target=True).sum(-1).tolist()

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, Metric, Value
@@ -21,27 +23,17 @@ class Distance(Metric):
     """Collects the features of answers and targets; the subclasses keep what they need of them.
 
     Args:
-        network: gives the features.
-        modality: of the media.
-        num_frames: frames of a clip that are read.
-        frames: take each frame of a clip as a picture of its own.
+        by_frame: take each frame of a clip as a picture of its own.
     """
 
-    def __init__(self, network: Any, modality: str, num_frames: int | None = None, frames: bool = False):
-        self.network, self.modality, self.num_frames, self.frames = network, modality, num_frames, frames
-        self.count = 0
+    def __init__(self, *arguments: Any, by_frame: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.by_frame, self.count = by_frame, 0
 
     def update(self, batch: Batch) -> None:
         self.count += len(batch.items)
-        if self.frames:
-            pairs = zip(
-                *(batch.media(role, self.modality, self.num_frames) for role in ("answer", "target")), strict=True
-            )
-            for clips in pairs:
-                self.add(*(self.network.of_frames(clip.frames).double() for clip in clips))
-        else:
-            roles = ("answer", "target")
-            self.add(*(batch.features(self.network, r, self.modality, self.num_frames).double() for r in roles))
+        features = (lambda batch, role: torch.cat(self.frames(batch, role))) if self.by_frame else self.features
+        self.add(*(features(batch, role).double() for role in ("answer", "target")))
 
     def add(self, answers: Tensor, targets: Tensor) -> None:
         """Take in `(M, D)` float64 features of each."""
@@ -51,13 +43,9 @@ class Distance(Metric):
 class Frechet(Distance):
     """‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two Gaussians (FID, arXiv 1706.08500), by running moments, in float64."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.moments: Any = None
+    moments: Any = None
 
     def add(self, answers: Tensor, targets: Tensor) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance  # an extra
-
         if self.moments is None:
             identity = nn.Identity()
             identity.num_features = answers.shape[1]
@@ -66,12 +54,10 @@ class Frechet(Distance):
         self.moments.update(targets, real=True)
 
     def compute(self) -> dict[str, Value]:
-        kept = self.moments
-        number = int(min(kept.real_features_num_samples, kept.fake_features_num_samples))
+        number, width = int(self.moments.fake_features_num_samples), len(self.moments.real_features_sum)
         if number < 2:
             raise InputError("a Fréchet distance needs at least two answers and two true media; this suite has one")
-        value: Value = {"value": float(kept.compute()), "n": self.count}
-        width = len(kept.real_features_sum)
+        value: Value = {"value": float(self.moments.compute()), "n": self.count}
         if number <= width:
             value["note"] = (
                 f"{number} samples of {width} features have a singular covariance, so the distance is far off; at "
@@ -83,37 +69,29 @@ class Frechet(Distance):
 class Kid(Distance):
     """The unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), as a mean over blocks of samples.
 
-    Blocks follow each other, where the paper draws subsets from all: the expectation is the same, and no more than a
-    block is in memory.
+    Blocks of `subset_size` follow each other, where the paper draws subsets from all: the expectation is the same, and
+    no more than a block is in memory.
     """
 
-    def __init__(self, *arguments: Any, subset_size: int | None = None, **options: Any):
+    def __init__(self, *arguments: Any, subset_size: int = 1000, **options: Any):
         super().__init__(*arguments, **options)
-        self.size = subset_size or 1000
+        self.size = subset_size
         self.waiting: tuple[Tensor, Tensor] | None = None
         self.values: list[float] = []
 
     def add(self, answers: Tensor, targets: Tensor) -> None:
-        new = (answers, targets)
+        new = (targets, answers)
         held = new if self.waiting is None else tuple(map(torch.cat, zip(self.waiting, new, strict=True)))
         while len(held[0]) >= self.size:
-            self.values.append(self._distance(*(features[: self.size] for features in held)))
+            self.values.append(float(poly_mmd(*(features[: self.size] for features in held))))
             held = tuple(features[self.size :] for features in held)
         self.waiting = held
 
     def compute(self) -> dict[str, Value]:
-        values = self.values
-        if not values:
-            if len(self.waiting[0]) < 2:
-                raise InputError("KID needs at least two answers and two true media; this suite has one")
-            values = [self._distance(*self.waiting)]
+        if not self.values and len(self.waiting[0]) < 2:
+            raise InputError("KID needs at least two answers and two true media; this suite has one")
+        values = self.values or [float(poly_mmd(*self.waiting))]
         return {"": {"value": float(np.mean(values)), "n": self.count, "std": float(np.std(values))}}
-
-    @staticmethod
-    def _distance(answers: Tensor, targets: Tensor) -> float:
-        from torchmetrics.image.kid import poly_mmd  # an extra
-
-        return float(poly_mmd(targets, answers))
 
 
 class Cmmd(Distance):
@@ -131,10 +109,9 @@ class Cmmd(Distance):
         self.width = answers.shape[1]
         for file, features in zip(self.files, (answers, targets), strict=True):
             file.write(nn.functional.normalize(features, dim=-1).cpu().numpy().tobytes())
+            file.flush()
 
     def compute(self) -> dict[str, Value]:
-        for file in self.files:
-            file.flush()
         answers, targets = (np.memmap(f, np.float64, "r").reshape(-1, self.width) for f in self.files)
         inside = _mean_kernel(answers, answers) + _mean_kernel(targets, targets)
         return {"": {"value": SCALE * (inside - 2 * _mean_kernel(answers, targets)), "n": self.count}}

@@ -5,21 +5,16 @@ Shapes: `M` media or texts, `D` width of the features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoTokenizer,
-)
+from torchmetrics.image.fid import NoTrainInceptionV3
 
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
@@ -27,60 +22,49 @@ from anygpt.media.files import Audio
 from anygpt.media.types import MEDIA, is_heard, is_timed
 
 
+@contextmanager
+def loading(what: str, path: str) -> Iterator[None]:
+    """Say of whatever the libraries raise over an id or a folder what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        advice = f"where there is a network, download it with: hf download {path}"
+        raise InputError(f"the {what} {path!r} cannot be loaded ({reason}); {advice}") from error
+
+
 class PretrainedNetwork:
     """A transformers model as a source of features.
 
     Features of a medium: what `get_image_features` (or video, audio) gives where a model has it, as CLIP, SigLIP and
     CLAP do; else the pooled output; else the mean over the last states. A model of pictures gives the mean over a
-    clip's frames. With `classify`, the logits of a classifier's labels.
+    clip's frames. With `classify`, the logits of a classifier of sounds.
 
     Sounds longer than CLAP's window are cut to it: its extractor would take a random part.
-
-    Args:
-        path: hub id or folder.
-        modality: media type that it reads.
-        revision: branch, tag or commit of a hub id.
-        device: where it runs.
-        classify: load a classifier of sounds.
 
     Raises:
         InputError: it is not there, damaged, or lacks tensors.
     """
 
     def __init__(
-        self,
-        path: str,
-        modality: str,
-        revision: str | None = None,
-        device: str | torch.device = "cpu",
-        classify: bool = False,
+        self, path: str, modality: str, revision: str | None = None, classify: bool = False, device: Any = "cpu"
     ):
-        self.path, self.modality, self.device = path, modality, torch.device(device)
-        auto = AutoModelForAudioClassification if classify else AutoModel
-        extractor = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
-        try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
+        self.path, self.modality, self.classify, self.device = path, modality, classify, torch.device(device)
+        auto = transformers.AutoModelForAudioClassification if classify else transformers.AutoModel
+        extractor = transformers.AutoFeatureExtractor if is_heard(modality) else transformers.AutoImageProcessor
+        with loading("feature model", path):
             options = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-            model, report = auto.from_pretrained(path, config=config, **options)
+            model, report = auto.from_pretrained(path, **options)
             self.processor: Any = extractor.from_pretrained(path, revision=revision)
-            reads_text = hasattr(model, "get_text_features")
-            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision) if reads_text else None
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(
-                f"the feature model {path!r} cannot be loaded ({reason}); where there is a network, download it with: "
-                f"hf download {path}"
-            ) from error
-        lost = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-        if lost:
+            reads = hasattr(model, "get_text_features")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision) if reads else None
+        if lost := sorted(name for name in report["missing_keys"] if "pooler" not in name):
             raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
-        self.pools = not report["missing_keys"]
-        self.classify = classify
-        if getattr(config, "is_encoder_decoder", False) and not classify:
-            model = model.get_encoder()
-        self.model = model.to(self.device).eval()
-        self.config, self.revision = config, getattr(config, "_commit_hash", None) or revision
-        self.num_frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+        self.pools, self.config = not report["missing_keys"], model.config
+        encoder_only = getattr(self.config, "is_encoder_decoder", False) and not classify
+        self.model = (model.get_encoder() if encoder_only else model).to(self.device).eval()
+        self.revision = getattr(self.config, "_commit_hash", None) or revision
+        self.num_frames = getattr(self.config, "num_frames", None) or getattr(self.config, "frames_per_clip", None)
 
     @torch.inference_mode()
     def of_media(self, media: Sequence[Any]) -> Tensor:
@@ -90,15 +74,14 @@ class PretrainedNetwork:
         inputs = [self._prepare(medium) for medium in media]
         # Inputs of one shape go together; padded ones would depend on their neighbours.
         if len({tuple(value.shape for value in one.values()) for one in inputs}) == 1:
-            joined = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
-            return self._pooled(self._run(joined))
-        return torch.cat([self._pooled(self._run(one)) for one in inputs])
+            inputs = [{name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}]
+        return torch.cat([self._run(one, self.modality) for one in inputs])
 
     @torch.inference_mode()
     def of_frames(self, frames: np.ndarray) -> Tensor:
         """`(F, D)` of a clip, uint8 `(F, H, W, 3)`."""
         pixels = self.processor(images=list(frames), return_tensors="pt")["pixel_values"]
-        return torch.cat([self._pooled(self._run({"pixel_values": part}, "image")) for part in pixels.split(16)])
+        return torch.cat([self._run({"pixel_values": part}, "image") for part in pixels.split(16)])
 
     @torch.inference_mode()
     def of_texts(self, texts: Sequence[str]) -> Tensor:
@@ -110,11 +93,12 @@ class PretrainedNetwork:
         if self.tokenizer is None:
             raise InputError(f"the feature model {self.path!r} reads no text; name one like CLIP or CLAP")
         most = min(self.tokenizer.model_max_length, self.config.text_config.max_position_embeddings)
-        # SigLIP was trained on texts padded to its full length.
-        padding = "max_length" if "siglip" in self.config.model_type else True
+        # SigLIP was trained on texts padded to its full length, without a mask.
+        padding, names = (True, ("input_ids", "attention_mask"))
+        if "siglip" in self.config.model_type:
+            padding, names = ("max_length", ("input_ids",))
         tokens = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
-        names = {"input_ids", "attention_mask"} if padding is True else {"input_ids"}
-        return self._pooled(self._run({n: v for n, v in tokens.items() if n in names}, "text"))
+        return self._run({name: tokens[name] for name in names}, "text")
 
     def _prepare(self, medium: Any) -> dict[str, Tensor]:
         if isinstance(medium, Audio):
@@ -125,20 +109,14 @@ class PretrainedNetwork:
         if is_timed(self.modality):
             clips = VideoFrameProcessor(self.processor, self.num_frames)([medium.frames])
             return {self.model.main_input_name: clips["pixel_values_videos"]}
-        found = self.processor(images=[medium], return_tensors="pt")
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        return dict(self.processor(images=[medium], return_tensors="pt"))
 
-    def _run(self, inputs: dict[str, Tensor], kind: str | None = None) -> Any:
-        call = getattr(self.model, f"get_{kind or self.modality}_features", self.model)
-        return call(**{name: value.to(self.device) for name, value in inputs.items()})
-
-    def _pooled(self, output: Any) -> Tensor:
-        if isinstance(output, Tensor):
-            return output.float()
+    def _run(self, inputs: dict[str, Tensor], kind: str) -> Tensor:
+        call = getattr(self.model, f"get_{kind}_features", self.model)
+        output = call(**{name: value.to(self.device) for name, value in inputs.items()})
         if self.classify:
             return output.logits.float()
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and self.pools:
+        if (pooled := getattr(output, "pooler_output", None)) is not None and self.pools:
             return pooled.flatten(1).float()
         return output.last_hidden_state.flatten(1, -2).mean(1).float()
 
@@ -146,39 +124,33 @@ class PretrainedNetwork:
 class InceptionNetwork:
     """The Inception of FID (arXiv 1706.08500) as torchmetrics has it, which needs torch-fidelity and its weights."""
 
-    def __init__(self, modality: str, device: str | torch.device = "cpu"):
-        from torchmetrics.image.fid import NoTrainInceptionV3  # its parts are only needed here
+    path, revision = "inception", "inception-v3-compat"
 
-        self.path, self.revision, self.device = "inception", "inception-v3-compat", torch.device(device)
+    def __init__(self, device: Any = "cpu"):
+        self.device = torch.device(device)
         try:
-            self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(self.device)
+            self.model = NoTrainInceptionV3(self.revision, ["2048"]).to(self.device)
         except Exception as error:  # of a missing package, or of a download that cannot be made
             raise InputError(
                 f"features: inception needs the package torch-fidelity and its weights ({error}); install it and "
                 "run it once where there is a network, or name a vision model by id, like facebook/dinov2-base"
             ) from error
 
-    @torch.inference_mode()
     def of_media(self, media: Sequence[Any]) -> Tensor:
         return torch.cat([self.of_frames(np.asarray(picture)[None]) for picture in media])
 
     @torch.inference_mode()
     def of_frames(self, frames: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
         return self.model(pixels.to(self.device)).float()
-
-    def of_texts(self, texts: Sequence[str]) -> Tensor:
-        raise InputError("features: inception reads no text; name a model like CLIP")
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {"inception": InceptionNetwork}
-"""Networks by name, called with a modality and a device; a user's own (VGGish, PANNs) can be added here."""
+"""Networks by name, called with a device; a user's own (VGGish, PANNs) can be added here."""
 
 
-def load_network(
-    features: str, modality: str, revision: str | None, device: str | torch.device, classify: bool = False
-) -> Any:
+def load_network(path: str, modality: str, revision: str | None, classify: bool = False, device: Any = "cpu") -> Any:
     """A network of `NETWORKS`, or any transformers model by id or folder."""
-    if features in NETWORKS:
-        return NETWORKS[features](modality, device=device)
-    return PretrainedNetwork(features, modality, revision, device, classify)
+    if path in NETWORKS:
+        return NETWORKS[path](device)
+    return PretrainedNetwork(path, modality, revision, classify, device)

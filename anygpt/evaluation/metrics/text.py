@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 
-from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
+from anygpt.evaluation.metrics.base import Batch, Mean, Metric, Value, mean_value
 
 _CLITICS = re.compile(r"(n't|'(?:s|m|re|ve|ll|d))(?!\w)")
 _WORDS = re.compile(r"n't|'(?:s|m|re|ve|ll|d)(?!\w)|\d+(?:[.,]\d+)+|\w+(?:[-/]\w+)*|[^\w\s]")
@@ -33,23 +32,23 @@ class CaptionMetric(Metric):
     The words of all answers are kept: CIDEr-D weighs them by how many rows use them.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
-        self.answers: list[str] = []
-        self.references: list[list[str]] = []
+    def __init__(self, *arguments: Any, scorer: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.scorer = scorer
+        self.answers: dict[int, list[str]] = {}
+        self.references: dict[int, list[str]] = {}
 
     def update(self, batch: Batch) -> None:
-        self.answers += [words_of(item.text) for item in batch.items]
-        self.references += [[words_of(said) for said in item.row.references] for item in batch.items]
+        for number, item in enumerate(batch.items, len(self.answers)):
+            self.answers[number] = [words_of(item.text)]
+            self.references[number] = [words_of(said) for said in item.row.references]
 
     def compute(self) -> dict[str, Value]:
-        references = dict(enumerate(self.references))
-        answers = {i: [answer] for i, answer in enumerate(self.answers)}
-        if self.kind == "bleu":
-            found, _ = Bleu(4).compute_score(references, answers, verbose=0)
-            return {f"_{n}": {"value": float(value), "n": len(answers)} for n, value in enumerate(found, 1)}
-        scorer = {"rouge_l": Rouge, "cider": Cider}[self.kind]()
-        return {"": mean_value(scorer.compute_score(references, answers)[1])}
+        scorer = self.scorer()
+        if isinstance(scorer, Bleu):
+            found, _ = scorer.compute_score(self.references, self.answers, verbose=0)
+            return {f"_{n}": {"value": float(x), "n": len(self.answers)} for n, x in enumerate(found, 1)}
+        return {"": mean_value(scorer.compute_score(self.references, self.answers)[1])}
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
@@ -90,21 +89,25 @@ def normalize_answer(text: str) -> str:
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def exact_match(batch: Batch) -> list[float]:
-    """1 where an answer is one of the references, both normalised."""
-    return [
-        float(normalize_answer(item.text) in {normalize_answer(said) for said in item.row.references})
-        for item in batch.items
-    ]
-
-
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """min(people who said it / 3, 1), as a mean over all choices of all people but one.
-
-    A single reference is compared by itself.
-    """
+    """min(people who said it / 3, 1), as a mean over all choices of all people but one; a single one is compared."""
     answer, said = normalize_answer(answer), [normalize_answer(one) for one in references]
-    if len(said) == 1:
-        return float(answer == said[0])
     same = said.count(answer)
+    if len(said) == 1:
+        return float(same)
     return sum(min((same - (one == answer)) / 3, 1.0) for one in said) / len(said)
+
+
+class VqaAccuracy(Mean):
+    """`vqa_accuracy` of each answer."""
+
+    def score(self, batch: Batch) -> list[float]:
+        return [vqa_accuracy(item.text, item.row.references) for item in batch.items]
+
+
+class ExactMatch(Mean):
+    """1 where an answer is one of the references, both normalised."""
+
+    def score(self, batch: Batch) -> list[float]:
+        pairs = [(item.text, item.row.references) for item in batch.items]
+        return [float(normalize_answer(said) in map(normalize_answer, right)) for said, right in pairs]

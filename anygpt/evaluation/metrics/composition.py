@@ -1,0 +1,115 @@
+"""Whether pictures are composed as they were asked to be: prompts of our own grammar, judged by a detector.
+
+The six categories and the rules of judging are those of GenEval (arXiv 2310.11513): detections above a threshold,
+counts that must be exact, colours by CLIP on the crop, positions by the boxes' centres.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from transformers import pipeline
+
+from anygpt.evaluation.grammar import COLOURS, RELATIONS
+from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
+from anygpt.evaluation.metrics.features import loading
+
+TOLERANCE = 0.1
+"""Of the boxes' extents, by which one thing must lie further than the other."""
+OVERLAP = 0.5
+"""Intersection over union above which two detections of a class are of one thing."""
+Box = Sequence[float]
+"""Left, top, right, bottom in pixels."""
+
+
+def is_composed(
+    expected: Mapping[str, Any],
+    found: Mapping[str, Sequence[Box]],
+    image: Image.Image,
+    colour_of: Callable[[Image.Image, str], str],
+) -> bool:
+    """Whether a picture holds what it should.
+
+    Args:
+        expected: see `anygpt.evaluation.grammar.compose`.
+        found: what a detector saw of the things expected, the surest first.
+        colour_of: the colour of a thing on its crop: `(crop, name) -> one of COLOURS`.
+    """
+    places = []
+    for thing in expected["things"]:
+        boxes = found.get(thing["name"], [])
+        if len(boxes) < thing["count"] or (expected["category"] == "counting" and len(boxes) > thing["count"]):
+            return False
+        kept = boxes[: thing["count"]]
+        if thing["colour"] and any(colour_of(image.crop(box), thing["name"]) != thing["colour"] for box in kept):
+            return False
+        places.append(kept)
+    relation = expected["relation"]
+    return relation is None or any(related(one, other, relation) for one in places[0] for other in places[1])
+
+
+def related(one: Box, other: Box, relation: str) -> bool:
+    """Whether one box lies so to another: its centre is further that way by more than a part of both extents."""
+    axis = 0 if RELATIONS[relation][0] else 1
+    (a0, a1), (b0, b1) = ((box[axis], box[axis + 2]) for box in (one, other))
+    distance = ((a0 + a1) - (b0 + b1)) / 2
+    return distance * RELATIONS[relation][axis] > TOLERANCE * ((a1 - a0) + (b1 - b0))
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes."""
+    wide = max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
+    high = max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
+    return wide * high / max(areas - wide * high, 1e-9)
+
+
+class CompositionScore(Metric):
+    """The share of pictures composed as asked, by category; the first value is the mean over categories.
+
+    Args:
+        detector: id or folder of a transformers detector that takes classes in words (OWL-ViT, Grounding DINO).
+        threshold: of its detections.
+    """
+
+    def __init__(
+        self, *arguments: Any, detector: str = "google/owlvit-base-patch32", threshold: float = 0.1, **options: Any
+    ):
+        super().__init__(*arguments, **options)
+        self.threshold = threshold
+        with loading("detector", detector):
+            self.detector = pipeline("zero-shot-object-detection", model=detector, device=self.network.device)
+        self.right: dict[str, list[float]] = defaultdict(list)
+
+    def update(self, batch: Batch) -> None:
+        for item, image in zip(batch.items, batch.media("answer", self.modality), strict=True):
+            expected = item.row.expected
+            found = self.detect(image, [thing["name"] for thing in expected["things"]])
+            self.right[expected["category"]].append(float(is_composed(expected, found, image, self.colour_of)))
+
+    def detect(self, image: Image.Image, names: Sequence[str]) -> Mapping[str, Sequence[Box]]:
+        """Boxes by name, the surest first, without those that lie on surer ones."""
+        # Grounding DINO was trained on words that end in a full stop.
+        mark = "." if "dino" in self.detector.model.config.model_type else ""
+        found: dict[str, list[Box]] = defaultdict(list)
+        for one in self.detector(image, candidate_labels=[name + mark for name in names], threshold=self.threshold):
+            box = tuple(one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
+            kept = found[one["label"].removesuffix(mark)]
+            if all(overlap(box, other) <= OVERLAP for other in kept):
+                kept.append(box)
+        return found
+
+    def colour_of(self, crop: Image.Image, name: str) -> str:
+        """The colour whose description is nearest to a crop."""
+        texts = self.network.of_texts([f"a photo of a {colour} {name}" for colour in COLOURS])
+        return COLOURS[int(F.cosine_similarity(self.network.of_media([crop]), texts).argmax())]
+
+    def compute(self) -> dict[str, Value]:
+        found = {f"_{category}": mean_value(right) for category, right in self.right.items()}
+        value = float(np.mean([one["value"] for one in found.values()]))
+        return {"": {"value": value, "n": sum(one["n"] for one in found.values())}} | found
