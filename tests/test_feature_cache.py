@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_parts import ENCODERS
+from test_encoder_coverage import compose
+from tiny_parts import ENCODERS, LLAMA
 from training_utils import (
     REPOSITORY,
     argument_maker,
@@ -33,11 +34,11 @@ from training_utils import (
 
 from anygpt import InputError, ModalEncoderModule
 from anygpt.cache.keys import Entry, entries
-from anygpt.cache.reading import open_cache
+from anygpt.cache.reading import CachedFeatures, open_cache
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.writing import CacheWriter, Preparation
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
-from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.losses.formulas import LossWeights
 from anygpt.training.config import Config, DataConfig
@@ -483,15 +484,22 @@ def test_random_losses_keep_what_they_need(world):
     assert obstacles["image_encoder"] is None
 
 
-def test_random_preprocessing_is_refused(world, media):
-    """CLAP crops long sounds at random; with a cache it would be the same piece each time."""
+@pytest.mark.parametrize("projection", ["linear", "pooled"])
+def test_pieces_of_a_long_sound_are_kept_apart(parts, media, tmp_path, accelerator, projection):
+    """A cached sound of three windows gives what it gives without the cache, and one of one window too."""
     clap = next(tiny for tiny in ENCODERS if tiny.label == "CLAP")
-    world.processor.encoder_processors["audio"] = clap.build_processor()
-    world.processor.num_feature_funcs["audio"] = lambda inputs, outputs: 1
-    prepare = Preparation(Entry("audio_encoder", "features", "audio", "audio", None), world.processor)
-    short, long = ((media.audio(seconds=seconds), 16_000) for seconds in (0.5, 3.0))
-    assert prepare([("a", short)]).refusal is None
-    assert "draws random numbers" in prepare([("a", long)]).refusal
+    model, processor = compose(clap, LLAMA, parts.tokenizer(), init_projector_type=projection)
+    entry = Entry("audio_encoder", "features", "audio", "audio", None)
+    short, long = ((media.audio(seconds=seconds), 16_000) for seconds in (0.5, 2.5))
+    found = Preparation(entry, processor)([("a", short), ("b", long)])
+    assert found.pieces == [1, 3] and not found.faults
+    kept = CacheWriter(tmp_path, model, processor, [], accelerator).outputs(entry, found)
+    assert [item.ndim for item in kept] == [2, 3]
+    loaded = LoadedSample(None, inputs={"audio": [CachedFeatures(item) for item in kept]})
+    data, counts = Collator(processor).encoder_inputs([loaded])
+    fresh = model.audio_encoder(model.assign_inputs(found.data)["audio"])
+    torch.testing.assert_close(model.audio_encoder({"features": data["audio.features"]}), fresh)
+    assert counts["audio"] == [len(fresh[0]), 3 * len(fresh[0])]
 
 
 # -- stale caches ----------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, 
             "weights": fingerprint_tensors(encoder.module.state_dict()),  # those of an adapter too
             "config": plain(encoder.config.to_dict()),
             "preprocessing": processing(processor.encoder_processors[entry.part]),
+            "fit": processor.fit[entry.part],
             "callbacks": callback_dict(encoder.callbacks),
         }
     if entry.kind == STATES:

@@ -6,14 +6,12 @@ by rank; data workers read and decode.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -73,7 +71,7 @@ class CacheWriter:
 
         Raises:
             InputError: a stale store; media that cannot be read, unless they are skipped; preprocessing that draws
-                random numbers; an unknown name in `leave_out`.
+                an unknown name in `leave_out`.
         """
         wanted = entries(self.model)
         if unknown := sorted(set(self.leave_out) - {entry.name for entry in wanted}):
@@ -175,12 +173,12 @@ class CacheWriter:
         counts: Counter = Counter(written=0, known=0)
         done: set[str] = set()
         for batch in self.progress(loader, entry.name):
-            if batch.refusal or (batch.faults and self.on_bad_sample == "error"):
-                raise InputError(batch.refusal or batch.faults[0])
+            if batch.faults and self.on_bad_sample == "error":
+                raise InputError(batch.faults[0])
             for fault in batch.faults:
                 self.say(f"left out: {fault}")
             counts.update(known=batch.known, unreadable=len(batch.faults))
-            outputs = self.outputs(entry, batch.data) if batch.fingerprints else ()
+            outputs = self.outputs(entry, batch) if batch.fingerprints else ()
             for fingerprint, output in zip(batch.fingerprints, outputs, strict=True):
                 if fingerprint not in done:  # the same bytes under two names
                     writer.add(fingerprint, {entry.kind: output})
@@ -188,11 +186,13 @@ class CacheWriter:
                 done.add(fingerprint)
         return counts
 
-    def outputs(self, entry: Entry, data: Any) -> Iterable[Tensor]:
-        """What one batch of media becomes, one tensor a medium."""
-        data = move(data, self.model.device)
+    def outputs(self, entry: Entry, batch: Prepared) -> Iterable[Tensor]:
+        """What one batch of media becomes, one tensor a medium; `(pieces, n, features)` where it has several."""
+        data = move(batch.data, self.model.device)
         if entry.kind == FEATURES:
-            return self.model.encoders[entry.part].encode(self.model.assign_inputs(data)[entry.part])
+            found = iter(self.model.encoders[entry.part].encode(self.model.assign_inputs(data)[entry.part]))
+            grouped = ([next(found) for _ in range(count)] for count in batch.pieces)
+            return [_joined(pieces) for pieces in grouped]
         decoder = self.model.decoders[entry.part].module
         return torch.stack(decoder.posterior(data.to(decoder.device, decoder.vae.dtype)), dim=1)
 
@@ -215,15 +215,15 @@ class CacheWriter:
 class Prepared:
     """A batch of media as a worker hands it over.
 
-    fingerprints: of the media that have to be computed. data: what their part takes. known: how many the store has.
-    faults: of media that cannot be read. refusal: why the whole store cannot be.
+    fingerprints: of the media that have to be computed. data: what their part takes. pieces: how many each becomes.
+    known: how many the store has. faults: of media that cannot be read.
     """
 
     fingerprints: list[str]
     data: Any
+    pieces: list[int]
     known: int
     faults: list[str]
-    refusal: str | None
 
 
 class MediaOf(Dataset):
@@ -260,23 +260,23 @@ class Preparation:
         faults = [str(medium) for _, medium in items if isinstance(medium, InputError)]
         known = sum(medium is None for _, medium in items)
         fresh = {name: medium for name, medium in items if medium is not None and not isinstance(medium, InputError)}
-        before, refusal = random_state(), None
-        data = self.prepare(list(fresh.values())) if fresh else None
-        if random_state() != before:
-            refusal = (
-                f"the preprocessing of {self.entry.name} draws random numbers, as where long sounds are cropped at "
-                f"random, and a cache would freeze them; change its processor, or add --leave-out {self.entry.name}"
-            )
-        return Prepared(list(fresh), data, known, faults, refusal)
+        if not fresh:
+            return Prepared([], None, [], known, faults)
+        data, pieces = self.prepare(list(fresh.values()))
+        return Prepared(list(fresh), data, pieces, known, faults)
 
-    def prepare(self, media: list[Any]) -> Any:
-        if self.entry.kind == FEATURES:
-            arranged = self.processor.arrange_media((self.entry.modality, medium) for medium in media)
-            return self.processor.process_media(arranged)[0]
-        return self.processor.targets[self.entry.part]([*map(media_type(self.entry.modality).to_target, media)])
+    def prepare(self, media: list[Any]) -> tuple[Any, list[int]]:
+        """What the part takes, and how many pieces each medium becomes."""
+        kind, part = media_type(self.entry.modality), self.entry.part
+        if self.entry.kind == LATENTS:
+            return self.processor.targets[part]([kind.to_target(medium) for medium in media]), [1] * len(media)
+        arranged = self.processor.arrange_media((kind.name, medium) for medium in media)
+        pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in media]
+        return self.processor.process_media(arranged)[0], [len(found) for found in pieces]
 
 
-def random_state() -> tuple:
-    """Of Python, NumPy and torch; only to be compared."""
-    _, keys, place, *_ = np.random.get_state()
-    return random.getstate(), keys.tobytes(), place, torch.get_rng_state().numpy().tobytes()
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces of one length stay apart, as each may be projected by itself."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.stack(pieces) if len({len(piece) for piece in pieces}) == 1 else torch.cat(pieces)

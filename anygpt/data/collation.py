@@ -157,11 +157,14 @@ class Collator:
                 cached.setdefault(self.processor.encoder_key(kind), []).append(medium.features)
         fresh = (pair for pair in media if not isinstance(pair[1], CachedFeatures))
         data, counts, _ = self.processor.process_media(self.processor.arrange_media(fresh))
-        for key, features in cached.items():
+        for key, media in cached.items():
             assert key not in counts, f"only some of the {key} inputs come from the cache"
-            same = len({len(item) for item in features}) == 1
+            pieces = [list(item) if item.ndim == 3 else [item] for item in media]
+            features = [piece for item in pieces for piece in item]
+            same = len({len(piece) for piece in features}) == 1
             data[f"{key}.{FEATURES}"] = torch.stack(features) if same else features
-            counts[key] = [self.processor.projector_configs[key].features_after(len(item)) for item in features]
+            after = self.processor.projector_configs[key].features_after
+            counts[key] = [sum(after(len(piece)) for piece in item) for item in pieces]
         return data, counts
 
     def decoder_targets(self, items: Sequence[LoadedSample]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:

@@ -77,7 +77,12 @@ class Lengths:
         """Whether an encoder gives all inputs the same number of features."""
         config = self.processor.encoder_configs.get(key)
         family = FAMILIES.get(config.model_type) if config is not None else None
-        return family is not None and family.layout == "fixed" and key not in self.processor.num_feature_funcs
+        return (
+            family is not None
+            and family.layout == "fixed"
+            and key not in self.processor.num_feature_funcs
+            and not self.processor.varies(key)
+        )
 
     def _count(self, modality: str, medium: Any) -> int:
         _, counts, _ = self.processor.process_media(self.processor.arrange_media([(modality, medium)]))

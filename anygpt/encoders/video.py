@@ -135,6 +135,10 @@ class VideoFrameProcessor:
         self.num_frames = num_frames
 
     @property
+    def reads(self) -> str:
+        return f"{self.num_frames} frames are read of each"
+
+    @property
     def valid_kwargs(self) -> Any:
         """What the frames' processor takes, to which keyword arguments are handed on."""
         return getattr(self.image_processor, "valid_kwargs", None)

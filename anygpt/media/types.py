@@ -15,7 +15,7 @@ from PIL import Image
 
 from anygpt.errors import InputError
 from anygpt.media.audio import resample, to_mono
-from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video
+from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video, to_rgb
 from anygpt.media.reading import read_audio, read_image
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_image, write_video
@@ -103,6 +103,11 @@ class Picture(MediaType):
 
     def size(self, medium: Image.Image) -> tuple[int, int]:
         return medium.size
+
+    def to_input(self, medium: Any, processor: Any) -> Any:
+        """Three channels of 8 bits for processors that take no others; those of one `channels` get it as it is."""
+        deep = self.mode != "RGB" and getattr(processor, "channels", 3) == 3
+        return to_rgb(medium) if deep and isinstance(medium, Image.Image) else medium
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer
 
 from anygpt.decoders.targets import target_processor_from_dict
+from anygpt.encoders.fitting import checked_fit
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
 from anygpt.model.parts import build_callback, callback_dict, import_class
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class ProcessorFiles:
                 "num_frames": frames,
                 "modality": self.modalities[key],
                 "token": self.tokens[key],
+                "fit": self.fit[key],
                 "own_feature_function": key in self.num_feature_funcs,
                 "encoder_config": None if config is None else config.to_dict(),
                 "projector": None if config is None else self.projector_configs[key].to_diff_dict(),
@@ -95,6 +98,10 @@ class ProcessorFiles:
         self.num_feature_funcs = functions
         self.tokens = {key: entry["token"] for key, entry in content["encoders"].items()}
         self.modalities = {key: entry["modality"] for key, entry in content["encoders"].items()}
+        self.fit = {
+            key: checked_fit(key, MEDIA.get(entry["modality"]), entry.get("fit"))
+            for key, entry in content["encoders"].items()
+        }
         self.encoder_configs = {
             key: AutoConfig.for_model(**entry["encoder_config"])
             for key, entry in content["encoders"].items()

@@ -6,7 +6,8 @@ Shape legend: `anygpt.outputs`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 
 from anygpt.decoders.targets import TargetProcessor
+from anygpt.encoders import fitting
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.fitting import checked_fit
 from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
 from anygpt.model.transformers_api import TransformersProcessor
 from anygpt.processing import repeatable
 from anygpt.processing.chat_template import has_special_tokens
@@ -43,6 +47,8 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
             Automatic for the families of `anygpt.encoders.FAMILIES` when a model is given.
         predefined_tokens: placeholder token by encoder key; `<key>` where not named.
         num_features_calculation_funcs: another spelling of `num_feature_calculation_funcs`.
+        fit: by encoder key, what is done with media that do not fit into its window (see `anygpt.encoders.fitting`):
+            `crop` (as the library does), `pad`, `stretch` or `tile` pictures, `split` or `refuse` long sounds.
 
     Raises:
         InputError: an encoder of the model without processor, or the other way round.
@@ -57,12 +63,17 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         predefined_tokens: Mapping[str, str] | None = None,
         *,
         num_features_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
+        fit: Mapping[str, str | None] | None = None,
     ):
         self.encoder_processors = dict(encoder_processors)
         self.llm_tokenizer = llm_tokenizer
         self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
         self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
-        for what, names in (("feature function", self.num_feature_funcs), ("placeholder token", self.tokens)):
+        for what, names in (
+            ("feature function", self.num_feature_funcs),
+            ("placeholder token", self.tokens),
+            ("fit", fit or {}),
+        ):
             unknown = sorted(set(names) - set(self.encoder_processors))
             if unknown:
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
@@ -75,6 +86,7 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         self.injects = model is not None
         if model is not None:
             self._describe(model)
+        self.fit = {key: checked_fit(key, MEDIA.get(m), (fit or {}).get(key)) for key, m in self.modalities.items()}
         self._add_tokens()
         if model is not None:
             self.register(model)
@@ -204,6 +216,9 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
                     per_row[key] = rows
                 if isinstance(inputs[name], list) and not inputs[name]:
                     continue
+            parts = self.pieces(key, inputs)
+            if parts is not None:
+                inputs[name] = [piece for pieces in parts for piece in pieces]
             options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
             try:
                 outputs[key] = repeatable.call(processor, {"return_tensors": return_tensors} | options, name)
@@ -211,6 +226,13 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
                 reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
                 raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
             counts[key] = self.count_features(key, inputs, outputs[key])
+            if counts[key] is not None and 0 in counts[key]:
+                raise InputError(f"the {key!r} encoder gives no features of it: it is too small or too thin")
+            if parts is not None:
+                lengths = [len(pieces) for pieces in parts]
+                counts[key] = counts[key] and [sum(found) for found in _grouped(counts[key], lengths)]
+                if key in per_row:
+                    per_row[key] = [sum(found) for found in _grouped(lengths, per_row[key])]
         names = [name for output in outputs.values() for name in output]
         data = {}
         for key, output in outputs.items():
@@ -220,6 +242,26 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
                 shared = names.count(name) > 1 or any(name in other for other in others)
                 data[f"{key}.{name}" if shared else name] = value
         return data, counts, per_row
+
+    def pieces(self, key: str, inputs: Mapping[str, Any]) -> list[list[Any]] | None:
+        """The pieces that each medium of an encoder's inputs becomes, or None where they are taken as they are."""
+        media = inputs.get(self.media_argument(key))
+        kind = MEDIA.get(self.modalities[key])
+        return None if media is None else fitting.pieces(kind, media, self.encoder_processors[key], self.fit[key])
+
+    def varies(self, key: str) -> bool:
+        """Whether media of an encoder may become several pieces."""
+        processor = self.encoder_processors[key]
+        return self.fit[key] == "tile" or (self.fit[key] == "split" and fitting.window_of(processor) is not None)
+
+    def fit_notes(self) -> list[str]:
+        """What becomes of media that do not fit, a line an encoder that says so."""
+        notes = {
+            key: fitting.note(MEDIA[modality], self.encoder_processors[key], self.fit[key])
+            for key, modality in self.modalities.items()
+            if self.fit[key] is not None
+        }
+        return [f"{key}_encoder: {said}" for key, said in notes.items() if said]
 
     def media_argument(self, key: str) -> str:
         """Name of the argument under which an encoder's processor takes its media (`images`, `raw_speech`, …)."""
@@ -317,6 +359,12 @@ def _flatten(media: Any) -> tuple[Any, list[int] | None]:
     if not nested or any(isinstance(item, (int, float, np.number)) for row in media for item in row):
         return media, None
     return [item for row in media for item in row], [len(row) for row in media]
+
+
+def _grouped(values: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbouring values in groups of the given lengths."""
+    rest = iter(values)
+    return (list(itertools.islice(rest, length)) for length in lengths)
 
 
 def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, rows: list[int] | None) -> None:

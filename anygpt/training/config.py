@@ -91,6 +91,8 @@ class EncoderConfig(PartConfig):
         drop_cls: leave the class token out.
         processor: arguments of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
             `pad_to_square: true`, as LLaVA 1.5 does.
+        fit: what is done with media that do not fit into its window: `crop` (the default), `pad`, `stretch` or `tile`
+            pictures; `split` (the default) or `refuse` long sounds.
         projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its options.
     """
 
@@ -101,6 +103,7 @@ class EncoderConfig(PartConfig):
     feature_layer: int | None = None
     drop_cls: bool | None = None
     processor: dict[str, Any] | None = None
+    fit: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)
 
 

@@ -62,6 +62,7 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     check_parts_by_key(config)
     encoders, decoders, language_model, start = {}, {}, None, None
     processors: dict[str, Any] = {}
+    fit: dict[str, str | None] = {}
     tokenizer = None
     precision = config.train.mixed_precision
     if config.model.init_from is not None:
@@ -71,7 +72,7 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             start = MultimodalModel.from_pretrained(folder)
             before = MultimodalProcessor.from_pretrained(folder)
         encoders, decoders, language_model = start.encoders, start.decoders, start.language_model
-        processors, tokenizer = before.encoder_processors, before.llm_tokenizer
+        processors, tokenizer, fit = before.encoder_processors, before.llm_tokenizer, before.fit
     if language_model is None:
         part = source(config.model.language_model, precision)
         language_model, tokenizer = load_language_model(part), load_tokenizer(part)
@@ -97,7 +98,8 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             f"loss.by_modality names {', '.join(unknown)}; the decoders are {', '.join(decoders) or 'none'}"
         )
     model = MultimodalModel(encoders, language_model, decoders)
-    processor = MultimodalProcessor(processors, tokenizer, model=model)
+    fit |= {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
+    processor = MultimodalProcessor(processors, tokenizer, model=model, fit=fit)
     if start is not None:
         for before, after in ((start.token_ids, model.token_ids), (start.signal_tokens.ids, model.signal_tokens.ids)):
             moved = [key for key, ids in (before or {}).items() if after.get(key) != ids]

@@ -178,6 +178,7 @@ class Trainer:
         self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
         self.digests = data_digests(self.dataset)
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
+        self.notes += self.processor.fit_notes()
         if checkpoint is not None:
             load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]

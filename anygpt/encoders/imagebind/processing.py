@@ -42,6 +42,12 @@ class ImageBindImageProcessor(ImageBindProcessor):
             become 0 to 1).
     """
 
+    do_center_crop = True
+
+    @property
+    def crop_size(self) -> dict[str, int]:
+        return {"width": self.size, "height": self.size}
+
     def __init__(self, size: int = IMAGE_SIZE, channels: int = 3, **kwargs: Any):
         super().__init__(**kwargs)
         self.size, self.channels = size, channels
@@ -89,6 +95,10 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         super().__init__(**kwargs)
         self.size, self.clips, self.seconds, self.frames, self.num_frames = size, clips, seconds, frames, num_frames
 
+    @property
+    def reads(self) -> str:
+        return f"{self.clips} times {self.seconds:g} s are read of each, {self.frames} frames of these"
+
     def __call__(self, videos: Any, return_tensors: str = "pt") -> BatchFeature:
         """`Video`s, or uint8 `(n, H, W, 3)` of which each fifth is one clip; `(B, 15, 3, frames, size, size)`."""
         one = isinstance(videos, Video) or (isinstance(videos, np.ndarray) and videos.ndim == 4)
@@ -135,6 +145,10 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         super().__init__(**kwargs)
         self.sampling_rate, self.num_mel_bins, self.target_length = sampling_rate, num_mel_bins, target_length
         self.clips, self.seconds = clips, seconds
+
+    @property
+    def reads(self) -> str:
+        return f"{self.clips} times {self.seconds:g} s are read of each"
 
     def __call__(self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str = "pt") -> BatchFeature:
         """Mono waveforms `(N,)`, one or a list; gives `media_values (B, C, 1, num_mel_bins, target_length)`.

@@ -1,0 +1,130 @@
+"""What becomes of media that do not fit into an encoder's window.
+
+A medium becomes one piece or several; the features of all its pieces stand in its place, one behind the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from anygpt.errors import InputError
+from anygpt.media.files import to_rgb
+from anygpt.media.types import Clip, MediaType, Picture, Sound
+
+FITS: dict[type[MediaType], dict[str, str]] = {
+    Picture: {
+        "crop": "are cropped to the centre",
+        "pad": "are padded to the encoder's shape",
+        "stretch": "are stretched to the encoder's shape",
+        "tile": "become as many tiles as cover them",
+    },
+    Clip: {
+        "crop": "are cropped to the centre",
+        "pad": "are padded to the encoder's shape",
+        "stretch": "are stretched to the encoder's shape",
+    },
+    Sound: {
+        "split": "are split into windows of {window:g} s",
+        "refuse": "(of more than {window:g} s) are refused",
+    },
+}
+"""What can be done with media that do not fit, by how they are in memory; the first is the default."""
+
+
+def checked_fit(key: str, kind: MediaType | None, fit: str | None) -> str | None:
+    """A setting, or the default in its place; None for media that no row of the table is about.
+
+    Raises:
+        InputError: it is none of those for such media.
+    """
+    known = FITS.get(type(kind), {})
+    if fit is not None and fit not in known:
+        raise InputError(f"fit of the {key!r} encoder is {fit!r}; expected {' or '.join(known) or 'none'}")
+    return fit or next(iter(known), None)
+
+
+def note(kind: MediaType, processor: Any, fit: str) -> str | None:
+    """What a run says of it at its start; None where all media fit."""
+    notes = [f"{getattr(processor, 'reads', '')}"] if hasattr(processor, "reads") else []
+    if isinstance(kind, Sound) and (window := window_of(processor)):
+        notes.append(f"long {kind.plural} {FITS[Sound][fit].format(window=window / processor.sampling_rate)}")
+    elif not isinstance(kind, Sound) and shape_of(processor):
+        notes.append(f"{kind.plural} of another shape {FITS[type(kind)][fit]}")
+    return "; ".join(notes) or None
+
+
+def window_of(processor: Any) -> int | None:
+    """How many samples a feature extractor takes (Whisper's, CLAP's); None for any number."""
+    return getattr(processor, "n_samples", None) or getattr(processor, "nb_max_samples", None)
+
+
+def shape_of(processor: Any) -> tuple[int, int] | None:
+    """Width and height to which an image processor crops its images; None where it keeps all of them."""
+    processor = getattr(processor, "image_processor", processor)
+    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
+    return (size["width"], size["height"]) if size else None
+
+
+def pieces(kind: MediaType | None, media: Any, processor: Any, fit: str | None) -> list[list[Any]] | None:
+    """The pieces of each medium, or None where all media are to be taken as they are.
+
+    Args:
+        media: what the processor takes: one, a list, or for sounds an array `(items, N)`.
+
+    Raises:
+        InputError: a sound that is too long where such are refused, or one without samples.
+    """
+    if isinstance(kind, Sound) and (window := window_of(processor)):
+        sounds = _sounds(media)
+        if all(0 < len(sound) <= window for sound in sounds):
+            return None
+        for sound in sounds:
+            if not len(sound) or (len(sound) > window and fit == "refuse"):
+                seconds = f"{len(sound) / processor.sampling_rate:g} s"
+                raise InputError(
+                    f"a sound of {seconds} is given to an encoder of {window / processor.sampling_rate:g} s; cut it, "
+                    "or set the encoder's fit to split"
+                )
+        return [[sound[start : start + window] for start in range(0, len(sound), window)] for sound in sounds]
+    shape = shape_of(processor) if isinstance(kind, (Picture, Clip)) and fit != "crop" else None
+    if shape is None:
+        return None
+    if isinstance(kind, Clip):
+        clips = list(media) if isinstance(media, (list, tuple)) or np.ndim(media) == 5 else [media]
+        return [[np.stack([np.asarray(_fitted(frame, shape, processor, fit)[0]) for frame in clip])] for clip in clips]
+    pictures = list(media) if isinstance(media, (list, tuple)) or np.ndim(media) == 4 else [media]
+    return [_fitted(picture, shape, processor, fit) for picture in pictures]
+
+
+def _sounds(media: Any) -> list[np.ndarray]:
+    one = np.ndim(media[0]) == 0 if len(media) else True
+    return [np.asarray(sound) for sound in ([media] if one else media)]
+
+
+def _fitted(picture: Any, shape: tuple[int, int], processor: Any, fit: str) -> list[Image.Image]:
+    image = to_rgb(picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture)))
+    width, height = shape
+    if fit == "stretch":
+        return [image.resize(shape, Image.Resampling.BICUBIC)]
+    if fit == "pad":  # with the colour that becomes 0, as LLaVA's images are
+        mean = getattr(getattr(processor, "image_processor", processor), "image_mean", None) or (0.5,) * 3
+        size = (
+            max(image.width, round(image.height * width / height)),
+            max(image.height, round(image.width * height / width)),
+        )
+        canvas = Image.new("RGB", size, tuple(int(255 * value) for value in mean))
+        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        return [canvas]
+    across = min(image.width, math.ceil(image.height * width / height))
+    down = min(image.height, math.ceil(image.width * height / width))
+    boxes = [(x, y, x + across, y + down) for y in _starts(image.height, down) for x in _starts(image.width, across)]
+    return [image.crop(box) for box in boxes]
+
+
+def _starts(length: int, tile: int) -> list[int]:
+    """Where as few tiles as cover a length begin, evenly spread."""
+    return np.linspace(0, length - tile, math.ceil(length / tile)).round().astype(int).tolist()
