@@ -2,7 +2,7 @@
 
     python scripts/zoo_quality.py --samples 1000
 
-Encoders: a linear probe fitted on renders of the other things (see `linear_probe.py`). The language model: questions in
+Encoders: a linear probe fitted on renders of the other things. The language model: questions in
 words, small talk, nonsense. Decoders: sampled under true plain captions, and judged. `build_zoo.py` puts the numbers
 into the parts' model cards. `--parts` measures other ones, as of a build of one's own (`build_zoo.py --output DIR`).
 """
@@ -15,11 +15,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from linear_probe import load
 from tqdm import tqdm
 
-from anygpt import InputError, ModalDecoderModule, MultimodalModel
-from anygpt.model.parts import Source, load_decoder
+from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.model.parts import (
+    Source,
+    load_decoder,
+    load_encoder,
+    load_encoder_processor,
+    load_language_model,
+    load_tokenizer,
+)
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.evaluation.baselines import upper_bound
 from anygpt.toyworld.evaluation.probes import probe_encoders, question_accuracy
@@ -33,12 +39,22 @@ GUIDANCE = {"image": 2, "video": 2, "audio": 3}  # as in configs/tiny
 OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json"
 
 
+def load(parts: Path) -> tuple[MultimodalModel, MultimodalProcessor]:
+    """The encoders and the language model in a folder of parts, with nothing between them."""
+    llm, eyes, ears = (str(parts / name) for name in ("language_model", "image_encoder", "audio_encoder"))
+    encoders = {"image": Source(eyes), "video": Source(eyes, num_frames=8), "audio": Source(ears)}
+    modules = {key: ModalEncoderModule(load_encoder(source, key)) for key, source in encoders.items()}
+    model = MultimodalModel(modules, load_language_model(Source(llm)))
+    processors = {key: load_encoder_processor(source, key) for key, source in encoders.items()}
+    return model.eval(), MultimodalProcessor(processors, load_tokenizer(Source(llm)), model=model)
+
+
 def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """`{part: {what: share}}` of the parts in a folder.
 
     There are `samples` of each kind, but for the encoders' probes, which take 50 renders a thing.
     """
-    model, processor = load(None, parts)
+    model, processor = load(parts)
     probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
     settings = Settings(samples=samples, talk_samples=samples, seed=seed)
     quality: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ import sys
 import wave
 from pathlib import Path
 
+import memory_table
 import numpy as np
 import pytest
 from PIL import Image
@@ -214,6 +215,6 @@ def test_a_decoder_that_is_required_twice_is_required_once(chat_model):
 
 
 def test_the_memory_table_of_the_readme_is_the_scripts(capsys):
-    load_script("memory_table").main([])
+    memory_table.main([])
     table = capsys.readouterr().out.strip()
     assert table.count("\n") > 15 and table in (REPOSITORY / "README.md").read_text(encoding="utf-8")

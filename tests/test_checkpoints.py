@@ -9,7 +9,6 @@ import os
 import pickle
 import resource
 import shutil
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from training_utils import (
     change_tensors,
     check_mistake,
     cli_here,
-    load_script,
     logged,
     toy_data,
     train_here,
@@ -343,10 +341,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, run, capsys):
 
 @pytest.fixture(scope="module")
 def killing():
-    """`scripts/kill_test.py`; its runs' processes must be able to import it."""
-    sys.path.insert(0, str(REPOSITORY / "scripts"))
-    yield load_script("kill_test")
-    sys.path.remove(str(REPOSITORY / "scripts"))
+    """`tests/killing.py`."""
+    import killing
+
+    return killing
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(killing, tmp_path):

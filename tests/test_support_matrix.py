@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from support_matrix import table
 from tiny_parts import ENCODERS
-from training_utils import load_script
 
 from anygpt.encoders import FAMILIES
 
@@ -14,10 +14,10 @@ BEGIN, END = "<!-- support matrix -->\n", "\n<!-- end of support matrix -->"
 
 
 def test_readme_has_the_printed_table():
-    printed = load_script("support_matrix").table()
+    printed = table()
     readme = (ROOT / "README.md").read_text()
     assert BEGIN in readme and END in readme
-    assert readme.split(BEGIN)[1].split(END)[0].strip() == printed, "run: python scripts/support_matrix.py"
+    assert readme.split(BEGIN)[1].split(END)[0].strip() == printed, "run: python tests/support_matrix.py"
 
 
 def test_every_family_is_tested():

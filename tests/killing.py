@@ -1,7 +1,7 @@
 """Kill training runs at random moments, continue them, and compare them bit for bit with runs that were left alone.
 
-    python scripts/kill_test.py                               # stages 1, 2 and 3, ten kills each, then two processes
-    python scripts/kill_test.py --stages 3 --kills 2 --steps 8 --processes 1
+    python tests/killing.py                               # stages 1, 2 and 3, ten kills each, then two processes
+    python tests/killing.py --stages 3 --kills 2 --steps 8 --processes 1
 
 On the tiny parts, on the CPU. Every run writes a checkpoint after each update and evaluates now and then; stage 3 has
 dropout. Half of the kills (SIGKILL, to all processes of a run) wait for a checkpoint to be under way. Exit code 0 if

@@ -1,6 +1,6 @@
 """What fits where: the memory of compositions in generation, from the shapes of their parts. Nothing is downloaded.
 
-    python scripts/memory_table.py
+    python tests/memory_table.py
 
 The parts of `configs/full/architectures.yaml` are built on torch's meta device, which holds shapes and no numbers.
 Counted are the weights (16 bits each; where it says so, the language model's linear layers in 4 bits and their scales),
