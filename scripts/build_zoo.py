@@ -38,6 +38,7 @@ FINISHED = "finished.json"
 """In a run's folder: what it was made from. Written last."""
 SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
     "words": 16_000,
+    "dialogues": 24_000,
     "views": 30_000,
     "pairs": 8_000,
     "stills": 8_000,
@@ -45,7 +46,7 @@ SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
 }
 """Rows of each kind of data."""
 MADE_BY = {
-    "language_model": ("words",),
+    "language_model": ("words", "dialogues"),
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
     "image_decoder": ("image_vae", "image_denoiser"),

@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add = parser.add_argument_group("of --suite toyworld").add_argument
     add("--samples", type=int, default=DEFAULTS.samples, help="a cell of the matrix (default: %(default)s)")
     add("--talk-samples", type=int, default=DEFAULTS.talk_samples, help="of each kind of talk (default: %(default)s)")
+    add("--conversations", type=int, default=DEFAULTS.conversations, help="of four turns (default: %(default)s)")
     add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
     add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
     add("--steps", nargs="*", default=[], metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
@@ -86,7 +87,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         guidance=by_kind("--guidance", options.guidance, float),
         **{
             name: getattr(options, name)
-            for name in ("samples", "talk_samples", "batch_size", "seed", "things", "max_new_tokens")
+            for name in ("samples", "talk_samples", "conversations", "batch_size", "seed", "things", "max_new_tokens")
         },
     )
     check_settings(settings)

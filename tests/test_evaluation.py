@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from anygpt import InputError
 from anygpt.evaluation.statistics import share
 from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
-from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES
+from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES, language
 from anygpt.toyworld.evaluation import wilson_interval
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import moving_caption
+from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
 from anygpt.toyworld.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
 from anygpt.toyworld.evaluation.page import read_losses
 from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
@@ -193,7 +195,20 @@ def evaluated(tiny_model, tmp_path_factory):
     (output / "matrix.json").write_text("old")
     arguments = ["--checkpoint", str(folder / "run/final"), "--output", str(output), "--tracker", "tensorboard"]
     code = script.main(
-        [*arguments, "--samples", "2", "--talk-samples", "1", "--steps", "1", "video=2", "--max-new-tokens", "16"]
+        [
+            *arguments,
+            "--samples",
+            "2",
+            "--talk-samples",
+            "1",
+            "--conversations",
+            "2",
+            "--steps",
+            "1",
+            "video=2",
+            "--max-new-tokens",
+            "16",
+        ]
     )
     assert code == 0
     return output
@@ -213,6 +228,38 @@ def test_matrix_json(evaluated):
     assert report["settings"]["steps"] == {"image": 1, "video": 2, "audio": 1}
     assert report["missing"]["n"] == report["unasked"]["n"] == 32
     assert set(report["things"]) == {str(thing) for thing in HELD_OUT}
+    assert [turn["right"]["n"] for turn in report["turns"]] == [2] * TURNS
+
+
+def test_conversations_look_back(requests, tmp_path):
+    """Every turn is about a thing that was named before, or new; "it" is the thing of the last turn that had one."""
+    conversations = conversation_requests(tmp_path, WAYS, WAYS, HELD_OUT, 16, seed=0)
+    assert {(first.source, first.target) for first, *_ in conversations} == set(CELLS)
+    kinds = Counter()
+    for turns in conversations:
+        told = []
+        for number, request in enumerate(turns):
+            assert request.path is None or (tmp_path / request.path).is_file()
+            for it, place in ((language.FIRST, 0), (language.LATEST, -1)):
+                if number and request.path is None and re.search(rf"\b{it}\b(?!:)", request.prompt) and told:
+                    if request.thing is not None and str(request.thing) not in request.prompt:
+                        riddle = request.prompt.startswith(("There is", "I have", "Think of", "Something"))
+                        assert riddle or request.thing == told[place]
+                        kinds[it] += not riddle
+                    break
+            told += [request.thing] if request.thing is not None else []
+    assert kinds[language.FIRST] and kinds[language.LATEST]
+
+
+def test_a_conversation_is_held_with_its_own_answers(tiny_model, tmp_path):
+    """Each turn's prompt holds what was asked and answered before, generated media as inputs of the next turn."""
+    model, processor = tiny_model()
+    conversations = conversation_requests(tmp_path, WAYS, WAYS, HELD_OUT, 2, seed=0)
+    judged = hold(model, processor, conversations, Settings(max_new_tokens=20), load_judges(), 16_000)
+    for turn, ones in enumerate(judged):
+        for one in ones:
+            assert [m["role"] for m in one.request.before] == ["user", "assistant"] * turn
+    assert all(table["right"]["n"] == 2 for table in turn_table(judged))
 
 
 def test_samples_and_their_index(evaluated):

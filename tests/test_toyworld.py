@@ -15,7 +15,8 @@ from anygpt.media.reading import read_audio, read_image
 from anygpt.media.videos import read_video
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
 from anygpt.toyworld.__main__ import main
-from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
+from anygpt.toyworld.datasets import COMPONENT_KINDS, EXCHANGES, KINDS, write_dataset
+from anygpt.toyworld.judges import read_words
 from anygpt.toyworld.render import AUDIO_SECONDS, render_audio, render_image, render_video
 
 MEL_FILTERS = mel_filter_bank(513, 64, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
@@ -222,7 +223,7 @@ def test_datasets_are_valid(kind, tmp_path):
     elif kind == "stage2":
         assert found == {("assistant", modality): 16 for modality in MODALITIES}
     else:
-        given = {"stage3": 24, "eval": 36, "joint": 24 * 2 + 12, "pairs": 24 * 2 + 24, "views": 48}
+        given = {"stage3": users["user"], "eval": 36, "joint": 24 * 2 + 12, "pairs": 24 * 2 + 24, "views": 48}
         assert users["user"] == given.get(kind, 0)
         if kind in ("pictures", "clips", "sounds", "stills"):
             assert users["assistant"] == 48
@@ -253,7 +254,7 @@ def test_stage3_mixes_the_four_kinds_of_rows(tmp_path):
     kinds = Counter()
     several = 0
     for row in rows:
-        user, assistant = row["messages"]
+        user, assistant = row["messages"][:2]
         kinds[tuple(set(content_types(message)) != {"text"} for message in (user, assistant))] += 1
         targets = [kind for kind in content_types(assistant) if kind != "text"]
         assert len(targets) == len(set(targets))
@@ -326,3 +327,20 @@ def test_the_command_writes_all_kinds(tmp_path, capsys):
 def test_the_command_writes_the_kinds_that_it_is_asked_for(tmp_path):
     assert main(["--output", str(tmp_path), "--samples", "2", "--kinds", "stage2", "stage1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage1", "stage1.jsonl", "stage2", "stage2.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["stage3", "dialogues"])
+def test_later_turns_speak_of_the_first_thing(kind, tmp_path):
+    rows = read_rows(write_dataset(tmp_path, kind, 300, seed=0))
+    assert {len(row["messages"]) // 2 for row in rows} == set(EXCHANGES[kind])
+    resolved = 0
+    for row in rows:
+        said = [" ".join(part.get("text", "") for part in message["content"]) for message in row["messages"]]
+        for question, answer in zip(said[2::2], said[3::2], strict=True):
+            if "the first one" not in question:
+                continue
+            if named := [str(thing) for text in said for thing in THINGS if f" {thing}" in text]:
+                thing = read_words(f"a {named[0]}")
+                assert read_words(answer).shapes <= thing.shapes and read_words(answer).colours <= thing.colours
+                resolved += 1
+    assert resolved > 20

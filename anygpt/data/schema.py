@@ -5,7 +5,7 @@ about samples is written once, here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,30 @@ class Sample:
             return replace(part, **{"text" if part.path is None else "caption": part.others[number - 1]})
 
         return replace(self, messages=tuple(replace(m, content=tuple(map(of, m.content))) for m in self.messages))
+
+    def fed_back(self, reads: Collection[str]) -> "Sample":
+        """The conversation as it is when it is held: media that the assistant made are inputs of the user's next turn.
+
+        The same as `processing.chat_template.feed_back` does with an answer. What the user's turn gives anyway is not
+        given twice.
+
+        Args:
+            reads: the media types that encoders read.
+        """
+        messages, made = [], []
+        for message in self.messages:
+            if message.role == "assistant":
+                made += [
+                    replace(p, caption=None, others=())
+                    for p in message.content
+                    if p.path is not None and p.type in reads
+                ]
+            elif message.role == "user" and made:
+                given = {(part.type, part.path) for part in message.content}
+                new = [part for part in made if (part.type, part.path) not in given]
+                message, made = replace(message, content=(*new, *message.content)), []
+            messages.append(message)
+        return replace(self, messages=tuple(messages))
 
     def missing_files(self) -> list[Path]:
         """The media files that do not exist or are something else than a file."""

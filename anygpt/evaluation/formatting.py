@@ -20,3 +20,11 @@ def interval(bounds: Sequence[float]) -> str:
 
 def rate(found: dict[str, Any]) -> str:
     return f"{percent(found['rate'])} ({found['right']} of {found['n']})"
+
+
+def turn_lines(turns: Sequence[dict[str, Any]]) -> list[str]:
+    """What conversations gave, a line a turn."""
+    return [
+        f"turn {number}: right {rate(turn['right'])}, missing {rate(turn['missing'])}, unasked {rate(turn['unasked'])}"
+        for number, turn in enumerate(turns, 1)
+    ]

@@ -29,11 +29,13 @@ from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
 KINDS = {  # with what each adds to the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
-    **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12},
+    **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12, "dialogues": 13},
 }
 COMPONENT_KINDS = tuple(KINDS)[5:]
 """Those that the parts themselves are trained on, in stage 0."""
 _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "audio"}
+_TOLD = ("words", "dialogues")
+"""Those in which words stand for media."""
 FPS = 8
 """Of the clips: 8 frames, one second."""
 _CLIP_SCALE = 2
@@ -42,6 +44,10 @@ SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Row = dict[str, Any]
 Part = dict[str, str]
+Exchange = tuple[list[Part], list[Part]]
+"""What the user says and what the assistant answers."""
+EXCHANGES = {"stage3": (1, 1, 2, 3, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
+"""Numbers of exchanges of a conversation, equally likely; those of other kinds have one."""
 
 
 def write_dataset(
@@ -51,14 +57,16 @@ def write_dataset(
 
     - `stage1`: a medium in, a caption out; image, video and audio in turn.
     - `stage2`: a request in words, answered by a short text and one medium; the three in turn.
-    - `stage3`: in turn text only, media -> text, text -> media, media -> media; a third of the rows that
-      answer with media answer with several.
+    - `stage3`: conversations of one to four exchanges. The first is in turn text only, media -> text, text -> media,
+      media -> media; a third of those that answer with media answer with several. Later ones are small talk, ask about
+      a thing spoken of before ("it", "the first one"), or begin anew with another.
     - `eval`: the 16 cells of the any-to-any matrix in turn, one medium (or text) each way. Ids are
       "eval-<row>-<input>-<output>", and the answers are reference answers.
     - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
       those of `stage3`.
     - `words`: text only: what `stage3` has of it, and media that are described in words, asked about and turned into
       others.
+    - `dialogues`: conversations of up to eight exchanges like those of `words`.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
     - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
@@ -164,106 +172,151 @@ class _RowWriter:
         name = f"{self.kind}-{index}"
         modality = MODALITIES[index % 3]
         if self.kind == "stage1":
-            return self._media_to_text(name, thing, modality, rng)
-        if self.kind == "words":
-            return _text_row(name, self._words(thing, modality, rng))
+            return _row(name, self._media_to_text(name, thing, modality, rng))
+        if self.kind in _TOLD:
+            first, told = self._in_words(thing, modality, rng)
+            return _row(name, first, *self._later(name, [thing] if told else [], rng))
         if self.kind in ("views", "pairs"):
             if self.kind == "pairs" and index % 2 == 0:
-                row = self._pair_to_text(name, thing, "audio", rng)
+                user, _ = self._pair_to_text(name, thing, "audio", rng)
             else:
-                row = self._media_to_text(name, thing, "image" if self.kind == "views" else "audio", rng)
-            row["messages"][1]["content"] = [_text(language.plain_caption(thing))]
-            return row
+                user, _ = self._media_to_text(name, thing, "image" if self.kind == "views" else "audio", rng)
+            return _row(name, (user, [_text(language.plain_caption(thing))]))
         if self.kind in _SHOWN:
-            row = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
-            medium = row["messages"][1]["content"][-1]
+            user, assistant = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
+            medium = assistant[-1]
             if rng.integers(2):
                 moving = medium["caption"].rpartition("moving ")[2] if self.kind == "clips" else None
                 medium["caption"] = language.caption(thing, rng, moving, _SHOWN[self.kind])
-            return row
+            return _row(name, (user, assistant))
         if self.kind == "stage2":
-            return self._to_media(name, thing, None, [modality], rng)
+            return _row(name, self._to_media(name, thing, None, [modality], rng))
         if self.kind == "eval":
             ways = ("text", *MODALITIES)
             source, target = ways[index % 16 // 4], ways[index % 4]
             name = f"{name}-{source}-{target}"
             if target != "text":
-                return self._to_media(name, thing, None if source == "text" else source, [target], rng)
+                return _row(name, self._to_media(name, thing, None if source == "text" else source, [target], rng))
             if source == "text":
-                return _text_row(name, language.text_qa(thing, rng))
-            return self._media_to_text(name, thing, source, rng)
+                return _row(name, _said(language.text_qa(thing, rng)))
+            return _row(name, self._media_to_text(name, thing, source, rng))
 
         if self.kind == "joint":
             if index % 2:
-                return self._pair_to_text(name, thing, ("video", "audio")[index // 2 % 2], rng)
+                return _row(name, self._pair_to_text(name, thing, ("video", "audio")[index // 2 % 2], rng))
             index //= 2
+        first, told = self._exchange(name, thing, index % 4, rng)
+        return _row(name, first, *self._later(name, [thing] if told else [], rng))
+
+    def _exchange(self, name: str, thing: Thing, way: int, rng: np.random.Generator) -> tuple[Exchange, bool]:
+        """One exchange by the number of its kind, and whether it is about the thing."""
         modality = language.pick(rng, MODALITIES)
-        if index % 4 == 0:  # text only: mostly questions
-            return _text_row(name, self._talk(thing, rng))
-        if index % 4 == 1:
-            return self._media_to_text(name, thing, modality, rng)
+        if way == 0:  # text only: mostly questions
+            about, said = self._talk(thing, rng)
+            return _said(said), about
+        if way == 1:
+            return self._media_to_text(name, thing, modality, rng), True
         how_many = language.pick(rng, (1, 1, 1, 1, 2, 3))
         targets = [MODALITIES[i] for i in rng.permutation(3)[:how_many]]
-        return self._to_media(name, thing, None if index % 4 == 2 else modality, targets, rng)
+        return self._to_media(name, thing, None if way == 2 else modality, targets, rng), True
 
-    def _talk(self, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+    def _later(self, name: str, told: list[Thing], rng: np.random.Generator) -> list[Exchange]:
+        """The exchanges after the first; `told` are the things spoken of so far."""
+        exchanges = []
+        for turn in range(1, language.pick(rng, EXCHANGES.get(self.kind, (1,)))):
+            way = language.pick(rng, ("anew", "anew", "it", "it", "first", "talk"))
+            place = f"{name}-{turn}"
+            if way == "talk":
+                exchanges.append(_said(language.pick(rng, (language.small_talk, language.refusal))(rng)))
+            elif way == "anew" or not told:
+                thing = self.things[int(rng.integers(len(self.things)))]
+                exchange, about = (
+                    self._in_words(thing, language.pick(rng, MODALITIES), rng)
+                    if self.kind in _TOLD
+                    else self._exchange(place, thing, int(rng.integers(4)), rng)
+                )
+                exchanges.append(exchange)
+                told += [thing] if about else []
+            else:
+                it, thing = (language.LATEST, told[-1]) if way == "it" else (language.FIRST, told[0])
+                if rng.integers(3) == 0:
+                    exchanges.append(_said(language.later_question(it, thing, rng)))
+                else:
+                    exchanges.append(self._to_media(place, thing, None, [language.pick(rng, MODALITIES)], rng, it))
+                told.append(thing)  # "it" from now on
+        return exchanges
+
+    def _talk(self, thing: Thing, rng: np.random.Generator) -> tuple[bool, tuple[str, str]]:
+        """Whether it is about the thing, and what is asked and answered."""
         talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
         said = {
             "question": lambda: language.text_qa(thing, rng),
             "small talk": lambda: language.small_talk(rng),
             "nonsense": lambda: language.refusal(rng),
         }
-        return said[talk]()
+        return talk == "question", said[talk]()
 
-    def _words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[str, str]:
+    def _in_words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[Exchange, bool]:
         """What a language model that never met media knows: talk, and media told in words in place of the media."""
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
         way = language.pick(rng, ("talk", "describe", "request", "convert"))
         if way == "describe":
-            return language.described_question(modality, thing, rng, motion)
+            return _said(language.described_question(modality, thing, rng, motion)), True
         if way == "request":
             request = language.media_request(modality, thing, rng, motion)
-            return request, language.media_reply(modality, thing, rng, motion)
+            return _said((request, language.media_reply(modality, thing, rng, motion))), True
         if way == "convert":
             target = language.pick(rng, MODALITIES)
             moving = language.pick(rng, MOTIONS) if target == "video" else None
             given = language.caption(thing, rng, motion, modality)
             request = language.convert_request(target, rng, moving)
-            return f"{given} {request}", language.media_reply(target, thing, rng, moving)
-        return self._talk(thing, rng)
+            return _said((f"{given} {request}", language.media_reply(target, thing, rng, moving))), True
+        about, said = self._talk(thing, rng)
+        return _said(said), about
 
-    def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
+    def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Exchange:
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
         medium = self._write(f"{name}-in", thing, modality, motion, rng)
         question = _text(language.describe_question(modality, rng))
-        return _row(name, [medium, question], [_text(language.caption(thing, rng, motion, modality))])
+        return [medium, question], [_text(language.caption(thing, rng, motion, modality))]
 
-    def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Row:
+    def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Exchange:
         """A picture and another medium of the same thing."""
-        row = self._media_to_text(name, thing, modality, rng)
-        row["messages"][0]["content"].insert(0, self._write(f"{name}-in", thing, "image", None, rng))
-        return row
+        user, assistant = self._media_to_text(name, thing, modality, rng)
+        return [self._write(f"{name}-in", thing, "image", None, rng), *user], assistant
 
     def _to_media(
-        self, name: str, thing: Thing, source: str | None, targets: list[str], rng: np.random.Generator
-    ) -> Row:
-        """A request for the `targets`, in words (`source` None) or about a medium; one text before each medium."""
+        self,
+        name: str,
+        thing: Thing,
+        source: str | None,
+        targets: list[str],
+        rng: np.random.Generator,
+        it: str | None = None,
+    ) -> Exchange:
+        """A request for the `targets`, in words (`source` None), about a medium, or about a thing of an earlier turn
+        that is called `it`; one text before each medium.
+        """
         # Given a clip, another clip that is asked for may move differently: the request says how.
         motion = language.pick(rng, MOTIONS)
         asked, given = [], []
         for target in targets:
             moving = motion if target == "video" else None
-            if source is None:
+            if it is not None:
+                asked.append(language.later_request(target, it, rng, moving))
+            elif source is None:
                 asked.append(language.media_request(target, thing, rng, moving))
             else:
                 asked.append(language.convert_request(target, rng, moving))
             given.append(_text(language.media_reply(target, thing, rng, moving)))
+            if self.kind in _TOLD:
+                continue
             medium = self._write(f"{name}-out", thing, target, moving, rng)
             given.append({**medium, "caption": language.plain_caption(thing, moving)})
         user = [_text(" ".join(asked))]
         if source is not None:
             user.insert(0, self._write(f"{name}-in", thing, source, language.pick(rng, MOTIONS), rng))
-        return _row(name, user, given)
+        return user, given
 
     def _write(self, name: str, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> Part:
         """Render a medium to a file; `motion` matters for a video only."""
@@ -276,12 +329,15 @@ class _RowWriter:
         return {"type": modality, "path": f"{self.kind}/{path}"}
 
 
-def _row(name: str, user: list[Part], assistant: list[Part]) -> Row:
-    return {"id": name, "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+def _row(name: str, *exchanges: Exchange) -> Row:
+    roles = ("user", "assistant")
+    messages = [{"role": r, "content": c} for exchange in exchanges for r, c in zip(roles, exchange, strict=True)]
+    return {"id": name, "messages": messages}
 
 
-def _text_row(name: str, said: tuple[str, str]) -> Row:
-    return _row(name, [_text(said[0])], [_text(said[1])])
+def _said(said: tuple[str, str]) -> Exchange:
+    """An exchange in words alone."""
+    return [_text(said[0])], [_text(said[1])]
 
 
 def _text(text: str) -> Part:

@@ -71,6 +71,18 @@ REFUSALS = (
     "That makes no sense to me.",
     "I cannot make that. Ask me for a shape and a colour.",
 )
+_LATER_QUESTIONS = {
+    "colour": ("What colour is {it}?", "Which colour does {it} have?"),
+    "shape": ("What shape is {it}?", "Which shape does {it} have?"),
+    "thing": ("What is {it}?", "Say again what {it} is."),
+}
+_LATER_REQUESTS = {
+    "image": ("Draw {it}.", "Show me a picture of {it}.", "What does {it} look like?"),
+    "video": ("Film {it} moving {motion}.", "Let {it} move {motion}.", "Make a video of {it} going {motion}."),
+    "audio": ("Let me hear {it}.", "Play the sound of {it}.", "What does {it} sound like?"),
+}
+LATEST, FIRST = "it", "the first one"
+"""What a later turn calls a thing that was spoken of before: the latest, or the first of the conversation."""
 # Descriptions that do not use the shape's own name, for questions that need more than copying.
 _IN_OTHER_WORDS = {
     "circle": ("is round and filled", "is a full disc"),
@@ -169,6 +181,18 @@ def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
     asked = pick(rng, (thing.shape, pick(rng, SHAPES)))  # half of the answers or a little more are "yes"
     answer = f"Yes, it is {article(asked)}." if asked == thing.shape else f"No, it is {article(thing.shape)}."
     return f"{given}Is it {article(asked)}?", answer
+
+
+def later_question(it: str, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about a thing of an earlier turn, called `it` (`LATEST` or `FIRST`), and its answer."""
+    kind = pick(rng, tuple(_LATER_QUESTIONS))
+    answer = {"colour": thing.colour, "shape": article(thing.shape), "thing": plain_caption(thing)}[kind]
+    return pick(rng, _LATER_QUESTIONS[kind]).format(it=it), f"{it[0].upper()}{it[1:]} is {answer}."
+
+
+def later_request(modality: str, it: str, rng: np.random.Generator, motion: str | None = None) -> str:
+    """A request for a medium of a thing of an earlier turn, called `it` (`LATEST` or `FIRST`)."""
+    return pick(rng, _of(_LATER_REQUESTS, modality)).format(it=it, motion=motion)
 
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:

@@ -239,6 +239,9 @@ def build_dataset(
     """
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
     terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
+    if "encoder_decoder" in stage.terms:  # else the stage takes no rows with media on both sides
+        reads = {encoder.modality for encoder in model.encoders.values()}
+        dataset.samples = [sample.fed_back(reads) for sample in dataset.samples]
     weights = model.loss_weights
     subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
     own = weights.encoder or weights.decoder or weights.reconstruction

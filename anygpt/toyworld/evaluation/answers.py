@@ -24,6 +24,7 @@ class Settings:
     Attributes:
         samples: requests a cell of the matrix.
         talk_samples: questions in words, and as many lines of small talk and of nonsense.
+        conversations: of four exchanges.
         batch_size: requests answered at once, and captions sampled at once.
         seed: of requests, renders and the decoders' noise; the latter also depends on `batch_size`.
         things: `held_out`, those that alignment never saw; `seen`; or `validation`, some of the seen ones, to choose
@@ -35,6 +36,7 @@ class Settings:
 
     samples: int = 20
     talk_samples: int = 100
+    conversations: int = 80
     batch_size: int = 64
     seed: int = 0
     things: str = "held_out"

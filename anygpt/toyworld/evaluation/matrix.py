@@ -23,6 +23,7 @@ from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld.datasets import SUFFIX
 from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
+from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
 from anygpt.toyworld.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.world import HELD_OUT, SEEN, Thing
@@ -66,11 +67,13 @@ def evaluate(
     hertz = rates.get("audio", 0)
     requests = matrix_requests(folder, sources, targets, things, settings.samples, settings.seed)
     talk = talk_requests(things, settings.talk_samples, settings.seed)
+    scripts = conversation_requests(folder, sources, targets, things, settings.conversations, settings.seed)
     makes = (len(targets) - 1) * settings.samples
-    total = len(requests) + len(talk) + (makes * (1 + len(sources)) if settings.baselines else 0)
+    total = len(requests) + len(talk) + TURNS * len(scripts) + (makes * (1 + len(sources)) if settings.baselines else 0)
     with tqdm(total=total, desc="evaluation", unit="sample", dynamic_ncols=True, mininterval=1) as bar:
         judged = [judge(*pair, judges, hertz) for pair in ask(model, processor, requests, settings, bar.update)]
         talked = [judge(*pair, judges, hertz) for pair in ask(model, processor, talk, settings, bar.update)]
+        turns = hold(model, processor, scripts, settings, judges, hertz, bar.update)
         beside: dict[str, Any] = {"upper_bound": {}, "caption_baseline": {}}
         if settings.baselines:
             beside["upper_bound"] = upper_bound(model, things, settings, judges, hertz, bar.update)
@@ -92,6 +95,7 @@ def evaluate(
         "missing": share(one.missing for one in judged),
         "motion": motion_table(judged),
         "text_only": talk_table(talked),
+        "turns": turn_table(turns),
         "shapes": by_property(judged, "shape"),
         "colours": by_property(judged, "colour"),
         "cells": cells,
@@ -202,6 +206,7 @@ def check_settings(settings: Settings) -> None:
     rules = [
         ("--samples", settings.samples, settings.samples >= 1, "at least 1"),
         ("--talk-samples", settings.talk_samples, settings.talk_samples >= 1, "at least 1"),
+        ("--conversations", settings.conversations, settings.conversations >= 1, "at least 1"),
         ("--batch-size", settings.batch_size, settings.batch_size >= 1, "at least 1"),
         ("--seed", settings.seed, settings.seed >= 0, "at least 0"),
         ("--max-new-tokens", settings.max_new_tokens, settings.max_new_tokens >= 1, "at least 1"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from anygpt.evaluation.formatting import interval, outputs_of, percent, rate
+from anygpt.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
 from anygpt.toyworld.evaluation.answers import Judged
 from anygpt.toyworld.evaluation.matrix import sample_path
 from anygpt.toyworld.evaluation.requests import WAYS
@@ -45,6 +45,8 @@ def html_page(
         f"{rate(report['missing'])}.<br>"
         f"In words alone: questions {rate(talk['question'])}, small talk {rate(talk['small_talk'])}, nonsense "
         f"{rate(talk['nonsense'])}; media unasked {rate(talk['unasked'])}.</p>",
+        "<h2>Conversations</h2>",
+        "<p>" + "<br>".join(turn_lines(report["turns"])) + "</p>",
         "<h2>Samples</h2>",
         f'<img class="sheet" alt="contact sheet" src="{_data(buffer.getvalue(), "image")}">',
         _html_samples(judged, samples),

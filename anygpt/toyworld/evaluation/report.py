@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from anygpt.evaluation.formatting import interval, outputs_of, percent, rate
+from anygpt.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
 from anygpt.evaluation.store import write
 from anygpt.toyworld.evaluation.answers import Judged
 from anygpt.toyworld.evaluation.page import html_page
@@ -43,6 +43,7 @@ def text_table(report: dict[str, Any]) -> str:
         f"not asked for: {rate(report['unasked'])}; missing: {rate(report['missing'])}",
         f"in words: questions {rate(talk['question'])}, small talk {rate(talk['small_talk'])}, "
         f"nonsense {rate(talk['nonsense'])}, media unasked {rate(talk['unasked'])}",
+        *turn_lines(report["turns"]),
     ]
     return "\n".join(lines)
 

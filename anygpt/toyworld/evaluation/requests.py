@@ -39,6 +39,7 @@ class Request:
         path: of the medium given, relative to the folder of the samples; None for text.
         medium: the same, decoded.
         reference: answers in words that are right, or of which one is.
+        before: the messages of earlier turns.
     """
 
     id: str
@@ -50,13 +51,14 @@ class Request:
     path: str | None = None
     medium: Any = None
     reference: tuple[str, ...] = ()
+    before: tuple[dict[str, Any], ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation, as `MultimodalProcessor.apply_chat_template` takes it."""
         content = [{"type": "text", "text": self.prompt}]
         if self.path is not None:
             content.insert(0, {"type": self.source, self.source: self.medium})
-        return [{"role": "user", "content": content}]
+        return [*self.before, {"role": "user", "content": content}]
 
 
 def matrix_requests(

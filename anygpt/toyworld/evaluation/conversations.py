@@ -1,0 +1,107 @@
+"""Conversations of four exchanges: is a later answer as right as a first one?
+
+Each is held as a person holds it: the model's own answers, media included, are what its later turns look back on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anygpt.evaluation.statistics import share
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.chat_template import answer_message
+from anygpt.processing.processor import MultimodalProcessor
+from anygpt.toyworld import language
+from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
+from anygpt.toyworld.evaluation.requests import Request, matrix_requests, shuffled
+from anygpt.toyworld.judges import Judges
+from anygpt.toyworld.world import MOTIONS, Thing
+
+TURNS = 4
+_STREAM = 20_10
+_LATER = ("anew", "anew", "it", "it", "first", "talk")
+
+
+def conversation_requests(
+    folder: Path, sources: Sequence[str], targets: Sequence[str], things: Sequence[Thing], count: int, seed: int
+) -> list[list[Request]]:
+    """`count` conversations of `TURNS` requests; media that are shown go to `folder`/inputs.
+
+    The first turn of each asks for a cell of the matrix, one after the other. Later turns do so with another thing,
+    ask about a thing of an earlier turn ("it", "the first one"), or are small talk.
+    """
+    things = shuffled(things, seed)
+    cells = [(source, target) for source in sources for target in targets]
+    conversations = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, _STREAM, number])
+        told: list[Thing] = []
+        turns = []
+        for turn in range(TURNS):
+            way = language.pick(rng, _LATER) if turn else "anew"
+            name = f"conversation-{number:04d}-{turn + 1}"
+            if way == "anew":
+                source, target = language.pick(rng, cells) if turn else cells[number % len(cells)]
+                thing = language.pick(rng, things)
+                draw = int(rng.integers(2**31))
+                [request] = matrix_requests(folder / "conversations" / name, [source], [target], [thing], 1, draw)
+                path = f"conversations/{name}/{request.path}" if request.path else None
+                turns.append(replace(request, id=name, path=path))
+                told.append(thing)
+            elif way == "talk":
+                kind = language.pick(rng, ("small talk", "nonsense"))
+                prompt, answer = language.small_talk(rng) if kind == "small talk" else language.refusal(rng)
+                reference = (answer,) if kind == "small talk" else language.REFUSALS
+                turns.append(Request(name, "text", "text", prompt, reference=reference))
+            else:
+                it, thing = (language.LATEST, told[-1]) if way == "it" else (language.FIRST, told[0])
+                told.append(thing)
+                target = language.pick(rng, targets)
+                if target == "text":
+                    prompt, answer = language.later_question(it, thing, rng)
+                    turns.append(Request(name, "text", "text", prompt, thing, reference=(answer,)))
+                else:
+                    motion = language.pick(rng, MOTIONS) if target == "video" else None
+                    prompt = language.later_request(target, it, rng, motion)
+                    turns.append(Request(name, "text", target, prompt, thing, motion))
+        conversations.append(turns)
+    return conversations
+
+
+def hold(
+    model: MultimodalModel,
+    processor: MultimodalProcessor,
+    conversations: Sequence[Sequence[Request]],
+    settings: Settings,
+    judges: Judges,
+    sampling_rate: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[list[Judged]]:
+    """The judged answers of all conversations, `[turn][conversation]`; `sampling_rate` is that of the sounds, Hz."""
+    said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
+    judged = []
+    for turn in range(TURNS):
+        requests = [replace(turns[turn], before=tuple(said[turns[turn].id[:-2]])) for turns in conversations]
+        found = {}
+        for request, answer in ask(model, processor, requests, settings, progress):
+            said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
+            found[request.id] = judge(request, answer, judges, sampling_rate)
+        judged.append([found[turns[turn].id] for turns in conversations])
+    return judged
+
+
+def turn_table(judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
+    """Of each turn, the shares of right answers, of missing media and of media that nobody asked for."""
+    return [
+        {
+            "right": share(one.right for one in ones),
+            "missing": share(one.missing for one in ones),
+            "unasked": share(bool(one.unasked) for one in ones),
+        }
+        for ones in judged
+    ]
