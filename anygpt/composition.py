@@ -28,12 +28,14 @@ class Reading:
         states: `{decoder key: (K, N, H)}`, what each output projector reads.
         hidden: `(B, S, H)`, what its head read.
         everywhere: whether logits are those of all places.
+        places: over how many it ran, padding included; 0 where it did not run.
     """
 
     logits: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
     everywhere: bool = False
+    places: int = 0
 
     def logits_at(self, places: tuple[Tensor, Tensor]) -> Tensor | None:
         """`(M, V')`: those at the places, which are the selected ones if there was a selection."""

@@ -58,6 +58,7 @@ class MultimodalOutput(ModelOutput):
         conditions: `{decoder key: (K, T, D)}`, the projected conditions of the batch's signal spans.
         labels: `(B, S)` int64, the labels after merging.
         attention_mask: `(B, S)` int64, the mask after merging.
+        places: over how many tokens the language model ran, padding included.
     """
 
     loss: Tensor | None = None
@@ -67,6 +68,7 @@ class MultimodalOutput(ModelOutput):
     conditions: dict[str, Any] | None = None
     labels: Tensor | None = None
     attention_mask: Tensor | None = None
+    places: int | None = None
 
 
 @dataclass

@@ -28,6 +28,7 @@ from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
+from anygpt.sequence.packing import read_packed
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 
@@ -46,6 +47,7 @@ class MultimodalModel(PreTrainedModel):
     Attributes:
         <key>_encoder, <key>_decoder, language_model, signal_tokens: the parts.
         loss_weights: weights of the loss terms, a `LossWeights`.
+        pack_to: tokens of a sequence into which rows are packed for the language model; None for a row a sequence.
         tokenizer: set by `MultimodalProcessor(model=…)` and by `from_pretrained`; generation reads text with it.
 
     Raises:
@@ -108,6 +110,7 @@ class MultimodalModel(PreTrainedModel):
         self.signal_tokens = SignalTokens(counts, embedding, head, signals)
         self.preprocess_llm_callback = preprocess_llm_callback
         self.loss_weights = LossWeights()
+        self.pack_to: int | None = None
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
         self.frozen = freezing.frozen_decoders(self)
@@ -252,6 +255,7 @@ class MultimodalModel(PreTrainedModel):
             conditions={key: condition.embeds for key, condition in conditions.items()},
             labels=merged.labels,
             attention_mask=merged.attention_mask,
+            places=reading.places,
         )
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -279,9 +283,11 @@ class MultimodalModel(PreTrainedModel):
 
     def read(self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]) -> Reading:
         """Logits where the tap selects, and what the output projectors read. Call inside `signal_tokens.attached`."""
+        if self.pack_to is not None:
+            return read_packed(self, merged, spans, tap, encoder_inputs, self.pack_to)
         logits, all_states = self.run_language_model(merged, encoder_inputs)
         states = self.read_spans(merged, spans, tap.hidden, all_states)
-        return Reading(logits, states, tap.hidden, everywhere=tap.select is None)
+        return Reading(logits, states, tap.hidden, tap.select is None, merged.input_ids.numel())
 
     def run_language_model(
         self, merged: Merged, encoder_inputs: Mapping[str, Any]

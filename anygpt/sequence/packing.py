@@ -1,0 +1,140 @@
+"""Several rows of a batch as one sequence for the language model, so that it computes little padding.
+
+Only the language model sees packed sequences. Its states are put back in the rows' places, so everything else (features,
+prepended ones too, spans, labels, losses) is as in the padded batch. Rows are kept apart by positions that begin at 0
+again: where there is no mask, transformers' `create_causal_mask` makes attention causal within each run of positions, and
+FlashAttention takes them as sequences of their own. Shape legend: `anygpt.outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anygpt.composition import Composition, Reading
+from anygpt.encoders.module import argument_names
+from anygpt.errors import InputError
+from anygpt.sequence.merging import Merged
+from anygpt.sequence.signal_tokens import Spans, Tap
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a batch `(B, S)` stand in its `P` sequences of `L` places.
+
+    Attributes:
+        source: `(P, L)` int64, which of the batch's `B · S` places stands there; padding has the first one.
+        position_ids: `(P, L)` int64, counted within each row; padding at the end counts as a row of its own.
+        place: `(B, S)` int64, which of the `P · L` places each token went to; the first for padding.
+    """
+
+    source: Tensor
+    position_ids: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, pack_to: int) -> Packing:
+        """Rows into as few sequences of `pack_to` tokens as first-fit decreasing finds; longer ones stay alone."""
+        lengths = attention_mask.sum(dim=1).tolist()
+        sequences: list[list[int]] = []
+        used: list[int] = []
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            fits = (i for i, taken in enumerate(used) if taken + lengths[row] <= pack_to)
+            chosen = next(fits, len(used))
+            if chosen == len(used):
+                sequences.append([])
+                used.append(0)
+            sequences[chosen].append(row)
+            used[chosen] += lengths[row]
+        device, longest = attention_mask.device, max(1, *used)
+        source = torch.zeros(len(used), longest, dtype=torch.long)
+        positions = torch.arange(longest).repeat(len(used), 1)
+        place = torch.zeros(attention_mask.shape, dtype=torch.long)
+        kept = [row.nonzero()[:, 0] for row in attention_mask.cpu()]
+        for i, rows in enumerate(sequences):
+            start = 0
+            for row in rows:
+                end = start + lengths[row]
+                source[i, start:end] = row * attention_mask.shape[1] + kept[row]
+                positions[i, start:end] = torch.arange(lengths[row])
+                place[row, kept[row]] = i * longest + torch.arange(start, end)
+                start = end
+            positions[i, start:] = torch.arange(longest - start)
+        return cls(source.to(device), positions.to(device), place.to(device))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """`(B, S, …)` to `(P, L, …)`."""
+        return values.flatten(0, 1)[self.source]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """`(P, L, …)` to `(B, S, …)`; what stands at padding means nothing."""
+        return values.flatten(0, 1)[self.place]
+
+    def places(self, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows and positions `(M,)` of the batch as sequences and places in them."""
+        flat = self.place[chosen]
+        return flat // self.source.shape[1], flat % self.source.shape[1]
+
+
+@dataclass
+class PackedBatch(Merged):
+    """A merged batch as sequences `(P, L)`, without a mask."""
+
+    positions: Tensor | None = None
+
+    @property
+    def position_ids(self) -> Tensor:
+        return self.positions
+
+
+@torch.no_grad()
+def check_packing(model: Composition) -> None:
+    """Try with a few tokens whether the language model keeps packed rows apart.
+
+    Raises:
+        InputError: it does not, as those whose masks do not heed positions (OPT), or its arguments come from a callback.
+    """
+    language_model, kept_apart = model.language_model, False
+    if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:
+        embeds = language_model.get_input_embeddings().weight[None, :8].detach()
+        positions = torch.arange(4, device=embeds.device).repeat(2)[None]
+        training = language_model.training
+        language_model.eval()
+        alone = language_model(inputs_embeds=embeds[:, 4:], position_ids=positions[:, 4:], use_cache=False).logits
+        packed = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[:, 4:]
+        language_model.train(training)
+        kept_apart = bool((packed - alone).norm() < 0.02 * alone.norm())
+    if not kept_apart:
+        raise InputError(
+            f"rows cannot be packed (data.pack_to) for {type(language_model).__name__}, which does not keep them apart "
+            "by their positions: leave it out, and set data.max_batch_tokens"
+        )
+
+
+def read_packed(
+    model: Composition,
+    merged: Merged,
+    spans: Mapping[str, Spans],
+    tap: Tap,
+    encoder_inputs: Mapping[str, Any],
+    pack_to: int,
+) -> Reading:
+    """`MultimodalModel.read` with rows packed to sequences of `pack_to` tokens.
+
+    See `check_packing` for the language models that it suits.
+    """
+    packing = Packing.of(merged.attention_mask, pack_to)
+    embeds, ids = packing.pack(merged.inputs_embeds), packing.pack(merged.input_ids)
+    batch = PackedBatch(embeds, ids, None, None, merged.media_in, packing.position_ids)
+    everywhere = tap.select is None
+    tap.select = None if everywhere else packing.places(tap.select)
+    logits, all_states = model.run_language_model(batch, encoder_inputs)
+    hidden = packing.unpack(tap.hidden)
+    all_states = None if all_states is None else tuple(packing.unpack(states) for states in all_states)
+    logits = packing.unpack(logits) if everywhere else logits
+    states = model.read_spans(merged, spans, hidden, all_states)
+    return Reading(logits, states, hidden, everywhere, places=packing.source.numel())

@@ -1,0 +1,146 @@
+"""Packed rows, and batches by tokens: the same loss, gradients and states as padded rows, with less padding."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import enlarge
+from tiny_parts import CLIP, LANGUAGE_MODELS
+
+from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.data import UpdateSampler
+from anygpt.sequence.packing import Packing, check_packing
+
+CAPTIONS = ["a red ring", "a cross", "a blue star"]
+
+
+def compose(parts, language_model, hidden_layer=-1):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = ModalDecoderModule(parts.decoder("image"), num_signal_tokens=3, hidden_layer=hidden_layer)
+        model = MultimodalModel(
+            {"image": ModalEncoderModule(enlarge(CLIP.build(), 2.0))},
+            enlarge(language_model.build()),
+            {"image": decoder},
+            init_output_projector_type="linear",
+        ).eval()
+    return model, MultimodalProcessor({"image": CLIP.build_processor()}, parts.tokenizer(), model=model)
+
+
+def batch_of(processor, side="right", prepends=False):
+    """Rows of all kinds and lengths, with labels."""
+    processor.llm_tokenizer.padding_side = side
+    span, mark = "".join(processor.signal_tokens["image"]), "" if prepends else "<image>"
+    texts = [
+        f"{mark} draw it anew {span} and once more {span}",
+        "a word",
+        f"{mark} say what there is, and what there is not",
+        f"{mark} say a cross {span}",
+        "nothing at all is here, and nothing will be: say that",
+    ]
+    media = [CLIP.media(seed) for seed in range(3)]
+    media = [[media[0]], [], [media[1]], [media[2]], []] if prepends else media
+    batch = processor({"image": {"images": media}}, {"text": texts})
+    ids, signals = batch["input_ids"], torch.tensor(processor.signal_token_ids["image"])
+    said = (batch["attention_mask"] == 1) & ((ids < 500) | torch.isin(ids, signals))  # the models know no more words
+    labels = ids.masked_fill(~said, -100)
+    return dict(batch) | {"labels": labels, "decoder_targets": {"image": {"captions": CAPTIONS}}}
+
+
+def trained(model, batch):
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output, gradients
+
+
+def assert_same(model, batch, pack_to):
+    model.pack_to = None
+    padded, gradients = trained(model, batch)
+    inputs = {name: value for name, value in batch.items() if name != "items_per_row"}
+    injects = model.token_ids is not None
+    states = model.read_states(**inputs) if injects else {}
+    model.pack_to = pack_to
+    packed, gradients_packed = trained(model, batch)
+    assert set(padded.losses) == set(packed.losses)
+    for name, term in padded.losses.items():
+        torch.testing.assert_close(packed.losses[name].total, term.total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
+    assert set(gradients) == set(gradients_packed)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_packed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    if injects:
+        torch.testing.assert_close(model.read_states(**inputs)["image"], states["image"], rtol=1e-5, atol=1e-5)
+    full = {name: value for name, value in batch.items() if name not in ("labels", "decoder_targets")}
+    logits = model(**full).logits
+    model.pack_to = None
+    kept = batch["attention_mask"].bool() if logits.shape[1] == batch["input_ids"].shape[1] else None
+    if kept is not None:
+        torch.testing.assert_close(logits[kept], model(**full).logits[kept], rtol=1e-4, atol=1e-4)
+    return padded, packed
+
+
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS, ids=lambda language_model: language_model.label)
+def test_packed_rows_are_as_padded_ones(parts, language_model):
+    model, processor = compose(parts, language_model)
+    model.train_only(["image_projector", "language_model", "signal_tokens", "image_output_projector"])
+    batch = batch_of(processor)
+    if language_model.label == "OPT":
+        with pytest.raises(InputError, match="cannot be packed .* for OPTForCausalLM"):
+            check_packing(model)
+        return
+    check_packing(model)
+    padded, packed = assert_same(model, batch, 45)
+    tokens = int(batch["attention_mask"].sum())
+    assert padded.places == batch["input_ids"].numel() and tokens <= packed.places < padded.places
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prepends", [False, True], ids=["injected", "prepended"])
+def test_features_spans_and_labels_keep_their_places(parts, side, prepends, attention):
+    model, processor = compose(parts, LANGUAGE_MODELS[0], hidden_layer=1)
+    model.language_model.set_attn_implementation(attention)
+    model.train_only(["image_projector", "signal_tokens", "image_output_projector"])
+    if prepends:
+        processor.injects = False
+        model.set_token_ids(None)
+    for pack_to in (1, 40, 1000):
+        assert_same(model, batch_of(processor, side, prepends), pack_to)
+
+
+def test_where_tokens_go():
+    """First fit, longest first; a row beyond the limit is a sequence of its own; holes in a mask are left out."""
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 0, 1, 1, 0]])
+    packing = Packing.of(mask, 4)
+    assert packing.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]
+    values = torch.arange(20).view(4, 5)
+    assert torch.equal(packing.unpack(packing.pack(values))[mask.bool()], values[mask.bool()])
+    rows, places = packing.places((torch.tensor([2]), torch.tensor([4])))
+    assert packing.pack(values)[rows, places].tolist() == [14]
+
+
+# ----------------------------------------------------------------------------------------------- batches by tokens
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_hold_as_many_tokens_as_they_may(packed):
+    sizes = np.random.default_rng(0).integers(5, 200, 1000)
+    options = {"batch_size": 8, "num_updates": 400, "seed": 1, "sizes": sizes, "max_tokens": 800, "packed": packed}
+    batches = list(UpdateSampler(1000, **options))
+    held = [sum(sizes[b]) if packed else len(b) * max(sizes[b]) for b in batches]
+    assert max(held) <= 800 and np.mean(held) > 600
+    epoch, seen = [], 0
+    for batch in batches:
+        if seen < 1000:
+            epoch += batch
+            seen += len(batch)
+    assert sorted(epoch) == list(range(1000))
+    halves = [list(UpdateSampler(1000, **options, rank=rank, world_size=2)) for rank in range(2)]
+    assert all(max(len(h), 1) * max(sizes[h], default=0) <= 800 or packed for half in halves for h in half)
+    assert list(UpdateSampler(1000, **options | {"start_update": 3}))[0] == batches[3]
+
+
+def test_a_row_beyond_the_budget_is_refused():
+    with pytest.raises(InputError, match=r"max_batch_tokens is 50, and a row has about 60 tokens"):
+        UpdateSampler(2, batch_size=1, num_updates=1, sizes=[10, 60], max_tokens=50)
