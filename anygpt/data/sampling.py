@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from anygpt.errors import InputError
 
+MAX_ROWS = 2**20
 SORTED_BATCHES = 64  # so many are sorted by size at once: more, and an epoch's order would be that of the sizes
 
 
@@ -43,6 +44,9 @@ class UpdateSampler(Sampler[list[int]]):
     group may then be shorter, and an epoch ends with a whole micro-batch; still it visits each sample as often as
     before, and processes share each micro-batch.
 
+    With `max_tokens` a micro-batch of each rank has as many rows as that allows in place of `batch_size`: rows times
+    the longest one, or the sum of all where they are `packed`. Then other numbers of ranks make other micro-batches.
+
     Indices are `Place`s: which of a sample's wordings an epoch takes is drawn by `(seed, epoch)`, too.
 
     The order depends on `(seed, epoch)` alone, so starting at update k gives what the uninterrupted run
@@ -58,6 +62,7 @@ class UpdateSampler(Sampler[list[int]]):
         blocks: one a dataset: its samples come in order, but for those of a block of this many; None shuffles all.
         groups: a number for each sample; those of a micro-batch are the same.
         sizes: a number for each sample; those of a micro-batch are close.
+        max_tokens, packed: see above; the tokens of a row are its size.
 
     Raises:
         InputError: a size that is not positive, a rank or a start out of range, weights of a wrong number or
@@ -79,6 +84,8 @@ class UpdateSampler(Sampler[list[int]]):
         blocks: Sequence[int | None] | None = None,
         groups: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        packed: bool = False,
     ):
         self.lengths = [lengths] if isinstance(lengths, int) else list(lengths)
         self.batch_size = batch_size
@@ -91,6 +98,8 @@ class UpdateSampler(Sampler[list[int]]):
         self.blocks = [None] * len(self.lengths) if blocks is None else list(blocks)
         self.groups = None if groups is None else np.asarray(groups)
         self.sizes = None if sizes is None else np.asarray(sizes)
+        self.max_tokens = max_tokens
+        self.packed = packed
         self._check_sizes()
         self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
         self.epoch_size = sum(self.draws)
@@ -103,9 +112,7 @@ class UpdateSampler(Sampler[list[int]]):
         if self.groups is not None or self.sizes is not None:
             first = self.start_update * self.gradient_accumulation_steps
             batches = itertools.islice(self._grouped(), first, first + len(self))
-            for draws, batch in batches:
-                mine = np.array_split(batch, self.world_size)[self.rank]
-                yield [Place(index, int(draws[index])) for index in mine]
+            yield from ([Place(index, int(draws[index])) for index in shares[self.rank]] for draws, shares in batches)
             return
         micro = self.batch_size * self.world_size
         for update in range(self.start_update, self.num_updates):
@@ -113,21 +120,39 @@ class UpdateSampler(Sampler[list[int]]):
                 first = (update * self.gradient_accumulation_steps + step) * micro + self.rank * self.batch_size
                 yield [self._index_at(position) for position in range(first, first + self.batch_size)]
 
-    def _grouped(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The epoch's draws and the micro-batch of all ranks together, without end."""
+    def _grouped(self) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """The epoch's draws and the micro-batch of each rank, without end."""
         micro = self.batch_size * self.world_size
+        if self.max_tokens is not None:
+            micro = max(1, self.max_tokens * self.world_size // max(1, int(self.sizes.mean())))
         for epoch in itertools.count():
             order, draws = self._epoch_order(epoch), self._draws(epoch)
             groups = np.zeros(len(order), np.int64) if self.groups is None else self.groups[order]
-            batches: list[np.ndarray] = []
+            batches: list[list[np.ndarray]] = []
             for group in np.unique(groups):
                 members = order[groups == group]
-                if self.sizes is not None:
+                if self.sizes is not None and not self.packed:
                     windows = np.arange(len(members)) // (micro * SORTED_BATCHES)
                     members = members[np.lexsort((self.sizes[members], windows))]
-                batches += np.split(members, range(micro, len(members), micro))
+                if self.max_tokens is None:
+                    split = np.split(members, range(micro, len(members), micro))
+                    batches += [np.array_split(batch, self.world_size) for batch in split]
+                    continue
+                split = self._by_tokens(members)
+                split += [members[:0]] * (-len(split) % self.world_size)
+                batches += [split[i : i + self.world_size] for i in range(0, len(split), self.world_size)]
             for place in np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches)):
                 yield draws, batches[place]
+
+    def _by_tokens(self, members: np.ndarray) -> list[np.ndarray]:
+        """The samples, in their order, cut into micro-batches of at most `max_tokens`."""
+        cuts, first, held, longest = [], 0, 0, 0
+        for i, size in enumerate(self.sizes[members].tolist()):
+            held, longest = held + size, max(longest, size)
+            if (held if self.packed else (i + 1 - first) * longest) > self.max_tokens:
+                cuts.append(i)
+                first, held, longest = i, size, size
+        return np.split(members, cuts)
 
     def _index_at(self, position: int) -> Place:
         epoch, offset = divmod(position, self.epoch_size)
@@ -181,6 +206,13 @@ class UpdateSampler(Sampler[list[int]]):
         for name, values in (("groups", self.groups), ("sizes", self.sizes)):
             if values is not None and len(values) != sum(self.lengths):
                 raise InputError(f"There are {sum(self.lengths)} samples and {len(values)} {name}: give one a sample.")
+        if self.batch_size * self.world_size > MAX_ROWS:
+            raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows.")
+        if self.max_tokens is not None and (self.sizes is None or self.sizes.max() > self.max_tokens):
+            longest = "unknown sizes" if self.sizes is None else f"about {self.sizes.max():,} tokens"
+            raise InputError(
+                f"max_batch_tokens is {self.max_tokens:,}, and a row has {longest}: raise it, or set max_length."
+            )
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}, and must be at least 0.")
 

@@ -1,9 +1,9 @@
 """Several rows of a batch as one sequence for the language model, so that it computes little padding.
 
-Only the language model sees packed sequences. Its states are put back in the rows' places, so everything else (features,
-prepended ones too, spans, labels, losses) is as in the padded batch. Rows are kept apart by positions that begin at 0
-again: where there is no mask, transformers' `create_causal_mask` makes attention causal within each run of positions, and
-FlashAttention takes them as sequences of their own. Shape legend: `anygpt.outputs`.
+Only the language model sees packed sequences. Its states are put back in the rows' places, so everything else is as in
+the padded batch: features, prepended ones too, spans, labels, losses. Rows are kept apart by positions that begin at 0
+again: where there is no mask, transformers' `create_causal_mask` makes attention causal within each run of positions,
+and FlashAttention takes the runs as sequences of their own. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def check_packing(model: Composition) -> None:
     """Try with a few tokens whether the language model keeps packed rows apart.
 
     Raises:
-        InputError: it does not, as those whose masks do not heed positions (OPT), or its arguments come from a callback.
+        InputError: it does not, as OPT, whose mask does not heed positions; or its arguments come from a callback.
     """
     language_model, kept_apart = model.language_model, False
     if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:

@@ -165,6 +165,9 @@ class DataConfig:
             of it, where the first is too long); the last two are counted.
         group_by_modality: batches hold answers of one kind: text alone, images, ….
         group_by_length: batches hold rows of about one length, so that little is padded.
+        pack_to: the language model reads several rows as one sequence of so many tokens; null for a row a sequence.
+        max_batch_tokens: a micro-batch of a process has as many rows as make about so many tokens, padding included, in
+            place of train.batch_size; null for that.
     """
 
     train: list[DataSource] = field(default_factory=list)
@@ -177,6 +180,8 @@ class DataConfig:
     on_long_sample: Literal["error", "skip", "cut"] = "error"
     group_by_modality: bool = False
     group_by_length: bool = False
+    pack_to: PositiveInt | None = None
+    max_batch_tokens: PositiveInt | None = None
 
 
 @dataclass

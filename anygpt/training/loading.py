@@ -64,6 +64,12 @@ def make_loader(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator, start: int
 ) -> DataLoader:
     """Micro-batches of this process from update `start` on; accelerate must not shard them again."""
+    data, sizes, lengths = config.data, None, Lengths(collator.processor, dataset.num_video_frames)
+    if data.max_batch_tokens is not None:
+        sizes = lengths.predict(dataset.samples)
+        sizes = sizes if data.max_length is None else sizes.clip(max=data.max_length)
+    elif data.group_by_length:
+        sizes = lengths.estimate(dataset.samples)
     sampler = UpdateSampler(
         dataset.lengths,
         weights=dataset.weights,
@@ -76,7 +82,9 @@ def make_loader(
         start_update=start,
         blocks=dataset.blocks,
         groups=dataset.output_groups() if config.data.group_by_modality else None,
-        sizes=Lengths(collator.processor).estimate(dataset.samples) if config.data.group_by_length else None,
+        sizes=sizes,
+        max_tokens=data.max_batch_tokens,
+        packed=data.pack_to is not None,
     )
     return DataLoader(
         dataset,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, move
 from anygpt.errors import InputError
+from anygpt.sequence.packing import check_packing
 from anygpt.training.checkpoint import (
     check_same_data,
     choose_checkpoint,
@@ -79,8 +80,8 @@ from anygpt.training.sharding import (
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
-LOSS, TOKENS = "loss", "tokens"
-COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT)
+LOSS, TOKENS, PLACES = "loss", "tokens", "places"
+COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT, PLACES)
 
 
 def train(config: Config, stage: Stage) -> Path:
@@ -117,6 +118,7 @@ class Metrics:
         gradient_norm: before clipping.
         tokens, samples: in its batches.
         skipped, cut: rows left out, and rows shortened.
+        places: tokens that the language model ran over, padding included; 0 where its states come from a cache.
     """
 
     loss: float
@@ -126,10 +128,12 @@ class Metrics:
     samples: int
     skipped: int
     cut: int
+    places: int
 
     def by_name(self) -> dict[str, float]:
         """What is logged of each update."""
-        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm}
+        padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
+        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
 
 
 class Trainer:
@@ -172,6 +176,9 @@ class Trainer:
         names = prepare_stage(self.model, self.stage, config)
         self.processor.describe_targets(self.model)
         check_metrics(config, self.model)
+        self.model.pack_to = config.data.pack_to
+        if config.data.pack_to is not None:
+            check_packing(self.model)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
@@ -314,7 +321,8 @@ class Trainer:
                 assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
             sums.add_all({name: term.total for name, term in output.losses.items()})
             sums.add(LOSS, loss)
-            sums.add(TOKENS, int(batch["attention_mask"].sum()))
+            sums.add(TOKENS, int(output.attention_mask.sum()))
+            sums.add(PLACES, output.places)
             sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
         norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
         totals = sums.of_all(accelerator)
