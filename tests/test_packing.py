@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import enlarge
 from tiny_parts import CLIP, LANGUAGE_MODELS
+from training_utils import argument_maker, assert_same_losses, logged, losses_of, train_here
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.data import UpdateSampler
@@ -143,3 +144,21 @@ def test_batches_hold_as_many_tokens_as_they_may(packed):
 def test_a_row_beyond_the_budget_is_refused():
     with pytest.raises(InputError, match=r"max_batch_tokens is 50, and a row has about 60 tokens"):
         UpdateSampler(2, batch_size=1, num_updates=1, sizes=[10, 60], max_tokens=50)
+
+
+# ------------------------------------------------------------------------------------------------------ in training
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_packed_run_is_as_a_padded_one(tmp_path_factory, tmp_path, stage):
+    """And both ways report the share of padding."""
+    make = argument_maker(tmp_path_factory)
+    ways = {"padded": (), "packed": ("--data.pack_to", "256"), "by tokens": ("--data.max_batch_tokens", "400")}
+    for name, more in ways.items():
+        more = ("--run.tracker", "tensorboard", "--loss.denoising=0", *more)
+        train_here(stage, make(stage, tmp_path / name, *more, steps=3, batch_size=12))
+    padded, packed = (losses_of(tmp_path / name) for name in ("padded", "packed"))
+    padding = [metrics.pop("padding") for metrics in packed.values()]
+    assert_same_losses(padded, packed, 1e-4)
+    assert max(padding) < 0.35
+    assert all(0 <= metrics["padding"] < 0.35 for metrics in logged(tmp_path / "by tokens").values())

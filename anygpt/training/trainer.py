@@ -118,7 +118,7 @@ class Metrics:
         gradient_norm: before clipping.
         tokens, samples: in its batches.
         skipped, cut: rows left out, and rows shortened.
-        places: tokens that the language model ran over, padding included; 0 where its states come from a cache.
+        places: tokens that the language model ran over, padding included, if that is of interest.
     """
 
     loss: float
@@ -177,6 +177,7 @@ class Trainer:
         self.processor.describe_targets(self.model)
         check_metrics(config, self.model)
         self.model.pack_to = config.data.pack_to
+        self.shows_padding = config.data.pack_to is not None or config.data.max_batch_tokens is not None
         if config.data.pack_to is not None:
             check_packing(self.model)
         if config.train.gradient_checkpointing:
@@ -322,7 +323,7 @@ class Trainer:
             sums.add_all({name: term.total for name, term in output.losses.items()})
             sums.add(LOSS, loss)
             sums.add(TOKENS, int(output.attention_mask.sum()))
-            sums.add(PLACES, output.places)
+            sums.add(PLACES, output.places if self.shows_padding else 0)
             sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
         norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
         totals = sums.of_all(accelerator)
