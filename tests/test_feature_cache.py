@@ -36,7 +36,7 @@ from anygpt import InputError, ModalEncoderModule
 from anygpt.cache.keys import Entry, entries
 from anygpt.cache.reading import CachedFeatures, open_cache
 from anygpt.cache.store import Store, StoreWriter, create_store
-from anygpt.cache.writing import CacheWriter, Preparation
+from anygpt.data.caching import CacheWriter, Preparation
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig

@@ -16,6 +16,7 @@ from training_utils import load_script
 from transformers import CLIPImageProcessor
 
 from anygpt import ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.encoders.contrast import info_nce
 from anygpt.encoders.imagebind import (
     ImageBindAudioProcessor,
     ImageBindConfig,
@@ -28,7 +29,6 @@ from anygpt.encoders.imagebind import (
 )
 from anygpt.encoders.imagebind.modeling import MASK
 from anygpt.errors import InputError
-from anygpt.losses.formulas import info_nce
 from anygpt.media.files import Video
 
 DATA = Path(__file__).parent / "data"

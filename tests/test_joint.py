@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from anygpt import MultimodalModel
+from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
-from anygpt.losses.formulas import LossWeights, info_nce
+from anygpt.losses.formulas import LossWeights
 from anygpt.model.parts import Source, load_decoder, load_encoder
 from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
 from anygpt.cache.store import Store
-from anygpt.data.schema import StaleCache
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 
 CHUNK = 1024**2
+
+
+class StaleCache(InputError):
+    """The feature cache has nothing for a medium or a caption: never a reason to leave a sample out."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from anygpt.cache.keys import LANGUAGE_MODEL, entries
 from anygpt.cache.store import KEY
-from anygpt.cache.writing import CacheWriter
 from anygpt.commands import new_parser
+from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError

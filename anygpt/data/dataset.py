@@ -6,22 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import Field
 from torch.utils.data import Dataset
 
+from anygpt.cache import FeatureCache, StaleCache
 from anygpt.data.formats import read_samples, with_unique_ids
 from anygpt.data.formats.streams import ROWS_OF_BLOCK
-from anygpt.data.schema import Sample, StaleCache
+from anygpt.data.schema import Sample
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, StoredMedium, Video
 from anygpt.media.types import read_media
-
-if TYPE_CHECKING:
-    from anygpt.cache import FeatureCache
-    from anygpt.decoders.conditions import Condition
 
 Media = Image.Image | Video | Audio
 

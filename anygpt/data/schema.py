@@ -20,15 +20,10 @@ __all__ = [
     "MediaRoot",
     "Message",
     "Sample",
-    "StaleCache",
     "checked_text",
     "parse_sample",
     "row_name",
 ]
-
-
-class StaleCache(InputError):
-    """The feature cache has nothing for a medium or a caption: never a reason to leave a sample out."""
 
 
 @dataclass(frozen=True)

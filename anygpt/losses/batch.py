@@ -16,8 +16,9 @@ from torch import Generator, Tensor
 from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
+from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
-from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, info_nce, route, token_nll
+from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, route, token_nll
 from anygpt.sequence.merging import IGNORE, Merged
 from anygpt.sequence.signal_tokens import Spans
 

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor
@@ -169,49 +168,6 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Te
     if kind == "cosine":
         return (1 - F.cosine_similarity(condition, target, dim=-1)).mean(dim=-1)
     raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
-
-
-def info_nce(first: Tensor, second: Tensor, temperature: float, gather: bool = False) -> Tensor:
-    """Symmetric InfoNCE by pair (CLIP, arXiv 2103.00020, figure 3): `(P, H)` twice gives `(P,)` float32.
-
-    The other pairs of the batch are the negatives, so the value depends on the batch by nature.
-
-    Args:
-        first, second: the two sides of each pair.
-        temperature: what the cosines are divided by.
-        gather: take the pairs of all processes as negatives. All must call then, those without pairs too. The values
-            are those of this process's own pairs; their gradient is that of the pairs of all processes.
-    """
-    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
-    (all_first, start), (all_second, _) = (gather_rows(x) if gather else (x, 0) for x in (first, second))
-    similarity, same = all_first @ all_second.T / temperature, torch.arange(len(all_first), device=first.device)
-    loss = (
-        F.cross_entropy(similarity, same, reduction="none") + F.cross_entropy(similarity.T, same, reduction="none")
-    ) / 2
-    own = loss[start : start + len(first)]
-    # Our features are negatives of the others' pairs. That part of the gradient is taken here, where the features
-    # are, so nothing has to come back from the other processes: a gathering backward would have to happen in the same
-    # order on all of them, between DDP's own reductions, and also where there are no pairs.
-    others = loss.sum() - own.sum()
-    return own + (others - others.detach()) / max(len(own), 1)
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, which may have different numbers of them, and where this process's own begin.
-
-    Gradients reach this process's own rows alone.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows, 0
-    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    padded = F.pad(rows.detach(), (0, 0, 0, max(map(int, counts)) - len(rows)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    if len(padded):
-        dist.all_gather(parts, padded)
-    parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
-    parts[dist.get_rank()] = rows
-    return torch.cat(parts), int(sum(counts[: dist.get_rank()]))
 
 
 def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> dict[str, LossTerm]:

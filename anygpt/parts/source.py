@@ -16,6 +16,19 @@ from anygpt.errors import InputError
 from anygpt.parts.files import WEIGHTS, Place
 
 ZOO_PREFIX = "zoo:"
+ZOO = Path(__file__).parents[1] / "toyworld" / "weights" / "zoo"
+
+
+def zoo_part(name: str) -> Path:
+    """The `from_pretrained` folder of one of the tiny parts that come with the package.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    parts = sorted(path.name for path in ZOO.iterdir() if path.is_dir())
+    if name not in parts:
+        raise InputError(f"The zoo has no part {name!r}: expected one of {', '.join(parts)}.")
+    return ZOO / name
 
 
 @dataclass
@@ -91,9 +104,7 @@ class Source:
         """What `from_pretrained` takes: `path`, with `zoo:` names resolved."""
         if not self.path.startswith(ZOO_PREFIX):
             return self.path
-        from anygpt.toyworld import part_path  # the zoo is only built where it is asked for
-
-        return str(part_path(self.path.removeprefix(ZOO_PREFIX)))
+        return str(zoo_part(self.path.removeprefix(ZOO_PREFIX)))
 
     @property
     def place(self) -> Place:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from anygpt.composition import Composition
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.encoders import fitting
 from anygpt.encoders.callbacks import EncoderCallbacks
@@ -23,17 +24,12 @@ from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
-from anygpt.model.transformers_api import TransformersProcessor
-from anygpt.processing import repeatable
+from anygpt.processing import conversations, files, repeatable
 from anygpt.processing.chat_template import has_special_tokens
-from anygpt.processing.conversations import Conversations
-from anygpt.processing.files import FeatureCounter, ProcessorFiles
-
-if TYPE_CHECKING:
-    from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.files import FeatureCounter
 
 
-class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
+class MultimodalProcessor(ProcessorMixin):
     """Processors of all encoders and the tokenizer as one, with the placeholders between them.
 
     Args:
@@ -54,11 +50,19 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         InputError: an encoder of the model without processor, or the other way round.
     """
 
+    save_pretrained = files.save_pretrained
+    from_pretrained = classmethod(files.from_pretrained)
+    apply_chat_template = conversations.apply_chat_template
+    flatten_messages = conversations.flatten_messages
+    arrange_media = conversations.arrange_media
+    encoder_key = conversations.encoder_key
+    decoder_key = conversations.decoder_key
+
     def __init__(
         self,
         encoder_processors: Mapping[str, Any],
         llm_tokenizer: PreTrainedTokenizerBase,
-        model: MultimodalModel | None = None,
+        model: Composition | None = None,
         num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
         predefined_tokens: Mapping[str, str] | None = None,
         *,
@@ -91,7 +95,7 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         if model is not None:
             self.register(model)
 
-    def _describe(self, model: MultimodalModel) -> None:
+    def _describe(self, model: Composition) -> None:
         if set(model.encoder_keys) != set(self.encoder_processors):
             raise InputError(
                 f"the model has the encoders {sorted(model.encoder_keys)}, but processors are given for "
@@ -104,7 +108,7 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         self.signal_tokens = model.signal_tokens.names
         self.describe_targets(model)
 
-    def describe_targets(self, model: MultimodalModel) -> None:
+    def describe_targets(self, model: Composition) -> None:
         """Take the decoders' targets as they are now: what trains in a decoder decides what it wants of them."""
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
@@ -123,11 +127,46 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         """`{decoder key: ids of its signal tokens}`."""
         return {key: self.llm_tokenizer.convert_tokens_to_ids(names) for key, names in self.signal_tokens.items()}
 
-    def register(self, model: MultimodalModel) -> None:
+    def register(self, model: Composition) -> None:
         """Tell a model the token ids and the tokenizer. It injects from then on."""
         model.set_token_ids(self.token_ids)
         model.signal_tokens.set_ids(self.signal_token_ids)
         model.tokenizer = self.llm_tokenizer
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.llm_tokenizer
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.llm_tokenizer.chat_template
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        return self.llm_tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.llm_tokenizer.batch_decode(*args, **kwargs)
+
+    def post_process_multimodal_output(
+        self,
+        generated: Mapping[str, Any] | torch.Tensor,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **_: Any,
+    ) -> list[Any]:
+        """The text of each row; or with another `generation_mode`, its first medium of that kind, None if it has none.
+
+        Args:
+            generated: the fields of a `GenerationOutput`, as the pipeline hands them on, or `(B, S)` ids.
+        """
+        if generation_mode in (None, "text"):
+            ids = generated if isinstance(generated, torch.Tensor) else generated["sequences"]
+            return self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+        media = [[s.content for s in row.segments if s.type == generation_mode] for row in generated["answers"]]
+        return [found[0] if found else None for found in media]
 
     # ------------------------------------------------------------------------------------------------------- a batch
 
@@ -167,7 +206,7 @@ class MultimodalProcessor(ProcessorFiles, Conversations, TransformersProcessor):
         """
         if text is not None:
             media = {"images": images, "videos": videos, "audio": audio}
-            encoder_inputs, llm_inputs = self.inputs_by_modality(text, media)
+            encoder_inputs, llm_inputs = conversations.inputs_by_modality(self, text, media)
         llm_inputs = dict(llm_inputs or {})
         data, counts, per_row = self.process_media(encoder_inputs or {}, return_tensors, **kwargs)
         text = llm_inputs.pop("text", None)

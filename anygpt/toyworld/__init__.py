@@ -4,8 +4,9 @@
 the real classes, and `part_path("image_encoder")` that of one of them.
 """
 
+from anygpt.parts.source import zoo_part as part_path
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing
-from anygpt.toyworld.zoo import PARTS, part_path, write_untrained, zoo  # `zoo` the function, in place of the module
+from anygpt.toyworld.zoo import PARTS, write_untrained, zoo  # `zoo` the function, in place of the module
 
 __all__ = [
     "COLOURS",

@@ -1,4 +1,4 @@
-"""Training of the judges on real renders: `python -m anygpt.toyworld.judges`.
+"""Training of the judges on real renders: `python -m anygpt.toyworld.judge_training`.
 
 Renders are worn a little (blur, noise, chroma subsampling, MP4; for sounds noise, tilted bands, shifts, shuffled
 phases), so that the judges are fair to media which are right but not perfect. Nothing that a model made is used.
@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ _LEARNING_RATE = 3e-3
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m anygpt.toyworld.judges",
+        prog="python -m anygpt.toyworld.judge_training",
         description="Train the judges of ToyWorld on real renders, measure them on fresh ones, and write both.",
         allow_abbrev=False,
     )
@@ -86,7 +87,7 @@ def train_judges(
     card = {
         "what": "judges of ToyWorld: picture -> shape and colour, clip -> motion, sound -> shape and colour",
         "data": "renders of all 48 things (anygpt.toyworld.render), worn a little; no generated media",
-        "command": "python -m anygpt.toyworld.judges",
+        "command": "python -m anygpt.toyworld.judge_training",
         "seed": seed,
         "updates": {name: math.ceil(count * steps) for name, count in STEPS.items()},
         "batch_size": _BATCH,
@@ -275,3 +276,7 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Judges: which thing a picture, a clip or a sound shows, which way a clip moves, and what a sentence names.
 
 Small classifiers, trained on real renders only (`judge_training`), never on anything that a model made, so that they
-cannot learn to like a model's faults. `load_judges()` gives the ones that are shipped;
-`python -m anygpt.toyworld.judges` trains them anew and writes weights and card. Sentences are judged by their words.
+cannot learn to like a model's faults. `load_judges()` gives the ones that are shipped; `python -m
+anygpt.toyworld.judge_training` trains them anew and writes weights and card. Sentences are judged by their words.
 
 Shapes: `B` media, `F` frames, `N` samples of a waveform.
 """
@@ -10,7 +10,6 @@ Shapes: `B` media, `F` frames, `N` samples of a waveform.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -226,7 +225,7 @@ def load_judges(folder: Path = WEIGHTS) -> Judges:
     for name, network in NETWORKS.items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.is_file():
-            raise InputError(f"{path} does not exist; train the judges with `python -m anygpt.toyworld.judges`.")
+            raise InputError(f"{path} does not exist; make it with `python -m anygpt.toyworld.judge_training`.")
         with torch.random.fork_rng(devices=[]):  # the weights that it starts from are drawn, and thrown away
             networks[name] = network()
         networks[name].load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
@@ -255,9 +254,3 @@ def _pixels(image: Image.Image | np.ndarray) -> Tensor:
 
 def _verdicts(shapes: Tensor, colours: Tensor) -> list[Verdict]:
     return [(SHAPES[s], COLOURS[c]) for s, c in zip(shapes.argmax(-1), colours.argmax(-1), strict=True)]
-
-
-if __name__ == "__main__":
-    from anygpt.toyworld.judge_training import main
-
-    sys.exit(main())

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anygpt.errors import InputError
+from anygpt.parts.source import ZOO
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +30,7 @@ PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "v
 
 def zoo() -> Path:
     """The folder of the tiny pretrained parts, which comes with the package."""
-    return Path(__file__).parent / "weights" / "zoo"
-
-
-def part_path(name: str) -> Path:
-    """The `from_pretrained` folder of one part, one of `PARTS`.
-
-    Raises:
-        InputError: for an unknown name.
-    """
-    if name not in PARTS:
-        raise InputError(f"The zoo has no part {name!r}: expected one of {', '.join(PARTS)}.")
-    return zoo() / name
+    return ZOO
 
 
 def write_untrained(folder: Path, seed: int = 0) -> Path:

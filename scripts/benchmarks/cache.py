@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor, StableDiffusionDecoder
-from anygpt.cache.writing import CacheWriter
+from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import TARGET_IDS, Collator, move
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.tokenizers import llm_tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from anygpt.encoders.contrast import info_nce
 from anygpt.encoders.imagebind.configuration import (
     MAIN_INPUT,
     MEDIA,
@@ -24,7 +25,6 @@ from anygpt.encoders.imagebind.configuration import (
     ImageBindConfig,
 )
 from anygpt.errors import InputError
-from anygpt.losses.formulas import info_nce
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ class ImageBindModel(PreTrainedModel):
         Args:
             inputs: by modality, row for row about the same things; the binding one among them.
             binding, temperature: the paper's.
-            gather: see `anygpt.losses.formulas.info_nce`.
+            gather: see `anygpt.encoders.contrast.info_nce`.
         """
         embeddings = self(inputs)
         if binding not in embeddings or len(embeddings) < 2:
