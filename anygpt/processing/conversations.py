@@ -90,10 +90,10 @@ def arrange_media(processor: Processor, media: Iterable[tuple[str, Any]]) -> dic
         key = encoder_key(processor, modality)
         name = processor.media_argument(key)
         arguments = inputs.setdefault(key, {name: []})
-        kind, processor = MEDIA.get(processor.modalities[key]), processor.encoder_processors[key]
+        kind, own = MEDIA.get(processor.modalities[key]), processor.encoder_processors[key]
         if kind is not None and kind.heard:
-            arguments["sampling_rate"] = processor.sampling_rate
-        arguments[name].append(medium if kind is None else kind.to_input(medium, processor))
+            arguments["sampling_rate"] = own.sampling_rate
+        arguments[name].append(medium if kind is None else kind.to_input(medium, own))
     return inputs
 
 
