@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +17,17 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from training_utils import load_script
+from training_utils import (
+    argument_maker,
+    launch,
+    launch_command,
+    load_script,
+    start_process,
+    toy_data,
+    train_here,
+    trained_tensors,
+    wait_for,
+)
 
 from anygpt.errors import InputError
 from anygpt.training.config import Config
@@ -74,7 +88,6 @@ def test_a_sharded_model_is_saved_whole_and_goes_on(mesh):
 @pytest.mark.parametrize(
     ("accelerator", "setting", "resumes", "said"),
     [
-        (FSDP, {"sample_steps": 5}, False, "train.sample_steps must be 0"),
         (SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False), {}, False, "fsdp_version: 2"),
         (DEEPSPEED, {"gradient_accumulation_steps": 2}, False, "gradient_accumulation_steps must be 1"),
         (DEEPSPEED, {"save_steps": 5}, False, "train.save_steps to 0"),
@@ -87,6 +100,68 @@ def test_what_cannot_be_done_is_refused(accelerator, setting, resumes, said):
         setattr(config.train, name, value)
     with pytest.raises(InputError, match=said):
         check_sharding(accelerator, config, resumes)
+
+
+# -- two processes on the CPU ----------------------------------------------------------------------------------
+
+FSDP2 = "two_processes_cpu_fsdp2"
+
+
+@pytest.fixture(scope="module")
+def make_arguments(tmp_path_factory):
+    return argument_maker(tmp_path_factory)
+
+
+def with_everything(data, folder, stage, *more):
+    """Checkpoints, evaluation over a number of rows that two processes cannot share, samples, noise."""
+    rows = (data / f"stage{stage}.jsonl").read_text().splitlines(keepends=True)[:3]
+    (folder / f"eval{stage}.jsonl").write_text("".join(rows))
+    held_out = f"[{{path: {folder / f'eval{stage}.jsonl'}, media_root: {data}}}]"
+    due = ("--train.save_steps=2", "--train.eval_steps=2", "--train.sample_steps=2", "--train.sample_rows=2")
+    return ("--data.eval", held_out, *due, *(("--loss.denoising=1",) if stage > 1 else ()), *more)
+
+
+def updates_of(folder):
+    """What each logged update says of losses."""
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("update ")]
+    return [re.sub(r"  learning_rate.*", "", line) for line in lines]
+
+
+def test_sharded_processes_are_one_process(make_arguments, tmp_path_factory, tmp_path):
+    """A stage with evaluation, samples and a checkpoint, from whose files one process goes on to the same end."""
+    more = with_everything(toy_data(tmp_path_factory), tmp_path, 1)
+    sharded, alone = tmp_path / "sharded", tmp_path / "alone"
+    done = launch(1, make_arguments(1, sharded, *more, steps=2, batch_size=2), processes=FSDP2)
+    assert done.returncode == 0, done.stderr
+    train_here(1, make_arguments(1, alone, *more, steps=2, batch_size=4))
+    first, second = trained_tensors(sharded / "final"), trained_tensors(alone / "final")
+    assert first.keys() == second.keys()
+    assert max(float((first[n] - second[n]).norm() / second[n].norm()) for n in first) < 1e-6
+    for name in ("samples/000002/index.jsonl", "checkpoint-2/config.json"):
+        assert (sharded / name).read_text() == (alone / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharding_is_ddp(make_arguments, tmp_path_factory, tmp_path, stage):
+    """To 1e-6, and a run that is killed and goes on is bit for bit the one that was left alone."""
+    more = with_everything(toy_data(tmp_path_factory), tmp_path, stage)
+    folders = {name: tmp_path / name for name in ("two_processes_cpu", FSDP2, "killed")}
+    for name, folder in folders.items():
+        args = make_arguments(stage, folder, *more, steps=4, batch_size=2)
+        processes = FSDP2 if name == "killed" else name
+        if name == "killed":
+            process = start_process(*launch_command(stage, args, processes))
+            wait_for(lambda log=folder / "log.txt": log.exists() and "update 3  " in log.read_text(), process)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            shutil.rmtree(folder / "final", ignore_errors=True)
+        done = launch(stage, args, processes=processes)
+        assert done.returncode == 0, done.stderr
+    ddp, sharded, killed = (trained_tensors(folder / "final") for folder in folders.values())
+    assert max(float((sharded[n] - ddp[n]).norm() / ddp[n].norm()) for n in ddp) < 1e-6
+    assert all(torch.equal(sharded[name], killed[name]) for name in sharded)
+    assert updates_of(folders[FSDP2]) == updates_of(folders["two_processes_cpu"])
 
 
 # -- scripts/gpu_test.py ---------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from training_utils import (
     toy_data,
     train_here,
     trained_tensors,
+    wait_for,
 )
 
 BOARD = ("--run.tracker", "tensorboard")
@@ -44,15 +44,6 @@ def make_arguments(tmp_path_factory):
 
 
 # -- killed and resumed ----------------------------------------------------------------------------------------
-
-
-def wait_for(condition, process, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode}: {process.communicate()[1]}")
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
 
 
 def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):

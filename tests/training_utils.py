@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -133,15 +134,28 @@ def run_script(stage, args, timeout=120):
     return run_process(sys.executable, SCRIPTS[stage], *args, timeout=timeout)
 
 
-def launch(stage, args, processes="one_process", timeout=180):
-    """`accelerate launch --config_file … stages/…`, to its end."""
+def wait_for(condition, process, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()[1]}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def launch_command(stage, args, processes="one_process"):
+    """`accelerate launch --config_file … stages/…`."""
     accelerate = Path(sys.executable).parent / "accelerate"
     options = ["--config_file", f"configs/accelerate/{processes}.yaml"]
     if processes != "one_process":
         with socket.socket() as free:  # tests that run at the same time must not meet at the default port
             free.bind(("127.0.0.1", 0))
             options += ["--main_process_port", free.getsockname()[1]]
-    return run_process(accelerate, "launch", *options, SCRIPTS[stage], *args, timeout=timeout)
+    return [accelerate, "launch", *options, SCRIPTS[stage], *args]
+
+
+def launch(stage, args, processes="one_process", timeout=180):
+    """`accelerate launch --config_file … stages/…`, to its end."""
+    return run_process(*launch_command(stage, args, processes), timeout=timeout)
 
 
 def reset_accelerate():

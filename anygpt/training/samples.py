@@ -16,6 +16,7 @@ from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.errors import InputError
 from anygpt.media.types import Clip, Picture, Sound, media_type
 from anygpt.outputs import Answer
+from anygpt.training.sharding import whole_parameters
 
 TEXT_TOKENS = 64
 DENOISING_STEPS = 20
@@ -59,7 +60,7 @@ def take_samples(
 ) -> str:
     """Generate answers on every process, and write and track them on the main one; returns a line that says so."""
     try:
-        with accelerator.autocast():
+        with accelerator.autocast(), whole_parameters(model, accelerator):
             answers = list(generate_answers(model, processor, dataset, rows, seed))
     except InputError as error:
         return f"warning: no samples after update {step}: {error}"

@@ -6,7 +6,9 @@ that the main process keeps in its memory; the frozen rest of that copy never ch
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,11 +36,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> None:
     """Raise an `InputError` for what a run cannot do under FSDP or DeepSpeed."""
     train, faults = config.train, []
-    if is_sharded(accelerator):
-        if not accelerator.is_fsdp2:
-            faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
-        if train.sample_steps:
-            faults.append("train.sample_steps must be 0 under FSDP, as generation needs whole parameters")
+    if is_sharded(accelerator) and not accelerator.is_fsdp2:
+        faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if train.gradient_accumulation_steps != 1:
             faults.append("train.gradient_accumulation_steps must be 1 under DeepSpeed, which would average its parts")
@@ -68,6 +67,20 @@ def prepare(model: Any, optimizer: Any, accelerator: Accelerator, config: Config
         settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
         settings["gradient_clipping"] = config.train.max_grad_norm
     return *accelerator.prepare(model, optimizer), whole
+
+
+@contextlib.contextmanager
+def whole_parameters(model: Any, accelerator: Accelerator) -> Iterator[None]:
+    """For what runs parts of a model without its `forward`, on all processes alike: what lies outside the language
+    model's layers is gathered. The layers gather themselves."""
+    sharded = is_sharded(accelerator)
+    if sharded:
+        model.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            model.reshard()
 
 
 def gather_into(whole: Any, model: Any) -> None:

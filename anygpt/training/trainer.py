@@ -344,17 +344,20 @@ class Trainer:
         """Every sub-term's mean over `data.eval`, and the weighted loss; noise is the same each time."""
         names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
         totals, counts = Sums(names, device), Sums(names, device)
-        order = range(len(self.held_out))[accelerator.process_index :: accelerator.num_processes]
-        size = self.config.train.batch_size
-        chunks = [list(order[i : i + size]) for i in range(0, len(order), size)]
+        size, world, rows = self.config.train.batch_size, accelerator.num_processes, range(len(self.held_out))
+        starts = range(0, len(rows), size * world)
+        chunks = [list(rows[i : i + size * world][accelerator.process_index :: world]) for i in starts]
+        # Processes that share layers take as many steps together: one without rows computes one that does not count.
+        order = [chunk or [0] for chunk in chunks]
         self.wrapped.eval()
-        options = loader_options(self.config)
-        for batch in DataLoader(self.held_out, batch_sampler=chunks, collate_fn=self.collator, **options):
+        loader = DataLoader(self.held_out, batch_sampler=order, collate_fn=self.collator, **loader_options(self.config))
+        for batch, chunk in zip(loader, chunks, strict=True):
             ids = take_ids(batch, self.config)
             generators = make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
             losses = self.model(**move(batch, device), generators=generators).losses
-            totals.add_all({name: term.total for name, term in losses.items()})
-            counts.add_all({name: term.count for name, term in losses.items()})
+            if chunk:
+                totals.add_all({name: term.total for name, term in losses.items()})
+                counts.add_all({name: term.count for name, term in losses.items()})
         self.wrapped.train()
         total, count = totals.of_all(accelerator), counts.of_all(accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
