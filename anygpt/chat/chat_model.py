@@ -6,7 +6,7 @@ The terminal chat and the servers stand on this.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -60,6 +60,12 @@ class Settings:
     forbid: tuple[str, ...] = ()
     decoder_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What settings that can be answered together have in common: all but seeds and the number of tokens."""
+        decoders = {key: {n: v for n, v in own.items() if n != "seed"} for key, own in self.decoder_kwargs.items()}
+        return repr(replace(self, seed=0, max_new_tokens=1, decoder_kwargs=decoders))
 
 
 @dataclass
@@ -158,46 +164,69 @@ class ChatModel:
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None
     ) -> Reply:
-        """Answer a conversation; see `generate` for `on_event`.
+        """Answer a conversation.
 
         Args:
             messages: `{"role": …, "content": a text or parts}`, media parts as `read` gives them; the media of the
                 assistant's parts are inputs of the user's next turn.
+            on_event: see `generate`.
 
         Raises:
             InputError: a setting, a message or its length that the model cannot take.
         """
-        self.check(settings)
+        return self.answer_together([messages], [settings], on_event)[0]
+
+    def answer_together(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        settings: Sequence[Settings],
+        on_event: Listener | None = None,
+    ) -> list[Reply]:
+        """Answer several conversations in one batch, each as it is answered alone.
+
+        Args:
+            settings: one a conversation, alike but for `max_new_tokens` and seeds (see `Settings.kind`).
+        """
+        shared = settings[0]
+        for one in settings:
+            self.check(one)
         try:
-            batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+            batch = self.processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from error
-        prompt_tokens = batch["input_ids"].shape[1]
-        budget = min(settings.max_new_tokens, self._room(prompt_tokens))
+        prompt_tokens = batch["attention_mask"].sum(dim=1).tolist()
+        pairs = list(zip(settings, prompt_tokens, strict=True))
+        budgets = [min(one.max_new_tokens, self._room(tokens)) for one, tokens in pairs]
         sampling: dict[str, Any] = {"do_sample": False}
-        if settings.temperature >= LEAST_TEMPERATURE:
-            sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
-        if settings.stop:
-            sampling["stopping_criteria"] = StoppingCriteriaList([StopTexts(self, settings.stop)])
-            on_event = on_event and StopFilter(settings.stop, on_event)
-        torch.manual_seed(settings.seed)
-        seeded = {}
+        if shared.temperature >= LEAST_TEMPERATURE:
+            sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p}
+            sampling["seeds"] = [one.seed for one in settings]
+        if shared.stop:
+            sampling["stopping_criteria"] = StoppingCriteriaList([StopTexts(self, shared.stop)])
+            on_event = on_event and ByRow(lambda listener=on_event: StopFilter(shared.stop, listener))
+        decoder_kwargs = {}
         for key in self.model.decoder_keys:
-            own = settings.decoder_kwargs.get(key, {})
-            seeded[key] = own if {"seed", "generator"} & set(own) else {**own, "seed": settings.seed}
+            own = dict(shared.decoder_kwargs.get(key, {}))
+            if "generator" not in own:
+                own["seed"] = [one.decoder_kwargs.get(key, {}).get("seed", one.seed) for one in settings]
+            decoder_kwargs[key] = own
         output: GenerationOutput = self.model.generate(
             **batch.to(self.model.device),
-            max_new_tokens=budget,
-            require=settings.require,
-            forbid=settings.forbid,
-            decoder_kwargs=seeded | {key: v for key, v in settings.decoder_kwargs.items() if key not in seeded},
+            max_new_tokens=max(budgets),
+            budgets=budgets,
+            require=shared.require,
+            forbid=shared.forbid,
+            decoder_kwargs=decoder_kwargs,
             on_event=on_event,
             **sampling,
         )
-        said = output.sequences[0].tolist()
-        stopped = cut_at_stop(output.answers[0], settings.stop)
-        complete = stopped or len(said) < budget or said[-1] in self._ends
-        return Reply(output.answers[0], prompt_tokens, len(said), complete)
+        replies = []
+        for row, answer in enumerate(output.answers):
+            new_tokens = output.lengths[row]
+            stopped = cut_at_stop(answer, shared.stop)
+            ended = new_tokens < budgets[row] or int(output.sequences[row, new_tokens - 1]) in self._ends
+            replies.append(Reply(answer, prompt_tokens[row], new_tokens, stopped or ended))
+        return replies
 
     def _room(self, prompt_tokens: int) -> int:
         """How many tokens the language model can read beyond a conversation."""
@@ -235,6 +264,18 @@ class StopTexts(StoppingCriteria):
         return torch.tensor([first_stop(self.decode(ids[begin:]), self.stop) is not None])
 
 
+class ByRow:
+    """A listener that hands each row's events to a listener of its own, made when the first one comes."""
+
+    def __init__(self, make: Callable[[], Listener]):
+        self.make, self.listeners = make, {}
+
+    def __call__(self, event: Event) -> None:
+        if event.row not in self.listeners:
+            self.listeners[event.row] = self.make()
+        self.listeners[event.row](event)
+
+
 class StopFilter:
     """A listener that holds text back while it may be the beginning of a stop text, and drops what follows one.
 
@@ -257,11 +298,11 @@ class StopFilter:
             ready = len(text) - self._beginning(text) if end is None else end
             self._held = "" if self._over else text[ready:]
             if ready:
-                self.listener(TextPiece(event.segment, text[:ready]))
+                self.listener(replace(event, text=text[:ready]))
             return
         if self._held:
             held, self._held = self._held, ""
-            self.listener(TextPiece(self._segment, held))
+            self.listener(TextPiece(self._segment, held, event.row))
         self.listener(event)
 
     def _beginning(self, text: str) -> int:

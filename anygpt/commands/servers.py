@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=port, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, default=8, help="answered together, at most (default: %(default)s)")
     parser.add_argument(
         "--allow-host",
         nargs="*",
@@ -46,8 +47,9 @@ def check(options: argparse.Namespace) -> None:
     missing = [name for name in ("gradio", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' brings it")
-    if options.max_waiting < 1:
-        raise InputError(f"--max-waiting is {options.max_waiting}, expected at least 1")
+    for name in ("waiting", "batch"):
+        if (value := getattr(options, f"max_{name}")) < 1:
+            raise InputError(f"--max-{name} is {value}, expected at least 1")
     check_device(options.device, options.offload)
     try:
         with socket.create_server((options.host, options.port)) as probe:
@@ -62,7 +64,9 @@ def end_on_sigterm() -> None:
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
-    return Engine(ChatModel(options.checkpoint, options.device, options.offload), options.max_waiting)
+    return Engine(
+        ChatModel(options.checkpoint, options.device, options.offload), options.max_waiting, options.max_batch
+    )
 
 
 def listen(app: Any, options: argparse.Namespace) -> None:

@@ -1,13 +1,12 @@
-"""One model, one thread, one bounded queue: everybody's requests are answered in turn."""
+"""One model, one thread, one bounded queue: everybody's requests are answered in turn, like ones together."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
@@ -30,11 +29,13 @@ class Job:
     Attributes:
         messages, settings: see `ChatModel.answer`.
         deliver: is given the events, then the `Reply` or what went wrong; called in the engine's thread.
+        told: it has been given something.
     """
 
     messages: Sequence[Mapping[str, Any]]
     settings: Settings
     deliver: Deliver
+    told: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -48,32 +49,35 @@ class Job:
     def tell(self, event: Event) -> None:
         if self.cancelled:
             raise Closed
+        self.told = True
         self.deliver(event)
 
 
 class Engine:
-    """Answers jobs one after the other, in a thread of its own.
+    """Answers jobs in a thread of its own: those that wait and can be answered together, together.
 
     Args:
         chat_model: the model.
         max_waiting: jobs that may wait.
+        max_batch: jobs that are answered together. One that comes while others are answered waits for the next batch.
 
     Attributes:
         metrics: counts of what is answered.
     """
 
-    def __init__(self, chat_model: ChatModel, max_waiting: int = 64):
-        self.chat_model = chat_model
+    def __init__(self, chat_model: ChatModel, max_waiting: int = 64, max_batch: int = 8):
+        self.chat_model, self.max_waiting, self.max_batch = chat_model, max_waiting, max_batch
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: self.waiting)
-        self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
+        self._jobs: deque[Job] = deque()
+        self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
         """Jobs that wait, about."""
-        return self._waiting.qsize()
+        return len(self._jobs)
 
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Deliver) -> Job:
         """Put a job into the queue.
@@ -82,34 +86,61 @@ class Engine:
             Busy: the queue is full.
         """
         job = Job(messages, settings, deliver)
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            raise Busy(f"{self._waiting.maxsize} requests are waiting already; try again in a while") from None
+        with self._changed:
+            if len(self._jobs) >= self.max_waiting:
+                raise Busy(f"{self.max_waiting} requests are waiting already; try again in a while")
+            self._jobs.append(job)
+            self._changed.notify()
         return job
 
     def close(self) -> None:
         """End when the jobs that wait are done."""
-        self._waiting.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join()
 
     def _work(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            if not job.cancelled:
-                self._answer(job)
-            del job  # its media, and the answer's, must not be held until the next one comes
+        while batch := self._next_batch():
+            self._answer(batch)
+            del batch  # its media, and the answers', must not be held until the next one comes
 
-    def _answer(self, job: Job) -> None:
+    def _next_batch(self) -> list[Job]:
+        """The job that has waited longest, and others of its kind; empty at the end."""
+        with self._changed:
+            while True:
+                for job in [job for job in self._jobs if job.cancelled]:
+                    self._jobs.remove(job)
+                if self._jobs or self._closing:
+                    break
+                self._changed.wait()
+            batch: list[Job] = []
+            for job in list(self._jobs):
+                if len(batch) < self.max_batch and (not batch or job.settings.kind == batch[0].settings.kind):
+                    batch.append(job)
+                    self._jobs.remove(job)
+            return batch
+
+    def _answer(self, batch: list[Job]) -> None:
+        def tell(event: Event) -> None:
+            self.metrics.event(event)
+            batch[event.row].tell(event)
+
         try:
-            reply = self.chat_model.answer(job.messages, job.settings, on_event=partial(self._tell, job))
-            self.metrics.reply(reply)
-            job.deliver(reply)
+            conversations, settings = [job.messages for job in batch], [job.settings for job in batch]
+            replies = self.chat_model.answer_together(conversations, settings, tell)
+            self.metrics.batch.observe(len(batch))
+            for job, reply in zip(batch, replies, strict=True):
+                self.metrics.reply(reply)
+                if not job.cancelled:
+                    job.deliver(reply)
         except Closed:
             pass
         except Exception as error:  # the listener says it; the others' requests go on
-            if not job.cancelled:
-                job.deliver(error)
-
-    def _tell(self, job: Job, event: Event) -> None:
-        self.metrics.event(event)
-        job.tell(event)
+            if len(batch) > 1 and not any(job.told for job in batch):
+                for job in batch:  # one of them is at fault, or together they are too many for the memory
+                    self._answer([job])
+            else:
+                for job in batch:
+                    if not job.cancelled:
+                        job.deliver(error)
