@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.errors import reading
-from anygpt.evaluation.command import add_arguments
-from anygpt.evaluation.command import run as run_suite
+from anygpt.evaluation.run import run as run_suite
 from anygpt.evaluation.tracking import log_values
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
@@ -44,7 +42,18 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_arguments(parser, REPOSITORY / "runs/quickstart/stage3/final")
+    add = parser.add_argument
+    checkpoint = REPOSITORY / "runs/quickstart/stage3/final"
+    add("--checkpoint", type=Path, default=checkpoint, help="a run's final/ folder (default: the quickstart's last)")
+    add("--suite", default="toyworld", help="toyworld, or a YAML file as in configs/evaluation/ (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder to write to")
+    add("--no-baselines", action="store_true", help="leave out the upper bound and the baselines")
+    add(
+        "--device",
+        help="where to run, for example cuda (default: cpu; of a suite file an accelerator)",
+    )
+    add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log the numbers there")
+    add("--answers", type=Path, help="of a suite file: score the finished answers in this folder, without a model")
     given = sys.argv[1:] if arguments is None else arguments
     if "--help" not in given and parser.parse_known_args(given)[0].suite != "toyworld":
         return parser.parse_known_args(given)
@@ -103,18 +112,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return settings
 
 
-def training_logs(checkpoint: Path) -> list[Path]:
-    """`log.txt` of the run of a final/ folder and of those that it started from, as far as they are there."""
-    logs: list[Path] = []
-    final: Path | None = checkpoint.resolve()
-    while final is not None and (log := final.parent / "log.txt").is_file() and log not in logs:
-        logs.insert(0, log)
-        settings = final.parent / "config.yaml"
-        start = yaml.safe_load(settings.read_text())["model"]["init_from"] if settings.is_file() else None
-        final = Path(start).resolve() if start else None
-    return logs
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate and write everything; returns what `matrix.json` holds."""
     settings = settings_of(options)
@@ -129,10 +126,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report["checkpoint"] = str(options.checkpoint)
         rate = next((d.module.rate for d in model.decoders.values() if d.modality == "audio"), 0)
         sheet: Image.Image = contact_sheet(judged, samples, report["matrix"], rate)
-        write_report(options.output, samples, report, judged, sheet, training_logs(options.checkpoint))
+        write_report(options.output, samples, report, judged, sheet)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
-    log_values(options.tracker, options.output, tracked_values(report), {"contact_sheet": sheet})
+    log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
     return report
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,7 +22,6 @@ from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import moving_caption
 from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
 from anygpt.toyworld.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
-from anygpt.toyworld.evaluation.page import read_losses
 from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
 from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
 from anygpt.toyworld.judges import load_judges
@@ -181,14 +179,6 @@ def evaluated(tiny_model, tmp_path_factory):
             rows.mul_(30.0)
     model.save_pretrained(folder / "run/final")
     processor.save_pretrained(folder / "run/final")
-    (folder / "run/log.txt").write_text("x")
-    (folder / "run/config.yaml").write_text(f"model: {{init_from: {folder / 'stage1/final'}}}")
-    (folder / "stage1").mkdir()
-    (folder / "stage1/config.yaml").write_text("model: {init_from: null}")
-    (folder / "stage1/log.txt").write_text(
-        "update 1  loss 3  encoder_llm/nll 3  tok/s 50\nhello\nupdate 2  loss 2.5  encoder_llm/nll 2.5  tok/s 50\n"
-    )
-    shutil.copytree(folder / "stage1", folder / "stage2")  # which has nothing to do with the run
     output = folder / "report"
     output.mkdir()
     (output / "mine.txt").write_text("stays")
@@ -278,20 +268,12 @@ def test_samples_and_their_index(evaluated):
 def test_report_and_sheet(evaluated):
     page = (evaluated / "report.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)  # nothing outside is needed
-    assert "Losses of stage1" in page and "3 → 2.5" in page and "Losses of stage2" not in page
     assert len(re.findall(r"<small>\d+–\d+, n = 2</small>", page)) == 16
     assert read_media("image", evaluated / "contact_sheet.png").width > 500
     assert (evaluated / "mine.txt").read_text() == "stays"
     expected = {"mine.txt", "matrix.json", "samples", "report.html", "contact_sheet.png", "anygpt"}
     assert {path.name for path in evaluated.iterdir()} == expected  # the last one is the tracker's
     assert not list(evaluated.parent.glob(".report-*"))
-
-
-def test_losses_are_read_from_logs(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text("table\nupdate 10  loss 1.5  llm/nll 0.5  learning_rate 0.1  tok/s 7\nupdate 20  loss nan\n")
-    curves = read_losses(log)
-    assert curves["llm/nll"] == [(10, 0.5)] and [step for step, _ in curves["loss"]] == [10]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,10 @@ from evaluation_utils import text, write_medium, write_rows
 from anygpt import InputError
 from anygpt.data.collation import NOT_FOR_MODEL
 from anygpt.data.dataset import ConversationDataset
-from anygpt.evaluation import run as run_module
 from anygpt.evaluation.asking import Asker, answered
 from anygpt.evaluation.report import text_table
 from anygpt.evaluation.rows import read_rows
-from anygpt.evaluation.run import evaluate
+from anygpt.evaluation.run import asked_for, evaluate
 from anygpt.evaluation.store import AnswerStore
 from anygpt.evaluation.suite import read_suite
 from anygpt.media.types import MEDIA
@@ -81,7 +80,7 @@ def talker(tiny_model):
     return tiny_model()
 
 
-def asked_for(monkeypatch):
+def noted(monkeypatch):
     """Ids of the rows whose answers are made from now on."""
     asked, add = [], AnswerStore.add
 
@@ -153,10 +152,10 @@ def test_the_batch_size_changes_nothing(size, whole, draw_suite, talker, tmp_pat
 
 
 def test_two_processes_share_the_rows(whole, draw_suite, talker, tmp_path, monkeypatch):
-    asked = asked_for(monkeypatch)
+    asked = noted(monkeypatch)
     suite = draw_suite("--ask.batch_size", "2")
     for way in ("samples", "baselines/upper_bound", "baselines/caption_baseline"):
-        AnswerStore(tmp_path / "out" / way).claim(run_module._how(suite))  # as the first process does before
+        AnswerStore(tmp_path / "out" / way).claim(asked_for(suite))  # as the first process does before
     assert evaluate(suite, tmp_path / "out", process(1, 2), *talker) is None
     assert [row for way, row in asked if way == "samples"] == ["1", "3", "5"]
     same(values(evaluate(suite, tmp_path / "out", process(0, 2), *talker)), values(whole[1]))
@@ -165,7 +164,7 @@ def test_two_processes_share_the_rows(whole, draw_suite, talker, tmp_path, monke
 
 
 def test_after_a_kill_nothing_is_asked_twice(whole, draw_suite, talker, tmp_path, monkeypatch):
-    asked = asked_for(monkeypatch)
+    asked = noted(monkeypatch)
     add = AnswerStore.add
 
     def dying(self, name, answer):

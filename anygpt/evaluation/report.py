@@ -12,7 +12,11 @@ import jinja2
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.store import write
 
-PAGES = jinja2.Environment(loader=jinja2.PackageLoader("anygpt", "evaluation"), autoescape=True, trim_blocks=True)
+
+def page_template(package: str, name: str) -> jinja2.Template:
+    """A template of HTML that lies in a package."""
+    loader = jinja2.PackageLoader(package, "")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
 
 
 def text_table(report: Mapping[str, Any]) -> str:
@@ -52,4 +56,7 @@ def write_report(path: Path, report: Mapping[str, Any], rows: Sequence[Row], lin
         return os.path.relpath(place, path.parent) if isinstance(place, Path) else None
 
     tools = {"ways": ways_of(report), "notes": notes(report), "shown": shown, "link": link}
-    write(path, PAGES.get_template("report.html.jinja").render(report=report, rows=rows, lines=lines, **tools).encode())
+    page = page_template("anygpt.evaluation", "report.html.jinja").render(
+        report=report, rows=rows, lines=lines, **tools
+    )
+    write(path, page.encode())

@@ -1,32 +1,66 @@
-"""A suite from its rows to its report: asked by all processes, scored by the first."""
+"""A suite from its file to its report: asked by all processes, scored by the first."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
+from anygpt.errors import InputError, reading
 from anygpt.evaluation.asking import Asker
-from anygpt.evaluation.metrics import MetricSet, check_specs, modality_of
-from anygpt.evaluation.metrics.base import Item
-from anygpt.evaluation.metrics.features import load_network
-from anygpt.evaluation.report import write_report
+from anygpt.evaluation.report import text_table, write_report
 from anygpt.evaluation.rows import read_rows
 from anygpt.evaluation.store import AnswerStore, write
-from anygpt.evaluation.suite import Suite
+from anygpt.evaluation.suite import Suite, read_suite
+from anygpt.evaluation.tracking import log_values
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.processor import MultimodalProcessor
 
 LIBRARIES = ("anygpt", "torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
-SCORED = 32
-"""Answers that are looked at together."""
+SCORED = 32  # answers that are looked at together
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> str | None:
+    """The command for a suite file; returns what to print, in the first process.
+
+    Args:
+        overrides: dotted settings over the suite's own, as `--ask.seed 1 --data '[{path: rows.jsonl}]'`.
+    """
+    suite = read_suite(options.suite, overrides)
+    suite.baselines = [] if options.no_baselines else suite.baselines
+    folder = options.answers or options.checkpoint
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give --checkpoint a run's final/, --answers a folder of answers")
+    # Others wait while one still asks. Without a device all processes must be told that they run on the CPU.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
+    parts: dict[str, Any] = {"answers": folder}
+    if options.answers is None:
+        with reading(folder):
+            model = MultimodalModel.from_pretrained(folder).to(options.device or accelerator.device).eval()
+            processor = MultimodalProcessor.from_pretrained(folder, model=model)
+        facts = {"checkpoint": str(folder), "written": max(path.stat().st_mtime for path in folder.rglob("*"))}
+        parts = {"model": model, "processor": processor, "facts": facts}
+    report = evaluate(suite, options.output, accelerator, **parts)
+    accelerator.end_training()
+    if report is None:
+        return None
+    log_values(options.tracker, options.output, flat_values(report))
+    return f"{text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
 
 
 def evaluate(
@@ -57,59 +91,58 @@ def evaluate(
     Raises:
         InputError: metrics, rows, model and answers that do not fit, or other answers in `output`.
     """
+    try:  # their libraries are an extra
+        from anygpt.evaluation.metrics import Item, MetricSet, check_specs, load_network, modality_of
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install -e '.[evaluation]' brings it") from error
     began, main, facts = time.perf_counter(), accelerator.is_main_process, dict(facts or {})
     rows = read_rows(suite)
-    kinds = set(suite.ask.require) or {kind for row in rows for kind in row.targets}
-    only = min(kinds) if len(kinds) == 1 else None
+    made = set(suite.ask.require) or {kind for row in rows for kind in row.targets}
+    only = min(made) if len(made) == 1 else None
     check_specs(suite.metrics, rows, only)
-    modalities = [modality_of(spec, only) for spec in suite.metrics]
-    looked_at = [kind for kind in dict.fromkeys(modalities) if kind != "text"]
+    kinds = [modality_of(spec, only) for spec in suite.metrics]
+    looked_at = [kind for kind in dict.fromkeys(kinds) if kind != "text"]
     load = functools.cache(functools.partial(load_network, device=accelerator.device))
     if main:
         metrics = MetricSet(suite.metrics, only, load)  # what is missing is said before anything is asked
-    stores = {"model": AnswerStore(answers)} if answers is not None else {}
-    if answers is None:
-        asker = Asker(model, processor, suite, looked_at)
-        for name, way in asker.ways(rows, "text" in modalities).items():
-            folder = output / "samples" if name == "model" else output / "baselines" / name
-            stores[name] = store = AnswerStore(folder, accelerator.process_index)
-            if main:
-                store.claim(_how(suite) | facts)
-                store.merge()
-            accelerator.wait_for_everyone()
-            done = store.read()
-            mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if row.id not in done]
-            for row, answer in tqdm(asker.answers(way, mine), name, len(mine), disable=not main, unit="row"):
-                store.add(row.id, answer)
+        about = metrics.describe()
+    stores = {} if answers is None else {"model": AnswerStore(answers)}
+    asker = Asker(model, processor, suite, looked_at) if answers is None else None
+    for name, way in asker.ways(rows, "text" in kinds).items() if asker else ():
+        folder = output / "samples" if name == "model" else output / "baselines" / name
+        stores[name] = store = AnswerStore(folder, accelerator.process_index)
+        if main:
+            store.claim(asked_for(suite) | facts)
+            store.merge()
         accelerator.wait_for_everyone()
+        done = store.read()
+        mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if row.id not in done]
+        for row, answer in tqdm(asker.answers(way, mine), name, len(mine), disable=not main, unit="row"):
+            store.add(row.id, answer)
+        accelerator.wait_for_everyone()
+        if main:
+            store.merge()
     if not main:
         return None
-    about: dict[str, Any] = {}
+    lines = {name: store.resolved() for name, store in stores.items()}
     values: dict[str, dict[str, Any]] = {}
-    lines: dict[str, dict[str, Any]] = {}
-    for name, store in stores.items():
-        if answers is None:
-            store.merge()
-        lines[name] = store.resolved()
+    for name, found in lines.items():
         words = {"model": (True, False), "without_media": (True,)}.get(name, (False,))  # whose metrics it has
-        specs = [spec for spec, kind in zip(suite.metrics, modalities, strict=True) if (kind == "text") in words]
+        specs = [spec for spec, kind in zip(suite.metrics, kinds, strict=True) if (kind == "text") in words]
         metrics = MetricSet(specs, only, load) if values else metrics
-        answered = [row for row in rows if row.id in lines[name]]
+        answered = [row for row in rows if row.id in found]
         for start in tqdm(range(0, len(answered), SCORED), f"scoring {name}", unit="batch"):
-            batch = [(row, lines[name][row.id]) for row in answered[start : start + SCORED]]
-            metrics.update([Item(row, line["text"], first_media(line)) for row, line in batch])
+            batch = answered[start : start + SCORED]
+            metrics.update([Item(row, found[row.id]["text"], first_media(found[row.id])) for row in batch])
         values[name] = metrics.compute(len(rows))
-        about = about or metrics.describe()
-    said = lines["model"]
+    said, names = [lines["model"].get(row.id) for row in rows], values["model"]
     report = {
         "suite": suite.name,
         "rows": len(rows),
-        "metrics": {
-            name: {way: found[name] for way, found in values.items() if name in found} for name in values["model"]
-        },
+        "metrics": {name: {way: found[name] for way, found in values.items() if name in found} for name in names},
         "about": about,
-        "missing": {kind: sum(kind not in first_media(line) for line in said.values()) for kind in looked_at},
-        "unanswered": sum(row.id not in said for row in rows),
+        "missing": {kind: sum(kind not in first_media(line) for line in said if line) for kind in looked_at},
+        "unanswered": said.count(None),
         "seed": suite.ask.seed,
         "settings": asdict(suite),
         "seconds": round(time.perf_counter() - began, 1),
@@ -126,8 +159,16 @@ def first_media(line: Mapping[str, Any]) -> dict[str, Path]:
     return {file["type"]: file["path"] for file in reversed(line["files"])}
 
 
-def _how(suite: Suite) -> dict[str, Any]:
+def asked_for(suite: Suite) -> dict[str, Any]:
     """What an answer depends on: neither the metrics, nor how many rows there are or go together."""
-    settings = asdict(suite)
-    ask = {name: value for name, value in settings["ask"].items() if name not in ("batch_size", "num_workers")}
-    return {"data": settings["data"], "composition": suite.composition, "ask": ask}
+    ask = {name: value for name, value in asdict(suite.ask).items() if name not in ("batch_size", "num_workers")}
+    return {"data": [asdict(source) for source in suite.data], "composition": suite.composition, "ask": ask}
+
+
+def flat_values(report: dict[str, Any]) -> dict[str, float]:
+    """`{"<suite>/<metric>": value}` of the model, and with `/<baseline>` behind it of the others."""
+    return {
+        "/".join([report["suite"], name, *([way] if way != "model" else [])]): value["value"]
+        for name, found in report["metrics"].items()
+        for way, value in found.items()
+    }

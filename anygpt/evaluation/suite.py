@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,9 +130,3 @@ def read_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     if faults:
         raise InputError("; ".join(faults))
     return suite
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence about an unknown name."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {', '.join(known)})"

@@ -13,14 +13,8 @@ from PIL import Image
 from anygpt.errors import InputError
 
 
-def log_values(
-    tracker: str, folder: Path, values: Mapping[str, float], images: Mapping[str, Image.Image] | None = None
-) -> None:
-    """Log numbers and pictures.
-
-    Args:
-        tracker: `wandb`, `tensorboard`, or `none`.
-        folder: where a tracker keeps its files; its name is the run's.
+def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images: Image.Image) -> None:
+    """Log numbers and pictures to `wandb` or `tensorboard` (or `none`), which keeps its files in `folder`.
 
     Raises:
         InputError: the tracker cannot start.
@@ -35,10 +29,7 @@ def log_values(
     except Exception as error:  # each tracker has exceptions of its own
         raise InputError(f"--tracker {tracker} cannot start: {' '.join(str(error).split())}") from error
     accelerator.log(dict(values), step=0)
-    started = accelerator.get_tracker(tracker)
-    for name, image in (images or {}).items():
-        if tracker == "wandb":
-            started.log_images({name: [image]}, step=0)
-        else:
-            started.log_images({name: np.asarray(image)[None]}, step=0, dataformats="NHWC")
+    for name, image in images.items():
+        content, form = ([image], {}) if tracker == "wandb" else (np.asarray(image)[None], {"dataformats": "NHWC"})
+        accelerator.get_tracker(tracker).log_images({name: content}, step=0, **form)
     accelerator.end_training()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import (
     Batch,
-    ClipScore,
     ClipSim,
     Cosine,
     FrameConsistency,
@@ -26,10 +26,13 @@ from anygpt.evaluation.metrics.base import (
 )
 from anygpt.evaluation.metrics.composition import CompositionScore
 from anygpt.evaluation.metrics.distances import Cmmd, Frechet, Kid
+from anygpt.evaluation.metrics.features import load_network
 from anygpt.evaluation.metrics.text import CaptionMetric, ExactMatch, VqaAccuracy
 from anygpt.evaluation.rows import Row
-from anygpt.evaluation.suite import MetricSpec, near
+from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA
+
+__all__ = ["METRICS", "Item", "MetricSet", "check_specs", "load_network", "modality_of"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ METRICS: dict[str, Kind] = {
     "fid": _DISTANCE(Frechet, "image", features="inception"),
     "kid": _DISTANCE(Kid, "image", features="inception", options=("subset_size",)),
     "cmmd": _DISTANCE(Cmmd, "image", features="openai/clip-vit-large-patch14-336"),
-    "clip_score": Kind(partial(ClipScore, role="caption"), "image", ("caption",), _CLIP),
+    "clip_score": Kind(partial(Cosine, role="caption"), "image", ("caption",), _CLIP),
     "clip_i": Kind(partial(Cosine, role="source"), "image", ("source",), _CLIP),
     "dino": Kind(partial(Cosine, role="source"), "image", ("source",), "facebook/dino-vits16"),
     "composition": Kind(CompositionScore, "image", ("expected",), _CLIP, ("detector", "threshold")),
@@ -87,13 +90,7 @@ METRICS: dict[str, Kind] = {
 
 
 class MetricSet:
-    """A suite's metrics over the answers of one way of answering.
-
-    Args:
-        specs: checked by `check_specs`.
-        only: the one medium of the suite's answers, where there is just one.
-        load: `(path, modality, revision, classify) -> network`.
-    """
+    """A suite's metrics over the answers of one way of answering; arguments as in `check_specs` and `load_network`."""
 
     def __init__(self, specs: Sequence[MetricSpec], only: str | None, load: Callable[..., Any]):
         self.count = Counter()
@@ -124,11 +121,7 @@ class MetricSet:
         return self.kinds[name].needs + (() if self.metrics[name].modality == "text" else ("answer",))
 
     def compute(self, rows: int) -> dict[str, Value]:
-        """Values by name; `left_out` of `rows` were passed over.
-
-        Raises:
-            InputError: a metric that could look at no answer.
-        """
+        """Values by name; `left_out` of `rows` were passed over. Raises `InputError` of a metric that saw no answer."""
         values: dict[str, Value] = {}
         for name, metric in self.metrics.items():
             if not self.count[name]:
@@ -161,14 +154,17 @@ def modality_of(spec: MetricSpec, only: str | None) -> str:
 
 
 def check_specs(specs: Sequence[MetricSpec], rows: Sequence[Row], only: str | None) -> None:
-    """Find metrics that do not fit a suite before anything is asked.
+    """Find metrics that do not fit a suite before anything is asked; `only` is the one medium of its answers, if so.
 
     Raises:
         InputError: an unknown metric, an option that it does not take, or a metric that no row has enough for.
     """
     for spec in specs:
         if spec.metric not in METRICS:
-            raise InputError(f"there is no metric {spec.metric!r}; {near(spec.metric, list(METRICS))}")
+            close = difflib.get_close_matches(spec.metric, METRICS, n=1, cutoff=0)[0]
+            raise InputError(
+                f"there is no metric {spec.metric!r}; did you mean {close!r}? (known: {', '.join(METRICS)})"
+            )
         kind = METRICS[spec.metric]
         takes = {"metric", "name", *kind.options} | ({"modality"} if kind.modality is None else set())
         takes |= set() if kind.features is None else {"features", "revision"}

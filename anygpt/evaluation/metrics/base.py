@@ -6,7 +6,7 @@ Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's fea
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +50,25 @@ class Batch:
 
     def media(self, role: str, modality: str, num_frames: int | None = None) -> list[Any]:
         """Decoded, one an item."""
-        key = (role, modality, num_frames)
-        if key not in self._known:
-            places = [item.place(role, modality) for item in self.items]
-            self._known[key] = [read_media(modality, place, num_frames) for place in places]
-        return self._known[key]
+        places = (item.place(role, modality) for item in self.items)
+        make = lambda: [read_media(modality, place, num_frames) for place in places]  # noqa: E731
+        return self._once((role, modality, num_frames), make)
 
     def features(self, network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
         """`(M, D)`; the role `caption` is in words."""
         key = (id(network), role, modality, num_frames)
+        if role == "caption":
+            return self._once(key, lambda: network.of_texts([item.row.captions[modality] for item in self.items]))
+        return self._once(key, lambda: network.of_media(self.media(role, modality, num_frames)))
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._known:
-            if role == "caption":
-                self._known[key] = network.of_texts([item.row.captions[modality] for item in self.items])
-            else:
-                self._known[key] = network.of_media(self.media(role, modality, num_frames))
+            self._known[key] = make()
         return self._known[key]
 
 
 class Metric:
-    """Looks at batches one after the other, and keeps no more than it needs.
+    """Looks at batches by `update`, and gives in `compute` its values by what follows its name (`""`, or `"_1"`, …).
 
     Args:
         network: gives features, where it needs some.
@@ -78,13 +78,6 @@ class Metric:
 
     def __init__(self, network: Any = None, modality: str = "text", num_frames: int | None = None):
         self.network, self.modality, self.num_frames = network, modality, num_frames
-
-    def update(self, batch: Batch) -> None:
-        raise NotImplementedError
-
-    def compute(self) -> dict[str, Value]:
-        """Values by what follows the metric's name: `""`, or `"_1"` and the like where there are several."""
-        raise NotImplementedError
 
     def features(self, batch: Batch, role: str) -> Tensor:
         """`(M, D)`."""
@@ -105,9 +98,6 @@ class Mean(Metric):
     def update(self, batch: Batch) -> None:
         self.scores.extend(float(score) for score in self.score(batch))
 
-    def score(self, batch: Batch) -> Sequence[float]:
-        raise NotImplementedError
-
     def compute(self) -> dict[str, Value]:
         return {"": mean_value(self.scores)}
 
@@ -119,7 +109,7 @@ def mean_value(scores: Sequence[float]) -> Value:
 
 
 class Cosine(Mean):
-    """100 times the cosine of an answer and its `role`: `caption`, `source` or `target`."""
+    """100 times the cosine of an answer and its `role`: `caption` (CLIPScore, arXiv 2104.08718), `source`, `target`."""
 
     def __init__(self, *arguments: Any, role: str, **options: Any):
         super().__init__(*arguments, **options)
@@ -127,14 +117,6 @@ class Cosine(Mean):
 
     def score(self, batch: Batch) -> list[float]:
         return (100 * F.cosine_similarity(self.features(batch, "answer"), self.features(batch, self.role))).tolist()
-
-
-class ClipScore(Cosine):
-    """The same with the caption, not below 0 as a mean, as torchmetrics takes it (arXiv 2104.08718)."""
-
-    def compute(self) -> dict[str, Value]:
-        value = super().compute()[""]
-        return {"": value | {"value": max(value["value"], 0.0), "interval": [max(x, 0.0) for x in value["interval"]]}}
 
 
 class ClipSim(Mean):

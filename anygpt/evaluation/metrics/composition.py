@@ -19,12 +19,9 @@ from anygpt.evaluation.grammar import COLOURS, RELATIONS
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 from anygpt.evaluation.metrics.features import loading
 
-TOLERANCE = 0.1
-"""Of the boxes' extents, by which one thing must lie further than the other."""
-OVERLAP = 0.5
-"""Intersection over union above which two detections of a class are of one thing."""
-Box = Sequence[float]
-"""Left, top, right, bottom in pixels."""
+TOLERANCE = 0.1  # of the boxes' extents, by which one thing must lie further than the other
+OVERLAP = 0.5  # intersection over union above which two detections of a class are of one thing
+Box = Sequence[float]  # left, top, right, bottom in pixels
 
 
 def is_composed(
@@ -33,12 +30,11 @@ def is_composed(
     image: Image.Image,
     colour_of: Callable[[Image.Image, str], str],
 ) -> bool:
-    """Whether a picture holds what it should.
+    """Whether a picture holds what it should (see `compose`).
 
     Args:
-        expected: see `anygpt.evaluation.grammar.compose`.
-        found: what a detector saw of the things expected, the surest first.
-        colour_of: the colour of a thing on its crop: `(crop, name) -> one of COLOURS`.
+        found: boxes of the things expected, the surest first.
+        colour_of: `(crop, name) -> one of COLOURS`.
     """
     places = []
     for thing in expected["things"]:
@@ -70,12 +66,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 class CompositionScore(Metric):
-    """The share of pictures composed as asked, by category; the first value is the mean over categories.
-
-    Args:
-        detector: id or folder of a transformers detector that takes classes in words (OWL-ViT, Grounding DINO).
-        threshold: of its detections.
-    """
+    """The share of pictures composed as asked, by category; the first value is the mean over categories."""
 
     def __init__(
         self, *arguments: Any, detector: str = "google/owlvit-base-patch32", threshold: float = 0.1, **options: Any

@@ -20,11 +20,7 @@ BLOCK = 1024
 
 
 class Distance(Metric):
-    """Collects the features of answers and targets; the subclasses keep what they need of them.
-
-    Args:
-        by_frame: take each frame of a clip as a picture of its own.
-    """
+    """Gives the subclasses' `add` the `(M, D)` float64 features of answers and targets; `by_frame`, of each frame."""
 
     def __init__(self, *arguments: Any, by_frame: bool = False, **options: Any):
         super().__init__(*arguments, **options)
@@ -34,10 +30,6 @@ class Distance(Metric):
         self.count += len(batch.items)
         features = (lambda batch, role: torch.cat(self.frames(batch, role))) if self.by_frame else self.features
         self.add(*(features(batch, role).double() for role in ("answer", "target")))
-
-    def add(self, answers: Tensor, targets: Tensor) -> None:
-        """Take in `(M, D)` float64 features of each."""
-        raise NotImplementedError
 
 
 class Frechet(Distance):

@@ -59,23 +59,17 @@ def tracked_values(report: dict[str, Any]) -> dict[str, float]:
 
 
 def write_report(
-    output: Path,
-    samples: Path,
-    report: dict[str, Any],
-    judged: Sequence[Judged],
-    sheet: Image.Image,
-    logs: Sequence[Path],
+    output: Path, samples: Path, report: dict[str, Any], judged: Sequence[Judged], sheet: Image.Image
 ) -> None:
     """Move everything into `output`, each by one rename; `matrix.json` comes last, so where it is, all is.
 
     Args:
         output: the folder; other files in it are left alone.
         samples: folder beside, with media and index, that becomes `output`/samples.
-        logs: `log.txt` of the training runs, for the curves of the losses.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "matrix.json").unlink(missing_ok=True)
-    page = html_page(report, judged, samples, sheet, logs)
+    page = html_page(report, judged, samples, sheet)
     shutil.rmtree(output / "samples", ignore_errors=True)
     os.rename(samples, output / "samples")
     buffer = io.BytesIO()
