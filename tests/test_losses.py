@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from anygpt.errors import InputError
-from anygpt.losses.formulas import LossWeights, caption_alignment, route, sum_by_term, token_nll, weighted_total
+from anygpt.losses.formulas import (
+    LossWeights,
+    caption_alignment,
+    denominators,
+    route,
+    sum_by_term,
+    token_nll,
+    weighted_total,
+)
 from anygpt.outputs import LossTerm
 
 
@@ -99,6 +107,20 @@ def test_total_is_the_weighted_sum_of_means_and_leaves_the_terms_alone():
     assert float(weighted_total(losses, weights, counts)) == pytest.approx(expected / 2)
     assert weighted_total({}, weights) is None
     assert weighted_total(losses, LossWeights(llm=0, alignment=0, denoising=0)) is None
+
+
+def test_what_rows_of_several_terms_have_is_one_mean():
+    counts = {
+        "llm/nll": 1,
+        "encoder_llm/nll": 9,
+        "llm_decoder/denoising/image": 2,
+        "encoder_decoder/denoising/image": 3,
+    }
+    counts |= {"llm_decoder/denoising/audio": 7, "decoder/denoising/image": 4}
+    assert list(denominators(counts).values()) == [10, 10, 5, 5, 7, 4]
+    losses = {"llm/nll": LossTerm(torch.tensor(8.0), 1), "encoder_llm/nll": LossTerm(torch.tensor(9.0), 9)}
+    assert float(weighted_total(losses, LossWeights())) == pytest.approx(1.7)
+    assert float(weighted_total(losses, LossWeights(llm=0))) == pytest.approx(0.9), "a weight is that of a share"
 
 
 # ------------------------------------------------------------------------------------------- through a whole model
@@ -229,7 +251,11 @@ def test_loss_is_the_sum_of_its_logged_terms(setup, media):
         "llm_decoder/alignment/image": 6.0,
         "llm_decoder/denoising/image": 3.0,
     }
-    expected = sum(factors.get(name, 1.0) * float(term.mean.detach()) for name, term in output.losses.items())
+    tokens = sum(term.count for name, term in output.losses.items() if name.endswith("/nll"))
+    expected = sum(
+        factors.get(name, 1.0) * float(term.total.detach()) / (tokens if name.endswith("/nll") else term.count)
+        for name, term in output.losses.items()
+    )
     assert float(output.loss.detach()) == pytest.approx(expected, rel=1e-6)
     plain = run(model, processor, media, range(5))
     for name, term in plain.losses.items():

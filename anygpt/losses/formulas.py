@@ -20,7 +20,8 @@ Two terms train parts that the stages freeze, and have weight zero unless a conf
 Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
 
 Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with its weight. Denominators:
-label tokens for `nll`, pairs for `info_nce`, samples for the others. Shape legend: `anygpt.outputs`.
+label tokens for `nll`, pairs for `info_nce`, samples for the others, each over the rows of all four terms; in the logs
+each term stands by its own mean. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -188,23 +189,28 @@ def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> 
     return sums
 
 
+def denominators(counts: Mapping[str, float]) -> dict[str, float]:
+    """What each sub-term is divided by: how many things of its kind there are in all rows, whatever their term.
+
+    So the NLL is one mean over all label tokens, as transformers takes it, and one short row of text does not weigh as
+    much as all rows with media together.
+    """
+    kinds = {name: name.partition("/")[2] if name.partition("/")[0] in TERMS else name for name in counts}
+    return {name: sum(n for other, n in counts.items() if kinds[other] == kind) for name, kind in kinds.items()}
+
+
 def weighted_total(
-    losses: Mapping[str, LossTerm], weights: LossWeights, counts: Mapping[str, int] | None = None
+    losses: Mapping[str, LossTerm], weights: LossWeights, counts: Mapping[str, float] | None = None
 ) -> Tensor | None:
-    """`Σ w · sum / count`, without touching the terms themselves.
+    """`Σ w · sum / denominator`, without touching the terms themselves.
 
     Args:
         losses: the terms of this micro-batch.
-        weights: their weights.
-        counts: denominators by name. A training loop gives the counts of the whole update, over all micro-batches
-            and ranks, so that the value does not depend on how the update was split; without them the
+        weights: their weights, which multiply their shares of the sum.
+        counts: how many things each sums. A training loop gives the counts of the whole update, over all
+            micro-batches and ranks, so that the value does not depend on how the update was split; without them the
             micro-batch's own counts are used.
     """
-    total = None
-    for name, term in losses.items():
-        weight = weights.of(name)
-        if not weight:
-            continue
-        part = weight * term.total / (counts or {}).get(name, term.count)
-        total = part if total is None else total + part
-    return total
+    divisors = denominators({name: term.count for name, term in losses.items()} | dict(counts or {}))
+    parts = [weights.of(name) * term.total / divisors[name] for name, term in losses.items() if weights.of(name)]
+    return sum(parts[1:], parts[0]) if parts else None

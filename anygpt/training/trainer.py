@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader
 
 from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, move
 from anygpt.errors import InputError
+from anygpt.losses.formulas import weighted_total
+from anygpt.outputs import LossTerm
 from anygpt.sequence.packing import check_packing
 from anygpt.training.checkpoint import (
     check_same_data,
@@ -361,7 +363,8 @@ class Trainer:
         self.wrapped.train()
         total, count = totals.of_all(accelerator), counts.of_all(accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
-        loss = sum(self.model.loss_weights.of(name) * mean for name, mean in means.items())
+        losses = {name: LossTerm(total[name], count[name]) for name in means}
+        loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
         return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
 
     def sample(self) -> None:
