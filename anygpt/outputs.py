@@ -100,24 +100,25 @@ class Answer:
 
     segments: list[Segment] = field(default_factory=list)
 
-    def _of(self, type: str) -> list[Any]:
+    def of(self, type: str) -> list[Any]:
+        """The content of all segments of a type."""
         return [segment.content for segment in self.segments if segment.type == type]
 
     @property
     def text(self) -> str:
-        return "".join(self._of("text"))
+        return "".join(self.of("text"))
 
     @property
     def images(self) -> list[Any]:
-        return self._of("image")
+        return self.of("image")
 
     @property
     def videos(self) -> list[Any]:
-        return self._of("video")
+        return self.of("video")
 
     @property
     def audios(self) -> list[Any]:
-        return self._of("audio")
+        return self.of("audio")
 
 
 @dataclass

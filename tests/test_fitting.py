@@ -134,7 +134,7 @@ def test_pictures_of_another_shape(parts):
     assert reds(batch) == pytest.approx([3 / 4, 0, 0], abs=0.1)
     one = pixels(parts, "tile", Image.new("RGB", (32, 32)))[2]
     assert len(one["pixel_values"]) == 1 and batch["input_ids"].shape[1] > 2 * one["input_ids"].shape[1]
-    assert model(**batch).logits.isfinite().all() and processor.varies("image")
+    assert model(**batch).logits.isfinite().all() and fitting.varies(processor.encoder_processors["image"], "tile")
     tiles = fitting.pieces(
         media_type("image"), [Image.new("RGB", (64, 150))], processor.encoder_processors["image"], "tile"
     )
@@ -147,13 +147,17 @@ def test_a_square_picture_is_the_same_whatever_is_done(parts):
     assert all(torch.equal(batches[0], other) for other in batches[1:])
 
 
+def notes_of(processor):
+    return fitting.notes(processor.modalities, processor.encoder_processors, processor.fit)
+
+
 def test_what_is_done_is_said_and_saved(parts, tmp_path):
     _, processor, _ = pixels(parts, "pad", wide())
-    assert processor.fit_notes() == ["image_encoder: images of another shape are padded to the encoder's shape"]
+    assert notes_of(processor) == ["image_encoder: images of another shape are padded to the encoder's shape"]
     processor.save_pretrained(tmp_path)
     assert MultimodalProcessor.from_pretrained(tmp_path).fit == {"image": "pad"}
     _, processor = compose(BY_LABEL["Whisper"], LLAMA, parts.tokenizer())
-    assert processor.fit_notes() == ["audio_encoder: long audios are split into windows of 1 s"]
+    assert notes_of(processor) == ["audio_encoder: long audios are split into windows of 1 s"]
     assert EncoderConfig(path="x").fit is None
     with pytest.raises(
         InputError, match="fit of the 'image' encoder is 'split'; expected crop or pad or stretch or tile"

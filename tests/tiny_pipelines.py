@@ -37,7 +37,9 @@ from transformers import (
 CHARACTERS = [chr(code) for code in range(33, 127)]
 
 
-def stable_diffusion(prediction_type: str = "epsilon", vae_levels: int = 2) -> StableDiffusionPipeline:
+def stable_diffusion(
+    prediction_type: str = "epsilon", vae_levels: int = 2, channels: int = 3
+) -> StableDiffusionPipeline:
     """16 × 16 images, conditions (12, 32); with 4 VAE levels 64 × 64, of 8 pixels a latent as the real ones have."""
     with _seeded():
         unet = UNet2DConditionModel(
@@ -51,7 +53,7 @@ def stable_diffusion(prediction_type: str = "epsilon", vae_levels: int = 2) -> S
             norm_num_groups=4,
         )
         return StableDiffusionPipeline(
-            vae=_vae(channels=3, levels=vae_levels),
+            vae=_vae(channels=channels, levels=vae_levels),
             text_encoder=_clip_text_encoder(hidden_size=32, length=12),
             tokenizer=_clip_tokenizer(length=12),
             unet=unet.eval(),

@@ -11,6 +11,7 @@ import numpy as np
 
 from anygpt.data.schema import Sample
 from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.fitting import varies
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, StoredMedium
 from anygpt.media.types import MEDIA, media_type, read_media
@@ -82,7 +83,7 @@ class Lengths:
             family is not None
             and family.layout == "fixed"
             and key not in self.processor.num_feature_funcs
-            and not self.processor.varies(key)
+            and not varies(self.processor.encoder_processors[key], self.processor.fit[key])
         )
 
     def _count(self, modality: str, medium: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from anygpt.data.rows import DataError, MediaRow, SampleRow, TextRow, checked, shown, wordings
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
+from anygpt.media.types import MEDIA
 
 __all__ = [
     "ContentPart",
@@ -132,7 +133,7 @@ class MediaRoot:
         if not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
-    def resolve(self, name: Any, media_type: str, where: str) -> Path:
+    def resolve(self, name: Any, kind: str, where: str) -> Path:
         """The absolute path of `name`, which need not exist yet.
 
         Raises:
@@ -147,7 +148,7 @@ class MediaRoot:
             )
         path = self._inside(name, name, where)
         if self.by_type and not os.path.isfile(path):
-            beside = self._inside(os.path.join(f"{media_type}s", name), name, where)
+            beside = self._inside(os.path.join(MEDIA[kind].plural, name), name, where)
             path = beside if os.path.isfile(beside) else path
         return Path(path)
 

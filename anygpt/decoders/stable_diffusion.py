@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
 from anygpt.decoders.targets import ImageTargets
 
 
@@ -31,9 +33,15 @@ class StableDiffusionDecoder(DiffusionDecoder):
 
     @property
     def targets(self) -> ImageTargets:
-        """PIL images -> `(B, 3, height, width)` in [-1, 1]."""
-        return ImageTargets(self.height, self.width)
+        """PIL images -> `(B, channels, height, width)` in [-1, 1], as many channels as the VAE has."""
+        return ImageTargets(self.height, self.width, self.vae.config.in_channels)
 
     def collect(self, output: Any) -> list[Image.Image]:
-        """PIL images."""
-        return output.images
+        """PIL images, RGB or of 16-bit grey, from the pipeline's floats in [0, 1] where it gives one channel."""
+        if isinstance(output.images, list):
+            return output.images
+        return [Image.fromarray((image[..., 0] * 65535).round().astype(np.uint16)) for image in output.images]
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        one = {"output_type": "np"} if self.vae.config.out_channels == 1 else {}
+        return super().prompt_arguments(condition, negative) | one

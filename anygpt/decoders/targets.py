@@ -18,6 +18,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from anygpt.errors import InputError
 from anygpt.media.audio import resample, to_mono
+from anygpt.media.files import to_mode
 
 LOG_FLOOR = 1e-5
 """Mel magnitudes are clipped to this before the logarithm (HiFi-GAN's dynamic range compression)."""
@@ -74,22 +75,27 @@ def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
 
 @dataclass(frozen=True)
 class ImageTargets(TargetProcessor):
-    """PIL images of any mode and size -> `(B, 3, H, W)` in [-1, 1].
+    """PIL images of any mode and size -> `(B, channels, H, W)` in [-1, 1].
 
-    Transparency is laid on white. The image is scaled (Lanczos) until it covers `height` × `width`, and the middle
-    is kept; the value range is that of diffusers' `VaeImageProcessor`.
+    Three channels of 8 bits (see `to_rgb`), or one of 16-bit grey. The image is scaled (Lanczos) until it covers
+    `height` × `width`, and the middle is kept; the value range is that of diffusers' `VaeImageProcessor`.
     """
 
     modality: ClassVar[str] = "image"
     height: int
     width: int
+    channels: int = 3
 
     def one(self, item: Image.Image, row: int) -> np.ndarray:
         if not isinstance(item, Image.Image):
             raise InputError(f"Image {row} is a {type(item).__name__}, expected a PIL image.")
-        if item.has_transparency_data:
-            item = Image.alpha_composite(Image.new("RGBA", item.size, "white"), item.convert("RGBA"))
-        return _pixels(item.convert("RGB"), self.height, self.width)
+        try:
+            item = to_mode(item, "I;16" if self.channels == 1 else "RGB")
+        except ValueError as error:
+            raise InputError(f"Image {row} cannot be used: {error}") from error
+        if self.channels == 1:
+            item = Image.fromarray(np.asarray(item, dtype=np.float32) / 257)  # 65535 becomes 255, as of 8 bits
+        return _pixels(item, self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,6 @@ def _mel_filters(n_fft: int, num_mel_bins: int, fmin: float, fmax: float, sampli
 
 
 def _pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """An RGB image, scaled and cropped, as float32 `(3, height, width)` in [-1, 1]."""
+    """An image of values up to 255, scaled and cropped, as float32 `(channels, height, width)` in [-1, 1]."""
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-    return (np.asarray(image, dtype=np.float32) / 255.0 * 2.0 - 1.0).transpose(2, 0, 1)
+    return (np.atleast_3d(np.asarray(image, dtype=np.float32)) / 255.0 * 2.0 - 1.0).transpose(2, 0, 1)

@@ -6,6 +6,7 @@ A medium becomes one piece or several; the features of all its pieces stand in i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from anygpt.errors import InputError
 from anygpt.media.files import to_rgb
-from anygpt.media.types import Clip, MediaType, Picture, Sound
+from anygpt.media.types import MEDIA, Clip, MediaType, Picture, Sound
 
 FITS: dict[type[MediaType], dict[str, str]] = {
     Picture: {
@@ -35,26 +36,43 @@ FITS: dict[type[MediaType], dict[str, str]] = {
 """What can be done with media that do not fit, by how they are in memory; the first is the default."""
 
 
-def checked_fit(key: str, kind: MediaType | None, fit: str | None) -> str | None:
-    """A setting, or the default in its place; None for media that no row of the table is about.
+def checked(modalities: Mapping[str, str], fits: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The setting of each encoder, or the default in its place; None for media that no row of the table is about.
+
+    Args:
+        modalities: `{encoder key: media type}`.
+        fits: what is given, by encoder key.
 
     Raises:
         InputError: it is none of those for such media.
     """
-    known = FITS.get(type(kind), {})
-    if fit is not None and fit not in known:
-        raise InputError(f"fit of the {key!r} encoder is {fit!r}; expected {' or '.join(known) or 'none'}")
-    return fit or next(iter(known), None)
+    found: dict[str, str | None] = {}
+    for key, modality in modalities.items():
+        known = FITS.get(type(MEDIA.get(modality)), {})
+        if fits.get(key) not in (None, *known):
+            raise InputError(f"fit of the {key!r} encoder is {fits[key]!r}; expected {' or '.join(known) or 'none'}")
+        found[key] = fits.get(key) or next(iter(known), None)
+    return found
 
 
-def note(kind: MediaType, processor: Any, fit: str) -> str | None:
-    """What a run says of it at its start; None where all media fit."""
-    notes = [f"{getattr(processor, 'reads', '')}"] if hasattr(processor, "reads") else []
-    if isinstance(kind, Sound) and (window := window_of(processor)):
-        notes.append(f"long {kind.plural} {FITS[Sound][fit].format(window=window / processor.sampling_rate)}")
-    elif not isinstance(kind, Sound) and shape_of(processor):
-        notes.append(f"{kind.plural} of another shape {FITS[type(kind)][fit]}")
-    return "; ".join(notes) or None
+def varies(processor: Any, fit: str | None) -> bool:
+    """Whether a medium may become several pieces."""
+    return fit == "tile" or (fit == "split" and window_of(processor) is not None)
+
+
+def notes(modalities: Mapping[str, str], processors: Mapping[str, Any], fits: Mapping[str, str | None]) -> list[str]:
+    """What a run says at its start, a line an encoder into whose window not all media fit."""
+    found = []
+    for key, fit in fits.items():
+        kind, processor = MEDIA.get(modalities[key]), processors[key]
+        said = [processor.reads] if hasattr(processor, "reads") else []
+        if isinstance(kind, Sound) and (window := window_of(processor)):
+            said.append(f"long {kind.plural} {FITS[Sound][fit].format(window=window / processor.sampling_rate)}")
+        elif isinstance(kind, (Picture, Clip)) and shape_of(processor):
+            said.append(f"{kind.plural} of another shape {FITS[type(kind)][fit]}")
+        if said:
+            found.append(f"{key}_encoder: {'; '.join(said)}")
+    return found
 
 
 def window_of(processor: Any) -> int | None:

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
-from anygpt.decoders.targets import TargetProcessor
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 from anygpt.processing import chat_template as chat
@@ -21,7 +20,7 @@ class Processor(Protocol):
     modalities: dict[str, str]
     tokens: dict[str, str]
     signal_tokens: dict[str, list[str]]
-    targets: dict[str, TargetProcessor]
+    makes: dict[str, str]
 
     def media_argument(self, key: str) -> str: ...
 
@@ -74,9 +73,9 @@ def _batch_of_conversations(processor: Processor, conversation: Sequence[Any], *
 def inputs_by_modality(
     processor: Processor, text: Any, media: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`text` and `{"images" | "videos" | "audio": one or a list}` as `encoder_inputs` and `llm_inputs`."""
+    """`text` and `{media type: one or a list}` as `encoder_inputs` and `llm_inputs`."""
     given = {name: value if isinstance(value, list) else [value] for name, value in media.items() if value is not None}
-    pairs = [(name.removesuffix("s"), value) for name, values in given.items() for value in values]
+    pairs = [(name, value) for name, values in given.items() for value in values]
     return arrange_media(processor, pairs), {"text": text}
 
 
@@ -129,7 +128,7 @@ def encoder_key(processor: Processor, modality: str) -> str:
 
 def decoder_key(processor: Processor, modality: str) -> str:
     """The decoder that makes a media type."""
-    return _key_of(modality, {k: t.modality for k, t in processor.targets.items()}, "decoder makes")
+    return _key_of(modality, processor.makes, "decoder makes")
 
 
 def _key_of(modality: str, modalities: Mapping[str, str], what: str) -> str:

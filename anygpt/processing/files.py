@@ -11,12 +11,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from anygpt.composition import Composition
 from anygpt.decoders.targets import target_processor_from_dict
+from anygpt.encoders import fitting
 from anygpt.encoders.callbacks import EncoderCallbacks
-from anygpt.encoders.fitting import checked_fit
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
-from anygpt.media.types import MEDIA
 from anygpt.model.parts import build_callback, callback_dict, import_class
 from anygpt.processing.conversations import Processor
 
@@ -63,7 +62,7 @@ def save_pretrained(processor: SavedProcessor, folder: str | Path, **_: Any) -> 
             "callbacks": callback_dict(processor.encoder_callbacks.get(key)),
         }
     decoders = {
-        key: {"tokens": processor.signal_tokens[key], "targets": targets.to_dict()}
+        key: {"tokens": processor.signal_tokens[key], "targets": targets.to_dict(), "modality": processor.makes[key]}
         for key, targets in processor.targets.items()
     }
     content = {
@@ -110,10 +109,8 @@ def from_pretrained(
     processor.num_feature_funcs = functions
     processor.tokens = {key: entry["token"] for key, entry in content["encoders"].items()}
     processor.modalities = {key: entry["modality"] for key, entry in content["encoders"].items()}
-    processor.fit = {
-        key: checked_fit(key, MEDIA.get(entry["modality"]), entry.get("fit"))
-        for key, entry in content["encoders"].items()
-    }
+    fits = {key: entry.get("fit") for key, entry in content["encoders"].items()}
+    processor.fit = fitting.checked(processor.modalities, fits)
     processor.encoder_configs = {
         key: AutoConfig.for_model(**entry["encoder_config"])
         for key, entry in content["encoders"].items()
@@ -125,6 +122,8 @@ def from_pretrained(
     }
     processor.signal_tokens = {key: entry["tokens"] for key, entry in content["decoders"].items()}
     processor.targets = {key: target_processor_from_dict(e["targets"]) for key, e in content["decoders"].items()}
+    decoders = content["decoders"].items()
+    processor.makes = {key: entry.get("modality", processor.targets[key].modality) for key, entry in decoders}
     processor.injects = content["injects"]
     if model is not None:
         processor.register(model)

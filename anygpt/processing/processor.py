@@ -19,11 +19,10 @@ from anygpt.decoders.targets import TargetProcessor
 from anygpt.encoders import fitting
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
-from anygpt.encoders.fitting import checked_fit
 from anygpt.encoders.module import count_features
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
-from anygpt.media.types import MEDIA
+from anygpt.media.types import AUDIO, IMAGE, MEDIA, VIDEO, media_type
 from anygpt.processing import conversations, files, repeatable
 from anygpt.processing.chat_template import has_special_tokens
 from anygpt.processing.files import FeatureCounter
@@ -73,11 +72,8 @@ class MultimodalProcessor(ProcessorMixin):
         self.llm_tokenizer = llm_tokenizer
         self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
         self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
-        for what, names in (
-            ("feature function", self.num_feature_funcs),
-            ("placeholder token", self.tokens),
-            ("fit", fit or {}),
-        ):
+        given = {"feature function": self.num_feature_funcs, "placeholder token": self.tokens, "fit": fit or {}}
+        for what, names in given.items():
             unknown = sorted(set(names) - set(self.encoder_processors))
             if unknown:
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
@@ -86,11 +82,12 @@ class MultimodalProcessor(ProcessorMixin):
         self.encoder_callbacks: dict[str, EncoderCallbacks | None] = {}
         self.projector_configs: dict[str, MultimodalProjectorConfig] = {}
         self.signal_tokens: dict[str, list[str]] = {}
+        self.makes: dict[str, str] = {}
         self.targets: dict[str, TargetProcessor] = {}
         self.injects = model is not None
         if model is not None:
             self._describe(model)
-        self.fit = {key: checked_fit(key, MEDIA.get(m), (fit or {}).get(key)) for key, m in self.modalities.items()}
+        self.fit = fitting.checked(self.modalities, fit or {})
         self._add_tokens()
         if model is not None:
             self.register(model)
@@ -110,6 +107,7 @@ class MultimodalProcessor(ProcessorMixin):
 
     def describe_targets(self, model: Composition) -> None:
         """Take the decoders' targets as they are now: what trains in a decoder decides what it wants of them."""
+        self.makes = {key: decoder.modality for key, decoder in model.decoders.items()}
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
     def _add_tokens(self) -> None:
@@ -191,10 +189,10 @@ class MultimodalProcessor(ProcessorMixin):
                 else is said. Text that begins with the token for it, or that a chat template wrote, gets no special
                 tokens from the tokenizer.
             return_tensors: framework of the tensors; PyTorch by default.
-            decoder_targets: `{decoder key: {"captions": [str], "images" | "videos" | "audios": [media]}}`, in the order
+            decoder_targets: `{decoder key: {"captions": [str], "images": [media]}}` (or another plural), in the order
                 of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
             text, images, videos, audio: the shorter form that transformers' own processors have, in place of
-                `encoder_inputs` and `llm_inputs`.
+                `encoder_inputs` and `llm_inputs`; other media types by their plurals.
             kwargs: given to every processor that accepts them.
 
         Returns:
@@ -205,7 +203,8 @@ class MultimodalProcessor(ProcessorMixin):
             InputError: placeholders and inputs that do not match, with key, row and both counts.
         """
         if text is not None:
-            media = {"images": images, "videos": videos, "audio": audio}
+            media = {IMAGE.name: images, VIDEO.name: videos, AUDIO.name: audio}
+            media |= {kind.name: kwargs.pop(kind.plural) for kind in MEDIA.values() if kind.plural in kwargs}
             encoder_inputs, llm_inputs = conversations.inputs_by_modality(self, text, media)
         llm_inputs = dict(llm_inputs or {})
         data, counts, per_row = self.process_media(encoder_inputs or {}, return_tensors, **kwargs)
@@ -288,20 +287,6 @@ class MultimodalProcessor(ProcessorMixin):
         kind = MEDIA.get(self.modalities[key])
         return None if media is None else fitting.pieces(kind, media, self.encoder_processors[key], self.fit[key])
 
-    def varies(self, key: str) -> bool:
-        """Whether media of an encoder may become several pieces."""
-        processor = self.encoder_processors[key]
-        return self.fit[key] == "tile" or (self.fit[key] == "split" and fitting.window_of(processor) is not None)
-
-    def fit_notes(self) -> list[str]:
-        """What becomes of media that do not fit, a line an encoder that says so."""
-        notes = {
-            key: fitting.note(MEDIA[modality], self.encoder_processors[key], self.fit[key])
-            for key, modality in self.modalities.items()
-            if self.fit[key] is not None
-        }
-        return [f"{key}_encoder: {said}" for key, said in notes.items() if said]
-
     def media_argument(self, key: str) -> str:
         """Name of the argument under which an encoder's processor takes its media (`images`, `raw_speech`, …)."""
         return next(iter(inspect.signature(self.encoder_processors[key].__call__).parameters))
@@ -367,7 +352,7 @@ class MultimodalProcessor(ProcessorMixin):
                     f"there are targets for {key!r}; the decoders are {list(self.targets)} (build the processor with "
                     "model= to make them known)"
                 )
-            media_name = f"{self.targets[key].modality}s"
+            media_name = media_type(self.makes[key]).plural
             unknown = sorted(set(target) - {"captions", media_name})
             if unknown:
                 raise InputError(f"{key!r} targets have the keys {unknown}; expected 'captions' and {media_name!r}")

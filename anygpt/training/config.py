@@ -112,8 +112,9 @@ class DecoderConfig(PartConfig):
     """A diffusion decoder and its output projector.
 
     Attributes:
+        modality: media type in the data; the decoder's own by default.
         num_frames: frames of a clip, for video decoders.
-        num_signal_tokens: tokens of a span; the paper's count by default (image 4, video 24, audio 8).
+        num_signal_tokens: tokens of a span; the media type's by default (the paper's: image 4, video 24, audio 8).
         hidden_layer: states that are read: -1 the last, any other index, or `mix`.
         signal: `tokens`, or `queries`: learned ones after a single trigger token.
         projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
@@ -122,6 +123,7 @@ class DecoderConfig(PartConfig):
             num_inference_steps: 20}`; the final model keeps them.
     """
 
+    modality: str | None = None
     num_frames: Tokens | None = None
     num_signal_tokens: Tokens | None = None
     hidden_layer: int | str = -1

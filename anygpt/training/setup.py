@@ -153,7 +153,7 @@ def new_decoder(
     """A decoder with its output projector; one that ridge regression is to set needs a linear path."""
     decoder = load_decoder(source(entry, precision))
     module = ModalDecoderModule(
-        decoder, None, entry.num_signal_tokens, entry.hidden_layer, modality=None, signal=entry.signal
+        decoder, None, entry.num_signal_tokens, entry.hidden_layer, entry.modality, signal=entry.signal
     )
     check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
     sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, move
+from anygpt.encoders import fitting
 from anygpt.errors import InputError
 from anygpt.losses.formulas import weighted_total
 from anygpt.outputs import LossTerm
@@ -188,7 +189,7 @@ class Trainer:
         self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
         self.digests = data_digests(self.dataset)
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
-        self.notes += self.processor.fit_notes()
+        self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
         if checkpoint is not None:
             load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
