@@ -27,7 +27,7 @@ from anygpt.decoders import (
 )
 from anygpt.decoders.loading import load_decoder
 from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
-from anygpt.encoders.loading import load_encoder
+from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.model.configuration import MultimodalConfig
@@ -61,6 +61,7 @@ __all__ = [
     "__version__",
     "load_decoder",
     "load_encoder",
+    "load_encoder_processor",
     "load_language_model",
     "load_tokenizer",
 ]
