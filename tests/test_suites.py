@@ -16,8 +16,9 @@ from evaluation_utils import text, write_medium, write_rows
 
 from anygpt import InputError
 from anygpt.data.collation import NOT_FOR_MODEL
-from anygpt.data.dataset import ConversationDataset
+from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.evaluation.asking import Asker, answered
+from anygpt.evaluation.metrics import METRICS
 from anygpt.evaluation.report import text_table
 from anygpt.evaluation.rows import read_rows
 from anygpt.evaluation.run import asked_for, evaluate
@@ -206,13 +207,13 @@ def test_answers_that_are_none(draw_suite, tmp_path):
         ({"id": "0", "files": [{"type": "image", "path": "../x.png"}]}, "not inside the media root"),
         ({"id": "0", "files": [{"type": "image", "path": "x.png"}]}, "does not exist"),
         ({"text": "a"}, "index.jsonl:1 is no answer"),
-        ({"id": "another", "text": "a"}, "frechet_distance has no answer to look at"),
+        ({"id": "another", "text": "a"}, "no answer to look at: none of 6 rows"),
     ):
         (tmp_path / "index.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(InputError, match=message):
             evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
     (tmp_path / "index.jsonl").write_text('{"id": "0", "text": "no picture"}\n')
-    with pytest.raises(InputError, match="frechet_distance has no answer to look at"):
+    with pytest.raises(InputError, match="no answer to look at: none of 6 rows"):
         evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
 
 
@@ -397,3 +398,61 @@ def test_two_real_processes(draw_suite, drawn, talker, whole, tmp_path):
     arguments = ["scripts/evaluate.py", "--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml")]
     subprocess.run([*launch, *arguments, "--output", str(tmp_path / "out")], cwd=REPOSITORY, check=True)
     same(values(json.loads((tmp_path / "out/metrics.json").read_text())), values(whole[1]))
+
+
+# ---- the suites that are shipped
+
+SUITES = sorted((REPOSITORY / "configs/evaluation").glob("*.yaml"))
+
+
+def layout(suite, folder):
+    """Five made-up rows in the form that the suite's own comment shows; returns the data file's replacement."""
+    kind = next((kind for kind in MEDIA if kind in f"{suite.ask.require} {suite.name}"), "image")
+    kind = {"msrvtt_captions": "video", "audiocaps_captions": "audio"}.get(suite.name, kind)
+    rows = []
+    for i in range(5):
+        medium = {"type": kind, "path": write_medium(folder, kind, i)}
+        if suite.name == "dialogues":
+            said = [("user", [text("hello")]), ("assistant", [text("hi")]), ("user", [medium, text("draw it")])]
+            answer = ("assistant", [text("here"), {**medium, "caption": f"ring {i}"}])
+            rows.append({"messages": [{"role": role, "content": parts} for role, parts in [*said, answer]]})
+        elif suite.ask.require:
+            answer = [text("Here it is."), {**medium, "caption": f"a ring {i}"}]
+            rows.append(
+                {"messages": [{"role": "user", "content": f"Make ring {i}."}, {"role": "assistant", "content": answer}]}
+            )
+        else:
+            asked = {"role": "user", "content": [medium, text("What is it?")]}
+            rows += [{"messages": [asked, {"role": "assistant", "content": said}]} for said in ("a ring", f"ring {i}")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_shipped_suites_run(path, talker, networks, tmp_path):
+    """End to end on tiny parts, with networks of the same kinds in the place of those of the hub."""
+    suite = read_suite(path)
+    tiny = {"image": "clip", "video": "videomae", "audio": "clap"}
+    for spec in suite.metrics:
+        kind = METRICS[spec.metric]
+        if kind.features is not None:
+            by_frame = spec.metric in ("clipsim", "frame_consistency", "frame_fid")
+            name = "clip" if by_frame else "ast" if kind.classify else tiny[kind.modality or suite.ask.require[0]]
+            spec.features = str(networks / name)
+        spec.detector = spec.detector and str(networks / "owlvit")
+    if suite.data:
+        suite.data = [DataSource(layout(suite, tmp_path))]
+    else:
+        suite.composition = 1
+    suite.ask.num_inference_steps, suite.ask.max_new_tokens = 1, 3
+    report = evaluate(suite, tmp_path / "out", process(), *talker)
+    # the first turns of the dialogues ask the same
+    assert report["rows"] == {"geneval": 6, "dialogues": 6}.get(suite.name, 5) and not report["unanswered"]
+    for name, ways in report["metrics"].items():
+        words = name.split("_")[0] in ("bleu", "rouge", "cider", "vqa", "exact")
+        assert len(ways) == (2 if words else 3), name
+        for way, found in ways.items():  # nothing asks the untrained model for pictures in dialogues
+            lacks = (suite.name, name, way) == ("dialogues", "clip_score", "model")
+            assert (found["value"] is None and "no answer has caption" in found["note"]) if lacks else found["n"], name
+    first = path.read_text().splitlines()
+    assert first[0].startswith("# ") and any(line.startswith("# Data:") for line in first)

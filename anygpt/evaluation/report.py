@@ -34,7 +34,7 @@ def ways_of(report: Mapping[str, Any]) -> list[str]:
 
 def shown(value: Mapping[str, Any] | None) -> str:
     """A value as people read it, its interval behind it."""
-    if value is None:
+    if value is None or value["value"] is None:
         return "–"
     low, high = value.get("interval", (None, None))
     return f"{value['value']:.4g}" + ("" if low is None else f" ({low:.4g}–{high:.4g})")

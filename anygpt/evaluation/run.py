@@ -171,4 +171,5 @@ def flat_values(report: dict[str, Any]) -> dict[str, float]:
         "/".join([report["suite"], name, *([way] if way != "model" else [])]): value["value"]
         for name, found in report["metrics"].items()
         for way, value in found.items()
+        if value["value"] is not None
     }

@@ -121,14 +121,19 @@ class MetricSet:
         return self.kinds[name].needs + (() if self.metrics[name].modality == "text" else ("answer",))
 
     def compute(self, rows: int) -> dict[str, Value]:
-        """Values by name; `left_out` of `rows` were passed over. Raises `InputError` of a metric that saw no answer."""
+        """Values by name, None where a metric saw no answer; `left_out` of `rows` were passed over.
+
+        Raises:
+            InputError: no metric saw an answer.
+        """
         values: dict[str, Value] = {}
         for name, metric in self.metrics.items():
-            if not self.count[name]:
-                needs = " and ".join(self._needs(name)) or "an answer"
-                raise InputError(f"{name} has no answer to look at: none of {rows} rows has {needs}")
             left = {"left_out": rows - self.count[name]} if self.count[name] < rows else {}
-            values |= {f"{name}{end}": value | left for end, value in metric.compute().items()}
+            lack = {"value": None, "n": 0, "note": f"no answer has {' and '.join(self._needs(name))}"}
+            found = metric.compute() if self.count[name] else {"": lack}
+            values |= {f"{name}{end}": value | left for end, value in found.items()}
+        if not any(self.count.values()):
+            raise InputError(f"there is no answer to look at: none of {rows} rows has what the metrics need")
         return values
 
     def describe(self) -> dict[str, Any]:

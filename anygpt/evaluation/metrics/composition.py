@@ -89,9 +89,13 @@ class CompositionScore(Metric):
         mark = "." if "dino" in self.detector.model.config.model_type else ""
         found: dict[str, list[Box]] = defaultdict(list)
         for one in self.detector(image, candidate_labels=[name + mark for name in names], threshold=self.threshold):
-            box = tuple(one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
+            low, high = (
+                [max(one["box"][side], 0) for side in ("xmin", "ymin")],
+                [one["box"][s] for s in ("xmax", "ymax")],
+            )
+            box = (*low, *map(min, high, image.size))
             kept = found[one["label"].removesuffix(mark)]
-            if all(overlap(box, other) <= OVERLAP for other in kept):
+            if box[0] < box[2] and box[1] < box[3] and all(overlap(box, other) <= OVERLAP for other in kept):
                 kept.append(box)
         return found
 
