@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, find_weights
-from anygpt.parts.networks import check_report, load_network
+from anygpt.parts.files import Place, Weights, find_weights, shape_of
+from anygpt.parts.networks import check_report, load_network, wants_shapes_only
 
 DTYPE = torch.float32  # of pipelines, as diffusers has it, whatever the files' own is
 
@@ -95,6 +95,8 @@ def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
         config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
         return load_network(cls, config, place, dtype=dtype)
     weights = find_weights(place)
+    if wants_shapes_only():
+        return _outline(cls, place, weights).to(dtype)
     with _quietly():
         network, info = cls.from_pretrained(
             place.path,
@@ -107,6 +109,20 @@ def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
             **place.hub,
         )
     check_report(weights, cls, {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]})
+    return network
+
+
+def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixin:
+    """A network on the meta device, its tensors compared with those in the files' headers."""
+    config = cls.load_config(place.path, revision=place.revision, subfolder=place.subfolder, **place.hub)
+    with torch.device("meta"):
+        network = cls.from_config(config)
+    found = {name: shape_of(tensor) for name, tensor in weights.tensors()}
+    network._fix_state_dict_keys_on_load(found)
+    own = network.state_dict()
+    faults = {"lacks": own.keys() - found.keys(), "has left over": found.keys() - own.keys()}
+    odd = [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
+    check_report(weights, cls, faults | {"has in another shape": odd})
     return network
 
 

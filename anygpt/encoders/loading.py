@@ -20,6 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import is_torchvision_available
 
 from anygpt.encoders.families import FAMILIES, EncoderFamily
+from anygpt.encoders.imagebind import ImageBindConfig
 from anygpt.encoders.imagebind.processing import ImageBindProcessor
 from anygpt.encoders.selection import LlavaCallbacks, check_selection
 from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
@@ -51,8 +52,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
     source = Source.of(path, options)
 
     def build() -> nn.Module:
-        source.place.config()
-        whole = AutoConfig.from_pretrained(source.folder, **source.where)
+        whole = _read_config(source)
         config, family, names = _find_encoder(whole, modality, source.feature)
         cls = family.load_class()
         encoder = load_network(
@@ -83,6 +83,14 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
         return encoder
 
     return load(source, f"{modality} encoder", build)
+
+
+def _read_config(source: Source) -> PreTrainedConfig:
+    content = source.place.json("config.json") or {}
+    if "model_type" not in content and "imu_embed_dim" in content:  # the original ImageBind behind the hub's mixin
+        return ImageBindConfig(**content)
+    source.place.config()
+    return AutoConfig.from_pretrained(source.folder, **source.where)
 
 
 def _find_encoder(
@@ -116,7 +124,7 @@ def _find_encoder(
 def load_encoder_processor(path: str | Path | Source, modality: str, **options: Any) -> Any:
     """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
     source = Source.of(path, options)
-    config = load(source, "config", lambda: AutoConfig.from_pretrained(source.folder, **source.where))
+    config = load(source, "config", lambda: _read_config(source))
     processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
     if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
