@@ -5,7 +5,7 @@ around the part that we want, the tensor names of the time when it was uploaded,
 for Vicuna. Sizes are `tiny`, or `real` as in the repositories' own configs; the weights random, or `hollow`: files of
 the real length whose headers are right and whose numbers are holes, which take no room on the disk.
 
-    python tests/hub_mirror.py FOLDER [--real] [--hollow] [ID …]
+    python tests/hub_mirror.py FOLDER [ID …] [--real] [--hollow]
 """
 
 from __future__ import annotations

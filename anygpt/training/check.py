@@ -44,7 +44,7 @@ from anygpt.training.stages import Stage, prepare_stage
 FLAG = "--check"
 ROWS = 8
 """Rows of each data file that are looked at."""
-DEFAULT_TOKENS = 256
+DEFAULT_TOKENS = 512
 """Of a row, where no data can be read."""
 
 
@@ -98,7 +98,7 @@ def check(config: Config, stage: Stage) -> Findings:
                 check_data(file, model, processor, config, stage, found)
     if model is not None:
         if not found.kinds:
-            tokens = min(DEFAULT_TOKENS, config.data.max_length or DEFAULT_TOKENS)
+            tokens = config.data.max_length or DEFAULT_TOKENS
             kinds = [Rows((key,)) for key in model.encoders] + [Rows((), (key,)) for key in model.decoders]
             found.kinds = dict.fromkeys(kinds, (tokens, tokens // 2))
             found.notes.append(f"no rows could be read: the plan is for {tokens} tokens a row")
@@ -213,9 +213,10 @@ def report(found: Findings, config: Config) -> str:
         lines += ["", "| data | rows read | tokens a row |", "|---|---|---|"]
         lines += [f"| {path} | {rows} | {low} to {high} |" for path, rows, low, high in found.rows]
     if found.plan is not None:
-        lines += ["", "| rows of a micro-batch | tokens | activations, GiB |", "|---|---|---|"]
+        lines += ["", "| rows of a micro-batch | tokens | activations, GiB | TFLOP |", "|---|---|---|---|"]
         lines += [
-            f"| {config.train.batch_size} × {kind} | {found.kinds[kind][0]} | {size / GIB:.2f} |"
+            f"| {config.train.batch_size} × {kind} | {found.kinds[kind][0]} | {size / GIB:.2f} | "
+            f"{found.plan.flops[kind] / 1e12:.2f} |"
             for kind, size in found.plan.activations.items()
         ]
         process = psutil.Process().memory_info().rss / GIB

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
@@ -61,12 +62,20 @@ class Plan:
     Attributes:
         parts: the parts.
         activations: the most that an update makes at a time beside gradients, if all its rows are of one kind.
+        flops: floating-point operations of an update's micro-batch, likewise.
+        offloaded: weights on the card in generation where one network of the decoders is there at a time.
         left_out: what could not be counted, and why.
     """
 
     parts: list[PartMemory]
     activations: dict[Rows, int]
+    flops: dict[Rows, int]
+    offloaded: int
     left_out: list[str]
+
+    @property
+    def weights(self) -> int:
+        return sum(part.weights for part in self.parts)
 
     @property
     def total(self) -> int:
@@ -113,7 +122,10 @@ def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows,
         kinds: tokens of a row, and those of them that carry a loss, by kind of rows.
     """
     parts = [measure_part(model, name) for name in model.parts]
-    activations, left_out = {}, []
+    activations, flops, left_out = {}, {}, []
+    networks = [list(decoder.module.children()) for decoder in model.decoders.values()]
+    sizes = [sum(tensor.nbytes for tensor in _tensors([network])) for found in networks for network in found]
+    offloaded = sum(part.weights for part in parts) - sum(sizes) + max(sizes, default=0)
     rows = config.train.batch_size
     inputs = {key: blank_inputs(processor, key, rows) for key in model.encoder_keys}
     targets = {key: target_shape(decoder.module, rows) for key, decoder in model.decoders.items()}
@@ -125,6 +137,7 @@ def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows,
         with ExitStack() as stack:
             stack.enter_context(mode)
             live = stack.enter_context(LiveBytes())
+            counter = stack.enter_context(FlopCounterMode(display=False))
             if config.train.mixed_precision == "bf16":
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             try:
@@ -132,8 +145,9 @@ def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows,
             except Exception as error:  # a network that looks at numbers, for one
                 left_out.append(f"{kind}: {type(error).__name__}: {str(error).splitlines()[0]}")
             activations[kind] = max(0, live.peak - gradients)
+            flops[kind] = counter.get_total_flops()
         model.zero_grad(set_to_none=True)
-    return Plan(parts, activations, left_out)
+    return Plan(parts, activations, flops, offloaded, left_out)
 
 
 def measure_part(model: Any, name: str) -> PartMemory:

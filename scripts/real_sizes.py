@@ -1,0 +1,99 @@
+"""A recipe's stages at the parts' real sizes on this machine: two updates of each, an answer, time and peak memory.
+
+    python tests/hub_mirror.py runs/real/hub ID … --real      # or a cache with the real repositories
+    python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
+
+`DIR` holds `cc3m/`, `webvid/` and `audiocap/` as NExT-GPT has them. Each stage is a process of its own, with
+micro-batches of one row in bfloat16, whose own memory (what is mapped from files left out) is looked at ten times a
+second, beside what `--check` had computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SCRIPTS = ("stages/stage1_encoder_llm.py", "stages/stage2_llm_decoder.py", "stages/stage3_instruction_tuning.py")
+KINDS = {"cc3m": "images", "webvid": "videos", "audiocap": "audios"}
+GENERATE = """
+import sys
+from anygpt import MultimodalModel, MultimodalProcessor
+model = MultimodalModel.from_pretrained(sys.argv[1]).eval()
+processor = MultimodalProcessor.from_pretrained(sys.argv[1], model=model)
+batch = processor(text=["Make a picture, a clip and a sound."])
+answer = model.generate(**batch, max_new_tokens=40, require=["image", "video", "audio"], decoder_kwargs={
+    "image": {"num_inference_steps": 1}, "audio": {"num_inference_steps": 1, "audio_length_in_s": 2.56},
+    "video": {"num_inference_steps": 1, "num_frames": 8, "height": 256, "width": 256}}).answers[0]
+print("made", answer.images[0].size, answer.videos[0].shape, answer.audios[0].shape)
+"""
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that is mapped from no file; 0 when it is gone."""
+    try:
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    except (OSError, TypeError):
+        return 0
+
+
+def run(command: list[str], hub: Path) -> dict[str, float | str]:
+    """Run a command to its end: its output, seconds, and peak memory in GiB."""
+    start, peak = time.monotonic(), 0
+    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, text=True, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.1)
+        said.seek(0)
+        output = said.read()
+    if process.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
+    return {"output": output, "seconds": round(time.monotonic() - start), "peak_gib": round(peak / 2**30, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hub", type=Path, required=True, help="an HF cache with the parts")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--recipe", default="small", help="folder of configs/ (default: %(default)s)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="(default: all)")
+    options = parser.parse_args()
+    found = {}
+    for stage in options.stages:
+        task = "comprehension" if stage == 1 else "generation"
+        files = [
+            {
+                "path": str(options.data / name / f"{name}_{task}.json"),
+                "format": "nextgpt",
+                "media_root": str(options.data / name / media),
+            }
+            for name, media in KINDS.items()
+        ]
+        command = [sys.executable, SCRIPTS[stage - 1], "--config", f"configs/{options.recipe}/stage{stage}.yaml"]
+        command += ["--run.output_dir", str(options.output / f"stage{stage}"), "--run.device", "cpu"]
+        command += ["--run.resume", "never", "--run.tracker", "none", "--data.train", json.dumps(files)]
+        command += ["--data.num_workers", "0", "--train.max_steps", "2", "--train.batch_size", "1"]
+        command += ["--train.gradient_accumulation_steps", "1", "--train.warmup_steps", "0", "--train.log_steps", "1"]
+        start = options.output / f"stage{stage - 1}" / "final"
+        command += ["--model.init_from", str(start) if stage > 1 else "null"]
+        planned = re.search(r"computed, not measured: .*", run([*command, "--check"], options.hub)["output"])[0]
+        print(f"stage {stage}: {planned}", flush=True)
+        found[f"stage{stage}"] = run(command, options.hub)
+        print({k: v for k, v in found[f"stage{stage}"].items() if k != "output"}, flush=True)
+    final = options.output / f"stage{options.stages[-1]}" / "final"
+    found["generation"] = run([sys.executable, "-c", GENERATE, str(final)], options.hub)
+    print(found["generation"]["output"].splitlines()[-1], found["generation"]["seconds"], "s")
+    (options.output / "measured.json").write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
