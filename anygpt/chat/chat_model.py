@@ -138,7 +138,7 @@ class ChatModel:
         # of a video, only the frames that its encoder looks at are kept in memory
         frames = getattr(self.processor.encoder_processors[key], "num_frames", None)
         kind = media_type(modality)
-        medium = kind.read(place, frames, limits)
+        medium = kind.read(place, frames, limits, whole=False)
         if size := kind.size(medium):
             width, height = size
             if max(size) > MAX_ASPECT * min(size):

@@ -32,10 +32,7 @@ PACKING = 8
 class Ending:
     """Looks at all packets of a container as they come, and says in the end whether any are missing.
 
-    Args:
-        container: the open container.
-        head: the file's first 8 bytes or more.
-        name: of the file, for messages.
+    `head` are the file's first 8 bytes or more, `name` is for messages.
     """
 
     def __init__(self, container: av.container.InputContainer, head: bytes, name: str):
@@ -68,11 +65,7 @@ class Ending:
             self.longest = max(self.longest, (packet.duration or 0) * unit)
 
     def check(self) -> None:
-        """To be called after the last packet.
-
-        Raises:
-            ValueError: the end is missing.
-        """
+        """Raises `ValueError` after the last packet if the end is missing."""
         if self.last_corrupt and not self._has_wrong_size():
             raise ValueError("it is truncated: its last packet is not whole")
         if self.corrupt > self.last_corrupt:
@@ -98,11 +91,7 @@ def _warn_once(message: str) -> None:
 
 
 def check_tables(file: BinaryIO, head: bytes) -> None:
-    """Refuses an MP4 whose tables claim more samples than its bytes can hold: FFmpeg makes room for all at once.
-
-    Raises:
-        ValueError: there is such a table.
-    """
+    """Raises `ValueError` of an MP4 that claims more samples than it can hold: FFmpeg makes room for all at once."""
     size = file.seek(0, os.SEEK_END)
     if head[4:8] != b"ftyp" or size > SEARCHED:
         return

@@ -28,6 +28,10 @@ SIDE, FRAMES, RATE = 32, 8, 16_000
 class MediaType:
     """One row of the table; the subclasses say what such a medium is in memory and how it is handled.
 
+    Beside what is below they have `read(place, num_frames, limits, whole)` (see `read_media`), `write(path, content,
+    rate)` of what a decoder made at `rate` frames or samples a second, and `blank(num_frames)`, a medium that stands
+    for any other where only its shape matters.
+
     Attributes:
         name: in data files, configs and messages.
         plural: under which decoder targets, the processor and answers list them.
@@ -35,6 +39,8 @@ class MediaType:
         mime: the MIME type of what is written.
         prefix, signal_tokens: names of its signal tokens (`IMG` gives `[IMG0]`), and how many a span has by default.
         content_part: its content part in OpenAI's chat completions; a `…_url` holds a URL, any other base64.
+        timed: whether a medium is sampled to a number of frames when it is read.
+        heard: whether its encoders have a feature extractor in place of an image processor.
     """
 
     name: str
@@ -46,28 +52,7 @@ class MediaType:
     content_part: str
 
     timed = False
-    """Whether a medium is sampled to a number of frames when it is read."""
     heard = False
-    """Whether its encoders have a feature extractor in place of an image processor."""
-
-    def read(
-        self,
-        place: str | Place,
-        num_frames: int | None = None,
-        limits: MediaLimits = DEFAULT_LIMITS,
-        *,
-        whole: bool = False,
-    ) -> Any:
-        """A file's medium; `num_frames` and `whole` are for clips (see `read_video`)."""
-        raise NotImplementedError
-
-    def write(self, path: str | Path, content: Any, rate: float | None) -> None:
-        """Writes what a decoder made, at `rate` frames or samples a second."""
-        raise NotImplementedError
-
-    def blank(self, num_frames: int | None = None) -> Any:
-        """A medium that stands for any other where only its shape matters."""
-        raise NotImplementedError
 
     def size(self, medium: Any) -> tuple[int, int] | None:
         """Width and height in pixels; None for what has none."""
@@ -92,13 +77,13 @@ class Picture(MediaType):
 
     mode: str = "RGB"
 
-    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Image.Image:
+    def read(self, place: str | Place, num_frames: int | None, limits: MediaLimits, whole: bool) -> Image.Image:
         return read_image(place, limits, self.mode)
 
-    def write(self, path, content, rate) -> None:
+    def write(self, path: Path, content: Image.Image, rate: float | None) -> None:
         write_image(path, content)
 
-    def blank(self, num_frames=None) -> Image.Image:
+    def blank(self, num_frames: int | None = None) -> Image.Image:
         return Image.new(self.mode, (SIDE, SIDE))
 
     def size(self, medium: Image.Image) -> tuple[int, int]:
@@ -116,18 +101,17 @@ class Clip(MediaType):
 
     timed = True
 
-    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Video:
+    def read(self, place: str | Place, num_frames: int | None, limits: MediaLimits, whole: bool) -> Video:
         return read_video(place, num_frames, limits, whole=whole)
 
-    def write(self, path, content, rate) -> None:
+    def write(self, path: Path, content: np.ndarray, rate: float) -> None:
         write_video(path, content, rate)
 
-    def blank(self, num_frames=None) -> Video:
+    def blank(self, num_frames: int | None = None) -> Video:
         return Video(np.zeros((num_frames or FRAMES, SIDE, SIDE, 3), np.uint8), float(FRAMES))
 
     def size(self, medium: Video) -> tuple[int, int]:
-        height, width = medium.frames.shape[1:3]
-        return width, height
+        return medium.frames.shape[2], medium.frames.shape[1]
 
     def to_input(self, medium: Video | np.ndarray, processor: Any) -> Video | np.ndarray:
         """Frames alone, but for processors that choose by time, which set `reads_times`."""
@@ -144,13 +128,13 @@ class Sound(MediaType):
 
     heard = True
 
-    def read(self, place, num_frames=None, limits=DEFAULT_LIMITS, *, whole=False) -> Audio:
+    def read(self, place: str | Place, num_frames: int | None, limits: MediaLimits, whole: bool) -> Audio:
         return read_audio(place, limits)
 
-    def write(self, path, content, rate) -> None:
+    def write(self, path: Path, content: np.ndarray, rate: float) -> None:
         write_audio(path, content, int(rate))
 
-    def blank(self, num_frames=None) -> Audio:
+    def blank(self, num_frames: int | None = None) -> Audio:
         return Audio(np.zeros((1, RATE), np.float32), RATE)
 
     def to_input(self, medium: Audio | tuple[np.ndarray, int] | np.ndarray, processor: Any) -> np.ndarray:
@@ -162,30 +146,17 @@ class Sound(MediaType):
     def to_target(self, medium: Audio) -> tuple[np.ndarray, int]:
         return medium.mono(), medium.sampling_rate
 
-    def to_part(self, content: np.ndarray, rate: float | None) -> tuple[np.ndarray, int]:
+    def to_part(self, content: np.ndarray, rate: float) -> tuple[np.ndarray, int]:
         return content, int(rate)
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+CLIPS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 # Signal tokens: the paper's names and counts (NExT-GPT, arXiv 2309.05519, §4.2).
-IMAGE = Picture(
-    "image",
-    "images",
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    "image/png",
-    "IMG",
-    4,
-    "image_url",
-)
-VIDEO = Clip("video", "videos", (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"), "video/mp4", "VID", 24, "video_url")
-AUDIO = Sound(
-    "audio",
-    "audios",
-    (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"),
-    "audio/wav",
-    "AUD",
-    8,
-    "input_audio",
-)
+IMAGE = Picture("image", "images", PICTURES, "image/png", "IMG", 4, "image_url")
+VIDEO = Clip("video", "videos", CLIPS, "video/mp4", "VID", 24, "video_url")
+AUDIO = Sound("audio", "audios", SOUNDS, "audio/wav", "AUD", 8, "input_audio")
 MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)}
 """All media types by name."""
 
@@ -216,8 +187,8 @@ def read_media(
     *,
     whole: bool = False,
 ) -> Any:
-    """Reads a medium of the type `name`; see `MediaType.read`."""
-    return media_type(name).read(place, num_frames, limits, whole=whole)
+    """Reads a medium of the type `name`; `num_frames` and `whole` are for clips (see `read_video`)."""
+    return media_type(name).read(place, num_frames, limits, whole)
 
 
 def is_timed(name: str) -> bool:
