@@ -383,7 +383,7 @@ def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
     for more, message in (
         (["--samples", "3"], "unknown setting samples"),
         (["--suite", "nowhere.yaml"], "is no file"),
-        (["--checkpoint", "nowhere"], "nowhere is no folder"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
     ):
         assert script.main([*arguments, "--output", str(tmp_path / "other"), *more]) == 2
         assert message in capsys.readouterr().err

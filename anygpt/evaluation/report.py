@@ -60,3 +60,13 @@ def write_report(path: Path, report: Mapping[str, Any], rows: Sequence[Row], lin
         report=report, rows=rows, lines=lines, **tools
     )
     write(path, page.encode())
+
+
+def flat_values(report: dict[str, Any]) -> dict[str, float]:
+    """`{"<suite>/<metric>": value}` of the model, and with `/<baseline>` behind it of the others."""
+    return {
+        "/".join([report["suite"], name, *([way] if way != "model" else [])]): value["value"]
+        for name, found in report["metrics"].items()
+        for way, value in found.items()
+        if value["value"] is not None
+    }

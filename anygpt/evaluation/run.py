@@ -1,66 +1,29 @@
-"""A suite from its file to its report: asked by all processes, scored by the first."""
+"""A suite from its rows to its report: asked by all processes, scored by the first."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from anygpt.errors import InputError, reading
+from anygpt.errors import InputError
 from anygpt.evaluation.asking import Asker
-from anygpt.evaluation.report import text_table, write_report
+from anygpt.evaluation.report import write_report
 from anygpt.evaluation.rows import read_rows
 from anygpt.evaluation.store import AnswerStore, write
-from anygpt.evaluation.suite import Suite, read_suite
-from anygpt.evaluation.tracking import log_values
-from anygpt.model.multimodal import MultimodalModel
-from anygpt.processing.processor import MultimodalProcessor
+from anygpt.evaluation.suite import Suite
 
 LIBRARIES = ("anygpt", "torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
 SCORED = 32  # answers that are looked at together
-
-
-def run(options: argparse.Namespace, overrides: Sequence[str]) -> str | None:
-    """The command for a suite file; returns what to print, in the first process.
-
-    Args:
-        overrides: dotted settings over the suite's own, as `--ask.seed 1 --data '[{path: rows.jsonl}]'`.
-    """
-    suite = read_suite(options.suite, overrides)
-    suite.baselines = [] if options.no_baselines else suite.baselines
-    folder = options.answers or options.checkpoint
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give --checkpoint a run's final/, --answers a folder of answers")
-    # Others wait while one still asks. Without a device all processes must be told that they run on the CPU.
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
-    parts: dict[str, Any] = {"answers": folder}
-    if options.answers is None:
-        with reading(folder):
-            model = MultimodalModel.from_pretrained(folder).to(options.device or accelerator.device).eval()
-            processor = MultimodalProcessor.from_pretrained(folder, model=model)
-        facts = {"checkpoint": str(folder), "written": max(path.stat().st_mtime for path in folder.rglob("*"))}
-        parts = {"model": model, "processor": processor, "facts": facts}
-    report = evaluate(suite, options.output, accelerator, **parts)
-    accelerator.end_training()
-    if report is None:
-        return None
-    log_values(options.tracker, options.output, flat_values(report))
-    return f"{text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
 
 
 def evaluate(
@@ -163,13 +126,3 @@ def asked_for(suite: Suite) -> dict[str, Any]:
     """What an answer depends on: neither the metrics, nor how many rows there are or go together."""
     ask = {name: value for name, value in asdict(suite.ask).items() if name not in ("batch_size", "num_workers")}
     return {"data": [asdict(source) for source in suite.data], "composition": suite.composition, "ask": ask}
-
-
-def flat_values(report: dict[str, Any]) -> dict[str, float]:
-    """`{"<suite>/<metric>": value}` of the model, and with `/<baseline>` behind it of the others."""
-    return {
-        "/".join([report["suite"], name, *([way] if way != "model" else [])]): value["value"]
-        for name, found in report["metrics"].items()
-        for way, value in found.items()
-        if value["value"] is not None
-    }

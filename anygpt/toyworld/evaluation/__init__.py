@@ -1,6 +1,6 @@
 """Evaluation: the any-to-any matrix of ToyWorld, what stands beside it, and its reports.
 
-`scripts/evaluate.py` is the command.
+`anygpt evaluate` is the command.
 """
 
 from anygpt.evaluation.statistics import wilson_interval

@@ -1,0 +1,165 @@
+"""Measure a trained model: by a suite of metrics on anybody's data, or by the any-to-any matrix of ToyWorld.
+
+    anygpt evaluate --checkpoint runs/quickstart/stage3/final --output runs/report
+    anygpt evaluate --checkpoint DIR --suite configs/evaluation/coco_generation.yaml --output DIR
+
+A suite file writes metrics.json, samples/ and report.html; what is finished in the output folder is not asked again,
+and the suite's settings are overridden as in `--ask.seed 1 --limit 1000`. `--suite toyworld` prints the matrix, its
+upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png and report.html. Its things are those that
+stages 1 to 3 never saw; `--things seen` takes the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import shutil
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
+
+from anygpt.commands import CHECKPOINT, new_parser
+from anygpt.errors import InputError, reading
+from anygpt.evaluation import report as suite_report
+from anygpt.evaluation import run as suite_run
+from anygpt.evaluation.suite import read_suite
+from anygpt.evaluation.tracking import log_values
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.processing.processor import MultimodalProcessor
+from anygpt.toyworld.evaluation.answers import Settings
+from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
+from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
+from anygpt.toyworld.evaluation.report import text_table, tracked_values, write_report
+from anygpt.toyworld.evaluation.requests import WAYS
+
+DEFAULTS = Settings()
+
+
+def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and for a suite file what is left over: settings of the suite."""
+    parser = new_parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="a run's final/ folder (default: the quickstart's last)")
+    add("--suite", default="toyworld", help="toyworld, or a YAML file as in configs/evaluation/ (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder to write to")
+    add("--no-baselines", action="store_true", help="leave out the upper bound and the baselines")
+    add("--device", help="where to run, for example cuda (default: cpu; of a suite file an accelerator)")
+    add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log the numbers there")
+    add("--answers", type=Path, help="of a suite file: score the finished answers in this folder, without a model")
+    if "--help" not in given and parser.parse_known_args(given)[0].suite != "toyworld":
+        return parser.parse_known_args(given)
+    add = parser.add_argument_group("of --suite toyworld").add_argument
+    add("--samples", type=int, default=DEFAULTS.samples, help="a cell of the matrix (default: %(default)s)")
+    add("--talk-samples", type=int, default=DEFAULTS.talk_samples, help="of each kind of talk (default: %(default)s)")
+    add("--conversations", type=int, default=DEFAULTS.conversations, help="of four turns (default: %(default)s)")
+    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
+    add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
+    add("--steps", nargs="*", default=[], metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
+    add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
+    add("--max-new-tokens", type=int, default=DEFAULTS.max_new_tokens, help="of an answer (default: %(default)s)")
+    add("--seed", type=int, default=DEFAULTS.seed, help="of requests, renders and noise (default: %(default)s)")
+    options = parser.parse_args(given)
+    if options.answers is not None:
+        parser.error("--answers goes with a suite file: ToyWorld's requests are made anew each time")
+    options.device = options.device or "cpu"
+    return options, []
+
+
+def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
+    """`["10"]` sets all kinds, `["image=10", "video=8"]` some."""
+    kinds, values = WAYS[1:], {}
+    for item in given:
+        kind, _, number = item.rpartition("=")
+        if kind and kind not in kinds:
+            raise InputError(f"{flag} {item}: there is no {kind!r}; the kinds are {', '.join(kinds)}")
+        try:
+            values |= {name: number_type(number) for name in ([kind] if kind else kinds)}
+        except ValueError:
+            raise InputError(f"{flag} {item}: {number!r} is not a number; write for example image=2") from None
+    return values
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    settings = replace(
+        DEFAULTS,
+        baselines=not options.no_baselines,
+        steps=by_kind("--steps", options.steps, int),
+        guidance=by_kind("--guidance", options.guidance, float),
+        **{
+            name: getattr(options, name)
+            for name in ("samples", "talk_samples", "conversations", "batch_size", "seed", "things", "max_new_tokens")
+        },
+    )
+    check_settings(settings)
+    made, samples = options.output, options.output / "samples"
+    if file := next((path for path in (made, *made.parents) if path.exists() and not path.is_dir()), None):
+        raise InputError(f"--output {made}: {file} is a file; give a folder")
+    if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
+        raise InputError(f"--output {made}: {samples} is of no evaluation, and would be replaced; give another folder")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return settings
+
+
+def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """`model` and `processor` of the checkpoint."""
+    if not options.checkpoint.is_dir():
+        raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
+    with reading(options.checkpoint):
+        model = MultimodalModel.from_pretrained(options.checkpoint).to(device).eval()
+        return {"model": model, "processor": MultimodalProcessor.from_pretrained(options.checkpoint, model=model)}
+
+
+def run_matrix(options: argparse.Namespace) -> str:
+    """Evaluate ToyWorld and write everything; returns the matrix as a table."""
+    settings = settings_of(options)
+    model, processor = load(options, options.device).values()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    samples = options.output.parent / f".{options.output.name}-{secrets.token_hex(4)}"
+    try:
+        report, judged = evaluate(model, processor, samples, settings)
+        report["checkpoint"] = str(options.checkpoint)
+        rate = next((d.module.rate for d in model.decoders.values() if d.modality == "audio"), 0)
+        sheet: Image.Image = contact_sheet(judged, samples, report["matrix"], rate)
+        write_report(options.output, samples, report, judged, sheet)
+    finally:
+        shutil.rmtree(samples, ignore_errors=True)
+    log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
+    made = "matrix.json, contact_sheet.png, report.html and samples/"
+    return f"{text_table(report)}\n\n{made} are in {options.output}"
+
+
+def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
+    """Ask what a suite file asks, score and write; returns the table, in the first process."""
+    suite = read_suite(options.suite, overrides)
+    suite.baselines = [] if options.no_baselines else suite.baselines
+    # Others wait while one still asks. Without a device all processes must be told that they run on the CPU.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
+    parts: dict[str, Any] = {"answers": options.answers}
+    if options.answers is None:
+        parts = load(options, options.device or accelerator.device)
+        written = max(path.stat().st_mtime for path in options.checkpoint.rglob("*"))
+        parts["facts"] = {"checkpoint": str(options.checkpoint), "written": written}
+    report = suite_run.evaluate(suite, options.output, accelerator, **parts)
+    accelerator.end_training()
+    if report is None:
+        return None
+    log_values(options.tracker, options.output, suite_report.flat_values(report))
+    return f"{suite_report.text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
+
+
+def main(arguments: list[str]) -> None:
+    options, overrides = parse(arguments)
+    told = run_matrix(options) if options.suite == "toyworld" else run_suite(options, overrides)
+    if told is not None:
+        print(told)
