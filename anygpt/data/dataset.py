@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from anygpt.cache import FeatureCache, StaleCache
 from anygpt.data.formats import read_samples, with_unique_ids
-from anygpt.data.formats.streams import ROWS_OF_BLOCK
+from anygpt.data.formats.tables import ROWS_OF_BLOCK
 from anygpt.data.schema import Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError

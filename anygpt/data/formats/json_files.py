@@ -1,7 +1,9 @@
 """JSON lines and JSON lists, read row by row, so that memory does not grow with the file."""
 
 import codecs
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from anygpt.errors import InputError
 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
 CHUNK = 256 * 1024
-SPACE = " \t\r\n"
+SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -68,28 +70,29 @@ def parse_json(content: bytes, where: str) -> Any:
 def list_rows(path: Path) -> Iterator[Row]:
     """The elements of one JSON list, named `file.json[0]`, `file.json[1]`, …
 
+    Own code, as ijson, though four times as fast, takes memory quadratic in the depth of brackets (24 GiB for a file of
+    100 kB), keeps one of two equal keys, makes "?" of half a character, and tells no line.
+
     Raises:
         InputError: where the list is broken, after the rows before that place.
     """
     with path.open("rb") as file:
         text = _Text(path, file)
-        if text.next_character() == "":
+        if (first := text.next_character()) == "":
             return
-        if text.next_character() != "[":
+        if first != "[":
             raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
-        text.skip()
-        if text.next_character() == "]":
-            return
-        index = 0
-        while True:
+        text.position += 1
+        separator = "]" if text.next_character() == "]" else ","
+        for index in itertools.count():
+            if separator == "]":
+                break
             yield Row(f"{path}[{index}]", f"{path.stem}-{index}", text.value())
-            index += 1
             separator = text.next_character()
             if separator not in (",", "]") or separator == "":
                 raise text.error("Expecting ',' or ']'")
-            text.skip()
-            if separator == "]":
-                break
+            text.position += separator == ","
+        text.position += 1
         if text.next_character() != "":
             raise text.error("Extra data")
 
@@ -123,21 +126,13 @@ class _Text:
         self.window = ""
         self.position = 0
         self.line = 1  # of the window's first character
-        self.ended = False
 
     def next_character(self) -> str:
         """The next one that is not white space, which stays; "" at the end of the file."""
         while True:
-            rest = self.window[self.position : self.position + 1]
-            if rest and rest not in SPACE:
-                return rest
-            if rest:
-                self.position += 1
-            elif not self.read(CHUNK):
-                return ""
-
-    def skip(self) -> None:
-        self.position += 1
+            self.position = SPACE.match(self.window, self.position).end()
+            if self.position < len(self.window) or not self.read(CHUNK):
+                return self.window[self.position : self.position + 1]
 
     def value(self) -> Any:
         """The value at the window's position, which moves behind it; a fault, if a key stands twice in it."""
@@ -151,38 +146,31 @@ class _Text:
                 # Cut off by the window's end, perhaps: then it is a string, or the fault is right there.
                 final = len(self.window) - error.pos > 64 and not error.msg.startswith("Unterminated")
                 fault = self.error(error.msg, error.pos)
-                if final or not self.grow(size):
+                if final or not self.read(size):
                     raise fault from error
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.place()} is not JSON that can be read: {error}.") from error
             else:
                 length = end - self.position
-                if end < len(self.window) or not self.grow(size):  # a number could go on
+                if end < len(self.window) or not self.read(size):  # a number could go on
                     fault = decoder.fault(self.place())
                     self.position += length
                     return fault or value
             size *= 2  # so that a long row is parsed few times
 
-    def grow(self, size: int) -> bool:
-        if len(self.window) - self.position > MAX_ROW_BYTES:
-            raise _too_long(self.place())
-        return self.read(size)
-
     def read(self, size: int) -> bool:
         """Puts more of the file into the window, and takes out what has been passed. False at the end of the file."""
-        if self.ended:
-            return False
+        if len(self.window) - self.position > MAX_ROW_BYTES:
+            raise _too_long(self.place())
         content = self.file.read(size)
-        self.ended = not content
         self.line += self.window.count("\n", 0, self.position)
-        self.window = self.window[self.position :]
-        self.position = 0
+        self.window, self.position = self.window[self.position :], 0
         try:
-            self.window += self.decoder.decode(content, final=self.ended)
+            self.window += self.decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
             line = self.line + self.window.count("\n") + error.object.count(b"\n", 0, error.start)
             raise _not_utf8(f"{self.path}:{line}", error.object[error.start]) from error
-        return not self.ended
+        return bool(content)
 
     def place(self, position: int | None = None) -> str:
         line = self.line + self.window.count("\n", 0, self.position if position is None else position)

@@ -1,13 +1,16 @@
-"""Hugging Face `datasets`, by a map of columns.
+"""Hugging Face `datasets`, by a map of columns, also as a stream.
 
 A folder of `save_to_disk`, one that `load_dataset` understands, or Parquet, JSON, CSV and Arrow files; as a stream also
-a dataset on the hub, by its id.
+a dataset on the hub, by its id. Of a stream the texts are read once, at the beginning. Its media are fetched when a
+sample is asked for, a block at a time and without a copy on disk, so samples are to be asked for about in order
+(`UpdateSampler` does); going back means starting again.
 """
 
+import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +20,6 @@ import pyarrow.compute
 
 from anygpt.data.formats.base import Pair, Row, find_files
 from anygpt.data.formats.parquet import check_row_groups
-from anygpt.data.formats.streams import Stream, StreamedCell, open_value
 from anygpt.data.rows import nearest
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
@@ -25,125 +27,141 @@ from anygpt.media.types import MEDIA
 
 COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-ROWS_AT_ONCE = 256
+ROWS_OF_BLOCK = 32  # the media of a stream's block are in memory, once for each process
+_STORED = object()
+
+
+class Table:
+    """Blocks of rows by number: any of a `datasets.Dataset`, those in front of a cursor of an `IterableDataset`."""
+
+    def __init__(self, table: Any, place: str):
+        self.table = table.with_format("arrow")
+        self.place = place
+        self._process = self._number = -1
+        self._blocks: Iterator[pa.Table] = iter(())
+        self._block: pa.Table | None = None
+
+    def blocks(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """All blocks in order, of some columns. Raises `InputError` where the rest cannot be read."""
+        table = self.table if columns is None else self.table.select_columns(columns)
+        try:
+            yield from table.iter(batch_size=ROWS_OF_BLOCK)
+        except Exception as error:  # whatever datasets, Arrow and the network stumble over
+            raise InputError(f"{self.place} cannot be read on: {_reason(error)}.") from error
+
+    def block(self, number: int) -> pa.Table:
+        """One block; of a stream quick for the one that was asked for last, and for those behind it."""
+        if hasattr(self.table, "__len__"):
+            return self.table[number * ROWS_OF_BLOCK : (number + 1) * ROWS_OF_BLOCK]
+        if self._process != os.getpid() or number < self._number:  # a forked process must not share open files
+            self._process, self._number, self._blocks = os.getpid(), -1, self.blocks()
+        while self._number < number:
+            self._block = next(self._blocks, None)
+            self._number += 1
+            if self._block is None:
+                self._process = -1
+                raise InputError(f"{self.place} has fewer rows than before: its files changed.")
+        return self._block
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table, "place": self.place, "_process": -1, "_number": -1, "_block": None}
 
 
 @dataclass(frozen=True, eq=False)
 class Cell(StoredMedium):
-    """The bytes in one row of a column; `table` is a `datasets.Dataset` in Arrow format, mapped into memory."""
+    """The bytes in one row of a column: binary, or a structure with `bytes`; or those of an item of a list."""
 
-    table: Any
+    table: Table
     name: str  # of the column
-    row: int
+    block: int
+    row: int  # within the block
     place: str
-    item: int | None = None  # of a list
+    item: int | None = None
 
     def __str__(self) -> str:
         return f"{self.place}, column {self.name!r}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        return open_value(self.table[self.row][self.name][0], self.item, str(self))
+        value = self.table.block(self.block)[self.name][self.row]
+        if self.item is not None:
+            value = value.values[self.item] if value.is_valid and self.item < len(value.values) else pa.NULL
+        if pa.types.is_struct(value.type) and value.is_valid:
+            value = value["bytes"]
+        if not value.is_valid:
+            raise InputError(f"{self} holds no bytes.")
+        return io.BytesIO(value.as_py())
 
 
 def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = False) -> Iterator[Row]:
     """The rows of a table, named `path[0]`, …
 
     Args:
-        columns: the table's column for each of `COLUMNS`: one of image, video and audio (or none, for text), `text`
-            (the caption or the answer, or a list of several that say the same), and where there are such `prompt`
-            (what the user says) and `id`. A medium is bytes, a `datasets` feature of Image, Audio or Video, or a path
-            below the media root; or a list of such, in the order of their markers in the prompt (`<image>`).
-        streaming: see `streams`.
+        columns: the table's column for one of the media types (or none, for text), `text` (the caption or the answer,
+            or a list of several that say the same), and where there are such `prompt` (what the user says) and `id`. A
+            medium is bytes, a `datasets` feature of Image, Audio or Video, or a path below the media root; or a list
+            of such, in the order of their markers in the prompt (`<image>`).
     """
     columns = _checked_columns(path, columns)
     kind = next((key for key in columns if key in MEDIA), None)
-    if streaming:
-        yield from _streamed_rows(path, columns, kind)
+    table = Table(_load(path, streaming), str(path))
+    first = next(table.blocks(), None)
+    if first is None:
         return
-    table = _load(path, streaming=False).with_format("arrow")
-    _check_names(path, columns, table.column_names)
-    for start in range(0, len(table), ROWS_AT_ONCE):
-        block = table[start : start + ROWS_AT_ONCE]
-        for first, part in _whole_rows(block, path, start):
-            if isinstance(part, InputError):
-                yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
+    for key, name in columns.items():
+        if name not in first.column_names:
+            known = ", ".join(first.column_names)
+            raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}.")
+    stored = kind is not None and any(_STORED in _listed(one) for one in _media(first[columns[kind]], path))
+    if kind is not None and not stored and is_hub_id(path):
+        raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
+    # Media of a stream are not looked at; but paths are read with the texts, and lists, to see how long they are.
+    unseen = streaming and stored and not _is_list(first[columns[kind]].type)
+    wanted = [name for key, name in columns.items() if not (unseen and key == kind)]
+    start = 0
+    for number, block in enumerate(table.blocks(list(dict.fromkeys(wanted)))):
+        for row, part in _whole_rows(block):
+            if isinstance(part, str):
+                fault = InputError(f"{path}[{start + row}] is damaged: {part}: write it again.")
+                yield Row(f"{path}[{start + row}]", f"{path.stem}-{start + row}", fault)
                 continue
-            media = [None] * len(part) if kind is None else _media(part[columns[kind]], path)
+            values = {key: part[name].to_pylist() for key, name in columns.items() if key != kind}
+            media = [_STORED if unseen else None] * len(part)
+            media = media if unseen or kind is None else _media(part[columns[kind]], path)
+            for i, medium in enumerate(media):
+                source = f"{path}[{start + row + i}]"
+                items = [
+                    Cell(table, columns[kind], number, row + i, source, j if isinstance(medium, list) else None)
+                    if item is _STORED
+                    else item
+                    for j, item in enumerate(_listed(medium))
+                ]
+                found = {key: column[i] for key, column in values.items()}
+                pair = Pair(kind, items if isinstance(medium, list) else items[0], found["text"], found.get("prompt"))
+                name = f"{path.stem}-{start + row + i}" if found.get("id") is None else str(found["id"])
+                yield Row(source, name, pair)
+        start += len(block)
 
-            def cell(i: int, item: int | None, first: int = first) -> Cell:
-                return Cell(table, columns[kind], first + i, f"{path}[{first + i}]", item)
 
-            yield from _rows(path, part, columns, kind, _placed(media, cell), first)
+def _listed(medium: Any) -> list[Any]:
+    return medium if isinstance(medium, list) else [medium]
 
 
-def _whole_rows(block: pa.Table, path: Path, start: int) -> Iterator[tuple[int, pa.Table | InputError]]:
-    """A block as it is; or row by row, with a fault for each that is damaged: Arrow itself trusts what it reads.
+def _whole_rows(block: pa.Table, first: int = 0) -> Iterator[tuple[int, pa.Table | str]]:
+    """A block as it is; or row by row, with what is wrong with damaged ones: Arrow itself trusts what it reads.
 
     Args:
-        start: the number of its first row, which comes with each piece.
+        first: the number of its first row, which comes with each piece.
     """
     try:
         block.validate(full=True)
     except pa.ArrowException as error:
         if len(block) > 1:
             for i in range(len(block)):
-                yield from _whole_rows(block.slice(i, 1), path, start + i)
+                yield from _whole_rows(block.slice(i, 1), first + i)
         else:
-            yield start, InputError(f"{path}[{start}] is damaged: {str(error).splitlines()[0][:200]}: write it again.")
+            yield first, str(error).splitlines()[0][:200]
     else:
-        yield start, block
-
-
-def _streamed_rows(path: Path, columns: Mapping[str, str], kind: str | None) -> Iterator[Row]:
-    """Reads the texts alone; what media there are is not known before they are fetched."""
-    stream = Stream(_load(path, streaming=True), str(path))
-    first = next(stream.blocks(), None)
-    if first is None:
-        return
-    _check_names(path, columns, first.column_names)
-    wanted = [name for key, name in columns.items() if key not in MEDIA]
-    column = None if kind is None else first[columns[kind]]
-    media = [] if column is None else _media(column, path)
-    stored = any(_STORED in (one if isinstance(one, list) else [one]) for one in media)
-    # Paths are read with the texts, and lists, to see how long they are.
-    looked_at = column is not None and (not stored or _is_list(column.type))
-    if column is not None and not stored and is_hub_id(path):
-        raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
-    if looked_at:
-        wanted.append(columns[kind])
-    start = 0
-    for number, block in enumerate(stream.blocks(list(dict.fromkeys(wanted)))):
-        for first, part in _whole_rows(block, path, start):
-            if isinstance(part, InputError):
-                yield Row(f"{path}[{first}]", f"{path.stem}-{first}", part)
-                continue
-            media = _media(part[columns[kind]], path) if looked_at else [_STORED if stored else None] * len(part)
-
-            def cell(i: int, item: int | None, number: int = number, start: int = start, first: int = first) -> Any:
-                place = f"{path}[{first + i}]"
-                return StreamedCell(stream, columns[kind], number, first - start + i, place, item)
-
-            yield from _rows(path, part, columns, kind, _placed(media, cell), first)
-        start += len(block)
-
-
-def _rows(
-    path: Path, block: pa.Table, columns: Mapping[str, str], kind: str | None, media: list[Any], start: int
-) -> Iterator[Row]:
-    """The rows of a block whose first one has the number `start`."""
-    values = {key: block[name].to_pylist() for key, name in columns.items() if key not in MEDIA}
-    for i, medium in enumerate(media):
-        pair = Pair(kind, medium, values["text"][i], values["prompt"][i] if "prompt" in values else None)
-        name = values["id"][i] if "id" in values else None
-        yield Row(f"{path}[{start + i}]", f"{path.stem}-{start + i}" if name is None else str(name), pair)
-
-
-def _check_names(path: Path, columns: Mapping[str, str], there: list[str]) -> None:
-    for key, name in columns.items():
-        if name not in there:
-            raise InputError(
-                f"{path} has no column {name!r}, which columns gives for {key}: it has {', '.join(there)}."
-            )
+        yield first, block
 
 
 def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -173,19 +191,21 @@ def _load(path: Path, streaming: bool) -> Any:
             files = find_files(path)
             builder = BUILDERS.get(files[0].suffix.lower())
             if builder is None:
-                raise InputError(
-                    f"{path} is no table that can be read: its suffix must be one of {', '.join(BUILDERS)}."
-                )
+                known = ", ".join(BUILDERS)
+                raise InputError(f"{path} is no table that can be read: its suffix must be one of {known}.")
             names = [str(file) for file in files]
             table = _build(datasets.load_dataset_builder(builder, data_files=names), streaming)
     except InputError:
         raise
     except Exception as error:  # whatever datasets and Arrow stumble over in a broken table
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"{path} cannot be read as a table: {type(error).__name__}: {reason[:300]}.") from error
+        raise InputError(f"{path} cannot be read as a table: {_reason(error)}.") from error
     if not isinstance(table, datasets.Dataset | datasets.IterableDataset):
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
     return table
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error.__cause__ or error).strip().splitlines()[0][:300]}"
 
 
 def _build(builder: Any, streaming: bool) -> Any:
@@ -206,42 +226,23 @@ def is_hub_id(path: Path) -> bool:
     return not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) is not None and not path.suffix
 
 
-_STORED = object()
-
-
-def _placed(media: list[Any], cell: Callable[[int, int | None], StoredMedium]) -> list[Any]:
-    """What `_media` gives, with `cell(row, item of a list)` in the place of each `_STORED`."""
-    return [
-        [cell(i, j) if item is _STORED else item for j, item in enumerate(medium)]
-        if isinstance(medium, list)
-        else cell(i, None)
-        if medium is _STORED
-        else medium
-        for i, medium in enumerate(media)
-    ]
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
     """For each row of a column `_STORED` where it holds bytes, else the path, or None; of a column of lists, lists."""
-    kind = column.type
+    kind, binary = column.type, (pa.binary(), pa.large_binary())
     if _is_list(kind):
         items = iter(_media(pa.compute.list_flatten(column), path))
         lengths = pa.compute.list_value_length(column).to_pylist()
         return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.to_pylist()
-    if _holds_bytes(kind):
+    if kind in binary:
         return [_STORED if there else None for there in column.is_valid().to_pylist()]
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    if "path" in fields and "bytes" in fields and (_holds_bytes(fields["bytes"]) or pa.types.is_null(fields["bytes"])):
+    if "path" in fields and fields.get("bytes") in (*binary, pa.null()):
         there = pa.compute.struct_field(column, "bytes").is_valid().to_pylist()
         paths = pa.compute.struct_field(column, "path").to_pylist()
         return [_STORED if stored else name for stored, name in zip(there, paths, strict=True)]

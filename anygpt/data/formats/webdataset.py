@@ -40,40 +40,9 @@ class TarMember(StoredMedium):
         return f"{self.shard}/{self.name}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        return io.BufferedReader(_Window(self))
-
-
-class _Window(io.RawIOBase):
-    """The bytes of a member as a file of its own."""
-
-    def __init__(self, member: TarMember):
-        self.member = member
-        self.file = member.shard.open("rb", buffering=0)
-        self.position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.member.offset + self.position)
-        left = max(self.member.size - self.position, 0)
-        read = self.file.readinto(memoryview(buffer)[:left])
-        self.position += read
-        return read
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.member.size}[whence]
-        if start + offset < 0:
-            raise OSError(f"there is no place {start + offset} in {self.member}")
-        self.position = start + offset
-        return self.position
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
 
 
 def shard_rows(path: Path) -> Iterator[Row]:
