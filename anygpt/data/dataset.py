@@ -163,8 +163,8 @@ class ConversationDataset(Dataset):
         by_source = []
         for source in sources:
             found: list[InputError] | None = [] if on_bad_sample == "skip" else None
-            options = (source.columns, source.task, source.streaming, source.follow_links)
-            by_source.append(read_samples(source.path, source.format, source.media_root, found, *options))
+            options = {k: v for k, v in vars(source).items() if k != "weight"}
+            by_source.append(read_samples(faults=found, **options))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
             faults += found or []

@@ -19,6 +19,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -43,14 +44,14 @@ class DataError(InputError):
         return type(self), (str(self), self.kind)
 
 
-def checked(model: type[R], value: Any, where: str) -> R:
-    """`value` as a row of `model`.
+def checked(model: type[R] | TypeAdapter, value: Any, where: str) -> R:
+    """`value` as a row of `model`, or as a value of a type.
 
     Raises:
         DataError: the first fault, with `where`, the place within the row, the key, and the nearest known one.
     """
     try:
-        return model.model_validate(value)
+        return model.validate_python(value) if isinstance(model, TypeAdapter) else model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise DataError(where + _sentence(first), first.get("ctx", {}).get("kind", "structure")) from error
@@ -96,7 +97,7 @@ def _sentence(error: ErrorDetails) -> str:
             text = "is empty: give it a value, or leave it out."
         case _:
             text = f"is {value}: {error['msg']}."
-    return f"{f', {at[1:]}' if at else ''}: {what}{text}"
+    return f"{f', {at[1:]}' if at else ''}{': ' if error['loc'] or error['type'] == 'row' else ' '}{what}{text}"
 
 
 class RowModel(BaseModel):

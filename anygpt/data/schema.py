@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anygpt.data.rows import DataError, MediaRow, SampleRow, TextRow, checked, shown, wordings
+from pydantic import ConfigDict, TypeAdapter
+
+from anygpt.data.rows import DataError, MediaRow, SampleRow, Text, TextRow, checked, shown, wordings
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA
@@ -208,12 +210,7 @@ def _part(row: TextRow | MediaRow, where: str, media_root: MediaRoot) -> Content
 
 def checked_text(value: Any, what: str) -> str:
     """`value`, if it is a string that tokenizers and file systems can take. Raises `InputError` otherwise."""
-    if not isinstance(value, str):
-        raise InputError(f"{what} must be a string, and is {shown(value)}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} holds half a character (a lone surrogate) at position {error.start}: write it as UTF-8."
-        ) from error
-    return value
+    return checked(_TEXT, value, what)
+
+
+_TEXT = TypeAdapter(Text, config=ConfigDict(strict=True))

@@ -93,11 +93,9 @@ def validate(
         report.faults[fault.kind if isinstance(fault, DataError) else "structure"] += 1
         on_fault(fault)
 
-    def rows() -> Iterator[Sample | InputError]:
-        return iterate_samples(path, format, media_root, columns, task, follow_links=follow_links)
-
+    rows = _until_broken(iterate_samples(path, format, media_root, columns, task, follow_links=follow_links))
     check = SampleCheck(deep, limits, lengths, max_tokens)
-    for sample, (faults, tokens) in progress(_in_parallel(check, _until_broken(rows()), num_workers)):
+    for sample, (faults, tokens) in progress(_in_parallel(check, rows, num_workers)):
         report.rows += 1
         if isinstance(sample, InputError):
             count(sample)

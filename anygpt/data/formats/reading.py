@@ -35,13 +35,12 @@ def read_samples(
     faults: list[InputError] | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
-    streaming: bool = False,
-    follow_links: bool = False,
+    **options: bool,
 ) -> list[Sample]:
     """Reads one data file and checks every row and that every media file exists.
 
     Args:
-        path, format, media_root, columns, task, streaming, follow_links: see `iterate_samples`.
+        path, format, media_root, columns, task, options: see `iterate_samples`.
         faults: None makes the first fault an error. A list collects the faults instead, and the rows that
             have one are left out of the result.
 
@@ -55,7 +54,7 @@ def read_samples(
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
-    for sample in iterate_samples(path, format, media_root, columns, task, streaming, follow_links):
+    for sample in iterate_samples(path, format, media_root, columns, task, **options):
         try:
             if isinstance(sample, InputError):
                 raise sample
