@@ -10,8 +10,8 @@ from anygpt.errors import InputError
 from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
-EVAL_SAMPLES = 160
-"""10 rows for each of the 16 cells of the any-to-any matrix."""
+SAMPLES, STAGE3_SAMPLES, EVAL_SAMPLES = 1600, 3200, 160
+"""Rows: conversations differ more from each other than single exchanges, and of each of 16 cells 10 rows are judged."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
-    parser.add_argument("--samples", type=int, default=1600, help="rows for each stage (default: %(default)s)")
+    said = f"rows for each stage (default: {SAMPLES}, for stage 3 {STAGE3_SAMPLES})"
+    parser.add_argument("--samples", type=int, help=said)
     parser.add_argument("--eval-samples", type=int, default=EVAL_SAMPLES, help="rows to judge (default: %(default)s)")
     stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
     which = parser.add_mutually_exclusive_group()
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         for kind in COMPONENT_KINDS if options.components else options.kinds:
-            samples, things = (options.eval_samples, HELD_OUT) if kind == "eval" else (options.samples, SEEN)
+            samples = options.samples if options.samples is not None else {"stage3": STAGE3_SAMPLES}.get(kind, SAMPLES)
+            samples, things = (options.eval_samples, HELD_OUT) if kind == "eval" else (samples, SEEN)
             things = THINGS if options.components else things
             print(write_dataset(options.output, kind, samples, options.seed, things, progress=True))
     except InputError as error:
