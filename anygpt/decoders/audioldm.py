@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch.nn.functional as F
-from diffusers import AudioLDMPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from anygpt.decoders.base import DiffusionDecoder
@@ -27,7 +27,7 @@ class AudioLDMDecoder(DiffusionDecoder):
     """
 
     modality = "audio"
-    pipeline_class = AudioLDMPipeline
+    pipeline_name = "AudioLDMPipeline"
     size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
 
     def __init__(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
 from anygpt.decoders.options import STEERING, check_options, expected_of, seeded
-from anygpt.decoders.pipelines import find_class, load_pipeline
+from anygpt.decoders.pipelines import find_class, find_pipeline, load_pipeline
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.running import is_hooked, step_callback
 from anygpt.decoders.schedules import DiffusionSchedule, TrainingSchedule
@@ -46,21 +46,22 @@ class DiffusionDecoder(nn.Module, ABC):
     """
 
     modality: ClassVar[str]
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipeline_name: ClassVar[str]
+    """Name of the pipeline's class in diffusers, which is looked up when it is needed: a version may lack it."""
     size_names: ClassVar[tuple[str, ...]]
     """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
     _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "pipeline_class" in cls.__dict__:
-            DiffusionDecoder._registry[cls.pipeline_class.__name__] = cls
+        if "pipeline_name" in cls.__dict__:
+            DiffusionDecoder._registry[cls.pipeline_name] = cls
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__()
-        if not isinstance(pipeline, self.pipeline_class):
+        if not isinstance(pipeline, find_pipeline(self.pipeline_name)):
             raise InputError(
-                f"{type(self).__name__} needs a {self.pipeline_class.__name__}, but was given a "
+                f"{type(self).__name__} needs a {self.pipeline_name}, but was given a "
                 f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained."
             )
         self.pipeline = pipeline
@@ -71,7 +72,7 @@ class DiffusionDecoder(nn.Module, ABC):
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         if pipeline.components.get("safety_checker") is None:
-            _warn_once(f"{self.pipeline_class.__name__} has no safety checker: what it generates is not filtered.")
+            _warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
 
     # ---- loading and saving
 
@@ -92,10 +93,10 @@ class DiffusionDecoder(nn.Module, ABC):
         hub = {k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs}
         where = {k: kwargs.pop(k) for k in ("revision", "subfolder", "variant", "weights") if k in kwargs}
         place = Place(str(path_or_id), **{k: v for k, v in where.items() if v is not None}, hub=hub)
-        found, config = find_class(place, cls if hasattr(cls, "pipeline_class") else None, DiffusionDecoder._registry)
+        found, config = find_class(place, cls if hasattr(cls, "pipeline_name") else None, DiffusionDecoder._registry)
         settings = {name: kwargs.pop(name) for name in found._setting_names() if name in kwargs}
         settings = (place.json(SETTINGS_FILE) or {}) | settings
-        return found(load_pipeline(found.pipeline_class, config, place, **kwargs), **settings)
+        return found(load_pipeline(find_pipeline(found.pipeline_name), config, place, **kwargs), **settings)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the pipeline (safetensors) and this decoder's own settings into the folder `path`."""

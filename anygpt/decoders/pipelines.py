@@ -18,7 +18,24 @@ from anygpt.errors import InputError
 from anygpt.parts.files import Place, Weights, find_weights, shape_of
 from anygpt.parts.networks import check_report, load_network, wants_shapes_only
 
+TESTED = ">=0.36,<0.43"
+"""Versions of diffusers that have every pipeline which a decoder needs, as in pyproject.toml."""
 DTYPE = torch.float32  # of pipelines, as diffusers has it, whatever the files' own is
+
+
+def find_pipeline(name: str) -> type[DiffusionPipeline]:
+    """A pipeline's class by its name in diffusers.
+
+    Raises:
+        InputError: the installed diffusers does not have it.
+    """
+    try:
+        return getattr(diffusers, name)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"diffusers {diffusers.__version__} has no {name}; versions {TESTED} have it "
+            f"(pip install 'diffusers{TESTED}')"
+        ) from error
 
 
 def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -42,9 +59,9 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
     found = cls or known.get(str(name))
     if found is None:
         raise InputError(f"{place}: no decoder for the pipeline class {name}; known are {', '.join(sorted(known))}.")
-    if found.pipeline_class.__name__ != name:
+    if found.pipeline_name != name:
         raise InputError(
-            f"{place} holds a {name}, but {found.__name__} needs a {found.pipeline_class.__name__}: name a folder of "
+            f"{place} holds a {name}, but {found.__name__} needs a {found.pipeline_name}: name a folder of "
             "that kind, or use DiffusionDecoder.from_pretrained."
         )
     return found, config

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from anygpt.decoders.conditions import Condition
@@ -27,7 +27,7 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
         InputError: an unknown `weighting_scheme`.
     """
 
-    pipeline_class = StableDiffusion3Pipeline
+    pipeline_name = "StableDiffusion3Pipeline"
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
@@ -18,7 +17,7 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
     where the pipeline has `force_zeros_for_empty_prompt` (that is not the encoding of ""), else from "".
     """
 
-    pipeline_class = StableDiffusionXLPipeline
+    pipeline_name = "StableDiffusionXLPipeline"
 
     @property
     def condition_shape(self) -> tuple[int, int]:

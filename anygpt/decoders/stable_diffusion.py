@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from anygpt.decoders.base import DiffusionDecoder
@@ -21,7 +21,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
     """
 
     modality = "image"
-    pipeline_class = StableDiffusionPipeline
+    pipeline_name = "StableDiffusionPipeline"
     size_names: ClassVar[tuple[str, ...]] = ("height", "width")
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None):

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-from diffusers import DiffusionPipeline, TextToVideoSDPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ class ZeroscopeDecoder(DiffusionDecoder):
     """
 
     modality = "video"
-    pipeline_class = TextToVideoSDPipeline
+    pipeline_name = "TextToVideoSDPipeline"
     size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
 
     def __init__(
