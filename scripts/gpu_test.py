@@ -36,7 +36,7 @@ ROWS, UPDATES, BATCH = 24, 4, 8
 # Convolutions on a GPU round to TF32, and AdamW's first updates have the size of the rate whatever the gradient's.
 CLOSE, CLOSE_IN_BF16 = 0.02, 0.1
 LINE = re.compile(r"update (\d+)  (.*)")
-OF_THE_MACHINE = ("tok/s", "samples/s", "data_wait", "memory_gib")
+OF_THE_MACHINE = ("/s", "MFU", "_share", "memory_gib")
 
 Losses = dict[int, dict[str, float]]
 
@@ -123,7 +123,7 @@ def read_losses(output: Path) -> Losses:
     for line in (output / "log.txt").read_text().splitlines():
         if match := LINE.fullmatch(line):
             pairs = (pair.rsplit(" ", 1) for pair in match[2].split("  "))
-            values = {name: float(value) for name, value in pairs if name not in OF_THE_MACHINE}
+            values = {name: float(value) for name, value in pairs if not name.endswith(OF_THE_MACHINE)}
             found.setdefault(int(match[1]), {}).update(values)
     return found
 

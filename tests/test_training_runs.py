@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
+from accelerate import Accelerator
 from training_utils import (
     SCRIPTS,
     Bench,
@@ -29,6 +30,8 @@ from training_utils import (
     trained_tensors,
     wait_for,
 )
+
+from anygpt.training.performance import Meter
 
 BOARD = ("--run.tracker", "tensorboard")
 
@@ -160,3 +163,28 @@ def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
     (record,) = offline.glob("*.wandb")
     content = record.read_bytes()
     assert b"encoder_llm/nll" in content and b"train.learning_rate" in content and b"mine" in content
+
+
+# -- how fast it is --------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_where_the_time_goes_and_a_trace_is_written(make_arguments, tmp_path):
+    args = make_arguments(1, tmp_path / "run", *BOARD, "--train.profile=1", "--data.num_workers=1", steps=4)
+    train_here(1, args)
+    values = logged(tmp_path / "run")[4]
+    shares = {name: values[f"{name}_share"] for name in ("data", "forward", "backward", "optimizer")}
+    assert all(share >= 0 for share in shares.values()) and 0.1 < sum(shares.values()) <= 1.001
+    assert 0 < values["MFU"] < 1 and values["TFLOP/s"] > 0 and values["tok/s"] > values["samples/s"] > 0
+    trace = json.loads((tmp_path / "run/profile/trace-0.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_operations_are_counted_by_the_shapes():
+    """Of two layers of which the first is frozen: forward twice, weights once, inputs once."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Unflatten(1, (1, 16)), torch.nn.Conv1d(1, 4, 3))
+    meter = Meter(Accelerator(cpu=True))
+    layers[0].requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+    with meter.phase("forward"):
+        layers(x)
+    assert meter.flops == 2 * 5 * 8 * 16 * 2 + 2 * (4 * 3) * (5 * 14) * 3

@@ -238,7 +238,7 @@ def logged(folder):
 
 def losses_of(folder):
     """`logged`, without the metrics of speed and memory."""
-    machine = ("/s", "data_wait", "memory_gib")
+    machine = ("/s", "MFU", "_share", "memory_gib")
     return {
         step: {name: value for name, value in metrics.items() if not name.endswith(machine)}
         for step, metrics in logged(folder).items()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from anygpt.errors import InputError
 from anygpt.model.freezing import PartSummary
 from anygpt.settings import flatten
 from anygpt.training.config import Config
-from anygpt.training.processes import memory_in_use
 
 
 def part_table(parts: list[PartSummary]) -> str:
@@ -80,9 +76,6 @@ class RunLog:
                 accelerator.trackers.clear()  # one that did not start cannot be ended
                 reason = " ".join(str(error).split())
                 raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
-        self.since = time.perf_counter()
-        self.waited = 0.0
-        self.tokens = self.samples = self.skipped = self.cut = 0
 
     def say(self, text: str) -> None:
         """A line, or several, for people."""
@@ -90,47 +83,6 @@ class RunLog:
             tqdm.write(text)
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{text}\n")
-
-    def count(self, tokens: int, samples: int, skipped: int, cut: int) -> None:
-        """Add what an update did, on all processes; samples skipped, or cut, are counted over the whole run."""
-        self.tokens += tokens
-        self.samples += samples
-        self.skipped += skipped
-        self.cut += cut
-
-    def timed(self, updates: Iterable[Any]) -> Iterator[Any]:
-        """The same updates; the time until each is there counts as waiting for data."""
-        iterator, end = iter(updates), object()
-        while True:
-            begin = time.perf_counter()
-            item = next(iterator, end)
-            self.waited += time.perf_counter() - begin
-            if item is end:
-                return
-            yield item
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens in here (evaluation, checkpoints, samples) is no part of the throughput."""
-        begin = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - begin
-
-    def training(self, step: int, values: dict[str, float]) -> None:
-        """Metrics of an update, with throughput, waiting and memory since the last such line."""
-        seconds = time.perf_counter() - self.since
-        values = values | {
-            "tok/s": self.tokens / seconds,
-            "samples/s": self.samples / seconds,
-            "data_wait": self.waited / seconds,
-            "memory_gib": memory_in_use(self.accelerator.device),
-        }
-        if self.skipped:
-            values = values | {"skipped": self.skipped}
-        if self.cut:
-            values = values | {"cut": self.cut}
-        self.since, self.waited, self.tokens, self.samples = time.perf_counter(), 0.0, 0, 0
-        self.metrics(step, values)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line, and the tracker."""

@@ -60,6 +60,7 @@ from anygpt.training.loading import (
     use_cache,
 )
 from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
+from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import (
     Aborted,
     Interrupted,
@@ -161,7 +162,7 @@ class Trainer:
 
     def __init__(self, config: Config, stage: Stage, accelerator: Accelerator):
         self.config, self.stage, self.accelerator = config, stage, accelerator
-        self.folder = Path(config.run.output_dir)
+        self.folder, self.meter = Path(config.run.output_dir), Meter(accelerator)
         self.done = 0
         self.tracker_run: str | None = None
         self.notes: list[str] = []
@@ -246,15 +247,16 @@ class Trainer:
                     self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
                     for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
                         self.log.say(line)
-                    self.run_updates(itertools.chain(first, updates), caught)
+                    with profiler(config.train.profile, self.folder / "profile", accelerator.process_index) as trace:
+                        self.run_updates(itertools.chain(first, updates), caught, trace)
                     self.finish()
         return self.folder / FINAL
 
-    def run_updates(self, updates: Iterable[list[MicroBatch]], caught: list[int]) -> None:
+    def run_updates(self, updates: Iterable[list[MicroBatch]], caught: list[int], trace: Any) -> None:
         """All updates, and what is due between them: metrics, evaluation, samples, checkpoints, the end on a signal."""
         train, log = self.config.train, self.log
         moved = self.done == train.max_steps
-        for micro_batches in log.timed(updates):
+        for micro_batches in self.meter.updates(updates):
             before = rng_state()
             try:
                 update = self.step(micro_batches)
@@ -265,12 +267,14 @@ class Trainer:
             self.done += 1
             moved |= update.gradient_norm > 0
             last = self.done == train.max_steps
-            log.count(update.tokens, update.samples, update.skipped, update.cut)
+            self.meter.count(update.tokens, update.samples, update.skipped, update.cut)
             log.bar.update()
+            if trace is not None:
+                trace.step()
             log.bar.set_postfix(loss=f"{update.loss:.4g}", refresh=False)
             if last or self.is_due(train.log_steps):
-                log.training(self.done, metrics)
-            with log.paused():
+                log.metrics(self.done, metrics | self.meter.read())
+            with self.meter.paused():
                 if self.is_due(train.eval_steps):
                     found = self.evaluate()
                     log.metrics(self.done, found)
@@ -315,12 +319,14 @@ class Trainer:
             generators = make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 batch = move(batch, accelerator.device)
-                output = self.wrapped(**batch, loss_counts=denominators, generators=generators)
+                with self.meter.phase("forward"):
+                    output = self.wrapped(**batch, loss_counts=denominators, generators=generators)
                 # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
                 loss = nothing(self.model, output) if output.loss is None else output.loss
                 # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
                 if loss.requires_grad:  # else, in a single process, nothing that trains had a part in it
-                    accelerator.backward(loss * accelerator.num_processes)
+                    with self.meter.phase("backward"):
+                        accelerator.backward(loss * accelerator.num_processes)
             for name, term in output.losses.items():
                 assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
             sums.add_all({name: term.total for name, term in output.losses.items()})
@@ -328,7 +334,8 @@ class Trainer:
             sums.add(TOKENS, int(output.attention_mask.sum()))
             sums.add(PLACES, output.places if self.shows_padding else 0)
             sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
-        norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
+        with self.meter.phase("optimizer"):
+            norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
         totals = sums.of_all(accelerator)
         if not (math.isfinite(totals[LOSS]) and math.isfinite(norm)):
             bad = [name for name in names if not math.isfinite(totals[name])]
@@ -337,8 +344,9 @@ class Trainer:
                 f"update {self.done + 1}: loss {totals[LOSS]}, gradient norm {norm}, not finite: "
                 f"{', '.join(bad) or 'the gradient'}; samples {', '.join(seen)}. The optimizer's step was not made"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.meter.phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         means = {name: totals[name] / denominators[name] for name in names if denominators[name]}
         return Metrics(totals[LOSS], means, norm, *(int(totals[name]) for name in COUNTED))
 

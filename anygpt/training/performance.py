@@ -1,0 +1,127 @@
+"""How fast a run is: the time of its phases, and its arithmetic against what the device can do."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from anygpt.training.processes import memory_in_use
+
+PHASES = ("data", "forward", "backward", "optimizer")
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "3090": 71, "L4": 121}
+"""TFLOP/s in dense bfloat16 by a part of the device's name (NVIDIA's data sheets)."""
+_COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Meter:
+    """What happened since it was last read; phases are timed by a GPU's own clock where there is one.
+
+    Operations are those of linear and convolution layers, 2 · weights · positions forward, and as much for each of the
+    gradients (of inputs, of weights) that is taken. Attention's products and the head's logits are not among them, nor
+    is what checkpointed activations cost a second time, so the true share is a little higher.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.device, self.processes = accelerator.device, accelerator.num_processes
+        self.peak = peak_rate(self.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+        self.left_out = Counter()  # rows skipped and cut, in the whole run
+        self.start()
+
+    def count(self, tokens: int, samples: int, skipped: int, cut: int) -> None:
+        self.done.update({"tok": tokens, "samples": samples})
+        self.left_out.update({"skipped": skipped, "cut": cut})
+
+    def start(self) -> None:
+        self.since, self.done, self.flops = time.perf_counter(), Counter(), 0
+        self.marks: list[tuple[str, Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = self._mark()
+        hook = register_module_forward_hook(self._count) if name == "forward" else None
+        try:
+            yield
+        finally:
+            self.marks.append((name, begin, self._mark()))
+            if hook is not None:
+                hook.remove()
+
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, _COUNTED):
+            positions = output.numel() // output.shape[-1 if isinstance(module, nn.Linear) else 1]
+            passes = 1 + (output.requires_grad and inputs[0].requires_grad) + module.weight.requires_grad
+            self.flops += 2 * module.weight.numel() * positions * passes
+
+    def updates(self, updates: Iterable[Any]) -> Iterator[Any]:
+        """The same updates; the time until each is there is that of `data`."""
+        iterator, end = iter(updates), object()
+        while True:
+            with self.phase("data"):
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here (evaluation, checkpoints, samples) is no part of the throughput."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Throughput over all processes, shares of the time, and memory, since the last reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds, phases = time.perf_counter() - self.since, Counter()
+        for name, begin, end in self.marks:
+            phases[name] += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+        rate = self.flops * self.processes / seconds / 1e12
+        values = {f"{what}/s": self.done[what] / seconds for what in ("tok", "samples")}
+        values |= {"TFLOP/s": rate, "MFU": rate / self.peak / self.processes}
+        values |= {f"{name}_share": phases[name] / seconds for name in PHASES}
+        values |= {"memory_gib": memory_in_use(self.device), **{k: n for k, n in self.left_out.items() if n}}
+        self.start()
+        return values
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a device: in bfloat16 by its data sheet where that is known, else as a product of matrices has it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((rate for part, rate in PEAKS.items() if part in name), None)
+    if known is not None and dtype == torch.bfloat16:
+        return known
+    size, best = 4096 if device.type == "cuda" else 768, float("inf")
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(3):
+        begin = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e12
+
+
+def profiler(updates: int, folder: Path, process: int) -> Any:
+    """torch's profiler of so many updates after the first two; its trace goes to `<folder>/trace-<process>.json`."""
+    if not updates:
+        return contextlib.nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=updates, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / f"trace-{process}.json")),
+    )
