@@ -25,7 +25,7 @@ def reading(folder: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(
             f"{folder} is damaged or incomplete ({type(error).__name__}: {reason}); copy it again, or train it again"

@@ -152,7 +152,10 @@ def test_sizes_dtypes_and_kinds(data, tmp_path, capsys, setting, said):
     [
         ("--model.decoders.image.projector.d_model=7", ("d_model", "7", "num_attention_heads")),
         ("--model.decoders.image.hidden_layer=99", ("hidden_layer", "99")),
-        ("--model.decoders.image.num_signal_tokens=0", ("num_signal_tokens", "at least 1")),
+        ("--model.decoders.image.num_signal_tokens=0", ("num_signal_tokens", "greater than or equal to 1")),
+        ("--model.decoders.image.num_frames=8", ("model.decoders.image.num_frames is 8", "no frames")),
+        ("--model.decoders.image.projector.ffn_dim=10000000000", ("model.decoders.image.projector", "GiB")),
+        ("--model.decoders.image.projector.num_encoder_layers=10000000", ("num_encoder_layers", "at most 1000")),
         ("--model.decoders.image.path=zoo:image_encoder", ("decoder", "zoo:image_encoder")),
     ],
 )
@@ -170,9 +173,21 @@ def test_a_part_with_another_models_tokenizer(data, tmp_path, capsys):
     refuse(1, data, tmp_path, capsys, folder, "tokenizer", "100", more=(f"--model.language_model.path={folder}",))
 
 
+def test_a_config_of_brackets_without_end(data, tmp_path, capsys):
+    folder = tmp_path / "part"
+    shutil.copytree(part_path("image_encoder"), folder)
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000)
+    refuse(1, data, tmp_path, capsys, folder, more=(f"--model.encoders.image.path={folder}",))
+
+
 # -- settings that do not go together --------------------------------------------------------------------------
 
 STAGE_1_SETTINGS = {
+    "frames of a picture": (("--model.encoders.image.num_frames=2",), ("num_frames is set", "reads no clips")),
+    "a projector of any size": (
+        ("--model.encoders.image.projector={projection_type: mlp, hidden_size: 10000000}",),
+        ("model.encoders.image.projector",),
+    ),
     "nothing trains": (("--train.parts=[]",), ("stage 1", "nothing to train")),
     "no evaluation at checkpoints": (
         (

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import wandb
@@ -77,6 +78,15 @@ def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_argum
     check_mistake(code, lines, "checkpoint-4", "train.learning_rate was 0.002 and is 0.1;", "run.resume=never")
     code, _ = cli_here(1, [*args, "--train.learning_rate=0.1", "--run.resume=never"], capsys)
     assert code == 0
+
+
+def test_workers_end_with_a_run_that_is_killed(make_arguments, tmp_path):
+    process = start_process(sys.executable, SCRIPTS[1], *make_arguments(1, tmp_path, "--data.num_workers=2", steps=500))
+    wait_for(lambda: len(psutil.Process(process.pid).children()) >= 2, process)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=3)[1]
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def find_fault(folder: Path) -> str | None:
                 return f"{name} has other content than was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} or a file that it names cannot be read ({type(error).__name__}: {error})"
     return None
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -106,8 +109,13 @@ def loader_options(config: Config) -> dict[str, Any]:
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the run's process group must not kill the workers: the loop still finishes its update."""
+    """A signal to the run's process group must not kill the workers: the loop still finishes its update.
+
+    They end with the loop's process, however that ends.
+    """
     os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def ridge_batches(

@@ -12,6 +12,8 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -23,6 +25,7 @@ from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
+from anygpt.media.types import is_timed
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import (
     Source,
@@ -35,13 +38,14 @@ from anygpt.model.parts import (
 from anygpt.model.saving import part_entries, read_config
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig, check_values
+from anygpt.training.folder import GIB
 from anygpt.training.loading import ridge_batches, use_frames_of
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
-_BF16 = "bfloat16"
+_BF16, MAX_LAYERS = "bfloat16", 1000
 
 
 def source(part: PartConfig, mixed_precision: str) -> Source:
@@ -143,7 +147,8 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     check_arguments(f"model.encoders.{key}.projector", entry.projector, MultimodalProjectorConfig)
     module = ModalEncoderModule(encoder, modality=modality)
     sizes = module.projector_sizes | {"out_features": width}
-    module.projector = MultimodalProjector(MultimodalProjectorConfig(**sizes | entry.projector))
+    projector = MultimodalProjectorConfig(**sizes | entry.projector)
+    module.projector = build_projector(f"model.encoders.{key}", MultimodalProjector, projector)
     return module, load_encoder_processor(part, modality)
 
 
@@ -155,15 +160,27 @@ def new_decoder(
     module = ModalDecoderModule(
         decoder, None, entry.num_signal_tokens, entry.hidden_layer, entry.modality, signal=entry.signal
     )
+    if entry.num_frames is not None and not is_timed(module.modality):
+        raise InputError(f"model.decoders.{key}.num_frames is {entry.num_frames}, but {module.modality} has no frames")
     check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
     sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
-    line = (
-        {"linear_path": True}
-        if ridge and entry.projector.get("projection_type", "transformer") == "transformer"
-        else {}
-    )
-    module.projector = OutputProjector(OutputProjectorConfig(**sizes | line | entry.projector))
+    transformer = entry.projector.get("projection_type", "transformer") == "transformer"
+    line = {"linear_path": True} if ridge and transformer else {}
+    projector = OutputProjectorConfig(**sizes | line | entry.projector)
+    module.projector = build_projector(f"model.decoders.{key}", OutputProjector, projector)
     return module
+
+
+def build_projector(where: str, kind: type[nn.Module], config: Any) -> nn.Module:
+    """A projector, or an `InputError` at once for one that the machine's memory cannot hold."""
+    for name, value in config.to_dict().items():
+        if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
+            raise InputError(f"{where}.projector.{name} is {value}, expected at most {MAX_LAYERS}")
+    with torch.device("meta"):
+        size = sum(4 * parameter.numel() for parameter in kind(config).parameters())
+    if size > psutil.virtual_memory().total:
+        raise InputError(f"{where}.projector would take {size / GIB:,.0f} GiB, more than there are; make it smaller")
+    return kind(config)
 
 
 def check_parts_by_key(config: Config) -> None:
