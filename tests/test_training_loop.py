@@ -90,7 +90,7 @@ def test_every_loss_falls_on_a_fixed_batch(make_arguments, tmp_path, stage, weig
 def test_an_update_is_the_same_however_it_is_split(make_arguments, tmp_path):
     """Plain SGD at rate 1 without clipping: what moves is the gradient itself."""
     results = []
-    for size, parts in ((8, 1), (4, 2), (1, 8)):
+    for size, parts in ((24, 1), (8, 3), (2, 12)):
         args = make_arguments(
             3,
             tmp_path / "run",
