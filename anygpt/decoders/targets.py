@@ -50,6 +50,11 @@ class TargetProcessor(ABC):
     def one(self, item: Any, row: int) -> np.ndarray:
         """The float32 array of one medium; `row` is for messages."""
 
+    @property
+    @abstractmethod
+    def note(self) -> str:
+        """What of a target is learned from, where not all of it is."""
+
     def to_dict(self) -> dict[str, Any]:
         """What `target_processor_from_dict` takes; JSON-able."""
         return {"type": type(self).__name__, **asdict(self)}
@@ -86,6 +91,10 @@ class ImageTargets(TargetProcessor):
     width: int
     channels: int = 3
 
+    @property
+    def note(self) -> str:
+        return f"{self.width} × {self.height} pixels from the centre of each target"
+
     def one(self, item: Image.Image, row: int) -> np.ndarray:
         if not isinstance(item, Image.Image):
             raise InputError(f"Image {row} is a {type(item).__name__}, expected a PIL image.")
@@ -110,6 +119,10 @@ class VideoTargets(TargetProcessor):
     height: int
     width: int
     num_frames: int
+
+    @property
+    def note(self) -> str:
+        return f"{self.num_frames} frames, {self.width} × {self.height} pixels from the centre of each target"
 
     def one(self, item: np.ndarray, row: int) -> np.ndarray:
         shape, dtype = getattr(item, "shape", ()), getattr(item, "dtype", type(item).__name__)
@@ -149,6 +162,10 @@ class AudioTargets(TargetProcessor):
     """Remove the mean and scale the peak to 0.5 first."""
     waveforms: bool = False
     """Give each frame's `hop_length` samples too, after its mels: `(B, 1, frames, mels + hop_length)`."""
+
+    @property
+    def note(self) -> str:
+        return f"the first {self.num_frames * self.hop_length / self.sampling_rate:g} s of each target"
 
     def one(self, item: tuple[np.ndarray, int], row: int) -> np.ndarray:
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):

@@ -191,6 +191,7 @@ class Trainer:
         self.digests = data_digests(self.dataset)
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
+        self.notes += [f"{key}_decoder: {targets.note}" for key, targets in self.processor.targets.items()]
         if checkpoint is not None:
             load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
