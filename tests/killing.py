@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from anygpt.parts.manifest import find_fault
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.training.folder import find_checkpoints, find_fault, step_of
+from anygpt.training.folder import find_checkpoints, step_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = 24

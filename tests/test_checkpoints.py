@@ -25,16 +25,14 @@ from training_utils import (
     trained_tensors,
 )
 
+from anygpt.parts.manifest import MANIFEST, find_fault, write_manifest
 from anygpt.training.checkpoint import settings_that_count
 from anygpt.training.config import Config, parse_config
 from anygpt.training.folder import (
-    MANIFEST,
     best_checkpoint,
     find_checkpoints,
-    find_fault,
     remove_old,
     set_aside,
-    write_manifest,
 )
 
 STEPS = 4

@@ -9,7 +9,7 @@ from training_utils import REPOSITORY, arguments, train_here
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.decoders import StableDiffusion3Decoder, StableDiffusionXLDecoder
 from anygpt.errors import InputError
-from anygpt.model.saving import read_config
+from anygpt.model.loading import read_config
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.evaluation.answers import Settings as Evaluation
 from anygpt.training.config import parse_config

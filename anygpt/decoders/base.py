@@ -98,9 +98,9 @@ class DiffusionDecoder(nn.Module, ABC):
         settings = (place.json(SETTINGS_FILE) or {}) | settings
         return found(load_pipeline(find_pipeline(found.pipeline_name), config, place, **kwargs), **settings)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the pipeline (safetensors) and this decoder's own settings into the folder `path`."""
-        self.pipeline.save_pretrained(str(path), safe_serialization=True)
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Write the pipeline (safetensors, `options` of diffusers) and this decoder's own settings into `path`."""
+        self.pipeline.save_pretrained(str(path), safe_serialization=True, **options)
         settings = {name: getattr(self, name) for name in self._setting_names()}
         Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

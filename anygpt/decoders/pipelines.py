@@ -92,7 +92,7 @@ def load_pipeline(
         network = _class_of(*entry)
         if network is not None:
             given[name] = _load(network, place.inside(name), dtype)
-    folder = place.folder_without_weights()
+    folder = place.download(weights=False)
     return cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
 
 

@@ -28,9 +28,11 @@ class MultimodalConfig(PreTrainedConfig):
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
         preprocess_llm_callback: the saved form of the model's; True for a function, which can only be missed.
+        trained: `{"stage", "updates", "parts", "losses"}` of the run that it comes from.
 
     `source` is `{path, revision, dtype, …}` (`anygpt.model.parts.Source`), or None: the part then lies whole under
-    `parts/`. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
+    `parts/`. `dtypes` names its tensors by dtype, where it
+    has several. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
     `adapters/`.
     """
 
@@ -46,6 +48,7 @@ class MultimodalConfig(PreTrainedConfig):
         token_ids: dict[str, int] | None = None,
         signal_token_ids: dict[str, list[int]] | None = None,
         preprocess_llm_callback: bool | dict[str, Any] = False,
+        trained: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -59,6 +62,7 @@ class MultimodalConfig(PreTrainedConfig):
         self.token_ids = token_ids
         self.signal_token_ids = signal_token_ids or {}
         self.preprocess_llm_callback = preprocess_llm_callback
+        self.trained = trained
         self.format_version = format_version
 
     @classmethod
@@ -95,6 +99,7 @@ class MultimodalConfig(PreTrainedConfig):
             token_ids=model.token_ids,
             signal_token_ids=model.signal_tokens.ids,
             preprocess_llm_callback=callback_dict(callback) or callback is not None,
+            trained=model.config.trained,
             architectures=["MultimodalModel"],
         )
 

@@ -23,7 +23,7 @@ from anygpt.generation.streaming import generate_stream
 from anygpt.losses.batch import find_losses
 from anygpt.losses.formulas import LossWeights, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, loss_names
-from anygpt.model import freezing, saving, transformers_api
+from anygpt.model import freezing, loading, saving, transformers_api
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
@@ -70,9 +70,10 @@ class MultimodalModel(PreTrainedModel):
     touch_trainable = freezing.touch_trainable
     gradient_checkpointing_enable = freezing.gradient_checkpointing_enable
     save_pretrained = saving.save_pretrained
-    from_pretrained = classmethod(saving.from_pretrained)
-    own_tensors = saving.own_tensors
-    load_own_tensors = saving.load_own_tensors
+    push_to_hub = saving.push_to_hub
+    from_pretrained = classmethod(loading.from_pretrained)
+    own_tensors = loading.own_tensors
+    load_own_tensors = loading.load_own_tensors
     input_modalities = property(transformers_api.input_modalities)
     output_modalities = property(transformers_api.output_modalities)
 
@@ -116,6 +117,13 @@ class MultimodalModel(PreTrainedModel):
         self.frozen = freezing.frozen_decoders(self)
         self.sources = saving.KnownSources(self)
         self.config = MultimodalConfig.of(self)
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Module:
+        """Refuse: signal tokens have rows of their own, and the processor's tokens fit the model as it is."""
+        raise InputError(
+            "the language model's matrices stay as they are: new tokens have rows of their own; to have others, call "
+            "resize_token_embeddings on the language model before it is composed"
+        )
 
     @classmethod
     def can_generate(cls) -> bool:

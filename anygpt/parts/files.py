@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from anygpt.errors import InputError
+from anygpt.parts.manifest import MANIFEST, find_fault
 
 logger = logging.getLogger(__name__)
 
@@ -104,16 +105,17 @@ class Place:
             raise InputError(f"{self}/config.json names no model_type; expected a model that transformers saved")
         return content
 
-    def folder_without_weights(self) -> Path:
-        """The folder, downloaded where it has to be, but for tensors."""
+    def download(self, weights: bool = True) -> Path:
+        """The folder itself, downloaded where it has to be, with tensors or without."""
         if Path(self.path).is_dir():
             return Path(self.path, self.subfolder)
+        formats = [".msgpack", ".onnx", ".h5", ".ckpt", *PICKLES, *([] if weights else SAFETENSORS)]
         inside = f"{self.subfolder}/" if self.subfolder else ""
         folder = snapshot_download(
             self.path,
             revision=self.revision,
             allow_patterns=[f"{inside}*"],
-            ignore_patterns=[f"*{suffix}" for suffix in (*SAFETENSORS, *PICKLES, ".msgpack", ".onnx", ".h5", ".ckpt")],
+            ignore_patterns=[f"*{suffix}" for suffix in formats],
             **self.hub,
         )
         return Path(folder, self.subfolder)
@@ -163,6 +165,32 @@ class Weights:
         if path not in self._opened:
             self._opened[path] = _read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
         return self._opened[path]
+
+
+def open_composition(path: str | Path, **hub: Any) -> Path:
+    """The folder of a saved composition: a folder as it is, if it fits its manifest, or a hub id's download.
+
+    Args:
+        path: folder or hub id.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, … of a hub id.
+
+    Raises:
+        InputError: nothing there, or a file that is not what was written.
+    """
+    where = {name: hub.pop(name) for name in ("revision", "subfolder") if hub.get(name)}
+    hub = {name: value for name, value in hub.items() if value is not None}
+    place = Place(str(path), **where, hub=hub)
+    is_path = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if is_path and not Path(path).is_dir():
+        raise InputError(f"{path} does not exist; expected a run's final/ folder")
+    if not Path(path).is_dir() and place.file("config.json") is None and place.file("processor_config.json") is None:
+        raise InputError(
+            f"{path} does not exist: there is no such folder, and no composition of that id can be reached"
+        )
+    folder = place.download()
+    if (folder / MANIFEST).is_file() and (fault := find_fault(folder)) is not None:
+        raise InputError(f"{folder} is damaged, or was changed since it was written: {fault}; copy it again")
+    return folder
 
 
 def dtype_of(tensor: Any) -> torch.dtype | None:

@@ -107,6 +107,11 @@ class Source:
         return str(zoo_part(self.path.removeprefix(ZOO_PREFIX)))
 
     @property
+    def is_hub_id(self) -> bool:
+        """Whether another machine finds it too."""
+        return not self.path.startswith(ZOO_PREFIX) and not Path(self.path).exists()
+
+    @property
     def place(self) -> Place:
         return Place(self.folder, self.revision, self.subfolder or "", self.variant, self.weights or WEIGHTS[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -16,7 +17,11 @@ from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
+from anygpt.model.loading import HUB_ARGUMENTS
 from anygpt.model.parts import build_callback, callback_dict, import_class
+from anygpt.parts.files import open_composition
+from anygpt.parts.manifest import MANIFEST
+from anygpt.parts.publishing import push
 from anygpt.processing.conversations import Processor
 
 CONFIG = "processor_config.json"
@@ -39,10 +44,18 @@ class SavedProcessor(Processor, Protocol):
 P = TypeVar("P", bound=SavedProcessor)
 
 
-def save_pretrained(processor: SavedProcessor, folder: str | Path, **_: Any) -> None:
-    """Write tokenizer, encoder processors (under `processors/<key>/`) and `processor_config.json`."""
+def save_pretrained(
+    processor: SavedProcessor, folder: str | Path, *, push_to_hub: bool = False, **options: Any
+) -> None:
+    """Write tokenizer, encoder processors (under `processors/<key>/`) and `processor_config.json`.
+
+    With `push_to_hub`, upload them, with its arguments as `options`.
+    """
+    if options and not push_to_hub:
+        raise InputError(f"save_pretrained has no argument {next(iter(options))!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # it tells of what was here before
     processor.llm_tokenizer.save_pretrained(folder)
     encoders = {}
     for key, part in processor.encoder_processors.items():
@@ -72,6 +85,15 @@ def save_pretrained(processor: SavedProcessor, folder: str | Path, **_: Any) -> 
         "decoders": decoders,
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    if push_to_hub:
+        push(folder, **{"repo_id": folder.name} | options)
+
+
+def push_to_hub(processor: SavedProcessor, repo_id: str, **options: Any) -> str:
+    """Upload the processor beside its model; options as in `MultimodalModel.push_to_hub`."""
+    with TemporaryDirectory() as folder:
+        save_pretrained(processor, folder)
+        return push(folder, repo_id, **options)
 
 
 def from_pretrained(
@@ -79,14 +101,14 @@ def from_pretrained(
     folder: str | Path,
     model: Composition | None = None,
     num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
-    **_: Any,
+    **hub: Any,
 ) -> P:
-    """Give a saved processor back; with `model`, the token ids are registered there.
+    """Give a saved processor back, from a folder or a hub id; with `model`, the token ids are registered there.
 
     Raises:
         InputError: no processor there, or a feature function of your own, which cannot be saved, is not given.
     """
-    folder = Path(folder)
+    folder = open_composition(folder, **{name: value for name, value in hub.items() if name in HUB_ARGUMENTS})
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} holds no saved processor: there is no {CONFIG}; expected a run's final/ folder")

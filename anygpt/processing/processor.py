@@ -50,6 +50,7 @@ class MultimodalProcessor(ProcessorMixin):
     """
 
     save_pretrained = files.save_pretrained
+    push_to_hub = files.push_to_hub
     from_pretrained = classmethod(files.from_pretrained)
     apply_chat_template = conversations.apply_chat_template
     flatten_messages = conversations.flatten_messages

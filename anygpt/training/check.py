@@ -23,9 +23,9 @@ from anygpt.data.lengths import Lengths
 from anygpt.decoders.projector import OutputProjectorConfig
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
+from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import load_language_model, load_tokenizer
-from anygpt.model.saving import read_config
 from anygpt.parts.networks import shapes_only
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, ModelConfig, PartConfig

@@ -27,18 +27,17 @@ from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
+from anygpt.parts.manifest import find_fault, write_manifest
 from anygpt.settings import flatten
 from anygpt.training.config import Config
 from anygpt.training.folder import (
     STATE,
     find_checkpoints,
-    find_fault,
     hide,
     read_state,
     remove,
     sync,
     sync_folder,
-    write_manifest,
 )
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import torch
-import xxhash
 import yaml
 from accelerate import Accelerator
 
@@ -28,7 +27,7 @@ from anygpt.errors import InputError
 from anygpt.training.config import Config
 
 FINAL, SAMPLES, LOG = "final", "samples", "log.txt"
-MANIFEST, STATE = "manifest.json", "training_state.json"
+STATE = "training_state.json"
 PREFIX = "checkpoint-"
 STOPPED = "stopped-"  # a checkpoint for inspection, which no run continues from by itself
 GIB = 2**30
@@ -44,7 +43,6 @@ PACKAGES = (
     "numpy",
 )
 _NAME = re.compile(rf"{PREFIX}(\d+)")
-_CHUNK = 2**22
 
 
 def check_folder(folder: Path, config: Config) -> None:
@@ -106,35 +104,6 @@ def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[Non
         raise
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of a folder in its `manifest.json`: `{"files": {name: {"size": bytes, "xxh3": digest}}}`."""
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": _digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-
-
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a folder by its manifest, or None. Files that the manifest does not name may be there."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes, expected {entry['size']}"
-            if _digest(path) != entry["xxh3"]:
-                return f"{name} has other content than was written"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} or a file that it names cannot be read ({type(error).__name__}: {error})"
-    return None
-
-
 def sync_folder(folder: Path) -> None:
     """Put a folder's files, and the folders' entries of them, on the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -148,14 +117,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def remove(folder: Path) -> None:

@@ -26,6 +26,7 @@ from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
 from anygpt.media.types import is_timed
+from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import (
     Source,
@@ -35,7 +36,6 @@ from anygpt.model.parts import (
     load_language_model,
     load_tokenizer,
 )
-from anygpt.model.saving import part_entries, read_config
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig, check_values
 from anygpt.training.folder import GIB
@@ -121,23 +121,8 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             if key not in start.decoder_keys
         ]
         model.load_own_tensors(config.model.init_from, may_lack=tuple(new))
-        check_finite_start(model, Path(config.model.init_from), tuple(new))
     model.loss_weights = config.loss
     return model, processor
-
-
-def check_finite_start(model: MultimodalModel, folder: Path, new: tuple[str, ...]) -> None:
-    """What was loaded from a run's folder must be numbers: training from anything else gives nothing else."""
-    whole = [name for name, entry in part_entries(read_config(folder)).items() if entry["source"] is None]
-    parts = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in whole)
-    state = model.state_dict()
-    loaded = [name for name in model.own_tensors() if not name.startswith(new)]
-    loaded += [name for name in state if ".lora_" in name or name.startswith(parts)]
-    bad = [n for n in loaded if state[n].is_floating_point() and not bool(state[n].isfinite().all())]
-    if bad:
-        raise InputError(
-            f"{folder} holds tensors that are not finite: {', '.join(bad)}; start from an earlier checkpoint of its run"
-        )
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
