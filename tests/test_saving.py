@@ -223,7 +223,7 @@ def test_tensors_that_do_not_fit_are_named(tiny_model, parts, tmp_path, change, 
 
 
 def test_wrong_folders(tiny_model, parts, tmp_path):
-    with pytest.raises(InputError, match="nowhere holds no saved model"):
+    with pytest.raises(InputError, match="nowhere does not exist; expected a run's final"):
         MultimodalModel.from_pretrained(tmp_path / "nowhere")
     parts.language_model().save_pretrained(tmp_path / "llm")
     with pytest.raises(InputError, match="describes a 'llama' model"):
@@ -233,7 +233,7 @@ def test_wrong_folders(tiny_model, parts, tmp_path):
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         MultimodalModel.from_pretrained(tmp_path / "good")
     (tmp_path / "good" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+    with pytest.raises(InputError, match=r"has no weights: expected model\.safetensors"):
         MultimodalModel.from_pretrained(tmp_path / "good")
     (tmp_path / "good" / "config.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):

@@ -139,7 +139,7 @@ def from_pretrained(
     if isinstance(llm_callback, dict):
         options = {"preprocess_llm_callback": build_callback(llm_callback)} | options
     model = cls(encoders, parts["language_model"], decoders, **options)
-    load_own_tensors(model, folder, assign=True)
+    load_own_tensors(model, folder, as_stored=True)
     if config.signal_token_ids:
         model.signal_tokens.set_ids(config.signal_token_ids)
     model.set_token_ids(config.token_ids)
@@ -161,20 +161,20 @@ def _device(device_map: Any) -> torch.device | None:
         return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"device_map is {device_map!r}; a composition goes to one device ('cuda:0', …) or to the accelerator of 'auto'; "
-            "to spread it, shard it with FSDP (configs/accelerate)"
+            f"device_map is {device_map!r}; a composition goes to one device ('cuda:0', …) or to the accelerator "
+            "('auto'); to spread it, shard it with FSDP (configs/accelerate)"
         ) from error
 
 
 def load_own_tensors(
-    model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = (), assign: bool = False
+    model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = (), as_stored: bool = False
 ) -> None:
     """Load the tensors that belong to no part, strictly.
 
     Args:
         folder: a saved composition.
         may_lack: prefixes of tensors that the file need not have: those of parts that are new in this model.
-        assign: take the file's dtypes too.
+        as_stored: take the file's dtypes too.
 
     Raises:
         InputError: tensors that are missing, unexpected, of another shape, not finite or no numbers, all by name.
@@ -182,7 +182,10 @@ def load_own_tensors(
     weights = find_weights(Place(str(folder)))
     found = {name: tensor[...] for name, tensor in weights.tensors()}
     check_tensors(str(weights.entry), own_tensors(model), found, may_lack)
-    model.load_state_dict(found, strict=False, assign=assign)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()] if as_stored else []:
+        if name in found:
+            tensor.data = tensor.data.to(found[name].dtype)
+    model.load_state_dict(found, strict=False)
 
 
 def check_callbacks(
@@ -312,7 +315,8 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
     if not folder.is_dir():
         raise InputError(f"the checkpoint lacks its folder {folder}, which should hold a {entry['class']}")
     cls, dtypes = import_class(entry["class"]), entry.get("dtypes", {})
-    widest = next((name for name in ("float64", "float32") if name in dtypes), next(iter(dtypes), None))
+    several = "float64" if "float64" in dtypes else "float32"  # either holds what the narrower ones do
+    widest = several if len(dtypes) > 1 else next(iter(dtypes), None)
     if issubclass(cls, DiffusionDecoder):
         part: nn.Module = load_decoder(Source(str(folder), dtype=widest))
     elif cls is VideoEncoder:

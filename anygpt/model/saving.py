@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from anygpt.composition import Composition
@@ -145,6 +146,8 @@ def save_pretrained(
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    if not tensors:  # which it would write as no file at all
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     let_umask_decide(folder)
     if push_to_hub:
         push(folder, **{"repo_id": folder.name} | hub)

@@ -280,6 +280,8 @@ class Trainer:
                     found = self.evaluate()
                     log.metrics(self.done, found)
                     metrics |= found
+                if last:
+                    self.describe(metrics)
                 if self.is_due(train.sample_steps):
                     self.sample()
                 self.stop_if_above(metrics)
@@ -410,6 +412,13 @@ class Trainer:
         moved = optimizer_state(self.model, self.optimizer, self.accelerator)
         save_checkpoint(path, self.whole, self.processor, state, moved, random_state, self.accelerator, self.config)
         return path
+
+    def describe(self, metrics: dict[str, float]) -> None:
+        """Note in the model's config what was trained, for its card."""
+        losses = {name: value for name, value in metrics.items() if "loss" in name or name in self.model.loss_names()}
+        parts = [*self.stage.trains, *(["adapters of the language model"] if self.stage.lora else [])]
+        trained = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
+        self.whole.config.trained = trained
 
     def finish(self) -> None:
         """Write `final/`, and say which checkpoint is best."""
