@@ -102,11 +102,11 @@ def test_original_tensors_are_loaded_strictly(reference):
     model = ImageBindModel(config)
     model.load_original_state_dict(weights | {MASK: torch.zeros(77, 77)})
     name = "modality_trunks.audio.blocks.1.attn.bias_k"
-    with pytest.raises(InputError, match=f"{name} is missing"):
+    with pytest.raises(InputError, match=f"Missing .*{name}"):
         model.load_original_state_dict({k: v for k, v in weights.items() if k != name})
-    with pytest.raises(InputError, match="more is left over"):
+    with pytest.raises(InputError, match=r'Unexpected .*"more"'):
         model.load_original_state_dict(weights | {"more": torch.zeros(1)})
-    with pytest.raises(InputError, match=f"{name} has the shape"):
+    with pytest.raises(InputError, match=f"size mismatch for {name}"):
         model.load_original_state_dict(weights | {name: torch.zeros(3)})
     scale = "modality_postprocessors.audio.1.log_logit_scale"
     with pytest.raises(InputError, match=f"{scale} is 1.0000"):
@@ -129,7 +129,7 @@ def test_the_script_makes_a_folder_that_loads(original, reference, tmp_path, cap
         assert "cc-by-nc-sa-4.0" in (output / "README.md").read_text()
         assert convert(arguments) == 2 and "there already" in capsys.readouterr().err
     assert convert([str(tmp_path / "tiny.pth"), "--output", str(tmp_path / "x")]) == 2  # not the huge one's
-    assert "has the shape" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "not the tensors of this" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
     class Code:
         def __reduce__(self):

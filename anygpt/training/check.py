@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from anygpt.data.dataset import DataSource
 from anygpt.data.formats import iterate_samples, missing_error
@@ -149,8 +148,10 @@ def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, Mu
         with found.collected("model.language_model"):
             tokenizer = load_tokenizer(part)
     # whatever the language model's fault is, those of the others are told as well
-    width = 8 if language_model is None else language_model.get_input_embeddings().weight.shape[1]
-    head = language_model or torch.nn.Linear(width, width, device="meta")
+    width = head = 8
+    if language_model is not None:
+        width = language_model.get_input_embeddings().weight.shape[1]
+        head = language_model.get_output_embeddings().weight.shape[1]
     for key, entry in config.model.encoders.items():
         with found.collected(f"model.encoders.{key}"):
             encoders[key], processors[key] = new_encoder(key, entry, width, precision)

@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
@@ -87,13 +86,14 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
                 f"{rows} embeddings; it is another model's"
             )
     width = language_model.get_input_embeddings().weight.shape[1]
+    head = language_model.get_output_embeddings().weight.shape[1]
     for key, entry in config.model.encoders.items():
         if key not in encoders:
             encoders[key], processors[key] = new_encoder(key, entry, width, precision)
     for key, entry in config.model.decoders.items():
         if key not in decoders:
             ridge = config.train.projector_init == "ridge"
-            decoders[key] = new_decoder(key, entry, language_model, precision, ridge)
+            decoders[key] = new_decoder(key, entry, head, precision, ridge)
         if entry.defaults:
             decoders[key].defaults = entry.defaults
     unknown = sorted(set(config.loss.by_modality) - set(decoders))
@@ -137,9 +137,7 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     return module, load_encoder_processor(part, modality)
 
 
-def new_decoder(
-    key: str, entry: DecoderConfig, language_model: nn.Module, precision: str, ridge: bool
-) -> ModalDecoderModule:
+def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool) -> ModalDecoderModule:
     """A decoder with its output projector; one that ridge regression is to set needs a linear path."""
     decoder = load_decoder(source(entry, precision))
     module = ModalDecoderModule(
@@ -148,7 +146,7 @@ def new_decoder(
     if entry.num_frames is not None and not is_timed(module.modality):
         raise InputError(f"model.decoders.{key}.num_frames is {entry.num_frames}, but {module.modality} has no frames")
     check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
-    sizes = module.projector_sizes(language_model.get_output_embeddings().weight.shape[1])
+    sizes = module.projector_sizes(width)
     transformer = entry.projector.get("projection_type", "transformer") == "transformer"
     line = {"linear_path": True} if ridge and transformer else {}
     projector = OutputProjectorConfig(**sizes | line | entry.projector)

@@ -234,27 +234,15 @@ class ImageBindModel(PreTrainedModel):
             InputError: tensors are missing, left over, or of another shape; they are named.
         """
         say_licence()
-        own, given = self.state_dict(), {name: tensor for name, tensor in tensors.items() if name != MASK}
-        faults = [f"{name} is missing" for name in own.keys() - given.keys()]
-        faults += [f"{name} is left over" for name in given.keys() - own.keys()]
-        faults += [
-            f"{name} has the shape {tuple(given[name].shape)} and not {tuple(own[name].shape)}"
-            for name in own.keys() & given.keys()
-            if given[name].shape != own[name].shape
-        ]
-        scales = {f"modality_postprocessors.{tower}.1.log_logit_scale": SCALES[tower] for tower in WITH_BIAS_KV}
-        faults += [
-            f"{name} is {given[name].item():.4f} and not log {scale:g}"
-            for name, scale in scales.items()
-            if name in own.keys() & given.keys() and abs(given[name].item() - math.log(scale)) > 0.02
-        ]
-        if faults:
-            more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-            raise InputError(
-                f"these are not the tensors of this ImageBind: {'; '.join(sorted(faults)[:5])}{more}; give the "
-                "ImageBindConfig of the model that they are from"
-            )
-        self.load_state_dict(given, assign=self.device.type == "meta")
+        given = {name: tensor for name, tensor in tensors.items() if name != MASK}
+        for tower, name in ((tower, f"modality_postprocessors.{tower}.1.log_logit_scale") for tower in WITH_BIAS_KV):
+            if name in given and given[name].numel() == 1 and abs(given[name].item() - math.log(SCALES[tower])) > 0.02:
+                raise InputError(f"{name} is {given[name].item():.4f}; this ImageBind multiplies by {SCALES[tower]:g}")
+        try:
+            self.load_state_dict(given, assign=self.device.type == "meta")
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"these are not the tensors of this ImageBind ({said[:600]}); give its config") from error
 
     def tower_of(self, modality: str) -> str:
         tower = MEDIA.get(modality, modality)

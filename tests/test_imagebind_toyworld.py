@@ -1,0 +1,75 @@
+"""A tiny ImageBind learns ToyWorld with pictures as the binding modality, and what never met in training meets."""
+
+import numpy as np
+import pytest
+import torch
+
+from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel, ImageBindVideoProcessor, processor_for
+from anygpt.media.files import Video
+from anygpt.toyworld.language import caption
+from anygpt.toyworld.render import render_audio, render_image, render_video
+from anygpt.toyworld.world import MOTIONS, THINGS
+
+END = 49407
+RENDERS, STEPS = 6, 400
+
+
+def make_inputs(seed, words):
+    """`{modality: inputs}` of one render of each thing; the words' ids are added to `words`."""
+    rng = np.random.default_rng(seed)
+    clip = ImageBindVideoProcessor(clips=1)
+    images = [render_image(thing, rng) for thing in THINGS]
+    videos = [Video(render_video(thing, MOTIONS[rng.integers(4)], rng), 8.0) for thing in THINGS]
+    sounds = [render_audio(thing, rng) for thing in THINGS]
+    ids = torch.zeros(len(THINGS), 77, dtype=torch.long)
+    for row, thing in zip(ids, THINGS, strict=True):
+        said = caption(thing, rng).lower().strip(".!").split()
+        row[: len(said) + 1] = torch.tensor([*(words.setdefault(word, len(words) + 1) for word in said), END])
+    return {
+        "vision": processor_for("image")(images)["media_values"],
+        "video": clip(videos)["media_values"][:, 1:2],  # the crop in the middle
+        "audio": processor_for("audio")(sounds)["media_values"][:, :1],
+        "text": ids,
+    }
+
+
+def retrieval(model, inputs, first, second):
+    """How often the nearest of all things' `second` is that of the same thing."""
+    a, b = (torch.nn.functional.normalize(model.embed(m, inputs[m]), dim=-1) for m in (first, second))
+    return ((a @ b.T).argmax(dim=1) == torch.arange(len(a))).float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_sounds_find_words_and_clips_find_sounds_that_they_never_met():
+    torch.manual_seed(0)
+    towers = {f"{tower}_{n}": v for tower in ("vision", "text", "audio") for n, v in TOWER.items()}
+    config = ImageBindConfig(
+        kernel_size=[2, 28, 28],
+        audio_kernel_size=16,
+        audio_stride=16,
+        out_embed_dim=64,
+        modalities=["vision", "text", "audio"],
+        **towers,
+    )
+    model, words = ImageBindModel(config), {}
+    renders = [make_inputs(seed, words) for seed in range(RENDERS)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
+    for step in range(STEPS):
+        # pictures with one other modality at a time, each of another render: only pictures ever meet the others
+        kind = ("audio", "text", "video")[step % 3]
+        one, other = (renders[i] for i in np.random.default_rng(step).choice(RENDERS, 2))
+        loss = model.contrastive_loss({"vision": one["vision"], kind: other[kind]})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        fresh = make_inputs(1000, words)
+        found = {pair: retrieval(model, fresh, *pair) for pair in (("audio", "text"), ("video", "audio"))}
+    assert min(found.values()) > 0.9, found
+
+
+TOWER = {"embed_dim": 64, "num_blocks": 2, "num_heads": 4}
