@@ -164,7 +164,8 @@ def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, Mu
     for part in (language_model, *(module.module for module in (*encoders.values(), *decoders.values()))):
         part.anygpt_fingerprint = "unread"
     model = MultimodalModel(encoders, language_model, decoders)
-    return model, MultimodalProcessor(processors, tokenizer, model=model)
+    fit = {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
+    return model, MultimodalProcessor(processors, tokenizer, model=model, fit=fit)
 
 
 def check_data(

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
