@@ -9,7 +9,7 @@ from training_utils import argument_maker, assert_same_losses, logged, losses_of
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.data import UpdateSampler
-from anygpt.sequence.packing import Packing, check_packing
+from anygpt.model.packing import Packing, check_packing
 
 CAPTIONS = ["a red ring", "a cross", "a blue star"]
 

@@ -20,6 +20,7 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
+from anygpt.losses.batch import WeightedModel
 from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
@@ -52,7 +53,7 @@ class Entry:
         return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
 
 
-def entries(model: Any) -> list[Entry]:
+def entries(model: WeightedModel) -> list[Entry]:
     """The stores of a composition, in whose parts it is settled what trains."""
     found = []
     for key, encoder in model.encoders.items():
@@ -70,7 +71,7 @@ def entries(model: Any) -> list[Entry]:
     return found
 
 
-def states_obstacle(model: Any) -> str | None:
+def states_obstacle(model: WeightedModel) -> str | None:
     """What the head and the output projectors read in a row without media must stay what it is."""
     if trains(model.language_model):
         return "it trains"
@@ -97,7 +98,9 @@ def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
     return "its callbacks have parameters" if any(True for _ in callbacks.parameters()) else None
 
 
-def store_key(entry: Entry, model: Any, processor: Any, num_frames: int | None, precision: str) -> dict[str, Any]:
+def store_key(
+    entry: Entry, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
+) -> dict[str, Any]:
     """What a store's tensors depend on, beside the bytes of the media or the text of the captions.
 
     Args:

@@ -15,6 +15,7 @@ from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entrie
 from anygpt.cache.store import Store
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
+from anygpt.losses.batch import WeightedModel
 from anygpt.media.files import StoredMedium
 
 CHUNK = 1024**2
@@ -103,7 +104,9 @@ class FeatureCache:
         return store.get(fingerprint)
 
 
-def open_cache(folder: str | Path, model: Any, processor: Any, num_frames: int | None, precision: str) -> FeatureCache:
+def open_cache(
+    folder: str | Path, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
+) -> FeatureCache:
     """The stores that serve the parts of a composition.
 
     A part that trains, whose captions are dropped at random, or that has no store is computed anew; the notes say so.

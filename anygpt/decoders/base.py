@@ -68,7 +68,7 @@ class DiffusionDecoder(nn.Module, ABC):
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 self.add_module(name, component)
-        self.trains = (next(name for name, part in self.named_children() if part is self.denoiser),)
+        self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         if pipeline.components.get("safety_checker") is None:
@@ -90,7 +90,9 @@ class DiffusionDecoder(nn.Module, ABC):
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
-        hub = {k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs}
+        hub: dict[str, Any] = {
+            k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs
+        }
         where = {k: kwargs.pop(k) for k in ("revision", "subfolder", "variant", "weights") if k in kwargs}
         place = Place(str(path_or_id), **{k: v for k, v in where.items() if v is not None}, hub=hub)
         found, config = find_class(place, cls if hasattr(cls, "pipeline_name") else None, DiffusionDecoder._registry)

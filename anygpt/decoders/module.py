@@ -124,7 +124,7 @@ class ModalDecoderModule(nn.Module):
                 )
         if self.hidden_layer == "mix":
             self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1))
-        elif not -num_layers - 1 <= self.hidden_layer <= num_layers:
+        elif isinstance(self.hidden_layer, int) and not -num_layers - 1 <= self.hidden_layer <= num_layers:
             raise InputError(
                 f"hidden_layer={self.hidden_layer} is not among the language model's {num_layers + 1} states"
             )
@@ -138,7 +138,7 @@ class ModalDecoderModule(nn.Module):
         """
         if self.hidden_layer == -1:
             return last
-        if self.hidden_layer == "mix":
+        if isinstance(self.hidden_layer, str):
             weights = self.layer_weights.softmax(dim=0)
             return sum(w * state for w, state in zip(weights, all_states, strict=True))
         return all_states[self.hidden_layer]

@@ -57,7 +57,7 @@ class TargetProcessor(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """What `target_processor_from_dict` takes; JSON-able."""
-        return {"type": type(self).__name__, **asdict(self)}
+        return {"type": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]  # subclasses are data classes
 
 
 def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
@@ -71,7 +71,7 @@ def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
     if kind is None:
         known = ", ".join(TargetProcessor._registry)
         raise InputError(f"Unknown target processor type {config.get('type')!r}: expected one of {known}.")
-    names = [field.name for field in fields(kind)]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     unknown = sorted(set(settings) - set(names))
     if unknown:
         raise InputError(f"{kind.__name__} has no setting {', '.join(unknown)}: it has {', '.join(names)}.")
@@ -125,7 +125,8 @@ class VideoTargets(TargetProcessor):
         return f"{self.num_frames} frames, {self.width} × {self.height} pixels from the centre of each target"
 
     def one(self, item: np.ndarray, row: int) -> np.ndarray:
-        shape, dtype = getattr(item, "shape", ()), getattr(item, "dtype", type(item).__name__)
+        shape: tuple[int, ...] = getattr(item, "shape", ())
+        dtype = getattr(item, "dtype", type(item).__name__)
         if len(shape) != 4 or shape[0] == 0 or shape[-1] != 3 or dtype != np.uint8:
             raise InputError(
                 f"Video {row} is {dtype} {tuple(shape)}, expected a uint8 array (frames, height, width, 3)."

@@ -72,7 +72,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
         check_selection(config, layer if isinstance(layer, int) else None, drop)
         if is_timed(modality) and family.main_input == "pixel_values":
-            given = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
+            given: dict[str, Any] = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
             given |= {"feature_layer": layer, "drop_cls": drop}
             return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
         for name in ("num_frames", "pool_frames"):
@@ -141,7 +141,7 @@ def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
     elif is_heard(modality):
         processor = AutoFeatureExtractor.from_pretrained(source.folder, **source.where)
     else:
-        replacement = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
+        replacement: Any = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
         processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.where)
     settings = processor.to_dict()
     if unknown := sorted(set(given) - set(settings)):

@@ -148,7 +148,7 @@ class ModalEncoderModule(nn.Module):
         if self.projector is None:
             self.projector = MultimodalProjector(
                 MultimodalProjectorConfig(
-                    **self.projector_sizes,
+                    **dict[str, Any](self.projector_sizes),
                     out_features=out_features,
                     projection_type=projection_type,
                     activation=activation,

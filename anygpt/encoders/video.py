@@ -39,7 +39,7 @@ class VideoEncoderConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if isinstance(image_encoder, dict):
             image_encoder = AutoConfig.for_model(**image_encoder)
-        self.image_encoder = image_encoder
+        self.image_encoder: Any = image_encoder
         self.num_frames = num_frames
         self.pool_frames = pool_frames
         self.feature_layer = feature_layer

@@ -113,7 +113,8 @@ def _decode_media(
 
 
 def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
-    answer, text, position = Answer(), [], 0
+    answer, position = Answer(), 0
+    text: list[int] = []
     while position <= len(ids):
         segment = media.get((row, position))
         if (segment or position == len(ids)) and text:

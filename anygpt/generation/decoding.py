@@ -370,7 +370,8 @@ def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, A
 def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Encoder inputs and generation options; what only training needs is left out."""
     names = {name for encoder in model.encoders.values() for name in encoder.input_names}
-    inputs, options = {}, {}
+    inputs: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in ("labels", "decoder_targets"):
             continue

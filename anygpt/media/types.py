@@ -70,6 +70,14 @@ class MediaType:
         """What a decoder made as a content part of a message holds it."""
         return content
 
+    def write(self, path: Path, content: Any, rate: float | None) -> None:
+        """Write what a decoder made to a file."""
+        raise NotImplementedError
+
+    def blank(self, num_frames: int | None = None) -> Any:
+        """One that shows nothing."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Picture(MediaType):

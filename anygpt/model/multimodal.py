@@ -25,10 +25,10 @@ from anygpt.losses.formulas import LossWeights, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, loss_names
 from anygpt.model import freezing, loading, saving, transformers_api
 from anygpt.model.configuration import MultimodalConfig
+from anygpt.model.packing import read_packed
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
-from anygpt.sequence.packing import read_packed
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 
@@ -71,7 +71,7 @@ class MultimodalModel(PreTrainedModel):
     gradient_checkpointing_enable = freezing.gradient_checkpointing_enable
     save_pretrained = saving.save_pretrained
     push_to_hub = saving.push_to_hub
-    from_pretrained = classmethod(loading.from_pretrained)
+    from_pretrained = classmethod(loading.from_pretrained)  # type: ignore[var-annotated]
     own_tensors = loading.own_tensors
     load_own_tensors = loading.load_own_tensors
     input_modalities = property(transformers_api.input_modalities)

@@ -16,7 +16,6 @@ Loading (`anygpt.model.loading`) is strict: a missing, unexpected or mis-shaped 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -58,7 +57,7 @@ class KnownSources:
         }
         self._same: dict[str, bool] = {}
 
-    def supply(self, name: str, part: nn.Module, entry: Mapping[str, Any]) -> bool:
+    def supply(self, name: str, part: nn.Module, entry: dict[str, Any]) -> bool:
         """Whether loading the part's source again gives the part as it stands."""
         if entry["fingerprint"] != self.fingerprints.get(name):
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from anygpt.composition import Composition
@@ -17,7 +19,7 @@ def output_modalities(model: Composition) -> tuple[str, ...]:
     return ("text", *dict.fromkeys(decoder.modality for decoder in model.decoders.values()))
 
 
-def register(config: type, model: type, processor: type) -> None:
+def register(config: Any, model: type, processor: type) -> None:
     """Make `AutoConfig`, `AutoModel`, `AutoModelForMultimodalLM` and `AutoProcessor` know a saved composition."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

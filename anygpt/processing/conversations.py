@@ -29,7 +29,7 @@ class Processor(Protocol):
 
 def apply_chat_template(
     processor: Processor,
-    conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+    conversation: Sequence[Any],
     **kwargs: Any,
 ) -> str | list[str] | BatchFeature:
     """A conversation, or several, with media content parts as text, through the tokenizer's template.

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from anygpt.composition import Composition
-from anygpt.decoders.targets import target_processor_from_dict
+from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
 from anygpt.encoders import fitting
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.projector import MultimodalProjectorConfig
@@ -37,6 +37,7 @@ class SavedProcessor(Processor, Protocol):
     projector_configs: dict[str, MultimodalProjectorConfig]
     fit: dict[str, str | None]
     injects: bool
+    targets: dict[str, TargetProcessor]
 
     def register(self, model: Composition) -> None: ...
 

@@ -51,7 +51,7 @@ class MultimodalProcessor(ProcessorMixin):
 
     save_pretrained = files.save_pretrained
     push_to_hub = files.push_to_hub
-    from_pretrained = classmethod(files.from_pretrained)
+    from_pretrained = classmethod(files.from_pretrained)  # type: ignore[var-annotated]
     apply_chat_template = conversations.apply_chat_template
     flatten_messages = conversations.flatten_messages
     arrange_media = conversations.arrange_media
@@ -73,7 +73,11 @@ class MultimodalProcessor(ProcessorMixin):
         self.llm_tokenizer = llm_tokenizer
         self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
         self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
-        given = {"feature function": self.num_feature_funcs, "placeholder token": self.tokens, "fit": fit or {}}
+        given: dict[str, Mapping[str, Any]] = {
+            "feature function": self.num_feature_funcs,
+            "placeholder token": self.tokens,
+            "fit": fit or {},
+        }
         for what, names in given.items():
             unknown = sorted(set(names) - set(self.encoder_processors))
             if unknown:

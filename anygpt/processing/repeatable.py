@@ -37,9 +37,9 @@ def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, A
         name: of the argument that holds the media.
     """
     with _fixed_draws():
-        before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+        before = random.getstate(), np.random.get_state(legacy=True)[2], torch.get_rng_state()  # type: ignore[index]
         output = dict(processor(**arguments))
-        drew = random.getstate() != before[0] or np.random.get_state()[2] != before[1]
+        drew = random.getstate() != before[0] or np.random.get_state(legacy=True)[2] != before[1]  # type: ignore[index]
         drew = drew or not torch.equal(torch.get_rng_state(), before[2])
     media = arguments.get(name)
     if not drew or not isinstance(media, list) or len(media) < 2 or isinstance(media[0], (int, float)):

@@ -98,6 +98,7 @@ class SignalTokens(nn.Module):
             queries = self.signals[key] == "queries"
             self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count + queries))
             self.output_rows[key] = nn.Parameter(_rows_like(head.weight, 1 if queries else count))
+        self._row_of_id: Tensor
         self.register_buffer("_row_of_id", torch.empty(0, dtype=torch.long), persistent=False)
 
     @property
@@ -201,7 +202,8 @@ class SignalTokens(nn.Module):
         the model does after it, to some positions: logits are then `(1, M, V')`.
         """
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
-        tap, ids = Tap(), []
+        tap = Tap()
+        ids: list[Tensor] = []
 
         def clamp_ids(module: nn.Module, args: tuple) -> tuple:
             ids[:] = [args[0]]

@@ -155,13 +155,14 @@ def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, Mu
     for key, entry in config.model.encoders.items():
         with found.collected(f"model.encoders.{key}"):
             encoders[key], processors[key] = new_encoder(key, entry, width, precision)
-    for key, entry in config.model.decoders.items():
+    for key, settings in config.model.decoders.items():
         with found.collected(f"model.decoders.{key}"):
-            decoders[key] = new_decoder(key, entry, head, precision, config.train.projector_init == "ridge")
-            decoders[key].defaults = entry.defaults
+            decoders[key] = new_decoder(key, settings, head, precision, config.train.projector_init == "ridge")
+            decoders[key].defaults = settings.defaults
     if language_model is None or tokenizer is None or len(found.faults) > faults:
         return None, None
-    for part in (language_model, *(module.module for module in (*encoders.values(), *decoders.values()))):
+    parts: list[Any] = [language_model, *(e.module for e in encoders.values()), *(d.module for d in decoders.values())]
+    for part in parts:
         part.anygpt_fingerprint = "unread"
     model = MultimodalModel(encoders, language_model, decoders)
     fit = {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}

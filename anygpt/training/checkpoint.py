@@ -27,6 +27,7 @@ from accelerate import Accelerator
 
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.parts.manifest import find_fault, write_manifest
 from anygpt.settings import flatten
 from anygpt.training.config import Config
@@ -138,7 +139,7 @@ def is_disk_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) or "os error" in str(error)
 
 
-def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> None:
+def save_model(folder: Path, model: MultimodalModel, processor: Any, accelerator: Accelerator) -> None:
     """Write a composition and its processor as `final/`."""
     with written_whole(folder, accelerator) as temporary:
         if accelerator.is_main_process:
@@ -148,7 +149,7 @@ def save_model(folder: Path, model: Any, processor: Any, accelerator: Accelerato
 
 def save_checkpoint(
     folder: Path,
-    model: Any,
+    model: MultimodalModel,
     processor: Any,
     state: dict[str, Any],
     optimizer_state: dict[str, Any],
@@ -236,7 +237,7 @@ def check_same_data(checkpoint: Path, before: list[str], now: list[str], config:
             )
 
 
-def load_tensors(checkpoint: Path, model: Any) -> None:
+def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
     """Put a model's tensors back, buffers and frozen projectors too: by now `model.init_from` may be another model."""
     model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
@@ -279,7 +280,7 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

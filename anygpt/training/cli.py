@@ -68,7 +68,8 @@ def run_stage(
             raise
         if rank == 0 or isinstance(error, BadSampleError):
             say_last(f"error: {line}", launcher)
-        sys.exit({NonFiniteLoss: NON_FINITE, Aborted: ABORTED}.get(type(error), MISTAKE))
+        codes: dict[type, int] = {NonFiniteLoss: NON_FINITE, Aborted: ABORTED}
+        sys.exit(codes.get(type(error), MISTAKE))
 
 
 def find_launcher() -> int | None:

@@ -53,7 +53,7 @@ def write_components(final: Path, config: Config) -> None:
 
 
 @torch.no_grad()
-def latent_deviation(model: Any, processor: Any, key: str, config: Config) -> float:
+def latent_deviation(model: MultimodalModel, processor: Any, key: str, config: Config) -> float:
     """The standard deviation of the latents of a decoder's training media, not scaled."""
     dataset = ConversationDataset.from_files(config.data.train)
     use_frames_of(dataset, processor)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from anygpt.data.lengths import Lengths
 from anygpt.data.sampling import UpdateSampler
 from anygpt.errors import InputError
 from anygpt.media.types import VIDEO, is_timed
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
 MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # the model's arguments, and what `take_ids` took out of them
@@ -33,7 +34,7 @@ class BadSampleError(InputError):
     """A sample of this process's own batch that could not be read."""
 
 
-def take_updates(loader: DataLoader, config: Config) -> Iterator[list[MicroBatch]]:
+def take_updates(loader: DataLoader, config: Config) -> Generator[list[MicroBatch], None, None]:
     """The micro-batches of one update after the other."""
     micro_batches: list[MicroBatch] = []
     for batch in loader:
@@ -85,7 +86,7 @@ def make_loader(
         start_update=start,
         blocks=dataset.blocks,
         groups=dataset.output_groups() if config.data.group_by_modality else None,
-        sizes=sizes,
+        sizes=sizes,  # type: ignore[arg-type]  # an array is indexed like a sequence
         max_tokens=data.max_batch_tokens,
         packed=data.pack_to is not None,
     )
@@ -140,7 +141,7 @@ def ridge_batches(
 def use_cache(
     datasets: Iterable[ConversationDataset],
     collator: Collator,
-    model: Any,
+    model: MultimodalModel,
     processor: Any,
     config: Config,
     sharded: bool = False,

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
 from anygpt.media.types import media_type
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
 ADAM_BYTES = 8  # two moments in 32 bits
@@ -112,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows, tuple[int, int]]) -> Plan:
+def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: Mapping[Rows, tuple[int, int]]) -> Plan:
     """The memory of a run.
 
     Args:
@@ -150,7 +151,7 @@ def plan_memory(model: Any, processor: Any, config: Config, kinds: Mapping[Rows,
     return Plan(parts, activations, flops, offloaded, left_out)
 
 
-def measure_part(model: Any, name: str) -> PartMemory:
+def measure_part(model: MultimodalModel, name: str) -> PartMemory:
     found = list(_tensors(model.parts[name]))
     sizes: dict[str, int] = {}
     for tensor in found:
@@ -190,7 +191,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def run_update(
-    model: Any,
+    model: MultimodalModel,
     kind: Rows,
     inputs: Mapping[str, Mapping[str, Any]],
     targets: Mapping[str, tuple[int, ...]],
@@ -233,7 +234,7 @@ def run_update(
         loss.backward()
 
 
-def decoder_losses(model: Any, key: str, states: Tensor, target: tuple[int, ...]) -> list[Tensor]:
+def decoder_losses(model: MultimodalModel, key: str, states: Tensor, target: tuple[int, ...]) -> list[Tensor]:
     """Those of a decoder's rows, of the `(B, S, H)` states of the language model."""
     module, weights = model.decoders[key], model.loss_weights
     decoder, losses = module.module, []

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anygpt.errors import InputError
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.sharding import is_sharded
 
@@ -18,7 +19,7 @@ BASE = "learning_rate"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def part_kinds(model: Any) -> dict[str, str]:
+def part_kinds(model: MultimodalModel) -> dict[str, str]:
     """The kind of each part, by which `train.learning_rates` may name it too."""
     kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
     for key in model.encoder_keys:
@@ -28,7 +29,7 @@ def part_kinds(model: Any) -> dict[str, str]:
     return kinds
 
 
-def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[str, Any]]:
     """Trainable parameters by peak rate, with the `name` under which a group's rate is logged.
 
     A part's own entry in `train.learning_rates` goes before that of its kind; what none names has
@@ -62,7 +63,7 @@ def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
     ]
 
 
-def make_optimizer(model: Any, config: Config) -> tuple[torch.optim.AdamW, Any]:
+def make_optimizer(model: MultimodalModel, config: Config) -> tuple[torch.optim.AdamW, Any]:
     """AdamW over what trains, and its schedule over `train.max_steps`."""
     train = config.train
     optimizer = torch.optim.AdamW(
@@ -77,7 +78,7 @@ def set_rates(optimizer: Any, scheduler: Any) -> None:
         group["lr"] = peak * share(scheduler.last_epoch)
 
 
-def clip_gradients(model: Any, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
+def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
     """Clip what trains to a norm of `bound`; returns the norm before.
 
     In a single process what got no gradient gets zeros, as it does on several (`touch_trainable`): the optimizer must
@@ -97,7 +98,7 @@ def learning_rates(optimizer: Any) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: MultimodalModel) -> None:
     """torch.compile of the repeated layers: transformers' in encoders and language model, diffusers' in denoisers.
 
     Whole parts would compile anew at each step, as signal tokens are lent to the language model by hooks; and layers

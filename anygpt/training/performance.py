@@ -33,7 +33,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator):
         self.device, self.processes = accelerator.device, accelerator.num_processes
         self.peak = peak_rate(self.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-        self.left_out = Counter()  # rows skipped and cut, in the whole run
+        self.left_out: Counter[str] = Counter()  # rows skipped and cut, in the whole run
         self.start()
 
     def count(self, tokens: int, samples: int, skipped: int, cut: int) -> None:
@@ -41,7 +41,8 @@ class Meter:
         self.left_out.update({"skipped": skipped, "cut": cut})
 
     def start(self) -> None:
-        self.since, self.done, self.flops = time.perf_counter(), Counter(), 0
+        self.since, self.flops = time.perf_counter(), 0
+        self.done: Counter[str] = Counter()
         self.marks: list[tuple[str, Any, Any]] = []
 
     def _mark(self) -> Any:
@@ -89,7 +90,8 @@ class Meter:
         """Throughput over all processes, shares of the time, and memory, since the last reading."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds, phases = time.perf_counter() - self.since, Counter()
+        seconds = time.perf_counter() - self.since
+        phases: Counter[str] = Counter()
         for name, begin, end in self.marks:
             phases[name] += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
         rate = self.flops * self.processes / seconds / 1e12

@@ -6,13 +6,13 @@ import contextlib
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 from anygpt.training.folder import GIB
 from anygpt.training.sharding import local
@@ -78,7 +78,7 @@ def any_rank(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
-def check_finite(model: Any, accelerator: Accelerator) -> None:
+def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
     """Raise `NonFiniteLoss`, on all processes, if something that trains is no finite number."""
     trainable = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
     bad = gather_object([name for name, tensor in trainable if not bool(tensor.isfinite().all())])

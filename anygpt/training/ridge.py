@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
+from anygpt.model.multimodal import MultimodalModel
 
 HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …
 MAX_HELD_BACK = 512  # … up to this number of samples, so that memory does not grow with the captions
@@ -113,7 +114,7 @@ class RidgeRegression:
 
 
 @torch.no_grad()
-def set_by_ridge(model: Any, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
 
     Args:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.errors import InputError
 from anygpt.media.types import Clip, Picture, Sound, media_type
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
 from anygpt.training.sharding import whole_parameters
 
@@ -49,7 +50,7 @@ class SampleAnswer:
 
 
 def take_samples(
-    model: Any,
+    model: MultimodalModel,
     processor: Any,
     dataset: ConversationDataset,
     rows: int,
@@ -71,7 +72,7 @@ def take_samples(
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, processor: Any, dataset: ConversationDataset, rows: int, seed: int
+    model: MultimodalModel, processor: Any, dataset: ConversationDataset, rows: int, seed: int
 ) -> Iterator[tuple[str, Answer]]:
     """`(sample id, answer)` of the first rows that can be read; an answer has the media that the row's own has.
 
@@ -81,7 +82,9 @@ def generate_answers(
     model.eval()
     try:
         for item in (dataset[i] for i in range(min(rows, len(dataset)))):
-            turns = [i for i, m in enumerate(item.sample.messages) if m.role == "assistant"] if _loaded(item) else []
+            if not _loaded(item):
+                continue
+            turns = [i for i, m in enumerate(item.sample.messages) if m.role == "assistant"]
             if not turns:
                 continue
             asked = {part.type for part in item.sample.messages[turns[-1]].content if part.type != "text"}
@@ -103,7 +106,7 @@ def generate_answers(
         model.train(training)
 
 
-def _loaded(item: Any) -> bool:
+def _loaded(item: Any) -> TypeGuard[LoadedSample]:
     return isinstance(item, LoadedSample)
 
 
@@ -121,7 +124,7 @@ def prompt(item: LoadedSample, turn: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_answers(answers: Iterator[tuple[str, Answer]], model: Any, folder: Path) -> list[SampleAnswer]:
+def write_answers(answers: Iterable[tuple[str, Answer]], model: MultimodalModel, folder: Path) -> list[SampleAnswer]:
     """Write the media of answers as `<row>-<number>.<png|mp4|wav>`, and an `index.jsonl` with a line a row."""
     written = []
     for row, (name, answer) in enumerate(answers):

@@ -91,12 +91,12 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     for key, entry in config.model.encoders.items():
         if key not in encoders:
             encoders[key], processors[key] = new_encoder(key, entry, width, precision)
-    for key, entry in config.model.decoders.items():
+    for key, settings in config.model.decoders.items():
         if key not in decoders:
             ridge = config.train.projector_init == "ridge"
-            decoders[key] = new_decoder(key, entry, head, precision, ridge)
-        if entry.defaults:
-            decoders[key].defaults = entry.defaults
+            decoders[key] = new_decoder(key, settings, head, precision, ridge)
+        if settings.defaults:
+            decoders[key].defaults = settings.defaults
     unknown = sorted(set(config.loss.by_modality) - set(decoders))
     if unknown:
         raise InputError(
@@ -214,7 +214,7 @@ def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str
         found if found["source"] is None else dict.fromkeys(f.name for f in fields(Source)) | found["source"] | found
     )
     for setting in fields(wanted):
-        value = getattr(wanted, setting.name)
+        value: Any = getattr(wanted, setting.name)
         value = Source(value).path if setting.name == "path" else value
         given = setting.name != "defaults" and (setting.default is MISSING or value != setting.default)
         if setting.name == "projector":
@@ -265,7 +265,7 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
     """
     inputs = {encoder.modality for encoder in model.encoders.values()}
     outputs = {decoder.modality for decoder in model.decoders.values()}
-    found = {"user": set(), "assistant": set()}
+    found: dict[str, set[str]] = {"user": set(), "assistant": set()}
     for role, part in sample.media():
         found["assistant" if role == "assistant" else "user"].add(part.type)
     for kinds, known, what in (
@@ -332,7 +332,7 @@ def init_projectors(
     return [f"{key} output projector set by ridge regression, λ = {value:.3g}" for key, value in strengths.items()]
 
 
-def check_metrics(config: Config, model: Any) -> None:
+def check_metrics(config: Config, model: MultimodalModel) -> None:
     """`train.keep_best` and `train.abort_above` must name metrics that this run will have."""
     train, names = config.train, ["loss", "gradient_norm", *model.loss_names()]
     evaluated = [f"eval/{name}" for name in names if name != "gradient_norm"]

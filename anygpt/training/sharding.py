@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -50,7 +51,7 @@ def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> N
         raise InputError("; ".join(faults))
 
 
-def prepare(model: Any, optimizer: Any, accelerator: Accelerator, config: Config) -> tuple[Any, Any, Any]:
+def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, config: Config) -> tuple[Any, Any, Any]:
     """`accelerator.prepare`.
 
     Returns:
@@ -70,7 +71,7 @@ def prepare(model: Any, optimizer: Any, accelerator: Accelerator, config: Config
 
 
 @contextlib.contextmanager
-def whole_parameters(model: Any, accelerator: Accelerator) -> Iterator[None]:
+def whole_parameters(model: MultimodalModel, accelerator: Accelerator) -> Iterator[None]:
     """For what runs parts of a model without its `forward`, on all processes alike: what lies outside the language
     model's layers is gathered. The layers gather themselves."""
     sharded = is_sharded(accelerator)
@@ -83,7 +84,7 @@ def whole_parameters(model: Any, accelerator: Accelerator) -> Iterator[None]:
             model.reshard()
 
 
-def gather_into(whole: Any, model: Any) -> None:
+def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:
     """Put what trains of a sharded model into the whole copy. All processes call it; others than the main have None."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -97,7 +98,7 @@ def gather_into(whole: Any, model: Any) -> None:
         assert not missing, f"{missing} are not in the whole copy"
 
 
-def optimizer_state(model: Any, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
+def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
     """The optimizer's state, whole; none under DeepSpeed. All call it; where it is sharded, the main one gets it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return {}
@@ -106,7 +107,7 @@ def optimizer_state(model: Any, optimizer: Any, accelerator: Accelerator) -> dic
     return optimizer.state_dict()
 
 
-def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
     """What `optimizer_state` gave, into a prepared and sharded optimizer."""
     set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
 

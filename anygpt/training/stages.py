@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from anygpt.errors import InputError
 from anygpt.losses.formulas import TERMS
+from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import is_peft
 from anygpt.training.config import Config, LoraSettings
 
@@ -29,7 +30,7 @@ class Stage:
     terms: tuple[str, ...]
     lora: bool = False
 
-    def parts(self, model: Any) -> list[str]:
+    def parts(self, model: MultimodalModel) -> list[str]:
         """The parts of a model that this stage trains."""
         keys = {
             "projector": [f"{key}_projector" for key in model.encoder_keys],
@@ -51,7 +52,7 @@ INSTRUCTION_TUNING = Stage(
 )
 
 
-def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
+def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[str]:
     """Freeze, adapt and unfreeze as the stage wants it, and prove that exactly that trains.
 
     Freezing comes before the adapters: the other way round would freeze them too, and nothing would train.
@@ -92,7 +93,7 @@ def prepare_stage(model: Any, stage: Stage, config: Config) -> list[str]:
     return trainable
 
 
-def choose_networks(model: Any, parts: list[str]) -> list[str]:
+def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
     """`train.parts` may name single networks of a decoder (`image_decoder.vae`): tell it, and name the decoder once."""
     networks: dict[str, list[str]] = {}
     for part in parts:
@@ -122,13 +123,13 @@ def check_adapter(language_model: Any, lora: LoraSettings) -> None:
             )
 
 
-def trained_inputs(model: Any, signal_rows: str) -> list[str]:
+def trained_inputs(model: MultimodalModel, signal_rows: str) -> list[str]:
     """Decoders whose input rows train. Learned queries are nothing but input rows, so these stay only under `none`."""
     signals = model.signal_tokens.signals
     return [key for key in signals if signal_rows == "both" or (signal_rows == "output" and signals[key] == "queries")]
 
 
-def expected_names(model: Any, parts: list[str], signal_rows: str) -> set[str]:
+def expected_names(model: MultimodalModel, parts: list[str], signal_rows: str) -> set[str]:
     """The parameters that should train, found by their names alone and not by `requires_grad`."""
     wanted = []
     for part in parts:

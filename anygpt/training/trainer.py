@@ -24,8 +24,9 @@ from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, move
 from anygpt.encoders import fitting
 from anygpt.errors import InputError
 from anygpt.losses.formulas import weighted_total
+from anygpt.model.multimodal import MultimodalModel
+from anygpt.model.packing import check_packing
 from anygpt.outputs import LossTerm
-from anygpt.sequence.packing import check_packing
 from anygpt.training.checkpoint import (
     check_same_data,
     choose_checkpoint,
@@ -152,10 +153,10 @@ class Trainer:
         notes: lines about the start, for the log.
     """
 
-    model: Any
+    model: MultimodalModel
     processor: Any
     wrapped: Any
-    whole: Any
+    whole: MultimodalModel
     optimizer: Any
     scheduler: Any
     log: RunLog
@@ -375,7 +376,7 @@ class Trainer:
         self.wrapped.train()
         total, count = totals.of_all(accelerator), counts.of_all(accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
-        losses = {name: LossTerm(total[name], count[name]) for name in means}
+        losses = {name: LossTerm(torch.tensor(total[name]), int(count[name])) for name in means}
         loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
         return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
 
@@ -431,7 +432,7 @@ class Trainer:
         self.log.say(f"finished: {self.folder / FINAL}")
 
 
-def nothing(model: Any, output: Any) -> torch.Tensor:
+def nothing(model: MultimodalModel, output: Any) -> torch.Tensor:
     """A zero through everything that trains, for a batch without any loss: other processes wait for its gradients."""
     zero = model.touch_trainable()
     states = output.hidden_states

@@ -98,8 +98,8 @@ class ImageBindConfig(PreTrainedConfig):
             sizes = (self.video_frames, IMAGE_SIZE, IMAGE_SIZE)
             return tuple(size // kernel for size, kernel in zip(sizes, self.kernel_size, strict=True))
         if tower == "audio":
-            sizes = (self.audio_num_mel_bins, self.audio_target_len)
-            return tuple((size - self.audio_kernel_size) // self.audio_stride + 1 for size in sizes)
+            spectrogram = (self.audio_num_mel_bins, self.audio_target_len)
+            return tuple((size - self.audio_kernel_size) // self.audio_stride + 1 for size in spectrogram)
         if tower == "text":
             return (TEXT_LENGTH,)
         if tower == "imu":
