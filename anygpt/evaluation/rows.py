@@ -98,7 +98,7 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
             Row(
                 f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
                 replace(sample, messages=before),
-                (said,) if said else (),
+                (said, *others_of(answer)) if said else (),
                 targets={part.type: part.path for part in media},
                 captions={part.type: part.caption for part in media},
                 sources={part.type: part.path for part in given},
@@ -106,6 +106,11 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
             )
         )
     return rows
+
+
+def others_of(message: Message) -> list[str]:
+    """The other wordings of an answer that the data gives."""
+    return [text for part in message.content if part.type == "text" for text in part.others]
 
 
 def text_of(message: Message) -> str:

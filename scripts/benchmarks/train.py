@@ -1,8 +1,9 @@
 """The training loop around a step: what it costs beside the model, and how long it waits for data.
 
 Stage 1 as a user runs it, on ToyWorld's rows, with two workers that decode them: `tiny` is the tiny configuration, and
-`135m` has a language model of SmolLM2-135M's shape (random weights) in it. `compute_s` is what forward, backward and
-the optimizer's step take of an update; `wait_share` is the wait for data, and `loop_share` all the rest.
+`135m` has a language model of SmolLM2-135M's shape (random weights) in it. `stage3` is the tiny configuration of stage
+3 with rows padded; beside it they are packed to 512 tokens, or in batches of about 3,200. `compute_s` is what forward,
+backward and the optimizer's step take of an update; `wait_share` is the wait for data, and `loop_share` all the rest.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anygpt.model.parts import Source, load_tokenizer
+from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training import trainer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import parse_config
-from anygpt.training.stages import ENCODER_LLM
+from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SIDES = ["tiny", "135m"]
+SIDES = ["tiny", "135m", "stage3", "stage3_packed", "stage3_tokens"]
+WAYS = {"stage3_packed": ("--data.pack_to", "512"), "stage3_tokens": ("--data.max_batch_tokens", "3200")}
 WARM_UP = 5
 
 
@@ -41,15 +44,22 @@ def sides(options: argparse.Namespace) -> list[str]:
     return SIDES
 
 
+def baseline(side: str) -> str:
+    """The first side of stage 1; of stage 3, padded rows."""
+    return "stage3" if "stage3" in side else SIDES[0]
+
+
 class Watch:
     """Times of updates.
 
     Attributes:
         updates: `(whole, compute, wait)` in seconds, one an update.
+        labels: label tokens of each.
     """
 
     def __init__(self):
         self.updates: list[tuple[float, float, float]] = []
+        self.labels: list[int] = []
         self.inside = {"compute": 0.0, "wait": 0.0}
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +79,7 @@ class Watch:
         fetch = self.around("wait", lambda: next(iterator, None))
         begin = clock()
         while (item := fetch()) is not None:
+            self.labels.append(sum(int((batch["labels"] != IGNORE).sum()) for batch, _ in item))
             yield item
             end = clock()
             self.updates.append((end - begin, self.inside["compute"], self.inside["wait"]))
@@ -95,9 +106,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
             self.optimizer.step = watch.around("compute", self.optimizer.step)
             super().run_updates(watch.take(updates), caught)
 
-    trainer.Trainer = Watched
     with tempfile.TemporaryDirectory() as folder:
-        trainer.train(parse_config(command(Path(folder), side, options)), ENCODER_LLM)
+        settings, stage = command(Path(folder), side, options), INSTRUCTION_TUNING if "stage3" in side else ENCODER_LLM
+        trainer.Trainer = Watched
+        trainer.train(parse_config(settings), stage)
     timed = watch.updates[WARM_UP:]
     whole, compute, wait = (sum(times) for times in zip(*timed, strict=True))
     return {
@@ -105,15 +117,24 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         "compute_s": statistics.median(times[1] for times in timed),
         "loop_share": (whole - compute - wait) / whole,
         "wait_share": wait / whole,
+        "labels_per_s": sum(watch.labels[WARM_UP : WARM_UP + len(timed)]) / whole,
     }
 
 
 def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
     """The command line of the run, whose data and language model are made here."""
-    rows = write_dataset(folder, "stage1", 64, seed=0)
-    more = [] if side == "tiny" else ["--model.language_model.path", str(write_smollm2(folder / "llm"))]
+    name, more = "stage3" if "stage3" in side else "stage1", list(WAYS.get(side, ()))
+    rows = write_dataset(folder, name, 64 if name == "stage1" else 256, seed=0)
+    if name == "stage3":
+        pairs, start = write_dataset(folder, "stage2", 8, seed=0), folder / "start"
+        before = ["--config", str(REPOSITORY / "configs/tiny/stage2.yaml"), "--model.init_from", "null"]
+        before += ["--run.output_dir", str(start), "--data.train", f"[{{path: {pairs}}}]", "--train.warmup_steps", "0"]
+        trainer.train(parse_config([*before, "--train.max_steps", "1", "--train.batch_size", "2"]), LLM_DECODER)
+        more += ["--model.init_from", str(start / "final"), "--data.in_memory", "true"]
+    if side == "135m":
+        more += ["--model.language_model.path", str(write_smollm2(folder / "llm"))]
     return [
-        *("--config", str(REPOSITORY / "configs/tiny/stage1.yaml"), *more),
+        *("--config", str(REPOSITORY / f"configs/tiny/{name}.yaml"), *more),
         *("--run.output_dir", str(folder / "run"), "--data.train", f"[{{path: {rows}}}]"),
         *("--data.num_workers", str(options.workers), "--train.batch_size", str(options.batch_size)),
         *(
