@@ -18,6 +18,8 @@ from anygpt.data import ConversationDataset, DataSource, UpdateSampler, read_med
 from anygpt.data.collation import Collator
 from anygpt.data.lengths import Lengths
 from anygpt.data.validation import validate
+from anygpt.evaluation.rows import rows_of
+from anygpt.evaluation.suite import Ask
 
 
 def png(colour="red", size=(4, 4)) -> bytes:
@@ -204,6 +206,13 @@ def test_one_of_several_captions_is_drawn_by_seed_and_epoch(table):
     assert seen == epochs(0, workers=2) == epochs(0, batch_size=1) and seen != epochs(1)
     assert epochs(0, start=10) == seen[20:]
     assert set(epochs(0, groups=[0, 1])) == set(seen)
+
+
+def test_all_wordings_of_an_answer_are_references_of_an_evaluation(table):
+    columns = {"image": "image", "text": "captions"}
+    sample, _ = read_samples(table, columns=columns, task="comprehension")
+    (row,) = rows_of(sample, Ask())
+    assert row.references == ("a red thing", "red it is")
 
 
 def test_lists_of_texts_in_rows_of_json(tmp_path):
