@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 from tiny_parts import IMAGEBIND
-from whole_models import WHOLE_MODELS, rewrite
+from whole_models import MROPE, WHOLE_MODELS, rewrite
 
 from anygpt import InputError
 from anygpt.encoders import FAMILIES
@@ -101,3 +107,48 @@ def test_a_tower_out_of_imagebind(modality, feature, tmp_path):
         assert torch.equal(tensor, expected[name]), name
     assert encoder.config.feature == feature
     assert load_encoder_processor(tmp_path, modality) is not None
+
+
+MEASURED = """
+import resource, sys
+import anygpt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+encoder = anygpt.load_encoder(sys.argv[1], "image")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak * 1024, sum(tensor.nbytes for tensor in encoder.state_dict().values()))
+"""
+
+
+def save_at_size(folder, depth, embed_dim, hidden_size, layers, intermediate_size):
+    """A sharded Qwen2-VL of random bfloat16 tensors, in the hub's layout; made without ever being in memory whole."""
+    text = {"hidden_size": hidden_size, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
+    text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 1024}
+    vision = {"depth": depth, "embed_dim": embed_dim, "num_heads": 16, "hidden_size": hidden_size}
+    config = transformers.Qwen2VLConfig(text_config=text | MROPE, vision_config=vision, dtype="bfloat16")
+    with torch.device("meta"):
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+    config.save_pretrained(folder)
+    whole = next(w for w in WHOLE_MODELS if w.label == "Qwen2-VL")
+    random, index = torch.randn(1 << 22).bfloat16(), {}
+    for number, start in enumerate(("model.visual.", "model.language_model.", "lm_head.")):
+        shard, tensors = f"model-{number}.safetensors", {}
+        for name, tensor in model.state_dict().items():
+            if name.startswith(start):
+                repeats = -(-tensor.numel() // len(random))
+                tensors[whole.hub_name(name)] = random.repeat(repeats)[: tensor.numel()].view(tensor.shape).clone()
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 1024, 1536, 4, 4096), pytest.param((32, 1280, 1536, 28, 8960), marks=pytest.mark.slow)],
+    ids=["a tenth", "Qwen2-VL-2B"],
+)
+def test_the_peak_is_the_encoders_own(sizes, tmp_path):
+    save_at_size(tmp_path, *sizes)
+    done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, own = map(int, done.stdout.split()[-2:])
+    assert peak < 1.5 * own, f"{peak / own:.2f} times the encoder's {own / 1e6:.0f} MB"
