@@ -6,12 +6,12 @@ Shape legend: `anygpt.outputs`.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from anygpt.composition import Composition
@@ -79,8 +79,7 @@ class MultimodalProcessor(ProcessorMixin):
             "fit": fit or {},
         }
         for what, names in given.items():
-            unknown = sorted(set(names) - set(self.encoder_processors))
-            if unknown:
+            if unknown := sorted(set(names) - set(self.encoder_processors)):
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs: dict[str, PreTrainedConfig] = {}
@@ -219,7 +218,9 @@ class MultimodalProcessor(ProcessorMixin):
             if all(has_special_tokens(one, self.llm_tokenizer.bos_token) for one in texts):
                 llm_inputs = {"add_special_tokens": False} | llm_inputs
             expanded = self.expand(texts, counts, per_row)
-            options = _accepted(self.llm_tokenizer.__call__, kwargs) | {"padding": len(texts) > 1} | llm_inputs
+            options = (
+                repeatable.accepted(self.llm_tokenizer.__call__, kwargs) | {"padding": len(texts) > 1} | llm_inputs
+            )
             tokens = self.llm_tokenizer(
                 expanded[0] if isinstance(text, str) and return_tensors is None else expanded,
                 return_tensors=return_tensors,
@@ -241,8 +242,7 @@ class MultimodalProcessor(ProcessorMixin):
             The tensors by argument name; features of each input by key (None where nothing can tell them); and, for
             keys given as one list a row, how many inputs each row has.
         """
-        unknown = sorted(set(encoder_inputs) - set(self.encoder_processors))
-        if unknown:
+        if unknown := sorted(set(encoder_inputs) - set(self.encoder_processors)):
             raise InputError(
                 f"inputs are given for {unknown}, which no encoder reads; the encoders are "
                 f"{list(self.encoder_processors)}"
@@ -262,7 +262,7 @@ class MultimodalProcessor(ProcessorMixin):
             parts = self.pieces(key, inputs)
             if parts is not None:
                 inputs[name] = [piece for pieces in parts for piece in pieces]
-            options = self._family_options(key) | _accepted(processor.__call__, kwargs) | inputs
+            options = self._family_options(key) | repeatable.accepted(processor.__call__, kwargs) | inputs
             try:
                 outputs[key] = repeatable.call(processor, {"return_tensors": return_tensors} | options, name)
             except Exception as error:  # whatever a processor raises of media that it cannot take
@@ -273,9 +273,9 @@ class MultimodalProcessor(ProcessorMixin):
                 raise InputError(f"the {key!r} encoder gives no features of it: it is too small or too thin")
             if parts is not None:
                 lengths = [len(pieces) for pieces in parts]
-                counts[key] = counts[key] and [sum(found) for found in _grouped(counts[key], lengths)]
+                counts[key] = counts[key] and _sums(counts[key], lengths)
                 if key in per_row:
-                    per_row[key] = [sum(found) for found in _grouped(lengths, per_row[key])]
+                    per_row[key] = _sums(lengths, per_row[key])
         names = [name for output in outputs.values() for name in output]
         data = {}
         for key, output in outputs.items():
@@ -358,8 +358,7 @@ class MultimodalProcessor(ProcessorMixin):
                     "model= to make them known)"
                 )
             media_name = media_type(self.makes[key]).plural
-            unknown = sorted(set(target) - {"captions", media_name})
-            if unknown:
+            if unknown := sorted(set(target) - {"captions", media_name}):
                 raise InputError(f"{key!r} targets have the keys {unknown}; expected 'captions' and {media_name!r}")
             captions, media = target.get("captions"), target.get(media_name)
             if captions is not None and media is not None and len(captions) != len(media):
@@ -372,14 +371,6 @@ class MultimodalProcessor(ProcessorMixin):
         return processed
 
 
-def _accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that a processor names in its signature, or in the `TypedDict` of its keyword arguments."""
-    owner = getattr(function, "__self__", None)
-    names = set(inspect.signature(function).parameters)
-    names |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
-    return {name: value for name, value in options.items() if name in names}
-
-
 def _flatten(media: Any) -> tuple[Any, list[int] | None]:
     """One list a row becomes one list, with the number of inputs of each row; everything else stays as it is."""
     if isinstance(media, tuple):
@@ -390,29 +381,24 @@ def _flatten(media: Any) -> tuple[Any, list[int] | None]:
     return [item for row in media for item in row], [len(row) for row in media]
 
 
-def _grouped(values: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbouring values in groups of the given lengths."""
-    rest = iter(values)
-    return (list(itertools.islice(rest, length)) for length in lengths)
+def _sums(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The sums of neighbouring values in groups of the given lengths."""
+    return [int(group.sum()) for group in torch.tensor(values).split(list(lengths))]
 
 
 def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, rows: list[int] | None) -> None:
+    found = None
     if rows is not None and len(rows) == len(in_rows):
         bad = next((row for row, (have, want) in enumerate(zip(in_rows, rows, strict=True)) if have != want), None)
         if bad is not None:
-            raise InputError(
-                f"{key!r}: row {bad} has {in_rows[bad]} {token} placeholders but {rows[bad]} inputs; write one "
-                "placeholder for each input"
-            )
+            found = f"row {bad} has {in_rows[bad]} {token} placeholders but {rows[bad]} inputs"
     elif sum(in_rows) != inputs:
         where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
-        raise InputError(
-            f"{key!r}: the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given; "
-            "write one placeholder for each input"
-        )
+        found = f"the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given"
+    if found:
+        raise InputError(f"{key!r}: {found}; write one placeholder for each input")
 
 
 def stack_rows(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """`(B, S)` int64 of ragged rows, padded on the right with `fill`."""
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)

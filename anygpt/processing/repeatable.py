@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +50,14 @@ def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, A
         with _fixed_draws():
             alone.append(dict(processor(**{**arguments, name: [medium]})))
     return {key: _joined([one[key] for one in alone]) for key in output}
+
+
+def accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that a processor names in its signature, or in the `TypedDict` of its keyword arguments."""
+    owner = getattr(function, "__self__", None)
+    names = set(inspect.signature(function).parameters)
+    names |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _joined(values: list[Any]) -> Any:
