@@ -206,9 +206,11 @@ class TrainConfig:
         mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
         save_steps: a checkpoint every so many updates; 0 writes none before the end.
         keep_checkpoints: older ones are removed beyond this number.
-        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well.
+        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well. With a minus in
+            front, as `-captions/cider`, it is the one at which it was highest.
         abort_above: bounds by metric, such as `{eval/loss: 20}`; the run stops where one is above its bound.
         eval_steps: the evaluation loss every so many updates; 0 never.
+        eval_suite: a suite file of `anygpt evaluate`, run every `eval_steps`: `{suite}/{metric}` are metrics too.
         log_steps: metrics every so many updates.
         sample_steps: answers to the first rows of data.eval, media included, every so many updates; 0 never.
         sample_rows: how many of those rows.
@@ -240,6 +242,7 @@ class TrainConfig:
     keep_best: str | None = None
     abort_above: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=dict)
     eval_steps: Every = 0
+    eval_suite: str | None = None
     log_steps: Steps = 10
     sample_steps: Every = 0
     sample_rows: PositiveInt = 4
@@ -307,6 +310,8 @@ def check_values(config: Config) -> None:
         faults.append(
             f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
         )
+    if train.eval_suite and not train.eval_steps:
+        faults.append(f"train.eval_suite is {train.eval_suite}, but it is never run, expected train.eval_steps")
     for name, steps in (("eval_steps", train.eval_steps), ("sample_steps", train.sample_steps)):
         if steps and not config.data.eval:
             faults.append(f"train.{name} is {steps}, but data.eval is empty, expected at least one file there")

@@ -150,13 +150,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
-    """The checkpoint whose metric was lowest, and the metric; None where none has it."""
+    """The checkpoint whose metric was lowest (of `-metric` highest), and the metric; None where none has it."""
+    sign, metric = (-1, metric[1:]) if metric.startswith("-") else (1, metric)
     values = {}
     for path in find_checkpoints(folder):
         if (path / STATE).is_file():
             values[path] = read_state(path)["metrics"].get(metric)
     values = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
-    return min(values.items(), key=lambda item: item[1], default=None)
+    return min(values.items(), key=lambda item: sign * item[1], default=None)
 
 
 def remove_old(folder: Path, config: Config) -> None:
