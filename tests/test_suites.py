@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_utils import text, write_medium, write_rows
+from training_utils import argument_maker, toy_data, train_here
 
 from anygpt import InputError
 from anygpt.data.collation import NOT_FOR_MODEL
@@ -456,3 +457,27 @@ def test_shipped_suites_run(path, talker, networks, tmp_path):
             assert (found["value"] is None and "no answer has caption" in found["note"]) if lacks else found["n"], name
     first = path.read_text().splitlines()
     assert first[0].startswith("# ") and any(line.startswith("# Data:") for line in first)
+
+
+# ---- during training
+
+
+def test_a_suite_runs_during_training(described, tmp_path_factory, tmp_path):
+    """Its numbers are metrics: logged, and the checkpoint where one was best can be kept."""
+    make = argument_maker(tmp_path_factory)
+    word_suite(described, [{"metric": "rouge_l"}], "--name", "words", max_new_tokens=3)
+    suite = described.parent / "suite.yaml"
+    suite.write_text(json.dumps(json.loads(suite.read_text()) | {"name": "words"}))
+    options = ["--train.eval_suite", str(suite), "--train.eval_steps", "1", "--train.save_steps", "1"]
+    data = json.dumps([{"path": str(toy_data(tmp_path_factory) / "stage1.jsonl")}])
+    final = train_here(
+        1, make(1, tmp_path / "run", *options, "--data.eval", data, "--train.keep_best", "max:words/rouge_l", steps=2)
+    )
+    log = (final.parent / "log.txt").read_text()
+    assert log.count("words/rouge_l") == 3 and "highest words/rouge_l" in log
+    report = json.loads((final.parent / "evaluation/000002/metrics.json").read_text())
+    assert list(report["metrics"]["rouge_l"]) == ["model"]  # without baselines
+    with pytest.raises(InputError, match=r"names the metric 'words/bleu', which there is not"):
+        train_here(
+            1, make(1, tmp_path / "other", *options, "--data.eval", data, "--train.keep_best", "words/bleu", steps=2)
+        )

@@ -206,8 +206,8 @@ class TrainConfig:
         mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
         save_steps: a checkpoint every so many updates; 0 writes none before the end.
         keep_checkpoints: older ones are removed beyond this number.
-        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well. With a minus in
-            front, as `-captions/cider`, it is the one at which it was highest.
+        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well. As
+            `max:captions/cider` it is the one at which it was highest.
         abort_above: bounds by metric, such as `{eval/loss: 20}`; the run stops where one is above its bound.
         eval_steps: the evaluation loss every so many updates; 0 never.
         eval_suite: a suite file of `anygpt evaluate`, run every `eval_steps`: `{suite}/{metric}` are metrics too.

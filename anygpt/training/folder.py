@@ -149,9 +149,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
+MAX = "max:"  # before a metric whose highest value is the best
+
+
 def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
-    """The checkpoint whose metric was lowest (of `-metric` highest), and the metric; None where none has it."""
-    sign, metric = (-1, metric[1:]) if metric.startswith("-") else (1, metric)
+    """The checkpoint whose metric was lowest (of `max:metric` highest), and the metric; None where none has it."""
+    sign, metric = (-1, metric.removeprefix(MAX)) if metric.startswith(MAX) else (1, metric)
     values = {}
     for path in find_checkpoints(folder):
         if (path / STATE).is_file():

@@ -11,13 +11,18 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.errors import InputError
+from anygpt.evaluation.report import flat_values
+from anygpt.evaluation.rows import conversation
+from anygpt.evaluation.run import evaluate
+from anygpt.evaluation.suite import read_suite
 from anygpt.media.types import Clip, Picture, Sound, media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
-from anygpt.training.sharding import whole_parameters
+from anygpt.training.sharding import is_sharded, whole_parameters
 
 TEXT_TOKENS = 64
 DENOISING_STEPS = 20
@@ -70,6 +75,25 @@ def take_samples(
     return f"samples after update {step}: {folder}"
 
 
+def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> dict[str, float]:
+    """The model's numbers in a suite, `{"<suite>/<metric>": value}`, the same in every process; written to `folder`.
+
+    Raises:
+        InputError: what `evaluate` raises, or the processes share the model's layers.
+    """
+    if is_sharded(accelerator):
+        raise InputError("train.eval_suite: processes that share a model's layers cannot answer rows of their own")
+    suite, training = read_suite(path), model.training
+    suite.baselines = suite.baselines or []  # they do not change while the model learns
+    model.eval()
+    try:
+        with torch.random.fork_rng(), accelerator.autocast():
+            report = evaluate(suite, folder, accelerator, model, processor, facts={"updates": folder.name})
+    finally:
+        model.train(training)
+    return broadcast_object_list([flat_values(report) if report else {}])[0]
+
+
 @torch.no_grad()
 def generate_answers(
     model: MultimodalModel, processor: Any, dataset: ConversationDataset, rows: int, seed: int
@@ -89,7 +113,8 @@ def generate_answers(
                 continue
             asked = {part.type for part in item.sample.messages[turns[-1]].content if part.type != "text"}
             require = [processor.decoder_key(modality) for modality in sorted(asked)]
-            batch = processor.apply_chat_template(prompt(item, turns[-1]), tokenize=True, add_generation_prompt=True)
+            messages = conversation(item.first_messages(turns[-1]))
+            batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
             spans = sum(len(model.signal_tokens.names[key]) for key in require)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -108,20 +133,6 @@ def generate_answers(
 
 def _loaded(item: Any) -> TypeGuard[LoadedSample]:
     return isinstance(item, LoadedSample)
-
-
-def prompt(item: LoadedSample, turn: int) -> list[dict[str, Any]]:
-    """The messages before a turn, users' media in them."""
-    media = {kind: iter(found) for kind, found in item.inputs.items()}
-
-    def part_of(role: str, part: Any) -> dict[str, Any]:
-        if part.type == "text":
-            return {"type": "text", "text": part.text}
-        return {"type": part.type} if role == "assistant" else {"type": part.type, part.type: next(media[part.type])}
-
-    return [
-        {"role": m.role, "content": [part_of(m.role, part) for part in m.content]} for m in item.sample.messages[:turn]
-    ]
 
 
 def write_answers(answers: Iterable[tuple[str, Answer]], model: MultimodalModel, folder: Path) -> list[SampleAnswer]:

@@ -25,6 +25,7 @@ from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
+from anygpt.evaluation.suite import read_suite
 from anygpt.media.types import is_timed
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
@@ -38,7 +39,7 @@ from anygpt.model.parts import (
 )
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig, check_values
-from anygpt.training.folder import GIB
+from anygpt.training.folder import GIB, MAX
 from anygpt.training.loading import ridge_batches, use_frames_of
 from anygpt.training.ridge import set_by_ridge
 from anygpt.training.stages import Stage
@@ -336,7 +337,12 @@ def check_metrics(config: Config, model: MultimodalModel) -> None:
     """`train.keep_best` and `train.abort_above` must name metrics that this run will have."""
     train, names = config.train, ["loss", "gradient_norm", *model.loss_names()]
     evaluated = [f"eval/{name}" for name in names if name != "gradient_norm"]
-    wanted = {"train.abort_above": list(train.abort_above), "train.keep_best": [train.keep_best or "loss"]}
+    best = (train.keep_best or "loss").removeprefix(MAX)
+    wanted = {"train.abort_above": list(train.abort_above), "train.keep_best": [best]}
+    if train.eval_suite:
+        suite = read_suite(train.eval_suite)
+        of_suite = tuple(f"{suite.name}/{spec.name or spec.metric}" for spec in suite.metrics)
+        evaluated += [name for chosen in wanted.values() for name in chosen if name.startswith(of_suite)]  # bleu_1, …
     for setting, chosen in wanted.items():
         for name in chosen:
             if name in evaluated and not train.eval_steps:
@@ -346,7 +352,7 @@ def check_metrics(config: Config, model: MultimodalModel) -> None:
                 raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
     if train.keep_best and not train.save_steps:
         raise InputError(f"train.keep_best is {train.keep_best!r}, but there are no checkpoints; give train.save_steps")
-    if train.keep_best in evaluated and train.save_steps % train.eval_steps:
+    if best in evaluated and train.save_steps % train.eval_steps:
         raise InputError(
             f"train.keep_best is {train.keep_best!r}, so there must be an evaluation at each checkpoint; "
             f"train.save_steps is {train.save_steps}, expected a multiple of train.eval_steps, {train.eval_steps}"

@@ -41,6 +41,7 @@ from anygpt.training.checkpoint import (
 from anygpt.training.config import Config
 from anygpt.training.folder import (
     FINAL,
+    MAX,
     PREFIX,
     SAMPLES,
     STOPPED,
@@ -72,7 +73,7 @@ from anygpt.training.processes import (
     check_finite,
     processes,
 )
-from anygpt.training.samples import take_samples
+from anygpt.training.samples import run_suite, take_samples
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.sharding import (
     check_sharding,
@@ -279,6 +280,9 @@ class Trainer:
             with self.meter.paused():
                 if self.is_due(train.eval_steps):
                     found = self.evaluate()
+                    if train.eval_suite:
+                        folder = self.folder / "evaluation" / f"{self.done:06d}"
+                        found |= run_suite(train.eval_suite, folder, self.model, self.processor, self.accelerator)
                     log.metrics(self.done, found)
                     metrics |= found
                 if last:
@@ -428,7 +432,8 @@ class Trainer:
         keep = self.config.train.keep_best
         best = best_checkpoint(self.folder, keep) if keep else None
         if best is not None:
-            self.log.say(f"lowest {keep}: {best[1]:.4g}, in {best[0]}")
+            word = "highest" if keep.startswith(MAX) else "lowest"
+            self.log.say(f"{word} {keep.removeprefix(MAX)}: {best[1]:.4g}, in {best[0]}")
         self.log.say(f"finished: {self.folder / FINAL}")
 
 
