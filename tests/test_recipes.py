@@ -1,7 +1,9 @@
 """Every shipped configuration of real parts, at tiny sizes against a mirror of the hub, offline."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +14,7 @@ import yaml
 from hub_mirror import REPOSITORIES, make_mirror
 from PIL import Image
 from test_check import run_check
-from training_utils import REPOSITORY, shared, train_here, trained_tensors
+from training_utils import REPOSITORY, load_script, shared, train_here, trained_tensors
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.media.writing import write_audio, write_video
@@ -167,3 +169,18 @@ def test_tokens_of_the_recipe(mirror):
         encoder = load_encoder(model["encoders"][key]["path"], key)
         sizes = {"image": (1, 3, 224, 224), "video": (1, 15, 3, 2, 224, 224), "audio": (1, 3, 1, 128, 204)}
         assert encoder(torch.zeros(sizes[key])).last_hidden_state.shape == shape
+
+
+@pytest.mark.slow
+def test_the_plan_agrees_with_what_a_run_takes(place, tmp_path):
+    """Stage 1 of `small` at its parts' real sizes, with random weights."""
+    real_sizes = load_script("real_sizes")
+    model = yaml.safe_load(path_of("small", 1).read_text())["model"]
+    ids = {part["path"] for part in (*model["encoders"].values(), model["language_model"])}
+    make_mirror(tmp_path / "hub", sorted(ids), real=True)
+    command = [sys.executable, str(REPOSITORY / "stages/stage1_encoder_llm.py"), "--config", str(path_of("small", 1))]
+    command += [*SHORT, "--run.output_dir", str(tmp_path / "run")]
+    said = real_sizes.run([*command, "--check"], tmp_path / "hub")["output"]
+    device, process = re.search(r"measured: ([\d.]+) GiB on one device, and ([\d.]+) GiB", said).groups()
+    peak = real_sizes.run(command, tmp_path / "hub")["peak_gib"]
+    assert float(device) + float(process) == pytest.approx(peak, rel=0.15)

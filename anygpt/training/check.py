@@ -222,7 +222,8 @@ def report(found: Findings, config: Config) -> str:
             f"{found.plan.flops[kind] / 1e12:.2f} |"
             for kind, size in found.plan.activations.items()
         ]
-        process = psutil.Process().memory_info().rss / GIB
+        held = psutil.Process().memory_info()
+        process = (held.rss - getattr(held, "shared", 0)) / GIB  # without what is mapped from files
         lines += [
             "",
             f"computed, not measured: {found.plan.total / GIB:.2f} GiB on one device, "
