@@ -28,7 +28,8 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import load_script
 
-from anygpt.chat.chat_model import ChatModel, Reply, Settings, place
+from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong, place
+from anygpt.generation.events import TextPiece
 from anygpt.media.writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.http import BodyLimits, Interface
@@ -555,6 +556,61 @@ def test_32_clients_at_once(client, address, engine):
     assert engine.waiting == 0
     assert not [found for found in gc.get_objects() if type(found) is Job]  # isinstance would touch dead weak proxies
     assert after < before + 48 * 1024**2, f"{(after - before) / 1024**2:.0f} MiB more than before"
+
+
+def test_requests_that_wait_are_answered_together_each_as_alone(engine):
+    """Like ones in one batch, with their own seeds; others, and those that come late, wait for the next."""
+    chat_model, asked = engine.chat_model, ["Draw a ring.", "What is a long blue square?", "Draw.", "Hello there."]
+    busy = Engine(chat_model, max_batch=3)
+    held, go_on = threading.Event(), threading.Event()
+    busy.submit(HELLO, Settings(max_new_tokens=2, temperature=0.1), lambda event: (held.set(), go_on.wait()))
+    held.wait()
+    options = {"decoder_kwargs": {"image": {"num_inference_steps": 2}}, "require": ("image",)}
+    jobs, events = [], [[] for _ in asked]
+    done = queue.SimpleQueue()
+    for number, text in enumerate(asked):
+        settings = Settings(max_new_tokens=8 + number, seed=number, temperature=1.0, **options)
+        messages = [{"role": "user", "content": text}]
+        jobs.append((messages, settings))
+        busy.submit(messages, settings, lambda event, n=number: (events[n].append(event), done.put((n, event))))
+    other = busy.submit(HELLO, Settings(max_new_tokens=2), lambda event: done.put((None, event)))
+    assert busy.waiting == 5
+    go_on.set()
+    replies = {}
+    while len(replies) < 5:
+        number, event = done.get(timeout=120)
+        if isinstance(event, Reply):
+            replies[number] = event
+    text = busy.metrics.text().decode()
+    assert 'anygpt_batch_size_bucket{le="2.0"} 3.0' in text and 'anygpt_batch_size_bucket{le="4.0"} 4.0' in text
+    assert "anygpt_batch_size_sum 6.0" in text, "the one that held, three together, one that was too many, the other"
+    assert other.settings.max_new_tokens == 2
+    for number, (messages, settings) in enumerate(jobs):
+        alone, found = chat_model.answer(messages, settings), replies[number]
+        assert (found.prompt_tokens, found.new_tokens, found.complete) == (
+            *(alone.prompt_tokens, alone.new_tokens, alone.complete),
+        )
+        assert found.answer.text == alone.answer.text
+        for one, same in zip(found.answer.images, alone.answer.images, strict=True):
+            assert np.abs(np.asarray(one, np.int16) - np.asarray(same, np.int16)).max() <= 1
+        pieces = "".join(event.text for event in events[number] if isinstance(event, TextPiece))
+        assert pieces == alone.answer.text and len({event.row for event in events[number][:-1]}) == 1
+    busy.close()
+
+
+def test_one_bad_request_of_a_batch_leaves_the_others(engine):
+    busy = Engine(engine.chat_model)
+    held, go_on = threading.Event(), threading.Event()
+    busy.submit(HELLO, Settings(max_new_tokens=1, temperature=0.1), lambda event: (held.set(), go_on.wait()))
+    held.wait()
+    done = [queue.SimpleQueue() for _ in range(3)]
+    settings = Settings(max_new_tokens=2, forbid=("image", "video", "audio"))
+    for one, text in zip(done, ("Hello", "a " * 2000, "Draw."), strict=True):
+        busy.submit([{"role": "user", "content": text}], settings, one.put)
+    go_on.set()
+    last = [next(e for e in iter(one.get, None) if isinstance(e, Reply | Exception)) for one in done]
+    assert [type(one) for one in last] == [Reply, TooLong, Reply]
+    busy.close()
 
 
 def test_a_full_queue_says_so(checkpoint):

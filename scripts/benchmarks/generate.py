@@ -70,7 +70,7 @@ def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, dev
     prompt = torch.randint(49152, (1, options.prompt), device=device)
     span = torch.tensor([model.signal_tokens.ids["image"]], device=device)
     with model.signal_tokens.attached(llm) as tap:
-        decoder = SpanDecoder(model, tap, SpanRules(model.signal_tokens.ids, budget=options.tokens))
+        decoder = SpanDecoder(model, tap, [SpanRules(model.signal_tokens.ids, budget=options.tokens)])
         cache = llm(prompt, use_cache=True).past_key_values
         embeds = llm.get_input_embeddings()(span[:, :1] if kind == ONE else span)
         chunks = embeds.split(1, dim=1) if kind == STEPWISE else [embeds]

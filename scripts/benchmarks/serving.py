@@ -1,0 +1,107 @@
+"""Requests over HTTP: clients that ask for pictures, answered one by one and together; and clients that hang up.
+
+    anygpt benchmark serving                                     # eight clients
+    anygpt benchmark serving --sides hang-ups --seconds 300      # 32 clients that ask, hang up and ask again
+
+`hang-ups` fails where a request is lost, or where an error is not in OpenAI's form; `grown_mib` is the resident memory
+at the end beyond that after a third of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import uvicorn
+
+from anygpt.chat.chat_model import ChatModel
+from anygpt.commands import CHECKPOINT
+from anygpt.serving.connections import server_config
+from anygpt.serving.engine import Engine
+from anygpt.serving.http import Interface
+
+HANG_UPS = "hang-ups"
+BATCHES = {"one by one": 1, "together": 8}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="(default: the quickstart's last)")
+    parser.add_argument("--clients", type=int, default=8, help="that ask for pictures (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=4, help="of each of them (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="of hang-ups (default: %(default)s)")
+    parser.add_argument("--sides", nargs="*", default=list(BATCHES), choices=[*BATCHES, HANG_UPS])
+
+
+def sides(options: argparse.Namespace) -> list[str]:
+    return options.sides
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    engine = Engine(ChatModel(options.checkpoint), max_waiting=64, max_batch=BATCHES.get(side, 8))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(server_config(Interface(engine, "anygpt").app()))
+        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
+        while not server.started:
+            time.sleep(0.05)
+        ask(url, 0)  # what is only done once
+        found = hang_ups(url, options.seconds) if side == HANG_UPS else pictures(url, options)
+        server.should_exit = True
+    return found
+
+
+def ask(url: str, seed: int, timeout: float = 600, **more) -> httpx.Response:
+    body = {"model": "anygpt", "seed": seed, "max_tokens": 64, "require": ["image"], **more}
+    return httpx.post(url, json=body | {"messages": [{"role": "user", "content": "Draw a red ring."}]}, timeout=timeout)
+
+
+def pictures(url: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds a request, with all clients at work."""
+    began, count = time.perf_counter(), options.clients * options.requests
+    with ThreadPoolExecutor(options.clients) as pool:
+        for answer in pool.map(lambda seed: ask(url, seed), range(count)):
+            answer.raise_for_status()
+    return {"request_s": (time.perf_counter() - began) / count}
+
+
+def hang_ups(url: str, seconds: float, clients: int = 32) -> dict[str, float]:
+    """Clients that ask, of which some wait for the answer, some hang up, and some ask for what there is not."""
+    end, memory, process = time.monotonic() + seconds, [], psutil.Process()
+
+    def client(number: int) -> tuple[int, int, int]:
+        answered, gone, refused = 0, 0, 0
+        draw = random.Random(number)
+        for request in itertools.count():
+            if time.monotonic() > end:
+                return answered, gone, refused
+            kind = draw.choice(["wait", "hang up", "hang up", "wrong"])
+            try:
+                more = {"require": ["smell"]} if kind == "wrong" else {}
+                timeout = draw.uniform(0.01, 2) if kind == "hang up" else 600
+                answer = ask(url, request, timeout, **more)
+            except httpx.TimeoutException:
+                gone += 1
+                continue
+            if answer.status_code == 200:
+                answered += 1
+            else:
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, answer.text
+                assert answer.status_code == (400 if kind == "wrong" else 429), answer.text
+                refused += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(client, number) for number in range(clients)]
+        while time.monotonic() < end:
+            time.sleep(seconds / 30)
+            memory.append(process.memory_info().rss)
+        counts = [sum(kind) for kind in zip(*(one.result() for one in running), strict=True)]
+    grown = memory[-1] - memory[len(memory) // 3]
+    return dict(zip(("answered", "hung_up", "refused"), counts, strict=True)) | {"grown_mib": grown / 2**20}
