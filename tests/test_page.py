@@ -183,6 +183,49 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     assert urls and not elsewhere, f"the page asks others: {elsewhere}"
 
 
+@pytest.mark.timeout(6 * PATIENCE)
+def test_what_a_visitor_expects(browser, address, tmp_path):
+    """An example is sent by a click; clips play and loop with controls; markup is text; a reload keeps the chat."""
+    browser.get(address)
+    resize(browser, 1280, 900)
+    wait(browser, lambda: find(browser, "#message textarea"), "the page did not come")
+    next(b for b in find(browser, "button") if b.text == "New conversation").click()
+    wait(browser, lambda: not bot_says(browser), "an earlier test's conversation is still there")
+    stops = lambda: [b for b in find(browser, "#message button.stop-button") if b.is_displayed()]  # noqa: E731
+    assert not stops(), "there is nothing to stop"
+
+    find(browser, "button.toggle-button")[0].click()
+    boxes = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")
+    wait(browser, boxes[0].is_displayed, "the settings did not open")
+    for box in boxes[:2]:  # an image and a video
+        box.click()
+    for key in ("image", "video"):
+        find(browser, f"#decoder-{key} button")[0].click()
+        steps = wait(browser, lambda k=key: find(browser, f"#steps-{k} input[type=number]"), "no slider")[0]
+        wait(browser, steps.is_displayed, "the decoder's settings did not open")
+        steps.send_keys(Keys.CONTROL, "a")
+        steps.send_keys("9", Keys.TAB)
+    find(browser, "button.toggle-button")[0].click()
+
+    next(e for e in find(browser, "button") if e.text == "Draw a red ring.").click()
+    wait(browser, stops, "no button to stop what runs")
+    wait(browser, lambda: pictures(browser, ".bot") >= 1 and find(browser, "#chat .bot video"), "no picture and clip")
+    wait(browser, lambda: not stops(), "the stop button stays")
+    assert find(browser, "#chat .bot img")[0].get_attribute("alt") == "generated image"
+    video = find(browser, "#chat .bot video")[0]
+    assert video.get_attribute("loop") and video.get_attribute("autoplay")
+    wait(browser, lambda: not browser.execute_script("return arguments[0].paused", video), "the clip does not play")
+
+    said = "return [...document.querySelectorAll('#chat .user.message')].map(element => element.innerText.trim())"
+    assert browser.execute_script(said) == ["Draw a red ring."]
+    shot(browser, tmp_path, "clips")
+
+    before = browser.execute_script(said)
+    browser.refresh()
+    wait(browser, lambda: browser.execute_script(said) == before, "the conversation is gone after a reload")
+    wait(browser, lambda: find(browser, "#chat .bot video"), "the clips are gone after a reload")
+
+
 # ---------------------------------------------------------------------------------------- hostile visitors
 
 
@@ -233,6 +276,29 @@ def test_only_what_was_uploaded_can_be_read_and_named(address, tmp_path):
         for route in ("queue/join", "run/predict", "api/predict"):
             answer = httpx.post(f"{address}/gradio_api/{route}", json=event, timeout=PATIENCE)
             assert answer.status_code in (400, 404), (named, answer.text)
+
+
+def test_crafted_events_write_no_traceback(address, capfd, caplog):
+    """What the page itself would never send: an answer of a few words at most, and one line in the log."""
+    config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
+    submit = next(d for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"]))
+    count = len(submit["inputs"])
+    datas = [[], [None] * count, [7] * count, [{"text": "a", "files": [1]}, *[None] * (count - 1)]]
+    bodies = [{"data": data, "fn_index": submit["id"]} for data in datas]
+    bodies += [
+        {"data": [], "fn_index": 999},
+        {"data": [], "fn_index": -1},
+        {"data": []},
+        {"data": [], "api_name": "/a"},
+    ]
+    for number, body in enumerate(bodies):
+        body["session_hash"] = f"crafted{number}"
+        for route in ("queue/join", "run/predict", "call/answer"):
+            answer = httpx.post(f"{address}/gradio_api/{route}", json=body, timeout=PATIENCE)
+            assert "Traceback" not in answer.text, (body, answer.text)
+    time.sleep(2)  # the queue works in the background
+    written = "".join(capfd.readouterr())
+    assert "Traceback" not in written and "Traceback" not in caplog.text
 
 
 def test_too_much_is_refused(address):

@@ -7,6 +7,7 @@ one that was uploaded. Both end here. The headers let a browser load nothing fro
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anygpt.errors import InputError
-from anygpt.serving.http import parse_json
+from anygpt.serving.http import logger, parse_json
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -32,6 +33,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 CLOSED = (
+    *("run/", "api/", "call/"),
     "proxy=",
     "stream/",
     "deep_link",
@@ -61,8 +63,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
@@ -75,7 +81,12 @@ class Guard:
         if status is not None:
             await refuse(status, reason)(scope, receive, with_headers)
         else:
-            await self.app(scope, receive, with_headers)
+            try:
+                await self.app(scope, receive, with_headers)
+            except Exception as error:  # of gradio, over a request that its page would not send
+                logger.warning("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
+                if not started:
+                    await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
 
     def _look_at(self, scope: Scope) -> tuple[int | None, str]:
         """A status and a reason to refuse a request by its first lines, or None."""
@@ -120,6 +131,22 @@ class Guard:
         if "\0" in path:
             return False
         return os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
+
+
+def one_line(error: BaseException | None) -> str:
+    """An error for the log, where its traceback would say nothing more."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class QuietTraceback:
+    """In place of the module `traceback` in gradio's queue, which prints one for whatever a visitor sends.
+
+    What goes wrong in an answer is logged by the page itself.
+    """
+
+    @staticmethod
+    def print_exc() -> None:
+        logger.warning("an event of the page was refused: %s", one_line(sys.exc_info()[1]))
 
 
 def refuse(status: int, reason: str) -> JSONResponse:

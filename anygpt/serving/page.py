@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
+import gradio.queueing
 from fastapi import FastAPI
 
 from anygpt.chat.chat_model import Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
-from anygpt.media.types import MEDIA
+from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.gate import Gate
-from anygpt.serving.guard import Guard, refuse
+from anygpt.serving.guard import Guard, QuietTraceback, refuse
 from anygpt.serving.http import FAULT, logger
 from anygpt.serving.unread import Unread
 
@@ -34,6 +36,7 @@ MAX_CHARACTERS = 4000
 MAX_FILE_SIZE = "16mb"
 MAX_QUEUE = 16
 KEPT_SECONDS = 3600
+MAX_CONVERSATIONS = 100
 REDRAW_SECONDS = 0.1
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
@@ -55,19 +58,28 @@ html, body { overflow-x: clip; }
 #chat [data-testid="waveform-Audio"] { height: auto; }
 @media (max-width: 640px) { .gradio-container .main { padding: 8px !important; } }
 """
+# gradio leaves the `alt_text` of a picture in a chat out of the page
+DESCRIBE_PICTURES = """() => {
+    const describe = () => document.querySelectorAll("#chat .message img[alt='']").forEach((image) => {
+        image.alt = image.closest(".bot") ? "generated image" : "attached image";
+    });
+    new MutationObserver(describe).observe(document.body, {childList: true, subtree: true});
+}"""
 
 
+@dataclass
 class Conversation:
-    """What one visitor has said and seen; it stays on the server. No dataclass: gradio would write it out.
+    """What one visitor has said and seen; it stays on the server, under a token that the visitor's browser keeps.
 
     Attributes:
         messages: for the model.
         shown: for the page.
+        used: when, last.
     """
 
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.shown: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    used: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -81,6 +93,21 @@ class Page:
 
     engine: Engine
     folder: Path
+    conversations: dict[str, Conversation] = field(default_factory=dict)
+
+    def conversation(self, token: str | None) -> tuple[str, Conversation]:
+        """A visitor's conversation, a new one where there is none under the token; those of long ago are forgotten."""
+        now = time.monotonic()
+        for old in [one for one, held in self.conversations.items() if now - held.used > KEPT_SECONDS]:
+            del self.conversations[old]
+        if not isinstance(token, str) or token not in self.conversations:
+            token = secrets.token_urlsafe()
+            self.conversations[token] = Conversation()
+        while len(self.conversations) > MAX_CONVERSATIONS:
+            del self.conversations[min(self.conversations, key=lambda one: self.conversations[one].used)]
+        found = self.conversations.setdefault(token, Conversation())
+        found.used = now
+        return token, found
 
     def build(self) -> gr.Blocks:
         makes = list(self.engine.chat_model.makes)
@@ -88,7 +115,7 @@ class Page:
             title="AnyGPT", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_height=True
         ) as page:
             gr.Markdown("# AnyGPT\nText, pictures, clips and sounds, in and out.")
-            conversation = gr.State(None, time_to_live=KEPT_SECONDS)
+            token = gr.BrowserState(None, storage_key="anygpt-conversation")
             with gr.Sidebar(label="Settings", position="right", open=False):
                 gr.Markdown("## Settings")
                 settings = [
@@ -127,41 +154,53 @@ class Page:
                 file_count="multiple",
                 file_types=[suffix for kind in self.engine.chat_model.reads for suffix in MEDIA[kind].suffixes],
                 max_plain_text_length=MAX_CHARACTERS,
-                stop_btn=True,
             )
             new = gr.Button("New conversation", size="sm", variant="secondary")
-            gr.Examples(
+            examples = gr.Examples(
                 [[{"text": text, "files": []}] for text in EXAMPLES], box, label="For example", cache_examples=False
             )
             private = {"api_visibility": "private"}
-            answering = box.submit(
-                self.answer,
-                [box, conversation, *settings],
-                [chat, box, conversation],
-                concurrency_limit=1,
-                show_progress="hidden",
-                **private,
-            )
-            box.stop(None, cancels=[answering], **private)
+            answering = [
+                begin(
+                    self.answer,
+                    [box, token, *settings],
+                    [chat, box, token],
+                    concurrency_limit=1,
+                    concurrency_id="answer",
+                    show_progress="hidden",
+                    **private,
+                )
+                for begin in (box.submit, examples.load_input_event.then)
+            ]
+            box.stop(idle_box, None, box, cancels=answering, **private)
+            private["queue"] = False
             for forget in (new.click, chat.clear):
-                forget(lambda: ([], None), None, [chat, conversation], cancels=[answering], queue=False, **private)
+                forget(lambda: ([], idle_box(), None), None, [chat, box, token], cancels=answering, **private)
+            page.load(None, None, None, js=DESCRIBE_PICTURES, **private)
+            page.load(self.restore, token, [chat, token], show_progress="hidden", **private)
         return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 
+    def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
+        """What a page that is loaded again shows."""
+        token, conversation = self.conversation(token)
+        return conversation.shown, token
+
     def answer(
-        self, message: dict[str, Any], conversation: Conversation | None, *values: Any
-    ) -> Iterator[tuple[list[dict[str, Any]], Any, Conversation]]:
-        """One turn, as it goes on: what the page shows, the box to write in, the conversation."""
-        conversation = conversation or Conversation()
+        self, message: dict[str, Any], token: str | None, *values: Any
+    ) -> Iterator[tuple[list[dict[str, Any]], Any, str]]:
+        """One turn, as it goes on: what the page shows, the box to write in, the conversation's token."""
+        token, conversation = self.conversation(token)
         text, files = _whole(message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
-            yield conversation.shown, gr.skip(), conversation
+            yield conversation.shown, gr.skip(), token
             return
-        said = [{"role": "user", "content": {"path": path}} for path in files]
+        said = [{"role": "user", "content": shown_file(path, "attached")} for path in files]
         said += [{"role": "user", "content": text}] if text else []
         before = conversation.shown
         conversation.shown = [*before, *said]
         waiting = {"role": "assistant", "content": "…"}
-        yield [*conversation.shown, waiting], {"text": "", "files": []}, conversation
+        busy = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
+        yield [*conversation.shown, waiting], busy, token
         drawn = Drawing(self.folder)
         try:
             reply = None
@@ -171,7 +210,7 @@ class Page:
                 if isinstance(event, Reply):
                     reply = event
                 elif drawn.draw(event):
-                    yield [*conversation.shown, *drawn.messages()], gr.skip(), conversation
+                    yield [*conversation.shown, *drawn.messages()], gr.skip(), token
             conversation.messages = [*messages, answer_message(reply.answer)]
             conversation.shown = [*conversation.shown, *drawn.messages()]
         except (InputError, Busy) as error:
@@ -179,7 +218,7 @@ class Page:
         except Exception:
             logger.exception("an answer failed")
             conversation.shown = [*conversation.shown, _said_error(FAULT)]
-        yield conversation.shown, gr.skip(), conversation
+        yield conversation.shown, idle_box(), token
 
     def _read(self, text: str, files: list[str]) -> list[dict[str, Any]]:
         if len(files) > MAX_FILES:
@@ -248,7 +287,7 @@ class Drawing:
                     self.contents[segment] = f"[{called.type}: {progress}]"
         elif isinstance(event, MediumDone):
             path = write_segment(event.content, self.folder / str(event.segment))
-            self.contents[event.segment] = {"path": str(path), "alt_text": f"generated {event.content.type}"}
+            self.contents[event.segment] = shown_file(str(path), "generated")
         now = time.monotonic()
         if isinstance(event, MediumDone) or now - self._drawn > REDRAW_SECONDS:
             self._drawn = now
@@ -257,6 +296,19 @@ class Drawing:
 
     def messages(self) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": self.contents[index]} for index in sorted(self.contents)]
+
+
+def idle_box() -> gr.MultimodalTextbox:
+    """The box to write in where no answer is under way, which there would be something to stop of."""
+    return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+
+
+def shown_file(path: str, how: str) -> Any:
+    """A file in a message: a clip plays and loops by itself, with controls."""
+    kind = media_type_of(path)
+    if kind is not None and kind.timed:
+        return gr.Video(path, autoplay=True, loop=True, label=f"{how} {kind.name}", buttons=["download"])
+    return {"path": path, "alt_text": f"{how} {kind.name if kind else 'file'}"}
 
 
 def _whole(text: str) -> str:
@@ -277,6 +329,7 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
         host, hosts: see `Gate`.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    gradio.queueing.traceback = QuietTraceback
     page = Page(engine, folder).build()
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),

@@ -4,25 +4,34 @@ First a span of 24 signal tokens over the cache of a prompt, run as generation r
 forward of one token and against the span token by token, in bf16 and in fp32, at SmolLM2-135M's shape. Then an answer
 of text and one picture, against the language model's own `generate` (as many forwards) followed by the bare
 pipeline's sampling on a condition. The weights are random; the pipeline is the one of the benchmark `stage2`.
+
+With `--busy` an answer of a trained model with a picture, on a quiet machine and while another program keeps one
+core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.stage2 import clock, make_model
 
 from anygpt import MultimodalModel
+from anygpt.chat.chat_model import ChatModel, Settings
+from anygpt.commands import CHECKPOINT
 from anygpt.generation.decoding import SpanDecoder
 from anygpt.generation.span_rules import SpanRules
 
 ONE, SPAN, STEPWISE = "one token", "span of 24, one forward", "span of 24, token by token"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 APART, TOGETHER = "generate, then the pipeline", "any-to-any call"
+QUIET, BUSY = "quiet", "one core busy"
 VIDEO_TOKENS, IMAGE_TOKENS = 24, 4
 
 
@@ -33,13 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of an answer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=32, help="height of the latents; SD 1.5 has 64 (%(default)s)")
+    parser.add_argument("--busy", action="store_true", help="only the answer on a quiet and on a busy machine")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="for --busy (default: the quickstart's)")
 
 
 def sides(options: argparse.Namespace) -> list[str]:
+    if options.busy:
+        return [QUIET, BUSY]
     return [f"{kind}, {dtype}" for dtype in DTYPES for kind in (ONE, SPAN, STEPWISE)] + [APART, TOGETHER]
 
 
 def baseline(side: str) -> str:
+    if side in (QUIET, BUSY):
+        return QUIET
     return APART if side in (APART, TOGETHER) else f"{ONE}, {side.rpartition(', ')[2]}"
 
 
@@ -47,6 +62,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of one side."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if side in (QUIET, BUSY):
+        return {"median_s": measure_busy(side, options)}
     if side in (APART, TOGETHER):
         return {"median_s": measure_answer(side, options, device)}
     kind, _, dtype = side.rpartition(", ")
@@ -111,6 +128,18 @@ def measure_answer(side: str, options: argparse.Namespace, device: str) -> float
         decoder.pipeline(prompt_embeds=condition, num_inference_steps=options.steps, generator=generator, **size)
 
     return median(together if side == TOGETHER else apart, options.calls, device)
+
+
+def measure_busy(side: str, options: argparse.Namespace) -> float:
+    model = ChatModel(options.checkpoint)
+    settings = Settings(max_new_tokens=64, require=tuple(model.makes)[:1])
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if side == BUSY else None
+    try:
+        asked = [{"role": "user", "content": "Draw a red ring."}]
+        return median(lambda: model.answer(asked, settings), options.calls, "cpu")
+    finally:
+        if other is not None:
+            other.kill()
 
 
 def prepare(model: MultimodalModel, dtype: torch.dtype, device: str) -> MultimodalModel:
