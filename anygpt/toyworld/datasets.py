@@ -46,7 +46,7 @@ Row = dict[str, Any]
 Part = dict[str, str]
 Exchange = tuple[list[Part], list[Part]]
 """What the user says and what the assistant answers."""
-EXCHANGES = {"stage3": (1, 1, 2, 3, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
+EXCHANGES = {"stage3": (1, 2, 3, 4, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
 """Numbers of exchanges of a conversation, equally likely; those of other kinds have one."""
 
 

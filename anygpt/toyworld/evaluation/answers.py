@@ -36,7 +36,7 @@ class Settings:
 
     samples: int = 20
     talk_samples: int = 100
-    conversations: int = 80
+    conversations: int = 160
     batch_size: int = 64
     seed: int = 0
     things: str = "held_out"
