@@ -56,6 +56,7 @@ class Composition(Protocol):
     preprocess_llm_callback: Any
     training: bool
     frozen: set[str]
+    config: Any
 
     def __init__(
         self,
@@ -111,6 +112,8 @@ class Composition(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 

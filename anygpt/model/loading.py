@@ -147,7 +147,7 @@ def from_pretrained(
         model.tokenizer = AutoTokenizer.from_pretrained(folder)
     model.config.trained = config.trained
     model = model.eval().to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
-    info = {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    info: dict[str, Any] = {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
     return (model, info) if output_loading_info else model
 
 
