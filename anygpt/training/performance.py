@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,34 @@ PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090
 _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@dataclass
+class Metrics:
+    """What an update did, over all processes.
+
+    Attributes:
+        loss: the weighted sum of all terms.
+        terms: the mean of each sub-term that the update had.
+        gradient_norm: before clipping.
+        tokens, samples: in its batches.
+        skipped, cut: rows left out, and rows shortened.
+        places: tokens that the language model ran over, padding included, if that is of interest.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    gradient_norm: float
+    tokens: int
+    samples: int
+    skipped: int
+    cut: int
+    places: int
+
+    def by_name(self) -> dict[str, float]:
+        """What is logged of each update."""
+        padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
+        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
+
+
 class Meter:
     """What happened since it was last read; phases are timed by a GPU's own clock where there is one.
 
@@ -36,9 +65,9 @@ class Meter:
         self.left_out: Counter[str] = Counter()  # rows skipped and cut, in the whole run
         self.start()
 
-    def count(self, tokens: int, samples: int, skipped: int, cut: int) -> None:
-        self.done.update({"tok": tokens, "samples": samples})
-        self.left_out.update({"skipped": skipped, "cut": cut})
+    def count(self, update: Metrics) -> None:
+        self.done.update({"tok": update.tokens, "samples": update.samples})
+        self.left_out.update({"skipped": update.skipped, "cut": update.cut})
 
     def start(self) -> None:
         self.since, self.flops = time.perf_counter(), 0

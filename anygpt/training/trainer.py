@@ -11,7 +11,6 @@ import itertools
 import math
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,8 @@ from anygpt.losses.formulas import weighted_total
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.packing import check_packing
 from anygpt.outputs import LossTerm
-from anygpt.training.checkpoint import (
-    check_same_data,
-    choose_checkpoint,
-    data_digests,
-    load_tensors,
-    load_training_state,
-    read_optimizer_state,
-    rng_state,
-    save_checkpoint,
-    save_model,
-)
+from anygpt.training import checkpoint as checkpoints
+from anygpt.training import sharding
 from anygpt.training.config import Config
 from anygpt.training.folder import (
     FINAL,
@@ -62,7 +52,7 @@ from anygpt.training.loading import (
     use_cache,
 )
 from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
-from anygpt.training.performance import Meter, profiler
+from anygpt.training.performance import Meter, Metrics, profiler
 from anygpt.training.processes import (
     Aborted,
     Interrupted,
@@ -75,14 +65,6 @@ from anygpt.training.processes import (
 )
 from anygpt.training.samples import run_suite, take_samples
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
-from anygpt.training.sharding import (
-    check_sharding,
-    gather_into,
-    is_sharded,
-    load_optimizer_state,
-    optimizer_state,
-    prepare,
-)
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table
 
@@ -104,7 +86,7 @@ def train(config: Config, stage: Stage) -> Path:
     check_tracker(config)
     folder = Path(config.run.output_dir)
     check_folder(folder, config)
-    checkpoint, passed_over = choose_checkpoint(config)
+    checkpoint, passed_over = checkpoints.choose_checkpoint(config)
     if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
         raise InputError(
             f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
@@ -112,34 +94,6 @@ def train(config: Config, stage: Stage) -> Path:
         )
     with processes(config) as accelerator:
         return Trainer(config, stage, accelerator).setup(checkpoint).fit(passed_over)
-
-
-@dataclass
-class Metrics:
-    """What an update did, over all processes.
-
-    Attributes:
-        loss: the weighted sum of all terms.
-        terms: the mean of each sub-term that the update had.
-        gradient_norm: before clipping.
-        tokens, samples: in its batches.
-        skipped, cut: rows left out, and rows shortened.
-        places: tokens that the language model ran over, padding included, if that is of interest.
-    """
-
-    loss: float
-    terms: dict[str, float]
-    gradient_norm: float
-    tokens: int
-    samples: int
-    skipped: int
-    cut: int
-    places: int
-
-    def by_name(self) -> dict[str, float]:
-        """What is logged of each update."""
-        padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
-        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
 
 
 class Trainer:
@@ -176,7 +130,7 @@ class Trainer:
             InputError: settings, parts or data that are wrong. Nothing has been written then.
         """
         config, accelerator = self.config, self.accelerator
-        check_sharding(accelerator, config, resumes=checkpoint is not None)
+        sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
         set_seed(config.run.seed)
         self.model, self.processor = build(config)
         names = prepare_stage(self.model, self.stage, config)
@@ -190,14 +144,16 @@ class Trainer:
             self.model.gradient_checkpointing_enable()
         self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
         self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
-        self.digests = data_digests(self.dataset)
+        self.digests = checkpoints.data_digests(self.dataset)
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
         self.notes += [f"{key}_decoder: {targets.note}" for key, targets in self.processor.targets.items()]
         if checkpoint is not None:
-            load_tensors(checkpoint, self.model)  # before the cache is compared with them
+            checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
-        self.notes += use_cache(data, self.collator, self.model, self.processor, config, is_sharded(accelerator))
+        self.notes += use_cache(
+            data, self.collator, self.model, self.processor, config, sharding.is_sharded(accelerator)
+        )
         if checkpoint is None:
             self.notes += init_projectors(self.model, self.dataset, self.collator, config, accelerator)
         self.setup_optimizer(checkpoint)
@@ -206,11 +162,13 @@ class Trainer:
     def setup_optimizer(self, checkpoint: Path | None) -> None:
         """Optimizer and schedule, as they start or as the checkpoint has them, and the model as accelerate wraps it."""
         config, accelerator, model = self.config, self.accelerator, self.model
-        sharded = is_sharded(accelerator)
+        sharded = sharding.is_sharded(accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
         if checkpoint is not None:
-            state = load_training_state(checkpoint, None if sharded else optimizer, self.scheduler, accelerator)
-            check_same_data(checkpoint, state["data"], self.digests, config)
+            state = checkpoints.load_training_state(
+                checkpoint, None if sharded else optimizer, self.scheduler, accelerator
+            )
+            checkpoints.check_same_data(checkpoint, state["data"], self.digests, config)
             self.done, self.tracker_run = state["step"], state["tracker_run"]
             self.notes.append(f"continues from {checkpoint} after update {self.done}")
             before, steps = state["max_steps"], config.train.max_steps
@@ -221,9 +179,9 @@ class Trainer:
         if config.train.compile:
             model.to(accelerator.device)
             compile_layers(model)
-        self.wrapped, self.optimizer, self.whole = prepare(model, optimizer, accelerator, config)
+        self.wrapped, self.optimizer, self.whole = sharding.prepare(model, optimizer, accelerator, config)
         if checkpoint is not None and sharded:
-            load_optimizer_state(model, self.optimizer, read_optimizer_state(checkpoint))
+            sharding.load_optimizer_state(model, self.optimizer, checkpoints.read_optimizer_state(checkpoint))
         if checkpoint is not None:
             set_rates(self.optimizer, self.scheduler)
         self.wrapped.train()
@@ -260,7 +218,7 @@ class Trainer:
         train, log = self.config.train, self.log
         moved = self.done == train.max_steps
         for micro_batches in self.meter.updates(updates):
-            before = rng_state()
+            before = checkpoints.rng_state()
             try:
                 update = self.step(micro_batches)
             except NonFiniteLoss as error:
@@ -270,7 +228,7 @@ class Trainer:
             self.done += 1
             moved |= update.gradient_norm > 0
             last = self.done == train.max_steps
-            self.meter.count(update.tokens, update.samples, update.skipped, update.cut)
+            self.meter.count(update)
             log.bar.update()
             if trace is not None:
                 trace.step()
@@ -413,9 +371,10 @@ class Trainer:
         path = self.folder / f"{name}{self.done}"
         state = {"step": self.done, "max_steps": self.config.train.max_steps, "data": self.digests}
         state |= {"scheduler": self.scheduler.state_dict(), "metrics": metrics, "tracker_run": self.log.run_id}
-        gather_into(self.whole, self.model)
-        moved = optimizer_state(self.model, self.optimizer, self.accelerator)
-        save_checkpoint(path, self.whole, self.processor, state, moved, random_state, self.accelerator, self.config)
+        sharding.gather_into(self.whole, self.model)
+        moved = sharding.optimizer_state(self.model, self.optimizer, self.accelerator)
+        what = self.whole, self.processor, state, moved, random_state
+        checkpoints.save_checkpoint(path, *what, self.accelerator, self.config)
         return path
 
     def describe(self, metrics: dict[str, float]) -> None:
@@ -423,12 +382,13 @@ class Trainer:
         losses = {name: value for name, value in metrics.items() if "loss" in name or name in self.model.loss_names()}
         parts = [*self.stage.trains, *(["adapters of the language model"] if self.stage.lora else [])]
         trained = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
-        self.whole.config.trained = trained
+        if self.whole is not None:  # where layers are sharded, the main process alone has it
+            self.whole.config.trained = trained
 
     def finish(self) -> None:
         """Write `final/`, and say which checkpoint is best."""
-        gather_into(self.whole, self.model)
-        save_model(self.folder / FINAL, self.whole, self.processor, self.accelerator)
+        sharding.gather_into(self.whole, self.model)
+        checkpoints.save_model(self.folder / FINAL, self.whole, self.processor, self.accelerator)
         keep = self.config.train.keep_best
         best = best_checkpoint(self.folder, keep) if keep else None
         if best is not None:
