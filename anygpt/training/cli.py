@@ -115,7 +115,8 @@ def say(found: Findings, config: Config) -> int:
 def quiet_libraries() -> None:
     """Our own messages at info level; the libraries' progress bars and notes of loading tiny files left out."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "huggingface_hub"):  # it tells of each file that it writes
+        logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()

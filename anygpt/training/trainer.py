@@ -151,9 +151,8 @@ class Trainer:
         if checkpoint is not None:
             checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with them
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
-        self.notes += use_cache(
-            data, self.collator, self.model, self.processor, config, sharding.is_sharded(accelerator)
-        )
+        sharded = sharding.is_sharded(accelerator)
+        self.notes += use_cache(data, self.collator, self.model, self.processor, config, sharded)
         if checkpoint is None:
             self.notes += init_projectors(self.model, self.dataset, self.collator, config, accelerator)
         self.setup_optimizer(checkpoint)
@@ -165,9 +164,8 @@ class Trainer:
         sharded = sharding.is_sharded(accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
         if checkpoint is not None:
-            state = checkpoints.load_training_state(
-                checkpoint, None if sharded else optimizer, self.scheduler, accelerator
-            )
+            loaded = None if sharded else optimizer
+            state = checkpoints.load_training_state(checkpoint, loaded, self.scheduler, accelerator)
             checkpoints.check_same_data(checkpoint, state["data"], self.digests, config)
             self.done, self.tracker_run = state["step"], state["tracker_run"]
             self.notes.append(f"continues from {checkpoint} after update {self.done}")
@@ -381,9 +379,9 @@ class Trainer:
         """Note in the model's config what was trained, for its card."""
         losses = {name: value for name, value in metrics.items() if "loss" in name or name in self.model.loss_names()}
         parts = [*self.stage.trains, *(["adapters of the language model"] if self.stage.lora else [])]
-        trained = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
         if self.whole is not None:  # where layers are sharded, the main process alone has it
-            self.whole.config.trained = trained
+            made = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
+            self.whole.config.trained = made
 
     def finish(self) -> None:
         """Write `final/`, and say which checkpoint is best."""

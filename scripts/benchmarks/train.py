@@ -100,11 +100,11 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     class Watched(trainer.Trainer):
         """With clocks at the model, the optimizer and the data."""
 
-        def run_updates(self, updates: Iterable[Any], caught: list[int]) -> None:
+        def run_updates(self, updates: Iterable[Any], *others: Any) -> None:
             self.wrapped.forward = watch.around("compute", self.wrapped.forward)
             self.accelerator.backward = watch.around("compute", self.accelerator.backward)
             self.optimizer.step = watch.around("compute", self.optimizer.step)
-            super().run_updates(watch.take(updates), caught)
+            super().run_updates(watch.take(updates), *others)
 
     with tempfile.TemporaryDirectory() as folder:
         settings, stage = command(Path(folder), side, options), INSTRUCTION_TUNING if "stage3" in side else ENCODER_LLM
