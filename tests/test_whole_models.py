@@ -110,12 +110,19 @@ def test_a_tower_out_of_imagebind(modality, feature, tmp_path):
 
 
 MEASURED = """
-import resource, sys
+import sys
+import torch
 import anygpt
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():  # of this program alone: getrusage's begins with that of the process which started it
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before = peak()
 encoder = anygpt.load_encoder(sys.argv[1], "image")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(peak * 1024, sum(tensor.nbytes for tensor in encoder.state_dict().values()))
+for tensor in encoder.state_dict().values():  # they are mapped from the file until something reads them
+    tensor.reshape(-1).view(torch.uint8).max()
+print(peak() - before, sum(tensor.nbytes for tensor in encoder.state_dict().values()))
 """
 
 
@@ -151,4 +158,4 @@ def test_the_peak_is_the_encoders_own(sizes, tmp_path):
     done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, own = map(int, done.stdout.split()[-2:])
-    assert peak < 1.5 * own, f"{peak / own:.2f} times the encoder's {own / 1e6:.0f} MB"
+    assert 0.9 * own < peak < 1.5 * own, f"{peak / own:.2f} times the encoder's {own / 1e6:.0f} MB"

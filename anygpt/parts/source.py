@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -155,7 +156,7 @@ def load(source: Source, kind: str, loader: Callable[[], Any]) -> Any:
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load the {kind} {source.path!r}: a package is missing: {reason}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         where = "" if Path(source.folder).is_dir() else " (there is no such folder, so it is taken for a hub id)"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load the {kind} {source.path!r}{where}: {reason}") from error
