@@ -36,7 +36,6 @@ class Asker:
 
     Args:
         model, processor: in eval mode, on its device.
-        suite: how to ask.
         looked_at: media types that the metrics look at.
 
     Raises:

@@ -41,9 +41,7 @@ def evaluate(
     how often it was interrupted.
 
     Args:
-        suite: what to ask and to measure.
         output: the folder; what is finished in it is not asked again.
-        accelerator: the processes.
         model, processor: what is asked, in eval mode on its device; None where there are `answers`.
         answers: a folder of finished answers, with an index as `AnswerStore` has it.
         facts: which model it is; answers of another are not mixed with its own.

@@ -50,9 +50,9 @@ class Batch:
 
     def media(self, role: str, modality: str, num_frames: int | None = None) -> list[Any]:
         """Decoded, one an item."""
-        places = (item.place(role, modality) for item in self.items)
-        make = lambda: [read_media(modality, place, num_frames) for place in places]  # noqa: E731
-        return self._once((role, modality, num_frames), make)
+        places = [item.place(role, modality) for item in self.items]
+        key = (role, modality, num_frames)
+        return self._once(key, lambda: [read_media(modality, place, num_frames) for place in places])
 
     def features(self, network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
         """`(M, D)`; the role `caption` is in words."""

@@ -14,9 +14,7 @@ from torchmetrics.image.kid import poly_mmd
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, Metric, Value
 
-SIGMA, SCALE = 10.0, 1000.0
-"""Of CMMD's kernel, and what its distance is multiplied by."""
-BLOCK = 1024
+SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # of CMMD: its kernel's width, the distance's factor, rows at once
 
 
 class Distance(Metric):
