@@ -1,4 +1,4 @@
-"""A merged batch as the losses see it: labelled tokens, pairs of features, targets of decoders, and their rows.
+"""What the losses of a merged batch are computed from: label tokens, feature pairs, decoder targets, and their rows.
 
 Shape legend: `anygpt.outputs`.
 """
@@ -34,9 +34,9 @@ class Labels:
     """The label tokens of a batch.
 
     Attributes:
-        rows, positions: `(M,)` int64, the places whose state predicts a label.
+        rows, positions: `(M,)` int64, where the state predicts a label.
         values: `(M,)` int64, the labels.
-        logits: `(M, V')`; missing while things are only counted.
+        logits: `(M, V')`; None while losses are only counted.
     """
 
     rows: Tensor
@@ -51,7 +51,7 @@ class Labels:
 
 @dataclass
 class Pairs:
-    """Rows `(P,)` that hold both an encoder's features and what they are bound to."""
+    """Rows `(P,)` that hold both an encoder's features and the features or text they are contrasted with."""
 
     key: str
     rows: Tensor
@@ -60,17 +60,14 @@ class Pairs:
     has: frozenset[str] = frozenset()
 
     def info_nce(self) -> Tensor:
-        # In training all processes meet here, those without pairs too; in evaluation they may have different numbers
-        # of batches, and each takes its own.
+        # Training gathers over all processes, including those without pairs. In evaluation the number of batches may
+        # differ by process, so nothing is gathered.
         weights = self.model.loss_weights
         ours, bound = self._pool(self.key), self._pool(weights.binding)
         return info_nce(ours, bound, weights.temperature, gather=self.model.training)
 
     def _pool(self, key: str) -> Tensor:
-        """`(P, H)`: the mean, in each of the rows, of an encoder's projected features, or of the answer's embeddings.
-
-        The latter are what encoders are bound to; nothing trains them here.
-        """
+        """Mean-pool each row's features of an encoder, or its answer's embeddings (detached), to `(P, H)`."""
         labels = None if self.merged.labels is None else self.merged.labels[self.rows]
         held = _features_in(self.model, self.merged.input_ids[self.rows], labels, key)[..., None]
         features = self.merged.inputs_embeds[self.rows].float()
@@ -80,14 +77,13 @@ class Pairs:
 
 @dataclass
 class Target:
-    """The `K` targets of one decoder, whose captions and media may be missing, or be there as encoded before.
+    """The `K` targets of one decoder. Captions and media may each be missing or already encoded.
 
     Attributes:
-        key: the decoder's.
+        key: the decoder key.
         rows: `(K,)` int64.
-        given: see `MultimodalModel.forward`.
-        condition, generator: what the language model made for them, and one generator each; missing while things are
-            only counted.
+        given: the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`.
+        condition, generator: the projected condition, and one generator a target; None while losses are only counted.
     """
 
     key: str
@@ -100,7 +96,7 @@ class Target:
 
     @cached_property
     def has(self) -> frozenset[str]:
-        """What sub-terms may need: captions, media, a pooled condition, networks that train."""
+        """What is available for sub-terms: `captions`, `media`, `pooled`, and the names of networks that train."""
         kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
         found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
         return frozenset(found | set(self.decoder.trains) | ({"pooled"} if self.decoder.pooled_dim else set()))
@@ -114,7 +110,7 @@ class Target:
 
     @cached_property
     def captions(self) -> list[str] | None:
-        """The captions; where the decoder alone trains on them, some are dropped."""
+        """The captions, some replaced by the empty one where only the decoder's own training uses them."""
         captions = self.given.get("captions")
         dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
         if captions is None or not dropped or self.weights.wants("alignment", self.key):
@@ -149,14 +145,14 @@ class Target:
 
 @dataclass
 class LossBatch:
-    """Where the losses of a batch are taken.
+    """Everything in a batch that has a loss.
 
     Attributes:
         terms: the term of each row.
-        labels: those whose likelihood is a loss.
-        spans: the signal spans of each decoder.
-        pairs: by encoder.
-        targets: by decoder.
+        labels: the label tokens with an NLL.
+        spans: the signal spans by decoder.
+        pairs: the contrastive pairs by encoder.
+        targets: the generation targets by decoder.
     """
 
     terms: list[str]
@@ -171,7 +167,7 @@ class LossBatch:
         return self.labels.rows, self.labels.positions
 
     def __iter__(self) -> Iterator[tuple[str, Labels | Pairs | Target]]:
-        """All that has losses with its key, which is empty for the labels."""
+        """Yield the labels (with an empty key), then pairs and targets with their keys."""
         yield "", self.labels
         yield from self.pairs.items()
         yield from self.targets.items()
@@ -180,12 +176,12 @@ class LossBatch:
 def find_losses(
     model: WeightedModel, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
 ) -> LossBatch:
-    """Find labels, spans and pairs in a merged batch; nothing is computed.
+    """Find labels, spans, pairs and targets in a merged batch without computing any loss.
 
-    Labels on learned queries are left out: nothing says them.
+    Labels on learned queries are left out, since the model never emits them.
 
     Raises:
-        InputError: targets of an unknown decoder, or other than as many as signal spans.
+        InputError: unknown decoder, or a number of targets that differs from that of signal spans.
     """
     ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
     spans = {key: signals.find_spans(ids, key) for key in signals.ids}
@@ -208,13 +204,13 @@ def find_losses(
 def label_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
 
-    Nothing is predicted from padding: a row's first token has no loss, whether padding stands before it or not.
+    Padding predicts nothing, so a row's first token never has a loss.
     """
     return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
 
 
 def _bound_pairs(model: WeightedModel, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Rows that hold features of an encoder and what binds them; none unless the `encoder` term is wanted."""
+    """Rows, by encoder, that hold its features and those of `binding`; empty unless the `encoder` term has a weight."""
     binding = model.loss_weights.binding
     if not model.loss_weights.encoder or model.token_ids is None:
         return {}
@@ -227,7 +223,7 @@ def _bound_pairs(model: WeightedModel, input_ids: Tensor, labels: Tensor | None)
 
 
 def _features_in(model: Composition, input_ids: Tensor, labels: Tensor | None, key: str) -> Tensor:
-    """`(B, S)`, where an encoder's features are, or, for `text`, what carries a label, signal tokens apart."""
+    """`(B, S)` bool mask of an encoder's features or, for `text`, of all labelled tokens but signal tokens."""
     if key in (model.token_ids or {}):
         return input_ids == model.token_ids[key]
     if labels is None:
@@ -237,7 +233,7 @@ def _features_in(model: Composition, input_ids: Tensor, labels: Tensor | None, k
 
 
 def _make_target(model: WeightedModel, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> Target:
-    """Targets must be of a known decoder, and as many as its signal spans."""
+    """Check that the decoder is known and has one target for each signal span."""
     if key not in model.decoder_keys:
         raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")
     if key not in spans:
@@ -255,7 +251,7 @@ def _make_target(model: WeightedModel, key: str, given: Mapping[str, Any], spans
 
 
 def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:
-    """The captions, each made empty with the chance `weights.caption_dropout`, drawn from its target's generator."""
+    """Empty each caption with probability `weights.caption_dropout`, drawn from its target's generator."""
     if not weights.caption_dropout:
         return captions
     draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]

@@ -1,7 +1,7 @@
-"""The losses, each as a sum and a count, and the routing of rows to the six terms.
+"""Loss formulas, each returning a sum and a count, and the routing of rows to the terms.
 
-A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). A row of a
-batch feeds exactly one NLL term, by what stands in it:
+A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). Each row of a
+batch feeds exactly one NLL term, depending on its content:
 
 =================  ===================  =======================================================
 term               rows                 sub-terms
@@ -12,16 +12,16 @@ term               rows                 sub-terms
 `encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
 =================  ===================  =======================================================
 
-Two terms train parts that the stages freeze, and have weight zero unless a config gives them one:
+Two terms train parts that stages 1 to 3 freeze; their weight is zero by default:
 
-- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and what it is bound to;
-- `decoder`: `denoising/<decoder>`, every target under the decoder's own encoding of its caption.
+- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and the one it is bound to;
+- `decoder`: `denoising/<decoder>`, for every target, conditioned on the decoder's own encoding of its caption.
 
 Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
 
-Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with its weight. Denominators:
-label tokens for `nll`, pairs for `info_nce`, samples for the others, each over the rows of all four terms; in the logs
-each term stands by its own mean. Shape legend: `anygpt.outputs`.
+Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with the same weight.
+Denominators: label tokens for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four
+terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from torch import Tensor
 from anygpt.errors import InputError
 from anygpt.outputs import LossTerm
 
-TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # those that rows are routed to
+TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # terms that rows are routed to
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ALIGNMENTS = ("l2", "mse", "cosine")
-TEXT = "text"  # what `binding` names in place of an encoder
+TEXT = "text"  # value of `binding` that stands for no encoder
 
 
 @dataclass
 class LossWeights:
-    """The weight of each term, of each sub-term, and of each modality; a sub-term's weight is their product.
+    """Weights by term, sub-term and modality; the weight of a logged loss is their product.
 
-    A sub-term of weight zero is not computed at all.
+    A sub-term of weight zero is not computed.
 
     Attributes:
         llm: NLL of rows without media.
@@ -58,19 +58,18 @@ class LossWeights:
         encoder: InfoNCE between the encoders' pooled features and those of `binding`.
         decoder: denoising under the decoder's own text encoding.
         reconstruction: of the decoders' VAEs and vocoders, where they train (stage 0).
-        caption_dropout: share of captions that `decoder` replaces by the empty one, so that the denoiser learns what
-            guidance needs (arXiv 2207.12598).
+        caption_dropout: share of captions that `decoder` replaces by the empty one, for classifier-free guidance
+            (arXiv 2207.12598).
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
         others: weights of sub-terms that have no field here, by name.
-        by_modality: factor on the alignment and denoising of one decoder key; 1 where not named.
+        by_modality: factor on the sub-terms of one encoder or decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
-        snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); none by default.
-        binding: what encoders are bound to: one of them, as images in ImageBind (arXiv 2305.05665), or `text`, the mean
-            of the language model's embeddings of the answer (all that carries a label but signal tokens), in the place
-            of CLIP's text encoder.
-        temperature: of InfoNCE; ImageBind's.
+        snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
+        binding: what the other encoders are contrasted with: an encoder key, as images in ImageBind (arXiv 2305.05665),
+            or `text`, the mean token embedding of the answer (labelled tokens other than signal tokens).
+        temperature: of InfoNCE; the default is ImageBind's.
     """
 
     llm: Weight = 1.0
@@ -101,12 +100,12 @@ class LossWeights:
 
     @property
     def pooled_alignment(self) -> float:
-        """A pooled condition is aligned with the weight of the others."""
+        """The weight of `alignment`, which the pooled condition shares."""
         return self.alignment
 
     @property
     def wants_media(self) -> bool:
-        """Whether any sub-term looks at the targets themselves, and not only at their captions."""
+        """Whether any sub-term reads the target media, not only their captions."""
         return bool(
             self.decoder or self.reconstruction or (self.denoising and (self.llm_decoder or self.encoder_decoder))
         )
@@ -117,7 +116,7 @@ class LossWeights:
         return any(getattr(self, term) for term in TERMS)
 
     def wants(self, sub: str, modality: str | None = None) -> bool:
-        """Whether any term uses this sub-term; only some terms have those with a modality."""
+        """Whether any term gives this sub-term a weight; only terms with media out have sub-terms by modality."""
         if modality is None:
             return any(self.of(f"{term}/{sub}") for term in TERMS)
         return any(self.of(f"{term}/{sub}/{modality}") for term in ("llm_decoder", "encoder_decoder"))
@@ -127,8 +126,8 @@ def route(media_in: Tensor, media_out: Tensor) -> list[str]:
     """The term that each row feeds.
 
     Args:
-        media_in: `(B,)` bool, whether encoder features stand in the row.
-        media_out: `(B,)` bool, whether a signal span stands in the row.
+        media_in: `(B,)` bool, whether the row holds encoder features.
+        media_out: `(B,)` bool, whether the row holds a signal span.
     """
     names = {
         (False, False): "llm",
@@ -145,7 +144,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
-    """Distance between a projected condition and the decoder's text encoding, by sample, in fp32.
+    """Distance of each sample's projected condition from the decoder's text encoding, in fp32.
 
     `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean
     squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos.
@@ -172,13 +171,13 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Te
 
 
 def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> dict[str, LossTerm]:
-    """Add up per-token or per-sample values under the term of the row that each belongs to.
+    """Sum per-token or per-sample values by the term of their row.
 
     Args:
         values: `(M,)` float32.
         rows: `(M,)` int64, the batch row of each value.
         terms: the term of each row.
-        suffix: the rest of the name, `nll` or `alignment/image`.
+        suffix: the rest of the name, such as `nll` or `alignment/image`.
     """
     sums: dict[str, LossTerm] = {}
     for term in TERMS:
@@ -190,10 +189,10 @@ def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> 
 
 
 def denominators(counts: Mapping[str, float]) -> dict[str, float]:
-    """What each sub-term is divided by: how many things of its kind there are in all rows, whatever their term.
+    """The denominator of each sub-term: the count of its kind over all rows, whatever their term.
 
-    So the NLL is one mean over all label tokens, as transformers takes it, and one short row of text does not weigh as
-    much as all rows with media together.
+    So the NLL is one mean over all label tokens, as in transformers, and one short row of text does not weigh as much
+    as all rows with media together.
     """
     kinds = {name: name.partition("/")[2] if name.partition("/")[0] in TERMS else name for name in counts}
     return {name: sum(n for other, n in counts.items() if kinds[other] == kind) for name, kind in kinds.items()}
@@ -202,14 +201,13 @@ def denominators(counts: Mapping[str, float]) -> dict[str, float]:
 def weighted_total(
     losses: Mapping[str, LossTerm], weights: LossWeights, counts: Mapping[str, float] | None = None
 ) -> Tensor | None:
-    """`Σ w · sum / denominator`, without touching the terms themselves.
+    """`Σ w · sum / denominator`, or None if no term has a weight.
 
     Args:
         losses: the terms of this micro-batch.
-        weights: their weights, which multiply their shares of the sum.
-        counts: how many things each sums. A training loop gives the counts of the whole update, over all
-            micro-batches and ranks, so that the value does not depend on how the update was split; without them the
-            micro-batch's own counts are used.
+        weights: their weights.
+        counts: counts of the whole update, over all micro-batches and ranks, which make the value independent of how
+            the update is split; by default the micro-batch's own.
     """
     divisors = denominators({name: term.count for name, term in losses.items()} | dict(counts or {}))
     parts = [weights.of(name) * term.total / divisors[name] for name, term in losses.items() if weights.of(name)]

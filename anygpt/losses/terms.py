@@ -1,8 +1,7 @@
-"""The sub-terms of the loss, each declared once in `SUB_TERMS`: its name, its rows, what it needs, how it computes.
+"""The sub-terms of the loss, each declared once in `SUB_TERMS` with its name, rows, requirements and formula.
 
-Counting (`count_losses`), naming (`loss_names`), weighting and computing (`compute_losses`) go over that one list, so a
-training loop that counts before it computes counts the same things. Formulas, weights and the table of terms:
-`anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
+Counting (`count_losses`), naming (`loss_names`), weighting and computing (`compute_losses`) all iterate over that list.
+Formulas, weights and the table of terms: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -25,16 +24,15 @@ from anygpt.sequence.merging import IGNORE, Merged
 
 @dataclass(frozen=True)
 class SubTerm:
-    """One kind of number that the loss adds up.
+    """One declared sub-term.
 
     Attributes:
-        name: in the logs `<term of the row>/<name>[/<key>]`, or `<name>/<key>` where it has a term of its own.
-        of: what it is a loss of, one value for each of its rows: a batch's `Labels`, an encoder's `Pairs`, a decoder's
-            `Target`.
-        values: gives them, `(M,)` float32.
-        terms: the terms under which it stands, by row; none where its name begins with one.
-        needs: what its object must have, see `Target.has`.
-        everywhere: computed without rows too, since all processes meet in it.
+        name: logged as `<term of the row>/<name>[/<key>]`, or as `<name>/<key>` where `name` includes the term.
+        of: the class it applies to: `Labels` of a batch, `Pairs` of an encoder or `Target` of a decoder.
+        values: computes one value a row of such an object, `(M,)` float32.
+        terms: the row terms it is logged under; empty where `name` includes the term.
+        needs: what the object must have, see `Target.has`.
+        everywhere: compute it even without rows, because it communicates between processes.
     """
 
     name: str
@@ -45,12 +43,12 @@ class SubTerm:
     everywhere: bool = False
 
     def names(self, key: str) -> list[str]:
-        """Its full names for an encoder or a decoder, or for the text (`""`)."""
+        """The full names for the key of an encoder or decoder, or for text (`""`)."""
         own = f"{self.name}/{key}" if key else self.name
         return [f"{term}/{own}" for term in self.terms] or [own]
 
     def sums(self, values: Tensor, rows: Tensor, terms: list[str], key: str) -> dict[str, LossTerm]:
-        """Its values, one for each of the rows, added up by full name."""
+        """Sum values, one a row, by full name."""
         if self.terms:
             return sum_by_term(values, rows, terms, f"{self.name}/{key}" if key else self.name)
         return {self.names(key)[0]: LossTerm(values.sum(), len(values))} if len(values) else {}
@@ -69,11 +67,11 @@ SUB_TERMS = (
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
 )
-"""In the order in which they are computed, and draw from the generators of a target."""
+"""In the order of computation, which fixes the order of draws from a target's generator."""
 
 
 def wanted(batch: LossBatch, weights: LossWeights) -> Iterator[tuple[SubTerm, str, Labels | Pairs | Target]]:
-    """Each sub-term that the batch has and the weights ask for, its key, and what it is a loss of."""
+    """Yield each sub-term that applies to the batch and has a weight, with the key and the object it applies to."""
     for key, thing in batch:
         for sub in SUB_TERMS:
             applies = (
@@ -90,19 +88,19 @@ def compute_losses(
     conditions: Mapping[str, Condition],
     generators: Mapping[str, list[Generator]] | None,
 ) -> dict[str, LossTerm]:
-    """Every sub-term that has a weight, each under the term of its row.
+    """Compute every sub-term that has a weight, by full name.
 
     Args:
-        model: its weights are read.
-        batch: where the losses are taken.
-        reading: what the language model made of it.
+        model: supplies the loss weights.
+        batch: what `find_losses` found.
+        reading: the language model's output for the batch.
         conditions: the projected condition of each decoder's spans.
-        generators: one a target, by decoder.
+        generators: `{decoder key: one generator a target}`.
     """
     batch.labels.logits = reading.logits_at(batch.nll)
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)
-        _ = target.captions  # what is drawn for them comes first
+        _ = target.captions  # caption dropout is the first draw from the generators
     losses: dict[str, LossTerm] = {}
     for sub, key, thing in wanted(batch, model.loss_weights):
         losses |= sub.sums(sub.values(thing), thing.rows, batch.terms, key)
@@ -110,9 +108,9 @@ def compute_losses(
 
 
 def count_losses(model: WeightedModel, batch: Mapping[str, Any]) -> dict[str, int]:
-    """The denominators that `forward` would use for a batch of injected features, without running anything.
+    """Count what `forward` would sum in each sub-term, for a batch with injected features, without running the model.
 
-    A training loop adds them up over micro-batches and ranks before the first backward of an update.
+    A training loop adds the counts up over micro-batches and ranks before the first backward of an update.
     """
     ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     placeholders = torch.tensor(list((model.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
@@ -128,6 +126,6 @@ def count_losses(model: WeightedModel, batch: Mapping[str, Any]) -> dict[str, in
 
 
 def loss_names(model: WeightedModel) -> list[str]:
-    """Every sub-term that a batch can have, in a fixed order: processes add them up by place."""
+    """Every sub-term that a batch can have, in a fixed order, so that processes can reduce them by index."""
     keys: dict[type, Iterable[str]] = {Labels: ("",), Pairs: model.encoder_keys, Target: model.decoder_keys}
     return [name for sub in SUB_TERMS for key in keys[sub.of] for name in sub.names(key)]
