@@ -216,6 +216,11 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 "folder, auto or never"
             )
     state = read_state(checkpoint)
+    if not {"settings", "data"} <= state.keys():
+        raise InputError(
+            f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so a run cannot "
+            "continue from it; start over with run.resume=never"
+        )
     before, now = state["settings"], settings_that_count(config)
     if before != now:
         named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
