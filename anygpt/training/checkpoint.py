@@ -218,7 +218,7 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     state = read_state(checkpoint)
     if not {"settings", "data"} <= state.keys():
         raise InputError(
-            f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so a run cannot "
+            f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so no run can "
             "continue from it; start over with run.resume=never"
         )
     before, now = state["settings"], settings_that_count(config)
