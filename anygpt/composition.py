@@ -1,7 +1,7 @@
-"""What the rooms below the model know of it: its parts, and the hops that `forward` and `generate` share.
+"""The interface of `MultimodalModel`: its parts, and the steps that `forward` and `generate` share.
 
-Losses, generation, saving and the processor are functions that take the model; they are written against this, so none
-of them imports `MultimodalModel`. Shape legend: `anygpt.outputs`.
+Losses, generation, saving and the processor are functions that take the model; typed against this protocol, they need
+not import `MultimodalModel`. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 @dataclass
 class Reading:
-    """What the language model made of a merged batch; empty where no loss reads it.
+    """The language model's outputs for a merged batch; empty if no loss needs them.
 
     Attributes:
-        logits: `(B, S, V')`, or `(1, M, V')` at the places that its tap selected.
-        states: `{decoder key: (K, N, H)}`, what each output projector reads.
-        hidden: `(B, S, H)`, what its head read.
-        everywhere: whether logits are those of all places.
-        places: over how many it ran, padding included; 0 where it did not run.
+        logits: `(B, S, V')`, or `(1, M, V')` at the positions that the tap selected.
+        states: `{decoder key: (K, N, H)}`, the inputs of each output projector.
+        hidden: `(B, S, H)`, the inputs of the language model's head.
+        everywhere: whether `logits` covers all positions.
+        places: number of positions that the model ran on, padding included; 0 if it did not run.
     """
 
     logits: Tensor | None = None
@@ -38,7 +38,7 @@ class Reading:
     places: int = 0
 
     def logits_at(self, places: tuple[Tensor, Tensor]) -> Tensor | None:
-        """`(M, V')`: those at the places, which are the selected ones if there was a selection."""
+        """Logits `(M, V')` at positions, which must be the selected ones if the tap selected any."""
         if self.logits is None:
             return None
         return self.logits[places] if self.everywhere else self.logits[0]
@@ -77,7 +77,7 @@ class Composition(Protocol):
 
     def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None: ...
 
-    # ---- the hops
+    # ---- steps of `forward` and `generate`
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]: ...
 
@@ -103,7 +103,7 @@ class Composition(Protocol):
         self, merged: Merged, spans: Mapping[str, Spans], last: Tensor, all_states: tuple[Tensor, ...] | None
     ) -> dict[str, Tensor]: ...
 
-    # ---- torch's own
+    # ---- methods of `nn.Module`
 
     def train(self, part: str | bool = True, mode: bool = True) -> Any: ...
 
@@ -121,4 +121,4 @@ class Composition(Protocol):
 
 
 Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]
-"""`MultimodalModel.read`, or what stands in for it: states that it gave before."""
+"""`MultimodalModel.read`, or a stand-in that returns cached states."""

@@ -26,14 +26,13 @@ from transformers.modeling_outputs import ModelOutput
 
 
 class LossTerm(NamedTuple):
-    """One sub-term of the loss as a sum and the number of things summed, never as a mean.
+    """One sub-term of the loss as a sum and a count, never as a mean.
 
-    A mean of means over micro-batches or ranks is wrong as soon as their counts differ, so sums and counts
-    are kept apart until the very end.
+    A mean of means over micro-batches or ranks is wrong as soon as their counts differ, so the division comes last.
 
     Attributes:
-        total: scalar tensor, float32: the sum over label tokens (NLL) or samples (alignment, denoising).
-        count: how many were summed.
+        total: float32 scalar, the sum over label tokens (NLL) or samples (alignment, denoising).
+        count: number of summands.
     """
 
     total: Tensor
@@ -41,24 +40,24 @@ class LossTerm(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """The local mean; zero where nothing was summed."""
+        """The local mean; zero if the count is zero."""
         return self.total / max(self.count, 1)
 
 
 @dataclass
 class MultimodalOutput(ModelOutput):
-    """What `MultimodalModel.forward` returns.
+    """The output of `MultimodalModel.forward`.
 
     Attributes:
-        loss: scalar float32, the weighted sum of the terms, or None without labels and targets.
+        loss: float32 scalar, the weighted sum of the terms, or None without labels and targets.
         losses: `{"<term>/<sub-term>[/<modality>]": LossTerm}`, each unweighted.
-        logits: `(B, S, V')`, or None where labels are given and `return_logits` is not. `V'` is the smallest
-            size that holds both the model's own vocabulary and the signal tokens.
-        hidden_states: `(B, S, H)`, the states that the language model's head reads.
+        logits: `(B, S, V')`, or None if labels are given without `return_logits`. `V'` is the smallest size that
+            holds both the model's own vocabulary and the signal tokens.
+        hidden_states: `(B, S, H)`, the inputs of the language model's head.
         conditions: `{decoder key: (K, T, D)}`, the projected conditions of the batch's signal spans.
         labels: `(B, S)` int64, the labels after merging.
         attention_mask: `(B, S)` int64, the mask after merging.
-        places: over how many tokens the language model ran, padding included.
+        places: number of tokens that the language model ran on, padding included.
     """
 
     loss: Tensor | None = None
@@ -79,11 +78,11 @@ class Segment:
         type: `"text"`, or the modality of a decoder (`"image"`, `"video"`, `"audio"`).
         content: `str`; a `PIL.Image`; a video as uint8 `(frames, height, width, 3)`; a waveform as float32
             `(samples,)`.
-        key: the decoder that made it; None for text.
-        condition: `(T, D)`, what the decoder was conditioned on; None for text.
-        states: `(N, H)`, what the output projector read: the language model's states at the span plus the token
-            embeddings there; None for text.
-        rate: samples (Hz) or frames a second; None for text and images.
+        key: of the decoder that made it; None for text.
+        condition: `(T, D)`, the decoder's condition; None for text.
+        states: `(N, H)`, the output projector's input: the sum of the language model's states and the token
+            embeddings at the span; None for text.
+        rate: samples (Hz) or frames per second; None for text and images.
     """
 
     type: str
@@ -96,7 +95,7 @@ class Segment:
 
 @dataclass
 class Answer:
-    """One row of `MultimodalModel.generate`: segments in the order in which they were said."""
+    """One row of `MultimodalModel.generate`: its segments in the order of generation."""
 
     segments: list[Segment] = field(default_factory=list)
 
@@ -123,12 +122,12 @@ class Answer:
 
 @dataclass
 class GenerationOutput(ModelOutput):
-    """What `MultimodalModel.generate` returns.
+    """The output of `MultimodalModel.generate`.
 
     Attributes:
-        sequences: `(B, new tokens)` int64, right-padded with the pad token; the prompt is not repeated.
-        answers: one `Answer` a row.
-        lengths: of the rows of `sequences` without their padding; None of a search with beams.
+        sequences: `(B, new tokens)` int64, right-padded with the pad token, without the prompt.
+        answers: one `Answer` per row.
+        lengths: of the rows of `sequences` without padding; None for beam search.
     """
 
     sequences: torch.LongTensor | None = None

@@ -1,4 +1,4 @@
-"""Settings as dataclasses: from a YAML file and dotted overrides on the command line, with all faults at once."""
+"""Dataclass settings from a YAML file and dotted command-line overrides; all unknown keys are reported together."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from anygpt.errors import InputError
 def parse_settings(arguments: Sequence[str], kind: type, description: str = "") -> Any:
     """An instance of the dataclass `kind` from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`).
 
-    Every field of `kind` has a default.
+    Every field of `kind` must have a default.
 
     Raises:
-        InputError: unknown keys (all of them), values of a wrong type.
+        InputError: unknown keys (all are named), or values of a wrong type.
     """
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
@@ -50,7 +50,7 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.key: value`, lists as text: what a tracker takes, and what can be compared."""
+    """Flatten nested settings to `section.key: value`, lists as text, for trackers and comparisons."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -61,7 +61,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_misfits(settings: Any) -> list[str]:
-    """Every value of a dataclass, at any depth, that its annotated type (`Field(ge=1)`) does not allow."""
+    """Messages for every value of a dataclass, at any depth, that violates its annotated type (`Field(ge=1)`)."""
     try:
         TypeAdapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:
@@ -74,7 +74,7 @@ def find_misfits(settings: Any) -> list[str]:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line only wants something printed, or has words that are no settings (an error)."""
+    """Whether the command line asks for output only, or has words that are no settings (argparse reports these)."""
     names = [a for a in arguments if a.startswith("-")]
     odd = any(a.partition("=")[0].endswith((".help", "+")) or not a.startswith("--") for a in names)
     loose = any(
@@ -85,10 +85,10 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def merge(arguments: Sequence[str], kind: type) -> dict[str, Any]:
-    """All settings of a command line as one mapping, later ones over earlier ones.
+    """All settings of a command line as one mapping; later ones override earlier ones.
 
-    A mapping is merged key by key; anything else, lists too, is replaced whole, so that an overridden list of files
-    inherits nothing from the one in the YAML.
+    Mappings are merged key by key; all else, including lists, is replaced, so that an overridden list of files
+    inherits nothing from the YAML.
     """
     merged: dict[str, Any] = {}
 
@@ -105,9 +105,8 @@ def merge(arguments: Sequence[str], kind: type) -> dict[str, Any]:
 
 
 def check_keys(arguments: Sequence[str], kind: type) -> None:
-    """Raise one `InputError` that names every key in the files and on the command line that `kind` does not have.
-
-    And every value that is null, or no section or list, where `kind` has none, a section or a list.
+    """Raise one `InputError` for all unknown keys in the files and on the command line, and for all values that are
+    null, or not a section or list, where `kind` requires otherwise.
     """
     faults = []
     for place, content in _given(arguments, kind):
@@ -120,12 +119,12 @@ _BOOL = "tag:yaml.org,2002:bool"
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes a key that stands twice for the mistake that it is; YAML's own would forget the first."""
+    """Rejects duplicate keys, of which YAML's own loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for name, _ in node.value:
-            if name.tag == "tag:yaml.org,2002:merge":  # <<: what it brings may be overridden
+            if name.tag == "tag:yaml.org,2002:merge":  # keys merged by << may be overridden
                 continue
             key = self.construct_object(name, deep=True)
             if isinstance(key, Hashable) and key in seen:
@@ -134,19 +133,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# As in YAML 1.2, `no` is a word: it is one of the precisions. PyYAML's rule would make it false.
+# As in YAML 1.2, `no` is a string (it is one of the precisions); PyYAML would read it as false.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if tag != _BOOL]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
-# A date that there is not is a ValueError; brackets without end are a RecursionError.
+# An impossible date raises ValueError; endless brackets raise RecursionError.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
-    """Every mapping of settings that a command line gives, with the place where it stands."""
+    """Yield every mapping of settings on a command line, with its source (the file or the option)."""
     names = list(arguments)
     for index, argument in enumerate(names):
         if not argument.startswith("--"):
@@ -169,7 +168,7 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
             yield str(path), content or {}
         elif name not in ("help", "print_config") and not name.endswith(".help"):
             try:
-                content: Any = yaml.load(value, _Loader)  # a section or a list can be given whole
+                content: Any = yaml.load(value, _Loader)  # may be a whole section or list
             except _YAML_ERRORS:
                 content = value
             if name.endswith("+") and not isinstance(content, list):
@@ -180,7 +179,7 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _faults(content: Any, kind: Any, prefix: str) -> Iterator[str]:
-    """Unknown keys of `content`, and values of another form than the type `kind` has, at any depth."""
+    """Yield messages for keys and values of `content`, at any depth, that do not fit the type `kind`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         forms = [option for option in inner if is_dataclass(option)]

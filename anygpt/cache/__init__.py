@@ -1,7 +1,7 @@
-"""The feature cache: what frozen parts make of media and captions, computed once and kept in memory-mapped shards.
+"""The feature cache: outputs of frozen parts for media and captions, computed once and kept in memory-mapped shards.
 
-`keys` says what a store depends on, `store` keeps tensors on disk, `reading` hands them to a dataset, which
-`anygpt.data.caching` fills them from.
+`keys` defines what a store depends on, `store` keeps tensors on disk, `reading` serves them to a dataset, and
+`anygpt.data.caching` fills the stores.
 """
 
 from anygpt.cache.reading import CachedFeatures, CachedLatents, FeatureCache, StaleCache

@@ -1,8 +1,8 @@
-"""The stores of a composition, and what each depends on: fingerprints of weights, settings of what comes before.
+"""The cache's stores for a model, and their keys: weight fingerprints and preprocessing settings that they depend on.
 
-There is a store for each encoder (`image_encoder`), and two for each decoder: `image_decoder.captions`, its text
-encoders' output, and `image_decoder.latents`, the parameters of its VAE's posterior. `language_model` holds the states
-of rows without media in, where nothing below them trains, as in stage 2 under `signal_rows: output`.
+Each encoder has a store (`image_encoder`), each decoder two: `image_decoder.captions` (its text encoders' outputs) and
+`image_decoder.latents` (its VAE's posterior parameters). `language_model` holds the states of rows without input media,
+if nothing that they depend on trains, as in stage 2 with `signal_rows: output`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from anygpt.losses.batch import WeightedModel
 from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
-VERSION = 3  # of what is stored, and of our own decoding of media
+VERSION = 3  # of the stored format and of the decoding of media
 FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
 KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
 LANGUAGE_MODEL = "language_model"
-# Of a config: where, when and with which version it was saved.
+# Config entries that only record how it was saved.
 NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One store of a composition.
+    """One store of a model.
 
     name: of its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
-    "text". obstacle: why this run must compute it anew, or None.
+    "text". obstacle: why this run cannot use the cache for it, or None.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Entry:
     obstacle: str | None
 
     def place(self, folder: Path, key: Mapping[str, Any]) -> Path:
-        """The store's folder; of states, which hang on signal tokens that a run draws by its seed, one for each key."""
+        """The store's folder; states depend on randomly initialised signal tokens, so each key has its own folder."""
         if self.kind != STATES:
             return folder / self.name
         return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
 
 
 def entries(model: WeightedModel) -> list[Entry]:
-    """The stores of a composition, in whose parts it is settled what trains."""
+    """The stores of a model whose `requires_grad` flags are final."""
     found = []
     for key, encoder in model.encoders.items():
         obstacle = encoder_obstacle(encoder)
@@ -72,7 +72,7 @@ def entries(model: WeightedModel) -> list[Entry]:
 
 
 def states_obstacle(model: WeightedModel) -> str | None:
-    """What the head and the output projectors read in a row without media must stay what it is."""
+    """Why the states of rows without input media may change during a run, or None."""
     if trains(model.language_model):
         return "it trains"
     if is_peft(model.language_model):
@@ -85,7 +85,7 @@ def states_obstacle(model: WeightedModel) -> str | None:
 
 
 def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
-    """What comes after an encoder's features must need nothing but them, and they must stay what they are."""
+    """Why an encoder's features may change during a run, or do not suffice for the next steps; or None."""
     callbacks = encoder.callbacks
     if trains(encoder.module):
         return "it trains"
@@ -101,12 +101,10 @@ def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
 def store_key(
     entry: Entry, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
 ) -> dict[str, Any]:
-    """What a store's tensors depend on, beside the bytes of the media or the text of the captions.
+    """Everything that a store's tensors depend on, apart from the media files or captions themselves.
 
     Args:
-        entry: the store.
-        model, processor: the composition's.
-        num_frames: to which clips are sampled when they are decoded (see `read_video`).
+        num_frames: per clip, when it is decoded (see `read_video`).
         precision: `train.mixed_precision`.
     """
     key: dict[str, Any] = {"version": VERSION, "precision": precision}
@@ -116,7 +114,7 @@ def store_key(
         encoder = model.encoders[entry.part]
         return key | {
             "class": class_name(encoder.module),
-            "weights": fingerprint_tensors(encoder.module.state_dict()),  # those of an adapter too
+            "weights": fingerprint_tensors(encoder.module.state_dict()),  # includes adapters
             "config": plain(encoder.config.to_dict()),
             "preprocessing": processing(processor.encoder_processors[entry.part]),
             "fit": processor.fit[entry.part],
@@ -147,7 +145,7 @@ def store_key(
 
 
 def encoding_networks(decoder: DiffusionDecoder) -> dict[str, nn.Module]:
-    """The networks that captions and media may go through before the denoiser, by name."""
+    """The networks that encode captions and media for the denoiser, by name."""
     return {name: network for name, network in decoder.named_children() if network is not decoder.denoiser}
 
 
@@ -167,13 +165,13 @@ def tokenizer(part: Any) -> dict[str, Any]:
     backend = getattr(part, "backend_tokenizer", None)
     content = dict(part.get_vocab()) if backend is None else json.loads(backend.to_str())
     for name in () if backend is None else ("truncation", "padding"):
-        content.pop(name, None)  # of the last call
+        content.pop(name, None)  # state of the last call
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     return {"fingerprint": fingerprint, "length": part.model_max_length}
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON values, without notes of where and with which version they were saved."""
+    """Settings as JSON values, without private entries and `NOTES`."""
     kept = {k: v for k, v in settings.items() if not str(k).startswith("_") and k not in NOTES}
     return {
         str(k): plain(v) if isinstance(v, Mapping) else json.loads(json.dumps(v, default=str)) for k, v in kept.items()

@@ -1,4 +1,4 @@
-"""The cache as a dataset sees it: tensors in the place of media and captions."""
+"""Reading of the feature cache by a dataset: cached tensors in place of media and captions."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ CHUNK = 1024**2
 
 
 class StaleCache(InputError):
-    """The feature cache has nothing for a medium or a caption: never a reason to leave a sample out."""
+    """The feature cache lacks a medium or a caption; a dataset never skips the sample for this."""
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """An encoder's features of one medium, `(n, features)`, as its projector takes them."""
+    """An encoder's features of one medium, `(n, features)`: its projector's input."""
 
     features: Tensor
 
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """Mean and standard deviation of a VAE's posterior of one medium, `(2, C, …)`."""
+    """Mean and standard deviation of a VAE's posterior for one medium, `(2, C, …)`."""
 
     posterior: Tensor
 
 
 @dataclass
 class FeatureCache:
-    """What a run takes from the cache.
+    """The stores that a run reads.
 
-    stores: `{kind: {media type: store}}`. notes: a line for each part that says where its outputs come from.
+    stores: `{kind: {media type: store}}`. notes: for each part a line on where its outputs come from.
     """
 
     stores: dict[str, dict[str, Store]]
     notes: list[str] = field(default_factory=list)
 
     def medium(self, role: str, media_type: str, place: Path | StoredMedium) -> CachedFeatures | CachedLatents | None:
-        """What stands for a user's or the assistant's medium; None where it has to be decoded.
+        """Cached features of a user's medium or latents of an assistant's; None if nothing is cached for its type.
 
         Raises:
-            StaleCache: the store has nothing for a file of these bytes.
+            StaleCache: the store has no entry for the file's content.
             OSError: the file cannot be read.
         """
         kind = LATENTS if role == "assistant" else FEATURES
@@ -70,10 +70,10 @@ class FeatureCache:
         return CachedLatents(found[LATENTS]) if kind == LATENTS else CachedFeatures(found[FEATURES])
 
     def caption(self, media_type: str, caption: str) -> Condition | None:
-        """A caption's encoding, without the batch axis; None where it has to be encoded.
+        """A caption's encoding, without the batch axis; None if captions are not cached for this type.
 
         Raises:
-            StaleCache: the store has nothing for this caption.
+            StaleCache: the store has no entry for this caption.
         """
         store = self.stores[CAPTIONS].get(media_type)
         if store is None:
@@ -87,10 +87,10 @@ class FeatureCache:
         return Condition(**store.get(fingerprint))
 
     def states(self, ids: Sequence[int], labels: Sequence[int]) -> dict[str, Tensor] | None:
-        """The states of one row without media in, see `MultimodalModel.read_text`; None where they are computed.
+        """The states of one row without input media (see `read_text`); None if states are not cached.
 
         Raises:
-            StaleCache: the store has nothing for a row of these tokens.
+            StaleCache: the store has no entry for these tokens.
         """
         store = self.stores[STATES].get("text")
         if store is None:
@@ -107,18 +107,16 @@ class FeatureCache:
 def open_cache(
     folder: str | Path, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
 ) -> FeatureCache:
-    """The stores that serve the parts of a composition.
-
-    A part that trains, whose captions are dropped at random, or that has no store is computed anew; the notes say so.
+    """Open the stores that can serve a model's parts; the notes give the reason for each part that is computed instead.
 
     Args:
         folder: `data.cache_dir`.
-        model: it is settled which parts train.
+        model: its `requires_grad` flags are final.
         processor: the model's.
         num_frames, precision: see `store_key`.
 
     Raises:
-        InputError: no cache there, or a stale one: the message names what changed.
+        InputError: there is no cache, or it is stale: the message names the changes.
     """
     folder = Path(folder)
     wanted = entries(model)
@@ -144,7 +142,7 @@ def open_cache(
 
 
 def fingerprint_medium(place: Path | StoredMedium) -> str:
-    """xxh3 of a medium's bytes."""
+    """XXH3 hash of a medium's bytes."""
     digest = xxhash.xxh3_128()
     with place.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -157,5 +155,4 @@ def fingerprint_caption(caption: str) -> str:
 
 
 def fingerprint_row(ids: Sequence[int], labels: Sequence[int]) -> str:
-    """Of a row's tokens, and of which of them are labels."""
     return xxhash.xxh3_128_hexdigest(np.asarray([ids, labels], dtype=np.int64).tobytes())

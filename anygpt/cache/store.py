@@ -1,10 +1,9 @@
-"""Tensors by fingerprint, in shards of safetensors that are mapped into memory.
+"""Tensors by fingerprint, in memory-mapped safetensors shards.
 
-A store is a folder: `key.json`, which says what its tensors depend on, and `shard-<random>.safetensors`, each written
-beside its place and renamed, so that one which bears its name is whole. A shard has a few large tensors, so that
-reading is slicing: `fingerprints`, `(n, 16)` bytes, and for each name `values.<name>`, all tensors of that name one
-behind the other along their first axis, and `edges.<name>`, `(n + 1,)`, where they begin and end. Nothing else is read:
-no pickle is ever loaded.
+A store is a folder with `key.json`, which records what its tensors depend on, and `shard-<random>.safetensors` files,
+each written under a temporary name and renamed when complete. A shard has a few large tensors, so that reading is
+slicing: `fingerprints`, `(n, 16)` bytes, and for each name `values.<name>`, all tensors of that name concatenated
+along their first axis, and `edges.<name>`, `(n + 1,)`, their boundaries. Nothing else is read: no pickle is loaded.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from anygpt.errors import InputError
 KEY = "key.json"
 SHARD = "shard-*.safetensors"
 SHARD_BYTES = 256 * 1024**2
-SHARD_SECONDS = 60.0  # what a killed run loses at most
-OPEN_SHARDS = 64  # file handles of one process and store
-ROWS = 2**32  # more than a shard has
+SHARD_SECONDS = 60.0  # most work that a killed run loses
+OPEN_SHARDS = 64  # file handles per process and store
+ROWS = 2**32  # more than any shard has
 
 
 class Store:
@@ -40,11 +39,11 @@ class Store:
 
     Args:
         folder: of the store.
-        key: what its tensors must depend on (see `anygpt.cache.keys`), as JSON values.
+        key: expected dependencies of its tensors (see `anygpt.cache.keys`), as JSON values.
 
     Raises:
-        InputError: a folder that is no store, holds other files, is damaged, or was made with another key; the
-            message names what differs.
+        InputError: the folder is no store, holds other files, is damaged, or was made with another key; the
+            message names the differences.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
@@ -56,7 +55,7 @@ class Store:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for shards that have been added."""
+        """Load shards that were added since."""
         for path in sorted(set(self.folder.glob(SHARD)) - set(self.shards)):
             first = len(self.shards) * ROWS
             names = self._read(path)["fingerprints"].numpy().tobytes()
@@ -70,13 +69,12 @@ class Store:
         return bytes.fromhex(fingerprint) in self.places
 
     def get(self, fingerprint: str) -> dict[str, Tensor]:
-        """The tensors of a fingerprint by name; copies, since workers hand on whole storages, not views of them."""
+        """The tensors of a fingerprint by name, copied, since workers send the whole storage of a view."""
         number, row = divmod(self.places[bytes.fromhex(fingerprint)], ROWS)
         columns = self._shard(number).items()
         return {name: values[edges[row] : edges[row + 1]].clone() for name, (values, edges) in columns}
 
     def _shard(self, number: int) -> dict[str, tuple[Tensor, list[int]]]:
-        """The values of each name, and their edges."""
         if number not in self._open:
             found = self._read(self.shards[number])
             names = [name.removeprefix("values.") for name in found if name.startswith("values.")]
@@ -89,7 +87,7 @@ class Store:
         """The tensors of a file, mapped into memory.
 
         Raises:
-            InputError: it is no whole shard.
+            InputError: the file is no complete shard.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -102,12 +100,12 @@ class Store:
             ) from error
         return found
 
-    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
+    def __getstate__(self) -> dict[str, Any]:  # for spawned workers
         return self.__dict__ | {"_open": OrderedDict()}
 
 
 def _check_shard(found: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` unless tensors are those of a shard, and fit each other."""
+    """Raise `ValueError` unless the tensors form a consistent shard."""
     fingerprints = found.get("fingerprints")
     if fingerprints is None or fingerprints.dtype != torch.uint8 or fingerprints.shape[1:] != (16,):
         raise ValueError("it has no fingerprints")
@@ -132,20 +130,20 @@ class StoreWriter:
         self.size, self.since = 0, time.monotonic()
 
     def add(self, fingerprint: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a fingerprint, 32 hexadecimal digits; they are on disk after the next `flush`."""
+        """Add the tensors of a fingerprint (32 hexadecimal digits); they are on disk after the next `flush`."""
         assert tensors and all(tensor.dim() for tensor in tensors.values())
         if self.held and not self.fits(tensors):
             self.flush()
         self.fingerprints.append(fingerprint)
         for name, tensor in tensors.items():
-            kept = tensor.detach().to("cpu", copy=True).contiguous()  # a slice would hold the whole batch
+            kept = tensor.detach().to("cpu", copy=True).contiguous()  # a slice would keep the whole batch alive
             self.held.setdefault(name, []).append(kept)
             self.size += kept.nbytes
         if self.size >= SHARD_BYTES or time.monotonic() - self.since >= SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard."""
+        """Write the tensors added since the last flush as a shard."""
         if self.held:
             name = f"shard-{uuid.uuid4().hex[:16]}.safetensors"
             temporary = self.folder / f".{name}.incomplete"
@@ -162,7 +160,7 @@ class StoreWriter:
         self.fingerprints, self.held, self.size, self.since = [], {}, 0, time.monotonic()
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether tensors can be joined to those that are held."""
+        """Whether tensors can be concatenated with those of the current shard."""
         pairs = [(self.held[name][0], tensor) for name, tensor in tensors.items() if name in self.held]
         alike = (a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
         return len(pairs) == len(tensors) == len(self.held) and all(alike)
@@ -170,10 +168,10 @@ class StoreWriter:
 
 @contextmanager
 def writing(folder: Path, temporary: Path) -> Iterator[None]:
-    """Say of a disk that is full or may not be written to that it is; nothing half-written is left."""
+    """Turn write errors (disk full, no permission) into `InputError`, and remove the partial file."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the latter names the system's error as well
+    except (OSError, SafetensorError) as error:  # the latter includes the system's error
         with suppress(OSError):
             temporary.unlink()
         raise InputError(
@@ -183,7 +181,7 @@ def writing(folder: Path, temporary: Path) -> Iterator[None]:
 
 
 def create_store(folder: Path, key: Mapping[str, Any]) -> None:
-    """Make an empty store, or check that the one which is there has this key; remove what a killed run left.
+    """Create an empty store, or check that an existing one has this key and remove a killed run's partial files.
 
     Raises:
         InputError: see `Store`; or the folder cannot be written.
@@ -233,7 +231,7 @@ def not_a_store(folder: Path) -> InputError:
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """What differs between two JSON values, as phrases that name the entry."""
+    """Yield descriptions of the differences between two JSON values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)

@@ -1,8 +1,8 @@
-"""States of rows without media in, read once and used again.
+"""Cached language-model states of rows without input media.
 
-Where nothing below them trains, as in stage 2 with `signal_rows: output`, the language model gives such a row the same
-states in every epoch. The feature cache keeps those that are looked at: what a label is predicted from, and what the
-output projectors read. Shape legend: `anygpt.outputs`.
+If nothing that they depend on trains, as in stage 2 with `signal_rows: output`, these states are the same in every
+epoch. The feature cache keeps those that the losses need: the states that labels are predicted from, and the output
+projectors' inputs. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap
 
 HEAD = "head"
-"""Name of the states that labels are predicted from; those of a decoder's spans are named `<key>_decoder`."""
+"""Name of the states that labels are predicted from; a decoder's are named `<key>_decoder`."""
 
 
 @torch.no_grad()
 def read_text(
     model: WeightedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
 ) -> list[dict[str, Tensor]]:
-    """The states of each row, as `TextStates` takes them, joined over the rows of a batch.
+    """Compute the states of each row of a batch, for `TextStates.join`.
 
     Args:
-        model: as it is.
-        input_ids, attention_mask, labels: `(B, S)` int64, as in `forward`; no row has media in.
+        input_ids, attention_mask, labels: `(B, S)` int64, as in `forward`, without input media.
 
     Returns:
-        One dict a row: `head`, `(M, H)`, what the language model's layers end in where a label follows; and for
-        each decoder `<key>_decoder`, `(K, N, H)`, what its projector reads at the row's spans.
+        One dict per row: `head`, `(M, H)`, the last layer's states at positions that predict a label; and for each
+        decoder `<key>_decoder`, `(K, N, H)`, its projector's input at the row's spans.
     """
     ends: list[Tensor] = []
     handle = trunk_of(model.language_model).register_forward_hook(lambda module, args, output: ends.append(output[0]))
@@ -63,14 +62,14 @@ def read_text(
 
 
 class TextStates(dict[str, Tensor]):
-    """States that `read_text` gave, of all rows of a batch one after the other, in the place of the language model.
+    """Cached states of a batch, its rows concatenated, which replace the language model's layers.
 
-    What comes after its layers runs as ever, so the losses are the same.
+    Everything after the layers runs as usual, so the losses are the same.
     """
 
     @classmethod
     def join(cls, rows: Sequence[Mapping[str, Tensor]]) -> TextStates:
-        """The states of a batch, from those of each of its rows."""
+        """Concatenate the states of a batch's rows."""
         return cls({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
     def __call__(
@@ -81,10 +80,10 @@ class TextStates(dict[str, Tensor]):
         tap: Tap,
         encoder_inputs: Mapping[str, Any],
     ) -> Reading:
-        """Logits `(1, M, V')` where labels follow, and the states of each decoder's spans; no hidden states.
+        """Compute logits `(1, M, V')` at positions that predict a label, and return them with each decoder's states.
 
         Raises:
-            InputError: states of other rows than the batch has, or logits are wanted everywhere.
+            InputError: the states belong to other rows, or full logits are requested.
         """
         if tap.select is None:
             raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
@@ -102,7 +101,7 @@ class TextStates(dict[str, Tensor]):
 
 @dataclass
 class LayersOutput(BaseModelOutputWithPast):
-    """The last states alone; what else a model's layers may give (router logits, cross attentions) is None."""
+    """The last hidden states; any other output of a model's layers (router logits, cross attentions) is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -110,14 +109,14 @@ class LayersOutput(BaseModelOutputWithPast):
 
 
 def trunk_of(language_model: nn.Module) -> nn.Module:
-    """A language model without its head and what comes after it."""
+    """A language model's layers, without its head."""
     return language_model.get_decoder()
 
 
 @contextmanager
 def replaced(module: nn.Module, result: Callable[[], Any]) -> Iterator[None]:
-    """Inside the block the module gives a result without computing; what comes after it runs as ever."""
-    before = vars(module).get("forward")  # accelerate's hooks put one there
+    """Make the module return a given result inside the block, without computing."""
+    before = vars(module).get("forward")  # accelerate's hooks set it
     module.forward = lambda *args, **kwargs: result()
     try:
         yield

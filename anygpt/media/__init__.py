@@ -1,1 +1,1 @@
-"""Images, clips and sounds: reading, writing, resampling."""
+"""Images, video and audio: reading, writing, resampling."""

@@ -13,15 +13,14 @@ from anygpt.errors import InputError
 
 
 def to_mono(waveform: np.ndarray, layout: str | None = None) -> np.ndarray:
-    """One channel of several: `(N,)` or `(C, N)` -> `(N,)`, same dtype.
+    """Mix all channels to one: `(N,)` or `(C, N)` -> `(N,)`, same dtype.
 
     Args:
-        layout: FFmpeg's name of the channel layout (`5.1(side)`), whose downmix is then used: the centre counts more
-            than the fronts, they more than the surrounds, and the low-frequency channel not at all. Where it is not
-            known, and for stereo, all channels count the same.
+        layout: FFmpeg's name of the channel layout (`5.1(side)`), whose downmix weights are used (centre over fronts
+            over surrounds, no low-frequency channel). An unknown layout and stereo get equal weights.
 
     Raises:
-        InputError: another number of dimensions.
+        InputError: the waveform has neither one nor two dimensions.
     """
     if waveform.ndim not in (1, 2):
         raise InputError(f"A waveform is (samples,) or (channels, samples), but this one is {waveform.shape}.")
@@ -35,7 +34,7 @@ def to_mono(waveform: np.ndarray, layout: str | None = None) -> np.ndarray:
 
 @cache
 def _downmix(layout: str) -> np.ndarray | None:
-    """What FFmpeg multiplies each channel by, `(C,)`, scaled to a sum of 1; None for layouts that it does not mix."""
+    """FFmpeg's downmix weights, `(C,)`, normalised to a sum of 1; None for layouts that it cannot downmix."""
     channels = av.AudioLayout(layout).nb_channels
     frame = av.AudioFrame.from_ndarray(np.eye(channels, dtype=np.float32).reshape(1, -1), "flt", layout)
     frame.rate = 16_000
@@ -48,10 +47,10 @@ def _downmix(layout: str) -> np.ndarray | None:
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Change the sampling rate with soxr's best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)`.
+    """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples.
 
     Raises:
-        InputError: a rate that is not a positive integer.
+        InputError: a rate is not a positive integer.
     """
     for rate in (source_rate, target_rate):
         if rate != int(rate) or rate <= 0:
@@ -59,7 +58,7 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     if source_rate == target_rate:
         return waveform
     length = math.ceil(waveform.shape[-1] * target_rate / source_rate)
-    # soxr rounds the length; with silence behind, of one sample of the result at least, it can be cut to the one wanted
+    # soxr rounds the length; trailing silence of at least one output sample allows cutting to the exact length
     silence = [(0, 0)] * (waveform.ndim - 1) + [(0, math.ceil(source_rate / target_rate) + 1)]
     padded = np.pad(waveform, silence).T
     return np.ascontiguousarray(soxr.resample(padded, source_rate, target_rate, quality="VHQ").T[..., :length])

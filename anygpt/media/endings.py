@@ -1,8 +1,8 @@
-"""Whether a sound or a clip ends before its file says so, and headers that would make a decoder take too much memory.
+"""Detection of truncated audio and video files, and of headers that would make a decoder allocate too much memory.
 
-A decoder gives what is there of a file that was cut off. FFmpeg tells of it in two ways: it marks a packet that it
-could not read in full as corrupt, and most containers say how long they are. What neither tells, as of a stream that
-was cut between two packets, passes.
+A decoder returns whatever is left of a truncated file. FFmpeg gives two hints: it marks a partially read packet as
+corrupt, and most containers state their duration. Truncation without either hint, such as a stream cut between two
+packets, is not detected.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ import av
 logger = logging.getLogger(__name__)
 
 STREAMED = 0x7F000000
-"""Bytes. Writers to a pipe cannot come back to the header: they leave sizes from here on there (sox, FFmpeg), or 0."""
+"""Bytes. A program that writes to a pipe cannot fill in the header's size: sox and FFmpeg leave at least this, or 0."""
 TOLERANCE, SHARE = 0.1, 0.02
-"""Seconds, and share of the stated length, by which the last packet may end early: codecs' delays, rounded times."""
+"""Seconds, and share of the stated duration, by which the last packet may end early (codec delay, rounding)."""
 SEARCHED = 64 * 2**20
-"""Bytes of a file up to which its tables of samples are looked at."""
+"""Largest file, in bytes, whose sample tables are checked."""
 PACKING = 8
-"""Samples a byte, at most (QuickTime's MACE 6:1 has six)."""
+"""Most samples per byte of any codec (QuickTime's MACE 6:1 has six)."""
 
 
 class Ending:
-    """Looks at all packets of a container as they come, and says in the end whether any are missing.
+    """Tracks the packets of a container as they are demuxed, to check at the end whether any are missing.
 
-    `head` are the file's first 8 bytes or more, `name` is for messages.
+    Args:
+        head: at least the first 8 bytes of the file.
+        name: of the file, for messages.
     """
 
     def __init__(self, container: av.container.InputContainer, head: bytes, name: str):
@@ -43,7 +45,7 @@ class Ending:
         self.last_corrupt = False
 
     def _stated_seconds(self) -> float | None:
-        """How long the file says that it is; None where it does not, or where FFmpeg has only its bytes to go by."""
+        """The duration stated by the file; None without one, or where FFmpeg estimated it from the file's size."""
         if not self.container.duration:
             return None
         seconds = self.container.duration / av.time_base
@@ -65,7 +67,7 @@ class Ending:
             self.longest = max(self.longest, (packet.duration or 0) * unit)
 
     def check(self) -> None:
-        """Raises `ValueError` after the last packet if the end is missing."""
+        """Raise `ValueError` if the end is missing; to be called after the last packet."""
         if self.last_corrupt and not self._has_wrong_size():
             raise ValueError("it is truncated: its last packet is not whole")
         if self.corrupt > self.last_corrupt:
@@ -77,10 +79,7 @@ class Ending:
             raise ValueError(f"it is truncated: {there:.2f} of {self.stated:.2f} seconds are there")
 
     def _has_wrong_size(self) -> bool:
-        """Whether it is a WAV in which more data are stated than there are, but not as of a file that was cut off.
-
-        FFmpeg marks the last packet of all such files.
-        """
+        """Whether this is a complete WAV whose header states a wrong size; FFmpeg marks its last packet as corrupt."""
         stated = int.from_bytes(self.head[4:8], "little")
         return self.head.startswith(b"RIFF") and not 0 < stated - self.container.size < STREAMED
 
@@ -91,7 +90,7 @@ def _warn_once(message: str) -> None:
 
 
 def check_tables(file: BinaryIO, head: bytes) -> None:
-    """Raises `ValueError` of an MP4 that claims more samples than it can hold: FFmpeg makes room for all at once."""
+    """Raise `ValueError` for an MP4 that claims more samples than it can hold: FFmpeg allocates for all at once."""
     size = file.seek(0, os.SEEK_END)
     if head[4:8] != b"ftyp" or size > SEARCHED:
         return

@@ -1,6 +1,6 @@
-"""What media are in memory, how large they may be, and how their files are opened.
+"""Media in memory, their size limits, and the opening of their files.
 
-Only plain local files in well-known containers, and such within shards and tables, are opened: no URLs, no playlists,
+Only local files in well-known containers, or such files inside shards and tables, are opened: no URLs, no playlists,
 nothing that makes a decoder open a second file.
 """
 
@@ -24,17 +24,16 @@ from anygpt.media.endings import Ending, check_tables
 
 
 class StoredMedium(abc.ABC):
-    """A medium that is no file of its own, but lies inside a shard or a table.
+    """The location of a medium inside a shard or a table; `str()` names it in messages.
 
-    It holds where the bytes are, never the bytes: millions of them are in memory at once. `str()` of it is how
-    messages name it.
+    It never holds the bytes themselves: millions of instances are in memory at once.
     """
 
     name: str
 
     @abc.abstractmethod
     def open(self, mode: str = "rb") -> BinaryIO:
-        """A seekable stream of the medium's bytes; like `Path.open`, so that callers need not tell them apart."""
+        """A seekable stream of the medium's bytes, with the interface of `Path.open`."""
 
 
 Place = Path | StoredMedium  # both have `open`
@@ -42,7 +41,7 @@ Place = Path | StoredMedium  # both have `open`
 
 @dataclass
 class Video:
-    """`frames`: uint8 RGB, (F, H, W, 3). `fps`: how many of *these* a second, so that F / fps is the clip's length."""
+    """`frames`: uint8 RGB, (F, H, W, 3). `fps`: rate of *these* frames, so F / fps is the clip's length in seconds."""
 
     frames: np.ndarray
     fps: float
@@ -50,7 +49,7 @@ class Video:
 
 @dataclass
 class Audio:
-    """`waveform`: float32 in [-1, 1], (C, N). `sampling_rate`: samples a second, in Hz. `layout`: see `to_mono`."""
+    """`waveform`: float32 in [-1, 1], (C, N). `sampling_rate`: in Hz. `layout`: see `to_mono`."""
 
     waveform: np.ndarray
     sampling_rate: int
@@ -63,12 +62,12 @@ class Audio:
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What one medium may ask for. Checked against the file's header first, and again while decoding.
+    """Limits on one medium, checked against the file's header first and again while decoding.
 
     max_pixels: width × height of an image or of a frame (default 8192 × 8192).
-    max_frames: frames in a video, kept or not (default one hour at 30 a second).
+    max_frames: frames in a video, kept or not (default one hour at 30 per second).
     max_seconds: length of a video or a sound (default one hour).
-    max_bytes: decoded size in memory of what is returned (default 512 MiB; decoding takes up to three times as much).
+    max_bytes: size in memory of the decoded result (default 512 MiB; decoding takes up to three times as much).
     """
 
     max_pixels: int = 8192 * 8192
@@ -77,7 +76,7 @@ class MediaLimits:
     max_bytes: int = 512 * 1024**2
 
     def check(self, path: Place, **amounts: float) -> None:
-        """Raises `InputError` where an amount (`pixels`, `frames`, `seconds`, `bytes`) is over its limit."""
+        """Raise `InputError` if an amount (`pixels`, `frames`, `seconds`, `bytes`) exceeds its limit."""
         for name, amount in amounts.items():
             if amount > (limit := getattr(self, f"max_{name}")):
                 raise InputError(
@@ -88,12 +87,12 @@ class MediaLimits:
 
 DEFAULT_LIMITS = MediaLimits()
 
-# Formats that Pillow decodes by itself (its EPS plugin, for one, starts another program), or with pillow-heif.
+# Formats that Pillow, or pillow-heif, decodes without starting another program (as the EPS plugin does).
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 IMAGE_FORMATS += ("HEIF",)
 MAX_SCANS = 100
-"""Of a JPEG. Progressive ones have about ten; each is as much work as the whole picture, and may be a few bytes."""
-# What people have that is not read here: how it begins, its name, and what makes something of it that is.
+"""Per JPEG. Progressive ones have about ten; a scan of a few bytes can cost as much as decoding the whole image."""
+# Common formats that are not supported: first bytes, name, and how to convert them.
 UNREAD = (
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "with pillow-heif installed and registered it is read as it is"),
     (rb"\xff\x0a|....JXL ", "JPEG XL", "pillow-jxl-plugin or djxl reads it"),
@@ -105,15 +104,15 @@ UNREAD = (
     (rb"\s*(<!doctype html|<html)", "an HTML page", "the download failed: fetch the file again"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
 )
-# Containers that hold their own data; playlists and `concat` scripts would open other files and addresses.
+# Containers that hold their own data; playlists and `concat` scripts would open other files and URLs.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac,ogg,aiff,au,caf,amr"
 
 
 @contextlib.contextmanager
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
-    """An image whose header alone has been read, in the format that Pillow chooses."""
+    """Open an image, reading only its header; Pillow detects the format."""
     with path.open("rb") as file:
-        limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read all of it
+        limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read the whole file
         file.seek(0)
         with Image.open(file) as image:
             if image.format not in IMAGE_FORMATS:
@@ -126,10 +125,10 @@ def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`RGB` as by `to_rgb`; `I;16` from 16 bits as they are, from 8 bits stretched to 16.
+    """Convert to `RGB` (see `to_rgb`), or to `I;16`: 16-bit grey is kept, 8-bit grey is scaled to 16 bits.
 
     Raises:
-        ValueError: another mode than grey where `I;16` is wanted.
+        ValueError: `I;16` is requested of an image that is not grey.
     """
     if mode != "I;16":
         return to_rgb(image)
@@ -142,13 +141,13 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel as Pillow converts them, transparency on white.
+    """Convert to 8-bit RGB as Pillow does, with transparency composited on white.
 
-    Pillow cuts off what grey has beyond 8 bits; here 16-bit grey is scaled from 65535 (from its own white in a TIFF of
-    fewer bits), and floating-point values must lie in [0, 1].
+    Where Pillow clips grey beyond 8 bits, 16-bit grey is scaled from 65535 here (from its own white level in a TIFF
+    of fewer bits); floating-point values must lie in [0, 1].
 
     Raises:
-        ValueError: values whose white is not known.
+        ValueError: the white level of the values is unknown.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
@@ -174,17 +173,17 @@ def _check_scans(path: Place) -> None:
 
 @contextlib.contextmanager
 def open_container(path: Place, limits: MediaLimits) -> Iterator[tuple[av.container.InputContainer, Ending]]:
-    """An open container, and what tells in the end whether all of it was there."""
+    """Open a container, with an `Ending` that checks whether it is complete."""
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": "file",
-        # FFmpeg decodes a sound's cover to find out what it is; the option ends at 2^31 - 1.
+        # FFmpeg decodes an audio file's cover art to probe it; the option's maximum is 2^31 - 1.
         "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
     }
     with path.open("rb") as file:
         head = file.read(8)
         file.seek(0)
-        # "file:" keeps a colon in the name from being taken for a protocol.
+        # With "file:", a colon in the name is not taken for a protocol.
         with av.open(file if isinstance(path, StoredMedium) else f"file:{path}", options=options) as container:
             yield container, Ending(container, head, str(path))
 
@@ -192,10 +191,10 @@ def open_container(path: Place, limits: MediaLimits) -> Iterator[tuple[av.contai
 def decoded(
     container: av.container.InputContainer, stream: av.stream.Stream, ending: Ending
 ) -> Iterator[av.frame.Frame]:
-    """All frames of a stream, in order.
+    """Yield all frames of a stream in order.
 
     Raises:
-        ValueError: after the last one, where the file ends too early.
+        ValueError: after the last frame, if the file is truncated.
     """
     tail: deque[bool] = deque(maxlen=3)
     for packet in container.demux():
@@ -217,9 +216,9 @@ def codec_of(stream: av.stream.Stream) -> av.CodecContext:
 
 @contextlib.contextmanager
 def decoding(path: str | Place, what: str) -> Iterator[Place]:
-    """Checks that the file is there; turns what a decoder raises within into an `InputError`."""
+    """Check that the file exists, and turn a decoder's exceptions inside the block into `InputError`."""
     path = Path(path) if isinstance(path, str) else path
-    if isinstance(path, Path) and not os.path.isfile(path):  # a folder, a pipe or a device will not do either
+    if isinstance(path, Path) and not os.path.isfile(path):  # nor are folders, pipes and devices accepted
         raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path.")
     head = b""
     try:
@@ -231,12 +230,12 @@ def decoding(path: str | Place, what: str) -> Iterator[Place]:
         yield path
     except InputError:
         raise
-    except Exception as error:  # on broken files Pillow and PyAV raise whatever their parsers stumble over
+    except Exception as error:  # on broken files Pillow and PyAV raise many kinds of exceptions
         for begins, name, advice in UNREAD:
             if re.match(begins, head, re.DOTALL | re.IGNORECASE):
                 raise InputError(f"{path} is {name}, which is not read here: {advice}.") from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # whose own message names an object in memory
+        if isinstance(error, UnidentifiedImageError):  # its own message shows the file object's repr
             reason = "its format is not known"
         raise InputError(
             f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out."

@@ -1,7 +1,7 @@
-"""Images and sounds: files to arrays, with Pillow and PyAV only (`writing` is the way back).
+"""Reading of images and audio with Pillow and PyAV (`writing` is the reverse).
 
-Nothing here resizes, crops or resamples; each consumer does that for itself. What cannot be decoded in full
-is an `InputError` with the path, the reason and what to do.
+Nothing here resizes, crops or resamples; that is up to the caller. A file that cannot be decoded in full
+raises an `InputError` with the path, the reason and a remedy.
 """
 
 import av
@@ -24,8 +24,7 @@ from anygpt.media.files import (
 
 # -- images ----------------------------------------------------------------------------------------------
 
-# What an EXIF orientation asks for. Not by `ImageOps.exif_transpose`, which writes the other tags anew, and fails where
-# one of them is odd.
+# Transposition by EXIF orientation. `ImageOps.exif_transpose` also rewrites the other tags, and fails on odd ones.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,19 +36,19 @@ _TURNS = {
 }
 
 
-BITS_PER_SAMPLE = 258  # TIFF's tag
+BITS_PER_SAMPLE = 258  # TIFF tag
 
 
 def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
-    """An image of a mode (`RGB`, or `I;16` for 16-bit grey), turned as its EXIF orientation says.
+    """Read an image, or the first frame of an animation, and apply its EXIF orientation.
 
-    Of an animation, the first frame; for what becomes of transparency and bit depths see `to_rgb`.
+    `mode` is `RGB`, or `I;16` for 16-bit grey; `to_rgb` describes how transparency and bit depths are converted.
 
     Raises:
         InputError: no such file, empty, truncated, not an image, or over a limit.
     """
     with decoding(path, "an image") as path, open_image(path, limits) as image:
-        image.load()  # TIFF's and AVIF's plugins turn it here, and take the orientation out
+        image.load()  # the TIFF and AVIF plugins apply the orientation here, and remove the tag
         if image.format == "TIFF" and image.mode.startswith("I"):
             image.info["white"] = 2.0 ** min(image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 16) - 1
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -60,17 +59,17 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: st
 
 
 RANGES = (2.0**15, 2.0**23, 2.0**31)
-"""Of 16, 24 and 32 bits, from which floating-point samples may come unscaled."""
+"""Full scale of 16, 24 and 32-bit integers, which floating-point files may hold unscaled."""
 
 
 def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
-    """Reads a sound file, or the first sound track of a video, at its own rate and with its own channels.
+    """Read an audio file, or the first audio track of a video, at its own rate and with its own channels.
 
-    Integers are scaled to [-1, 1], floating-point samples beyond it by `_scale`.
+    Integers are scaled to [-1, 1]; `_scale` scales floating-point samples beyond that range.
 
     Raises:
-        InputError: no such file, empty, truncated, no sound in it, samples that are NaN, infinite or in no range that
-            is known, or over a limit.
+        InputError: no such file, empty, truncated, no audio stream, samples that are NaN, infinite or in an unknown
+            range, or over a limit.
     """
     with decoding(path, "audio") as path, open_container(path, limits) as (container, ending):
         if not container.streams.audio:
@@ -79,10 +78,10 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         rate, layout = codec_of(stream).sample_rate, codec_of(stream).layout
         seconds = ending.stated or 0
         limits.check(path, seconds=seconds, bytes=seconds * rate * layout.nb_channels * 4)
-        stream.codec_context.thread_count = 1  # as of videos
+        stream.codec_context.thread_count = 1  # data workers already decode in parallel
         chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
         for frame in decoded(container, stream, ending):
-            if not chunks:  # a header may say otherwise
+            if not chunks:  # the frames may differ from the header
                 rate, layout = frame.sample_rate, frame.layout
             channels = layout.nb_channels
             if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
@@ -99,11 +98,11 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
 
 
 def _scale(waveform: np.ndarray) -> np.ndarray:
-    """Samples within [-1, 1], by their evident range: a little beyond, as of lossy codecs and hot mixes, are divided by
-    their peak; in the hundreds or more, by 2 to the power of 15, 23 or 31.
+    """Scale samples to [-1, 1]: a peak up to 2 (lossy codecs, hot mixes) is divided out; one above 256 means unscaled
+    integers, which are divided by the smallest full scale of `RANGES` that holds them.
 
     Raises:
-        ValueError: NaN or infinite samples, or a peak between these ranges or above.
+        ValueError: NaN or infinite samples, or a peak outside these ranges.
     """
     peak = float(np.abs(waveform).max())
     if not np.isfinite(peak):
@@ -119,10 +118,10 @@ def _scale(waveform: np.ndarray) -> np.ndarray:
 
 
 def _to_float(frame: av.AudioFrame, to_packed: av.AudioResampler) -> np.ndarray:
-    """`(C, n)` float32, as `av.AudioResampler(format="fltp")` gives it.
+    """Convert a frame to `(C, n)` float32, with the same values as `av.AudioResampler(format="fltp")`.
 
-    A resampler starts a filter graph with threads of its own for each file, which costs more than all else of a short
-    one, so it is for what PyAV makes no arrays of: 64-bit integers, and eight planes or more, past which it crashes.
+    A resampler starts a filter graph with its own threads per file, which dominates the cost of a short one. It is used
+    only where PyAV cannot make an array: for 64-bit integers, and for more than seven planes, where it crashes.
     """
     if frame.format.name.startswith("s64") or (frame.format.is_planar and frame.layout.nb_channels > 7):
         return np.concatenate([_to_float(packed, to_packed) for packed in to_packed.resample(frame)], axis=1)

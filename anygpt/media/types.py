@@ -1,7 +1,7 @@
-"""The table of media types: all that anything else asks about an image, a video, a sound, or another medium.
+"""The table of media types: everything the rest of the code needs to know about images, videos, audio and other media.
 
-A new medium is an entry of `MEDIA`: a picture, a clip or a sound of another name, suffix and signal. Who reads the
-table reads it when it is used, so that an entry added at run time counts.
+A new medium is an entry of `MEDIA`: a picture, clip or sound with its own name, suffixes and signal tokens. The table
+is read at each use, so entries can be added at run time.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_image, write_video
 
 SIDE, FRAMES, RATE = 32, 8, 16_000
-"""Of blank media: pixels, frames, Hz."""
+"""Pixels, frames and Hz of blank media."""
 
 
 @dataclass(frozen=True)
 class MediaType:
-    """One row of the table; the subclasses say what such a medium is in memory and how it is handled.
+    """One row of the table; subclasses define the form of the medium in memory and how it is handled.
 
-    Beside what is below they have `read(place, num_frames, limits, whole)` (see `read_media`), `write(path, content,
-    rate)` of what a decoder made at `rate` frames or samples a second, and `blank(num_frames)`, a medium that stands
-    for any other where only its shape matters.
+    Subclasses add `read(place, num_frames, limits, whole)` (see `read_media`).
 
     Attributes:
         name: in data files, configs and messages.
-        plural: under which decoder targets, the processor and answers list them.
-        suffixes: of its files, in lower case; the first is what is written.
-        mime: the MIME type of what is written.
-        prefix, signal_tokens: names of its signal tokens (`IMG` gives `[IMG0]`), and how many a span has by default.
+        plural: key of such media in decoder targets, the processor's arguments and answers.
+        suffixes: of its files, in lower case; files are written with the first.
+        mime: MIME type of written files.
+        prefix, signal_tokens: of its signal tokens (`IMG` gives `[IMG0]`), and their default number in a span.
         content_part: its content part in OpenAI's chat completions; a `…_url` holds a URL, any other base64.
-        timed: whether a medium is sampled to a number of frames when it is read.
-        heard: whether its encoders have a feature extractor in place of an image processor.
+        timed: whether reading samples a number of frames.
+        heard: whether its encoders have a feature extractor rather than an image processor.
     """
 
     name: str
@@ -55,27 +53,27 @@ class MediaType:
     heard = False
 
     def size(self, medium: Any) -> tuple[int, int] | None:
-        """Width and height in pixels; None for what has none."""
+        """Width and height in pixels; None for media without."""
         return None
 
     def to_input(self, medium: Any, processor: Any) -> Any:
-        """A medium as the `processor` of an encoder takes it."""
+        """Convert a medium to the input of an encoder's `processor`."""
         return medium
 
     def to_target(self, medium: Any) -> Any:
-        """A medium as a decoder's `TargetProcessor` takes it."""
+        """Convert a medium to the input of a decoder's `TargetProcessor`."""
         return medium
 
     def to_part(self, content: Any, rate: float | None) -> Any:
-        """What a decoder made as a content part of a message holds it."""
+        """Convert a decoder's output to the value of a message's content part."""
         return content
 
     def write(self, path: Path, content: Any, rate: float | None) -> None:
-        """Write what a decoder made to a file."""
+        """Write a decoder's output to a file, at `rate` frames or samples per second."""
         raise NotImplementedError
 
     def blank(self, num_frames: int | None = None) -> Any:
-        """One that shows nothing."""
+        """An empty medium, for uses where only the shape matters."""
         raise NotImplementedError
 
 
@@ -98,14 +96,14 @@ class Picture(MediaType):
         return medium.size
 
     def to_input(self, medium: Any, processor: Any) -> Any:
-        """Three channels of 8 bits for processors that take no others; those of one `channels` get it as it is."""
+        """Convert to 8-bit RGB, unless the processor's `channels` say that it takes the image's own mode."""
         deep = self.mode != "RGB" and getattr(processor, "channels", 3) == 3
         return to_rgb(medium) if deep and isinstance(medium, Image.Image) else medium
 
 
 @dataclass(frozen=True)
 class Clip(MediaType):
-    """A `Video`; what decoders make and encoders take are its frames, uint8 `(F, H, W, 3)`."""
+    """A `Video`; decoders return and encoders take its frames alone, uint8 `(F, H, W, 3)`."""
 
     timed = True
 
@@ -122,7 +120,7 @@ class Clip(MediaType):
         return medium.frames.shape[2], medium.frames.shape[1]
 
     def to_input(self, medium: Video | np.ndarray, processor: Any) -> Video | np.ndarray:
-        """Frames alone, but for processors that choose by time, which set `reads_times`."""
+        """The frames alone, unless the processor samples by time (`reads_times`)."""
         reads_times = getattr(processor, "reads_times", False)
         return medium.frames if isinstance(medium, Video) and not reads_times else medium
 
@@ -132,7 +130,7 @@ class Clip(MediaType):
 
 @dataclass(frozen=True)
 class Sound(MediaType):
-    """An `Audio`, or a waveform with its rate; encoders take it mixed to mono, at the rate of their extractor."""
+    """An `Audio`, or a waveform with its rate; encoders take mono at their feature extractor's rate."""
 
     heard = True
 
@@ -147,7 +145,7 @@ class Sound(MediaType):
 
     def to_input(self, medium: Audio | tuple[np.ndarray, int] | np.ndarray, processor: Any) -> np.ndarray:
         medium = self.to_target(medium) if isinstance(medium, Audio) else medium
-        # a waveform without a rate has the encoder's own, as transformers' processors take it
+        # as in transformers' processors, a waveform without a rate is taken to have the encoder's own
         waveform, rate = medium if isinstance(medium, tuple) else (medium, processor.sampling_rate)
         return resample(to_mono(waveform), rate, processor.sampling_rate)
 
@@ -166,14 +164,14 @@ IMAGE = Picture("image", "images", PICTURES, "image/png", "IMG", 4, "image_url")
 VIDEO = Clip("video", "videos", CLIPS, "video/mp4", "VID", 24, "video_url")
 AUDIO = Sound("audio", "audios", SOUNDS, "audio/wav", "AUD", 8, "input_audio")
 MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)}
-"""All media types by name."""
+"""All media types, by name."""
 
 
 def media_type(name: str) -> MediaType:
-    """The row of a media type.
+    """The media type called `name`.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: no such media type.
     """
     if name not in MEDIA:
         raise InputError(f"The media type {name!r} is not known: it is one of {', '.join(MEDIA)}.")
@@ -181,7 +179,7 @@ def media_type(name: str) -> MediaType:
 
 
 def media_type_of(path: str | Path) -> MediaType | None:
-    """The media type of a file by its suffix, the longest that fits (`.depth.png` before `.png`); None if none does."""
+    """The media type of a file by its longest known suffix (`.depth.png` before `.png`), or None."""
     name = Path(path).name.lower()
     fits = [(len(suffix), kind) for kind in MEDIA.values() for suffix in kind.suffixes if name.endswith(suffix)]
     return max(fits, key=lambda fit: fit[0])[1] if fits else None
@@ -195,15 +193,15 @@ def read_media(
     *,
     whole: bool = False,
 ) -> Any:
-    """Reads a medium of the type `name`; `num_frames` and `whole` are for clips (see `read_video`)."""
+    """Read a medium of the type `name`; `num_frames` and `whole` apply to clips (see `read_video`)."""
     return media_type(name).read(place, num_frames, limits, whole)
 
 
 def is_timed(name: str) -> bool:
-    """Whether `name` is a media type of clips."""
+    """Whether `name` is a media type that is sampled to frames."""
     return name in MEDIA and MEDIA[name].timed
 
 
 def is_heard(name: str) -> bool:
-    """Whether `name` is a media type of sounds."""
+    """Whether `name` is an audio media type."""
     return name in MEDIA and MEDIA[name].heard

@@ -1,8 +1,8 @@
-"""Videos and animations to frames: all of them, so many evenly spaced, or so many a second.
+"""Reading of videos and animations: all frames, a number of evenly spaced ones, or a frame rate.
 
-Frames are chosen by the time at which they are shown, and their pixels made square. Where only some are wanted and the
-container says when each is shown, decoding starts at the keyframe before each and ends with it. Where it does not, and
-in animations, all are decoded in order and the wanted ones kept.
+Frames are selected by presentation time and resized to square pixels. If only some are needed and the container states
+each frame's presentation time, decoding seeks to the keyframe before each one. Otherwise, and in animations, all frames
+are decoded in order and the selected ones kept.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from anygpt.media.files import (
     to_rgb,
 )
 
-# Containers that say of each packet when it is shown; others (AVI, for one) say when it is decoded.
+# Containers whose packets have presentation times; others (such as AVI) have decoding times only.
 TIMED = {"mov", "matroska", "mpegts"}
-# PyAV 17 began to convert a frame in as many threads as there are cores, which take longer to start than it takes.
+# Since PyAV 17 a frame is converted in one thread per core; starting them takes longer than the conversion.
 _IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
-# Of all frames of an animation together: half a minute of decoding.
+# Most pixels of all frames of an animation together: half a minute of decoding.
 ANIMATION_PIXELS = 2**32
-# The frames of a file, in order: how to get one as uint8 RGB (H, W, 3), from when it is shown (None where the file does
-# not say), and for how long, in seconds.
+# The frames of a file in order: a function that returns the frame as uint8 RGB (H, W, 3), its presentation time (None
+# if the file does not state it) and its duration, in seconds.
 Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction | None, Fraction]]
-# From when each frame is shown, and when the last one ends, to the indices of those that are wanted.
+# Selects frame indices, given each frame's presentation time and the end of the last frame.
 Choice = Callable[[Sequence[Fraction], Fraction], Sequence[int]]
 
 
 @dataclass
 class Header:
-    """What is known of a video before it is decoded.
+    """Properties of a video known before decoding.
 
-    pixels: of a frame. starts: when each frame is shown, in seconds from the first one. end: when the last one is over.
-    times: the same as `starts` in units of the stream, and keys: those at which decoding can start; both empty where
-    the container does not say.
+    pixels: per frame. starts: presentation time of each frame, in seconds from the first one. end: end of the last
+    frame, in seconds. times: the presentation times in the stream's time base, and keys: those of keyframes; both empty
+    if the container does not state them.
     """
 
     pixels: int
@@ -70,18 +70,18 @@ def read_video(
     fps: float | None = None,
     whole: bool = False,
 ) -> Video:
-    """Reads a video file, or an animated GIF, WebP or PNG.
+    """Read a video file, or an animated GIF, WebP or PNG.
 
     Args:
-        num_frames: None returns all n frames. k returns exactly k, evenly spaced in time from the first to the last,
-            the nearest to each place: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1
-            (halves up), the middle one for k = 1; where k > n, frames repeat. Only these are kept in memory.
-        fps: so many frames a second in place of a number: those shown at 0, 1 / fps, 2 / fps … seconds, one at least;
-            where the file has fewer, frames repeat.
-        whole: decode all frames whatever is returned, to find out whether they can be.
+        num_frames: None returns all n frames. k returns exactly k, the nearest to points evenly spaced in time from
+            the first frame to the last: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1
+            (halves up), the middle one for k = 1; for k > n, frames repeat. Only these are kept in memory.
+        fps: return a frame rate instead: the frames shown at 0, 1 / fps, 2 / fps … seconds, at least one; frames
+            repeat if the file has fewer.
+        whole: decode all frames, whichever are returned, to check that they can be decoded.
 
     Returns:
-        A `Video`, frames turned as the file's rotation says.
+        A `Video` with the file's rotation applied.
 
     Raises:
         InputError: no such file, empty, truncated, not a video, without a picture stream, or over a limit.
@@ -114,7 +114,7 @@ def read_video(
 
 
 def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
-    """The frames nearest to `k` places in time; between two, the later one, but the earlier one for the middle."""
+    """Indices of the frames nearest to `k` evenly spaced times; a tie takes the later one, or for k = 1 the earlier."""
     first, length = starts[0], starts[-1] - starts[0]
     chosen = []
     for place in [first + length / 2] if k == 1 else [first + length * Fraction(i, k - 1) for i in range(k)]:
@@ -131,7 +131,7 @@ def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
 def _decode_all(
     frames: Callable[[Place, MediaLimits], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction]:
-    """The chosen frames, and how many seconds all are shown; all are decoded, again if the header was wrong."""
+    """The chosen frames and the video's length in seconds; decodes all frames, twice if the header was wrong."""
     starts, end = header.starts, header.end
     while True:
         kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end) if starts else ())
@@ -144,7 +144,7 @@ def _decode_all(
 def _keep(
     frames: Frames, kept: dict[int, np.ndarray | None], path: Place, limits: MediaLimits
 ) -> tuple[list[Fraction], Fraction]:
-    """Runs through all frames and puts in those of the indices that are there; from when each is shown, and the end."""
+    """Decode all frames and fill in those whose index is in `kept`; returns each frame's start, and the end."""
     said: list[Fraction | None] = []
     lengths: list[Fraction] = []
     size = 0
@@ -174,7 +174,7 @@ def _animation_header(path: Place, limits: MediaLimits) -> Header:
         count = getattr(image, "n_frames", 1)
         if count == 1 and image.format != "GIF":
             raise ValueError("it is a still image")
-        if image.width * image.height * count > ANIMATION_PIXELS:  # each frame is put on the whole canvas
+        if image.width * image.height * count > ANIMATION_PIXELS:  # each frame is composited on the whole canvas
             raise ValueError(f"its {count:,} frames of {image.width} × {image.height} pixels are too much to decode")
         return Header(image.width * image.height, [Fraction(i, 10) for i in range(count)], Fraction(count, 10))
 
@@ -185,14 +185,14 @@ def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
             image.seek(index)
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
-            milliseconds = image.info.get("duration") or 100  # what browsers take an unstated duration for
+            milliseconds = image.info.get("duration") or 100  # the default of browsers
             yield lambda: np.asarray(to_rgb(image)), None, Fraction(milliseconds) / 1000
 
 
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song is no video
-            # Workers decode side by side; threads of its own take longer to start than a few frames to decode.
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # cover art is no video
+            # Data workers already decode in parallel, and starting threads takes longer than decoding a few frames.
             codec_of(stream).thread_count = 1
             return stream
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
@@ -216,12 +216,12 @@ def _rate(stream: av.VideoStream) -> Fraction:
 
 
 def _square_width(width: int, stream: av.VideoStream) -> int:
-    """How many square pixels are as wide as a row of the stream's, which need not be square."""
+    """The frame's width after resizing to square pixels."""
     return max(1, round(width * (stream.sample_aspect_ratio or 1)))
 
 
 def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
-    """Turned and mirrored as its display matrix says, (a, b; c, d): x' = a x + c y, y' = b x + d y."""
+    """Convert to RGB and apply the display matrix (a, b; c, d): x' = a x + c y, y' = b x + d y."""
     array = frame.to_ndarray(format="rgb24", width=_square_width(frame.width, stream), **_IN_ONE_THREAD)
     matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
@@ -236,7 +236,7 @@ def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
 
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:
-    """From the packets, none of which is decoded."""
+    """Read the header from the packets, without decoding any."""
     with open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
         limits.check(path, seconds=ending.stated or 0)
@@ -264,7 +264,7 @@ def _video_header(path: Place, limits: MediaLimits) -> Header:
 def _seek_frames(
     path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction] | None:
-    """As `_decode_all`, but decoding no more than is needed; None if the file is not what its packets say."""
+    """As `_decode_all`, but decoding no more than is needed; None if the frames contradict the packets."""
     chosen = choose(header.starts, header.end)
     kept: dict[int, np.ndarray] = {}
     size = 0
@@ -288,7 +288,7 @@ def _seek_frames(
                 if left:
                     return None
     except av.FFmpegError:
-        return None  # decoding in order tells what is wrong
+        return None  # decoding in order reports the error
     return [kept[i] for i in chosen], header.end
 
 
@@ -297,7 +297,7 @@ def _key_before(header: Header, index: int) -> int:
 
 
 def _frames_from_keyframe(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """What is decoded from the container's position on; packets before a keyframe would give broken frames."""
+    """Decode from the container's position, skipping packets before a keyframe, which would give broken frames."""
     started = False
     for packet in container.demux(stream):
         started = started or packet.is_keyframe

@@ -1,6 +1,6 @@
-"""Images, videos and sounds: arrays to files, with Pillow, PyAV and the standard library's WAV writer.
+"""Writing of images, videos and audio, with Pillow, PyAV and the standard library's WAV writer.
 
-Every file is written under a temporary name first, so that an interrupted run leaves nothing half-written.
+Every file is written under a temporary name first, so that an interrupted run leaves no partial file.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from anygpt.errors import InputError
 
 
 def write_image(path: str | Path, image: Image.Image) -> None:
-    """Writes an image in the format of the path's suffix (`.png`, `.jpg`, …).
+    """Write an image in the format of the path's suffix (`.png`, `.jpg`, …).
 
     Raises:
-        InputError: a suffix that names no format that Pillow writes.
+        InputError: Pillow writes no format with this suffix.
     """
     Image.init()
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
@@ -34,9 +34,9 @@ def write_image(path: str | Path, image: Image.Image) -> None:
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames, uint8 (F, H, W, 3), as H.264 (yuv420p) in an MP4 file, `fps` frames a second.
+    """Write frames, uint8 (F, H, W, 3), as H.264 (yuv420p) in an MP4 file, at `fps` frames per second.
 
-    The codec wants even sizes: an odd height or width gets its last row or column once more.
+    The codec needs even sizes: the last row or column of an odd height or width is repeated.
 
     Raises:
         InputError: frames of another shape or dtype, none at all, or `fps` not a positive number.
@@ -47,7 +47,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second.")
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with _replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        # On frames of few pixels x264's macroblock tree reads beyond them: the same clip gave other bytes now and then.
+        # On tiny frames x264's macroblock tree reads out of bounds, which made the output nondeterministic.
         options = {"x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -58,7 +58,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
 
 
 def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
-    """Writes float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file. What is beyond is clipped.
+    """Write float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file; values beyond are clipped.
 
     Raises:
         InputError: a waveform of another shape, without samples, or with NaN or infinite ones.
@@ -76,7 +76,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 @contextlib.contextmanager
 def _replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place at the end, so that nothing half-written is ever there."""
+    """Yield a temporary path beside `path`, which replaces it at the end of the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,1 +1,1 @@
-"""The merged sequence: signal tokens and features among the text."""
+"""The merged sequence of text, encoder features and signal tokens."""

@@ -1,4 +1,4 @@
-"""How encoder features enter the language model's sequence: injected at placeholders, or prepended.
+"""Merging of encoder features into the language model's sequence: injected at placeholders, or prepended.
 
 Shape legend: `anygpt.outputs`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anygpt.errors import InputError
 
-FEATURE_ID = -1  # stands in `Merged.input_ids` where a prepended feature stands; no tokenizer has it
+FEATURE_ID = -1  # marks a prepended feature in `Merged.input_ids`; no tokenizer uses it
 IGNORE = -100  # torch's and transformers' ignore index for labels
 
 
@@ -28,7 +28,7 @@ class Merged:
         input_ids: `(B, S)` int64; `FEATURE_ID` at prepended features.
         attention_mask: `(B, S)` int64.
         labels: `(B, S)` int64 or None; `-100` at features.
-        media_in: `(B,)` bool, whether any feature stands in the row.
+        media_in: `(B,)` bool, whether the row contains any feature.
     """
 
     inputs_embeds: Tensor
@@ -39,16 +39,16 @@ class Merged:
 
     @property
     def position_ids(self) -> Tensor:
-        """`(B, S)` int64, counted over what the mask keeps, so that a row's positions do not depend on its padding."""
+        """`(B, S)` int64, counted over unmasked tokens, so that a row's positions do not depend on its padding."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def without_right_padding(mask: Any) -> Any:
-    """A language model's `(B, S)` mask, all ones if it only hides padding on the right; any other mask as it is.
+    """Replace a `(B, S)` attention mask by ones if it hides only right padding; return any other mask unchanged.
 
-    Causal attention never looks there from a row's own tokens, and what padding itself sees is not read. For a mask of
-    ones transformers gives torch none (`_ignore_causal_mask_sdpa`), so that a kernel skips half of the scores, and on a
-    GPU FlashAttention, which takes no mask, can be chosen.
+    With causal attention no token attends to padding on its right, and the outputs at padding are not read. Given a
+    mask of ones, transformers passes torch no mask (`_ignore_causal_mask_sdpa`), so that a kernel skips half of the
+    scores, and FlashAttention, which takes no mask, can be used on a GPU.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return mask
@@ -64,8 +64,8 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
         token_ids: the placeholder of each encoder.
 
     Raises:
-        InputError: an encoder has other than as many features as placeholders (modality, row and both counts are
-            named), or placeholders without an input, or an input without placeholders.
+        InputError: an encoder's numbers of features and placeholders differ (the message names modality, row and both
+            counts), or it has placeholders without inputs or the reverse.
     """
     embeds, media_in = text.inputs_embeds, text.media_in
     for key, token_id in token_ids.items():
@@ -94,7 +94,7 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
 
 
 def _check_whole_inputs(key: str, per_row: list[int], lengths: list[int]) -> None:
-    """Each row's placeholders must be those of whole inputs."""
+    """Raise `InputError` if a row's placeholders end inside an input."""
     ends, place = {0, *itertools.accumulate(lengths)}, 0
     for row, count in enumerate(per_row):
         place += count
@@ -108,7 +108,7 @@ def _check_whole_inputs(key: str, per_row: list[int], lengths: list[int]) -> Non
 def _check_counts(key: str, per_row: list[int], features: Tensor | None) -> None:
     available = 0 if features is None else features.numel() // features.shape[-1]
     if available == sum(per_row):
-        # Whole inputs must not be split between rows: one row's surplus would hide the next one's lack.
+        # The totals agree; an input split between rows would still put features in the wrong row.
         if features is None or features.dim() == 2:
             return
         bad = next((row for row, count in enumerate(per_row) if count % features.shape[1]), None)
@@ -136,12 +136,12 @@ def prepend(
 ) -> Merged:
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 
-    A row's features stand before its own text and after its padding, if it is padded on the left.
+    In a left-padded row the features come after the padding.
 
     Args:
         text: the batch before merging.
         features: by encoder, `(items, n, H)` or a list of `(n, H)`.
-        items_per_row: inputs that belong to each row; one each when left out.
+        items_per_row: number of inputs of each row; one each by default.
 
     Raises:
         InputError: the inputs cannot be assigned to rows.
@@ -166,7 +166,7 @@ def prepend(
     left_padded = bool((text.attention_mask[:, 0] == 0).any())
 
     def build(row: int, values: Tensor, media: Tensor | None, fill: float) -> Tensor:
-        """One row of the result: padding, features and text in their places."""
+        """One row of the result: padding, features and text."""
         start = int(text.attention_mask[row].argmax()) if left_padded else 0
         media = values.new_full((lengths[row], *values.shape[1:]), FEATURE_ID) if media is None else media
         out = values.new_full((total, *values.shape[1:]), fill)
@@ -193,11 +193,11 @@ def prepend(
 
 
 def pad_left(merged: Merged) -> Merged:
-    """Move every row's padding to its left, as generation needs it; rows without right padding stay as they are."""
+    """Move every row's padding to its left, as generation needs it."""
     if bool((merged.attention_mask[:, -1] == 1).all()):
         return merged
     length = merged.attention_mask.shape[1]
-    # a stable sort by the mask brings the masked places to the front and keeps the others in order
+    # a stable sort by the mask moves padding to the front and keeps the order of the tokens
     order = merged.attention_mask.to(torch.int8).argsort(dim=1, stable=True)
     rows = torch.arange(len(order), device=order.device)[:, None].expand(-1, length)
     labels = None if merged.labels is None else merged.labels[rows, order]

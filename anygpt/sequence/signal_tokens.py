@@ -1,13 +1,12 @@
-"""Signal tokens: `[IMG0]…[IMG3]`, their rows, their spans, and how they enter and leave any language model.
+"""Signal tokens (`[IMG0]…[IMG3]`): their embedding and output rows, their spans, and their use with any language model.
 
-A decoder is called for by a span of `N` contiguous signal tokens. The tokenizer knows them as special tokens; the
-language model's own matrices stay as they are. `SignalTokens` owns the input and the output rows instead, and
-`attached` lends them to a language model for the length of a `with` block: its embedding then knows the new ids,
-and its head gives them logits, whatever the model does after its head (soft-capping, scaling), tied or not, wrapped
-by PEFT or not.
+A span of `N` contiguous signal tokens calls for a decoder. They are special tokens of the tokenizer, but the language
+model's own matrices are not resized: `SignalTokens` owns the input and output rows. Inside a `with attached(…)` block
+the model's embedding accepts the new ids and its head returns logits for them, whether its embeddings are tied,
+whether PEFT wraps it, and whatever it does after its head (soft-capping, scaling).
 
-With `queries` in place of `tokens` a span is one trigger, `[IMG]`, and `N` learned queries after it (MetaQuery,
-arXiv 2504.06256): only the trigger is ever said, so only it has an output row and an NLL; the states are read at the
+With `queries` in place of `tokens` a span is one trigger, `[IMG]`, followed by `N` learned queries (MetaQuery,
+arXiv 2504.06256): only the trigger is generated, so only it has an output row and an NLL; the states are read at the
 queries. Shape legend: `anygpt.outputs`.
 """
 
@@ -28,9 +27,9 @@ SIGNALS = ("tokens", "queries")
 
 
 def token_names(key: str, count: int, signal: str = "tokens") -> list[str]:
-    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`; with queries, the trigger `"[IMG]"` before them.
+    """`["[IMG0]", …, "[IMG3]"]` for `("image", 4)`; with queries, preceded by the trigger `"[IMG]"`.
 
-    A key that names no media type gives `[KEY0]`, `[KEY1]`, …
+    A key that is no media type gives `[KEY0]`, `[KEY1]`, …
     """
     prefix = MEDIA[key].prefix if key in MEDIA else key.upper()
     return [f"[{prefix}]"] * (signal == "queries") + [f"[{prefix}{i}]" for i in range(count)]
@@ -42,7 +41,7 @@ class Spans:
 
     Attributes:
         rows: `(K,)` int64, the row of each span.
-        positions: `(K, N)` int64, the places that hold its tokens.
+        positions: `(K, N)` int64, the positions of its tokens.
     """
 
     rows: Tensor
@@ -52,16 +51,16 @@ class Spans:
         return self.rows.shape[0]
 
     def gather(self, states: Tensor) -> Tensor:
-        """`(B, S, H)` states to the `(K, N, H)` ones at the spans."""
+        """Select the states at the spans: `(B, S, H)` -> `(K, N, H)`."""
         return states[self.rows[:, None], self.positions]
 
 
 @dataclass
 class Tap:
-    """What a language model's head read during the last forward inside `SignalTokens.attached`."""
+    """The input of a language model's head in the last forward pass inside `SignalTokens.attached`."""
 
     hidden: Tensor | None = None  # (B, S, H)
-    select: tuple[Tensor, Tensor] | None = None  # rows and positions (M,), where logits are wanted; None: everywhere
+    select: tuple[Tensor, Tensor] | None = None  # rows and positions (M,) to compute logits at; None: all
 
 
 class SignalTokens(nn.Module):
@@ -69,8 +68,8 @@ class SignalTokens(nn.Module):
 
     Args:
         counts: `{decoder key: N}`.
-        embedding, head: the language model's own, from whose rows the statistics of the new ones are taken.
-        signals: `{decoder key: "tokens" | "queries"}`; tokens where not named.
+        embedding, head: the language model's own; new rows are drawn with the statistics of theirs.
+        signals: `{decoder key: "tokens" | "queries"}`; by default tokens.
 
     Attributes:
         input_rows: `{key: (span length, H)}` float32 parameters; a span has `N` tokens, or a trigger and `N` queries.
@@ -103,16 +102,16 @@ class SignalTokens(nn.Module):
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """The tokens of each decoder's span, as the tokenizer should know them."""
+        """The tokens of each decoder's span, to be added to the tokenizer."""
         return {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
 
     @property
     def query_ids(self) -> list[int]:
-        """Ids of learned queries: nothing says them, so no NLL is taken on them."""
+        """Ids of learned queries; they are never generated, so they have no NLL."""
         return [i for key, span in self.ids.items() if self.signals[key] == "queries" for i in span[1:]]
 
     def set_ids(self, ids: Mapping[str, list[int]]) -> None:
-        """Tell which token ids the rows belong to: `{decoder key: ids of its span}`, for every decoder.
+        """Set the token ids of the rows: `{decoder key: ids of its span}`, for every decoder.
 
         Raises:
             InputError: a decoder without ids, the wrong number of them, or an id used twice.
@@ -131,17 +130,17 @@ class SignalTokens(nn.Module):
         self._row_of_id = row_of_id
 
     def row_of(self, input_ids: Tensor) -> Tensor:
-        """The row of each id in the concatenation of all keys' rows, -1 where it is no signal token. Same shape."""
+        """Row of each id in the concatenation of all keys' rows, -1 if it is no signal token; same shape."""
         if not len(self._row_of_id):
             return torch.full_like(input_ids, -1)
         inside = (input_ids >= 0) & (input_ids < len(self._row_of_id))
         return torch.where(inside, self._row_of_id[input_ids.clamp(0, len(self._row_of_id) - 1)], -1)
 
     def find_spans(self, input_ids: Tensor, key: str) -> Spans:
-        """The spans of one decoder in `(B, S)` ids, with the `N` positions that are read.
+        """The spans of one decoder in `(B, S)` ids, with the `N` positions whose states are read.
 
         Raises:
-            InputError: a span that is not whole and in order; it names the row.
+            InputError: a span is incomplete or out of order; the message names the row.
         """
         ids = torch.tensor(self.ids.get(key, [-1]), device=input_ids.device)
         count = len(ids)
@@ -160,12 +159,12 @@ class SignalTokens(nn.Module):
         return Spans(rows, positions[:, -self.counts[key] :])
 
     def fill_embeddings(self, embeds: Tensor, input_ids: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Write the input rows over the embeddings of signal tokens: `(…, H)` and `(…,)` ids give `(…, H)`.
+        """Replace the embeddings of signal tokens by the input rows.
 
         Args:
-            embeds: what the embedding gave.
-            input_ids: what it was asked for.
-            scale: what the embedding multiplies its own rows by, as Gemma's does.
+            embeds: `(…, H)`, the embedding's output.
+            input_ids: `(…,)`, the embedding's input.
+            scale: factor that the embedding applies to its own rows, as Gemma's does.
         """
         row = self.row_of(input_ids)
         held = row >= 0
@@ -175,10 +174,10 @@ class SignalTokens(nn.Module):
         return embeds.masked_scatter(held[..., None], rows[row[held]])
 
     def extend_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Give the signal tokens their logits: `(…, V)` and `(…, H)` states give `(…, V')`.
+        """Add the logits of signal tokens: `(…, V)` logits and `(…, H)` states -> `(…, V')` logits.
 
-        Ids between the model's vocabulary and the last signal token that are no signal tokens (the encoders'
-        placeholders), and learned queries, can never be said: they get the lowest finite number.
+        Ids beyond the model's vocabulary that are no signal tokens (the encoders' placeholders), and learned queries,
+        are never generated: their logit is the lowest finite number.
         """
         if not self.ids:
             return logits
@@ -187,7 +186,6 @@ class SignalTokens(nn.Module):
         rows = torch.cat(list(self.output_rows.values()))
         signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
         extra = max(0, len(self._row_of_id) - logits.shape[-1])
-        # pad makes the one copy that is needed; where nothing is to be added, clone does
         wide = F.pad(logits, (0, extra), value=torch.finfo(logits.dtype).min) if extra else logits.clone()
         if self.query_ids:
             unsaid = torch.tensor(self.query_ids, device=logits.device)
@@ -196,10 +194,10 @@ class SignalTokens(nn.Module):
 
     @contextmanager
     def attached(self, language_model: nn.Module) -> Iterator[Tap]:
-        """Let `language_model` know the signal tokens inside the block, and see what its head reads.
+        """Make `language_model` handle signal tokens inside the block, and record its head's input.
 
-        The yielded `Tap` holds the head's input after each forward; `tap.select` restricts the head, and whatever
-        the model does after it, to some positions: logits are then `(1, M, V')`.
+        The yielded `Tap` holds that input after each forward pass; `tap.select` restricts the head, and whatever
+        follows it, to some positions: logits are then `(1, M, V')`.
         """
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         tap = Tap()
@@ -234,9 +232,9 @@ class SignalTokens(nn.Module):
 
 
 def _rows_like(matrix: Tensor, count: int) -> Tensor:
-    """`count` random rows with the mean and spread of `matrix`'s rows, all different, float32.
+    """`count` random float32 rows with the mean and standard deviation of `matrix`'s rows.
 
-    Rows that start identical would stay interchangeable: every signal token would learn the same thing.
+    Identical initial rows would stay interchangeable: every signal token would learn the same thing.
     """
     matrix = matrix.detach().float()
     mean, std = matrix.mean(dim=0), matrix.std(dim=0)
