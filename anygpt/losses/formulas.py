@@ -64,7 +64,7 @@ class LossWeights:
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
         others: weights of sub-terms that have no field here, by name.
-        by_modality: factor on the sub-terms of one encoder or decoder key; 1 where not named.
+        by_modality: factor on the sub-terms of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
         binding: what the other encoders are contrasted with: an encoder key, as images in ImageBind (arXiv 2305.05665),

@@ -1,4 +1,4 @@
-"""The model card of a composition: what it is composed of, what was trained, and how to load it."""
+"""The model card of a composition: its parts, what was trained, and how to load it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Parts that are named by id are downloaded from their own repositories, under the
 
 
 def write_card(folder: Path, repo_id: str) -> None:
-    """Write `README.md` beside a saved composition."""
+    """Write the card of a saved composition as its `README.md`."""
     config = read_config(folder)
     rows, bases = [], []
     for name, entry in part_entries(config).items():
@@ -70,7 +70,6 @@ def _listed(media: list[str]) -> str:
 
 
 def _licence(source: Source) -> str:
-    """What a part's own card says, where it is at hand."""
     try:
         card = source.place.file("README.md")
         return str((metadata_load(card) or {}).get("license", "unknown")) if card else "unknown"

@@ -1,4 +1,4 @@
-"""`MultimodalConfig`: what a composition consists of, one entry a part, as JSON beside its tensors."""
+"""`MultimodalConfig`: the parts of a composition, one entry each, as JSON beside its tensors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ FORMAT_VERSION = 1
 
 
 class MultimodalConfig(PreTrainedConfig):
-    """The composition.
+    """The parts of a composition and how they are connected.
 
     Attributes:
         encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "callbacks",
-            "saved_callbacks", "projector"}}`; `callbacks` names functions, which can only be missed.
-        language_model: `{"class", "source", "fingerprint", "adapter"}`, and where signal tokens were written into its
-            matrices `"vocab_size"`, their rows before.
+            "saved_callbacks", "projector"}}`; `callbacks` names functions, which must be given again on loading.
+        language_model: `{"class", "source", "fingerprint", "adapter"}`, and `"vocab_size"`, the number of rows before
+            signal tokens were written into its matrices, where they were.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
             "signal", "defaults", "projector"}}`.
-        encoder_keys, decoder_keys: the keys in their order.
+        encoder_keys, decoder_keys: the keys in order.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
-        preprocess_llm_callback: the saved form of the model's; True for a function, which can only be missed.
-        trained: `{"stage", "updates", "parts", "losses"}` of the run that it comes from.
+        preprocess_llm_callback: the saved form of the model's; True for a function, which must be given again.
+        trained: `{"stage", "updates", "parts", "losses"}` of the run that trained it.
 
-    `source` is `{path, revision, dtype, …}` (`anygpt.model.parts.Source`), or None: the part then lies whole under
-    `parts/`. `dtypes` names its tensors by dtype, where it
-    has several. `fingerprint` is that of the part's tensors; `adapter` says whether a PEFT adapter lies under
-    `adapters/`.
+    `source` is `{path, revision, dtype, …}` (`anygpt.model.parts.Source`), or None for a part saved whole under
+    `parts/`, whose `dtypes` then lists its tensors by dtype if there are several. `fingerprint` is a hash of the part's
+    tensors; `adapter` says whether a PEFT adapter is saved under `adapters/`.
     """
 
     model_type = "anygpt"
@@ -67,7 +66,7 @@ class MultimodalConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, model: Composition) -> MultimodalConfig:
-        """Describe a model as it stands; fingerprints are added when it is saved."""
+        """Describe a model's current state; saving adds the fingerprints."""
         callback = model.preprocess_llm_callback
         encoders = {
             key: {

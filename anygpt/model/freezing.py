@@ -1,8 +1,7 @@
-"""Which parts train: `model.train("image_projector")`, and the table of what a run trains.
+"""Freezing and unfreezing parts, `model.train("image_projector")`, and the table of what a run trains.
 
-Freezing sets `requires_grad` and keeps the part in eval mode through later calls of `train()`: a frozen UNet must not
-run dropout, nor a frozen CLAP update its batch norm. Mode and freezing are otherwise two things: plain `train()`,
-`train(False)` and `eval()` keep torch's meaning.
+Freezing clears `requires_grad` and keeps the part in eval mode through later calls of `train()`: a frozen UNet must not
+run dropout, nor a frozen CLAP update its batch norm. Plain `train()`, `train(False)` and `eval()` keep torch's meaning.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from anygpt.model.parts import is_peft
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One line of the table of parts."""
+    """A row of the table of parts: name, number of parameters, and how many of them train."""
 
     part: str
     parameters: int
@@ -29,7 +28,7 @@ class PartSummary:
 
 
 def frozen_decoders(model: Composition) -> set[str]:
-    """Decoders that came frozen, as a `DiffusionDecoder` does: plain `train()` must not wake their dropout."""
+    """Decoders given without trainable parameters, the default of `DiffusionDecoder`; they start in `model.frozen`."""
     return {
         f"{key}_decoder"
         for key, decoder in model.decoders.items()
@@ -38,7 +37,7 @@ def frozen_decoders(model: Composition) -> set[str]:
 
 
 def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
-    """Everything that can be frozen by itself, by name."""
+    """Modules and parameters by the name under which they can be frozen."""
     parts: dict[str, list[nn.Module | nn.Parameter]] = {}
     for key, encoder in model.encoders.items():
         parts[f"{key}_encoder"] = [encoder.module]
@@ -53,12 +52,11 @@ def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
 
 
 def part_parameters(model: Composition, part: str) -> list[nn.Parameter]:
-    """Each parameter of a part, once."""
     return [p for piece in parts_of(model)[part] for p in _parameters(piece)]
 
 
 def train_part(model: Composition, part: str, mode: bool) -> None:
-    """Unfreeze a part, or freeze it and keep it in eval mode. See `MultimodalModel.train`."""
+    """Unfreeze a part, or freeze it and keep it in eval mode (see `MultimodalModel.train`)."""
     pieces = _known(model, [part])[part]
     for piece in pieces:
         adapted = isinstance(piece, nn.Module) and is_peft(piece)
@@ -74,7 +72,7 @@ def train_part(model: Composition, part: str, mode: bool) -> None:
 
 
 def keep_frozen(model: Composition) -> None:
-    """Put frozen parts back into eval mode, after torch's `train` changed the mode of everything."""
+    """Put frozen parts back into eval mode after torch's `train` changed all modules."""
     for part in model.frozen:
         _set_mode(parts_of(model)[part], False)
     _recompute_frozen(model)
@@ -94,10 +92,10 @@ def _known(model: Composition, names: list[str]) -> dict[str, list[nn.Module | n
 
 
 def _recompute_frozen(model: Composition) -> None:
-    """Let a frozen language model checkpoint its layers, through which gradients run all the same.
+    """Keep gradient checkpointing active in a frozen language model, which gradients still pass through.
 
-    transformers recomputes a layer only in training mode. The mode is set on the layer alone, not on what is in
-    it, and not at all on layers that apply a dropout of their own.
+    transformers checkpoints a layer only in training mode, so that is set on the layer itself but not on its
+    submodules, and not on layers that apply dropout themselves.
     """
     if "language_model" not in model.frozen:
         return
@@ -108,18 +106,15 @@ def _recompute_frozen(model: Composition) -> None:
 
 
 def train_only(model: Composition, parts: list[str]) -> None:
-    """Train exactly these parts and freeze all others."""
     for part in _known(model, parts):
         train_part(model, part, mode=part in parts)
 
 
 def trainable_names(model: Composition) -> list[str]:
-    """Full names of all trainable parameters."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def summarize_parts(model: Composition) -> list[PartSummary]:
-    """Parameters and trainable parameters of each part."""
     return [
         PartSummary(
             part,
@@ -131,25 +126,25 @@ def summarize_parts(model: Composition) -> list[PartSummary]:
 
 
 def touch_trainable(model: Composition) -> Tensor:
-    """A zero that depends on every trainable parameter, for losses where there are several processes.
+    """A zero that depends on every trainable parameter, to be added to the loss of distributed training.
 
-    Ranks whose batches lack a modality must still give its projector a gradient, or the others wait for ever.
+    Without it a rank whose batch lacks a modality gives its projector no gradient, and the other ranks wait forever.
     """
-    # Under FSDP2 only the layers of the language model are sharded here, and those run in every batch.
+    # FSDP2 shards only the language model's layers, which run in every batch.
     trainable = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     zero = torch.zeros((), device=model.device)
     return torch.stack([zero, *(p.flatten()[0].float() for p in trainable)]).sum() * 0
 
 
 def touched(model: Composition, loss: Tensor | None) -> Tensor | None:
-    """A loss in training through every trainable parameter, where there are several processes."""
+    """The loss, plus `touch_trainable` in distributed training."""
     if loss is None or not model.training or not torch.distributed.is_initialized():
         return loss
     return loss + touch_trainable(model)
 
 
 def gradient_checkpointing_enable(model: Composition, gradient_checkpointing_kwargs: dict | None = None) -> None:
-    """Recompute activations in the backward pass, in every part whose library offers it."""
+    """Recompute activations in the backward pass of all parts that gradients pass through."""
     for key, encoder in model.encoders.items():
         if any(p.requires_grad for p in part_parameters(model, f"{key}_encoder")):
             encoder.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -20,8 +20,8 @@ from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, load
 
-# Where language models stand inside whole models: new beginning of a tensor's name by the one in the files, None for
-# tensors of the rest, as in `anygpt.encoders.whole_models`.
+# Prefixes of tensor names in whole models' files, and what replaces them in the language model; None for tensors of
+# other parts. As in `anygpt.encoders.whole_models`.
 _REST = ("model.multi_modal_projector.", "model.vision_tower.", "model.audio_tower.", "model.image_newline")
 _BESIDE = {
     "language_model.model.": "model.",
@@ -38,16 +38,16 @@ WHOLE_MODELS: dict[str, dict[str, str | None]] = {
 
 
 def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
-    """A causal language model with its head, every tensor of it from the files.
+    """A causal language model with its head, loaded strictly.
 
-    Of a whole model (LLaVA, Qwen2-VL, …: `WHOLE_MODELS`) only the language model's tensors are read.
+    From a whole multimodal model (LLaVA, Qwen2-VL, …: `WHOLE_MODELS`) only the language model's tensors are read.
 
     Args:
         path: folder, hub id or `zoo:<name>`.
-        options: the other fields of `Source`, as in a YAML.
+        options: other fields of `Source`, as in a YAML.
 
     Raises:
-        InputError: nothing there, no causal language model, or files that do not hold exactly its tensors.
+        InputError: nothing at `path`, not a causal language model, or missing or unexpected tensors.
     """
     source = Source.of(path, options)
 
@@ -66,7 +66,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
         own = config
         if names:
             own = copy.deepcopy(config.get_text_config())
-            own.tie_word_embeddings = config.tie_word_embeddings  # the whole model's word counts
+            own.tie_word_embeddings = config.tie_word_embeddings  # only the whole model's setting is reliable
         ours = {Qwen2VLForCausalLM.config_class: Qwen2VLForCausalLM}
         if type(own) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(own) not in ours:
             raise InputError(f"a {config.model_type!r} model is no causal language model")
@@ -84,7 +84,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
 
 
 def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub id or a `zoo:` part; options as in `load_language_model`."""
+    """The tokenizer of a folder, hub id or `zoo:` part; options as in `load_language_model`."""
     source = Source.of(path, options)
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     return load(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.folder, **source.where, **gguf))

@@ -1,7 +1,4 @@
-"""Loading a composition: from a folder or the hub, every tensor of it checked.
-
-What a folder holds is said in `anygpt.model.saving`.
-"""
+"""Strict loading of a composition from a folder or the hub; `anygpt.model.saving` describes the folder."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ from anygpt.model.parts import (
 from anygpt.parts.files import Place, find_weights, open_composition
 from anygpt.parts.networks import load_network
 
-# What transformers' auto classes and pipelines hand to every `from_pretrained`, beside what is used here.
+# Arguments that transformers' auto classes and pipelines pass to every `from_pretrained`, and that are ignored here.
 AUTO_ARGUMENTS = frozenset(
     [
         "_commit_hash",
@@ -56,7 +53,7 @@ C = TypeVar("C", bound=Composition)
 
 
 def own_tensors(model: Composition) -> dict[str, Tensor]:
-    """Every tensor of the composition that belongs to no part: projectors, signal tokens, layer mixes."""
+    """Tensors that belong to no pretrained part: projectors, signal tokens, layer mixes."""
     prefixes = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(model))
     return {n: tensor.detach() for n, tensor in model.state_dict().items() if not n.startswith(prefixes)}
 
@@ -74,21 +71,21 @@ def from_pretrained(
     preprocess_llm_callback: Callable[..., dict[str, Any]] | None = None,
     **hub: Any,
 ) -> Any:
-    """Give a saved composition back, tensors strict and frozen parts verified.
+    """Load a saved composition, with strict tensors and verified frozen parts.
 
     Args:
-        folder: what `save_pretrained` wrote, or the hub id of what `push_to_hub` did.
+        folder: written by `save_pretrained`, or the hub id of a model uploaded by `push_to_hub`.
         projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
         callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
         dtype, torch_dtype: of the whole model; each part's own if None or "auto".
-        device_map: one device for all, or "auto" for an accelerator where there is one.
-        output_loading_info: give `(model, info)` as transformers does; nothing is ever missing.
-        preprocess_llm_callback: of `MultimodalModel`, if the saved one had a function.
-        hub: `revision`, `token`, `cache_dir`, … of a hub id. What transformers' auto classes add is left aside.
+        device_map: one device for all, or "auto" for the accelerator if there is one.
+        output_loading_info: return `(model, info)` as transformers does; the lists in `info` are always empty.
+        preprocess_llm_callback: of `MultimodalModel`, if the saved model had a function.
+        hub: `revision`, `token`, `cache_dir`, … of a hub id. Arguments that transformers' auto classes add are ignored.
 
     Raises:
-        InputError: nothing there; callbacks that the saved model had are not given; a part that changed at its source;
-            tensors missing, unexpected, of another shape, not finite or no numbers, all by name.
+        InputError: nothing at `folder`; a callback of the saved model is not given; a part has changed at its source;
+            tensors that are missing, unexpected, mis-shaped, of another kind of dtype or not finite, by name.
     """
     hub = {name: value for name, value in hub.items() if name not in AUTO_ARGUMENTS}
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
@@ -152,7 +149,7 @@ def from_pretrained(
 
 
 def _device(device_map: Any) -> torch.device | None:
-    """The one device of a `device_map`; None where the model stays as it is loaded."""
+    """The device that a `device_map` names; None leaves the model where it is."""
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -169,15 +166,15 @@ def _device(device_map: Any) -> torch.device | None:
 def load_own_tensors(
     model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = (), as_stored: bool = False
 ) -> None:
-    """Load the tensors that belong to no part, strictly.
+    """Load the tensors that belong to no pretrained part, strictly.
 
     Args:
         folder: a saved composition.
-        may_lack: prefixes of tensors that the file need not have: those of parts that are new in this model.
+        may_lack: prefixes of tensors that the file may lack, because their parts are new in this model.
         as_stored: take the file's dtypes too.
 
     Raises:
-        InputError: tensors that are missing, unexpected, of another shape, not finite or no numbers, all by name.
+        InputError: see `check_tensors`.
     """
     weights = find_weights(Place(str(folder)))
     found = {name: tensor[...] for name, tensor in weights.tensors()}
@@ -191,7 +188,7 @@ def load_own_tensors(
 def check_callbacks(
     folder: Path, config: MultimodalConfig, callbacks: Mapping[str, Mapping], init_options: Mapping[str, Any]
 ) -> None:
-    """Callbacks cannot be saved: a model that had some must be given them again, or it would be another model."""
+    """Raise an `InputError` if a function that the saved model had as a callback is not given again."""
     lacking = [
         f"callbacks={{'{key}_encoder': {{'{name}': …}}}}"
         for key, entry in config.encoders.items()
@@ -235,7 +232,7 @@ def check_tensors(
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise an `InputError` that names tensors which are not numbers."""
+    """Raise an `InputError` that names tensors with NaN or infinite values."""
     bad = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
     if bad:
         raise InputError(
@@ -244,7 +241,6 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def part_modules(model: Composition) -> dict[str, nn.Module]:
-    """The pretrained parts by name."""
     return {
         **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},
         "language_model": model.language_model,
@@ -253,7 +249,7 @@ def part_modules(model: Composition) -> dict[str, nn.Module]:
 
 
 def part_entries(config: MultimodalConfig) -> dict[str, dict[str, Any]]:
-    """The config's entry of each part, by the same names as `part_modules`."""
+    """The config's entries of the parts, named as in `part_modules`."""
     return {
         **{f"{key}_encoder": entry for key, entry in config.encoders.items()},
         "language_model": config.language_model,
@@ -262,7 +258,7 @@ def part_entries(config: MultimodalConfig) -> dict[str, dict[str, Any]]:
 
 
 def read_config(folder: Path) -> MultimodalConfig:
-    """The composition's config, or an `InputError` that says what the folder is not."""
+    """The composition's config; an `InputError` if it is missing, damaged, of another model type or version."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no saved model: there is no config.json; expected a run's final/ folder")
@@ -295,7 +291,7 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
             f"{actual}, expected {entry['fingerprint']}); restore the original, or train again on the new one"
         )
     part.anygpt_fingerprint = actual
-    if entry.get("vocab_size"):  # the rows beyond are the signal tokens', which `SignalTokens` lends it
+    if entry.get("vocab_size"):  # the rows beyond it belong to signal tokens, which `SignalTokens` supplies
         part.resize_token_embeddings(entry["vocab_size"], mean_resizing=False)
     if entry["adapter"]:
         part = _load_adapter(part, folder / "adapters" / name)
@@ -315,7 +311,7 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
     if not folder.is_dir():
         raise InputError(f"the checkpoint lacks its folder {folder}, which should hold a {entry['class']}")
     cls, dtypes = import_class(entry["class"]), entry.get("dtypes", {})
-    several = "float64" if "float64" in dtypes else "float32"  # either holds what the narrower ones do
+    several = "float64" if "float64" in dtypes else "float32"  # represents the narrower dtypes exactly
     widest = several if len(dtypes) > 1 else next(iter(dtypes), None)
     if issubclass(cls, DiffusionDecoder):
         part: nn.Module = load_decoder(Source(str(folder), dtype=widest))
@@ -329,13 +325,12 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
         for dtype, names in dtypes.items():
             if name in names:
                 tensor.data = tensor.data.to(getattr(torch, dtype))
-    # It was saved whole because it has no source, and the folder that it now comes from is not one either.
-    part.anygpt_source = None
+    part.anygpt_source = None  # the folder of a checkpoint is no source: save the part whole again
     return part
 
 
 def _load_adapter(part: nn.Module, folder: Path) -> PeftModel:
-    """Wrap a part with its saved adapter, strictly: PEFT itself only warns about tensors that do not match."""
+    """Load a saved adapter strictly; PEFT itself only warns about tensors that do not match."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(f"the checkpoint lacks its adapter {path}")
@@ -345,7 +340,7 @@ def _load_adapter(part: nn.Module, folder: Path) -> PeftModel:
     except RuntimeError as error:  # sizes that do not fit
         raise InputError(f"{path} does not fit the part that it adapts: {' '.join(str(error).split())}") from error
     check_tensors(str(path), get_peft_model_state_dict(wrapped, save_embedding_layers=False), stored)
-    for name, parameter in wrapped.named_parameters():  # PEFT brings adapters to float32
+    for name, parameter in wrapped.named_parameters():  # PEFT casts adapters to float32
         saved = stored.get(name.replace(".default", ""))
         if saved is not None:
             parameter.data = parameter.data.to(saved.dtype)

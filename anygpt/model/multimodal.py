@@ -1,6 +1,6 @@
 """`MultimodalModel`: encoders, input projectors, language model, signal tokens, output projectors, decoders.
 
-`forward` is the figure, one line a hop. Shape legend: `anygpt.outputs`.
+Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class MultimodalModel(PreTrainedModel):
         encoders: input modules by key, in the order in which features are prepended.
         language_model: a transformers causal language model, or a `PeftModel` around one.
         decoders: output modules by key.
-        preprocess_llm_callback: called with those of the language model's arguments, `input_ids`, `token_ids` and
-            encoder inputs that it names; the dict that it returns changes what the language model is called with.
-        init_projector_type, init_activation: for encoders that come without a projector.
-        init_output_projector_type: for decoders that come without a projector.
+        preprocess_llm_callback: called with what it names among the language model's arguments, `input_ids`,
+            `token_ids` and encoder inputs; returns a dict of language model arguments to add or replace.
+        init_projector_type, init_activation: for encoders given without a projector.
+        init_output_projector_type: for decoders given without a projector.
 
     Attributes:
         <key>_encoder, <key>_decoder, language_model, signal_tokens: the parts.
-        loss_weights: weights of the loss terms, a `LossWeights`.
-        pack_to: tokens of a sequence into which rows are packed for the language model; None for a row a sequence.
-        tokenizer: set by `MultimodalProcessor(model=…)` and by `from_pretrained`; generation reads text with it.
+        loss_weights: weights of the loss terms.
+        pack_to: length in tokens of the sequences into which rows are packed for the language model; None to not pack.
+        tokenizer: set by `MultimodalProcessor(model=…)` and `from_pretrained`; generation decodes text with it.
 
     Raises:
-        InputError: a projector does not fit its two sides.
+        InputError: a language model without a head, or a projector that does not fit the sizes on its two sides.
     """
 
     config_class = MultimodalConfig
@@ -119,7 +119,7 @@ class MultimodalModel(PreTrainedModel):
         self.config = MultimodalConfig.of(self)
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Module:
-        """Refuse: signal tokens have rows of their own, and the processor's tokens fit the model as it is."""
+        """Raise an `InputError`: new tokens have rows in `SignalTokens`, outside the language model's matrices."""
         raise InputError(
             "the language model's matrices stay as they are: new tokens have rows of their own; to have others, call "
             "resize_token_embeddings on the language model before it is composed"
@@ -127,7 +127,6 @@ class MultimodalModel(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """True: transformers asks before it builds a pipeline."""
         return True
 
     @classmethod
@@ -137,7 +136,7 @@ class MultimodalModel(PreTrainedModel):
         decoders: Mapping[str, ModalDecoderModule] | None = None,
         **loading_options: Any,
     ) -> MultimodalModel:
-        """An existing multimodal model in our parts, with the same logits; placeholders are injected as it does.
+        """Compose the parts of an existing multimodal model, with the same placeholders and the same logits.
 
         Args:
             model: hub id, folder, or the model itself: LLaVA, LLaVA-NeXT, Qwen2-VL (images) or Qwen2-Audio. The parts
@@ -146,7 +145,7 @@ class MultimodalModel(PreTrainedModel):
             loading_options: of transformers' `from_pretrained`.
 
         Raises:
-            InputError: another kind of model, or nothing that can be loaded.
+            InputError: an unsupported kind of model, or one that cannot be loaded.
         """
         pieces = take_apart(model, **loading_options)
         composed = cls(pieces.encoders, pieces.language_model, decoders, **pieces.options)
@@ -155,12 +154,12 @@ class MultimodalModel(PreTrainedModel):
 
     @property
     def encoders(self) -> dict[str, ModalEncoderModule]:
-        """The input modules by key, in order: a view, so that no tensor is registered twice."""
+        """The input modules by key, in order; a new dict each time, so that no tensor is registered twice."""
         return {key: getattr(self, f"{key}_encoder") for key in self.encoder_keys}
 
     @property
     def decoders(self) -> dict[str, ModalDecoderModule]:
-        """The output modules by key, in order: a view, so that no tensor is registered twice."""
+        """The output modules by key, in order; a new dict each time, so that no tensor is registered twice."""
         return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
 
     @property
@@ -174,7 +173,7 @@ class MultimodalModel(PreTrainedModel):
         return self.language_model.get_output_embeddings()
 
     def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
-        """Inject features at these placeholder tokens, `{encoder key: id}`; None goes back to prepending.
+        """Inject features at the placeholder tokens `{encoder key: id}`, or prepend them if None.
 
         Raises:
             InputError: an unknown encoder, or one id for two encoders.
@@ -188,12 +187,12 @@ class MultimodalModel(PreTrainedModel):
         self.token_ids = dict(token_ids) if token_ids is not None else None
 
     def train(self, part: str | bool = True, mode: bool = True) -> MultimodalModel:
-        """Train or freeze one part by name; or, given a bool or nothing, set torch's training mode.
+        """Unfreeze (`mode=False`: freeze) a part by name; with a bool or no argument, set torch's training mode.
 
         Unfreezing a PEFT-wrapped part trains its adapters, not its base.
 
         Raises:
-            InputError: unknown part; the known ones are listed.
+            InputError: unknown part; lists the known ones.
         """
         if isinstance(part, str):
             freezing.train_part(self, part, mode)
@@ -218,30 +217,29 @@ class MultimodalModel(PreTrainedModel):
         text_states: Reader | None = None,
         **encoder_inputs: Any,
     ) -> MultimodalOutput:
-        """Text and media in; logits, conditions and losses out.
+        """Compute logits, conditions and losses from text and media.
 
         Args:
             input_ids: `(B, S)` int64, with one placeholder a feature if token ids are set.
-            attention_mask: `(B, S)`; ones where left out. It is kept, padding on either side included.
-            labels: `(B, S)` int64, `-100` where no loss is taken; not shifted.
+            attention_mask: `(B, S)`, padded on either side; ones by default.
+            labels: `(B, S)` int64, not shifted, `-100` where no loss is taken.
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
-                spans, as `MultimodalProcessor` gives them. Either entry may be missing: without captions there is
-                no alignment, without media no denoising. `"conditions"`, what the decoder's `encode_text` gave for
-                the captions, may stand in their place, and `"posterior"`, mean and deviation `(K, 2, C, …)` of
-                `posterior`, in that of the media.
+                spans, as `MultimodalProcessor` returns them. Without captions there is no alignment, without media no
+                denoising. Precomputed `"conditions"` (from the decoder's `encode_text`) may replace captions, and
+                `"posterior"` (mean and deviation from its `posterior`, `(K, 2, C, …)`) the media.
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
-            return_logits: give full logits `(B, S, V')`; by default only where there are no labels.
-            loss_counts: denominators by term, in place of this batch's own (see `losses.weighted_total`).
+            return_logits: return full logits `(B, S, V')`; by default only if there are no labels.
+            loss_counts: denominators by term instead of this batch's own (see `losses.formulas.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
-            text_states: reads the batch in the place of the language model, as `cache.TextStates` do; then there are
-                neither full logits nor hidden states.
-            encoder_inputs: encoders' arguments, by bare name (`pixel_values`) where one encoder takes it, or as
-                `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` stands in place of an encoder's others
+            text_states: replaces the language model, as `cache.TextStates` does; there are then neither full logits
+                nor hidden states.
+            encoder_inputs: encoders' arguments, by bare name (`pixel_values`) if only one encoder takes it, or as
+                `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` replaces all others of an encoder
                 (see `ModalEncoderModule.encode`).
 
         Raises:
-            InputError: an input that no encoder takes, or that several could take; placeholders and features, or
-                spans and targets, that do not match in number; `text_states` with `return_logits`.
+            InputError: an input that no encoder or several encoders take; numbers of placeholders and features, or of
+                spans and targets, that differ; `text_states` with `return_logits`.
         """
         full = labels is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
@@ -251,7 +249,7 @@ class MultimodalModel(PreTrainedModel):
             batch = find_losses(self, merged, decoder_targets)
             tap.select = None if full else batch.nll
             read = text_states or MultimodalModel.read
-            needed = full or self.loss_weights.wants_language_model  # else only encoders or decoders train
+            needed = full or self.loss_weights.wants_language_model
             reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()
         conditions = {key: self.decoders[key].condition(states) for key, states in reading.states.items()}
         losses = compute_losses(self, batch, reading, conditions, generators)
@@ -267,7 +265,7 @@ class MultimodalModel(PreTrainedModel):
         )
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Media to features: each encoder that was given something, and its input projector.
+        """Run the encoders that have inputs, and their projectors.
 
         Returns:
             `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
@@ -276,21 +274,21 @@ class MultimodalModel(PreTrainedModel):
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
-        """Token embeddings, those of signal tokens included. Call inside `signal_tokens.attached`."""
+        """Embed tokens, signal tokens included. Call inside `signal_tokens.attached`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeds = self.language_model.get_input_embeddings()(input_ids)
         return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
 
     def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:
-        """Features into the sequence: injected where token ids are set, else prepended."""
+        """Insert features into the sequence: injected if token ids are set, else prepended."""
         text.media_in = text.media_in.to(text.inputs_embeds.device)
         if self.token_ids is None:
             return prepend(text, features, items_per_row)
         return inject(text, features, self.token_ids)
 
     def read(self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]) -> Reading:
-        """Logits where the tap selects, and what the output projectors read. Call inside `signal_tokens.attached`."""
+        """Logits selected by `tap`, and the output projectors' inputs. Call inside `signal_tokens.attached`."""
         if self.pack_to is not None:
             return read_packed(self, merged, spans, tap, encoder_inputs, self.pack_to)
         logits, all_states = self.run_language_model(merged, encoder_inputs)
@@ -300,11 +298,11 @@ class MultimodalModel(PreTrainedModel):
     def run_language_model(
         self, merged: Merged, encoder_inputs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The language model; its head runs only where the tap selects. Call inside `signal_tokens.attached`.
+        """Run the language model, its head only where `tap` selects. Call inside `signal_tokens.attached`.
 
         Returns:
-            Logits, `(B, S, V')`, or `(1, M, V')` at the tap's places; and the `(B, S, H)` states of all layers if a
-            decoder reads others than the last.
+            Logits, `(B, S, V')` or `(1, M, V')` at the selected positions; and the `(B, S, H)` states of all layers if
+            a decoder reads others than the last.
         """
         arguments = {
             "inputs_embeds": merged.inputs_embeds,
@@ -324,7 +322,7 @@ class MultimodalModel(PreTrainedModel):
     def preprocess_llm(
         self, merged: Merged, encoder_inputs: Mapping[str, Any], arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What `preprocess_llm_callback` changes of the language model's arguments; nothing if there is none."""
+        """The language model arguments that `preprocess_llm_callback` adds or replaces."""
         if self.preprocess_llm_callback is None:
             return {}
         media = {name.rpartition(".")[2]: value for name, value in encoder_inputs.items()}
@@ -340,7 +338,7 @@ class MultimodalModel(PreTrainedModel):
         text_states: Reader | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """What the output projectors read in a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
+        """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
         with self.signal_tokens.attached(self.language_model) as tap:
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
@@ -356,7 +354,7 @@ class MultimodalModel(PreTrainedModel):
         last: Tensor,
         all_states: tuple[Tensor, ...] | None,
     ) -> dict[str, Tensor]:
-        """What each output projector reads, `(K, N, H)`: the states at its spans plus the token embeddings there."""
+        """Each output projector's input `(K, N, H)`: states at its spans plus the token embeddings there."""
         return {
             key: spans[key].gather(decoder.select_states(last, all_states)) + spans[key].gather(merged.inputs_embeds)
             for key, decoder in self.decoders.items()
@@ -366,10 +364,10 @@ class MultimodalModel(PreTrainedModel):
     # ------------------------------------------------------------------------------------------------- the inputs
 
     def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sort keyword arguments by encoder: `<key>.<name>` to that one, a bare name to the one that takes it.
+        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it.
 
         Raises:
-            InputError: no encoder takes it, or several could.
+            InputError: no encoder takes an argument, or several do.
         """
         by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
         for full_name, value in inputs.items():

@@ -1,9 +1,8 @@
-"""Several rows of a batch as one sequence for the language model, so that it computes little padding.
+"""Packing of several rows of a batch into one sequence for the language model, to compute less padding.
 
-Only the language model sees packed sequences. Its states are put back in the rows' places, so everything else is as in
-the padded batch: features, prepended ones too, spans, labels, losses. Rows are kept apart by positions that begin at 0
-again: where there is no mask, transformers' `create_causal_mask` makes attention causal within each run of positions,
-and FlashAttention takes the runs as sequences of their own. Shape legend: `anygpt.outputs`.
+Only the language model sees packed sequences; its states are unpacked into the rows of the padded batch. Rows are
+separated by positions that restart at 0: without a mask, transformers' `create_causal_mask` makes attention causal
+within each run of positions, and FlashAttention treats runs as separate sequences. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from anygpt.sequence.signal_tokens import Spans, Tap
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of a batch `(B, S)` stand in its `P` sequences of `L` places.
+    """The mapping of the tokens of a batch `(B, S)` to `P` packed sequences of length `L`.
 
     Attributes:
-        source: `(P, L)` int64, which of the batch's `B · S` places stands there; padding has the first one.
+        source: `(P, L)` int64, flat index into `B · S` of each packed token; 0 for padding.
         position_ids: `(P, L)` int64, counted within each row; padding at the end counts as a row of its own.
-        place: `(B, S)` int64, which of the `P · L` places each token went to; the first for padding.
+        place: `(B, S)` int64, flat index into `P · L` of each token; 0 for padding.
     """
 
     source: Tensor
@@ -38,7 +37,7 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: Tensor, pack_to: int) -> Packing:
-        """Rows into as few sequences of `pack_to` tokens as first-fit decreasing finds; longer ones stay alone."""
+        """Pack rows into sequences of `pack_to` tokens by first-fit decreasing; longer rows get their own sequence."""
         lengths = attention_mask.sum(dim=1).tolist()
         sequences: list[list[int]] = []
         used: list[int] = []
@@ -67,22 +66,22 @@ class Packing:
         return cls(source.to(device), positions.to(device), place.to(device))
 
     def pack(self, values: Tensor) -> Tensor:
-        """`(B, S, …)` to `(P, L, …)`."""
+        """Convert `(B, S, …)` to `(P, L, …)`."""
         return values.flatten(0, 1)[self.source]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """`(P, L, …)` to `(B, S, …)`; what stands at padding means nothing."""
+        """Convert `(P, L, …)` to `(B, S, …)`, with arbitrary values at padding."""
         return values.flatten(0, 1)[self.place]
 
     def places(self, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Rows and positions `(M,)` of the batch as sequences and places in them."""
+        """Convert rows and positions `(M,)` of the batch to sequences and positions in them."""
         flat = self.place[chosen]
         return flat // self.source.shape[1], flat % self.source.shape[1]
 
 
 @dataclass
 class PackedBatch(Merged):
-    """A merged batch as sequences `(P, L)`, without a mask."""
+    """A merged batch packed into sequences `(P, L)`, without a mask."""
 
     positions: Tensor | None = None
 
@@ -93,10 +92,10 @@ class PackedBatch(Merged):
 
 @torch.no_grad()
 def check_packing(model: Composition) -> None:
-    """Try with a few tokens whether the language model keeps packed rows apart.
+    """Check with a few tokens that the language model does not attend across packed rows.
 
     Raises:
-        InputError: it does not, as OPT, whose mask does not heed positions; or its arguments come from a callback.
+        InputError: it does, as OPT, whose mask ignores positions; or a callback sets its arguments.
     """
     language_model, kept_apart = model.language_model, False
     if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:
@@ -123,10 +122,7 @@ def read_packed(
     encoder_inputs: Mapping[str, Any],
     pack_to: int,
 ) -> Reading:
-    """`MultimodalModel.read` with rows packed to sequences of `pack_to` tokens.
-
-    See `check_packing` for the language models that it suits.
-    """
+    """`MultimodalModel.read` with rows packed into sequences of `pack_to` tokens; see `check_packing`."""
     packing = Packing.of(merged.attention_mask, pack_to)
     embeds, ids = packing.pack(merged.inputs_embeds), packing.pack(merged.input_ids)
     batch = PackedBatch(embeds, ids, None, None, merged.media_in, packing.position_ids)

@@ -1,7 +1,7 @@
-"""Pretrained parts: where they come from, how they are loaded, and how we know that they are still the same.
+"""Pretrained parts: their sources, loaders and fingerprints.
 
-A part is an encoder, a language model or a diffusion pipeline. It is named by a hub id, a folder, or `zoo:<name>` for
-one of the tiny parts of `anygpt.toyworld`. Weights are read from safetensors only; nothing is ever unpickled.
+A part is an encoder, a language model or a diffusion pipeline, named by a hub id, a folder, or `zoo:<name>` for one of
+the tiny parts of `anygpt.toyworld`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# A checkpoint's config names classes; it may name none outside these packages.
+# Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
 
 
 def source_of(part: nn.Module) -> Source | None:
-    """Where a part was loaded from, or None if nothing can be said: then a checkpoint holds it whole."""
+    """Where a part was loaded from, or None if unknown; checkpoints then save the part whole."""
     part = base_model(part)
     if hasattr(part, "anygpt_source"):
         return part.anygpt_source
@@ -54,7 +54,7 @@ def source_of(part: nn.Module) -> Source | None:
 
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:
-    """A part's own tensors under their own names, without what PEFT put around and between them."""
+    """A part's tensors under their original names, without PEFT's adapters and wrappers."""
     adapters = set(part.peft_config) if is_peft(part) else set()
     state = {}
     for name, tensor in base_model(part).state_dict().items():
@@ -64,15 +64,15 @@ def own_state(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(part: nn.Module) -> str:
-    """xxh3 over names, shapes, dtypes and bytes of all tensors, buffers included, of a part without its adapters.
+    """The xxh3 hash of all parameters and buffers of a part without its adapters.
 
-    It tells whether a frozen part is the one that the rest was trained with; it is no protection against malice.
+    It detects that a frozen part is not the one the rest was trained with; it is not cryptographic.
     """
     return fingerprint_tensors(own_state(part))
 
 
 def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """xxh3 over names, shapes, dtypes and bytes."""
+    """The xxh3 hash of tensors' names, shapes, dtypes and bytes."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -81,13 +81,13 @@ def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def class_name(part: nn.Module) -> str:
-    """The dotted path of a part's class, behind PEFT."""
+    """The dotted path of a part's class, inside any PEFT wrapper."""
     cls = type(base_model(part))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def import_class(name: str) -> Any:
-    """The class of a dotted path, of a trusted package only."""
+    """The class at a dotted path; an `InputError` outside `TRUSTED_PACKAGES`."""
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
@@ -95,12 +95,11 @@ def import_class(name: str) -> Any:
 
 
 def callback_dict(callback: Any) -> dict[str, Any] | None:
-    """The saved form of a callback, or None: of no callback, or of a plain function."""
+    """The saved form of a callback; None for a plain function or no callback."""
     return callback.to_dict() if isinstance(callback, SavedCallback) else None
 
 
 def build_callback(entry: dict[str, Any] | None) -> Any:
-    """A callback of its saved form."""
     if entry is None:
         return None
     cls = import_class(entry["class"])
@@ -114,5 +113,4 @@ def is_peft(part: nn.Module) -> bool:
 
 
 def source_dict(source: Source | None) -> dict[str, Any] | None:
-    """A source as JSON, without what is not set."""
     return None if source is None else source.to_dict()

@@ -1,17 +1,15 @@
-"""Saving a composition: every tensor that no source supplies, and nothing else.
+"""Saving a composition: the tensors that no source supplies.
 
 A folder holds::
 
     config.json               the composition; source and fingerprint of each frozen part
     model.safetensors         projectors, signal tokens, layer mixes
     adapters/<part>/          PEFT adapters, in PEFT's own format
-    parts/<part>/             parts without a source, or changed since they were loaded, whole
+    parts/<part>/             whole parts that have no source, or changed since they were loaded
     tokenizer and processor   written by `MultimodalProcessor.save_pretrained`
 
-Merged (`save_pretrained(merge=True)`), it has no adapters, and `parts/language_model` is a causal language model that
-knows the signal tokens by itself.
-
-Loading (`anygpt.model.loading`) is strict: a missing, unexpected or mis-shaped tensor is an error that names it.
+With `save_pretrained(merge=True)` there are no adapters, and `parts/language_model` is a causal language model whose
+own matrices hold the signal tokens' rows.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ class SavedModel(Composition, Protocol):
 
 
 class KnownSources:
-    """Which parts are still what their sources supply, so that `save_pretrained` need not write them."""
+    """Fingerprints of parts at construction, which tell whether their sources still supply them."""
 
     def __init__(self, model: Composition):
         self.fingerprints = {
@@ -58,12 +56,12 @@ class KnownSources:
         self._same: dict[str, bool] = {}
 
     def supply(self, name: str, part: nn.Module, entry: dict[str, Any]) -> bool:
-        """Whether loading the part's source again gives the part as it stands."""
+        """Whether loading the part's source again would give the part in its current state."""
         if entry["fingerprint"] != self.fingerprints.get(name):
             return False
         if name not in self._same:
-            # A part that the caller loaded may have been changed before it came here (resized embeddings, a merged
-            # adapter), or be of another class than we would load: its name does not tell, so look once.
+            # A part that the caller loaded may have been changed before (resized embeddings, a merged adapter), or be
+            # of another class than ours, so compare it once with its source.
             ours = hasattr(base_model(part), "anygpt_source")
             try:
                 same = ours or fingerprint(load_source(Source(**entry["source"]), entry)) == entry["fingerprint"]
@@ -88,20 +86,18 @@ def save_pretrained(
 ) -> None:
     """Write the composition into `folder`.
 
-    A part with a source is written only as that source, as long as its tensors are what they were when the
-    model was made; a part without one, or trained since, is written whole under `parts/`. Files get the permissions
-    that the umask gives.
+    A part with a source is saved as a reference to it if its tensors are unchanged since the model was made; other
+    parts are written whole under `parts/`. File permissions follow the umask.
 
     Args:
-        folder: made where it is not there.
+        folder: created if missing.
         merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
-            its own matrices and the tokenizer beside it. The model in memory stays as it is; its adapted parts
-            and the language model are copied for it.
-        standalone: write every part whole, so that the folder loads where nothing else is.
-        portable: write those parts whole whose sources are folders of this machine.
+            its own matrices and the tokenizer beside it. Works on copies of the adapted parts and the language model.
+        standalone: write every part whole, so that loading needs no other files.
+        portable: write parts whole whose sources are local folders.
         max_shard_size: of each file of tensors.
-        push_to_hub: upload it afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` is the folder's name
-            if not given.
+        push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
+            name.
         safe_serialization: only True.
         is_main_process: False writes nothing.
 
@@ -116,7 +112,7 @@ def save_pretrained(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # it tells of what was here before
+    (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous content
     config = MultimodalConfig.of(model)
     modules = part_modules(model)
     if merge:
@@ -145,7 +141,7 @@ def save_pretrained(
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    if not tensors:  # which it would write as no file at all
+    if not tensors:  # save_torch_state_dict then writes no file
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     let_umask_decide(folder)
     if push_to_hub:
@@ -158,15 +154,15 @@ PUSH_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "
 def push_to_hub(
     model: SavedModel, repo_id: str, *, standalone: bool = False, max_shard_size: int | str = SHARD, **options: Any
 ) -> str:
-    """Upload the composition with a model card; parts that are folders of this machine are uploaded whole.
+    """Upload the composition with a model card; parts from local folders are uploaded whole.
 
     Args:
-        repo_id: `name` or `owner/name`; made where it is not there.
+        repo_id: `name` or `owner/name`; created if missing.
         standalone, max_shard_size: as in `save_pretrained`.
         options: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`.
 
     Returns:
-        Address of the commit.
+        The URL of the commit.
     """
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
@@ -175,7 +171,7 @@ def push_to_hub(
 
 
 def _dtypes(part: nn.Module) -> dict[str, list[str]]:
-    """Names of a part's floating tensors by dtype; without names where there is only one."""
+    """Names of a part's floating-point tensors by dtype; an empty list if there is only one dtype."""
     inner = base_model(part)
     found: dict[str, list[str]] = {}
     for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:

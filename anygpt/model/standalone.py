@@ -1,4 +1,4 @@
-"""Parts that stand alone: adapters merged into their weights, signal tokens in the language model's own matrices."""
+"""Stand-alone parts: adapters merged into their weights, signal tokens in the language model's own matrices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from anygpt.sequence.signal_tokens import SignalTokens
 
 
 def merge_adapter(part: nn.Module) -> nn.Module:
-    """A copy of a part with its adapter merged into its weights; the part itself where it has none."""
+    """A copy of a part with its adapter merged into its weights; the part itself if it has no adapter."""
     if not is_peft(part):
         return part
     merged = copy.deepcopy(part).merge_and_unload()
-    merged.anygpt_source = None  # its name no longer says what it is
+    merged.anygpt_source = None  # its source has other weights
     return merged
 
 
@@ -28,14 +28,14 @@ def write_signal_rows(
 ) -> PreTrainedModel:
     """A copy of a language model whose matrices hold the signal tokens' rows, so that it needs no `SignalTokens`.
 
-    Its logits are those that it has inside `SignalTokens.attached`, but for tokens that are never said (the encoders'
-    placeholders, learned queries): their output rows are zero, and its generation config suppresses them. Embedding and
-    head are no longer tied.
+    Logits equal those inside `SignalTokens.attached`, except for tokens that are never generated (the encoders'
+    placeholders, learned queries), whose output rows are zero and which the generation config suppresses. Embedding
+    and head are no longer tied.
 
     Args:
         language_model: `(V, H)` matrices, without an adapter.
-        signal: its ids set.
-        other_ids: further ids of the tokenizer, which get rows of zeros where there are none.
+        signal: with its ids set.
+        other_ids: further ids of the tokenizer; those beyond the matrices get rows of zeros.
     """
     model = copy.deepcopy(language_model)
     model.anygpt_source = None

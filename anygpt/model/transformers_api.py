@@ -1,4 +1,4 @@
-"""What transformers' auto classes and its any-to-any pipeline expect of a model, beyond our own API."""
+"""What transformers' auto classes and its any-to-any pipeline require of a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from anygpt.composition import Composition
 
 
 def input_modalities(model: Composition) -> tuple[str, ...]:
-    """What a composition reads, in the pipeline's words."""
+    """Media types that a composition reads, as the pipeline names them."""
     return ("text", *dict.fromkeys(encoder.modality for encoder in model.encoders.values()))
 
 
 def output_modalities(model: Composition) -> tuple[str, ...]:
-    """What a composition makes, in the pipeline's words."""
+    """Media types that a composition makes, as the pipeline names them."""
     return ("text", *dict.fromkeys(decoder.modality for decoder in model.decoders.values()))
 
 
 def register(config: Any, model: type, processor: type) -> None:
-    """Make `AutoConfig`, `AutoModel`, `AutoModelForMultimodalLM` and `AutoProcessor` know a saved composition."""
+    """Register with `AutoConfig`, `AutoModel`, `AutoModelForMultimodalLM` and `AutoProcessor`."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForMultimodalLM.register(config, model, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Existing vision- and audio-language models taken apart into our parts: the same tensors, the same logits."""
+"""Existing vision- and audio-language models split into parts, with the same tensors and logits."""
 
 from anygpt.model.vlm.take_apart import take_apart
 

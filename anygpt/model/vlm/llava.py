@@ -1,4 +1,4 @@
-"""What LLaVA (arXiv 2304.08485) and LLaVA-NeXT do around their vision tower. Shape legend: `anygpt.outputs`."""
+"""LLaVA-NeXT's (LLaVA: arXiv 2304.08485) processing around its vision tower. Shape legend: `anygpt.outputs`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from anygpt.encoders.selection import LlavaCallbacks
 
 
 class LlavaNextCallbacks(LlavaCallbacks):
-    """LLaVA-NeXT's any-resolution tiles: an image as a whole and as a grid of tiles, packed row by row.
+    """LLaVA-NeXT's any-resolution features: the whole image and a grid of tiles, packed row by row.
 
     Args:
         feature_layer, select_strategy: as in `LlavaCallbacks`.
-        grid_pinpoints: `[[height, width], …]` that an image may be fitted into.
+        grid_pinpoints: resolutions `[[height, width], …]` that an image is fitted into, in pixels.
         tile_size, patch_size: of the vision tower, in pixels.
         hidden_size: width of the language model.
 
@@ -56,11 +56,11 @@ class LlavaNextCallbacks(LlavaCallbacks):
         self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
     def num_tiles(self, image_size: Any) -> int:
-        """Tiles of an image of `(height, width)`, the whole one included."""
+        """The number of tiles of an image of `(height, width)`, the whole image included."""
         return image_size_to_num_patches(_pair(image_size), self.grid_pinpoints, self.tile_size)
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`(items, most tiles, 3, height, width)` pixels to `(all real tiles, 3, height, width)`."""
+        """Drop padding tiles: `(items, most tiles, 3, height, width)` pixels to `(all tiles, 3, height, width)`."""
         pixels = inputs["pixel_values"]
         if pixels.dim() == 5:
             numbers = [self.num_tiles(size) for size in inputs["image_sizes"]]
@@ -68,14 +68,14 @@ class LlavaNextCallbacks(LlavaCallbacks):
         return super().preprocess(inputs | {"pixel_values": pixels})
 
     def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
-        """`(all tiles, n, H)` to one `(features, H)` an image."""
+        """Pack `(all tiles, n, H)` into one `(features, H)` an image."""
         sizes = [_pair(size) for size in inputs["image_sizes"]]
         images = output[0].split([self.num_tiles(size) for size in sizes])
         packed = [self.pack(image, size) for image, size in zip(images, sizes, strict=True)]
         return with_features(output, packed)
 
     def pack(self, tiles: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """`(tiles, n, H)` to `(features, H)`: the whole image, then the grid without its padding, row by row."""
+        """Pack `(tiles, n, H)` into `(features, H)`: the whole image, then the grid without padding, row by row."""
         grid = tiles[1:].unflatten(1, (self.side, self.side))
         grid = grid.unflatten(0, get_anyres_image_grid_shape(image_size, self.grid_pinpoints, self.tile_size))
         plane = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (H, rows, columns)
@@ -87,13 +87,13 @@ class LlavaNextCallbacks(LlavaCallbacks):
         counts = []
         for size in map(_pair, inputs["image_sizes"]):
             rows, columns = get_anyres_image_grid_shape(size, self.grid_pinpoints, self.tile_size)
-            # a tensor without memory: unpad_image alone knows how it rounds
+            # On the meta device, to get unpad_image's own rounding without memory.
             plane = unpad_image(torch.empty(1, rows * self.side, columns * self.side, device="meta"), size)
             counts.append(self.side**2 + plane.shape[1] * (plane.shape[2] + 1))
         return counts
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """`(height, width)` as numbers; transformers' functions compare them as a tuple."""
+    """`(height, width)` as a tuple of integers, which transformers' functions compare."""
     height, width = size
     return int(height), int(width)

@@ -24,7 +24,7 @@ from anygpt.errors import InputError
 
 
 class Qwen2VLPatchConfig(Qwen2VLVisionConfig):
-    """Qwen2-VL's vision config, of an encoder that leaves the merging of patches to its projector."""
+    """Qwen2-VL's vision config for an encoder whose projector merges the patches."""
 
     model_type = "anygpt_qwen2_vl_patches"
 
@@ -33,7 +33,7 @@ AutoConfig.register(Qwen2VLPatchConfig.model_type, Qwen2VLPatchConfig)
 
 
 class Qwen2VLPatchEncoder(Qwen2VisionTransformerPretrainedModel):
-    """Qwen2-VL's vision tower up to the merger: the merger is the input projector (`projection_type="merger"`)."""
+    """Qwen2-VL's vision tower up to the merger, which is the input projector (`projection_type="merger"`)."""
 
     config_class = Qwen2VLPatchConfig
 
@@ -42,12 +42,12 @@ class Qwen2VLPatchEncoder(Qwen2VisionTransformerPretrainedModel):
         self.merger = nn.Identity()
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """`(total patches, pixels of a patch)` and `(items, 3)` grids give `(total patches, features)`."""
+        """Encode patches `(total patches, pixels of a patch)` of `(items, 3)` grids to `(total patches, features)`."""
         return BaseModelOutput(last_hidden_state=super().forward(hidden_states, grid_thw, **kwargs).last_hidden_state)
 
 
 class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
-    """Qwen2-VL's language model with its head; transformers has it only inside the whole model.
+    """Qwen2-VL's language model with its head, which transformers has only inside the whole model.
 
     Position ids are `(B, S)`, or `(3, B, S)` for time, height and width.
     """
@@ -89,13 +89,13 @@ class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
 
 
 class MRopePositions(SavedCallback):
-    """`preprocess_llm_callback` of Qwen2-VL: positions in time, height and width (M-RoPE, §2.1 of the paper).
+    """The `preprocess_llm_callback` of Qwen2-VL: positions in time, height and width (M-RoPE, §2.1 of the paper).
 
-    Text counts on all three axes at once. An image's features keep the time at which it begins and count rows and
-    columns from there; what follows begins after the larger of the two.
+    Text advances on all three axes at once. An image's features share the time position of its start and count rows
+    and columns from there; what follows starts after the largest position used.
 
     Args:
-        spatial_merge_size: patches a feature, along each axis.
+        spatial_merge_size: patches per feature along each axis.
         key: the image encoder.
     """
 
@@ -110,7 +110,7 @@ class MRopePositions(SavedCallback):
         token_ids: Mapping[str, int] | None,
         image_grid_thw: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`(B, S)` ids and mask and `(items, 3)` grids to `{"position_ids": (3, B, S)}`; padding stands at 0."""
+        """Compute `{"position_ids": (3, B, S)}`, 0 at padding, from `(B, S)` ids and mask and `(items, 3)` grids."""
         if image_grid_thw is None:
             return {}
         if not token_ids or self.key not in token_ids:
@@ -126,7 +126,7 @@ class MRopePositions(SavedCallback):
         return {"position_ids": positions}
 
     def _of_row(self, is_image: list[bool], grids: Any) -> Tensor:
-        """`(3, length)` of a row, given where it holds image features."""
+        """Positions `(3, length)` of a row, given where it holds image features."""
         pieces, start, place = [], 0, 0
         while place < len(is_image):
             if not is_image[place]:

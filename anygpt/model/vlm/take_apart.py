@@ -1,6 +1,6 @@
-"""Taking a transformers vision- or audio-language model apart into encoder, projector, language model and callbacks.
+"""Splitting a transformers vision- or audio-language model into encoder, projector, language model and callbacks.
 
-The parts share their tensors with the model that they come from.
+The parts share their tensors with the model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from anygpt.model.vlm.qwen2_vl import MRopePositions, Qwen2VLForCausalLM, Qwen2V
 
 @dataclass
 class Pieces:
-    """What `MultimodalModel` is built from.
+    """The arguments of `MultimodalModel`.
 
     Attributes:
         encoders: input modules by key.
-        language_model: with its head.
+        language_model: a causal language model with its head.
         token_ids: `{encoder key: placeholder id}`.
         options: further arguments of `MultimodalModel`.
     """
@@ -49,7 +49,7 @@ def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> P
         loading_options: of transformers' `from_pretrained`.
 
     Raises:
-        InputError: another kind of model, or nothing that can be loaded.
+        InputError: an unsupported kind of model, or one that cannot be loaded.
     """
     if isinstance(model, (str, Path)):
         try:
@@ -66,7 +66,7 @@ def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> P
         )
     pieces = TAKERS[kind](model)
     for part in (pieces.language_model, *(encoder.module for encoder in pieces.encoders.values())):
-        part.anygpt_source = None  # no checkpoint holds it by itself, so ours must hold it whole
+        part.anygpt_source = None  # it cannot be loaded by itself, so checkpoints must save it whole
     return pieces
 
 
@@ -138,7 +138,7 @@ def _take_qwen2_audio(model: PreTrainedModel) -> Pieces:
 
 
 def _projector(config: MultimodalProjectorConfig, children: dict[str, nn.Module]) -> MultimodalProjector:
-    """A projector as its config builds it, with children of the model in place of its own."""
+    """Build a projector and replace its children by the model's."""
     projector = MultimodalProjector(config)
     for name, child in children.items():
         setattr(projector.projection, name, child)
