@@ -25,7 +25,7 @@ from anygpt.evaluation.rows import read_rows
 from anygpt.evaluation.run import asked_for, evaluate
 from anygpt.evaluation.store import AnswerStore
 from anygpt.evaluation.suite import read_suite
-from anygpt.media.types import MEDIA
+from anygpt.media.types import MEDIA, read_media
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -133,7 +133,7 @@ def test_what_is_written(whole):
     assert sorted(line["id"] for line in lines) == [str(i) for i in range(ROWS)]
     for line in lines:
         assert [file["type"] for file in line["files"]] == ["image"]
-        MEDIA["image"].read(output / "samples" / line["files"][0]["path"])
+        read_media("image", output / "samples" / line["files"][0]["path"])
     page = (output / "report.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
     assert len(links) == ROWS * 4 + 3 and all((output / link).is_file() for link in links)
@@ -143,7 +143,7 @@ def test_what_is_written(whole):
 
 def test_noise_differs_from_row_to_row_and_the_upper_bound_has_the_same(whole):
     output, _ = whole
-    pictures = [np.asarray(MEDIA["image"].read(path)) for path in sorted((output / "samples").glob("*.png"))]
+    pictures = [np.asarray(read_media("image", path)) for path in sorted((output / "samples").glob("*.png"))]
     assert not np.array_equal(pictures[0], pictures[1])
 
 
