@@ -66,7 +66,9 @@ def test_rows_that_the_stage_has_no_use_for(arguments, tmp_path, capsys):
 
 
 def test_live_bytes_are_what_lives():
-    with LiveBytes() as live:
+    held = torch.zeros(500)
+    with LiveBytes([held]) as live:
+        assert held.view(5, 100).shape == (5, 100) and live.now == 0  # a view is nothing new
         first = torch.zeros(1000, dtype=torch.float32)
         second = first * 2
         assert live.now == 8000

@@ -7,7 +7,7 @@ included, is counted as it comes and goes, by running one update on torch's fake
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +85,16 @@ class Plan:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made within, while they live; `peak` is the most at a time."""
+    """Bytes of the tensors that are made within, while they live; `peak` is the most at a time.
 
-    def __init__(self) -> None:
+    Args:
+        held: tensors from before, whose views are not counted.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
@@ -137,7 +141,7 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
     for kind, (tokens, labels) in kinds.items():
         with ExitStack() as stack:
             stack.enter_context(mode)
-            live = stack.enter_context(LiveBytes())
+            live = stack.enter_context(LiveBytes(_tensors([model])))
             counter = stack.enter_context(FlopCounterMode(display=False))
             if config.train.mixed_precision == "bf16":
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
