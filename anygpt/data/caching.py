@@ -1,7 +1,6 @@
-"""Writes the feature cache: every medium and caption of some datasets through the frozen parts, once each.
+"""Writing the feature cache: runs each medium and caption of the datasets through the frozen parts once.
 
-What is there already is not computed again, so a run that was killed goes on where it was. Processes share the work
-by rank; data workers read and decode.
+Existing entries are not recomputed, so an interrupted run resumes. Work is split by rank; data workers read and decode.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from anygpt.media.types import media_type
 
 @dataclass
 class CacheWriter:
-    """Makes or completes the stores that a run on some datasets can use.
+    """Creates or completes the stores that a training run on these datasets can use.
 
     Attributes:
         folder: `data.cache_dir`.
-        model: on its device, in eval mode; it is settled which parts train.
+        model: on its device, in eval mode, with `requires_grad` set as in the run.
         processor: the model's.
-        datasets: with the frames of a clip set as the run sets them.
-        accelerator: processes and precision of the run.
+        datasets: with the run's number of video frames.
+        accelerator: provides the processes and the precision.
         precision: `train.mixed_precision`.
-        batch_size: media or captions at once.
-        num_workers: processes that decode, for each process of the run.
-        on_bad_sample: "error" stops at media that cannot be read, "skip" counts them.
+        batch_size: media or captions per batch.
+        num_workers: decoding workers per process.
+        on_bad_sample: "error" raises on unreadable media, "skip" counts them.
         leave_out: names of stores not to write.
-        collator: the run's, which makes rows of text; by default one that leaves no row out.
-        progress: `(batches, name of the store) -> batches`, as `tqdm` does.
-        say: is told what was left out and what was done.
+        collator: the run's, for text rows; the default one drops no row.
+        progress: `(batches, store name) -> batches`, a wrapper such as `tqdm`.
+        say: called with each line of the progress report.
     """
 
     folder: str | Path
@@ -64,14 +63,13 @@ class CacheWriter:
     say: Callable[[str], None] = lambda line: None
 
     def write(self) -> Counter:
-        """Do it.
+        """Write all stores.
 
         Returns:
-            How many of this process's share were "written", "known" and "unreadable".
+            Counts of "written", "known" and "unreadable" entries in this process's share.
 
         Raises:
-            InputError: a stale store; media that cannot be read, unless they are skipped; preprocessing that draws
-                an unknown name in `leave_out`.
+            InputError: a stale store, unreadable media (unless skipped), or an unknown name in `leave_out`.
         """
         wanted = entries(self.model)
         if unknown := sorted(set(self.leave_out) - {entry.name for entry in wanted}):
@@ -89,7 +87,7 @@ class CacheWriter:
         return counts
 
     def no_use(self, entry: Entry) -> str | None:
-        """Why a store that could be written should not be."""
+        """The reason not to write a store that could be written, or None."""
         weights = self.model.loss_weights
         sub = "alignment" if entry.kind == CAPTIONS else "denoising"
         if entry.name in self.leave_out:
@@ -105,14 +103,14 @@ class CacheWriter:
         return None if there else "the data has nothing for it"
 
     def write_store(self, entry: Entry) -> Counter:
-        """Complete one store with this process's share of what it lacks."""
+        """Add this process's share of the missing entries to one store."""
         key = store_key(entry, self.model, self.processor, self.datasets[0].num_video_frames, self.precision)
         place = entry.place(Path(self.folder), key)
         if self.accelerator.is_main_process:
             create_store(place, key)
         self.accelerator.wait_for_everyone()
         store, writer = Store(place, key), StoreWriter(place)
-        self.accelerator.wait_for_everyone()  # all have seen the same shards before anyone adds to them
+        self.accelerator.wait_for_everyone()  # every process must list the same shards before any is added
         try:
             with torch.no_grad(), self.accelerator.autocast():
                 writers = {CAPTIONS: self.write_captions, STATES: self.write_states}
@@ -187,7 +185,7 @@ class CacheWriter:
         return counts
 
     def outputs(self, entry: Entry, batch: Prepared) -> Iterable[Tensor]:
-        """What one batch of media becomes, one tensor a medium; `(pieces, n, features)` where it has several."""
+        """Features or latents, one tensor per medium; `(pieces, n, features)` if it has several pieces."""
         data = move(batch.data, self.model.device)
         if entry.kind == FEATURES:
             found = iter(self.model.encoders[entry.part].encode(self.model.assign_inputs(data)[entry.part]))
@@ -197,13 +195,13 @@ class CacheWriter:
         return torch.stack(decoder.posterior(data.to(decoder.device, decoder.vae.dtype)), dim=1)
 
     def uses(self, modality: str) -> Iterator[tuple]:
-        """Every medium of a type: its dataset, sample, role and part."""
+        """Yield (dataset, sample, role, part) for every medium of a type."""
         for data in self.datasets:
             for sample in data.samples:
                 yield from ((data, sample, role, part) for role, part in sample.media() if part.type == modality)
 
     def text_rows(self) -> list[Sample]:
-        """Samples without media in."""
+        """Samples without input media, one per wording."""
         samples = (s.worded(i) for data in self.datasets for s in data.samples for i in range(s.wordings))
         return [sample for sample in samples if not any(role == "user" for role, _ in sample.media())]
 
@@ -213,10 +211,10 @@ class CacheWriter:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch of media as a worker hands it over.
+    """A batch of media prepared by a data worker.
 
-    fingerprints: of the media that have to be computed. data: what their part takes. pieces: how many each becomes.
-    known: how many the store has. faults: of media that cannot be read.
+    fingerprints: of the media to compute. data: their part's input. pieces: pieces per medium. known: media already in
+    the store. faults: messages about unreadable media.
     """
 
     fingerprints: list[str]
@@ -227,7 +225,7 @@ class Prepared:
 
 
 class MediaOf(Dataset):
-    """Media by index, decoded unless the store has them; see `CacheWriter.uses`."""
+    """Decodes media (see `CacheWriter.uses`) that the store does not have yet."""
 
     def __init__(self, uses: Sequence[tuple], store: Store):
         self.uses = uses
@@ -237,7 +235,7 @@ class MediaOf(Dataset):
         return len(self.uses)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
-        """Fingerprint and medium; the medium is None if the store has it, an `InputError` if it cannot be read."""
+        """Fingerprint and medium; the medium is None if already stored, an `InputError` if unreadable."""
         data, sample, role, part = self.uses[index]
         try:
             fingerprint = fingerprint_medium(part.path)
@@ -250,7 +248,7 @@ class MediaOf(Dataset):
 
 
 class Preparation:
-    """Media to what their part takes, in the workers."""
+    """Collate function that preprocesses media in the workers."""
 
     def __init__(self, entry: Entry, processor: Any):
         self.entry = entry
@@ -266,7 +264,7 @@ class Preparation:
         return Prepared(list(fresh), data, pieces, known, faults)
 
     def prepare(self, media: list[Any]) -> tuple[Any, list[int]]:
-        """What the part takes, and how many pieces each medium becomes."""
+        """Input of the part, and the number of pieces per medium."""
         kind, part = media_type(self.entry.modality), self.entry.part
         if self.entry.kind == LATENTS:
             return self.processor.targets[part]([kind.to_target(medium) for medium in media]), [1] * len(media)
@@ -276,7 +274,7 @@ class Preparation:
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
-    """Pieces of one length stay apart, as each may be projected by itself."""
+    """Stack pieces of equal length, which may be projected separately; concatenate others."""
     if len(pieces) == 1:
         return pieces[0]
     return torch.stack(pieces) if len({len(piece) for piece in pieces}) == 1 else torch.cat(pieces)

@@ -1,4 +1,4 @@
-"""Loaded samples to a batch of `MultimodalModel.forward`, with labels on the assistant's turns."""
+"""Collation of loaded samples into a batch for `MultimodalModel.forward`, with labels on the assistant's turns."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from anygpt.processing.chat_template import tokenize_many, tokenize_with_labels
 from anygpt.processing.processor import MultimodalProcessor, stack_rows
 from anygpt.sequence.merging import IGNORE
 
-# What the loop reads; the rest of a batch goes to the model.
+# Keys for the training loop; everything else in a batch is passed to the model.
 SAMPLE_IDS, TARGET_IDS, BAD, CUT = "sample_ids", "target_ids", "bad_samples", "cut_samples"
 NOT_FOR_MODEL = (SAMPLE_IDS, TARGET_IDS, BAD, CUT)
 
 
 class Collator:
-    """Makes batches, in the workers: every encoder processor, target transform and tokenizer runs here.
+    """Builds batches in the data workers: encoder processors, target transforms and the tokenizer run here.
 
-    A batch holds the arguments of `MultimodalModel.forward` and beside them `sample_ids` (the ids of its rows),
-    `target_ids` (`{decoder key: one id a target}`, which the noise is keyed by), `bad_samples` (those left out) and
-    `cut_samples` (ids of those whose last turns were).
+    A batch holds the arguments of `MultimodalModel.forward` and `sample_ids` (one per row), `target_ids`
+    (`{decoder key: one id per target}`, which seed the noise), `bad_samples` (samples left out) and `cut_samples`
+    (ids of samples whose last turns were dropped).
 
     Args:
-        processor: its model registered, so that it knows decoders and signal tokens.
-        max_length: tokens of a row, placeholders and signal spans expanded; None for any number.
-        cut: leave out the last turns of a row that is too long, if its first ones fit; else the whole row.
+        processor: with its model registered, so that it knows decoders and signal tokens.
+        max_length: maximum tokens per row, with placeholders and signal spans expanded; None for no limit.
+        cut: drop the last turns of a row that is too long; otherwise, or if its first turns do not fit, drop the row.
 
     Attributes:
-        cache: a `FeatureCache` to take the language model's states from.
+        cache: a `FeatureCache` that supplies the language model's states.
     """
 
     def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):
@@ -49,7 +49,7 @@ class Collator:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def __call__(self, items: Sequence[LoadedSample | BadSample]) -> dict[str, Any]:
-        """`(B, S)` ids, mask and labels padded on the right; encoder inputs and decoder targets in the rows' order."""
+        """Batch with `(B, S)` ids, mask and labels, padded on the right; encoder inputs and targets in row order."""
         bad = [item for item in items if isinstance(item, BadSample)]
         good: list[LoadedSample] = []
         for item in items:
@@ -83,7 +83,7 @@ class Collator:
         rows = [self.fit(*row) for row in zip(good, conversations, found, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
             fitted = [item if isinstance(row, tuple) else row for item, row in zip(good, rows, strict=True)]
-            return self([*bad, *fitted])  # without what does not fit, and its media
+            return self([*bad, *fitted])  # again, without the rows and media that do not fit
         states = [self.cached_states(item, *row) for item, row in zip(good, rows, strict=True)]
         if any(isinstance(found, BadSample) for found in states):
             left = [found if isinstance(found, BadSample) else item for item, found in zip(good, states, strict=True)]
@@ -103,21 +103,21 @@ class Collator:
         )
 
     def nothing(self) -> dict[str, Any]:
-        """A row without any loss, where no sample is left: all processes of a run must take part in each step."""
+        """A row without loss for an empty batch: every process must take part in each step."""
         row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
         return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
 
     def fit(
         self, item: LoadedSample, messages: list[dict[str, str]], found: tuple[list[int], list[int]] | InputError
     ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
-        """Ids and labels of a row; if it is too long, the row without its last turns, or a bad sample.
+        """Ids and labels of a row; if it is too long, the sample without its last turns, or a bad sample.
 
-        It is only ever cut behind a turn of the assistant's, so never within a signal span or a run of placeholders.
+        Rows are cut after an assistant turn only, never within a signal span or a run of placeholders.
 
         Args:
             item: the row.
             messages: its messages with placeholders expanded.
-            found: their ids and labels, or why there are none.
+            found: ids and labels of the messages, or the error from tokenizing them.
         """
         if isinstance(found, InputError):
             return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {found}")
@@ -138,18 +138,18 @@ class Collator:
     def cached_states(
         self, item: LoadedSample, ids: list[int], labels: list[int]
     ) -> dict[str, Tensor] | BadSample | None:
-        """What the cache has of the language model in a row without media in; None where it has to run."""
+        """Cached language model states of a row without input media; None if the model must run."""
         if self.cache is None or item.inputs:
             return None
         try:
             return self.cache.states(ids, labels)
         except StaleCache as error:
-            if item.cut:  # perhaps of its media
+            if item.cut:  # the cache holds whole rows; this one may have lost its input media by the cut
                 return None
             return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}", "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
-        """Arguments of the encoders, features where a cache had them, and how many features each input gives."""
+        """Encoder arguments (features where cached), and the number of features of each input."""
         media = [(kind, medium) for item in items for kind, media in item.inputs.items() for medium in media]
         cached: dict[str, list[Tensor]] = {}
         for kind, medium in media:
@@ -168,10 +168,7 @@ class Collator:
         return data, counts
 
     def decoder_targets(self, items: Sequence[LoadedSample]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-        """Captions and target tensors of each decoder in the order of the spans, and an id of each target.
-
-        What a cache had goes in as `conditions` and `posterior`.
-        """
+        """Captions and targets of each decoder in span order, and target ids; cached `conditions` and `posterior`."""
         raw: dict[str, dict[str, list[Any]]] = {}
         cached: dict[str, dict[str, list[Any]]] = {}
         ids: dict[str, list[str]] = {}
@@ -180,7 +177,7 @@ class Collator:
                 key = self.processor.decoder_key(modality)
                 target = raw.setdefault(key, {"captions": []})
                 target["captions"] += captions
-                if modality in item.targets:  # else the dataset does not decode targets
+                if modality in item.targets:  # absent if the dataset does not decode targets
                     for medium in item.targets[modality]:
                         if isinstance(medium, CachedLatents):
                             cached.setdefault(key, {}).setdefault("posterior", []).append(medium.posterior)
@@ -204,7 +201,7 @@ def _stack(values: list[Tensor] | list[Condition]) -> Tensor | Condition:
 
 
 def move(batch: Any, device: Any) -> Any:
-    """Tensors of a nested batch to a device; everything else as it is."""
+    """Move the tensors of a nested batch to a device; other values stay as they are."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

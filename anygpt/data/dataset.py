@@ -1,4 +1,4 @@
-"""A map-style dataset of conversations whose media are decoded when a sample is asked for."""
+"""A map-style dataset of conversations whose media are decoded on access."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class DataSource:
     """One data file of a run.
 
     path, format, media_root: see `anygpt.data.formats.read_samples`.
-    weight: how often an epoch goes over the file: 1 once, 0.5 half of it, 2 twice (see `UpdateSampler`).
-    columns: of a table (format "datasets"): `{image: <its image column>, text: <its captions>}`, or video or audio.
-    task: of pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium in and
-        learns its caption, "generation" takes the caption in and learns the medium.
-    streaming: read a table (format "datasets") as a stream; its rows then come in order, shuffled within blocks.
-    follow_links: links below the media root may lead out of it, as in a snapshot of the hub's cache, whose files are
-        links into its blobs.
+    weight: passes over the file per epoch: 1 is once, 0.5 half of it, 2 twice (see `UpdateSampler`).
+    columns: columns of a table (format "datasets"): `{image: <image column>, text: <caption column>}`, or video or
+        audio.
+    task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
+        input and learns the caption, "generation" the reverse.
+    streaming: stream a table (format "datasets"); its rows come in order, shuffled within blocks.
+    follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.
     """
 
     path: str
@@ -50,12 +50,11 @@ class DataSource:
 
 @dataclass
 class LoadedSample:
-    """A sample with its media decoded, by media type, each in order of appearance.
+    """A sample with its decoded media by media type, in order of appearance.
 
-    inputs: what the user gives. targets: what the assistant answers with. captions: those of the targets,
-    one each. conditions: their encodings, where a feature cache has them. cut: messages left out at the end. Types that
-    do not occur are not keys. A file that occurs twice is the same object twice: do not change it in place. What a
-    feature cache has stands in the media's place.
+    inputs: media of the user. targets: media of the assistant. captions: one per target. conditions: cached encodings
+    of the captions. cut: number of messages dropped at the end. Types that do not occur are not keys. A file that
+    occurs twice is the same object twice: do not modify it in place. Cached features and latents replace the media.
     """
 
     sample: Sample
@@ -66,7 +65,7 @@ class LoadedSample:
     cut: int = 0
 
     def first_messages(self, count: int) -> LoadedSample:
-        """The same with its first messages alone, and their media."""
+        """The sample reduced to its first messages and their media."""
         sample = replace(self.sample, messages=self.sample.messages[:count])
         kept = Counter((role == "assistant", part.type) for role, part in sample.media())
 
@@ -86,10 +85,9 @@ class LoadedSample:
 
 @dataclass(frozen=True)
 class BadSample:
-    """Stands in for a sample that could not be loaded, for the collator to drop and count.
+    """Placeholder for a sample that could not be loaded; the collator drops and counts it.
 
-    kind: "bad", "long" for one with too many tokens, or "stale" for one that the feature cache should have and has not:
-    a reason to stop, whatever the settings.
+    kind: "bad", "long" (too many tokens) or "stale" (missing from the feature cache; stops the run in any case).
     """
 
     id: str
@@ -98,24 +96,24 @@ class BadSample:
 
 
 class ConversationDataset(Dataset):
-    """Samples by index, in the order given; of one with several wordings, the first or that of a sampler's `Place`.
+    """Samples by index, in the order given, in their first wording or the one that the sampler's `Place` draws.
 
     Args:
-        samples: from `read_samples`; an id that occurs again gets a number.
-        num_video_frames: frames a video, evenly spaced (see `read_video`); None keeps all.
-        on_bad_sample: what to do where media cannot be decoded: "error" raises `InputError`, "skip" gives a
-            `BadSample` in its place, so that indices and lengths stay what they are.
+        samples: from `read_samples`; repeated ids get a number appended.
+        num_video_frames: frames per video, evenly spaced (see `read_video`); None keeps all.
+        on_bad_sample: for media that cannot be decoded, "error" raises `InputError` and "skip" returns a `BadSample`,
+            so that indices and lengths do not change.
         limits: see `MediaLimits`.
 
     Attributes:
-        lengths, weights, blocks: one a data source, for `UpdateSampler`.
-        in_memory: keep what was decoded, for data that fit: nothing is then decoded twice by one process.
-        decode_targets: whether the assistant's media are decoded; set it to False where only captions are needed.
-        cache: a `FeatureCache` to take media and captions from.
-        faults: with "skip" and `from_files`, one `InputError` a row that was left out when reading.
+        lengths, weights, blocks: one per data source, for `UpdateSampler`.
+        in_memory: keep decoded media, so that a process decodes each file once.
+        decode_targets: whether to decode the assistant's media; False if only captions are needed.
+        cache: a `FeatureCache` that supplies media and captions.
+        faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
 
     Raises:
-        InputError: no samples, or another `on_bad_sample`.
+        InputError: no samples, or an unknown `on_bad_sample`.
     """
 
     def __init__(
@@ -150,14 +148,13 @@ class ConversationDataset(Dataset):
         on_bad_sample: str = "error",
         limits: MediaLimits = DEFAULT_LIMITS,
     ) -> ConversationDataset:
-        """The samples of all files, one file after the other.
+        """Build a dataset from the samples of all files, one file after the other.
 
-        Ids that occur in several files get the file's stem in front (`cc3m-7`), so that they are unique and
-        do not depend on the order of the files; equal stems are told apart by a number.
+        Ids that occur in several files are prefixed with the file's stem (`cc3m-7`), which makes them unique and
+        independent of the order of the files; equal stems get a number.
 
         Raises:
-            InputError: what `read_samples` raises (with "skip", bad rows go to `faults` instead), a file
-                without a usable row, a weight that is negative or not finite.
+            InputError: see `read_samples` (with "skip", bad rows go to `faults` instead); a file without a usable row.
         """
         faults: list[InputError] = []
         by_source = []
@@ -176,7 +173,7 @@ class ConversationDataset(Dataset):
         return dataset
 
     def output_groups(self) -> list[int]:
-        """A number for each sample: the same for those whose assistant answers with media of the same types."""
+        """Group number of each sample; samples whose targets have the same media types share one."""
         numbers: dict[frozenset[str], int] = {}
         kinds = (frozenset(p.type for role, p in s.media() if role == "assistant") for s in self.samples)
         return [numbers.setdefault(kind, len(numbers)) for kind in kinds]
@@ -195,9 +192,9 @@ class ConversationDataset(Dataset):
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
-        decoded: dict[tuple[bool, str, Path | StoredMedium], Any] = {}  # each file once, however often it occurs
+        decoded: dict[tuple[bool, str, Path | StoredMedium], Any] = {}  # each file is decoded once
         for role, part in sample.media():
-            # Only a cache makes a difference between what is given and what is answered.
+            # Inputs and targets differ only in a cache: features of the former, latents of the latter.
             key = (self.cache is not None and role == "assistant", part.type, part.path)
             if role == "assistant":
                 loaded.captions.setdefault(part.type, []).append(part.caption)
@@ -222,19 +219,19 @@ class ConversationDataset(Dataset):
             raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
 
     def _cached_medium(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Any:
-        """What the cache has in place of a medium; None where it must be decoded."""
+        """The cache's replacement for a medium; None if it must be decoded."""
         if self.cache is None:
             return None
         try:
             return self.cache.medium(role, media_type, path)
         except OSError:
-            return None  # decoding it says what is wrong
+            return None  # decoding raises the proper error
         except StaleCache as error:
-            self.decode(sample, role, media_type, path)  # the cache has no media that cannot be read
+            self.decode(sample, role, media_type, path)  # unreadable media are not cached: raise their own error
             raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
 
     def decode(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Media:
-        """One medium of a sample; what is wrong with it is an `InputError` that names both."""
+        """Decode one medium of a sample; an `InputError` names the sample and the medium."""
         if (media_type, path) in self._kept:
             return self._kept[media_type, path]
         try:

@@ -1,4 +1,4 @@
-"""How long conversations are in tokens, placeholders and signal spans expanded."""
+"""Length of conversations in tokens, with placeholders and signal spans expanded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class Lengths:
-    """Counts tokens of samples as the collator would make them.
+    """Counts the tokens that the collator would produce for a sample.
 
-    A medium's features are counted on a blank one where the encoder gives all inputs the same number; else the medium
-    itself is decoded, for that is what their number depends on.
+    If an encoder returns the same number of features for every input, they are counted on a blank medium; otherwise
+    the medium is decoded.
 
     Args:
-        processor: its model's encoders and decoders known to it.
+        processor: with its model's encoders and decoders registered.
         num_frames, limits: see `read_video`.
     """
 
@@ -39,16 +39,15 @@ class Lengths:
         self._same: dict[str, int] = {}
 
     def of(self, sample: Sample) -> int:
-        """Tokens of a conversation, those of its chat template included; see `with_labels`."""
+        """Number of tokens of a conversation; see `with_labels`."""
         return self.with_labels(sample)[0]
 
     def with_labels(self, sample: Sample) -> tuple[int, int]:
-        """Tokens of a conversation, those of its chat template included, and how many of them carry a label.
+        """Number of tokens of a conversation, chat template included, and how many of them carry a label.
 
         Raises:
-            InputError: text that holds a reserved token; media that no encoder reads or no decoder makes, or that
-                cannot be decoded where they must be;
-                a conversation that the chat template refuses.
+            InputError: text with a reserved token; media without an encoder or decoder, or that cannot be decoded;
+                a conversation that the chat template rejects.
         """
         refuse_reserved(reserved_tokens(self.processor), sample)
         counts: dict[str, list[int]] = {}
@@ -63,20 +62,20 @@ class Lengths:
         return len(ids), sum(label != IGNORE for label in labels)
 
     def features(self, modality: str, place: Path | StoredMedium) -> int:
-        """How many features a medium gives."""
+        """Number of features of a medium."""
         key = self.processor.encoder_key(modality)
         if not self.is_fixed(key):
             return self._count(modality, read_media(modality, place, self.num_frames, self.limits))
         return self.features_of_any(modality)
 
     def features_of_any(self, modality: str) -> int:
-        """How many features a blank medium gives."""
+        """Number of features of a blank medium."""
         if modality not in self._same:
             self._same[modality] = self._count(modality, media_type(modality).blank(self.num_frames))
         return self._same[modality]
 
     def is_fixed(self, key: str) -> bool:
-        """Whether an encoder gives all inputs the same number of features."""
+        """Whether an encoder returns the same number of features for every input."""
         config = self.processor.encoder_configs.get(key)
         family = FAMILIES.get(config.model_type) if config is not None else None
         return (
@@ -92,14 +91,14 @@ class Lengths:
         return count
 
     def predict(self, samples: Sequence[Sample], measured: int = 256) -> np.ndarray:
-        """`estimate`, with what a character and a message take fitted to some rows whose tokens are counted."""
+        """Refine `estimate` by a least-squares fit of tokens per character and message on `measured` counted rows."""
         rough = self.estimate(samples)
         characters = np.array([sum(len(p.text or "") for m in s.messages for p in m.content) for s in samples])
         media = rough - characters // CHARACTERS_PER_TOKEN
         known = np.stack([characters, [len(sample.messages) for sample in samples], np.ones(len(samples))], axis=1)
         counted = {}
         for i in np.random.default_rng(0).permutation(len(samples))[:measured]:
-            with suppress(InputError):  # such a row is left out of batches, too, or stops the run
+            with suppress(InputError):  # training handles such rows itself
                 counted[i] = self.of(samples[i]) - media[i]
         rows = list(counted)
         if not rows:
@@ -108,7 +107,7 @@ class Lengths:
         return np.maximum(1, np.rint(media + known @ fitted)).astype(np.int64)
 
     def estimate(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Tokens of many samples, `(samples,)` int64, from the number of their characters: to group by, no more."""
+        """Approximate token counts, `(samples,)` int64, from numbers of characters: good enough for grouping."""
         tokens = np.zeros(len(samples), np.int64)
         for i, sample in enumerate(samples):
             characters = sum(len(p.text) for message in sample.messages for p in message.content if p.text)
@@ -122,23 +121,19 @@ class Lengths:
 
 
 def reserved_tokens(processor: Any) -> list[str]:
-    """Placeholders and signal tokens."""
+    """Placeholders and signal tokens of a processor."""
     return [*processor.tokens.values(), *(t for tokens in processor.signal_tokens.values() for t in tokens)]
 
 
 def usual_reserved_tokens() -> list[str]:
-    """Those of a model whose parts have the names of their media types."""
+    """Reserved tokens of a model whose parts are named after their media types."""
     return [f"<{kind.name}>" for kind in MEDIA.values()] + [
         f"[{kind.prefix}{i}]" for kind in MEDIA.values() for i in range(kind.signal_tokens)
     ]
 
 
 def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
-    """Text that contains a placeholder or signal token would be taken for one.
-
-    Raises:
-        InputError: there is such a text.
-    """
+    """Raise `InputError` if a text contains a placeholder or signal token, which would be taken for one."""
     for message in sample.messages:
         for text in (text for part in message.content if part.text for text in (part.text, *part.others)):
             if found := next((token for token in reserved if token in text), None):
@@ -149,7 +144,7 @@ def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
 
 
 def sample_messages(processor: Any, sample: Sample) -> list[dict[str, str]]:
-    """A sample's messages as text, media as placeholders (one each) and signal spans."""
+    """Messages of a sample as text, with a placeholder or signal span for each medium."""
     return processor.flatten_messages(
         [
             {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}

@@ -1,7 +1,7 @@
-"""The rows of data files as pydantic models, whose faults are said with their place and key.
+"""Pydantic models of the rows of data files; errors name the place and key.
 
-`SampleRow` is the project's own form, one object a line of a `.jsonl` file, which every other format is turned into;
-`SampleRow.model_json_schema()` is its JSON Schema, for editors and other programs.
+`SampleRow` is the project's own format, one object per line of a `.jsonl` file; every other format is converted to it.
+`SampleRow.model_json_schema()` returns its JSON Schema.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class DataError(InputError):
-    """A fault of a data file. `kind` is what `scripts/validate_data.py` counts it under."""
+    """Error in a data file; `kind` is the category that `scripts/validate_data.py` counts it in."""
 
     def __init__(self, message: str, kind: str = "structure"):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self):  # a worker's error is pickled on its way to the main process
+    def __reduce__(self):  # workers pickle errors to send them to the main process
         return type(self), (str(self), self.kind)
 
 
 def checked(model: type[R] | TypeAdapter, value: Any, where: str) -> R:
-    """`value` as a row of `model`, or as a value of a type.
+    """Validate `value` against a row model or a type.
 
     Raises:
-        DataError: the first fault, with `where`, the place within the row, the key, and the nearest known one.
+        DataError: the first fault: `where`, the place within the row, the key, and the closest known key.
     """
     try:
         return model.validate_python(value) if isinstance(model, TypeAdapter) else model.model_validate(value)
@@ -58,12 +58,12 @@ def checked(model: type[R] | TypeAdapter, value: Any, where: str) -> R:
 
 
 def fault(message: str, kind: str = "structure") -> PydanticCustomError:
-    """What a model's own rule raises; `message` follows the place."""
+    """Error for a model's own validators to raise; `message` follows the place."""
     return PydanticCustomError("row", "{message}", {"message": message, "kind": kind})
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: 80 characters at most."""
+    """Representation of a value for messages, at most 80 characters long."""
     try:
         text = "missing" if value is None else repr(value)
     except RecursionError:
@@ -72,14 +72,14 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: Any, known: Collection[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, and all of them."""
+    """End of a message about an unknown name: the closest known name, and all known ones."""
     close = difflib.get_close_matches(str(name)[:100], known, n=1)
     return (f": did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(sorted(known))})"
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """One of pydantic's errors, as what follows the name of the row."""
-    place = [part for part in error["loc"] if not str(part).startswith("<")]  # without the tags of unions
+    """A pydantic error as the text that follows the name of the row."""
+    place = [part for part in error["loc"] if not str(part).startswith("<")]  # drop tags of unions
     what = ""
     if place and isinstance(place[-1], str):
         what = f"{place.pop()!r} "
@@ -101,13 +101,13 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 class RowModel(BaseModel):
-    """What every row and part of one has in common: no unknown key, no value taken for another type."""
+    """Base of rows and their parts: rejects unknown keys and does not coerce types."""
 
     model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
     @classmethod
     def keys(cls) -> set[str]:
-        """The keys that a row may have."""
+        """Keys that a row may have."""
         return {field.alias or name for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
@@ -120,7 +120,7 @@ class RowModel(BaseModel):
             if key not in known:
                 raise fault(f"the key {shown(key)} is not known{nearest(key, known)}.")
         required = (field.alias or name for name, field in cls.model_fields.items() if field.is_required())
-        return dict.fromkeys(required) | dict(value)  # so that what is missing is said with what it must be
+        return dict.fromkeys(required) | dict(value)  # None for missing keys: the error then states the expected type
 
 
 def _encodable(text: str) -> str:
@@ -137,7 +137,7 @@ def _number_as_text(value: Any) -> Any:
 
 
 def at_least_one(what: str) -> BeforeValidator:
-    """Says that a list has an entry, which messages call `what`."""
+    """Validator of non-empty lists; messages call an entry `what`."""
 
     def check(value: Any) -> Any:
         if not isinstance(value, list) or not value:
@@ -148,14 +148,14 @@ def at_least_one(what: str) -> BeforeValidator:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-"""A string that tokenizers and file systems can take."""
+"""A string that can be encoded as UTF-8, as tokenizers and file systems require."""
 Id = Annotated[Text, Field(min_length=1), BeforeValidator(_number_as_text)]
-"""A string or a number; the same one may occur again. A row without has its place in the file."""
+"""A string or an integer, not necessarily unique. Defaults to the row's position in the file."""
 Texts = Annotated[
     Annotated[Text, Tag("<one>")] | Annotated[list[Text], Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<one>"),
 ]
-"""A string or a list. Of several wordings each epoch draws one, and an evaluation takes all as references."""
+"""A string or a list of wordings. Each epoch draws one of them; an evaluation uses all as references."""
 
 
 class TextRow(RowModel):
@@ -172,9 +172,9 @@ def _place(value: Any) -> Any:
 
 
 class MediaRow(RowModel):
-    """A medium: an input of the user's turn, a target of the assistant's, which needs the caption.
+    """A medium: an input in a user's turn, a target in an assistant's turn, where it needs a caption.
 
-    `path` is relative to the media root and may not leave it; readers of shards and tables put a `StoredMedium` there.
+    `path` is relative to the media root and must stay inside it; readers of shards and tables set a `StoredMedium`.
     """
 
     type: str
@@ -210,7 +210,7 @@ def _text_as_parts(value: Any) -> Any:
 
 
 class MessageRow(RowModel):
-    """One turn; `content` may be one string."""
+    """One turn; `content` may be a string."""
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_text_as_parts)]
@@ -234,7 +234,7 @@ class MessageRow(RowModel):
 
 
 class SampleRow(RowModel):
-    """A conversation, with one turn of the assistant at least."""
+    """A conversation with at least one assistant turn."""
 
     messages: Annotated[list[MessageRow], at_least_one("message")]
     id: Id = ""
@@ -255,5 +255,5 @@ class SampleRow(RowModel):
 
 
 def wordings(value: str | list[str] | None) -> tuple[str, ...]:
-    """A text or caption of a row as a tuple; one empty text where there is none."""
+    """Wordings of a text or caption as a tuple; `("",)` if there is none."""
     return tuple(value) if isinstance(value, list) and value else (value or "",)

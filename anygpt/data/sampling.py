@@ -1,4 +1,4 @@
-"""Which samples an update sees: a pure function of the seed and the update's number."""
+"""Assignment of samples to updates, a pure function of the seed and the number of the update."""
 
 import itertools
 import math
@@ -10,11 +10,11 @@ from torch.utils.data import Sampler
 from anygpt.errors import InputError
 
 MAX_ROWS = 2**20
-SORTED_BATCHES = 64  # so many are sorted by size at once: more, and an epoch's order would be that of the sizes
+SORTED_BATCHES = 64  # batches sorted by size together; a larger window makes the order less random
 
 
 class Place(int):
-    """A dataset's index, with a number by which `ConversationDataset` draws one of a sample's wordings."""
+    """A dataset index with a number that selects one of the sample's wordings in `ConversationDataset`."""
 
     draw: int
 
@@ -23,50 +23,48 @@ class Place(int):
         place.draw = draw
         return place
 
-    def __getnewargs__(self) -> tuple[int, int]:  # of pickle, on the way to a worker
+    def __getnewargs__(self) -> tuple[int, int]:  # for pickling: indices are sent to workers
         return int(self), self.draw
 
 
 class UpdateSampler(Sampler[list[int]]):
-    """A batch sampler: yields the micro-batches of one rank, lists of `batch_size` dataset indices.
+    """A batch sampler that yields the micro-batches of one rank, lists of `batch_size` dataset indices.
 
-    All epochs, each in its own order, are laid end to end; update u takes the u-th run of
-    `batch_size · gradient_accumulation_steps · world_size` positions of that endless row (so an update may
-    reach into the next epoch, and no sample is left out). Its m-th micro-batch takes the m-th slice of
-    `batch_size · world_size`, and rank r the r-th part of the slice: one process with batch size 2b and two
-    with b see the same samples in the same micro-batches.
+    Epochs, each in its own order, form one endless sequence; update u takes the u-th run of
+    `batch_size · gradient_accumulation_steps · world_size` positions (so an update may span two epochs, and no sample
+    is left out). Its m-th micro-batch is the m-th slice of `batch_size · world_size`, and rank r takes the r-th part of
+    the slice: one process with batch size 2b and two with b see the same samples in the same micro-batches.
 
-    An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and a
-    random part without repetition for the rest. With weights of 1 it visits every sample once.
+    An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and the remainder at
+    random without repetition. With weights of 1 it visits every sample once.
 
-    With `groups` or `sizes`, micro-batches (those of all ranks together) are made within an epoch instead: of one group
-    each, or of neighbouring sizes among some thousands of samples, and in an order of their own. The last one of a
-    group may then be shorter, and an epoch ends with a whole micro-batch; still it visits each sample as often as
-    before, and processes share each micro-batch.
+    With `groups` or `sizes`, micro-batches (of all ranks together) are formed within an epoch, from one group or from
+    similar sizes within a window of `SORTED_BATCHES` micro-batches, and shuffled. The last one of a group may be
+    shorter. Each sample is visited as often as before, and ranks share each micro-batch.
 
-    With `max_tokens` a micro-batch of each rank has as many rows as that allows in place of `batch_size`: rows times
-    the longest one, or the sum of all where they are `packed`. Then other numbers of ranks make other micro-batches.
+    With `max_tokens`, the micro-batch of a rank holds as many rows as fit, in place of `batch_size`: counted as rows
+    times the longest row, or as the sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
 
-    Indices are `Place`s: which of a sample's wordings an epoch takes is drawn by `(seed, epoch)`, too.
+    Indices are `Place`s: a sample's wording is drawn by `(seed, epoch)` as well.
 
-    The order depends on `(seed, epoch)` alone, so starting at update k gives what the uninterrupted run
-    gives from k on. The batches are for this rank already: do not let accelerate shard them again.
+    The order depends on `(seed, epoch)` alone, so starting at update k continues exactly as the uninterrupted run
+    would. Batches are already specific to the rank: do not let accelerate shard them again.
 
     Args:
-        lengths: samples in each of the datasets that are concatenated, or one number.
-        weights: one a dataset, at least 0; None is 1 for each.
-        batch_size: samples in a micro-batch of one rank.
-        gradient_accumulation_steps: micro-batches of one rank in an update.
-        num_updates: updates in the whole run, those before `start_update` included.
-        start_update: the first update to give, counted from 0.
-        blocks: one a dataset: its samples come in order, but for those of a block of this many; None shuffles all.
-        groups: a number for each sample; those of a micro-batch are the same.
-        sizes: a number for each sample; those of a micro-batch are close.
-        max_tokens, packed: see above; the tokens of a row are its size.
+        lengths: numbers of samples of the concatenated datasets, or a single number.
+        weights: one per dataset, at least 0; None means 1 for each.
+        batch_size: samples per micro-batch and rank.
+        gradient_accumulation_steps: micro-batches per update and rank.
+        num_updates: updates of the whole run, including those before `start_update`.
+        start_update: first update to yield, counted from 0.
+        blocks: one per dataset: keep its order and shuffle only within blocks of this many samples; None shuffles all.
+        groups: group number of each sample; a micro-batch holds one group.
+        sizes: size of each sample; a micro-batch holds similar sizes.
+        max_tokens, packed: see above; sizes are then numbers of tokens.
 
     Raises:
-        InputError: a size that is not positive, a rank or a start out of range, weights of a wrong number or
-            value, a weight so small that its dataset would never be drawn from.
+        InputError: a size that is not positive; a rank or start out of range; a wrong number or value of weights; a
+            weight so small that its dataset would never be drawn.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class UpdateSampler(Sampler[list[int]]):
                 yield [self._index_at(position) for position in range(first, first + self.batch_size)]
 
     def _grouped(self) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """The epoch's draws and the micro-batch of each rank, without end."""
+        """Yield, endlessly, the epoch's draws and one micro-batch per rank."""
         micro = self.batch_size * self.world_size
         if self.max_tokens is not None:
             micro = max(1, self.max_tokens * self.world_size // max(1, int(self.sizes.mean())))
@@ -145,7 +143,7 @@ class UpdateSampler(Sampler[list[int]]):
                 yield draws, batches[place]
 
     def _by_tokens(self, members: np.ndarray) -> list[np.ndarray]:
-        """The samples, in their order, cut into micro-batches of at most `max_tokens`."""
+        """Split the samples, in order, into micro-batches of at most `max_tokens`."""
         cuts, first, held, longest = [], 0, 0, 0
         for i, size in enumerate(self.sizes[members].tolist()):
             held, longest = held + size, max(longest, size)
@@ -162,11 +160,11 @@ class UpdateSampler(Sampler[list[int]]):
         return Place(order[offset], int(draws[order[offset]]))
 
     def _draws(self, epoch: int) -> np.ndarray:
-        """A number for each sample, int64 (samples,)."""
+        """Random numbers that select wordings, int64 (samples,)."""
         return np.random.default_rng([self.seed, epoch, 2]).integers(2**31, size=sum(self.lengths))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """The dataset indices of one epoch in their order, int64 (epoch_size,)."""
+        """Dataset indices of one epoch in order, int64 (epoch_size,)."""
         generator = np.random.default_rng([self.seed, epoch])
         parts, first = [], 0
         for length, draws in zip(self.lengths, self.draws, strict=True):
@@ -218,7 +216,7 @@ class UpdateSampler(Sampler[list[int]]):
 
 
 def _draws(lengths: list[int], weights: list[float]) -> list[int]:
-    """How many samples an epoch takes from each dataset."""
+    """Number of samples that an epoch draws from each dataset."""
     if len(weights) != len(lengths):
         raise InputError(f"There are {len(lengths)} datasets and {len(weights)} weights: give one weight a dataset.")
     draws = []

@@ -1,7 +1,6 @@
-"""What a sample is: messages of text and media, checked when they are read.
+"""Samples: conversations of text and media, validated when they are read.
 
-Every data format (`anygpt.data.formats`) is turned into the JSON form of `parse_sample`, so that each rule
-about samples is written once, here.
+Every data format (`anygpt.data.formats`) is converted to the JSON form of `parse_sample`, which applies all rules.
 """
 
 import os
@@ -31,11 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ContentPart:
-    """One piece of a message: text, or one medium.
+    """One piece of a message: text or a medium.
 
-    `type` is `text` or a media type. A text part has `text`; a media part has `path` (resolved, a place inside
-    the media root, or a `StoredMedium`) and, where it is a target, the `caption` that its decoder is aligned with.
-    `others` are other wordings of the text or the caption.
+    `type` is `text` or a media type. A text part has `text`; a media part has `path` (resolved inside the media root,
+    or a `StoredMedium`) and, if it is a target, the `caption` that its decoder is aligned with. `others` are other
+    wordings of the text or caption.
     """
 
     type: str
@@ -55,7 +54,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `source` is where it was read, for messages: `data/train.jsonl:17`."""
+    """One conversation. `source` is its origin for messages, such as `data/train.jsonl:17`."""
 
     id: str
     messages: tuple[Message, ...]
@@ -67,11 +66,11 @@ class Sample:
 
     @property
     def wordings(self) -> int:
-        """In how many wordings there is the conversation: 1, but where texts or captions are lists."""
+        """Number of wordings: 1 unless texts or captions are lists."""
         return 1 + max((len(part.others) for message in self.messages for part in message.content), default=0)
 
     def worded(self, number: int) -> "Sample":
-        """The conversation in one wording, counted from 0 and round again beyond the last."""
+        """The conversation in wording `number` modulo `wordings`."""
         number %= self.wordings
         if number == 0:
             return self
@@ -84,13 +83,12 @@ class Sample:
         return replace(self, messages=tuple(replace(m, content=tuple(map(of, m.content))) for m in self.messages))
 
     def fed_back(self, reads: Collection[str]) -> "Sample":
-        """The conversation as it is when it is held: media that the assistant made are inputs of the user's next turn.
+        """The conversation with media of the assistant added to the user's next turn, as in a live chat.
 
-        The same as `processing.chat_template.feed_back` does with an answer. What the user's turn gives anyway is not
-        given twice.
+        Matches `processing.chat_template.feed_back`. Media that the user's turn already contains are not repeated.
 
         Args:
-            reads: the media types that encoders read.
+            reads: media types that have an encoder.
         """
         messages, made = [], []
         for message in self.messages:
@@ -108,19 +106,18 @@ class Sample:
         return replace(self, messages=tuple(messages))
 
     def missing_files(self) -> list[Path]:
-        """The media files that do not exist or are something else than a file."""
-        # os.path: `Path.is_file` raises on names that are too long or in folders that may not be entered.
+        """Media paths that are not existing files."""
+        # `Path.is_file` raises on names that are too long and in folders without permission.
         return [p.path for _, p in self.media() if isinstance(p.path, Path) and not os.path.isfile(p.path)]
 
 
 class MediaRoot:
-    """Turns the file names of a data file into paths that are certain to lie inside one folder.
+    """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder.
 
     Args:
-        folder: the media root; links in it are followed, and what they lead to must be inside it too.
-        by_type: also look in the sub-folders `images`, `videos` and `audios` for a name that does not exist
-            in `folder` itself.
-        follow_links: links in the folder may lead out of it, as they do in a snapshot of the hub's cache.
+        folder: the media root; targets of links in it must be inside it too.
+        by_type: also look in the sub-folders `images`, `videos` and `audios` for names missing in `folder` itself.
+        follow_links: allow links to lead out of the folder, as in a snapshot of the Hub's cache.
 
     Raises:
         InputError: the folder does not exist.
@@ -130,19 +127,19 @@ class MediaRoot:
         self.folder = os.path.realpath(folder)
         self.by_type = by_type
         self.follow_links = follow_links
-        # Resolving links costs a system call a path component; millions of files share a few folders.
+        # Resolving links costs a system call per path component, and millions of files share a few folders.
         self._real_folders: dict[str, str] = {}
         if not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
     def resolve(self, name: Any, kind: str, where: str) -> Path:
-        """The absolute path of `name`, which need not exist yet.
+        """Absolute path of `name`, which need not exist.
 
         Raises:
-            InputError: a URL, an empty or unusable name, or a path that leaves the media root.
+            InputError: a URL, an empty or invalid name, or a path outside the media root.
         """
         name = checked_text(name, f"{where}: the path")
-        if not name or "\0" in name or len(name) > 4096:  # as long as a path can be on Linux
+        if not name or "\0" in name or len(name) > 4096:  # PATH_MAX on Linux
             raise InputError(f"{where}: {shown(name)} is not a file name: give a path relative to the media root.")
         if "://" in name or name.startswith("data:"):
             raise InputError(
@@ -178,12 +175,12 @@ class MediaRoot:
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:
-    """Checks one row of the project's own JSON form (`anygpt.data.rows.SampleRow`) and builds its `Sample`.
+    """Build a `Sample` from a row in the project's own JSON form (`anygpt.data.rows.SampleRow`).
 
-    Whether the files exist is not looked at here.
+    Does not check that the files exist.
 
     Raises:
-        InputError: naming `source`, the sample, and the message and part that break a rule.
+        InputError: names `source`, the sample, and the message and part that break a rule.
     """
     where = row_name(row, source, default_id)
     found = checked(SampleRow, row, where)
@@ -195,7 +192,7 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
 
 
 def row_name(row: Any, source: str, default_id: str) -> str:
-    """What messages call a row before it has been checked: where it stands, and its id."""
+    """Name of an unvalidated row for messages: its source and id."""
     given = row.get("id") if isinstance(row, Mapping) else None
     return f"{source} (sample {shown(given if isinstance(given, str | int) else default_id)})"
 
@@ -209,7 +206,7 @@ def _part(row: TextRow | MediaRow, where: str, media_root: MediaRoot) -> Content
 
 
 def checked_text(value: Any, what: str) -> str:
-    """`value`, if it is a string that tokenizers and file systems can take. Raises `InputError` otherwise."""
+    """`value` if it is a string that can be encoded as UTF-8; raises `InputError` otherwise."""
     return checked(_TEXT, value, what)
 
 

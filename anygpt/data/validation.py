@@ -1,6 +1,6 @@
-"""A whole data file checked row by row; what is behind `scripts/validate_data.py`.
+"""Row-by-row validation of a data file, used by `scripts/validate_data.py`.
 
-Memory stays the same however long the file is, but for 16 bytes a row, by which repetitions are found.
+Memory use is constant apart from 16 bytes per row, which detect repetitions.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from anygpt.media.types import read_media
 if TYPE_CHECKING:
     from anygpt.data.lengths import Lengths
 
-AHEAD = 32  # rows that wait for each worker
+AHEAD = 32  # queued rows per worker
 MAX_WORKERS = 1024
 
 
 @dataclass
 class Report:
-    """What was found.
+    """Result of a validation.
 
-    rows: all of them. samples: those without a fault. media: `{"user image": how many, …}`, of the samples whose rows
-    are right. faults: by kind. repeated, repeated_ids: conversations, word for word, and ids that had occurred before;
-    no faults. tokens, longest: of all samples whose length was counted, and of the longest.
+    rows: all rows. samples: rows without a fault. media: `{"user image": count, …}` in well-formed rows. faults: counts
+    by kind. repeated, repeated_ids: conversations and ids that had occurred before, which are not faults. tokens,
+    longest: total and largest number of tokens.
     """
 
     rows: int = 0
@@ -70,21 +70,21 @@ def validate(
     on_fault: Callable[[InputError], None] = lambda fault: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Report:
-    """Checks a data file: form, media files, captions, placeholders.
+    """Validate a data file: structure, media files, captions, placeholders.
 
     Args:
         path, format, media_root, columns, task, follow_links: see `anygpt.data.formats.iterate_samples`.
-        deep: also decode every medium, and refuse reserved tokens in texts; with `lengths` make each row what training
-            makes of it, with the processors of the parts.
-        limits: of the media.
-        lengths: also count tokens, placeholders and signal spans expanded.
-        max_tokens: more are a fault.
-        num_workers: processes that decode and count; 0 does it in this one.
-        on_fault: called with each fault as it is found; none is kept.
+        deep: also decode every medium and reject reserved tokens in texts; with `lengths`, also collate each row with
+            the processors of the parts, as training does.
+        limits: see `MediaLimits`.
+        lengths: count tokens, with placeholders and signal spans expanded.
+        max_tokens: rows with more tokens are faults.
+        num_workers: worker processes; 0 works in this process.
+        on_fault: called with each fault; faults are not stored.
         progress: wraps the rows, as `tqdm` does.
 
     Raises:
-        InputError: what keeps the file from being read at all, before its first row.
+        InputError: the file cannot be read up to its first row.
     """
     report = Report()
     ids, conversations = array("Q"), array("Q")
@@ -115,7 +115,7 @@ def validate(
 
 
 def _until_broken(rows: Iterator[Sample | InputError]) -> Iterator[Sample | InputError]:
-    """The rows, and in the end the fault that keeps the rest from being read."""
+    """Yield the rows, then the fault, if any, that keeps the rest from being read."""
     started = False
     try:
         for row in rows:
@@ -129,7 +129,7 @@ def _until_broken(rows: Iterator[Sample | InputError]) -> Iterator[Sample | Inpu
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """What is looked at in each sample by itself; arguments as in `validate`."""
+    """Checks each sample by itself; arguments as in `validate`."""
 
     deep: bool
     limits: MediaLimits
@@ -137,7 +137,7 @@ class SampleCheck:
     max_tokens: int | None
 
     def __call__(self, sample: Sample | InputError) -> tuple[list[InputError], int]:
-        """The faults of a sample, and its tokens (0 if they were not counted). A row with a fault has no other."""
+        """Faults of a sample and its number of tokens (0 if not counted); nothing for a row that is itself a fault."""
         if isinstance(sample, InputError):
             return [], 0
         faults = list(self.media_faults(sample))
@@ -156,10 +156,10 @@ class SampleCheck:
         return faults, tokens
 
     def usable(self, sample: Sample) -> int:
-        """Tokens of a sample, if they are counted.
+        """Number of tokens of a sample, 0 if not counted.
 
         Raises:
-            InputError: training would refuse the sample.
+            InputError: training would reject the sample.
         """
         if self.lengths is None:
             if self.deep:
@@ -190,7 +190,7 @@ Checked = tuple[Sample | InputError, tuple[list[InputError], int]]
 
 
 def _in_parallel(check: SampleCheck, rows: Iterable[Sample | InputError], num_workers: int) -> Iterator[Checked]:
-    """Each row with the check's result, in order; no more rows are read ahead than the workers soon need."""
+    """Yield each row with the result of the check, in order, reading at most `AHEAD` rows per worker ahead."""
     if not num_workers:
         yield from ((row, check(row)) for row in rows)
         return
@@ -217,13 +217,13 @@ def _result(row: Sample | InputError, future: Future) -> Checked:
         ) from error
 
 
-_CHECK: list[SampleCheck] = []  # of a worker
+_CHECK: list[SampleCheck] = []  # set in each worker
 
 
 def _begin(check: SampleCheck, parent: int) -> None:
     _CHECK[:] = [check]
 
-    def end_with_the_parent() -> None:  # which may be killed before it can end its workers
+    def end_with_the_parent() -> None:  # a killed parent cannot end its workers
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -236,4 +236,4 @@ def _check_one(row: Sample | InputError) -> tuple[list[InputError], int]:
 
 
 def _hash(value: Hashable) -> int:
-    return hash(value) % 2**64  # Python's own may be negative
+    return hash(value) % 2**64  # Python's hashes may be negative
