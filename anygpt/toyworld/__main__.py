@@ -11,11 +11,11 @@ from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
 SAMPLES, STAGE3_SAMPLES, EVAL_SAMPLES = 1600, 3200, 160
-"""Rows: conversations differ more from each other than single exchanges, and of each of 16 cells 10 rows are judged."""
+"""Rows. Stage 3 has more, since conversations are more varied; the evaluation has 10 rows for each of 16 cells."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the datasets and print where they are; returns the exit code."""
+    """Write the datasets and print their paths; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m anygpt.toyworld",
         description="Write ToyWorld's datasets: pictures, clips, sounds and words about coloured shapes. "

@@ -1,10 +1,10 @@
-"""Datasets of ToyWorld on disk: real PNG, MP4 and WAV files, and one JSON object a line that names them.
+"""ToyWorld's datasets on disk: PNG, MP4 and WAV files, and JSONL rows that reference them.
 
     <output>/<kind>.jsonl            the rows; their paths are relative to <output>
     <output>/<kind>/image/0.png      the media, by kind and row
-    <output>/<kind>/manifest.json    what it was made from
+    <output>/<kind>/manifest.json    the arguments and the source version
 
-Rows are in chat-content form. User media are inputs; assistant media are targets and carry a caption.
+Rows are chat messages. User media are inputs; assistant media are targets and have a caption.
 """
 
 from __future__ import annotations
@@ -27,67 +27,62 @@ from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
-KINDS = {  # with what each adds to the seed
+KINDS = {  # by kind, a number that is mixed into the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
     **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12, "dialogues": 13},
 }
 COMPONENT_KINDS = tuple(KINDS)[5:]
-"""Those that the parts themselves are trained on, in stage 0."""
+"""Kinds that stage 0 trains the parts on."""
 _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "audio"}
 _TOLD = ("words", "dialogues")
-"""Those in which words stand for media."""
+"""Kinds in which words stand for media."""
 FPS = 8
-"""Of the clips: 8 frames, one second."""
+"""Of the clips, which have 8 frames."""
 _CLIP_SCALE = 2
-"""Clips are written larger than rendered: H.264 halves the resolution of colours, and thin shapes would lose theirs."""
+"""Clips are enlarged for writing: H.264 halves the resolution of colours, in which thin shapes would lose theirs."""
 SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Row = dict[str, Any]
 Part = dict[str, str]
 Exchange = tuple[list[Part], list[Part]]
-"""What the user says and what the assistant answers."""
+"""The user's and the assistant's content."""
 EXCHANGES = {"stage3": (1, 2, 3, 4, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
-"""Numbers of exchanges of a conversation, equally likely; those of other kinds have one."""
+"""Numbers of exchanges in a conversation, equally likely; other kinds have one."""
 
 
 def write_dataset(
     output: Path, kind: str, num_samples: int, seed: int, things: Sequence[Thing] = SEEN, progress: bool = False
 ) -> Path:
-    """Write one dataset, or leave it alone where the same one is there already.
+    """Write a dataset, unless the same one exists; returns the path of its JSONL file.
 
     - `stage1`: a medium in, a caption out; image, video and audio in turn.
-    - `stage2`: a request in words, answered by a short text and one medium; the three in turn.
+    - `stage2`: a text request, answered by a short text and one medium; the three in turn.
     - `stage3`: conversations of one to four exchanges. The first is in turn text only, media -> text, text -> media,
-      media -> media; a third of those that answer with media answer with several. Later ones are small talk, ask about
-      a thing spoken of before ("it", "the first one"), or begin anew with another.
+      media -> media; a third of the answers with media have several. Later ones are small talk, refer to an earlier
+      thing ("it", "the first one"), or introduce another.
     - `eval`: the 16 cells of the any-to-any matrix in turn, one medium (or text) each way. Ids are
       "eval-<row>-<input>-<output>", and the answers are reference answers.
-    - `joint`: every other row has a picture and a clip, or a picture and a sound, of one thing in; the others are
-      those of `stage3`.
-    - `words`: text only: what `stage3` has of it, and media that are described in words, asked about and turned into
-      others.
+    - `joint`: every other row shows a picture and a clip, or a picture and a sound, of one thing; the others are
+      as in `stage3`.
+    - `words`: text only: the text exchanges of `stage3`, and media described in words, asked about and converted.
     - `dialogues`: conversations of up to eight exchanges like those of `words`.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
-    - `pictures`, `clips`, `sounds`: a request in words, answered by that medium; half of the captions are paraphrases.
+    - `pictures`, `clips`, `sounds`: a text request, answered by that medium; half of the captions are paraphrases.
     - `stills`: as `pictures`, but half of them are frames of clips, in which things are smaller.
 
-    Row i depends on (kind, seed, things, i) only. The media folder is written beside its place and renamed, and
-    the JSONL file comes last: where it exists, all its files do.
+    Row i depends on (kind, seed, things, i) only. The JSONL file appears last, when all media files exist.
 
     Args:
         output: folder for this and other kinds.
         kind: one of `KINDS`.
         num_samples: rows, at least 1.
         seed: at least 0.
-        things: what the rows are about.
+        things: subjects of the rows.
         progress: show a progress bar.
 
-    Returns:
-        The path of the JSONL file.
-
     Raises:
-        InputError: for an unknown kind, or nothing to write.
+        InputError: an unknown kind, or nothing to write.
     """
     if kind not in KINDS:
         raise InputError(f"Unknown kind of dataset {kind!r}: expected one of {', '.join(KINDS)}.")
@@ -115,13 +110,13 @@ def write_dataset(
         for modality in MODALITIES:
             (temporary / modality).mkdir()
         writer = _RowWriter(temporary, kind, things)
-        # A path is relative to `output`, so the rows can be moved out of the folder that they are written in.
+        # Paths are relative to `output`, so the rows file can be moved there.
         with (temporary / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index in tqdm(range(num_samples), desc=kind, unit="row", disable=not progress):
                 rng = np.random.default_rng([seed, KINDS[kind], index])
                 file.write(json.dumps(writer.row(index, rng)) + "\n")
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        # Not one step, but at every moment either the rows are missing or all is there.
+        # At every moment either the rows are missing or everything exists.
         rows_path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -132,7 +127,7 @@ def write_dataset(
 
 
 def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> None:
-    """Render a picture, a clip or a sound to a file of the modality's `SUFFIX`; `motion` matters for a clip only."""
+    """Render a picture, clip or sound to a file with the modality's `SUFFIX`; only clips use `motion`."""
     if modality == "image":
         write_image(path, render_image(thing, rng))
     elif modality == "video":
@@ -143,7 +138,7 @@ def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rn
 
 
 def _source_hash() -> str:
-    """Of the code that decides what a dataset contains, so that changed code writes its data anew."""
+    """Hash of the code that determines a dataset's content, so that changed code rewrites the data."""
     digest = hashlib.sha256()
     for name in ("world.py", "render.py", "language.py", "datasets.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
@@ -151,7 +146,7 @@ def _source_hash() -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a dataset's folder; None where there is none that can be read."""
+    """The manifest of a dataset's folder; None if it is missing or unreadable."""
     try:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -159,7 +154,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class _RowWriter:
-    """Makes rows of one kind and writes their media to `folder`/<modality>/."""
+    """Makes the rows of one kind and writes their media to `folder`/<modality>/."""
 
     def __init__(self, folder: Path, kind: str, things: Sequence[Thing]) -> None:
         self.folder = folder
@@ -167,7 +162,7 @@ class _RowWriter:
         self.things = things
 
     def row(self, index: int, rng: np.random.Generator) -> Row:
-        """Row number `index`; `rng` decides all that is not decided by the index."""
+        """Row number `index`; `rng` determines everything that the index does not."""
         thing = self.things[int(rng.integers(len(self.things)))]
         name = f"{self.kind}-{index}"
         modality = MODALITIES[index % 3]
@@ -209,7 +204,7 @@ class _RowWriter:
         return _row(name, first, *self._later(name, [thing] if told else [], rng))
 
     def _exchange(self, name: str, thing: Thing, way: int, rng: np.random.Generator) -> tuple[Exchange, bool]:
-        """One exchange by the number of its kind, and whether it is about the thing."""
+        """An exchange of the type `way` (0 to 3), and whether it is about the thing."""
         modality = language.pick(rng, MODALITIES)
         if way == 0:  # text only: mostly questions
             about, said = self._talk(thing, rng)
@@ -221,7 +216,7 @@ class _RowWriter:
         return self._to_media(name, thing, None if way == 2 else modality, targets, rng), True
 
     def _later(self, name: str, told: list[Thing], rng: np.random.Generator) -> list[Exchange]:
-        """The exchanges after the first; `told` are the things spoken of so far."""
+        """The exchanges after the first; `told` are the things mentioned so far."""
         exchanges = []
         for turn in range(1, language.pick(rng, EXCHANGES.get(self.kind, (1,)))):
             way = language.pick(rng, ("anew", "anew", "it", "it", "first", "talk"))
@@ -243,11 +238,11 @@ class _RowWriter:
                     exchanges.append(_said(language.later_question(it, thing, rng)))
                 else:
                     exchanges.append(self._to_media(place, thing, None, [language.pick(rng, MODALITIES)], rng, it))
-                told.append(thing)  # "it" from now on
+                told.append(thing)  # later turns call it "it"
         return exchanges
 
     def _talk(self, thing: Thing, rng: np.random.Generator) -> tuple[bool, tuple[str, str]]:
-        """Whether it is about the thing, and what is asked and answered."""
+        """Whether the exchange is about the thing, and its question and answer."""
         talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
         said = {
             "question": lambda: language.text_qa(thing, rng),
@@ -257,7 +252,7 @@ class _RowWriter:
         return talk == "question", said[talk]()
 
     def _in_words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[Exchange, bool]:
-        """What a language model that never met media knows: talk, and media told in words in place of the media."""
+        """A text-only exchange: talk, or one about a medium described in words; and whether it is about the thing."""
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
         way = language.pick(rng, ("talk", "describe", "request", "convert"))
         if way == "describe":
@@ -281,7 +276,7 @@ class _RowWriter:
         return [medium, question], [_text(language.caption(thing, rng, motion, modality))]
 
     def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Exchange:
-        """A picture and another medium of the same thing."""
+        """A question about a picture and another medium of the same thing."""
         user, assistant = self._media_to_text(name, thing, modality, rng)
         return [self._write(f"{name}-in", thing, "image", None, rng), *user], assistant
 
@@ -294,10 +289,10 @@ class _RowWriter:
         rng: np.random.Generator,
         it: str | None = None,
     ) -> Exchange:
-        """A request for the `targets`, in words (`source` None), about a medium, or about a thing of an earlier turn
-        that is called `it`; one text before each medium.
+        """A request for the `targets`: in words (`source` None), about a given medium, or about an earlier thing that
+        is called `it`. The answer has a text before each medium.
         """
-        # Given a clip, another clip that is asked for may move differently: the request says how.
+        # A requested clip may move differently from a given one; the request names its motion.
         motion = language.pick(rng, MOTIONS)
         asked, given = [], []
         for target in targets:
@@ -319,7 +314,6 @@ class _RowWriter:
         return user, given
 
     def _write(self, name: str, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> Part:
-        """Render a medium to a file; `motion` matters for a video only."""
         path = f"{modality}/{name}.{SUFFIX[modality]}"
         if self.kind == "stills" and rng.integers(2):
             frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
@@ -336,7 +330,6 @@ def _row(name: str, *exchanges: Exchange) -> Row:
 
 
 def _said(said: tuple[str, str]) -> Exchange:
-    """An exchange in words alone."""
     return [_text(said[0])], [_text(said[1])]
 
 

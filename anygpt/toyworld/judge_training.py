@@ -1,7 +1,7 @@
 """Training of the judges on real renders: `python -m anygpt.toyworld.judge_training`.
 
-Renders are worn a little (blur, noise, chroma subsampling, MP4; for sounds noise, tilted bands, shifts, shuffled
-phases), so that the judges are fair to media which are right but not perfect. Nothing that a model made is used.
+Renders are slightly degraded (blur, noise, chroma subsampling, MP4; for sounds noise, tilted spectra, shifts, shuffled
+phases), so that the judges accept media that are right but imperfect. No generated media are used.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, THINGS, Thing
 
 STEPS = {"image": 1500, "motion": 300, "audio": 400}
 POOL = {"image": 150, "video": 40, "audio": 120}
-"""Renders of each thing to train on, by modality; they are worn anew each time they are seen."""
+"""Training renders per thing, by modality; they are degraded differently each time they are used."""
 FRESH = 100
-"""Renders of each thing to measure on, of another seed."""
+"""Test renders per thing, from another seed."""
 _BATCH = 96
 _LEARNING_RATE = 3e-3
 
@@ -58,17 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
 def train_judges(
     folder: Path, seed: int = 0, steps: float = 1.0, fresh: int = FRESH, pool: float = 1.0
 ) -> dict[str, float]:
-    """Train all three networks, write them and a card to `folder`.
+    """Train all three networks, write them and a card to `folder`, and return their accuracies (see `measure`).
 
     Args:
-        folder: made where it is missing.
-        seed: of renders, weights and wear; the fresh renders have the next one.
+        folder: created if missing.
+        seed: of renders, weights and degradation; the test renders use `seed + 1`.
         steps: factor on `STEPS`.
-        fresh: renders of each thing to measure on.
+        fresh: test renders per thing.
         pool: factor on `POOL`.
-
-    Returns:
-        Accuracies on fresh renders, see `measure`.
     """
     began = time.perf_counter()
     networks = {}
@@ -81,7 +78,7 @@ def train_judges(
     for name, network in networks.items():
         half = {key: tensor.half().contiguous() for key, tensor in network.state_dict().items()}
         _replace(folder / f"{name}.safetensors", lambda path, half=half: save_file(half, path))
-    # What is measured is what is shipped: the weights as they are read back, in half precision.
+    # Measure the weights as shipped, in half precision.
     load_judges.cache_clear()
     accuracy = measure(load_judges(folder), seed + 1, fresh)
     card = {
@@ -102,9 +99,9 @@ def train_judges(
 
 
 def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
-    """Shares of fresh renders of which everything is judged right: `{judge: accuracy}`.
+    """Accuracy on fresh renders (all properties right): `{judge: accuracy}`.
 
-    `…_worn` are renders under the wear of training; `video_mp4` and `motion_mp4` are clips read back from MP4.
+    `…_worn` are renders degraded as in training; `video_mp4` and `motion_mp4` are clips read back from MP4.
     """
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +111,7 @@ def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
     images = [np.asarray(render_image(thing, rng)) for thing in things]
     worn = _wear_pixels(_to_pixels(torch.from_numpy(np.stack(images))), generator).permute(0, 2, 3, 1)
     videos = [render_video(thing, motion, rng) for thing, motion in zip(things, motions, strict=True)]
-    some = slice(None, None, max(1, per_thing // 10) | 1)  # odd, so that every motion is among them
+    some = slice(None, None, max(1, per_thing // 10) | 1)  # an odd step covers every motion
     coded = [_through_mp4(video) for video in videos[some]]
     sounds = torch.from_numpy(np.stack([render_audio(thing, rng) for thing in things]))
     faint = [_wear_waveforms(sound[None], generator)[0].numpy() for sound in sounds]
@@ -131,7 +128,7 @@ def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
 
 
 def _pools(seed: int, factor: float) -> dict[str, tuple[Tensor, list[Tensor]]]:
-    """Renders to train on and their labels, by network; half of the clips went through MP4."""
+    """Training renders and their labels, by network; half of the clips are encoded as MP4 and read back."""
     rng = np.random.default_rng([seed, 0])
     sizes = {modality: math.ceil(count * factor) for modality, count in POOL.items()}
     images, image_things = [], []
@@ -158,13 +155,12 @@ def _pools(seed: int, factor: float) -> dict[str, tuple[Tensor, list[Tensor]]]:
 
 
 def _labels(things: list[Thing]) -> list[Tensor]:
-    """Indices of shapes and of colours."""
     shapes = torch.tensor([SHAPES.index(thing.shape) for thing in things])
     return [shapes, torch.tensor([COLOURS.index(thing.colour) for thing in things])]
 
 
 def _through_mp4(clip: np.ndarray) -> np.ndarray:
-    """A clip as it comes back from a file."""
+    """Write a clip as MP4 and read it back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_video(path, clip, FPS)
@@ -179,7 +175,7 @@ def _train(
     steps: int,
     seed: int,
 ) -> nn.Module:
-    """Cross-entropy of all of the network's answers, AdamW, one cycle of the learning rate."""
+    """Train with the cross-entropy of all of the network's outputs, AdamW and a one-cycle learning rate."""
     media, labels = pool
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
@@ -199,7 +195,7 @@ def _train(
     return network.eval()
 
 
-# ---- wear
+# ---- degradation
 
 
 def _to_pixels(images: Tensor) -> Tensor:
@@ -208,10 +204,7 @@ def _to_pixels(images: Tensor) -> Tensor:
 
 
 def _wear_pixels(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures `(…, 3, H, W)` a little darker, tinted, blurred, blotched, noisy and with coarser colours.
-
-    A fifth of them stay as they are.
-    """
+    """Darken, tint, blur, blotch and add noise to pictures `(…, 3, H, W)`, and coarsen colours; a fifth is kept."""
     flat = pixels.flatten(0, -4)
     batch, _, height, width = flat.shape
 
@@ -223,7 +216,7 @@ def _wear_pixels(pixels: Tensor, generator: torch.Generator) -> Tensor:
     worn = torch.lerp(worn, blurred, some(-0.5, 0.8).clamp(min=0))
     coarse = F.interpolate(F.avg_pool2d(worn, 2), scale_factor=2)
     grey, grey_coarse = worn.mean(1, keepdim=True), coarse.mean(1, keepdim=True)
-    worn = torch.where(some(0, 1) < 0.3, grey + coarse - grey_coarse, worn)  # colours at half the resolution, as in MP4
+    worn = torch.where(some(0, 1) < 0.3, grey + coarse - grey_coarse, worn)  # chroma at half resolution, as in MP4
     blotches = F.interpolate(torch.randn(batch, 3, 8, 8, generator=generator), (height, width), mode="bilinear")
     worn = worn + blotches * some(-0.03, 0.05).clamp(min=0)
     worn = worn + torch.randn(worn.shape, generator=generator) * some(-0.03, 0.06).clamp(min=0)
@@ -231,9 +224,9 @@ def _wear_pixels(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _wear_waveforms(waveforms: Tensor, generator: torch.Generator) -> Tensor:
-    """Sounds `(B, N)` a little later or earlier, with tilted bands, shuffled phases and noise.
+    """Shift sounds `(B, N)` in time, tilt their spectra, shuffle phases and add noise; a fifth is kept.
 
-    A fifth of them stay as they are. The spectrum's phases are shuffled because a vocoder makes up its own.
+    Phases are shuffled because a vocoder invents its own.
     """
     batch, length = waveforms.shape
 
@@ -260,7 +253,7 @@ def _wear_waveforms(waveforms: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(some(0, 1) < 0.2, waveforms, worn)
 
 
-# ---- small things
+# ---- helpers
 
 
 def _share(given: list, right: list) -> float:
@@ -268,11 +261,11 @@ def _share(given: list, right: list) -> float:
 
 
 def _replace(path: Path, write: Callable[[str], object]) -> None:
-    """Write beside the place and rename, so that nothing half-written is ever there."""
+    """Write a file under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         write(str(temporary))
-        temporary.chmod(0o644)  # safetensors writes for the owner's eyes only
+        temporary.chmod(0o644)  # safetensors makes files readable by their owner only
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Judges: which thing a picture, a clip or a sound shows, which way a clip moves, and what a sentence names.
+"""Judges: classifiers of the thing in a picture, clip, sound or sentence, and of a clip's motion.
 
-Small classifiers, trained on real renders only (`judge_training`), never on anything that a model made, so that they
-cannot learn to like a model's faults. `load_judges()` gives the ones that are shipped; `python -m
-anygpt.toyworld.judge_training` trains them anew and writes weights and card. Sentences are judged by their words.
+The networks are trained on real renders only, never on generated media, so that they cannot learn to accept a model's
+faults. `load_judges()` loads the shipped ones; `python -m anygpt.toyworld.judge_training` trains new ones. Sentences
+are judged by their words.
 
 Shapes: `B` media, `F` frames, `N` samples of a waveform.
 """
@@ -30,15 +30,15 @@ from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 
 WEIGHTS = Path(__file__).parent / "weights" / "judges"
 SIZE = 32
-"""Width and height of the pictures that the judges look at; others are scaled."""
+"""Width and height of the networks' input; pictures of other sizes are scaled."""
 FRAMES = 8
-"""Of a clip, as the judge of motion sees it; others are taken at even distances."""
+"""Frames that the motion network takes, evenly spaced in a clip."""
 _SAMPLES = round(SAMPLING_RATE * AUDIO_SECONDS)
 _FFT, _HOP, _MELS = 1024, 160, 80
 _BATCH = 128
 _RANGE = 5.0
-"""Natural logarithm: what is more than 43 dB below the loudest place of a sound counts as silence, so that a vocoder's
-noise floor and a renderer's exact zeros are the same to the judge."""
+"""Dynamic range as a natural logarithm (43 dB): anything quieter counts as silence, so that a vocoder's noise floor and
+a renderer's exact zeros look the same."""
 
 Verdict = tuple[str, str]
 """(shape, colour)"""
@@ -87,7 +87,7 @@ class SoundNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # Pitch is the colour, so places along the frequencies are kept; places in time are not.
+        # Pitch encodes the colour, so positions in frequency are kept; positions in time are pooled.
         self.trunk = nn.Sequential(_conv(1, 16, 2), _conv(16, 32, 2), _conv(32, 32, (1, 2)))
         self.heads = _Heads(2 * 32 * _MELS // 8)
         filters = mel_filter_bank(_FFT // 2 + 1, _MELS, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, "slaney", "slaney")
@@ -97,7 +97,7 @@ class SoundNet(nn.Module):
         return self.classify(self.spectrogram(waveforms))
 
     def spectrogram(self, waveforms: Tensor) -> Tensor:
-        """`(B, N)` -> `(B, 65, 80)` log-mel magnitudes over the loudest one of the sound, from -5 to 0."""
+        """`(B, N)` -> `(B, 65, 80)` log-mel magnitudes relative to the sound's loudest one, from -5 to 0."""
         waveforms = waveforms - waveforms.mean(dim=1, keepdim=True)
         window = torch.hann_window(_FFT, device=waveforms.device)
         bins = torch.stft(waveforms, _FFT, _HOP, window=window, return_complex=True).abs()  # (B, 513, 65)
@@ -115,9 +115,9 @@ NETWORKS: dict[str, type[nn.Module]] = {"image": PictureNet, "motion": MotionNet
 
 @dataclass(frozen=True)
 class Words:
-    """The shapes and colours that a sentence names, which way it says that something moves, and "yes" or "no".
+    """The shapes and colours that a sentence names, its direction of motion, and its "yes" or "no".
 
-    The last two are None where nothing, or more than one, is said.
+    The last two are None unless exactly one occurs.
     """
 
     shapes: frozenset[str]
@@ -132,25 +132,21 @@ class Words:
 
 
 class Judges:
-    """The four judges: three networks and the reading of words.
-
-    Args:
-        networks: by name, one of each in `NETWORKS`.
-    """
+    """The four judges: three networks (by name, as in `NETWORKS`) and the reading of words."""
 
     def __init__(self, networks: dict[str, nn.Module]):
         self.networks = {name: network.eval() for name, network in networks.items()}
 
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> list[Verdict]:
-        """PIL images, or uint8 `(B, H, W, 3)` -> (shape, colour) of each."""
+        """Judge PIL images or uint8 `(B, H, W, 3)`: (shape, colour) of each."""
         if len(images) == 0:
             return []
         return _verdicts(*self._run("image", [_pixels(image) for image in images]))
 
     @torch.inference_mode()
     def video(self, videos: Sequence[np.ndarray]) -> list[Verdict]:
-        """Clips, uint8 `(F, H, W, 3)` each -> (shape, colour), for which the frames' probabilities are averaged."""
+        """Judge clips, uint8 `(F, H, W, 3)` each: (shape, colour) from probabilities averaged over frames."""
         verdicts = []
         for video in videos:
             shapes, colours = self.networks["image"](torch.stack([_pixels(frame) for frame in video]))
@@ -159,7 +155,7 @@ class Judges:
 
     @torch.inference_mode()
     def motion(self, videos: Sequence[np.ndarray]) -> list[str]:
-        """Clips, uint8 `(F, H, W, 3)` each -> one of `MOTIONS` for each."""
+        """Judge the motion of clips, uint8 `(F, H, W, 3)` each: one of `MOTIONS` each."""
         if len(videos) == 0:
             return []
         clips = []
@@ -170,9 +166,9 @@ class Judges:
 
     @torch.inference_mode()
     def audio(self, sounds: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[Verdict]:
-        """Waveforms, float `(N,)` or `(C, N)` at `sampling_rate` Hz -> (shape, colour) of each.
+        """Judge waveforms, float `(N,)` or `(C, N)` at `sampling_rate` Hz: (shape, colour) of each.
 
-        The first 0.64 s are heard; shorter ones are followed by silence.
+        Only the first 0.64 s count; shorter waveforms are padded with silence.
         """
         if len(sounds) == 0:
             return []
@@ -183,28 +179,28 @@ class Judges:
         return _verdicts(*self._run("audio", heard))
 
     def text(self, captions: Sequence[str]) -> list[tuple[str | None, str | None]]:
-        """Captions -> (shape, colour) of each; None where not exactly one is named."""
+        """Judge captions: (shape, colour) of each, None unless exactly one is named."""
         return [read_words(caption).thing for caption in captions]
 
     def _run(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """A network's logits, `(B, …)` each; a few inputs at a time, as spectra take memory."""
+        """A network's logits, `(B, …)` each, computed in batches, since spectra take memory."""
         batches = [torch.stack(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
         outputs = [self.networks[name](batch) for batch in batches]
         return [torch.cat(parts) for parts in zip(*(o if isinstance(o, tuple) else (o,) for o in outputs), strict=True)]
 
 
 def read_words(text: str) -> Words:
-    """The words of a sentence that matter in ToyWorld, whatever their case and punctuation."""
+    """The words of a sentence that matter in ToyWorld, ignoring case and punctuation."""
     words = set(re.findall(r"[a-z]+", text.lower()))
     motion, verdict = (_only(words & set(known)) for known in (MOTIONS, ("yes", "no")))
     return Words(frozenset(words & set(SHAPES)), frozenset(words & set(COLOURS)), motion, verdict)
 
 
 def answers_question(answer: str, reference: str, thing: Thing) -> bool:
-    """Whether an answer to a question about a thing in words is right.
+    """Whether an answer to a question in words is right.
 
-    It must name what the reference answer names and say "yes" or "no" as that does; beyond, it may only name the
-    thing's own shape and colour.
+    It must have the shapes, colours and "yes" or "no" of the reference; beyond these it may only name the thing's own
+    shape and colour.
     """
     given, right = read_words(answer), read_words(reference)
     return (
@@ -216,17 +212,17 @@ def answers_question(answer: str, reference: str, thing: Thing) -> bool:
 
 @cache
 def load_judges(folder: Path = WEIGHTS) -> Judges:
-    """The judges, from safetensors; on the CPU, in float32.
+    """Load the judges on the CPU, in float32.
 
     Raises:
-        InputError: no weights there.
+        InputError: the weights do not exist.
     """
     networks = {}
     for name, network in NETWORKS.items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with `python -m anygpt.toyworld.judge_training`.")
-        with torch.random.fork_rng(devices=[]):  # the weights that it starts from are drawn, and thrown away
+        with torch.random.fork_rng(devices=[]):  # the initial weights are random, and replaced
             networks[name] = network()
         networks[name].load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
     return Judges(networks)

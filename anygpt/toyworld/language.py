@@ -1,7 +1,7 @@
-"""What is said in ToyWorld: captions, questions, requests, small talk, refusals, and questions about words.
+"""The sentences of ToyWorld: captions, questions, requests, small talk and refusals.
 
-Every function draws from a `numpy.random.Generator`. Sentences that name a thing take the thing as an
-argument, so a split by things is a split of the sentences too. `sentences()` is the corpus for the tokenizers.
+Every function draws from a `numpy.random.Generator`. Sentences that name a thing take it as an argument, so a
+split by things also splits the sentences. `sentences()` is the tokenizers' corpus.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ _LATER_REQUESTS = {
     "audio": ("Let me hear {it}.", "Play the sound of {it}.", "What does {it} sound like?"),
 }
 LATEST, FIRST = "it", "the first one"
-"""What a later turn calls a thing that was spoken of before: the latest, or the first of the conversation."""
-# Descriptions that do not use the shape's own name, for questions that need more than copying.
+"""How a later turn refers to an earlier thing: the latest, or the first of the conversation."""
+# Descriptions without the shape's name, for questions that need more than copying.
 _IN_OTHER_WORDS = {
     "circle": ("is round and filled", "is a full disc"),
     "square": ("has four equal sides and lies flat", "is a box with four corners"),
@@ -100,18 +100,18 @@ def article(noun: str) -> str:
 
 
 def plain_caption(thing: Thing, motion: str | None = None) -> str:
-    """The one plain caption of a medium, as decoders are given it: "a red circle [moving left]"."""
+    """The plain caption of a medium, as used by decoders: "a red circle [moving left]"."""
     return f"{article(str(thing))}{f' moving {motion}' if motion else ''}"
 
 
 def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
-    """A sentence, or a bare phrase, that names the thing (and its motion).
+    """A sentence or phrase that names the thing (and its motion).
 
     Args:
-        thing: what is shown or heard.
+        thing: shown or heard.
         rng: picks the paraphrase.
-        motion: one of `MOTIONS`, or None where nothing moves.
-        modality: with one of `MODALITIES` the sentence may speak of "the picture", "the sound" and so on.
+        motion: one of `MOTIONS`, or None if nothing moves.
+        modality: one of `MODALITIES`; if given, the sentence may mention "the picture", "the sound" and so on.
     """
     what = plain_caption(thing)
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
@@ -123,20 +123,20 @@ def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, m
 
 
 def describe_question(modality: str, rng: np.random.Generator) -> str:
-    """A question about a medium that is given, whose answer is a caption."""
+    """A question about a given medium, whose answer is a caption."""
     return pick(rng, _of(_QUESTIONS, modality))
 
 
 def described_question(
     modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None
 ) -> tuple[str, str]:
-    """A question about a medium that words stand for, and its answer, a caption."""
+    """A question about a medium described in words, and its answer, a caption."""
     given = caption(thing, rng, motion, modality)
     return f"{given} {describe_question(modality, rng)}", caption(thing, rng, motion, modality)
 
 
 def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request, in words, for a medium that shows or sounds like the thing (moving, where `motion` says so)."""
+    """A request, in words, for a medium of the thing, moving as `motion` says."""
     noun = pick(rng, _of(_NOUNS, modality))
     ways = {"image": ("Draw {what}.",), "video": ("Film {what}.",), "audio": ("Let me hear {what}.", "Play {what}.")}
     forms = (f"Make {article(noun)} of {{what}}.", f"I want {article(noun)} of {{what}}.", *ways[modality])
@@ -144,10 +144,10 @@ def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion:
 
 
 def convert_request(modality: str, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request for a medium of the kind `modality` about something that was given as another medium.
+    """A request to convert a given medium to `modality`.
 
     Raises:
-        InputError: for a video without a motion; which way it moves would be anybody's guess.
+        InputError: a video without a motion.
     """
     if modality == "video" and motion not in MOTIONS:
         raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
@@ -155,11 +155,11 @@ def convert_request(modality: str, rng: np.random.Generator, motion: str | None 
 
 
 def media_reply(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
-    """The text before a medium in an answer, which says what comes: "Here is the picture: a red circle".
+    """The text before a medium in an answer, which describes it: "Here is the picture: a red circle".
 
-    What the answer shows stands right before its signal tokens, whatever the request was in: the language model says
-    what it saw or heard, and one map from words serves every input. There is no space at the end: a tokenizer makes a
-    token of its own of one before a signal token, which no language model expects there.
+    The description comes right before the signal tokens, for every kind of request: the language model names what it
+    saw or heard, so that one map from words serves all inputs. There is no trailing space, which a tokenizer would make
+    a separate token that no language model expects there.
     """
     return f"{pick(rng, _of(_HERE, modality))} {plain_caption(thing, motion)}"
 
@@ -178,35 +178,35 @@ def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
     if kind == "riddle":
         question = pick(rng, ("What is it?", "Which thing is that?"))
         return riddle + question, f"It is {plain_caption(thing)}."
-    asked = pick(rng, (thing.shape, pick(rng, SHAPES)))  # half of the answers or a little more are "yes"
+    asked = pick(rng, (thing.shape, pick(rng, SHAPES)))  # slightly more than half of the answers are "yes"
     answer = f"Yes, it is {article(asked)}." if asked == thing.shape else f"No, it is {article(thing.shape)}."
     return f"{given}Is it {article(asked)}?", answer
 
 
 def later_question(it: str, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a thing of an earlier turn, called `it` (`LATEST` or `FIRST`), and its answer."""
+    """A question about an earlier thing, called `it` (`LATEST` or `FIRST`), and its answer."""
     kind = pick(rng, tuple(_LATER_QUESTIONS))
     answer = {"colour": thing.colour, "shape": article(thing.shape), "thing": plain_caption(thing)}[kind]
     return pick(rng, _LATER_QUESTIONS[kind]).format(it=it), f"{it[0].upper()}{it[1:]} is {answer}."
 
 
 def later_request(modality: str, it: str, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request for a medium of a thing of an earlier turn, called `it` (`LATEST` or `FIRST`)."""
+    """A request for a medium of an earlier thing, called `it` (`LATEST` or `FIRST`)."""
     return pick(rng, _of(_LATER_REQUESTS, modality)).format(it=it, motion=motion)
 
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
-    """Something said to the model that needs no media, and its answer."""
+    """A line of small talk and its answer."""
     return pick(rng, _SMALL_TALK)
 
 
 def refusal(rng: np.random.Generator) -> tuple[str, str]:
-    """A request for something that does not exist, and the answer that says so."""
+    """A request for something that does not exist, and a refusal."""
     return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, REFUSALS)
 
 
 def sentences(rng: np.random.Generator, rounds: int = 4) -> Iterator[str]:
-    """A corpus of everything above about all things, for training tokenizers."""
+    """Yield a corpus of all kinds of sentences about all things, for training tokenizers."""
     for thing in [thing for _ in range(rounds) for thing in THINGS]:
         motion = pick(rng, MOTIONS)
         for modality in MODALITIES:
@@ -227,7 +227,6 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _of(table: dict[str, tuple[str, ...]], modality: str) -> tuple[str, ...]:
-    """The table's entry for a modality."""
     if modality not in table:
         raise InputError(f"Unknown modality {modality!r}: expected one of {', '.join(table)}.")
     return table[modality]

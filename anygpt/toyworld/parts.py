@@ -1,7 +1,6 @@
-"""The recipes of the zoo's parts: one function a part, which makes it with random weights and saves it.
+"""Construction of the zoo's parts: one function per part, which initialises it with random weights and saves it.
 
-The weights come from torch's global generator. Sizes differ between the parts on purpose, so that code which
-mixes them up fails.
+The weights come from torch's global generator. The parts differ in size so that code that confuses them fails.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ from anygpt.toyworld.tokenizers import clip_tokenizer, llm_tokenizer, roberta_to
 from anygpt.toyworld.world import THINGS
 
 _MEL_BINS = 64
-"""Of AudioLDM: its VAE sees (frames, 64) log-mel pictures, its vocoder takes 64 bins."""
+"""Mel bins of AudioLDM's VAE, whose input is (frames, 64) log-mel, and of its vocoder."""
 _IMAGE_SIZE = 32
-"""Pixels, of pictures and clips alike."""
+"""Width and height of pictures and clips."""
 _VAE_FACTOR = 8
 _LATENT_CHANNELS = 8
 _TEXT_TOKENS = 16
 """Longest caption of the image and video decoders; "a purple triangle moving right" needs 7."""
 _EMBEDDING_GAIN = 50.0
-"""Of CLIP's text encoders, see `_clip_text`: how much larger than usual the words' embeddings are."""
+"""Factor on the token embeddings of CLIP's text encoders, see `_clip_text`."""
 _CLAP_DIM = 32
-"""CLAP's projection, the whole condition of AudioLDM. The pipeline pads its empty negative prompt to this many
+"""Width of CLAP's projection, AudioLDM's only condition. The pipeline pads its empty negative prompt to this many
 tokens (not to the tokenizer's length), so CLAP needs at least that many positions."""
 
 _ATTENTION_GAIN = 3.0
 _LEAST_VARIANCE = 0.03
-"""Of CLAP's stand-in, see `_whiten`: how much stronger than usual its attention passes words on, and the variance that
-whitening takes a direction for at least, as a share of the largest one."""
+"""For `_whiten`: the factor on the weights of CLAP's attention, and the floor on a direction's variance as a share of
+the largest one."""
 
 
 def save_image_encoder(folder: Path) -> None:
@@ -74,7 +73,7 @@ def save_image_encoder(folder: Path) -> None:
         projection_dim=96,
     )
     CLIPVisionModel(config).save_pretrained(folder)
-    # The PIL one, by name: the default backend needs torchvision.
+    # The default backend needs torchvision.
     CLIPImageProcessorPil(
         size={"shortest_edge": _IMAGE_SIZE}, crop_size={"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
     ).save_pretrained(folder)
@@ -82,7 +81,7 @@ def save_image_encoder(folder: Path) -> None:
 
 def save_audio_encoder(folder: Path) -> None:
     config = WhisperConfig(
-        vocab_size=1,  # of the decoder that an encoder alone does not have; so are the token ids below
+        vocab_size=1,  # unused by the encoder, as are the token ids below
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
@@ -162,9 +161,9 @@ def save_video_decoder(folder: Path) -> None:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        # More noise, down to no signal at all (arXiv 2301.11093 and 2305.08891): a clip's many frames give the mean
-        # of its latents, the colour, away through noise that hides a picture's. What reads it there does not learn to
-        # take it from the caption, and reads it off the pure noise that sampling starts from.
+        # Stronger noise, ending at zero signal (arXiv 2301.11093 and 2305.08891): over many frames the mean latent,
+        # which holds the colour, shows through noise that would hide it in a picture. A denoiser that reads it there
+        # does not learn to take it from the caption, and in sampling reads it from pure noise.
         scheduler=_scheduler(beta_end=0.03, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
     ).save_pretrained(folder)
 
@@ -179,7 +178,7 @@ def save_audio_decoder(folder: Path) -> None:
             num_hidden_layers=2,
             num_attention_heads=4,
             initializer_factor=0.5,  # see `_whiten`
-            max_position_embeddings=_CLAP_DIM + 2,  # RoBERTa counts positions from the padding's id (1) plus one
+            max_position_embeddings=_CLAP_DIM + 2,  # RoBERTa's positions start at the padding id (1) plus one
             projection_dim=_CLAP_DIM,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -198,8 +197,8 @@ def save_audio_decoder(folder: Path) -> None:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        # As in AudioLDM itself: there is no text to attend to, so the "cross" attention, with the blocks' own
-        # widths, falls back to self-attention; the condition comes in as a class embedding.
+        # As in AudioLDM: without text states the "cross" attention, with the blocks' own widths, falls back to
+        # self-attention, and the condition is a class embedding.
         cross_attention_dim=channels,
         class_embed_type="simple_projection",
         projection_class_embeddings_input_dim=_CLAP_DIM,
@@ -212,18 +211,18 @@ def save_audio_decoder(folder: Path) -> None:
             model_in_dim=_MEL_BINS,
             sampling_rate=16_000,
             upsample_initial_channel=128,
-            # Two layers at the rate of the spectrogram, then all at once to that of the sound: the last upsampling is
-            # a learned inverse transform, two frames (of 160 samples, the hop) long. In steps of 5, 4, 4 and 2, as
-            # AudioLDM's, so few channels learn tones far slower.
+            # Two layers at the spectrogram's rate, then one upsampling by the hop (160 samples): a learned inverse
+            # transform with a kernel of two frames. With AudioLDM's factors 5, 4, 4 and 2, so few channels learn tones
+            # far more slowly.
             upsample_rates=[1, 1, 160],
             upsample_kernel_sizes=[3, 3, 320],
             resblock_kernel_sizes=[3],
             resblock_dilation_sizes=[[1, 3]],
-            initializer_range=0.06,  # at the usual 0.01 random weights give silence, in which all sounds are equal
+            initializer_range=0.06,  # with the usual 0.01 random weights give silence
             normalize_before=True,
         )
     )
-    vocoder.mean.fill_(-5.0)  # about those of log-mels, which lie between log(1e-5) and 1
+    vocoder.mean.fill_(-5.0)  # approximate statistics of log-mels, which lie between log(1e-5) and 1
     vocoder.scale.fill_(4.0)
     AudioLDMPipeline(
         vae=_vae(channels=1, sample_size=_MEL_BINS),
@@ -236,11 +235,11 @@ def save_audio_decoder(folder: Path) -> None:
 
 
 def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A text encoder that stays as it is made here, and its tokenizer.
+    """A text encoder, which is never trained, and its tokenizer.
 
-    The words' embeddings are so large that positions and attention add little to them: each state is about the
-    embedding of its own word, and a new pair of shape and colour is encoded as what others with that shape and with
-    that colour have in common. At the usual size it is not (the sum is off by 15 to 37%, here by 4 to 10%).
+    Its token embeddings are so large that positions and attention add little to them. Each state is then close to its
+    own word's embedding, and an unseen pair of shape and colour is encoded as a sum of what its shape and its colour
+    contribute elsewhere, with an error of 4 to 10% (15 to 37% at the usual size).
     """
     tokenizer = clip_tokenizer(model_max_length=_TEXT_TOKENS)
     config = CLIPTextConfig(
@@ -263,14 +262,13 @@ def _clip_text(hidden_size: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 @torch.no_grad()
 def _whiten(text_encoder: ClapTextModelWithProjection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set CLAP's last layer so that its embeddings of captions have mean 0 and about the same variance everywhere.
+    """Set CLAP's last layer so that its caption embeddings have mean 0 and similar variance in all directions.
 
-    The one vector that AudioLDM is conditioned on must tell things apart and must also lie for a new shape and colour
-    where those of others with that shape and with that colour point to. Trained along with the denoiser it does the
-    first only: each thing gets a place of its own. Small random weights do the second: the vector is nearly a sum
-    over the words. But it is nearly the same for all captions, too, until it is whitened (arXiv 2103.15316), and what
-    whitening takes up it takes up with the rounding of the large common part: at the usual gain of the attention
-    captions differ by 1% and bfloat16 tells none from another; at 3 by 11%, and sums over words they still are.
+    AudioLDM's single condition vector must distinguish things, and must generalise to unseen pairs of shape and colour.
+    Trained along with the denoiser, it distinguishes only. With small random weights it is nearly a sum over the words,
+    which generalises, but nearly the same for all captions until it is whitened (arXiv 2103.15316). Whitening also
+    amplifies the rounding error of the large common part: with the usual attention weights captions differ by 1%, too
+    little for bfloat16; with weights three times as large, by 11%, and they are still sums over the words.
     """
     for layer in text_encoder.text_model.encoder.layer:
         layer.attention.self.value.weight.mul_(_ATTENTION_GAIN)
@@ -286,15 +284,15 @@ def _whiten(text_encoder: ClapTextModelWithProjection, tokenizer: PreTrainedToke
     features = inputs[0].double()
     mean = features.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(features.T, correction=0))
-    # Directions that hardly vary hold what is not a sum over the words; they stay small.
+    # Directions of little variance are not a sum over the words; the floor keeps them small.
     weight = (variances + _LEAST_VARIANCE * variances.max()).rsqrt()[:, None] * directions.T
     last.weight.copy_(weight)
     last.bias.copy_(-weight @ mean)
 
 
 def _vae(channels: int, sample_size: int) -> AutoencoderKL:
-    """Four levels, so latents are an eighth as wide and high, as Stable Diffusion's; the finest level of a picture
-    has as few channels as keep its cost near that of an image's."""
+    """A VAE with four levels, so that latents are downsampled by 8 as in Stable Diffusion; inputs larger than a picture
+    get fewer channels at the finest levels, to keep the cost similar."""
     widths = (16, 32, 64, 64) if sample_size <= _IMAGE_SIZE else (8, 16, 32, 64)
     assert 2 ** (len(widths) - 1) == _VAE_FACTOR
     return AutoencoderKL(
@@ -321,4 +319,4 @@ _scheduler = partial(
     steps_offset=1,
     prediction_type="v_prediction",
 )
-"""Stable Diffusion's noise schedule, with version 2's target."""
+"""Stable Diffusion's noise schedule with version 2's v-prediction."""

@@ -1,7 +1,7 @@
-"""How things look, move and sound.
+"""Rendering of things as pictures, clips and sounds.
 
 Everything is drawn from a `numpy.random.Generator`: the same state gives the same pixels and samples.
-Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colour never blur.
+Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colour stay unambiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anygpt.errors import InputError
 from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 
 SAMPLING_RATE = 16_000
-"""Hz; that of Whisper and of AudioLDM."""
+"""Hz, as for Whisper and AudioLDM."""
 AUDIO_SECONDS = 0.64
 """64 mel frames at a hop of 160 samples, the window of the tiny AudioLDM; it fits the tiny Whisper's 1 s."""
 
@@ -29,28 +29,22 @@ RGB = {
     "cyan": (30, 215, 230),
     "white": (245, 245, 245),
 }
-# Two bins (of 46 Hz) of a 64-bin Slaney mel scale apart at least, and multiples of its 100 frames per second: a
-# vocoder is convolutional in frames, so what it makes of a held spectrum repeats with every frame.
+# At least two bins (of 46 Hz) of a 64-bin Slaney mel scale apart, and multiples of its 100 frames per second: a
+# vocoder is convolutional in frames, so its output for a constant spectrum repeats with every frame.
 PITCH_HZ = dict(zip(COLOURS, (200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0), strict=True))
 
 _SUPERSAMPLING = 8
 _MAX_HZ = 7_600.0
-"""Partials above it are left out: they would alias, or fall outside the mel scale."""
+"""Partials above this frequency are omitted: they would alias, or fall outside the mel scale."""
 
 
 def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    """A picture of the thing on a dark background.
+    """Draw the thing on a dark background, as an RGB image of `size` × `size` pixels.
 
-    Args:
-        thing: what to draw.
-        rng: decides radius, position, brightness and background; it is advanced.
-        size: width and height in pixels.
-
-    Returns:
-        An RGB image of (size, size).
+    `rng` determines radius, position, brightness and background; it is advanced.
     """
     radius = size * rng.uniform(0.20, 0.36)
-    room = size / 2 - radius - size / 32  # one pixel (at size 32) is kept free at the border
+    room = size / 2 - radius - size / 32  # leaves a border of one pixel (at size 32)
     centre = size / 2 + rng.uniform(-room, room, size=2)
     foreground, background = _colours(thing, rng)
     return _draw(thing.shape, size, centre, radius, foreground, background)
@@ -59,20 +53,16 @@ def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Imag
 def render_video(
     thing: Thing, motion: str, rng: np.random.Generator, size: int = 32, num_frames: int = 8
 ) -> np.ndarray:
-    """A clip of the thing moving in a straight line at constant speed.
+    """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`.
 
     Args:
-        thing: what to draw.
         motion: one of `MOTIONS`.
-        rng: decides radius, path, speed, brightness and background; it is advanced.
+        rng: determines radius, path, speed, brightness and background; it is advanced.
         size: width and height in pixels.
         num_frames: at least 2.
 
-    Returns:
-        uint8 array of (num_frames, size, size, 3).
-
     Raises:
-        InputError: for an unknown motion, or fewer than two frames.
+        InputError: an unknown motion, or fewer than two frames.
     """
     if motion not in MOTIONS:
         raise InputError(f"Unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}.")
@@ -81,7 +71,7 @@ def render_video(
     radius = size * rng.uniform(0.18, 0.26)
     room = size / 2 - radius - size / 32
     travel = rng.uniform(0.7, 1.0) * 2 * room
-    # Along the motion the path is centred but for the room that the travel leaves; across it the lane is free.
+    # Along the motion, the path is placed at random within the remaining room; across it, anywhere.
     along = np.linspace(-travel / 2, travel / 2, num_frames) + rng.uniform(-1, 1) * (room - travel / 2)
     across = np.full(num_frames, rng.uniform(-room, room))
     if motion in ("left", "up"):  # image rows grow downwards
@@ -96,19 +86,13 @@ def render_video(
 def render_audio(
     thing: Thing, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE, seconds: float = AUDIO_SECONDS
 ) -> np.ndarray:
-    """A few notes at the colour's pitch, in the shape's timbre (its partials and its envelope), in a faint hiss.
+    """Render a few notes at the colour's pitch, with the shape's partials and envelope, in a faint hiss.
 
     All partials start at phase zero, so that the waveform follows from its magnitudes and a vocoder can be trained by
-    regression, without discriminators.
-
-    Args:
-        thing: what is heard.
-        rng: decides tempo, loudness and hiss; it is advanced.
-        sampling_rate: in Hz.
-        seconds: duration.
+    regression, without discriminators. `rng` determines tempo, loudness and hiss; it is advanced.
 
     Returns:
-        float32 array of (round(sampling_rate · seconds),) in [-1, 1].
+        float32 `(round(sampling_rate · seconds),)` in [-1, 1]; `sampling_rate` is in Hz.
     """
     time = np.arange(round(sampling_rate * seconds)) / sampling_rate
     pitch = PITCH_HZ[thing.colour]
@@ -120,27 +104,27 @@ def render_audio(
             wave += amplitude * np.sin(2 * math.pi * ratio * pitch * time)
     wave *= _envelope(thing.shape, beat)
     wave = wave / np.abs(wave).max() + rng.uniform(0.002, 0.01) * rng.standard_normal(time.shape)
-    fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # 10 ms in and out: no click at the ends
+    fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # 10 ms in and out, against clicks
     wave *= fade
     return (wave / np.abs(wave).max() * rng.uniform(0.4, 0.9)).astype(np.float32)
 
 
-# (frequency as a multiple of the pitch, amplitude). The pitch itself is always there.
+# (frequency as a multiple of the pitch, amplitude); the pitch itself is always included.
 _PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
     "circle": ((1, 1.0),),  # a pure tone
     "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),  # a square wave
     "triangle": ((1, 1.0), (2, 0.9), (4, 0.8), (8, 0.5)),  # octaves
     "cross": tuple((n, 1.0) for n in (1, 2, 3, 4, 5, 6)),  # bright: every harmonic
-    "ring": ((1, 1.0), (3, 0.9), (8, 0.7)),  # a bell: few and far partials
+    "ring": ((1, 1.0), (3, 0.9), (8, 0.7)),  # a bell: few partials, far apart
     "diamond": ((1, 0.7), (4, 0.6), (5, 0.8), (6, 0.8)),  # a hollow, glassy tone
 }
 
 
 def _envelope(shape: str, beat: np.ndarray) -> np.ndarray:
-    """Loudness over the position in the note: `beat` (N,) in [0, 1) -> (N,) in [0, 1]."""
+    """Loudness as a function of the position in the note: `beat` (N,) in [0, 1) -> (N,) in [0, 1]."""
     if shape == "circle":  # held
         return np.ones_like(beat)
-    edges = np.clip(np.minimum(beat, 1 - beat) / 0.06, 0, 1)  # soft on- and offsets, no clicks between notes
+    edges = np.clip(np.minimum(beat, 1 - beat) / 0.06, 0, 1)  # soft onsets and ends, against clicks between notes
     if shape == "square":  # on and off
         return np.clip(12 * (0.35 - np.abs(beat - 0.4)), 0.02, 1.0)
     if shape == "triangle":  # plucked
@@ -153,7 +137,7 @@ def _envelope(shape: str, beat: np.ndarray) -> np.ndarray:
 
 
 def _colours(thing: Thing, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """RGB of the thing (80 to 100% bright) and of its dark, slightly tinted background."""
+    """RGB of the thing (at 80 to 100% brightness) and of its dark, slightly tinted background."""
     foreground = np.array(RGB[thing.colour]) * rng.uniform(0.8, 1.0)
     background = rng.uniform(5, 35) + rng.uniform(-5, 5, size=3)
     return tuple(int(c) for c in foreground.round()), tuple(int(c) for c in background.round())
@@ -167,7 +151,7 @@ def _draw(
     foreground: tuple[int, ...],
     background: tuple[int, ...],
 ) -> Image.Image:
-    """One anti-aliased shape: drawn `_SUPERSAMPLING` times as large, then averaged down."""
+    """Draw an anti-aliased shape: `_SUPERSAMPLING` times as large, then averaged down."""
     large = size * _SUPERSAMPLING
     x, y = centre * _SUPERSAMPLING
     r = radius * _SUPERSAMPLING

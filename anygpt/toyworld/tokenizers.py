@@ -1,6 +1,6 @@
 """The three tokenizers of the tiny zoo, trained on ToyWorld's own sentences.
 
-All are byte-level BPE: every byte is a token, so any text can be encoded and nothing is ever unknown.
+All are byte-level BPE: every byte is a token, so any text can be encoded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from anygpt.toyworld import language
 
 END = "<|end|>"
 
-# `{% generation %}` marks what the assistant says (its end-of-turn token included), so that
-# `apply_chat_template(..., return_assistant_tokens_mask=True)` tells which tokens are to be learnt. Media have
-# to be turned into placeholder text first: this language model reads text, and dropping a part would be silent.
+# `{% generation %}` marks the assistant's text, including its end-of-turn token, so that
+# `apply_chat_template(..., return_assistant_tokens_mask=True)` returns the tokens to be learnt. Media must be
+# turned into placeholder text first; the template raises on them rather than drop them silently.
 CHAT_TEMPLATE = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{- content -}}"
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def llm_tokenizer(vocab_size: int = 1000) -> PreTrainedTokenizerFast:
-    """The language model's tokenizer, with its chat template. As in GPT-2 and Qwen, no BOS is added to plain text."""
+    """The language model's tokenizer with its chat template. As in GPT-2 and Qwen, no BOS is added to plain text."""
     special = ["<|pad|>", "<|bos|>", END, "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocab, merges = _train_bpe(bytes_only, special, vocab_size)
@@ -65,7 +65,7 @@ def llm_tokenizer(vocab_size: int = 1000) -> PreTrainedTokenizerFast:
 
 def clip_tokenizer(model_max_length: int, vocab_size: int = 800) -> CLIPTokenizer:
     """CLIP's tokenizer: lower case, `</w>` at the end of words, padded with the end-of-text token."""
-    words = CLIPTokenizer().backend_tokenizer.pre_tokenizer  # an empty one's, so that the words are CLIP's own
+    words = CLIPTokenizer().backend_tokenizer.pre_tokenizer  # CLIP's own word splitting
     vocab, merges = _train_bpe(words, ["<|startoftext|>", "<|endoftext|>"], vocab_size, suffix="</w>", lower=True)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
 
@@ -80,13 +80,13 @@ def roberta_tokenizer(model_max_length: int, vocab_size: int = 700) -> RobertaTo
 def _train_bpe(
     words: pre_tokenizers.PreTokenizer, special: list[str], vocab_size: int, suffix: str = "", lower: bool = False
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train byte-level BPE on ToyWorld's sentences; the same vocabulary every time.
+    """Train byte-level BPE on ToyWorld's sentences, deterministically.
 
     Args:
         words: splits text into words, which merges do not cross.
         special: tokens with the first ids, in this order.
-        vocab_size: at most so many tokens.
-        suffix: end-of-word suffix; every byte is then also a token with it.
+        vocab_size: upper limit.
+        suffix: end-of-word suffix; if given, every byte with the suffix is a token too.
         lower: train on lower-case text.
 
     Returns:
@@ -97,8 +97,8 @@ def _train_bpe(
         alphabet += [byte + suffix for byte in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # The alphabet goes in with the special tokens, which fixes its ids: the trainer itself numbers suffixed
-        # letters in the order of a randomly seeded hash map, and leaves out those that the corpus does not have.
+        # Adding the alphabet to the special tokens fixes its ids: the trainer itself numbers suffixed letters in the
+        # order of a randomly seeded hash map, and omits those that do not occur in the corpus.
         special_tokens=special + alphabet,
         end_of_word_suffix=suffix,
         show_progress=False,
@@ -107,6 +107,6 @@ def _train_bpe(
     tokenizer.pre_tokenizer = words
     corpus = language.sentences(np.random.default_rng(0))
     tokenizer.train_from_iterator((text.lower() if lower else text for text in corpus), trainer)
-    # Only the model is taken: the trainer made added tokens of all special ones, the alphabet among them.
+    # Only the model is kept, since the trainer registered the alphabet as added tokens.
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]

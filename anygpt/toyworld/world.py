@@ -1,4 +1,4 @@
-"""What exists in ToyWorld: 6 shapes × 8 colours, and the 10 combinations that alignment never sees."""
+"""The things of ToyWorld: 6 shapes × 8 colours, of which 10 combinations are held out of alignment."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 MOTIONS = ("left", "right", "up", "down")
 MODALITIES = ("image", "video", "audio")
-"""The modalities that have files; text is the fourth one."""
+"""The modalities with files; text is the fourth."""
 
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One thing of the world: a shape (one of `SHAPES`) in a colour (one of `COLOURS`)."""
+    """A shape (one of `SHAPES`) in a colour (one of `COLOURS`)."""
 
     shape: str
     colour: str
@@ -25,8 +25,8 @@ class Thing:
 
 THINGS = tuple(Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS))
 
-# Each shape is held out once or twice and each colour too, so that every shape is seen in at least six
-# colours and every colour on at least four shapes: what is unseen is the combination, never its halves.
+# Each shape and each colour is held out once or twice, so that every shape is seen in at least six colours and every
+# colour on at least four shapes: only combinations are unseen.
 HELD_OUT = (
     Thing("circle", "green"),
     Thing("circle", "orange"),

@@ -1,4 +1,4 @@
-"""The zoo: tiny parts of the real classes, each an ordinary `from_pretrained` folder.
+"""The zoo: tiny pretrained parts of the real classes, each an ordinary `from_pretrained` folder.
 
     image_encoder    CLIPVisionModel + CLIPImageProcessor      pixel_values (B, 3, 32, 32) -> (B, 17, 96)
     audio_encoder    WhisperEncoder + WhisperFeatureExtractor  input_features (B, 80, 100) -> (B, 50, 64)
@@ -7,8 +7,8 @@
     video_decoder    TextToVideoSDPipeline                     condition (B, 16, 48) -> 8 frames of 32×32
     audio_decoder    AudioLDMPipeline                          condition (B, 32) -> 0.64 s at 16 kHz
 
-They know ToyWorld: stage 0 trained them (`scripts/build_zoo.py`); each folder's README.md says on what, and how well.
-The files are in half precision and load as float32. The recipes of the untrained parts are in `parts.py`.
+Stage 0 trained them on ToyWorld (`scripts/build_zoo.py`); each folder's README.md gives the data and the results.
+The files are in half precision and load as float32. The untrained parts are defined in `parts.py`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,21 @@ PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "v
 
 
 def zoo() -> Path:
-    """The folder of the tiny pretrained parts, which comes with the package."""
+    """The folder of the tiny pretrained parts that are shipped with the package."""
     return ZOO
 
 
 def write_untrained(folder: Path, seed: int = 0) -> Path:
-    """Write all parts with random weights to `folder`, unless it is there already.
+    """Write all parts with random weights to `folder`, unless it exists; returns `folder`.
 
-    The same seed gives the same bytes in every safetensors file. The parts are written beside the folder and
-    renamed, so a folder that exists is complete, and two processes at once do not disturb each other.
-
-    Args:
-        folder: made here; one that exists is taken as finished and left alone.
-        seed: of all the weights.
-
-    Returns:
-        `folder`.
+    The same seed gives the same bytes in every safetensors file. The parts are written under a temporary name and
+    renamed, so an existing folder is complete, and concurrent processes do not disturb each other.
     """
     folder = Path(folder)
     if folder.is_dir():
         return folder
 
-    import torch  # here, not above: these take seconds, and a zoo that is there does not need them
+    import torch  # imported here, since it takes seconds and an existing zoo does not need it
 
     from anygpt.toyworld import parts
 
@@ -58,7 +51,7 @@ def write_untrained(folder: Path, seed: int = 0) -> Path:
     temporary = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        # The caller's random state stays as it is.
+        # fork_rng preserves the caller's random state.
         with _quiet_libraries(), torch.random.fork_rng(devices=[]):
             for index, name in enumerate(PARTS):
                 logger.info("Building the tiny %s", name)
@@ -67,7 +60,7 @@ def write_untrained(folder: Path, seed: int = 0) -> Path:
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
+            if not folder.is_dir():  # else another process was faster and wrote the same
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +69,7 @@ def write_untrained(folder: Path, seed: int = 0) -> Path:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars for files of a few kB, and no notes that the pipelines are deprecated (they are on purpose)."""
+    """Silence the libraries' progress bars and deprecation notes (deprecated pipelines are used on purpose)."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

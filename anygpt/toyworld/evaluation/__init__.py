@@ -1,7 +1,4 @@
-"""Evaluation: the any-to-any matrix of ToyWorld, what stands beside it, and its reports.
-
-`anygpt evaluate` is the command.
-"""
+"""Evaluation on ToyWorld: the any-to-any matrix, its baselines and its reports (`anygpt evaluate`)."""
 
 from anygpt.evaluation.statistics import wilson_interval
 from anygpt.toyworld.evaluation.answers import Judged, Settings

@@ -1,4 +1,4 @@
-"""The model's own answers to requests, and what the judges say of them."""
+"""The model's answers to requests, and their judgement."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from anygpt.toyworld.world import Thing
 
 @dataclass(frozen=True)
 class Settings:
-    """How an evaluation is done.
+    """Settings of an evaluation.
 
     Attributes:
-        samples: requests a cell of the matrix.
-        talk_samples: questions in words, and as many lines of small talk and of nonsense.
-        conversations: of four exchanges.
-        batch_size: requests answered at once, and captions sampled at once.
+        samples: requests per cell of the matrix.
+        talk_samples: number of questions in words, and also of lines of small talk and of nonsense requests.
+        conversations: number of conversations of four exchanges.
+        batch_size: of requests, and of captions for the baselines.
         seed: of requests, renders and the decoders' noise; the latter also depends on `batch_size`.
-        things: `held_out`, those that alignment never saw; `seen`; or `validation`, some of the seen ones, to choose
-            settings on with a model that was trained on the others.
-        baselines: also take the upper bound and the caption baseline.
-        max_new_tokens: an answer's budget, signal tokens included.
-        steps, guidance: of the decoders, by modality; the checkpoint's own defaults where one is left out.
+        things: `held_out`, never seen in alignment; `seen`; or `validation`, a subset of the seen ones, for choosing
+            settings with a model that was trained on the others.
+        baselines: whether to measure the upper bound and the caption baseline.
+        max_new_tokens: per answer, signal tokens included.
+        steps, guidance: of the decoders, by modality; by default the checkpoint's own.
     """
 
     samples: int = 20
@@ -46,7 +46,7 @@ class Settings:
     guidance: Mapping[str, float] = field(default_factory=dict)
 
     def resolved(self, model: MultimodalModel) -> Settings:
-        """With the steps and the guidance that the model's decoders have where none are given."""
+        """A copy with the decoders' own steps and guidance where none are given."""
         own = {d.modality: d.module.pipeline_options | d.options({}) for d in model.decoders.values()}
         return replace(
             self,
@@ -60,17 +60,17 @@ class Settings:
 
 @dataclass
 class Judged:
-    """One answer, judged.
+    """A judged answer.
 
     Attributes:
-        request: what was asked.
-        text: everything that the answer says in words.
-        medium: the first medium of the kind asked for; None where it is missing, and for text.
-        verdict: (shape, colour) that the judge found; None where there is nothing to judge.
-        right: shape and colour are both right (of a question in words: the answer is).
-        motion: which way the clip moves, or is said to move.
-        missing: nothing of the kind asked for came.
-        unasked: modalities that came without having been asked for, or more often than that.
+        request: that was answered.
+        text: all text of the answer.
+        medium: the first medium of the requested type; None if it is missing, and for text.
+        verdict: (shape, colour) found by the judge; None if there is nothing to judge.
+        right: whether shape and colour are both right, or, for a question in words, whether the answer is.
+        motion: direction in which the clip moves, or in which the text says that it moves.
+        missing: whether the answer has nothing of the requested type.
+        unasked: modalities that were not requested, or that occur more than once.
     """
 
     request: Request
@@ -102,9 +102,9 @@ def ask(
     settings: Settings,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[Request, Answer]]:
-    """Answers in the model's own way: greedily, nothing required and nothing forbidden.
+    """Generate answers greedily, with no modality required or forbidden.
 
-    Requests for the same kind of medium are answered together, so that each decoder has full batches.
+    Requests for the same type of medium are batched together, so that each decoder has full batches.
     """
     ordered = sorted(requests, key=lambda request: WAYS.index(request.target))  # stable
     for number, batch in enumerate(batches(ordered, settings.batch_size)):
@@ -124,7 +124,7 @@ def ask(
 
 
 def judge(request: Request, answer: Answer, judges: Judges, sampling_rate: int) -> Judged:
-    """One answer judged; `sampling_rate` is that of the sounds, Hz."""
+    """Judge an answer; `sampling_rate` is that of generated audio, in Hz."""
     media = {way: [s.content for s in answer.segments if s.type == way] for way in WAYS[1:]}
     unasked = tuple(way for way, found in media.items() if len(found) > (way == request.target))
     judged = Judged(request, answer.text, unasked=unasked)
@@ -153,7 +153,7 @@ def judge(request: Request, answer: Answer, judges: Judges, sampling_rate: int) 
 def judge_media(
     modality: str, media: Sequence[Any], judges: Judges, sampling_rate: int
 ) -> list[tuple[str | None, str | None]]:
-    """(shape, colour) of media as decoders give them."""
+    """Judge (shape, colour) of decoders' outputs."""
     if modality == "audio":
         return judges.audio([np.nan_to_num(sound) for sound in media], sampling_rate)
     return {"image": judges.image, "video": judges.video}[modality](media)

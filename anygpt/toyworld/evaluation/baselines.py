@@ -1,7 +1,7 @@
-"""What stands beside the matrix: the decoders under true captions, and under captions that the model writes.
+"""Baselines of the matrix: the decoders conditioned on true captions, and on captions written by the model.
 
-The upper bound is what the decoders can do at all. The caption baseline is the way without a learned link: the model
-describes in words what it is given, and the decoder's own text encoder reads the description. Given text, the request
+The upper bound gives the decoders true captions. The caption baseline replaces the learned link by text: the model
+describes its input in words, and the decoder's own text encoder reads the description. For text inputs the request
 itself is the caption.
 """
 
@@ -33,7 +33,7 @@ def upper_bound(
     sampling_rate: int,
     progress: Callable[[int], object],
 ) -> dict[str, dict[str, Any]]:
-    """`{output modality: share}` of the decoders alone, under plain true captions; of clips the motion as well."""
+    """`{output modality: share}` of right media for plain true captions; for clips also the share of right motions."""
     result = {}
     for modality in (decoder.modality for decoder in model.decoders.values()):
         rng = np.random.default_rng([settings.seed, 77])
@@ -52,10 +52,10 @@ def caption_baseline(
     sampling_rate: int,
     progress: Callable[[int], object],
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """`{input modality: {output modality: share}}`, of the same requests as the matrix.
+    """`{input modality: {output modality: share}}` of right media, for the same requests as the matrix.
 
     Args:
-        judged: the matrix's answers; those in text to a medium are the captions.
+        judged: the matrix's answers; text answers to media are used as captions.
     """
     by_id = {one.request.id: one for one in judged}
     result: dict[str, dict[str, dict[str, Any]]] = {}
@@ -78,9 +78,9 @@ def caption_baseline(
 
 
 def moving_caption(caption: str, motion: str | None) -> str:
-    """A caption with the motion that a clip should have in place of any that it speaks of.
+    """Replace the motion in a caption by the requested one.
 
-    A full stop stays: a text encoder that has learned whole sentences takes one without for something else.
+    A full stop is kept, since a text encoder trained on sentences encodes a caption without one differently.
     """
     still = _MOVES.sub("", caption).strip()
     words = still.removesuffix(".")
@@ -98,7 +98,7 @@ def _judged(
     sampling_rate: int,
     progress: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Share of right media that a decoder makes of captions through its own text encoder."""
+    """Share of right media that a decoder generates from captions through its own text encoder."""
     outer = next(d for d in model.decoders.values() if d.modality == modality)
     decoder = outer.module
     generator = torch.Generator().manual_seed(settings.seed)

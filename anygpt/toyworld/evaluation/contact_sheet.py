@@ -1,4 +1,4 @@
-"""The matrix with samples as one picture: what was given, and text, picture, clip and sound that came of it."""
+"""The contact sheet: one picture with inputs and the model's text, picture, clip and sound for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anygpt.toyworld.evaluation.requests import WAYS, plain
 ROWS = 3
 """Things shown for each input modality."""
 _SIDE = 96
-"""Pixels of a picture and of a spectrogram; the frames of a clip are half as large, in two lines of four."""
+"""Pixels of a picture and of a spectrogram; frames of a clip are half as large, in two rows of four."""
 _WIDTHS = {"input": 200, "text": 200, "image": _SIDE, "video": 2 * _SIDE, "audio": _SIDE}
 _HEIGHT = _SIDE + 34
 _GAP = 12
@@ -31,13 +31,13 @@ _MELS = 64
 def contact_sheet(
     judged: Sequence[Judged], folder: Path, matrix: dict[str, dict[str, float]], sampling_rate: int
 ) -> Image.Image:
-    """`ROWS` things for each input modality, one line each; green is right and red is wrong.
+    """Draw `ROWS` things for each input modality, one line each; right verdicts are green, wrong ones red.
 
     Args:
-        judged: all answers, as many in each cell.
-        folder: where the input media are.
+        judged: all answers, the same number in each cell.
+        folder: of the input media.
         matrix: shares for the headings.
-        sampling_rate: of the sounds that were made, Hz.
+        sampling_rate: of generated audio, in Hz.
     """
     cells: dict[tuple[str, str], list[Judged]] = {}
     for one in judged:
@@ -72,7 +72,7 @@ def contact_sheet(
 
 
 def spectrogram_image(waveform: np.ndarray, sampling_rate: int, side: int = _SIDE) -> Image.Image:
-    """Log-mel magnitudes `(N,)` -> a picture, low notes at the bottom."""
+    """Draw the log-mel spectrogram of a waveform `(N,)`, low frequencies at the bottom."""
     waveform = np.nan_to_num(waveform.astype(np.float64))
     waveform = np.pad(waveform, (0, max(0, 2048 - len(waveform))))
     filters = mel_filter_bank(513, _MELS, 0.0, sampling_rate / 2, sampling_rate, norm="slaney", mel_scale="slaney")
@@ -105,7 +105,7 @@ def _given(sheet: Image.Image, draw: ImageDraw.ImageDraw, one: Judged, folder: P
 
 
 def _made(sheet: Image.Image, draw: ImageDraw.ImageDraw, one: Judged, x: int, y: int, sampling_rate: int) -> None:
-    """One answer with what the judge said."""
+    """Draw an answer and its verdict."""
     request = one.request
     colour = _RIGHT if one.right else _WRONG
     if request.target == "text":

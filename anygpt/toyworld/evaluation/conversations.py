@@ -1,6 +1,6 @@
-"""Conversations of four exchanges: is a later answer as right as a first one?
+"""Conversations of four exchanges, which measure whether later answers are as accurate as first ones.
 
-Each is held as a person holds it: the model's own answers, media included, are what its later turns look back on.
+Each turn's context has the model's own earlier answers, including media.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _LATER = ("anew", "anew", "it", "it", "first", "talk")
 def conversation_requests(
     folder: Path, sources: Sequence[str], targets: Sequence[str], things: Sequence[Thing], count: int, seed: int
 ) -> list[list[Request]]:
-    """`count` conversations of `TURNS` requests; media that are shown go to `folder`/inputs.
+    """Make `count` conversations of `TURNS` requests; input media are written to `folder`/conversations.
 
-    The first turn of each asks for a cell of the matrix, one after the other. Later turns do so with another thing,
-    ask about a thing of an earlier turn ("it", "the first one"), or are small talk.
+    First turns go through the cells of the matrix. Later turns are a cell with another thing, refer to an earlier
+    thing ("it", "the first one"), or are small talk.
     """
     things = shuffled(things, seed)
     cells = [(source, target) for source in sources for target in targets]
@@ -82,7 +82,7 @@ def hold(
     sampling_rate: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[Judged]]:
-    """The judged answers of all conversations, `[turn][conversation]`; `sampling_rate` is that of the sounds, Hz."""
+    """Hold all conversations and judge the answers, `[turn][conversation]`; `sampling_rate` of audio is in Hz."""
     said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
     judged = []
     for turn in range(TURNS):
@@ -96,7 +96,7 @@ def hold(
 
 
 def turn_table(judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
-    """Of each turn, the shares of right answers, of missing media and of media that nobody asked for."""
+    """For each turn, the shares of right answers, of missing media and of unrequested media."""
     return [
         {
             "right": share(one.right for one in ones),

@@ -1,4 +1,4 @@
-"""The any-to-any matrix: for each input and output modality, how often the model gives the right thing."""
+"""The any-to-any matrix: the share of right answers for each input and output modality."""
 
 from __future__ import annotations
 
@@ -42,21 +42,19 @@ VALIDATION = tuple(
         ("diamond", "blue"),
     )
 )
-"""Of the things that alignment sees; left out of training while settings are chosen, to see what is then unseen."""
+"""A subset of the seen things, which is left out of training for choosing settings."""
 THINGS = {"held_out": HELD_OUT, "seen": SEEN, "validation": VALIDATION}
 
 
 def evaluate(
     model: MultimodalModel, processor: MultimodalProcessor, folder: Path, settings: Settings
 ) -> tuple[dict[str, Any], list[Judged]]:
-    """Ask for every cell of the matrix that the model has encoders and decoders for, and judge the answers.
+    """Measure every cell of the matrix that the model has encoders and decoders for.
 
-    Args:
-        folder: input and generated media, and `index.jsonl`, are written here.
-        settings: see there.
+    Input and generated media, and `index.jsonl`, are written to `folder`.
 
     Returns:
-        What `matrix.json` holds, and every answer of the matrix.
+        The content of `matrix.json`, and every answer of the matrix.
     """
     began = time.perf_counter()
     settings = settings.resolved(model)
@@ -120,7 +118,7 @@ def cell_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]
     for source, target in sorted(cells, key=lambda cell: tuple(map(WAYS.index, cell))):
         ones = cells[source, target]
         found = {"right": share(one.right for one in ones)}
-        if (source, target) != ("text", "text"):  # a question there is about one of the two
+        if (source, target) != ("text", "text"):  # whose questions are about only one of the two
             found["shape"] = share(one.shape_right for one in ones)
             found["colour"] = share(one.colour_right for one in ones)
         found["missing"] = share(one.missing for one in ones)
@@ -130,7 +128,7 @@ def cell_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def motion_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`{input: {output: share}}` of clips that move as they were asked to, and of clips whose motion was named."""
+    """`{input: {output: share}}` of clips with the requested motion, and of texts that name an input clip's motion."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for source, target in dict.fromkeys((one.request.source, one.request.target) for one in judged):
         moving = [o for o in judged if (o.request.source, o.request.target) == (source, target) and o.request.motion]
@@ -140,14 +138,14 @@ def motion_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]
 
 
 def talk_table(talked: Sequence[Judged]) -> dict[str, Any]:
-    """Text to text: the share of right answers by kind, and of all of them, and how often media came unasked."""
+    """Shares of right text-to-text answers by kind, and the share of answers with unrequested media."""
     kinds = {kind: [one for one in talked if one.request.id.startswith(kind)] for kind in TALK}
     table: dict[str, Any] = {kind.replace(" ", "_"): share(one.right for one in ones) for kind, ones in kinds.items()}
     return table | {"unasked": share(bool(one.unasked) for one in talked)}
 
 
 def by_property(judged: Sequence[Judged], name: str) -> dict[str, float]:
-    """The share of right answers about each shape, or each colour, over all cells."""
+    """The share of right answers for each shape or each colour (`name`), over all cells."""
     found: dict[str, list[bool]] = defaultdict(list)
     for one in judged:
         found[getattr(one.request.thing, name)].append(one.right)
@@ -155,7 +153,7 @@ def by_property(judged: Sequence[Judged], name: str) -> dict[str, float]:
 
 
 def write_samples(folder: Path, judged: Sequence[Judged], rates: dict[str, float | None]) -> None:
-    """The media that were made, and `index.jsonl`: one line a sample, paths relative to `folder`."""
+    """Write the generated media, and `index.jsonl`: one line per sample, paths relative to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path, Any], None]] = {
         "image": write_image,
@@ -176,7 +174,7 @@ def sample_path(one: Judged) -> str:
 
 
 def sample_line(one: Judged) -> dict[str, Any]:
-    """A sample as a line of `index.jsonl`, but for the path of its medium."""
+    """A sample's line of `index.jsonl`, without the path of its medium."""
     request = one.request
     return {
         "id": request.id,
@@ -198,10 +196,10 @@ def sample_line(one: Judged) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Find mistakes before anything is loaded.
+    """Check the settings before anything is loaded.
 
     Raises:
-        InputError: a number out of range, or unknown things.
+        InputError: a number is out of range, or `things` is unknown.
     """
     rules = [
         ("--samples", settings.samples, settings.samples >= 1, "at least 1"),

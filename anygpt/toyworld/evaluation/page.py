@@ -22,7 +22,7 @@ SHOWN = ("settings", "versions", "seconds")
 
 
 def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, sheet: Image.Image) -> str:
-    """One file that needs no other: matrix, baselines, contact sheet, samples to play, settings."""
+    """Render matrix, baselines, contact sheet, playable samples and settings as one HTML file."""
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     first: dict[str, dict[str, Judged]] = {}

@@ -1,4 +1,4 @@
-"""What the parts know before anything links them: linear probes of encoders, questions in words.
+"""Tests of the unconnected parts: linear probes of encoders, and text questions to the language model.
 
 Shapes: `M` media, `D` width of an encoder's features.
 """
@@ -32,15 +32,15 @@ _BATCH = 128
 def probe_encoders(
     model: MultimodalModel, processor: MultimodalProcessor, renders: int, fresh: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """`{encoder key: {"shape": share, "colour": share}}` on fresh renders of held-out things.
+    """Fit linear probes, and return `{encoder key: {"shape": share, "colour": share}}` on held-out things.
 
     Args:
-        renders: of each seen thing, to fit on.
-        fresh: of each held-out thing, to measure on.
+        renders: per seen thing, for fitting.
+        fresh: per held-out thing, for testing.
         seed: of the renders.
 
     Raises:
-        InputError: no encoder that reads pictures, clips or sounds.
+        InputError: the model has no encoder of images, videos or audio.
     """
     keys = {key: encoder.modality for key, encoder in model.encoders.items() if encoder.modality in MODALITIES}
     if not keys:
@@ -64,7 +64,7 @@ def probe_encoders(
 
 
 def render(modality: str, thing: Thing, rng: np.random.Generator) -> Any:
-    """A medium as the processors take it."""
+    """Render a medium in the form that the processors take."""
     if modality == "image":
         return render_image(thing, rng)
     if modality == "video":
@@ -74,7 +74,7 @@ def render(modality: str, thing: Thing, rng: np.random.Generator) -> Any:
 
 @torch.inference_mode()
 def pooled_features(model: MultimodalModel, processor: MultimodalProcessor, key: str, media: Sequence[Any]) -> Tensor:
-    """The mean over an encoder's features of each medium, `(M, D)`, what its projector gets."""
+    """The mean of the features of each medium that an encoder's projector gets, `(M, D)`."""
     encoder, pooled = model.encoders[key], []
     for batch in batches(media, _BATCH):
         inputs = processor.arrange_media((encoder.modality, medium) for medium in batch)
@@ -86,8 +86,8 @@ def pooled_features(model: MultimodalModel, processor: MultimodalProcessor, key:
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Module:
-    """Logistic regression on standardised features, to convergence: `(M, D)` and `(M,)` -> a module."""
-    features = features.clone()  # out of inference mode
+    """Fit logistic regression on standardised features, `(M, D)` with labels `(M,)`, to convergence."""
+    features = features.clone()  # leaves inference mode
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     line = nn.Linear(features.shape[1], classes)
     nn.init.zeros_(line.weight)
@@ -109,7 +109,7 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-
 
 
 def question_accuracy(model: MultimodalModel, processor: MultimodalProcessor, settings: Settings) -> dict[str, Any]:
-    """Shares of right answers in words, of held-out things (and of small talk and nonsense); see `talk_table`."""
+    """Shares of right answers to questions in words, small talk and nonsense (see `talk_table`)."""
     requests = talk_requests(THINGS[settings.things], settings.talk_samples, settings.seed)
     judges = load_judges()
     return talk_table([judge(*pair, judges, 0) for pair in ask(model, processor, requests, settings)])

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: matrix.json, contact_sheet.png, report.html and a table for the terminal."""
+"""Outputs of an evaluation: matrix.json, contact_sheet.png, report.html and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anygpt.toyworld.evaluation.page import html_page
 
 
 def text_table(report: dict[str, Any]) -> str:
-    """The matrix with its intervals, and what stands beside it, for the terminal."""
+    """Format the matrix with its intervals and baselines for the terminal."""
     targets = outputs_of(report)
     lines = [f"{'in / out':<18}" + "".join(f"{target:>18}" for target in targets)]
     for source, row in report["matrix"].items():
@@ -49,7 +49,7 @@ def text_table(report: dict[str, Any]) -> str:
 
 
 def tracked_values(report: dict[str, Any]) -> dict[str, float]:
-    """For a tracker: every cell as `matrix/<input>/<output>`, and the numbers beside it."""
+    """Values for a tracker: every cell as `matrix/<input>/<output>`, the baselines and the totals."""
     values = {name: report[name] for name in ("mean", "min")}
     values |= {name: report[name]["rate"] for name in ("unasked", "missing")}
     for name in ("matrix", "caption_baseline"):
@@ -61,11 +61,11 @@ def tracked_values(report: dict[str, Any]) -> dict[str, float]:
 def write_report(
     output: Path, samples: Path, report: dict[str, Any], judged: Sequence[Judged], sheet: Image.Image
 ) -> None:
-    """Move everything into `output`, each by one rename; `matrix.json` comes last, so where it is, all is.
+    """Write the report to `output`, each file by one rename; `matrix.json` comes last, so it marks completion.
 
     Args:
-        output: the folder; other files in it are left alone.
-        samples: folder beside, with media and index, that becomes `output`/samples.
+        output: other files in this folder are left alone.
+        samples: folder of media and index on the same disk, which is moved to `output`/samples.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "matrix.json").unlink(missing_ok=True)

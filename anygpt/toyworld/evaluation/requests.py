@@ -1,7 +1,7 @@
-"""What the model is asked: the 16 cells of the any-to-any matrix, and talk that needs no media.
+"""Requests to the model: the 16 cells of the any-to-any matrix, and talk without media.
 
-The same medium is shown in all four cells of a row of the matrix, so that these differ in what is asked alone. Media
-go through real files, as in training.
+The four cells in a row of the matrix have the same input media, so that they differ in the request alone. Media go
+through files, as in training.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from anygpt.toyworld.datasets import SUFFIX, write_render
 from anygpt.toyworld.world import MODALITIES, MOTIONS, Thing
 
 WAYS = ("text", *MODALITIES)
-"""In and out, in the order of the matrix."""
+"""Input and output modalities, in the order of the matrix."""
 TALK = ("question", "small talk", "nonsense")
 _STREAM = 20_09
-"""Sets the draws of the evaluation apart from those of any dataset of the same seed."""
+"""Separates the evaluation's random draws from those of a dataset with the same seed."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question or wish, and what would be right.
+    """A request and its expected answer.
 
     Attributes:
         id: unique; names the files.
         source, target: one of `WAYS`.
         prompt: the user's words.
-        thing: what it is about; None for small talk and nonsense.
-        motion: which way a clip that is asked for should move; of a clip that is given, where it is asked about.
-        path: of the medium given, relative to the folder of the samples; None for text.
-        medium: the same, decoded.
-        reference: answers in words that are right, or of which one is.
+        thing: subject of the request; None for small talk and nonsense.
+        motion: expected motion of a requested clip, or of an input clip that the answer describes.
+        path: of the input medium, relative to the folder of the samples; None for text.
+        medium: the input medium, decoded.
+        reference: acceptable answers in words.
         before: the messages of earlier turns.
     """
 
@@ -54,7 +54,7 @@ class Request:
     before: tuple[dict[str, Any], ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation, as `MultimodalProcessor.apply_chat_template` takes it."""
+        """The conversation as input of `MultimodalProcessor.apply_chat_template`."""
         content = [{"type": "text", "text": self.prompt}]
         if self.path is not None:
             content.insert(0, {"type": self.source, self.source: self.medium})
@@ -64,9 +64,9 @@ class Request:
 def matrix_requests(
     folder: Path, sources: Sequence[str], targets: Sequence[str], things: Sequence[Thing], samples: int, seed: int
 ) -> list[Request]:
-    """`samples` requests for each pair of `sources` and `targets`, things in turn; input media go to `folder`/inputs.
+    """Make `samples` requests per pair of `sources` and `targets`, things in turn; writes media to `folder`/inputs.
 
-    What is asked depends on (seed, source, target, number) only, and what is shown on (seed, source, number).
+    The request depends on (seed, source, target, number) only, the input medium on (seed, source, number).
     """
     requests, things = [], shuffled(things, seed)
     for source in sources:
@@ -92,7 +92,7 @@ def matrix_requests(
 
 
 def talk_requests(things: Sequence[Thing], samples: int, seed: int) -> list[Request]:
-    """`samples` of each kind of `TALK`; the kind stands at the beginning of the id."""
+    """Make `samples` requests of each kind of `TALK`; ids begin with the kind."""
     requests, things = [], shuffled(things, seed)
     for kind in TALK:
         for number in range(samples):
@@ -112,12 +112,12 @@ def talk_requests(things: Sequence[Thing], samples: int, seed: int) -> list[Requ
 
 
 def shuffled(things: Sequence[Thing], seed: int) -> list[Thing]:
-    """In an order of their own for each seed, so that a few samples are not all about one shape."""
+    """Shuffle things by the seed, so that few samples cover several shapes."""
     return [things[i] for i in np.random.default_rng([seed, _STREAM]).permutation(len(things))]
 
 
 def _show(folder: Path, source: str, thing: Thing, number: int, seed: int) -> tuple[str | None, str | None, Any]:
-    """Renders a medium to a file and reads it back: motion (of a clip), path, medium; all None for text."""
+    """Render a medium to a file and read it back: (motion of a clip, path, medium), all None for text."""
     if source == "text":
         return None, None, None
     rng = np.random.default_rng([seed, _STREAM, WAYS.index(source), 0, number])
@@ -128,7 +128,7 @@ def _show(folder: Path, source: str, thing: Thing, number: int, seed: int) -> tu
 
 
 def plain(medium: Any) -> Any:
-    """A decoded medium as the processors take it: a PIL image, frames, or (waveform, rate)."""
+    """Convert a decoded medium to processor input: a PIL image, frames, or (waveform, rate)."""
     if isinstance(medium, Video):
         return medium.frames
     return (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
