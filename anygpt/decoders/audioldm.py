@@ -22,8 +22,8 @@ class AudioLDMDecoder(DiffusionDecoder):
     """Conditions `(B, 1, D)`, unit vectors of CLAP's text projection -> float32 waveforms `(N,)` at `sampling_rate`.
 
     `audio_length_in_s` (seconds) of targets and samples defaults to the U-Net's `sample_size` × the VAE's factor ×
-    the vocoder's hop. `normalize_waveform` says whether target waveforms are centred and scaled to a peak of 0.5,
-    as AudioLDM's were.
+    the vocoder's hop. With `normalize_waveform`, target waveforms are centred and scaled to a peak of 0.5, as in
+    AudioLDM's training.
     """
 
     modality = "audio"
@@ -44,7 +44,7 @@ class AudioLDMDecoder(DiffusionDecoder):
 
     @property
     def sampling_rate(self) -> int:
-        """Of the waveforms generated, Hz; the vocoder's."""
+        """The vocoder's sampling rate, Hz."""
         return self.vocoder.config.sampling_rate
 
     @property
@@ -60,7 +60,7 @@ class AudioLDMDecoder(DiffusionDecoder):
         return self._hop_length / self.sampling_rate
 
     def expected_of(self, name: str, value: Any) -> str | None:
-        """Seconds must make one latent at least."""
+        """Also checks that the length in seconds gives at least one latent frame."""
         if name != "audio_length_in_s":
             return super().expected_of(name, value)
         least = self._seconds_per_frame * self.pipeline.vae_scale_factor
@@ -68,17 +68,17 @@ class AudioLDMDecoder(DiffusionDecoder):
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(1, D)`, D the dimension of CLAP's projection."""
+        """`(1, D)` with the dimension `D` of CLAP's projection."""
         return 1, self.text_encoder.config.projection_dim
 
     @property
     def targets(self) -> AudioTargets:
-        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline makes.
+        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline generates.
 
-        Where the vocoder trains, each frame's samples follow its mels; see `AudioTargets.waveforms`.
+        Where the vocoder trains, each frame's samples follow its mels (see `AudioTargets.waveforms`).
         """
         factor = self.pipeline.vae_scale_factor
-        # The pipeline's own arithmetic, its rounding down and up included.
+        # Rounded as in the pipeline.
         frames = math.ceil(int(self.audio_length_in_s / self._seconds_per_frame) / factor) * factor
         return AudioTargets(
             num_frames=frames,
@@ -95,13 +95,13 @@ class AudioLDMDecoder(DiffusionDecoder):
         return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """To unit length, as the pipeline does with CLAP's projection."""
+        """Normalise to unit length, as the pipeline does with CLAP's projection."""
         if isinstance(condition, Tensor):
             return F.normalize(condition, dim=-1)
         return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
 
     def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
-        """Also the vocoder's, from the true spectrograms: `vocoder_loss`."""
+        """Adds the vocoder's loss on the targets' own spectrograms (`vocoder_loss`)."""
         if "vocoder" not in self.trains:
             return super().reconstruction_losses(media, generator)
         media = (media if isinstance(media, Tensor) else self.targets(media)).to(self.device)
@@ -111,15 +111,15 @@ class AudioLDMDecoder(DiffusionDecoder):
         return losses | {"vocoder": vocoder_loss(made, waveforms.flatten(1))}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """AudioLDM's U-Net adds the condition to the time embedding; it attends to nothing but itself."""
+        """The U-Net takes the condition as class labels, beside the time embedding; it has no cross-attention."""
         labels = condition.embeds.squeeze(1)
         return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """This pipeline takes `(B, D)`."""
+        """As `(B, D)` tensors, which this pipeline takes."""
         arguments = super().prompt_arguments(condition, negative)
         return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}
 
     def collect(self, output: Any) -> list[np.ndarray]:
-        """float32 waveforms `(N,)`, cut by the pipeline to the length asked for."""
+        """float32 waveforms `(N,)`, cut by the pipeline to the requested length."""
         return list(output.audios)

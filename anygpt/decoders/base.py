@@ -1,4 +1,4 @@
-"""What every diffusion decoder does: encode captions and media, give the denoising loss, sample.
+"""The base class of diffusion decoders: encoding captions and media, the denoising loss, sampling.
 
 Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim, `C` latent channels.
 """
@@ -40,14 +40,13 @@ class DiffusionDecoder(nn.Module, ABC):
     """A diffusers pipeline as a frozen, differentiable decoder of conditions.
 
     The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
-    eval mode, and its progress bar is switched off; `.pipeline` is the pipeline itself. The defaults below are those
-    of a U-Net that attends to a CLIP text encoder; a family overrides where it differs. The other constructor
-    arguments of a family are kept as attributes of the same names and saved beside the pipeline.
+    eval mode; `.pipeline` is the pipeline itself. The defaults suit a U-Net that attends to a CLIP text encoder; other
+    families override them. A family's further constructor arguments are attributes, saved beside the pipeline.
     """
 
     modality: ClassVar[str]
     pipeline_name: ClassVar[str]
-    """Name of the pipeline's class in diffusers, which is looked up when it is needed: a version may lack it."""
+    """Name of the pipeline's class in diffusers, looked up only when needed because some versions lack it."""
     size_names: ClassVar[tuple[str, ...]]
     """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
     _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
@@ -80,13 +79,12 @@ class DiffusionDecoder(nn.Module, ABC):
     def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> DiffusionDecoder:
         """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
 
-        `kwargs` that the family's constructor names go there, those of `Place` (`revision`, `subfolder`, `variant`,
-        `weights`) and the hub's (`cache_dir`, `token`, …) say where to look, and the others (`torch_dtype`, …) go to
-        the pipeline's `from_pretrained`. Pickled weights are refused unless `weights="any"`; code in them always is.
+        `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
+        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`torch_dtype`, …). Pickled weights
+        are refused unless `weights="any"`, which still refuses any code in them.
 
         Raises:
-            InputError: no pipeline there, one of another or an unknown class, or files that do not hold exactly its
-                networks' tensors.
+            InputError: no pipeline, one of another or unknown class, or missing or unexpected tensors.
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
@@ -110,17 +108,17 @@ class DiffusionDecoder(nn.Module, ABC):
     def _setting_names(cls) -> list[str]:
         return [name for name in inspect.signature(cls).parameters if name != "pipeline"]
 
-    # ---- what a family says about itself
+    # ---- what a family defines
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts: `(noisy latents, timestep, condition) -> prediction`."""
+        """The denoising network, `(noisy latents, timestep, condition) -> prediction`."""
         return self.unet
 
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
-        hooked = is_hooked(self.pipeline)  # the pipeline's own property looks at every module of every network
+        hooked = is_hooked(self.pipeline)  # cheaper than the pipeline's property, which visits every module
         return self.pipeline._execution_device if hooked else next(self.denoiser.parameters()).device
 
     @property
@@ -134,30 +132,30 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @property
     def pooled_dim(self) -> int | None:
-        """`P` of a pooled condition; None where the decoder has none."""
+        """`P` of the pooled condition; None if the decoder has none."""
         return None
 
     @property
     def rate(self) -> float | None:
-        """Samples or frames a second of what is made; None where time is no part of it."""
+        """Samples or frames per second of the output; None for images."""
         return None
 
     @property
     @abstractmethod
     def targets(self) -> TargetProcessor:
-        """Turns raw media into what `encode_media` takes, at this decoder's default size; needs no weights."""
+        """A converter of raw media to inputs of `encode_media` at this decoder's default size; needs no weights."""
 
     @abstractmethod
     def collect(self, output: Any) -> list:
-        """The samples in a pipeline's output, one an element, in this modality's form."""
+        """The list of samples in a pipeline's output."""
 
     # ---- training
 
     def train_networks(self, names: Sequence[str]) -> None:
-        """Choose the networks that `train` and `requires_grad_` are about: the denoiser alone, if never called.
+        """Choose the networks that `train` and `requires_grad_` affect; by default only the denoiser.
 
         Raises:
-            InputError: a name that is none of the pipeline's networks.
+            InputError: a name that is not one of the pipeline's networks.
         """
         known = [name for name, _ in self.named_children()]
         if unknown := [name for name in names if name not in known]:
@@ -165,7 +163,7 @@ class DiffusionDecoder(nn.Module, ABC):
         self.trains = tuple(names)
 
     def train(self, mode: bool = True) -> DiffusionDecoder:
-        """Torch's mode, of what trains: otherwise captions and media must be encoded the same each time."""
+        """Set torch's mode on the networks that train; the others stay in eval mode for repeatable encodings."""
         super().train(False)
         for name in self.trains:
             getattr(self, name).train(mode)
@@ -173,7 +171,7 @@ class DiffusionDecoder(nn.Module, ABC):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
-        """Freeze or unfreeze what trains (see `train_networks`); the other networks stay frozen."""
+        """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
         super().requires_grad_(False)
         for name in self.trains:
             getattr(self, name).requires_grad_(requires_grad)
@@ -182,38 +180,38 @@ class DiffusionDecoder(nn.Module, ABC):
     # ---- conditions and latents
 
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
-        """What the pipeline would condition on for `B` captions: `(B, T, D)`, a `Condition` if it has a pooled part.
+        """The pipeline's own encoding of `B` captions: `(B, T, D)`, or a `Condition` if it has a pooled part.
 
-        There is no graph through it unless the text encoder trains.
+        Differentiable only if the text encoder trains.
         """
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Bring a projected condition to where the text encoder's lie; the loss and sampling do. Twice is once."""
+        """Normalise a projected condition as the text encoder's output is (idempotent); loss and sampling apply it."""
         return condition
 
     @torch.no_grad()
     def encode_media(self, media: list | Tensor, generator: Generators = None) -> Tensor:
-        """Latents `(B, C, …)` of raw media, or of a tensor made by `self.targets`.
+        """Latents `(B, C, …)` of raw media, or of a tensor from `self.targets`.
 
-        The VAE's posterior is sampled with `generator` (a list: one a sample), or its mode taken if there is none;
-        then brought to the network's scale (`scale_latents`).
+        The VAE's posterior is sampled with `generator` (or a list with one a sample), or its mode is taken if None; the
+        result is scaled by `scale_latents`.
 
         Raises:
-            InputError: media that `targets` does not take, or a list of another number of generators.
+            InputError: media that `targets` refuses, or a wrong number of generators.
         """
         pixels = media if isinstance(media, Tensor) else self.targets(media)
         return self.sample_posterior(*self.posterior(pixels.to(self.device, self.vae.dtype)), generator)
 
     def sample_posterior(self, mean: Tensor, std: Tensor, generator: Generators = None) -> Tensor:
-        """`encode_media` from its second step on, of what `posterior` gave."""
+        """Sample (or take the mode of) what `posterior` returned, and scale it; see `encode_media`."""
         check_generators(generator, len(mean))
         if generator is not None:
             mean = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         return self.scale_latents(mean)
 
     def reconstruction_losses(self, media: list | Tensor, generator: Generators = None) -> dict[str, Tensor]:
-        """How far media are from what the networks that train make of them, `{network: (B,)}`, float32."""
+        """Reconstruction losses `{network: (B,)}` of the networks that train, float32."""
         if "vae" not in self.trains:
             return {}
         pixels = media if isinstance(media, Tensor) else self.targets(media)
@@ -223,16 +221,16 @@ class DiffusionDecoder(nn.Module, ABC):
         return {"vae": autoencoder_loss(self.decode_latents(latents), pixels, mean, std)}
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Media `(B, …)` as `targets` makes them, of latents as `posterior` gives them. Differentiable."""
+        """Decode unscaled latents to media `(B, …)` in the form of `targets`. Differentiable."""
         return self.vae.decode(latents).sample
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation `(B, C, …)` of the VAE's posterior, not scaled."""
+        """Mean and standard deviation `(B, C, …)` of the VAE's posterior, unscaled."""
         distribution = self.vae.encode(pixels).latent_dist
         return distribution.mean, distribution.std
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Shifted and scaled by the VAE's `shift_factor` (if any) and `scaling_factor`, as the pipelines undo it."""
+        """Shift and scale by the VAE's `shift_factor` (if any) and `scaling_factor`, which the pipeline undoes."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * self.vae.config.scaling_factor
 
@@ -240,11 +238,11 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @cached_property
     def schedule(self) -> TrainingSchedule:
-        """How the network is trained, by default on the DDPM schedule of the pipeline's scheduler config."""
+        """The training schedule, by default DDPM with the pipeline's scheduler config."""
         return DiffusionSchedule(self.pipeline.scheduler)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, like `noisy`."""
+        """The network's prediction, of the shape of `noisy`."""
         return self.denoiser(noisy, timesteps, encoder_hidden_states=condition.embeds).sample
 
     def denoising_loss(
@@ -257,19 +255,19 @@ class DiffusionDecoder(nn.Module, ABC):
         generator: Generators = None,
         snr_gamma: float | None = None,
     ) -> Tensor:
-        """Mean squared error of the prediction, one number a sample: `(B,)`, float32.
+        """Mean squared error of the prediction by sample: `(B,)`, float32.
 
         Args:
             condition: `(B, T, D)`; gradients reach it through the frozen network.
             latents: `(B, C, …)` from `encode_media`.
-            noise: like `latents`; drawn if not given.
-            timesteps: `(B,)` training steps as the schedule draws them; drawn if not given.
+            noise: like `latents`; drawn by default.
+            timesteps: `(B,)` training steps; drawn from the schedule by default.
             generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
-                the batch it is in. A CPU generator serves any device.
+                its batch. A CPU generator works on any device.
             snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
 
         Raises:
-            InputError: shapes that do not fit, or a schedule that cannot be trained with.
+            InputError: wrong shapes, a scheduler unfit for training, or a `snr_gamma` that it does not support.
         """
         condition = self._ready(condition, len(latents))
         check_generators(generator, len(latents))
@@ -290,7 +288,6 @@ class DiffusionDecoder(nn.Module, ABC):
         return weight * F.mse_loss(prediction.to(target.dtype), target, reduction="none").flatten(1).mean(1)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the network's activations in the backward pass."""
         self.denoiser.enable_gradient_checkpointing()
 
     # ---- sampling
@@ -307,18 +304,18 @@ class DiffusionDecoder(nn.Module, ABC):
         on_step: Callable[[int, int], None] | None = None,
         **size: float,
     ) -> list:
-        """Generate `B` media by calling the pipeline on the condition, as it would on captions encoded to it.
+        """Generate `B` media by calling the pipeline with the condition in place of prompt embeddings.
 
         Args:
             condition: `(B, T, D)`.
-            num_inference_steps, guidance_scale: the pipeline's own defaults if None.
-            negative_condition: `(B, T, D)`; if None, what the pipeline uses when given no negative prompt.
+            num_inference_steps, guidance_scale: the pipeline's defaults if None.
+            negative_condition: `(B, T, D)`; the pipeline's default if None.
             generator: one, or a list with one a sample.
-            on_step: called with the number of finished denoising steps and of all; what it raises ends the sampling.
+            on_step: called with the numbers of finished and of all denoising steps; an exception ends the sampling.
             size: the family's `size_names`; the decoder's own by default.
 
         Raises:
-            InputError: shapes that do not fit, or a size this decoder does not have.
+            InputError: wrong shapes, or a size this decoder does not have.
         """
         if unknown := sorted(set(size) - set(self.size_names)):
             raise InputError(
@@ -329,7 +326,7 @@ class DiffusionDecoder(nn.Module, ABC):
         if negative_condition is not None:
             negative_condition = self._ready(negative_condition, len(condition))
         check_generators(generator, len(condition))
-        # All sizes are passed: given only one of height and width, diffusers would drop it.
+        # All sizes are passed, because diffusers drops height or width given alone.
         arguments = {name: getattr(self, name) for name in self.size_names} | size
         steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         arguments |= {name: value for name, value in steering.items() if value is not None}
@@ -339,7 +336,7 @@ class DiffusionDecoder(nn.Module, ABC):
         return self.collect(self.pipeline(**arguments, generator=generator))
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """The conditions as the pipeline's call takes them; a negative of None is left to the pipeline."""
+        """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""
         parts = {"prompt_embeds": "embeds"} | ({} if self.pooled_dim is None else {"pooled_prompt_embeds": "pooled"})
         arguments = {}
         for name, part in parts.items():
@@ -348,7 +345,7 @@ class DiffusionDecoder(nn.Module, ABC):
         return arguments
 
     def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
-        """Checked, normalised, on the decoder's device and in its dtype."""
+        """Check a condition, normalise it, and move it to the decoder's device and dtype."""
         condition = Condition.of(condition)
         check_condition(condition, type(self).__name__, batch_size, self.condition_shape, self.pooled_dim)
         return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
@@ -357,34 +354,33 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @property
     def option_names(self) -> tuple[str, ...]:
-        """What `generate(decoder_kwargs={key: …})` takes for this decoder."""
+        """The options that `generate(decoder_kwargs={key: …})` takes for this decoder."""
         return (*STEERING, *self.size_names)
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
-        """Steps, guidance and sizes where nobody names any."""
+        """Default steps, guidance and sizes."""
         call = inspect.signature(self.pipeline.__call__).parameters
         steering = {name: call[name].default for name in ("num_inference_steps", "guidance_scale") if name in call}
         return steering | {name: getattr(self, name) for name in self.size_names}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """See `options.check_options`."""
         check_options(self.modality, options, self.option_names, self.expected_of)
 
     def expected_of(self, name: str, value: Any) -> str | None:
-        """What should stand in place of an option's value; None where it is right. A family adds its own sizes."""
+        """What was expected instead of an option's value, or None if it is valid; families add their own sizes."""
         return expected_of(name, value, self.pipeline.scheduler.config.num_train_timesteps, self.size_multiple)
 
     @property
     def size_multiple(self) -> int:
-        """Height and width in pixels are multiples of this: the VAE's factor, and diffusers asks for 8."""
+        """What height and width in pixels must be multiples of: the VAE's factor, and 8 as diffusers demands."""
         return math.lcm(8, self.pipeline.vae_scale_factor)
 
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
-        """Checked options of generation as arguments of `sample`.
+        """Convert checked options of generation to arguments of `sample`.
 
-        A `seed`, or one of a list with one a sample, gives a sample a generator of its own by its place: how many of
-        this decoder's media come before it in its answer. So a medium does not depend on what else is in the batch.
+        A `seed` (or a list with one a sample) and the sample's place, its index among this decoder's media in its
+        answer, give each sample its own generator, so that a medium does not depend on the rest of the batch.
         """
         arguments = {name: value for name, value in options.items() if value is not None}
         prompt, seed = arguments.pop("negative_prompt", None), arguments.pop("seed", None)

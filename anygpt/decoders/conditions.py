@@ -1,4 +1,4 @@
-"""What a decoder is conditioned on, and the generators that its noise comes from.
+"""Conditions of decoders, and checks of conditions and random generators.
 
 Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim.
 """
@@ -19,7 +19,7 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 @dataclass(eq=False)
 class Condition:
-    """What a decoder is conditioned on: embeds `(B, T, D)`, and where it has them pooled `(B, P)`, mask `(B, T)`."""
+    """What a decoder is conditioned on: embeds `(B, T, D)` and, if it has them, pooled `(B, P)` and mask `(B, T)`."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -27,18 +27,18 @@ class Condition:
 
     @classmethod
     def of(cls, condition: Condition | Tensor) -> Condition:
-        """A plain tensor means `Condition(embeds=tensor)`."""
+        """Wrap a plain tensor as `Condition(embeds=tensor)`."""
         return condition if isinstance(condition, cls) else cls(embeds=condition)
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
     def __getitem__(self, rows: slice | list[int] | Tensor) -> Condition:
-        """The samples of `rows`; the batch dimension stays, so an `int` is not taken."""
+        """The samples of `rows`, with the batch dimension kept."""
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Moved to `device`; floating-point tensors also cast to `dtype`. Differentiable."""
+        """Move to `device`, and cast floating-point tensors to `dtype`. Differentiable."""
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
@@ -46,11 +46,7 @@ class Condition:
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """A list of generators must hold one a sample.
-
-    Raises:
-        InputError: it holds another number.
-    """
+    """Raise an `InputError` for a list of generators without exactly one a sample."""
     if isinstance(generator, list) and len(generator) != batch_size:
         raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one a sample.")
 

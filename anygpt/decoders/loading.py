@@ -1,4 +1,4 @@
-"""Decoders from a folder or the hub, with the options of a part in a YAML."""
+"""Decoders from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from anygpt.parts.source import Source, load
 
 
 def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
-    """The decoder of a pipeline, every tensor of its networks from the files.
+    """The decoder of a pipeline, loaded strictly.
 
     Args:
         path: folder, hub id or `zoo:<name>`.
-        options: the other fields of `Source`, as in a YAML; dtype is float32 where it is not given.
+        options: other fields of `Source`, as in a YAML; dtype is float32 by default.
 
     Raises:
-        InputError: nothing there, no known pipeline, or files that do not hold exactly its networks' tensors.
+        InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
     """
     source = Source.of(path, options)
     given = {"torch_dtype": source.torch_dtype, "num_frames": source.num_frames}

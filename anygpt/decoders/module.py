@@ -1,4 +1,4 @@
-"""`ModalDecoderModule`: a diffusion decoder, its output projector, and which states feed it."""
+"""`ModalDecoderModule`: a diffusion decoder, its output projector, and the choice of states that feed it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ class ModalDecoderModule(nn.Module):
 
     Args:
         model: the diffusion decoder.
-        projector: built by `MultimodalModel`, with sizes from both sides, when None.
-        num_signal_tokens: `N`; the paper's count for the modality when None.
-        hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the
-            paper), any other index into `hidden_states` (0 are the embeddings), or `"mix"`, a learned softmax over
-            all of them.
-        modality: media type in the data; the decoder's own when None.
+        projector: if None, built by `MultimodalModel` with sizes from both sides.
+        num_signal_tokens: `N`; if None, the paper's count for the modality.
+        hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the paper),
+            another index into `hidden_states` (0: embeddings), or `"mix"`, a learned softmax over all of them.
+        modality: media type in the data; if None, the decoder's own.
         signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `SignalTokens`).
-        defaults: options of generation where a request names none, such as `{"guidance_scale": 2}`; what they leave
-            out is the pipeline's own. Saved with the model.
+        defaults: default options of generation, such as `{"guidance_scale": 2}`, before the pipeline's own. Saved with
+            the model.
 
     Attributes:
         module: the diffusion decoder.
@@ -69,7 +68,7 @@ class ModalDecoderModule(nn.Module):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Options of generation where a request names none."""
+        """A copy of the default options of generation."""
         return dict(self._defaults)
 
     @defaults.setter
@@ -80,18 +79,18 @@ class ModalDecoderModule(nn.Module):
         self._defaults = dict(options)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's options of generation over the defaults; None stands for the default."""
+        """Merge a request's options over the defaults; None stands for the default."""
         given = {name: value for name, value in given.items() if value is not None}
         replaced = {name for pair in ALTERNATIVES for name in pair if set(pair) & set(given)}
         return {name: value for name, value in self._defaults.items() if name not in replaced} | given
 
     @property
     def needs_all_states(self) -> bool:
-        """Whether the language model must return the states of its inner layers, which costs memory."""
+        """Whether the language model must return the states of all layers, which costs memory."""
         return self.hidden_layer != -1
 
     def projector_sizes(self, in_features: int) -> dict[str, Any]:
-        """The sizes that an output projector must have between `H = in_features` and this decoder."""
+        """The sizes of an output projector from `H = in_features` to this decoder."""
         if self.num_signal_tokens is None:
             self.num_signal_tokens = media_type(self.modality).signal_tokens
         return {
@@ -110,7 +109,7 @@ class ModalDecoderModule(nn.Module):
             projection_type: type to build.
 
         Raises:
-            InputError: a given projector does not fit; both shapes are named.
+            InputError: a given projector has other sizes, or there is no such `hidden_layer`.
         """
         expected = self.projector_sizes(in_features)
         if self.projector is None:
@@ -133,8 +132,8 @@ class ModalDecoderModule(nn.Module):
         """The `(B, S, H)` states that this decoder reads.
 
         Args:
-            last: what the language model's head reads.
-            all_states: embeddings and the output of each layer; needed if `needs_all_states`.
+            last: the states that the language model's head reads.
+            all_states: embeddings and the output of each layer, if `needs_all_states`.
         """
         if self.hidden_layer == -1:
             return last
@@ -144,8 +143,5 @@ class ModalDecoderModule(nn.Module):
         return all_states[self.hidden_layer]
 
     def condition(self, states: Tensor) -> Condition:
-        """`(K, N, H)` states at the spans, the token embeddings there added, to the decoder's condition.
-
-        The condition is normalised as the decoder wants it, so training and generation see the same one.
-        """
+        """Project `(K, N, H)`, states plus token embeddings at the spans, to the decoder's normalised condition."""
         return self.module.normalize_condition(self.projector(states))

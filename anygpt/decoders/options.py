@@ -1,4 +1,4 @@
-"""The options that generation takes for a decoder: `generate(decoder_kwargs={key: options})`."""
+"""Options of generation for a decoder: `generate(decoder_kwargs={key: options})`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from anygpt.errors import InputError
 
 STEERING = ("num_inference_steps", "guidance_scale", "negative_prompt", "negative_condition", "seed", "generator")
-"""Options of every decoder, beside the sizes that its family names."""
+"""Options of every decoder, besides its family's sizes."""
 ALTERNATIVES = (("negative_prompt", "negative_condition"), ("seed", "generator"))
 MAX_SEED = 2**63 - 1
 
@@ -19,16 +19,16 @@ MAX_SEED = 2**63 - 1
 def check_options(
     decoder: str, options: Mapping[str, Any], names: Sequence[str], expected_of: Callable[[str, Any], str | None]
 ) -> None:
-    """Find mistakes in the options of generation before anything is computed.
+    """Validate options of generation before anything is computed.
 
     Args:
-        decoder: what messages call it.
+        decoder: its name in messages.
         options: by name; None stands for the default.
-        names: the options that it has.
-        expected_of: `(name, value)` to what should stand in place of the value, None where it is right.
+        names: the options of the decoder.
+        expected_of: `(name, value)` to what was expected instead of the value, or None if it is valid.
 
     Raises:
-        InputError: an option that the decoder does not have, or a value that it cannot take.
+        InputError: an unknown option or an invalid value.
     """
     if unknown := sorted(set(options) - set(names)):
         raise InputError(
@@ -44,12 +44,12 @@ def check_options(
 
 
 def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> str | None:
-    """What should stand in place of an option's value; None where it is right, or not looked at here.
+    """What was expected instead of an option's value; None if it is valid, or not checked here.
 
     Args:
         name, value: the option.
         most_steps: steps of the training schedule.
-        size_multiple: heights and widths are multiples of it.
+        size_multiple: divisor of heights and widths.
     """
     if name == "num_inference_steps":
         good = is_integer(value) and 1 <= value <= most_steps
@@ -71,7 +71,7 @@ def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> s
 
 
 def seeded(seed: int | Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
-    """A generator a sample, from one seed or one a sample, and the sample's place in its answer."""
+    """One generator a sample, seeded by the seed (one, or one a sample) plus the sample's place in its answer."""
     seeds = [seed] * len(places) if isinstance(seed, int) else seed
     return [
         torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)
@@ -84,10 +84,10 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; also no integer beyond what a float can be."""
+    """Whether a value is a finite number within the range of a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_text(value: str) -> bool:
-    """Whole characters: tokenizers take no half of a surrogate pair, which JSON and command lines may hold."""
+    """Whether a text has no lone surrogates, which JSON and command lines may hold but tokenizers refuse."""
     return not any("\ud800" <= character <= "\udfff" for character in value)

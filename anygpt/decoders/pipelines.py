@@ -1,4 +1,4 @@
-"""A diffusers pipeline whose every network is filled from its files, with a report."""
+"""Strict loading of diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -19,16 +19,12 @@ from anygpt.parts.files import Place, Weights, find_weights, shape_of
 from anygpt.parts.networks import check_report, load_network, wants_shapes_only
 
 TESTED = ">=0.36,<0.43"
-"""Versions of diffusers that have every pipeline which a decoder needs, as in pyproject.toml."""
-DTYPE = torch.float32  # of pipelines, as diffusers has it, whatever the files' own is
+"""Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
+DTYPE = torch.float32  # diffusers' default, whatever the dtype of the files
 
 
 def find_pipeline(name: str) -> type[DiffusionPipeline]:
-    """A pipeline's class by its name in diffusers.
-
-    Raises:
-        InputError: the installed diffusers does not have it.
-    """
+    """The diffusers pipeline class of this name; an `InputError` if the installed version lacks it."""
     try:
         return getattr(diffusers, name)
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -39,15 +35,15 @@ def find_pipeline(name: str) -> type[DiffusionPipeline]:
 
 
 def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class of decoders for the pipeline at `place`, and its `model_index.json`.
+    """The decoder class for the pipeline at `place`, and the content of `model_index.json`.
 
     Args:
-        place: where it lies.
-        cls: the class that it must have; any of the known when None.
-        known: classes by the name of their pipelines.
+        place: of the pipeline.
+        cls: the required decoder class; None for any known one.
+        known: decoder classes by the name of their pipelines.
 
     Raises:
-        InputError: no pipeline there, or one of another or an unknown class.
+        InputError: no pipeline, or one of another or unknown class.
     """
     config = place.json("model_index.json")
     name = (config or {}).get("_class_name")
@@ -70,16 +66,16 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
 def load_pipeline(
     cls: type[DiffusionPipeline], index: Mapping[str, Any], place: Place, **options: Any
 ) -> DiffusionPipeline:
-    """The pipeline at `place`.
+    """Load the pipeline at `place`.
 
     Args:
-        cls: its class.
+        cls: the class of the pipeline.
         index: content of its `model_index.json`.
-        place: where it lies.
-        options: of diffusers' `from_pretrained`: `torch_dtype`, components to use in place of the files', …
+        place: of the pipeline.
+        options: of diffusers' `from_pretrained`: `torch_dtype`, components that replace those of the files, …
 
     Raises:
-        InputError: a network whose files do not hold exactly its tensors.
+        InputError: missing or unexpected tensors of a network.
     """
     dtype = options.get("torch_dtype") or DTYPE
     given: dict[str, Any] = {}
@@ -87,7 +83,7 @@ def load_pipeline(
         if not isinstance(entry, (list, tuple)) or name in options:
             continue
         if list(entry) == [None, None]:
-            given[name] = None  # saved without it (SD 3's T5), but it is only left out when told to be
+            given[name] = None  # saved without it (SD 3's T5), which diffusers must be told explicitly
             continue
         network = _class_of(*entry)
         if network is not None:
@@ -97,7 +93,7 @@ def load_pipeline(
 
 
 def _class_of(library: str, name: str) -> type[nn.Module] | None:
-    """The class of a network; None of what has no weights."""
+    """The class of a network; None for components without weights."""
     home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
         diffusers.pipelines, library, None
     )
@@ -130,7 +126,7 @@ def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
 
 
 def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixin:
-    """A network on the meta device, its tensors compared with those in the files' headers."""
+    """Build a network on the meta device, and compare its tensors with the files' headers."""
     config = cls.load_config(place.path, revision=place.revision, subfolder=place.subfolder, **place.hub)
     with torch.device("meta"):
         network = cls.from_config(config)
@@ -145,7 +141,7 @@ def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixi
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without diffusers' warnings of what is left over: ours is an error."""
+    """Silence diffusers' warnings about unexpected tensors, which are errors here."""
     reports = logging.getLogger("diffusers.models.modeling_utils")
     level = reports.level
     reports.setLevel(logging.ERROR)

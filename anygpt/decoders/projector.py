@@ -1,4 +1,4 @@
-"""`OutputProjector`: the language model's states at a signal span to a decoder's condition."""
+"""`OutputProjector`: maps the language model's states at a signal span to a decoder's condition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROJECTION_TYPES = ("linear", "mlp", "transformer", "qformer")
 
 
 class OutputProjectorConfig(PreTrainedConfig):
-    """What an output projector needs to be built.
+    """Type and sizes of an output projector.
 
     Args:
         projection_type: `linear` (one Linear on the flattened span), `mlp` (two, with `activation` between them),
@@ -26,11 +26,11 @@ class OutputProjectorConfig(PreTrainedConfig):
         in_features: `H`, width of the language model's states.
         num_signal_tokens: `N`.
         condition_shape: `(T, D)` of the decoder.
-        pooled_dim: `P` where the decoder has a pooled condition: a second head then gives it.
-        activation: any name that `transformers.activations.ACT2FN` builds.
-        d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: the paper's sizes.
-        linear_path: `transformer` alone: a Linear beside it, which a ridge solution can set; the transformer's own
-            output then starts at zero, so that it only has to learn what the line misses.
+        pooled_dim: `P` if the decoder has a pooled condition, computed by a second head.
+        activation: any name in `transformers.activations.ACT2FN`.
+        d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: sizes; the paper's by default.
+        linear_path: for `transformer`: add the output of a Linear, which a ridge solution can set. The transformer's
+            own output then starts at zero and learns the residual.
     """
 
     model_type = "anygpt_output_projector"
@@ -73,12 +73,11 @@ class OutputProjectorConfig(PreTrainedConfig):
 
 
 class OutputProjector(PreTrainedModel):
-    """Maps `(K, N, H)` states at signal spans to a `Condition` of embeds `(K, T, D)` and, if asked, pooled `(K, P)`.
+    """Maps `(K, N, H)` states at signal spans to a `Condition`: embeds `(K, T, D)` and, with `pooled_dim`, `(K, P)`.
 
     Args:
         config: sizes and type.
-        projection: a module of your own to wrap, called with the states and giving `(K, T, D)`; built from the
-            config when None.
+        projection: a module of your own that maps the states to `(K, T, D)`; if None, built from the config.
 
     Raises:
         InputError: sizes are missing.
@@ -99,24 +98,24 @@ class OutputProjector(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules keep the initialisation that their constructors gave them."""
+        """Do nothing: modules keep their constructors' initialisation."""
 
     @property
     def line(self) -> nn.Linear | None:
-        """The Linear from the flattened span to all condition tokens, if this projector is or has one."""
+        """The Linear from the flattened span to all condition tokens, if there is one."""
         if isinstance(self.projection, FlatProjection) and isinstance(self.projection.layers, nn.Linear):
             return self.projection.layers
         return self.projection.line.layers if getattr(self.projection, "line", None) is not None else None
 
     def forward(self, states: Tensor) -> Condition:
-        """`(K, N, H)` in any float dtype; computed in the dtype of the projector's own parameters."""
+        """Project `(K, N, H)` of any float dtype, in the dtype of the projector's parameters."""
         states = states.to(next(self.parameters()).dtype)
         pooled = None if self.pooled_head is None else self.pooled_head(states.flatten(1))
         return Condition(self.projection(states), pooled=pooled)
 
 
 class FlatProjection(nn.Module):
-    """All `N` states side by side, through one or two Linears, to all `T` condition tokens at once."""
+    """One or two Linears from the concatenated `N` states to all `T` condition tokens."""
 
     def __init__(self, config: OutputProjectorConfig):
         super().__init__()
@@ -135,9 +134,9 @@ class FlatProjection(nn.Module):
 
 
 class TransformerProjection(nn.Module):
-    """The paper's: in-projection, `nn.Transformer` with a learned query for each condition token, out-projection.
+    """The paper's in-projection, `nn.Transformer` with a learned query for each condition token, and out-projection.
 
-    No dropout, pre-norm. The queries start random: queries that start at zero or identical stay identical.
+    Pre-norm, without dropout. Queries start random, because identical ones would stay identical.
     """
 
     def __init__(self, config: OutputProjectorConfig):
@@ -158,7 +157,7 @@ class TransformerProjection(nn.Module):
             "batch_first": True,
             "norm_first": True,
         }
-        # The encoder is built here because nn.Transformer's own warns that pre-norm has no fast path.
+        # Built here because nn.Transformer's own encoder warns that pre-norm has no fast path.
         encoder = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(**layer),
             config.num_encoder_layers,

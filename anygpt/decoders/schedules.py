@@ -1,7 +1,6 @@
-"""How decoders are trained: a noise schedule apart from the pipeline's scheduler, whose tables are the sampler's.
+"""Training noise schedules of decoders, separate from the pipeline's scheduler, whose tables are set for sampling.
 
-`DiffusionSchedule` is that of networks trained on a DDPM schedule, `FlowSchedule` of those trained by flow matching.
-Shapes: `B` batch, `C` latent channels.
+`DiffusionSchedule` is for DDPM, `FlowSchedule` for flow matching. Shapes: `B` batch, `C` latent channels.
 """
 
 from __future__ import annotations
@@ -35,34 +34,30 @@ class TrainingSchedule(ABC):
     scheduler: Any
 
     def draw(self, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
-        """Training timesteps `(B,)` on `device`; a list of generators draws each sample from its own."""
+        """Draw training timesteps `(B,)` on `device`, each with its own generator if a list is given."""
         if isinstance(generator, list):
             return torch.cat([self.draw(1, g, device) for g in generator])
         return self.density(batch_size, generator, device if generator is None else generator.device).to(device)
 
     @abstractmethod
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Timesteps `(B,)`, drawn on `device`."""
+        """Draw timesteps `(B,)` on `device`."""
 
     @abstractmethod
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents and what the network should predict from them, both like `latents`."""
+        """The noisy latents and the prediction target, both like `latents`."""
 
     @abstractmethod
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
-        """Weights `(B,)` of the samples' losses.
-
-        Raises:
-            InputError: min-SNR-γ, where it cannot be had.
-        """
+        """Loss weights `(B,)` of the samples; an `InputError` if min-SNR-γ does not apply."""
 
 
 class DiffusionSchedule(TrainingSchedule):
     """The DDPM noise schedule (arXiv 2006.11239) of a pipeline's scheduler.
 
     Raises:
-        InputError: a config without betas, as flow matching's (DDPM would take it, with betas of its own), or a
-            prediction type other than epsilon, v_prediction and sample.
+        InputError: a config without betas, as for flow matching (`DDPMScheduler` would silently use its default ones),
+            or a prediction type other than epsilon, v_prediction and sample.
     """
 
     def __init__(self, scheduler: Any):
@@ -79,12 +74,11 @@ class DiffusionSchedule(TrainingSchedule):
                 f"The scheduler's prediction_type is {self.kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
                 "correct scheduler_config.json."
             )
-        # Without this key: from_config would replace whatever the other class had as a default (LCM's betas, for one)
-        # by DDPM's default.
+        # With this key, from_config would replace defaults of the other class (such as LCM's betas) by DDPM's.
         self.scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
 
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Uniform over the schedule, int64."""
+        """Draw uniformly over the schedule, int64."""
         high = self.scheduler.config.num_train_timesteps
         return torch.randint(high, (batch_size,), generator=generator, device=device)
 
@@ -95,9 +89,9 @@ class DiffusionSchedule(TrainingSchedule):
         return noisy, noise if self.kind == "epsilon" else latents
 
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
-        """1, or min-SNR-γ's (arXiv 2303.09556).
+        """1, or min-SNR-γ weights (arXiv 2303.09556).
 
-        With s the signal-to-noise ratio: epsilon min(s,γ)/s, v_prediction min(s,γ)/(s+1), sample min(s,γ).
+        With the signal-to-noise ratio s: epsilon min(s,γ)/s, v_prediction min(s,γ)/(s+1), sample min(s,γ).
 
         Raises:
             InputError: γ with epsilon prediction at zero terminal SNR.
@@ -115,9 +109,9 @@ class DiffusionSchedule(TrainingSchedule):
 
 
 class FlowSchedule(TrainingSchedule):
-    """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the noise levels of a pipeline's.
+    """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the pipeline's noise levels.
 
-    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script, for the density of σ and the weights.
+    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and the loss weights.
 
     Raises:
         InputError: an unknown scheme, or a scheduler that is not configured for flow matching.
@@ -133,13 +127,13 @@ class FlowSchedule(TrainingSchedule):
                 f"the decoder trains by flow matching, but the pipeline's {type(scheduler).__name__} is not configured "
                 "for it: give it the flow's scheduler."
             )
-        dynamic = config.get("use_dynamic_shifting", False)  # leaves the training levels unshifted, as in the script
+        dynamic = config.get("use_dynamic_shifting", False)  # if so, training levels are unshifted, as in the script
         self.scheduler = FlowMatchEulerDiscreteScheduler(
             config.num_train_timesteps, shift, use_dynamic_shifting=dynamic
         )
 
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """float32, 1000 σ in a schedule of 1000 steps; parameters are the training script's."""
+        """Draw float32 timesteps (1000 σ for 1000 steps), with the training script's parameters."""
         steps = self.scheduler.timesteps
         u = compute_density_for_timestep_sampling(
             self.scheme, batch_size, 0.0, 1.0, 1.29, device=device, generator=generator
@@ -151,7 +145,7 @@ class FlowSchedule(TrainingSchedule):
         return (1 - sigmas) * latents + sigmas * noise, noise - latents
 
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
-        """The scheme's, 1 but for cosmap and sigma_sqrt; `snr_gamma` is an `InputError`."""
+        """The scheme's weights, 1 except for cosmap and sigma_sqrt; `snr_gamma` is an `InputError`."""
         if snr_gamma is not None:
             raise InputError("the decoder is trained by flow matching, where snr_gamma means nothing.")
         return compute_loss_weighting_for_sd3(self.scheme, self._sigmas(timesteps))
@@ -161,6 +155,6 @@ class FlowSchedule(TrainingSchedule):
 
 
 def check_scheme(scheme: str) -> None:
-    """Raise an `InputError` for a weighting scheme that does not exist."""
+    """Raise an `InputError` for an unknown weighting scheme."""
     if scheme not in WEIGHTING_SCHEMES:
         raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")

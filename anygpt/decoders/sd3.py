@@ -18,9 +18,9 @@ from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 class StableDiffusion3Decoder(StableDiffusionDecoder):
     """Conditions of two CLIP encoders and T5, embeds `(B, T, D)` and pooled `(B, P)` -> PIL images.
 
-    Trained as rectified flow (`FlowSchedule`), by default with σ from a logit-normal density, shifted as the schedule
-    is, and no weights. `weighting_scheme` is that of diffusers' SD 3 training script, whose loss this is with
-    `--precondition_outputs 0` (its default multiplies it by σ²). Sizes are as in `StableDiffusionDecoder`;
+    Trained as rectified flow (`FlowSchedule`), by default with σ from a logit-normal density with the schedule's shift,
+    unweighted. `weighting_scheme` and the loss are those of diffusers' SD 3 training script with
+    `--precondition_outputs 0` (its default multiplies the loss by σ²). Sizes are as in `StableDiffusionDecoder`;
     `max_sequence_length` counts T5's tokens and defaults to the pipeline's.
 
     Raises:
@@ -46,42 +46,40 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The transformer."""
         return self.transformer
 
     @property
     def size_multiple(self) -> int:
-        """The VAE's factor, and the transformer's patches."""
+        """The VAE's factor times the transformer's patch size."""
         return self.pipeline.vae_scale_factor * self.transformer.config.patch_size
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(T, D)`: CLIP's tokens, then T5's (zeros where the pipeline has no T5), all as wide as the attention's."""
+        """`(T, D)`: CLIP's tokens, then T5's (zeros without T5), all of the joint attention's width."""
         tokens = self.pipeline.tokenizer_max_length + self.max_sequence_length
         return tokens, self.transformer.config.joint_attention_dim
 
     @property
     def pooled_dim(self) -> int:
-        """`P`, both CLIP projections."""
+        """`P`, the width of both CLIP projections together."""
         return self.transformer.config.pooled_projection_dim
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Condition:
-        """What the pipeline conditions on: embeds `(B, T, D)` and pooled `(B, P)`."""
+        """The pipeline's embeds `(B, T, D)` and pooled `(B, P)`."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             captions, None, None, self.device, 1, False, max_sequence_length=self.max_sequence_length
         )
         return Condition(embeds, pooled)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """With T5's length, so that the pipeline's own negative has it too."""
+        """Adds T5's length, so that the pipeline's default negative has it too."""
         return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
 
     @cached_property
     def schedule(self) -> FlowSchedule:
-        """Rectified flow."""
         return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The velocity, from the transformer."""
+        """The transformer's velocity prediction."""
         return self.denoiser(noisy, condition.embeds, condition.pooled, timesteps).sample

@@ -12,16 +12,16 @@ from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 class StableDiffusionXLDecoder(StableDiffusionDecoder):
     """Conditions of two CLIP text encoders, embeds `(B, T, D)` and pooled `(B, P)` -> PIL images (arXiv 2307.01952).
 
-    Sizes are as in `StableDiffusionDecoder`. The size conditioning is what the pipeline gives by default, in training
-    too: an image of the size that is made, not cropped. Without a negative condition, guidance is away from zeros
-    where the pipeline has `force_zeros_for_empty_prompt` (that is not the encoding of ""), else from "".
+    Sizes are as in `StableDiffusionDecoder`. Training and sampling use the pipeline's default size conditioning: the
+    target size, uncropped. The default negative condition is zeros if the pipeline has `force_zeros_for_empty_prompt`,
+    else the encoding of "".
     """
 
     pipeline_name = "StableDiffusionXLPipeline"
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(T, D)`: the two text encoders' states side by side."""
+        """`(T, D)` of the two text encoders' concatenated states."""
         widths = (encoder.config.hidden_size for encoder in (self.text_encoder, self.text_encoder_2))
         return self.pipeline.tokenizer.model_max_length, sum(widths)
 
@@ -32,14 +32,14 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Condition:
-        """Both encoders' states but for their last layer `(B, T, D)`; the second one's projection `(B, P)`."""
+        """Both encoders' penultimate states `(B, T, D)` and the second one's projection `(B, P)`."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             captions, device=self.device, do_classifier_free_guidance=False
         )
         return Condition(embeds, pooled)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As elsewhere, but in float32 where the VAE overflows in float16; the pipeline decodes so."""
+        """Computed in float32 if the VAE would overflow in float16, as the pipeline does for decoding."""
         if not (self.vae.dtype == torch.float16 and self.vae.config.force_upcast):
             return super().posterior(pixels)
         self.vae.to(torch.float32)
@@ -49,7 +49,7 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
             self.vae.to(torch.float16)
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """By channel means and deviations where the VAE has them (Playground 2.5), as the pipeline undoes it."""
+        """Standardise by channel if the VAE has means and deviations (Playground 2.5), which the pipeline undoes."""
         mean, std = self.vae.config.latents_mean, self.vae.config.latents_std
         if mean is None or std is None:
             return super().scale_latents(latents)
@@ -57,7 +57,7 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
         return (latents - mean) * self.vae.config.scaling_factor / std
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Conditioned on the pooled encoding and on the sizes as well."""
+        """The prediction, also conditioned on the pooled encoding and the sizes."""
         height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
         # original size, top left corner of the crop, target size
         time_ids = torch.tensor([[height, width, 0, 0, height, width]]).repeat(len(noisy), 1).to(noisy)

@@ -16,8 +16,8 @@ from anygpt.decoders.targets import ImageTargets
 class StableDiffusionDecoder(DiffusionDecoder):
     """Conditions `(B, T, D)` of a CLIP text encoder -> PIL images.
 
-    `height` and `width` (pixels) of targets and samples default to the network's `sample_size` × the VAE's factor. A
-    safety checker in the pipeline blackens what it flags, here as there.
+    `height` and `width` (pixels) of targets and samples default to the network's `sample_size` × the VAE's factor. The
+    pipeline's safety checker, if any, blackens images that it flags.
     """
 
     modality = "image"
@@ -33,11 +33,11 @@ class StableDiffusionDecoder(DiffusionDecoder):
 
     @property
     def targets(self) -> ImageTargets:
-        """PIL images -> `(B, channels, height, width)` in [-1, 1], as many channels as the VAE has."""
+        """PIL images -> `(B, channels, height, width)` in [-1, 1], with the VAE's number of channels."""
         return ImageTargets(self.height, self.width, self.vae.config.in_channels)
 
     def collect(self, output: Any) -> list[Image.Image]:
-        """PIL images, RGB or of 16-bit grey, from the pipeline's floats in [0, 1] where it gives one channel."""
+        """PIL images: the pipeline's RGB, or 16-bit grey converted from one channel of floats in [0, 1]."""
         if isinstance(output.images, list):
             return output.images
         return [Image.fromarray((image[..., 0] * 65535).round().astype(np.uint16)) for image in output.images]

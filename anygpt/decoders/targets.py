@@ -1,4 +1,4 @@
-"""Raw media -> what a decoder's VAE encodes. Configuration and numpy only, so data workers need no weights.
+"""Conversion of raw media to inputs of a decoder's VAE, without weights, so that data workers can do it.
 
 Shapes: `B` batch, `F` frames, `H` height, `W` width (pixels), `N` waveform samples.
 """
@@ -27,7 +27,7 @@ PEAK = 0.5
 
 
 class TargetProcessor(ABC):
-    """Turns a list of raw media into a float32 batch; a frozen dataclass of numbers that fits in JSON."""
+    """A converter of raw media to a float32 batch; subclasses are frozen dataclasses of JSON-able settings."""
 
     modality: ClassVar[str]
     _registry: ClassVar[dict[str, type[TargetProcessor]]] = {}
@@ -37,10 +37,10 @@ class TargetProcessor(ABC):
         TargetProcessor._registry[cls.__name__] = cls
 
     def __call__(self, media: list) -> Tensor:
-        """`B` media -> `(B, …)` float32.
+        """Convert `B` media to `(B, …)` float32.
 
         Raises:
-            InputError: no media, or one of the wrong kind or shape, with its row.
+            InputError: no media, or one of the wrong kind or shape; names its row.
         """
         if not isinstance(media, (list, tuple)) or not media:
             raise InputError(f"{type(self).__name__} needs a list of at least one {self.modality}, not {media!r:.80}.")
@@ -48,24 +48,20 @@ class TargetProcessor(ABC):
 
     @abstractmethod
     def one(self, item: Any, row: int) -> np.ndarray:
-        """The float32 array of one medium; `row` is for messages."""
+        """Convert one medium to a float32 array; `row` is for messages."""
 
     @property
     @abstractmethod
     def note(self) -> str:
-        """What of a target is learned from, where not all of it is."""
+        """The portion of a target that is used, for people to read."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What `target_processor_from_dict` takes; JSON-able."""
+        """The settings as a JSON-able dict for `target_processor_from_dict`."""
         return {"type": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]  # subclasses are data classes
 
 
 def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
-    """The inverse of `to_dict`.
-
-    Raises:
-        InputError: an unknown `type` or setting, naming the known ones.
-    """
+    """The inverse of `to_dict`; an `InputError` for an unknown `type` or setting."""
     settings = {name: value for name, value in config.items() if name != "type"}
     kind = TargetProcessor._registry.get(config.get("type"))
     if kind is None:
@@ -82,8 +78,8 @@ def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
 class ImageTargets(TargetProcessor):
     """PIL images of any mode and size -> `(B, channels, H, W)` in [-1, 1].
 
-    Three channels of 8 bits (see `to_rgb`), or one of 16-bit grey. The image is scaled (Lanczos) until it covers
-    `height` × `width`, and the middle is kept; the value range is that of diffusers' `VaeImageProcessor`.
+    Images are converted to 8-bit RGB or, for one channel, 16-bit grey, scaled (Lanczos) to cover `height` × `width`,
+    and centre-cropped; the value range is that of diffusers' `VaeImageProcessor`.
     """
 
     modality: ClassVar[str] = "image"
@@ -103,7 +99,7 @@ class ImageTargets(TargetProcessor):
         except ValueError as error:
             raise InputError(f"Image {row} cannot be used: {error}") from error
         if self.channels == 1:
-            item = Image.fromarray(np.asarray(item, dtype=np.float32) / 257)  # 65535 becomes 255, as of 8 bits
+            item = Image.fromarray(np.asarray(item, dtype=np.float32) / 257)  # to the 8-bit range: 65535 -> 255
         return _pixels(item, self.height, self.width)
 
 
@@ -111,8 +107,8 @@ class ImageTargets(TargetProcessor):
 class VideoTargets(TargetProcessor):
     """uint8 arrays `(F, H, W, 3)` of any length and size -> `(B, 3, num_frames, H, W)` in [-1, 1].
 
-    Frames are taken at even distances from first to last, repeated where there are too few; each is scaled and
-    cropped as `ImageTargets` does.
+    Frames are sampled evenly from first to last, repeated if there are too few, and scaled and cropped as in
+    `ImageTargets`.
     """
 
     modality: ClassVar[str] = "video"
@@ -140,9 +136,9 @@ class VideoTargets(TargetProcessor):
 class AudioTargets(TargetProcessor):
     """Pairs of a float waveform in [-1, 1], `(N,)` or `(C, N)`, and its rate in Hz -> log-mel `(B, 1, frames, mels)`.
 
-    What AudioLDM was trained on: mixed to mono, resampled, cut (from the start) to the wanted length, `normalize`d
-    (mean removed, peak scaled to 0.5), filled up with silence; then reflect padding of `(n_fft - hop_length) / 2`
-    with uncentred frames, Hann window, magnitude, Slaney mels, the natural logarithm of max(x, 1e-5).
+    As in AudioLDM's training: mixed to mono, resampled, truncated to the length, `normalize`d (mean removed, peak
+    scaled to 0.5), padded with silence; then reflect padding of `(n_fft - hop_length) / 2` with uncentred frames, Hann
+    window, magnitude, Slaney mels, natural logarithm of max(x, 1e-5).
     """
 
     modality: ClassVar[str] = "audio"
@@ -162,7 +158,7 @@ class AudioTargets(TargetProcessor):
     normalize: bool = True
     """Remove the mean and scale the peak to 0.5 first."""
     waveforms: bool = False
-    """Give each frame's `hop_length` samples too, after its mels: `(B, 1, frames, mels + hop_length)`."""
+    """Append each frame's `hop_length` samples to its mels: `(B, 1, frames, mels + hop_length)`."""
 
     @property
     def note(self) -> str:
@@ -207,6 +203,6 @@ def _mel_filters(n_fft: int, num_mel_bins: int, fmin: float, fmax: float, sampli
 
 
 def _pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """An image of values up to 255, scaled and cropped, as float32 `(channels, height, width)` in [-1, 1]."""
+    """Scale and crop an image of values up to 255 to float32 `(channels, height, width)` in [-1, 1]."""
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     return (np.atleast_3d(np.asarray(image, dtype=np.float32)) / 255.0 * 2.0 - 1.0).transpose(2, 0, 1)

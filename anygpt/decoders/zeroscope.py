@@ -19,7 +19,7 @@ class ZeroscopeDecoder(DiffusionDecoder):
     """Conditions `(B, T, D)` of a CLIP text encoder -> uint8 videos `(F, H, W, 3)`; latents `(B, C, F, h, w)`.
 
     `height` and `width` (pixels) default to the U-Net's `sample_size` × the VAE's factor, `num_frames` to the
-    pipeline's own default. `frame_rate` (frames/s) is for whoever writes or times the frames: the model has none.
+    pipeline's own default. `frame_rate` (frames/s) is for writing and timing clips; the model does not use it.
     """
 
     modality = "video"
@@ -53,15 +53,15 @@ class ZeroscopeDecoder(DiffusionDecoder):
         return VideoTargets(self.height, self.width, self.num_frames)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The image VAE's, frame by frame: `(B, 3, F, H, W)` -> two of `(B, C, F, h, w)`."""
+        """The image VAE's posterior frame by frame: `(B, 3, F, H, W)` -> two of `(B, C, F, h, w)`."""
         frames = pixels.transpose(1, 2)
         moments = super().posterior(frames.flatten(0, 1))
-        # Contiguous, as they come from a feature cache too: kernels choose their way, and its rounding, by the layout.
+        # Contiguous, as when read from a feature cache: the rounding of kernels depends on the memory layout.
         mean, std = (x.unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous() for x in moments)
         return mean, std
 
     def enable_gradient_checkpointing(self) -> None:
-        """As elsewhere, but block by block here: diffusers' own switch refuses the 3D U-Net."""
+        """Checkpoint block by block, because diffusers' own switch refuses the 3D U-Net."""
         for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
             if "forward" not in vars(block):  # not yet wrapped
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
