@@ -1,7 +1,6 @@
-"""Callbacks that can be saved: what a vision-language model does around its parts, as objects with JSON settings.
+"""Serializable callbacks around an encoder, as objects with JSON settings.
 
-A plain function given to `ModalEncoderModule` or `MultimodalModel` cannot be written into a checkpoint; these can.
-Shape legend: `anygpt.outputs`.
+Plain functions given to `ModalEncoderModule` or `MultimodalModel` cannot be saved in a checkpoint; these can.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 
 
 class SavedCallback:
-    """A callback that a checkpoint holds as `{"class", "settings"}`; `settings` are its constructor's arguments."""
+    """A callback saved as `{"class", "settings"}`; `settings` are the constructor's arguments."""
 
     settings: dict[str, Any]
 
@@ -24,10 +23,9 @@ class SavedCallback:
 
 
 class EncoderCallbacks(SavedCallback, nn.Module):
-    """The three callbacks of an encoder as one object, and the number of features that come out.
+    """The three callbacks of an encoder as one object, which also counts the resulting features.
 
-    Subclasses override what they need. Parameters of their own are saved with the projectors and train with
-    `<key>_projector`.
+    Subclasses override what they need. Their parameters are saved with the projectors and train with `<key>_projector`.
 
     Args:
         settings: JSON values; the constructor's keyword arguments.
@@ -40,28 +38,28 @@ class EncoderCallbacks(SavedCallback, nn.Module):
         self.settings = settings
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Before the encoder."""
+        """Runs before the encoder."""
         return inputs
 
     def postprocess_module(self, inputs: dict[str, Any], output: Any) -> Any:
-        """Between encoder and projector."""
+        """Runs between encoder and projector."""
         return output
 
     def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
-        """After the projector."""
+        """Runs after the projector."""
         return output
 
     def feature_size(self, size: int) -> int:
-        """The width of what the projector gets, from that of what the encoder gives."""
+        """Input width of the projector, given the encoder's feature width."""
         return size
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        """Features of each input, in place of the family's own count."""
+        """Number of features of each input; replaces the family's count."""
         raise NotImplementedError
 
 
 def with_features(output: Any, features: Any) -> Any:
-    """A `ModelOutput` or tuple with its first entry replaced; a tensor is replaced itself."""
+    """A `ModelOutput` or tuple with its first entry replaced; `features` itself for a tensor."""
     if isinstance(output, ModelOutput):
         return type(output)(**(dict(output) | {next(iter(output.keys())): features}))
     return features if isinstance(output, Tensor) else (features, *output[1:])

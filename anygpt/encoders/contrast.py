@@ -1,4 +1,4 @@
-"""InfoNCE, over the pairs of all processes: what binds the features of encoders to each other."""
+"""InfoNCE loss between the features of two encoders, over the pairs of all processes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float, gather: bool = False) -> Tensor:
-    """Symmetric InfoNCE by pair (CLIP, arXiv 2103.00020, figure 3): `(P, H)` twice gives `(P,)` float32.
+    """Symmetric InfoNCE per pair (CLIP, arXiv 2103.00020, figure 3), `(P,)` float32.
 
-    The other pairs of the batch are the negatives, so the value depends on the batch by nature.
+    The other pairs of the batch are the negatives, so values depend on the batch.
 
     Args:
-        first, second: the two sides of each pair.
-        temperature: what the cosines are divided by.
-        gather: take the pairs of all processes as negatives. All must call then, those without pairs too. The values
-            are those of this process's own pairs; their gradient is that of the pairs of all processes.
+        first, second: the two sides of each pair, `(P, H)`.
+        temperature: divisor of the cosine similarities.
+        gather: use the pairs of all processes as negatives. Every process must then call, even without pairs. The
+            values are those of this process's pairs; the gradient is that of the pairs of all processes.
     """
     first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
     (all_first, start), (all_second, _) = (gather_rows(x) if gather else (x, 0) for x in (first, second))
@@ -26,17 +26,17 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, gather: bool = F
         F.cross_entropy(similarity, same, reduction="none") + F.cross_entropy(similarity.T, same, reduction="none")
     ) / 2
     own = loss[start : start + len(first)]
-    # Our features are negatives of the others' pairs. That part of the gradient is taken here, where the features
-    # are, so nothing has to come back from the other processes: a gathering backward would have to happen in the same
-    # order on all of them, between DDP's own reductions, and also where there are no pairs.
+    # These features are also negatives of other processes' pairs. That part of the gradient is computed locally: a
+    # collective in the backward pass would have to run in the same order on all processes, between DDP's reductions,
+    # even on those without pairs.
     others = loss.sum() - own.sum()
     return own + (others - others.detach()) / max(len(own), 1)
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, which may have different numbers of them, and where this process's own begin.
+    """Rows of all processes, whose numbers may differ, and the index of this process's first row.
 
-    Gradients reach this process's own rows alone.
+    Gradients flow to this process's rows only.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, 0

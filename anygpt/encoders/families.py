@@ -1,6 +1,6 @@
-"""What differs between encoder families, as data: the class to load, its arguments, its features and their number.
+"""Table of encoder families: the class to load, its arguments, its features and their number.
 
-A new family is an entry of `FAMILIES`, keyed by the config's `model_type`. Shape legend: `anygpt.outputs`.
+A new family is an entry of `FAMILIES`, keyed by the config's `model_type`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from anygpt.encoders.imagebind import configuration as imagebind
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """How to load an encoder, to call it, to read its features and to count them.
+    """How to load and call an encoder, and how to read and count its features.
 
     Attributes:
-        main_input: the main input under the name that its processor gives it; its first axis counts the inputs,
-            unless they are packed.
-        count: `(config, inputs) -> [features of each input]`, of the encoder's inputs as its processor gives them.
+        main_input: name of the main input in the processor's output; its first axis counts the inputs unless packed.
+        count: `(config, inputs) -> [features of each input]`, for inputs as the processor returns them.
         encoder_class: dotted path of the class to load from a checkpoint of this `model_type`; `AutoModel` if None.
         arguments: `{processor's name: encoder's argument}`, where they differ.
-        prepare: `(config, arguments) -> arguments`, for what a new name alone cannot do.
+        prepare: `(config, arguments) -> arguments`, for changes beyond renaming.
         select: `(config, output) -> (items, n, features) | (total, features)`; the output's first entry if None.
-        feature_size: `config -> int`, where `hidden_size` is something else.
-        layout: `fixed`, each input has as many features as the others; `padded`, `(items, n, features)` of which the
-            first `count` are real; `packed`, `(total, features)` one input after the other.
-        counted_by: inputs that only `count` reads; the encoder does not take them.
-        pool_size: `config -> int`, features of one clip of an input, of which a pooled projector makes one; all of the
-            input's if None.
-        processor_options: arguments without which the processor leaves out what `count` and `prepare` read.
-        class_token: whether its first feature is a class token, of the image as a whole.
-        names: how its tensors are called in the files of models around it, heads for one, as in `Whole`.
-        optional: constructor arguments by beginning of tensors' names, where a checkpoint has no such tensors.
+        feature_size: `config -> int`, where it is not `hidden_size`.
+        layout: `fixed`, the same number of features for each input; `padded`, `(items, n, features)` with the first
+            `count` valid; `packed`, `(total, features)` with inputs concatenated.
+        counted_by: inputs that only `count` reads, not the encoder.
+        pool_size: `config -> int`, features per clip, which a pooled projector averages; all of the input's if None.
+        processor_options: processor arguments needed to obtain everything that `count` and `prepare` read.
+        class_token: whether the first feature is a class token.
+        names: tensor name prefixes in checkpoints of models around the encoder (such as with heads); see `Whole`.
+        optional: constructor arguments by tensor name prefix, applied if the checkpoint has no such tensors.
     """
 
     main_input: str
@@ -57,7 +55,7 @@ class EncoderFamily:
     optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def load_class(self) -> Any:
-        """The class, or `AutoModel`, which knows it by its config."""
+        """The encoder's class, or `AutoModel`."""
         if self.encoder_class is None:
             return AutoModel
         module, name = self.encoder_class.rsplit(".", 1)
@@ -65,7 +63,7 @@ class EncoderFamily:
 
 
 def _under(model: str, *heads: str) -> dict[str, str | None]:
-    """Names in a model that puts heads beside its trunk `model`."""
+    """Names for a model with heads beside its trunk `model`."""
     return {f"{model}.": "", **dict.fromkeys(heads)}
 
 
@@ -75,7 +73,7 @@ _QWEN_ARGUMENTS = {"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"
 
 
 def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]:
-    """Features of each clip: one a frame, or all that the image encoder gives for each of its frames."""
+    """Features of each clip: one per frame, or all image features of each frame."""
     clips = inputs["pixel_values_videos"]
     if config.pool_frames:
         return [clip.shape[0] for clip in clips]

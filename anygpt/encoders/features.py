@@ -1,7 +1,7 @@
-"""Features of the encoder families: how many an input gives, and where an encoder's output holds them.
+"""Feature counts of the encoder families, and selection of features from an encoder's output.
 
-Counting functions take `(config, inputs)`, the inputs as the family's processor gives them, and return one count an
-input. Shape legend: `anygpt.outputs`.
+Counting functions take `(config, inputs)`, with inputs as the family's processor returns them, and return one count per
+input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Inputs = Mapping[str, Any]
 
 
 def count_patches(prefix: int = 0) -> Callable[[PreTrainedConfig, Inputs], list[int]]:
-    """Square patches behind `prefix` class tokens; the image's size is read off the pixels."""
+    """Counts patches and `prefix` class tokens; the image size is that of the pixels."""
 
     def count(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
         return [prefix + _patches(config, inputs)] * len(inputs["pixel_values"])
@@ -35,26 +35,25 @@ def count_patches_and_registers(config: PreTrainedConfig, inputs: Inputs) -> lis
 
 def _patches(config: PreTrainedConfig, inputs: Inputs) -> int:
     height, width = inputs["pixel_values"][0].shape[-2:]
-    # some families write the patch size as one number, some as two
     size = config.patch_size
     down, across = (size, size) if isinstance(size, int) else size
     return (height // down) * (width // across)
 
 
 def count_convnext_cells(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """DINOv3's ConvNeXt: the mean, and the cells after a stem of stride 4 and a halving before each later stage."""
+    """DINOv3's ConvNeXt: the mean, and the cells after a stem of stride 4 and one halving per later stage."""
     height, width = inputs["pixel_values"][0].shape[-2:]
     stride = 4 * 2 ** (len(config.hidden_sizes) - 1)
     return [1 + (height // stride) * (width // stride)] * len(inputs["pixel_values"])
 
 
 def count_siglip2_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Patches of images that keep their shape, `spatial_shapes (items, 2)`; behind them is padding."""
+    """Patches of images with their own aspect ratios, from `spatial_shapes (items, 2)`, without the padding."""
     return torch.as_tensor(inputs["spatial_shapes"]).prod(dim=-1).tolist()
 
 
 def count_pixtral_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Patches of images that keep their shape; `image_sizes (items, 2)` in pixels, all of the pixels if not given."""
+    """Patches of images with their own aspect ratios, from `image_sizes (items, 2)` in pixels, if given."""
     sizes = inputs.get("image_sizes")
     if sizes is None:
         return [_patches(config, inputs)] * len(inputs["pixel_values"])
@@ -62,22 +61,22 @@ def count_pixtral_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]
 
 
 def count_merged_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """`image_grid_thw (items, 3)` patches, of which `spatial_merge_size²` become one feature."""
+    """Patches of `image_grid_thw (items, 3)`, where `spatial_merge_size²` patches become one feature."""
     return [patches // config.spatial_merge_size**2 for patches in count_patches_of_grids(config, inputs)]
 
 
 def count_patches_of_grids(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """`image_grid_thw (items, 3)` patches: times, rows, columns."""
+    """Patches of `image_grid_thw (items, 3)`: times, rows, columns."""
     return torch.as_tensor(inputs["image_grid_thw"]).prod(dim=-1).tolist()
 
 
 def pooler_output(config: PreTrainedConfig, output: Any) -> Tensor:
-    """Qwen's vision models give the patches before merging first, the merged ones, `(total, features)`, second."""
+    """Merged patches `(total, features)` of Qwen's vision models, the output's second entry."""
     return output[1]
 
 
 def unpack_single_row(config: PreTrainedConfig, output: Any) -> Tensor:
-    """Pixtral gives all images as one row, `(1, total, features)`."""
+    """Features `(total, features)` from Pixtral's single row `(1, total, features)`."""
     return output[0][0]
 
 
@@ -85,12 +84,12 @@ def unpack_single_row(config: PreTrainedConfig, output: Any) -> Tensor:
 
 
 def count_whisper_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Whisper's second convolution halves the frames; its length is fixed by the position embedding."""
+    """Whisper's fixed number of frames, that of its position embedding."""
     return [config.max_source_positions] * len(inputs["input_features"])
 
 
 def count_qwen2_audio_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Whisper's frames, then pairs of them pooled; those of padding are dropped, if a mask tells which they are."""
+    """Whisper's frames pooled in pairs, without padding if a mask marks it."""
     mask = _qwen2_audio_mask(inputs)
     if mask is None:
         return [config.max_source_positions // 2] * len(inputs["input_features"])
@@ -99,13 +98,13 @@ def count_qwen2_audio_frames(config: PreTrainedConfig, inputs: Inputs) -> list[i
 
 
 def _qwen2_audio_mask(inputs: Inputs) -> Tensor | None:
-    """`(items, frames)`; only the model's own processor calls it `feature_attention_mask`."""
+    """Mask `(items, frames)`; only the model's own processor calls it `feature_attention_mask`."""
     mask = inputs.get("feature_attention_mask")
     return inputs.get("attention_mask") if mask is None else mask
 
 
 def mask_qwen2_audio_frames(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The encoder adds its mask to the attention scores: `(items, frames)` becomes `(items, 1, n, n)`."""
+    """Convert the mask `(items, frames)` to `(items, 1, n, n)`, which the encoder adds to the attention scores."""
     mask = arguments.get("attention_mask")
     if mask is None:
         return arguments
@@ -118,7 +117,7 @@ def mask_qwen2_audio_frames(config: PreTrainedConfig, arguments: dict[str, Any])
 
 
 def count_clap_cells(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """The spectrogram is folded to a square, cut into patches, and halved both ways after all stages but the last."""
+    """Cells of a spectrogram folded to a square of patches, halved both ways after each stage but the last."""
     strides = config.patch_stride
     down, across = (strides, strides) if isinstance(strides, int) else strides
     side = config.spec_size // 2 ** (len(config.depths) - 1)
@@ -126,22 +125,22 @@ def count_clap_cells(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
 
 
 def flatten_clap_cells(config: PreTrainedConfig, output: Any) -> Tensor:
-    """`(items, features, frequencies, times)` to `(items, times · frequencies, features)`, in the order of time."""
+    """Reshape `(items, features, frequencies, times)` to `(items, times · frequencies, features)`, in time order."""
     return output[0].permute(0, 3, 2, 1).flatten(1, 2)
 
 
 def clap_feature_size(config: PreTrainedConfig) -> int:
-    """Each stage but the last doubles the width."""
+    """Feature width: each stage but the last doubles it."""
     return config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1)
 
 
 def count_phi4_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """The feature extractor counts them itself, as `audio_embed_sizes (items,)`."""
+    """Counts from the feature extractor, `audio_embed_sizes (items,)`."""
     return torch.as_tensor(inputs["audio_embed_sizes"]).tolist()
 
 
 def name_phi4_mask(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The encoder's mask has no default, and a single sound comes without one."""
+    """Add `mask=None`: the encoder has no default for it, and a single sound comes without one."""
     return {"mask": None} | arguments
 
 
@@ -149,7 +148,7 @@ def name_phi4_mask(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[
 
 
 def count_tubelets(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Patches of `tubelet_size` frames of `(items, frames, 3, height, width)` pixels."""
+    """Patches of `tubelet_size` frames in `(items, frames, 3, height, width)` pixels."""
     clips = inputs["pixel_values_videos"] if "pixel_values_videos" in inputs else inputs["pixel_values"]
     frames = clips[0].shape[0]
     return [frames // config.tubelet_size * _patches(config, {"pixel_values": clips})] * len(clips)

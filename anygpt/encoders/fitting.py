@@ -1,6 +1,6 @@
-"""What becomes of media that do not fit into an encoder's window.
+"""Fitting of media to an encoder's input window.
 
-A medium becomes one piece or several; the features of all its pieces stand in its place, one behind the other.
+A medium becomes one or several pieces, whose features are concatenated.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FITS: dict[type[MediaType], dict[str, str]] = {
         "refuse": "(of more than {window:g} s) are refused",
     },
 }
-"""What can be done with media that do not fit, by how they are in memory; the first is the default."""
+"""Ways to fit media, by their class; the first is the default."""
 
 
 def checked(modalities: Mapping[str, str], fits: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The setting of each encoder, or the default in its place; None for media that no row of the table is about.
+    """Setting of each encoder with defaults filled in; None for media types without an entry in `FITS`.
 
     Args:
         modalities: `{encoder key: media type}`.
-        fits: what is given, by encoder key.
+        fits: settings by encoder key.
 
     Raises:
-        InputError: it is none of those for such media.
+        InputError: a setting that the media type does not have.
     """
     found: dict[str, str | None] = {}
     for key, modality in modalities.items():
@@ -61,7 +61,7 @@ def varies(processor: Any, fit: str | None) -> bool:
 
 
 def notes(modalities: Mapping[str, str], processors: Mapping[str, Any], fits: Mapping[str, str | None]) -> list[str]:
-    """What a run says at its start, a line an encoder into whose window not all media fit."""
+    """Lines for the start of a run, one per encoder whose window some media may not fit."""
     found = []
     for key, fit in fits.items():
         kind, processor = MEDIA.get(modalities[key]), processors[key]
@@ -76,25 +76,25 @@ def notes(modalities: Mapping[str, str], processors: Mapping[str, Any], fits: Ma
 
 
 def window_of(processor: Any) -> int | None:
-    """How many samples a feature extractor takes (Whisper's, CLAP's); None for any number."""
+    """Number of samples that a feature extractor (Whisper's, CLAP's) takes; None for any number."""
     return getattr(processor, "n_samples", None) or getattr(processor, "nb_max_samples", None)
 
 
 def shape_of(processor: Any) -> tuple[int, int] | None:
-    """Width and height to which an image processor crops its images; None where it keeps all of them."""
+    """Width and height to which an image processor crops; None if it does not crop."""
     processor = getattr(processor, "image_processor", processor)
     size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
     return (size["width"], size["height"]) if size else None
 
 
 def pieces(kind: MediaType | None, media: Any, processor: Any, fit: str | None) -> list[list[Any]] | None:
-    """The pieces of each medium, or None where all media are to be taken as they are.
+    """Pieces of each medium, or None if all media fit as they are.
 
     Args:
-        media: what the processor takes: one, a list, or for sounds an array `(items, N)`.
+        media: as the processor takes them: one, a list, or for sounds an array `(items, N)`.
 
     Raises:
-        InputError: a sound that is too long where such are refused, or one without samples.
+        InputError: a sound without samples, or one that is too long if `fit` is "refuse".
     """
     if isinstance(kind, Sound) and (window := window_of(processor)):
         sounds = _sounds(media)
@@ -128,7 +128,7 @@ def _fitted(picture: Any, shape: tuple[int, int], processor: Any, fit: str) -> l
     width, height = shape
     if fit == "stretch":
         return [image.resize(shape, Image.Resampling.BICUBIC)]
-    if fit == "pad":  # with the colour that becomes 0, as LLaVA's images are
+    if fit == "pad":  # with the mean colour, which normalizes to 0, as LLaVA does
         mean = getattr(getattr(processor, "image_processor", processor), "image_mean", None) or (0.5,) * 3
         size = (
             max(image.width, round(image.height * width / height)),
@@ -144,5 +144,5 @@ def _fitted(picture: Any, shape: tuple[int, int], processor: Any, fit: str) -> l
 
 
 def _starts(length: int, tile: int) -> list[int]:
-    """Where as few tiles as cover a length begin, evenly spread."""
+    """Starts of the fewest tiles that cover a length, evenly spaced."""
     return np.linspace(0, length - tile, math.ceil(length / tile)).round().astype(int).tolist()

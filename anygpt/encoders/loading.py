@@ -1,4 +1,4 @@
-"""Encoders and their processors from a folder or the hub: by themselves, or out of the whole model that holds them."""
+"""Loading of encoders and their processors from a folder or the Hub, also out of a larger model that contains them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from anygpt.media.types import is_heard, is_timed
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, load
 
-# Image processors that transformers has for torchvision only, which nothing here may need: the same steps on PIL.
+# PIL replacements for image processors that transformers implements with torchvision only, which is not required here.
 PIL_PROCESSORS = (
     {} if is_torchvision_available() else dict.fromkeys(("dinov3_vit", "dinov3_convnext"), ViTImageProcessorPil)
 )
 
 
 def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn.Module:
-    """An encoder of the class that its family needs; under `video`, an image encoder becomes a `VideoEncoder`.
+    """Load an encoder with its family's class; for `video`, an image encoder is wrapped in a `VideoEncoder`.
 
-    Of a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read.
+    From a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read.
 
     Args:
-        path: folder, hub id or `zoo:<name>`.
+        path: folder, Hub id or `zoo:<name>`.
         modality: `image`, `video` or `audio`.
-        options: the other fields of `Source`, as in a YAML.
+        options: the other fields of `Source`, as in YAML.
 
     Raises:
-        InputError: nothing there, no encoder of that modality, or files that do not hold exactly its tensors.
+        InputError: no such path, no encoder of that modality, or files that do not hold exactly its tensors.
     """
     source = Source.of(path, options)
 
@@ -87,7 +87,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
 
 def _read_config(source: Source) -> PreTrainedConfig:
     content = source.place.json("config.json") or {}
-    if "model_type" not in content and "imu_embed_dim" in content:  # the original ImageBind behind the hub's mixin
+    if "model_type" not in content and "imu_embed_dim" in content:  # original ImageBind saved with the Hub's mixin
         return ImageBindConfig(**content)
     source.place.config()
     return AutoConfig.from_pretrained(source.folder, **source.where)
@@ -96,7 +96,7 @@ def _read_config(source: Source) -> PreTrainedConfig:
 def _find_encoder(
     config: PreTrainedConfig, modality: str, feature: str | None
 ) -> tuple[PreTrainedConfig, EncoderFamily, Mapping[str, str | None]]:
-    """An encoder's own config, its family, and what its tensors are called in the files."""
+    """Config and family of an encoder, and its tensor name prefixes in the files."""
     whole = WHOLE_MODELS.get(config.model_type)
     own = config
     if whole is not None:
@@ -116,18 +116,18 @@ def _find_encoder(
     if whole is None:
         return own, family, family.names
     names = whole.names(own) if callable(whole.names) else whole.names
-    # a tower may itself be stored as in a checkpoint of its own
+    # a tower may use the names of its own family's checkpoints
     inner = {f"{p}{q}": r for p, new in names.items() if new == "" for q, r in family.names.items()}
     return own, family, {**inner, **names}
 
 
 def load_encoder_processor(path: str | Path | Source, modality: str, **options: Any) -> Any:
-    """The image processor or feature extractor of an encoder, or one that runs it on every frame of a clip."""
+    """Load the image processor or feature extractor of an encoder, wrapped to run on frames of clips for `video`."""
     source = Source.of(path, options)
     config = load(source, "config", lambda: _read_config(source))
     processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
     if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
-        frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has a number of its own
+        frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has its own number
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor
 

@@ -22,17 +22,17 @@ from anygpt.encoders.projector import (
 from anygpt.errors import InputError
 
 FEATURES = "features"
-"""Input that stands in place of all others: what the projector gets, computed before (see `encode`)."""
+"""Input that replaces all others: precomputed input of the projector (see `encode`)."""
 CALLBACKS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
 def base_model(module: nn.Module) -> nn.Module:
-    """The module itself, or the one that PEFT wraps (whose signature and config are the real ones)."""
+    """The module without its PEFT wrapper, which hides the real signature and config."""
     return module.get_base_model() if isinstance(module, PeftModel) else module
 
 
 def argument_names(module: nn.Module) -> set[str]:
-    """Names that a module's `forward` takes, read behind a PEFT wrapper, whose own is `(*args, **kwargs)`."""
+    """Parameter names of a module's `forward`, without its PEFT wrapper, which takes `(*args, **kwargs)`."""
     parameters = inspect.signature(base_model(module).forward).parameters.values()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
@@ -40,30 +40,29 @@ def argument_names(module: nn.Module) -> set[str]:
 class ModalEncoderModule(nn.Module):
     """One input modality: `preprocess → module → postprocess_module → projector → postprocess_projector`.
 
-    What the encoder's family needs (`anygpt.encoders.FAMILIES`) is done close to the encoder: callbacks see inputs
-    under the names that the processor gives them, and features in the output's first entry.
+    Adaptation to the encoder's family (`anygpt.encoders.FAMILIES`) happens next to the encoder: callbacks see inputs
+    under the processor's names, and features in the output's first entry.
 
     Args:
-        model: the encoder, any `PreTrainedModel` of a known family or whose first output is `(items, n, features)`,
-            PEFT-wrapped or not. `module` is accepted in its place.
-        projector: built by `MultimodalModel`, with sizes from the two configs, when None.
-        additional_args: names of inputs that only the callbacks need; they are accepted but not given to the encoder.
+        model: the encoder, a `PreTrainedModel` of a known family or one whose first output is `(items, n, features)`,
+            possibly PEFT-wrapped. `module` is an alias.
+        projector: if None, built by `MultimodalModel` with sizes from the two configs.
+        additional_args: names of inputs for the callbacks alone; not passed to the encoder.
         preprocess_callback: `(inputs: dict) -> dict`, before the encoder.
         postprocess_module_callback: `(inputs, output) -> output`, after the encoder. Outputs are a `ModelOutput` or
             a tuple.
         postprocess_projector_callback: `(inputs, output) -> output`, after the projector. Its first entry is what
             is merged: `(items, n, H)`, a list of `(n, H)`, or `(features, H)` packed in order.
-        modality: media type in the data (`image`, `video`, `audio`); the key under which the module is given to
-            `MultimodalModel` when None.
-        callbacks: the three callbacks in a form that can be saved, in place of functions. Without either, those that
-            `load_encoder` was told of (`feature_layer`, `drop_cls`) or that the encoder's whole model has.
+        modality: media type in the data (`image`, `video`, `audio`); if None, the module's key in `MultimodalModel`.
+        callbacks: the three callbacks in serializable form, in place of functions. Without either, those set by
+            `load_encoder` from `feature_layer`, `drop_cls` or the whole model's config.
 
     Attributes:
         module: the encoder.
         projector: the `MultimodalProjector`.
 
     Raises:
-        InputError: the model is no encoder of media, or two models or two kinds of callbacks are given.
+        InputError: the model is not a media encoder, or two models or two kinds of callbacks are given.
     """
 
     def __init__(
@@ -104,26 +103,26 @@ class ModalEncoderModule(nn.Module):
 
     @property
     def family(self) -> EncoderFamily | None:
-        """The encoder's entry in the table of families; None if it has none."""
+        """The encoder's entry in `FAMILIES`, or None."""
         return FAMILIES.get(self.config.model_type)
 
     @property
     def input_names(self) -> set[str]:
-        """Everything this module takes: the encoder's arguments, their processor's names, the callbacks' own."""
+        """Names of all accepted inputs: the encoder's arguments, the processor's names for them, the callbacks' own."""
         names = argument_names(self.module) | set(self.additional_args) | {FEATURES}
         return names | {*self.family.arguments, *self.family.counted_by} if self.family else names
 
     @property
     def own_functions(self) -> list[str]:
-        """Names of the callbacks that are plain functions: they cannot be saved."""
+        """Names of the callbacks that are plain functions, which cannot be saved."""
         return [] if self.callbacks else [name for name in CALLBACKS if getattr(self, name) is not None]
 
     @property
     def feature_size(self) -> int:
-        """Width of what the projector gets, if callbacks of your own do not change it.
+        """Input width of the projector, unless callback functions change it.
 
         Raises:
-            InputError: nothing tells it.
+            InputError: the config does not state it.
         """
         family_size = self.family.feature_size if self.family else None
         size = family_size(self.config) if family_size else hidden_size_of(self.config)
@@ -131,12 +130,12 @@ class ModalEncoderModule(nn.Module):
 
     @property
     def projector_sizes(self) -> dict[str, int | None]:
-        """What the encoder says of its projector, as arguments of `MultimodalProjectorConfig`."""
+        """Arguments of `MultimodalProjectorConfig` that the encoder determines."""
         pool = self.family.pool_size if self.family else None
         return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
 
     def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Features of each input after projection, of inputs as the processor gives them; None if nothing tells."""
+        """Number of projected features of each input, given the processor's output; None for an unknown family."""
         return count_features(self.config, self.callbacks, self.projector.config, inputs)
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
@@ -174,15 +173,15 @@ class ModalEncoderModule(nn.Module):
             )
 
     def forward(self, inputs: dict[str, Any]) -> Tensor | list[Tensor]:
-        """Run the hops in order.
+        """Encode and project inputs, with the callbacks in between.
 
         Args:
-            inputs: arguments by name, the additional ones included; or `features` alone, `(items, n, features)` or a
-                list of what `encode` gave.
+            inputs: arguments by name, including the additional ones; or `features` alone, `(items, n, features)` or a
+                list of outputs of `encode`.
 
         Returns:
-            `(items, n, H)`; a list of `(n, H)` where inputs have features of different number; or packed
-            `(features, H)`, if the last callback leaves them so.
+            `(items, n, H)`; a list of `(n, H)` if the number of features varies; or packed `(features, H)` if the last
+            callback returns that.
         """
         if FEATURES in inputs:
             if len(inputs) > 1:
@@ -202,9 +201,9 @@ class ModalEncoderModule(nn.Module):
         return output if isinstance(output, (Tensor, list)) else output[0]
 
     def encode(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """What the projector gets of each input, `(n, features)`, without padding.
+        """Input of the projector for each input, `(n, features)`, without padding.
 
-        `forward(inputs)` is `forward({"features": encode(inputs)})`, if no callback follows the projector.
+        `forward(inputs)` equals `forward({"features": encode(inputs)})` if no callback follows the projector.
         """
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
@@ -224,10 +223,10 @@ class ModalEncoderModule(nn.Module):
         return list(self.projector(torch.cat(features)).split(counts))
 
     def _encode(self, inputs: dict[str, Any]) -> Any:
-        """The encoder on its own arguments; its output with the features first."""
+        """Run the encoder on its own arguments; returns its output with the features first."""
         family, known = self.family, argument_names(self.module)
         names = family.arguments if family else {}
-        known |= {"output_hidden_states", "return_dict"}  # transformers takes them without listing them everywhere
+        known |= {"output_hidden_states", "return_dict"}  # accepted even if not in the signature
         arguments = {names.get(name, name): value for name, value in inputs.items()}
         arguments = {name: value for name, value in arguments.items() if name in known}
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
@@ -238,7 +237,7 @@ class ModalEncoderModule(nn.Module):
         return with_features(output, family.select(self.config, output)) if family and family.select else output
 
     def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
-        """The real features of each input, `(n, …)`, out of padded or packed ones."""
+        """Features of each input, `(n, …)`, from padded or packed ones."""
         features = output if isinstance(output, Tensor) else output[0]
         if self.family.layout == "packed":
             return list(features.split(counts))
@@ -251,7 +250,7 @@ def count_features(
     projector: MultimodalProjectorConfig,
     inputs: Mapping[str, Any],
 ) -> list[int] | None:
-    """See `ModalEncoderModule.count_features`; apart from it, because a saved processor has no encoder."""
+    """See `ModalEncoderModule.count_features`; a function, since a saved processor has no encoder."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         return None
@@ -260,7 +259,7 @@ def count_features(
 
 
 def _check_encoder(module: nn.Module) -> None:
-    """Models that cannot encode media by themselves, refused with what to give in their place."""
+    """Reject models that need text input; the message suggests a replacement."""
     tokens = sorted(argument_names(module) & {"input_ids", "decoder_input_ids"})
     if tokens:
         raise InputError(
@@ -270,5 +269,5 @@ def _check_encoder(module: nn.Module) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Floating-point inputs in the encoder's own dtype, everything else as it is."""
+    """Cast floating-point inputs to the encoder's dtype; other values are unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None else value

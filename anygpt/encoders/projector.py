@@ -1,4 +1,4 @@
-"""`MultimodalProjector`: encoder features to the language model's embedding space."""
+"""`MultimodalProjector`: maps encoder features to the language model's embedding space."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from anygpt.errors import InputError
 
 PROJECTION_TYPES = ("linear", "mlp", "pooled", "qformer", "merger")
 FIXED_LAYOUT_ONLY = ("pooled", "qformer")
-"""Types that look at all features of an input at once, so that inputs must not come packed or padded."""
+"""Types that mix all features of an input, so that inputs must not be packed or padded."""
 
 
 def hidden_size_of(config: Any) -> int:
-    """The width of a part's output, under whichever name its family gives it.
+    """Output width of a part, under whichever name its config has it.
 
     Raises:
-        InputError: no known name is there.
+        InputError: the config has none of the known names.
     """
     for name in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim"):
         if isinstance(getattr(config, name, None), int):
@@ -33,22 +33,22 @@ def hidden_size_of(config: Any) -> int:
 
 
 class MultimodalProjectorConfig(PreTrainedConfig):
-    """What a projector needs to be built.
+    """Config of a `MultimodalProjector`.
 
     Args:
-        encoder_config: config of the encoder, from which `in_features` is read unless it is given.
-        text_config: config of the language model, from which `out_features` is read unless it is given.
-        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `pooled` (the mean of an
-            input's features, or of each clip's, then one Linear, as NExT-GPT has it from ImageBind, arXiv 2309.05519),
-            `qformer` (BLIP-2's, arXiv 2301.12597: `num_query_tokens` learned queries look at the features) or `merger`
-            (Qwen2-VL's, arXiv 2409.12191: `merge_size²` features one after the other become one).
-        activation: any name that `transformers.activations.ACT2FN` builds; used by `mlp`.
+        encoder_config: config of the encoder, the default source of `in_features`.
+        text_config: config of the language model, the default source of `out_features`.
+        projection_type: `linear` (one Linear), `mlp` (two, with `activation` between them), `pooled` (mean of an
+            input's or of each clip's features, then one Linear, as in NExT-GPT, arXiv 2309.05519), `qformer` (BLIP-2,
+            arXiv 2301.12597: `num_query_tokens` learned queries attend to the features) or `merger` (Qwen2-VL, arXiv
+            2409.12191: `merge_size²` consecutive features become one).
+        activation: a key of `transformers.activations.ACT2FN`; used by `mlp`.
         in_features, out_features: sizes, in place of the two configs.
-        num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; each input gives
+        num_query_tokens, num_hidden_layers, num_attention_heads: used by `qformer`; an input becomes
             `num_query_tokens` features.
         merge_size: used by `merger`.
-        pool_size: used by `pooled`: of so many features one after the other the mean is taken; of all if None.
-        bias: of the Linears of `linear`, `mlp` and `pooled`.
+        pool_size: used by `pooled`: consecutive features to average; all of the input's if None.
+        bias: whether the Linears of `linear`, `mlp` and `pooled` have a bias.
     """
 
     model_type = "anygpt_projector"
@@ -86,7 +86,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         self.bias = bias
 
     def features_after(self, count: int) -> int:
-        """How many features come out, of `count` of one input that go in."""
+        """Number of output features of an input that has `count` features."""
         if self.projection_type == "qformer":
             return self.num_query_tokens
         if self.projection_type == "pooled":
@@ -99,11 +99,10 @@ class MultimodalProjector(PreTrainedModel):
 
     Args:
         config: sizes and type.
-        projection: a module of your own to wrap; built from the config when None. It is called with the features
-            alone.
+        projection: custom module to wrap, called with the features; built from the config if None.
 
     Raises:
-        InputError: sizes are missing, or at call time the features have another width than `in_features`.
+        InputError: sizes are missing, or the width of the features in a call is not `in_features`.
     """
 
     config_class = MultimodalProjectorConfig
@@ -116,10 +115,10 @@ class MultimodalProjector(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules keep the initialisation that their constructors gave them."""
+        """Keep the initialization of the modules' constructors."""
 
     def forward(self, features: Tensor | ModelOutput | tuple) -> Any:
-        """A tensor gives a tensor; an encoder's output gives the same kind of output with its first entry projected."""
+        """Project a tensor, or the first entry of an encoder's output, which keeps its type."""
         if isinstance(features, Tensor):
             return self._project(features)
         if isinstance(features, ModelOutput):
@@ -133,13 +132,13 @@ class MultimodalProjector(PreTrainedModel):
             raise InputError(
                 f"the encoder gives features of size {features.shape[-1]}, but its projector expects {expected}"
             )
-        # Features of a frozen half-precision encoder meet a projector whose parameters are kept in fp32.
+        # A frozen encoder may run in half precision, while the projector's parameters are in fp32.
         dtype = next((p.dtype for p in self.projection.parameters()), features.dtype)
         return self.projection(features.to(dtype))
 
 
 class PooledProjection(nn.Module):
-    """The mean of the features, or of every `pool_size` of them, through one Linear."""
+    """Mean of all features, or of each run of `pool_size`, followed by one Linear."""
 
     def __init__(self, config: MultimodalProjectorConfig):
         super().__init__()
@@ -157,7 +156,7 @@ class PooledProjection(nn.Module):
 
 
 class MergerProjection(nn.Module):
-    """`merge_size²` consecutive features side by side, through two Linears; what Qwen2-VL calls its patch merger."""
+    """Concatenation of `merge_size²` consecutive features, followed by two Linears: Qwen2-VL's patch merger."""
 
     def __init__(self, config: MultimodalProjectorConfig):
         super().__init__()

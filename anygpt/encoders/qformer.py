@@ -10,11 +10,10 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 class QFormerProjection(nn.Module):
     """`num_queries` learned queries that attend to the features of each input (arXiv 2301.12597), then one Linear.
 
-    transformers' `Blip2QFormerModel` does the work. The queries start random: queries that start at zero or identical
-    stay interchangeable.
+    Wraps transformers' `Blip2QFormerModel`. Queries are initialized randomly: identical ones would stay identical.
 
     Args:
-        in_features: width of what is attended to.
+        in_features: width of the features.
         width: width of the queries.
         out_features: width of the result.
         num_queries: length of the result.
@@ -47,6 +46,6 @@ class QFormerProjection(nn.Module):
         self.output = nn.Linear(width, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(B, n, in_features)` gives `(B, num_queries, out_features)`."""
+        """`(B, n, in_features)` to `(B, num_queries, out_features)`."""
         queries = self.queries.expand(features.shape[0], -1, -1)
         return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)

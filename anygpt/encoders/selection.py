@@ -1,4 +1,4 @@
-"""Which of an encoder's features are read: a layer, with or without the class token. Shape legend: `anygpt.outputs`."""
+"""Selection of an encoder's features: the layer, with or without the class token."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from anygpt.errors import InputError
 
 
 class LlavaCallbacks(EncoderCallbacks):
-    """Features of chosen layers, with or without the class token, as LLaVA (arXiv 2304.08485) reads its tower.
+    """Features of chosen layers, with or without the class token, as in LLaVA (arXiv 2304.08485).
 
     Args:
-        feature_layer: index into the encoder's hidden states; several are concatenated. None for its output.
+        feature_layer: index into the encoder's hidden states; several are concatenated. None for the encoder's output.
         select_strategy: `default` drops the class token, `full` keeps everything.
     """
 
@@ -34,7 +34,7 @@ class LlavaCallbacks(EncoderCallbacks):
         chosen = torch.cat(layers, dim=-1) if layers else output[0]
         if self.drops_class_token:
             chosen = chosen[:, 1:]
-        # Pixtral packs all images into one row; its output's first entry has lost that row already
+        # Pixtral's hidden states have a single row of all images; its output's first entry no longer has that axis.
         return with_features(output, chosen[0] if output[0].dim() == 2 else chosen)
 
     def feature_size(self, size: int) -> int:
@@ -45,7 +45,7 @@ class LlavaCallbacks(EncoderCallbacks):
 
 
 def check_selection(config: PreTrainedConfig, feature_layer: int | None, drop_cls: bool | None) -> None:
-    """Raise an `InputError` where an encoder has no such layer or no class token."""
+    """Raise `InputError` if an encoder has no such layer or no class token."""
     family = FAMILIES[config.model_type]
     if feature_layer is not None:
         layers = getattr(config, "num_hidden_layers", None)

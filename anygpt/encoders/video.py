@@ -1,4 +1,4 @@
-"""Video through any image encoder: frame by frame, with the frames' places in time added."""
+"""Video encoding with any image encoder, frame by frame, with temporal positions added."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class VideoEncoderConfig(PreTrainedConfig):
     """Config of a `VideoEncoder`.
 
     Args:
-        image_encoder: config of the image encoder, as a config or its dict.
-        num_frames: frames that a clip is sampled to.
+        image_encoder: config of the image encoder, or its dict.
+        num_frames: frames sampled from a clip.
         pool_frames, feature_layer, drop_cls: see `VideoEncoder`.
     """
 
@@ -55,21 +55,18 @@ class VideoEncoderConfig(PreTrainedConfig):
 
 
 class VideoEncoder(PreTrainedModel):
-    """Runs an image encoder on every frame and gives one feature a frame, the mean of its tokens plus its time.
+    """Runs an image encoder on every frame and adds a temporal position.
 
-    Where a few frames say enough, `pool_frames=False` gives all tokens of each, plus its time: n times as many, but
-    what the encoder has in different tokens, such as where things are, stays apart.
-
-    The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the frame's
-    index; without it the language model could still tell the frames' order from its own positions, but the
-    projector could not.
+    A frame becomes one feature, the mean of its tokens, or with `pool_frames=False` all of its n tokens, which keep
+    spatial detail. The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the
+    frame's index; without it the projector could not tell the frames apart.
 
     Args:
         image_encoder: any encoder whose first output is `(items, n, features)`.
-        num_frames: frames that a clip is sampled to.
-        pool_frames: one feature a frame, or all.
-        feature_layer: hidden states to read; the encoder's output if None.
-        drop_cls: leave each frame's class token out.
+        num_frames: frames sampled from a clip.
+        pool_frames: one feature per frame instead of all.
+        feature_layer: index of the hidden states to read; the encoder's output if None.
+        drop_cls: drop the class token of each frame.
     """
 
     settings = ("num_frames", "pool_frames", "feature_layer", "drop_cls")
@@ -96,7 +93,7 @@ class VideoEncoder(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """The image encoder comes with its weights, and nothing else has any."""
+        """Do nothing: only the image encoder, already initialized, has weights."""
 
     @property
     def name_or_path(self) -> str:
@@ -104,10 +101,10 @@ class VideoEncoder(PreTrainedModel):
 
     @name_or_path.setter
     def name_or_path(self, value: str) -> None:
-        """`PreTrainedModel.__init__` sets it before there is an image encoder; the encoder's own stands."""
+        """Ignored: `PreTrainedModel.__init__` sets it before the image encoder exists."""
 
     def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
-        """`(B, frames, 3, height, width)` pixels give `(B, frames, features)`, or `(B, frames · n, features)`."""
+        """Encode `(B, frames, 3, height, width)` pixels to `(B, frames, features)` or `(B, frames · n, features)`."""
         clips, frames = pixel_values_videos.shape[:2]
         layer = self.config.feature_layer
         options = {} if layer is None else {"output_hidden_states": True}
@@ -121,12 +118,12 @@ class VideoEncoder(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=states.flatten(1, 2))
 
 
-# So that a saved processor can read the config back by its model_type.
+# Lets a saved processor read the config back by its model_type.
 AutoConfig.register(VideoEncoderConfig.model_type, VideoEncoderConfig)
 
 
 class VideoFrameProcessor:
-    """Clips to pixels: an image processor, or one of frames like VideoMAE's, on `num_frames` evenly sampled frames."""
+    """Applies an image processor, or one of clips like VideoMAE's, to `num_frames` evenly spaced frames."""
 
     model_input_names = ("pixel_values_videos",)
 
@@ -140,13 +137,13 @@ class VideoFrameProcessor:
 
     @property
     def valid_kwargs(self) -> Any:
-        """What the frames' processor takes, to which keyword arguments are handed on."""
+        """Keyword arguments of the wrapped processor."""
         return getattr(self.image_processor, "valid_kwargs", None)
 
     def __call__(
         self, videos: list[np.ndarray] | np.ndarray, return_tensors: str = "pt", **kwargs: Any
     ) -> BatchFeature:
-        """`videos`: uint8 `(frames, height, width, 3)`, one or a list; gives `pixel_values_videos (B, n, 3, h, w)`."""
+        """`pixel_values_videos (B, n, 3, h, w)` of one or a list of videos, uint8 `(frames, height, width, 3)`."""
         videos = [videos] if isinstance(videos, np.ndarray) and videos.ndim == 4 else videos
         clips = []
         for video in videos:
@@ -154,12 +151,12 @@ class VideoFrameProcessor:
                 raise InputError(f"a video has shape {video.shape}; expected (frames, height, width, 3)")
             frames = video[np.linspace(0, len(video) - 1, self.num_frames).round().astype(int)]
             pixels = self.image_processor(images=list(frames), return_tensors="pt", **kwargs)["pixel_values"]
-            clips.append(pixels.flatten(0, -4))  # a processor of clips gives (1, frames, …), one of images (frames, …)
+            clips.append(pixels.flatten(0, -4))  # (1, frames, …) from a processor of clips
         return BatchFeature({"pixel_values_videos": torch.stack(clips)}, tensor_type=return_tensors)
 
 
 def _sinusoid(length: int, size: int) -> Tensor:
-    """`(length, size)` sines and cosines of falling frequency."""
+    """Sines and cosines of decreasing frequency, `(length, size)`."""
     position = torch.arange(length)[:, None]
     frequency = torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))
     table = torch.zeros(length, size)

@@ -1,7 +1,7 @@
-"""Where encoders stand inside whole models: a table by the `model_type` of the folder's config.
+"""Table of whole models that contain encoders, by the `model_type` of the folder's config.
 
-An entry says which part of the config is the encoder's and how its tensors are called in the files, in the layouts
-that the hub has and that transformers writes today. The encoder's own family is then that of its config.
+An entry gives the encoder's part of the config and its tensor name prefixes, both as found on the Hub and as written
+by transformers today. The encoder's config then determines its family.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Whole:
     """An encoder inside a whole model.
 
     Attributes:
-        config: the encoder's config out of the whole model's, for a modality.
-        names: new beginning of a tensor's name by the one in the files, the longest that fits; None for tensors of the
-            rest of the model. A tensor that fits nowhere is left over, an error. Or a function of the encoder's config.
-        heard: whether the encoder reads sounds (None: one encoder for each modality).
-        processor: makes the processor of a modality, where the folder holds none.
-        image_processor: class to read the folder's settings with, where the model's own makes more than the tower takes
-            (tiles).
+        config: extracts the encoder's config from the whole model's, for a modality.
+        names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
+            A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
+        heard: whether the encoder reads sounds (None: one encoder per modality).
+        processor: builds the processor of a modality if the folder has none.
+        image_processor: class for the folder's processor settings, where the model's own produces tiles, which the
+            tower does not take.
     """
 
     config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
@@ -39,13 +39,13 @@ class Whole:
 
 
 def _tower(name: str, *others: str) -> dict[str, str | None]:
-    """A tower under `model.<name>.` or `<name>.`, in a model of which the rest is not read."""
+    """Names of a tower under `model.<name>.` or `<name>.`; the rest of the model is ignored."""
     rest = ("model.", "lm_head.", "language_model.", "multi_modal_projector.", *others)
     return {f"model.{name}.": "", f"{name}.": "", **dict.fromkeys(rest)}
 
 
 def _vit_of_mae(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
-    """A masked autoencoder's encoder is a ViT; its own class would leave out patches at random."""
+    """Config of a masked autoencoder's encoder as a ViT; its own class would drop patches at random."""
     return ViTConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 

@@ -1,1 +1,1 @@
-"""Files of pretrained parts: where they lie, what tensors they hold, and networks filled with exactly those."""
+"""Files of pretrained parts: their location, their tensors, and networks loaded from them."""

@@ -1,6 +1,6 @@
-"""Weight files of a network, in the layouts that the hub has: one file or shards with an index, variants, pickles.
+"""Weight files of a network, in the layouts found on the Hub: one file or shards with an index, variants, pickles.
 
-Only headers are read until a tensor is asked for.
+Only headers are read until a tensor is accessed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, or a folder of a hub repository.
+    """A local folder, or a folder of a Hub repository.
 
     Attributes:
-        path: folder or hub id.
-        revision: branch, tag or commit of a hub id.
-        subfolder: where the network lies in it; "" for the folder itself.
-        variant: as in `model.fp16.safetensors`; files without it where there are none with it.
-        weights: `safetensors`, or `any` to read pickled tensors where there are no safetensors.
-        hub: `cache_dir`, `token`, … of a hub id.
+        path: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        subfolder: folder of the network within it; "" for the folder itself.
+        variant: as in `model.fp16.safetensors`; falls back to files without a variant.
+        weights: `safetensors`, or `any` to read pickled tensors if there are no safetensors.
+        hub: `cache_dir`, `token`, … for a Hub id.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Place:
         return replace(self, subfolder=joined)
 
     def file(self, name: str) -> Path | None:
-        """A file's path, downloaded where it has to be; None if it is not there."""
+        """Path of a file, downloaded if necessary; None if it does not exist."""
         try:
             found = cached_file(
                 self.path,
@@ -88,10 +88,10 @@ class Place:
         return Path(found) if found else None
 
     def config(self) -> dict[str, Any]:
-        """The content of `config.json`, looked at before a library does.
+        """Content of `config.json`, checked before a library reads it.
 
         Raises:
-            InputError: none there, or one of another library.
+            InputError: missing, or written for another library.
         """
         content = self.json("config.json")
         if content is None:
@@ -106,7 +106,7 @@ class Place:
         return content
 
     def download(self, weights: bool = True) -> Path:
-        """The folder itself, downloaded where it has to be, with tensors or without."""
+        """Local folder, downloaded if necessary, with or without weights."""
         if Path(self.path).is_dir():
             return Path(self.path, self.subfolder)
         formats = [".msgpack", ".onnx", ".h5", ".ckpt", *PICKLES, *([] if weights else SAFETENSORS)]
@@ -121,13 +121,13 @@ class Place:
         return Path(folder, self.subfolder)
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's content; None if it is not there."""
+        """Content of a JSON file; None if it does not exist."""
         path = self.file(name)
         if path is None:
             return None
         try:
             content = json.loads(path.read_text())
-        except ValueError as error:  # no JSON, or no text
+        except ValueError as error:  # not JSON, or not text
             raise InputError(f"{path} is damaged: {error}") from error
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
@@ -136,13 +136,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's tensors by name, each in its file.
+    """Tensors of a network by name.
 
     Attributes:
-        place: where they lie.
-        entry: the file that names them: the weights themselves, or the index of shards.
+        place: folder of the files.
+        entry: the weight file, or the index of shards.
         files: file of each tensor.
-        variant: variant that they are of.
+        variant: variant of the files.
     """
 
     place: Place
@@ -156,7 +156,7 @@ class Weights:
         return next(iter(self.files.values())).suffix in PICKLES
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Names and lazy tensors: slices of safetensors, which read when indexed, or tensors mapped from disk."""
+        """Yield names and lazy tensors: slices of safetensors, or tensors mapped from disk."""
         for name, path in self.files.items():
             handle = self._open(path)
             yield name, handle[name] if isinstance(handle, Mapping) else handle.get_slice(name)
@@ -168,14 +168,14 @@ class Weights:
 
 
 def open_composition(path: str | Path, **hub: Any) -> Path:
-    """The folder of a saved composition: a folder as it is, if it fits its manifest, or a hub id's download.
+    """Local folder of a saved composition, checked against its manifest; downloads a Hub id.
 
     Args:
-        path: folder or hub id.
-        hub: `revision`, `subfolder`, `token`, `cache_dir`, … of a hub id.
+        path: folder or Hub id.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, … for a Hub id.
 
     Raises:
-        InputError: nothing there, or a file that is not what was written.
+        InputError: missing, or a file differs from the manifest.
     """
     where = {name: hub.pop(name) for name in ("revision", "subfolder") if hub.get(name)}
     hub = {name: value for name, value in hub.items() if value is not None}
@@ -194,21 +194,21 @@ def open_composition(path: str | Path, **hub: Any) -> Path:
 
 
 def dtype_of(tensor: Any) -> torch.dtype | None:
-    """Floating dtype of a lazy tensor; None of any other kind."""
+    """Dtype of a lazy floating-point tensor; None for other kinds."""
     if isinstance(tensor, torch.Tensor):
         return tensor.dtype if tensor.is_floating_point() else None
     return _FLOATS.get(tensor.get_dtype())
 
 
 def find_weights(place: Place, names: Mapping[str, str | None] | None = None) -> Weights:
-    """The weight files of the network at `place`.
+    """Find the weight files of the network at `place`.
 
     Args:
-        place: where they lie.
-        names: as in `rename`; shards that hold nothing but tensors of something else are left where they are.
+        place: folder of the network.
+        names: as in `rename`; shards without tensors of this network are not downloaded.
 
     Raises:
-        InputError: none there, none that `place.weights` allows, a shard that is missing, a file that is cut off.
+        InputError: no weights, none that `place.weights` allows, a missing shard, or a truncated file.
     """
     variants = [place.variant, None] if place.variant else [None]
     for suffixes in (SAFETENSORS, PICKLES) if place.weights == "any" else (SAFETENSORS,):
@@ -239,11 +239,11 @@ def _first(place: Place, suffixes: tuple[str, ...], variant: str | None) -> Path
                 if (found := place.file(name)) is not None:
                     return found
     loose = [p for p in _here(place, suffixes) if p.suffix != ".bin" and not p.name.startswith(STEMS)]
-    return loose[0] if len(loose) == 1 else None  # weights under a name of their own
+    return loose[0] if len(loose) == 1 else None  # weights under an unusual name
 
 
 def _here(place: Place, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files of such suffixes in a local folder."""
+    """Files with one of the suffixes in a local folder."""
     folder = Path(place.path, place.subfolder)
     return sorted(p for p in folder.glob("*") if p.suffix in suffixes) if folder.is_dir() else []
 
@@ -304,7 +304,7 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def shape_of(tensor: Any) -> torch.Tensor:
-    """A lazy tensor without its numbers, on the meta device; integers of any kind become int64."""
+    """Meta tensor with the shape of a lazy tensor; integers of any kind become int64."""
     if isinstance(tensor, torch.Tensor):
         return tensor.to("meta")
     return torch.empty(tensor.get_shape(), dtype=dtype_of(tensor) or torch.int64, device="meta")
@@ -316,16 +316,16 @@ def _say_once(message: str) -> None:
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list and the number of others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def rename(names: Mapping[str, str | None], name: str) -> str | None:
-    """A tensor's name by the longest prefix that it begins with; None if it belongs to something else.
+    """New name of a tensor by its longest matching prefix; None if it belongs to another part.
 
     Args:
-        names: new beginning by old one; None for those that are left.
+        names: `{prefix in the file: new prefix}`; None for tensors of other parts.
         name: the name in the file.
     """
     prefix = max((p for p in names if name.startswith(p)), key=len, default=None)

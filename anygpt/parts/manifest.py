@@ -1,4 +1,4 @@
-"""`manifest.json`: size and digest of every file of a folder, by which a damaged or changed one is known."""
+"""`manifest.json`: size and digest of every file of a folder, to detect damaged or changed files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK = 1 << 20
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file of a folder in its `manifest.json`: `{"files": {name: {"size": bytes, "xxh3": digest}}}`."""
+    """Write a folder's `manifest.json`: `{"files": {name: {"size": bytes, "xxh3": digest}}}`."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": _digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a folder by its manifest, or None. Files that the manifest does not name may be there."""
+    """First difference between a folder and its manifest, or None. Additional files are allowed."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, entry in files.items():

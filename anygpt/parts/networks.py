@@ -1,4 +1,4 @@
-"""Networks filled from weight files, with a report: what is missing, left over or of another shape is an error."""
+"""Loading of networks from weight files; missing, unexpected or mismatched tensors are errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within, networks are made on the meta device: files' headers are compared with them, and no weight is read."""
+    """Context in which networks are built on the meta device and compared with file headers; no weights are read."""
     token = _SHAPES_ONLY.set(True)
     try:
         yield
@@ -30,7 +30,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def wants_shapes_only() -> bool:
-    """Whether this is within `shapes_only`."""
+    """Whether the caller is within `shapes_only`."""
     return _SHAPES_ONLY.get()
 
 
@@ -45,20 +45,20 @@ def load_network(
     fallback_dtype: Any = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A transformers network whose every tensor comes from the files at `place`.
+    """Load a transformers network, taking every tensor from the files at `place`.
 
     Args:
         cls: the network's class.
         config: its config.
-        place: where its files lie; the network may be a part of what they hold.
-        names: new beginning of a tensor's name by the one in the files; None for tensors of something else.
-        optional: constructor arguments by beginning of the names, for where the files have no such tensors.
-        dtype: the config's, else the files' own, if None.
-        fallback_dtype: before the files' own, that of the config around this one.
-        options: of transformers' `from_pretrained`.
+        place: folder of the files, which may also hold other networks.
+        names: `{prefix in the files: new prefix}`; None for tensors of other networks.
+        optional: constructor arguments by tensor name prefix, applied if the files have no such tensors.
+        dtype: if None, the config's, else `fallback_dtype`, else that of the files.
+        fallback_dtype: dtype of the enclosing model's config.
+        options: passed to transformers' `from_pretrained`.
 
     Raises:
-        InputError: tensors that are missing, left over, of another shape or integers in the place of numbers.
+        InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.
     """
     weights = find_weights(place, names)
     state, origin = {}, {}
@@ -119,7 +119,7 @@ def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[st
 
 @contextmanager
 def _without_their_report() -> Iterator[None]:
-    """transformers' table of what is wrong is for people who read on; ours is an error."""
+    """Suppress transformers' own report of mismatched tensors; `check_report` raises an error instead."""
     reports = logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -140,10 +140,10 @@ def _is_float(network: torch.nn.Module, name: str) -> bool:
 
 
 def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]) -> str:
-    """A missing tensor's name as the files would have it: called like its nearest neighbour there."""
+    """Name that a missing tensor would have in the files, judged by the most similar tensor there."""
     try:
         saved = list(revert_weight_conversion(network, {name: network.get_parameter_or_buffer(name)}))
-    except Exception:  # a tensor that the library would split or fuse: its name here says enough
+    except Exception:  # a tensor that the library splits or fuses: keep the model's name
         saved = []
     candidates = [name, *(saved if len(saved) == 1 else [])]
     name, near = max(((one, other) for one in candidates for other in origin), key=lambda pair: _alike(*pair))
@@ -154,5 +154,5 @@ def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]
 
 
 def _alike(one: str, other: str) -> int:
-    """Characters with which both begin."""
+    """Length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

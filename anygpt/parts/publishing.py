@@ -1,4 +1,4 @@
-"""Folders for others: permissions, and uploads to the hub."""
+"""Publishing of folders: permissions, and uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anygpt.errors import InputError
 
 
 def let_umask_decide(folder: Path) -> None:
-    """Give files the permissions that they would have by `open`: safetensors writes them for their owner alone."""
+    """Give files the permissions that `open` would: safetensors makes them readable by their owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -31,10 +31,10 @@ def push(
     commit_description: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a folder to a model repository, which is made where it is not there; gives the commit's address.
+    """Upload a folder to a model repository, created if necessary; returns the URL of the commit.
 
     Raises:
-        InputError: the hub refuses.
+        InputError: the Hub rejects the upload.
     """
     api = HfApi(token=token)
     try:

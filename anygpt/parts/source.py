@@ -1,4 +1,4 @@
-"""`Source`: where a pretrained part comes from and how it is loaded; its fields are a part's settings in a YAML."""
+"""`Source`: origin and loading options of a pretrained part; its fields are the part's settings in YAML."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ ZOO = Path(__file__).parents[1] / "toyworld" / "weights" / "zoo"
 
 
 def zoo_part(name: str) -> Path:
-    """The `from_pretrained` folder of one of the tiny parts that come with the package.
-
-    Raises:
-        InputError: for an unknown name.
-    """
+    """`from_pretrained` folder of a tiny part in the package; raises `InputError` for an unknown name."""
     parts = sorted(path.name for path in ZOO.iterdir() if path.is_dir())
     if name not in parts:
         raise InputError(f"The zoo has no part {name!r}: expected one of {', '.join(parts)}.")
@@ -34,27 +30,26 @@ def zoo_part(name: str) -> Path:
 
 @dataclass
 class Source:
-    """Where a frozen part comes from.
+    """Origin and loading options of a frozen part.
 
     Attributes:
-        path: hub id, folder, or `zoo:<name>`.
-        revision: branch, tag or commit of a hub id.
-        subfolder: folder in there that holds the part.
-        variant: of the weight files, as in `model.fp16.safetensors`; those without one where there are none.
-        weights: `safetensors`, or `any` to read pickled tensors where there are no safetensors; never code.
-        gguf_file: of a language model: the file to read, in the place of safetensors.
-        dtype: dtype to load it in, as in `torch.<dtype>`; the checkpoint's own when None.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice when None.
-        quantization_config: keyword arguments of transformers' `BitsAndBytesConfig`, for encoders and language
-            models.
-        num_frames: frames of a clip, for video encoders and decoders.
-        pool_frames: one feature a frame, where an image encoder reads clips (see `VideoEncoder`).
-        feature_layer: of an encoder: hidden states to read, -2 as LLaVA does; its output, or what its whole model
-            reads, if None.
-        drop_cls: of an encoder: leave the class token out.
-        processor: arguments of an encoder's image processor or feature extractor that replace those in its folder, and
-            `pad_to_square`, as LLaVA 1.5 does.
-        feature: what an encoder with a choice gives, as ImageBind's `embedding` or `tokens`.
+        path: Hub id, folder, or `zoo:<name>`.
+        revision: branch, tag or commit of a Hub id.
+        subfolder: folder of the part within `path`.
+        variant: of the weight files, as in `model.fp16.safetensors`; falls back to files without a variant.
+        weights: `safetensors`, or `any` to read pickled tensors if there are no safetensors; never code.
+        gguf_file: for a language model: GGUF file to read in place of safetensors.
+        dtype: name of a torch dtype to load the part in; that of the checkpoint if None.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice if None.
+        quantization_config: arguments of transformers' `BitsAndBytesConfig`, for encoders and language models.
+        num_frames: frames per clip, for video encoders and decoders.
+        pool_frames: one feature per frame, if an image encoder reads clips (see `VideoEncoder`).
+        feature_layer: for an encoder: index of the hidden states to read, -2 in LLaVA; if None, as its whole model
+            does, else its output.
+        drop_cls: for an encoder: drop the class token.
+        processor: settings that override those of an encoder's image processor or feature extractor, and
+            `pad_to_square`, as in LLaVA 1.5.
+        feature: for an encoder with several kinds of features, such as ImageBind's `embedding` or `tokens`.
     """
 
     path: str
@@ -75,7 +70,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self.path = str(self.path)
-        if Path(self.path).is_dir():  # so that what is saved can be loaded from any working directory
+        if Path(self.path).is_dir():  # a saved source must not depend on the working directory
             self.path = str(Path(self.path).resolve())
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
@@ -88,11 +83,7 @@ class Source:
 
     @classmethod
     def of(cls, path: str | Path | Source, options: dict[str, Any]) -> Source:
-        """A source of a path and options, as they stand in a YAML.
-
-        Raises:
-            InputError: an unknown option.
-        """
+        """Build a source from a path and options as in YAML; raises `InputError` for an unknown option."""
         if isinstance(path, Source):
             path, options = path.path, {k: v for k, v in vars(path).items() if k != "path"} | options
         known = [field.name for field in fields(cls) if field.name != "path"]
@@ -102,14 +93,14 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """What `from_pretrained` takes: `path`, with `zoo:` names resolved."""
+        """`path` for `from_pretrained`, with `zoo:` names resolved."""
         if not self.path.startswith(ZOO_PREFIX):
             return self.path
         return str(zoo_part(self.path.removeprefix(ZOO_PREFIX)))
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether another machine finds it too."""
+        """Whether `path` is a Hub id rather than local."""
         return not self.path.startswith(ZOO_PREFIX) and not Path(self.path).exists()
 
     @property
@@ -122,11 +113,11 @@ class Source:
 
     @property
     def where(self) -> dict[str, Any]:
-        """Arguments that tell a `from_pretrained` where in the repository to look."""
+        """Arguments of `from_pretrained` that locate the part in a repository."""
         return {"revision": self.revision, "subfolder": self.subfolder or ""}
 
     def model_options(self) -> dict[str, Any]:
-        """Further keyword arguments for transformers' `from_pretrained` of a model."""
+        """Further arguments of transformers' `from_pretrained` for a model."""
         options: dict[str, Any] = {}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
@@ -139,16 +130,12 @@ class Source:
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, without what is not set."""
+        """JSON form without unset fields."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def load(source: Source, kind: str, loader: Callable[[], Any]) -> Any:
-    """Run a loader, and turn what it says about a wrong path or lacking package into one line.
-
-    Raises:
-        InputError: naming part and reason.
-    """
+    """Run a loader; errors about wrong paths or missing packages become an `InputError` with part and reason."""
     try:
         part = loader()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Alpaca's JSON: instructions in text alone."""
+"""Alpaca's JSON: text-only instructions."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from anygpt.data.rows import Id, RowModel, Text
 
 
 class AlpacaRow(RowModel):
-    """An instruction with its answer; `text` repeats the others as one prompt, and is not read."""
+    """An instruction with its answer; `text`, the whole prompt in one string, is ignored."""
 
     instruction: Text
     output: Text
@@ -16,6 +16,6 @@ class AlpacaRow(RowModel):
 
 
 def convert(row: AlpacaRow, where: str) -> dict:
-    """One row in the project's own form: the input, where there is one, follows the instruction after a blank line."""
+    """Convert one row; a non-empty input follows the instruction after a blank line."""
     asked = "\n\n".join(filter(None, (row.instruction, row.input)))
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]}

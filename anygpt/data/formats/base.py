@@ -1,4 +1,4 @@
-"""What every format is made of: rows as they stand in a file, and the names of the files."""
+"""Building blocks of the formats: raw rows, and the files that a path stands for."""
 
 import glob
 import itertools
@@ -14,17 +14,16 @@ from anygpt.data.rows import RowModel
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 
-# No conversation is that long. Parsed JSON can take 25 times the memory of its text.
+# Longer than any conversation; parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2
 MAX_FILES = 100_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 class Row(NamedTuple):
-    """One row as it stands in the file.
+    """One raw row of a file.
 
-    `value` is the parsed JSON, a `Pair`, or the fault that kept the row from being read; `id` is the sample's where
-    the row itself has none.
+    `value` is the parsed JSON, a `Pair`, or the error from reading it; `id` is the sample's id if the row has none.
     """
 
     source: str
@@ -33,9 +32,9 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A medium and its caption, of a WebDataset shard or a row of a table; see `anygpt.data.formats.pairs`.
+    """A medium and its caption from a WebDataset shard or a table; see `anygpt.data.formats.pairs`.
 
-    Either may be a list: media in the order of their placeholders, captions that say the same.
+    Either may be a list: media in the order of their markers, captions as alternative wordings.
     """
 
     kind: str | None
@@ -45,14 +44,14 @@ class Pair(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How the rows are found in a file, and how one becomes a row in the project's own form.
+    """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, and `rows(path, columns, streaming)` where `takes_columns`.
-    model: of a row; None for `Pair`s and the project's own form.
-    convert: `convert(row, where)` of a row of `model`, where messages name it by `where`; None where `model` is.
-    suffixes: of the files that are taken to be of this format when none is given.
-    media_by_type: look in images/, videos/ and audios/ too (see `MediaRoot`).
-    pairs: the rows are `Pair`s, which need a task.
+    rows: `rows(path)`, or `rows(path, columns, streaming)` if `takes_columns`.
+    model: row model; None for `Pair`s and the project's own form.
+    convert: `convert(row, where)` for a row of `model`; `where` is its name in messages. None if `model` is None.
+    suffixes: file suffixes that imply this format.
+    media_by_type: also look for media in images/, videos/ and audios/ (see `MediaRoot`).
+    pairs: rows are `Pair`s, which need a task.
     """
 
     rows: Callable[..., Iterator[Row]]
@@ -65,18 +64,18 @@ class Format(NamedTuple):
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`).
+    """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`).
 
     Raises:
-        InputError: one of the names does not exist, a glob that nothing matches, or braces that mean too many files.
+        InputError: a name that does not exist, a glob without matches, or braces that expand to too many files.
     """
     if os.path.isfile(path):
         return [Path(path)]
     try:
-        # braceexpand makes the whole of a range before it gives the first name
+        # braceexpand builds a whole range before it yields the first name
         large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in RANGE.findall(str(path)))
         names = [] if large else list(itertools.islice(braceexpand(str(path)), MAX_FILES + 1))
-    except ValueError as error:  # braces without an end, or numbers of thousands of digits
+    except ValueError as error:  # unbalanced braces, or numbers with thousands of digits
         raise InputError(f"The braces of {str(path)[:80]} are not right: {error}.") from error
     if not 0 < len(names) <= MAX_FILES:
         raise InputError(f"The braces of {path} stand for more than {MAX_FILES:,} files: give a smaller range.")

@@ -1,4 +1,4 @@
-"""JSON lines and JSON lists, read row by row, so that memory does not grow with the file."""
+"""JSON lines and JSON lists, read row by row in constant memory."""
 
 import codecs
 import itertools
@@ -18,12 +18,12 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a `.jsonl` file, else those of one JSON list."""
+    """Rows of a `.jsonl` file, or of a JSON list for other suffixes."""
     return line_rows(path) if path.suffix.lower() == ".jsonl" else list_rows(path)
 
 
 def line_rows(path: Path) -> Iterator[Row]:
-    """One JSON value a line, named `file.jsonl:1`; blank lines are passed over. A broken line is a row with a fault."""
+    """One JSON value per line, named `file.jsonl:1`; blank lines are skipped, invalid ones become faults."""
     index = 0
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
@@ -41,7 +41,7 @@ def line_rows(path: Path) -> Iterator[Row]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; one that is too long is cut just beyond the limit, which `parse_json` refuses."""
+    """Lines of a file; a line that is too long is cut just beyond the limit, so that `parse_json` rejects it."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         rest = line
         while rest and len(line) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
@@ -50,7 +50,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """One JSON value. Raises `InputError`, naming `where`, for everything that is none."""
+    """Parse one JSON value; raises `InputError`, naming `where`, if it is invalid."""
     if len(content) > MAX_ROW_BYTES:
         raise _too_long(where)
     try:
@@ -60,7 +60,7 @@ def parse_json(content: bytes, where: str) -> Any:
         raise _not_utf8(where, content[error.start]) from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
         raise InputError(f"{where} is not JSON that can be read: {error}.") from error
     if fault := decoder.fault(where):
         raise fault
@@ -68,13 +68,13 @@ def parse_json(content: bytes, where: str) -> Any:
 
 
 def list_rows(path: Path) -> Iterator[Row]:
-    """The elements of one JSON list, named `file.json[0]`, `file.json[1]`, …
+    """Elements of one JSON list, named `file.json[0]`, `file.json[1]`, …
 
-    Own code, as ijson, though four times as fast, takes memory quadratic in the depth of brackets (24 GiB for a file of
-    100 kB), keeps one of two equal keys, makes "?" of half a character, and tells no line.
+    ijson is four times as fast, but its memory is quadratic in the nesting depth (24 GiB for a file of 100 kB), it
+    accepts repeated keys, turns lone surrogates into "?", and reports no line numbers.
 
     Raises:
-        InputError: where the list is broken, after the rows before that place.
+        InputError: the list is invalid; the rows before that place have been yielded.
     """
     with path.open("rb") as file:
         text = _Text(path, file)
@@ -98,7 +98,7 @@ def list_rows(path: Path) -> Iterator[Row]:
 
 
 class _Decoder(json.JSONDecoder):
-    """Remembers a key that stood twice in one object; the standard one keeps the last value without a word."""
+    """Records repeated keys in an object; the standard decoder silently keeps the last value."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)
@@ -117,7 +117,7 @@ class _Decoder(json.JSONDecoder):
 
 
 class _Text:
-    """A window on a JSON file that moves on as values are read from it."""
+    """A window on a JSON file that advances as values are read."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path = path
@@ -125,17 +125,17 @@ class _Text:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.window = ""
         self.position = 0
-        self.line = 1  # of the window's first character
+        self.line = 1  # line of the window's first character
 
     def next_character(self) -> str:
-        """The next one that is not white space, which stays; "" at the end of the file."""
+        """Skip white space and return the next character without consuming it; "" at the end of the file."""
         while True:
             self.position = SPACE.match(self.window, self.position).end()
             if self.position < len(self.window) or not self.read(CHUNK):
                 return self.window[self.position : self.position + 1]
 
     def value(self) -> Any:
-        """The value at the window's position, which moves behind it; a fault, if a key stands twice in it."""
+        """Consume and return the value at the current position, or a fault if an object in it repeats a key."""
         size = CHUNK
         while True:
             self.next_character()
@@ -143,7 +143,7 @@ class _Text:
             try:
                 value, end = decoder.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
-                # Cut off by the window's end, perhaps: then it is a string, or the fault is right there.
+                # The window's end may have cut the value: then a string is unterminated or the error is near the end.
                 final = len(self.window) - error.pos > 64 and not error.msg.startswith("Unterminated")
                 fault = self.error(error.msg, error.pos)
                 if final or not self.read(size):
@@ -152,14 +152,14 @@ class _Text:
                 raise InputError(f"{self.place()} is not JSON that can be read: {error}.") from error
             else:
                 length = end - self.position
-                if end < len(self.window) or not self.read(size):  # a number could go on
+                if end < len(self.window) or not self.read(size):  # a number may continue beyond the window
                     fault = decoder.fault(self.place())
                     self.position += length
                     return fault or value
-            size *= 2  # so that a long row is parsed few times
+            size *= 2  # a long row is then parsed few times
 
     def read(self, size: int) -> bool:
-        """Puts more of the file into the window, and takes out what has been passed. False at the end of the file."""
+        """Read more of the file into the window and drop consumed text; False at the end of the file."""
         if len(self.window) - self.position > MAX_ROW_BYTES:
             raise _too_long(self.place())
         content = self.file.read(size)

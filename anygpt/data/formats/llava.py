@@ -1,4 +1,4 @@
-"""LLaVA's JSON, and that of the many data sets in its form: `conversations`, markers, and files under `image`."""
+"""LLaVA's JSON format, which many datasets use: `conversations`, markers, and files under `image`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from anygpt.media.types import MEDIA
 
 
 class LlavaRow(TurnsRow):
-    """Its last five keys say where a row comes from and how large its images are, and are not read."""
+    """The last five keys, the row's origin and image sizes, are ignored."""
 
     model: Any = None
     source: Any = None
@@ -21,10 +21,10 @@ class LlavaRow(TurnsRow):
 
 
 def convert(row: LlavaRow, where: str) -> dict:
-    """One row in the project's own form.
+    """Convert one row.
 
-    `image` (and `video`, `audio`, as LLaVA's successors have them) names one file or a list; `<image>` in the human
-    turns says where each stands, and where there is none they open the first human turn. Rows without media are text.
+    `image` (and `video`, `audio`, as in LLaVA's successors) names one file or a list. `<image>` in the human turns
+    marks their places; without markers they open the first human turn. Rows without media are text.
     """
-    # A marker in an answer is text there: LLaVA's assistant answers with nothing else.
+    # Markers in answers stay text: LLaVA's assistant produces nothing else.
     return messages(row, {"human": {kind: inputs(row, kind, kind, where) for kind in MEDIA}})

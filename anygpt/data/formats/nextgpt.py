@@ -9,7 +9,7 @@ from anygpt.media.types import MEDIA
 
 
 class NextGptTurn(Turn):
-    """A turn's `caption` is that of its medium."""
+    """A turn; `caption` belongs to its medium."""
 
     caption: Text | None = None
     input_modality: Any = None
@@ -17,7 +17,7 @@ class NextGptTurn(Turn):
 
 
 class NextGptRow(TurnsRow):
-    """Its `*_caption_embeddings` (pickled arrays) and `source_data` are not read."""
+    """A conversation; `*_caption_embeddings` (pickled arrays) and `source_data` are ignored."""
 
     conversations: Annotated[list[NextGptTurn], at_least_one("turn")]
     source_data: Any = None
@@ -29,14 +29,13 @@ class NextGptRow(TurnsRow):
 
 
 def convert(row: NextGptRow, where: str) -> dict:
-    """One row in the project's own form.
+    """Convert one row.
 
-    `<image>`, `<video>` and `<audio>` in the turns' values say where the media stand: in a human turn the
-    next of `input_<type>`, in a gpt turn the next of `output_<type>` with the next of `<type>_captions`
-    (each one string, or a list). Where no human turn has a marker of a type, its inputs are put at the
-    start of the first human turn (a habit of LLaVA). A turn's own `caption` repeats the row's, and is used
-    where the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely
-    on encodings made beforehand) is an error, as there is no target to decode.
+    `<image>`, `<video>` and `<audio>` in the turns mark the places of the media: in a human turn the next of
+    `input_<type>`, in a gpt turn the next of `output_<type>` with the next of `<type>_captions` (each a string or a
+    list). Inputs of a type without markers open the first human turn, as in LLaVA. A turn's own `caption` is used if
+    the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely on precomputed
+    encodings) is an error, as it has no target to decode.
     """
     human = {kind: inputs(row, f"input_{kind}", kind, where) for kind in MEDIA}
     return messages(row, {"human": human, "gpt": {kind: _targets(row, kind, where) for kind in MEDIA}})

@@ -1,4 +1,4 @@
-"""Pairs of media and their caption, of shards and tables, as conversations of one turn."""
+"""Conversion of pairs of a medium and a caption, from shards and tables, to conversations of one turn."""
 
 from anygpt.data.formats.base import Pair
 from anygpt.data.formats.turns import split_markers
@@ -6,13 +6,13 @@ from anygpt.data.schema import DataError, checked_text
 from anygpt.errors import InputError
 
 TASKS = ("comprehension", "generation")
-# What the user says where the data has no words of its own for it.
+# The user's text where the data has no prompt.
 COMPREHENSION_PROMPT = "Describe this {kind}."
 GENERATION_PROMPT = "Make this {kind}: {caption}"
 
 
 def check_task(task: str | None, where: str) -> None:
-    """Raises `InputError` where `task` does not say what is learned from pairs of media and captions."""
+    """Raise `InputError` unless `task` says what to learn from pairs of media and captions."""
     if task not in TASKS:
         raise InputError(
             f"{where} holds media with captions, and task is {task!r}: give comprehension (the medium is asked about, "
@@ -21,10 +21,10 @@ def check_task(task: str | None, where: str) -> None:
 
 
 def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
-    """One pair in the project's own form; without a medium, a turn of text.
+    """Convert one pair; without a medium it is a turn of text.
 
-    Several texts are wordings of the same. Several media stand where the prompt has their markers (`<image>`), or
-    before it; as targets they have a text each.
+    Several texts are alternative wordings. Several media replace their markers (`<image>`) in the prompt or precede
+    it; as targets they have one text each.
     """
     texts = [text for text in (pair.text if isinstance(pair.text, list) else [pair.text]) if text is not None]
     texts = [checked_text(text, f"{where}: the text").strip() for text in texts]

@@ -1,7 +1,7 @@
-"""How much a Parquet file's row groups hold in memory, told before one is read.
+"""Memory limits for the row groups of Parquet files, checked before they are read.
 
-`datasets` reads a row group at a time, and a file of kilobytes may say one value of megabytes a million times: by a
-dictionary, by run lengths, or by what values have in common (the encodings of the Parquet format).
+`datasets` reads a row group at a time, and a file of kilobytes may repeat a value of megabytes a million times through
+Parquet's dictionary, run-length and delta encodings.
 """
 
 from __future__ import annotations
@@ -14,26 +14,23 @@ import pyarrow.parquet
 from anygpt.errors import InputError
 
 MAX_ROW_GROUP = 320 * 1024**2
-"""Bytes in memory, allowed whatever a file has; reading texts takes up to five times as much."""
-MAX_RATIO = 4  # of bytes in memory to bytes in the file, of larger ones
-ROWS_AT_ONCE = 16  # decoded to see how long values are; fewer of those that may be long
+"""Bytes in memory that are always allowed; reading texts takes up to five times as much."""
+MAX_RATIO = 4  # bytes in memory per byte in the file, for larger row groups
+ROWS_AT_ONCE = 16  # decoded to measure values; fewer if values may be long
 REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
-"""Encodings by which many values may stand for the bytes of one."""
+"""Encodings in which many values may share the bytes of one."""
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
-"""Bytes of a value in memory, 8 of the other types; of byte arrays those of the offset."""
+"""Bytes of a value in memory, 8 for other types; for byte arrays, of the offset."""
 
 
 def check_row_groups(path: Path) -> None:
-    """Check every row group by what the file says of itself, and columns that may repeat long values by decoding them.
+    """Check every row group by the file's metadata; columns that may repeat long values are decoded.
 
-    That is a few times as slow as reading such columns, of large media some tens of percent of it.
-
-    Args:
-        path: of a Parquet file.
+    Decoding takes a few times as long as reading such columns, for large media some tens of percent of it.
 
     Raises:
-        InputError: a row group needs more memory than `MAX_ROW_GROUP`, and far more than it takes in the file.
-        pyarrow.ArrowException: it is no Parquet file.
+        InputError: a row group exceeds `MAX_ROW_GROUP` and `MAX_RATIO`.
+        pyarrow.ArrowException: not a Parquet file.
     """
     with pa.parquet.ParquetFile(path, buffer_size=2**20) as file:
         for number in range(file.metadata.num_row_groups):
@@ -59,7 +56,7 @@ def check_row_groups(path: Path) -> None:
 
 
 def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, longest: int) -> int:
-    """What the values of a column take, or something above `limit` as soon as that is reached."""
+    """Bytes that a column's values take; stops once above `limit`."""
     size, rows = 0, max(1, min(ROWS_AT_ONCE, limit // max(1, longest)))
     for batch in file.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
         leaf = _leaf(batch.column(0))
@@ -70,7 +67,7 @@ def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, lo
 
 
 def _leaf(array: pa.Array) -> pa.Array:
-    """The values within lists and structures of a single field."""
+    """Innermost values of nested lists and single-field structs."""
     while pa.types.is_struct(array.type) or pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         array = array.flatten()[0] if pa.types.is_struct(array.type) else array.flatten()
     return array

@@ -1,4 +1,4 @@
-"""A data file of any format into checked samples."""
+"""Reading of data files of any format into validated samples."""
 
 import os
 from collections import Counter
@@ -37,20 +37,19 @@ def read_samples(
     task: str | None = None,
     **options: bool,
 ) -> list[Sample]:
-    """Reads one data file and checks every row and that every media file exists.
+    """Read one data file, validate every row, and check that every media file exists.
 
     Args:
         path, format, media_root, columns, task, options: see `iterate_samples`.
-        faults: None makes the first fault an error. A list collects the faults instead, and the rows that
-            have one are left out of the result.
+        faults: None raises the first fault. A list collects the faults instead, and their rows are left out.
 
     Returns:
-        The samples in the order of the file. Rows without an id get `<file stem>-<row index>`, from 0; an id that
-        occurs again (LLaVA's is that of the picture) gets a number.
+        Samples in file order. Rows without an id get `<file stem>-<row index>`, from 0; repeated ids (LLaVA's are those
+        of the images) get a number.
 
     Raises:
-        InputError: what `iterate_samples` raises; and, with `faults=None`, any row that is not right, or
-            missing media (naming the first, and how many are missing in all).
+        InputError: see `iterate_samples`; with `faults=None` also an invalid row, or missing media (names the first
+            and gives the total).
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
@@ -74,7 +73,7 @@ def read_samples(
 
 
 def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples, of which those whose id has occurred before get a number: `7`, `7-2`, `7-3`."""
+    """The samples, with a number appended to repeated ids: `7`, `7-2`, `7-3`."""
     taken, uses, found = {sample.id for sample in samples}, Counter(), []
     if len(taken) == len(samples):
         return list(samples)
@@ -98,26 +97,26 @@ def iterate_samples(
     streaming: bool = False,
     follow_links: bool = False,
 ) -> Iterator[Sample | InputError]:
-    """The samples of a data file one after the other, and the fault in the place of a row that is not right.
+    """Yield the samples of a data file, with a fault in place of each invalid row.
 
-    Ids may repeat and media may be missing here; `read_samples` looks at that.
+    Repeated ids and missing media are left to `read_samples`.
 
     Args:
         path: the data file. For "webdataset" and "datasets" also a glob or braces (see `base.find_files`); for
             "datasets" also a folder.
-        format: a key of `FORMATS`; None goes by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`:
+        format: a key of `FORMATS`; None chooses by suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`:
             "webdataset", `.parquet` and `.arrow`: "datasets").
-        media_root: the folder that media paths are relative to and may not leave; None is the folder of
-            `path`. For "nextgpt", "llava" and "videochat", names that are not there are looked for in its `images`,
-            `videos` and `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
-        columns: for "datasets", and needed there: see `tables.table_rows`.
-        task: "comprehension" or "generation", needed where rows are pairs of a medium and a caption: see `pairs`.
-        follow_links: links below the media root may lead out of it (see `MediaRoot`).
-        streaming: for "datasets": fetch media block by block, without a copy of the table; `path` may be a hub id.
+        media_root: folder that media paths are relative to and may not leave; None is the folder of `path`. For
+            "nextgpt", "llava" and "videochat", names missing there are looked up in its `images`, `videos` and
+            `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
+        columns: required for "datasets": see `tables.table_rows`.
+        task: "comprehension" or "generation", required for pairs of a medium and a caption: see `pairs`.
+        follow_links: allow links below the media root to lead out of it (see `MediaRoot`).
+        streaming: for "datasets": fetch media block by block without a copy of the table; `path` may be a Hub id.
 
     Raises:
-        InputError: an unreadable or empty file, an unknown format, a JSON list that is broken (after the rows before
-            that place), `columns` or `task` with a format that has no use for them.
+        InputError: an unreadable or empty file, an unknown format, an invalid JSON list (after the rows before that
+            place), `columns` or `task` with a format that does not use them.
     """
     path = Path(path)
     remote = streaming and format == "datasets" and is_hub_id(path)
@@ -130,10 +129,10 @@ def iterate_samples(
     if task is not None and not chosen.pairs:
         raise InputError(f"task is given for {path}, whose format {name!r} holds conversations: leave it out.")
     rows = chosen.rows(path, columns, streaming) if chosen.takes_columns else chosen.rows(path)
-    if chosen.pairs and not (columns and not set(MEDIA) & set(columns)):  # a table may be text alone
+    if chosen.pairs and not (columns and not set(MEDIA) & set(columns)):  # a table may hold only text
         check_task(task, str(path))
     if media_root is None:
-        folder = Path() if remote else path.parent  # a dataset on the hub has no media beside it
+        folder = Path() if remote else path.parent  # a dataset on the Hub has no media beside it
         media_root = folder if path.exists() or remote else find_files(path)[0].parent
     root = MediaRoot(media_root, by_type=chosen.media_by_type, follow_links=follow_links)
     empty = True
@@ -166,7 +165,7 @@ def _format_of(path: Path, name: str | None) -> str:
     elif name not in FORMATS:
         raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
     if not (name == "datasets" and os.path.isdir(path)):
-        several = len(find_files(path)) > 1  # which also finds out whether they are there
+        several = len(find_files(path)) > 1  # also checks that they exist
         if several and name and not FORMATS[name].pairs:
             raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
     if name is None:
@@ -175,7 +174,7 @@ def _format_of(path: Path, name: str | None) -> str:
 
 
 def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
-    """Of samples and the files that they lack: names the first, and counts the files."""
+    """Error that names the first of the missing files and counts them."""
     sample, file = missing[0]
     count = len({file for _, file in missing})
     total = "1 media file is missing" if count == 1 else f"{count} media files are missing in all"

@@ -1,9 +1,9 @@
-"""Hugging Face `datasets`, by a map of columns, also as a stream.
+"""Hugging Face `datasets`, read through a column mapping, optionally as a stream.
 
-A folder of `save_to_disk`, one that `load_dataset` understands, or Parquet, JSON, CSV and Arrow files; as a stream also
-a dataset on the hub, by its id. Of a stream the texts are read once, at the beginning. Its media are fetched when a
-sample is asked for, a block at a time and without a copy on disk, so samples are to be asked for about in order
-(`UpdateSampler` does); going back means starting again.
+Reads a folder written by `save_to_disk`, one that `load_dataset` understands, or Parquet, JSON, CSV and Arrow files; a
+stream may also be a dataset on the Hub, given by id. The texts of a stream are read once, at the start. Its media are
+fetched on access, a block at a time and without a copy on disk, so samples should be accessed roughly in order (as
+`UpdateSampler` does); going back restarts the stream.
 """
 
 import io
@@ -27,12 +27,12 @@ from anygpt.media.types import MEDIA
 
 COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-ROWS_OF_BLOCK = 32  # the media of a stream's block are in memory, once for each process
+ROWS_OF_BLOCK = 32  # a stream holds the media of one block in memory per process
 _STORED = object()
 
 
 class Table:
-    """Blocks of rows by number: any of a `datasets.Dataset`, those in front of a cursor of an `IterableDataset`."""
+    """Blocks of rows by number: random access for a `datasets.Dataset`, sequential for an `IterableDataset`."""
 
     def __init__(self, table: Any, place: str):
         self.table = table.with_format("arrow")
@@ -42,15 +42,15 @@ class Table:
         self._block: pa.Table | None = None
 
     def blocks(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """All blocks in order, of some columns. Raises `InputError` where the rest cannot be read."""
+        """Yield all blocks of some columns in order; raises `InputError` if reading fails."""
         table = self.table if columns is None else self.table.select_columns(columns)
         try:
             yield from table.iter(batch_size=ROWS_OF_BLOCK)
-        except Exception as error:  # whatever datasets, Arrow and the network stumble over
+        except Exception as error:  # datasets, Arrow and the network raise many types
             raise InputError(f"{self.place} cannot be read on: {_reason(error)}.") from error
 
     def block(self, number: int) -> pa.Table:
-        """One block; of a stream quick for the one that was asked for last, and for those behind it."""
+        """One block; for a stream, fast only for the last one requested and those after it."""
         if hasattr(self.table, "__len__"):
             return self.table[number * ROWS_OF_BLOCK : (number + 1) * ROWS_OF_BLOCK]
         if self._process != os.getpid() or number < self._number:  # a forked process must not share open files
@@ -69,12 +69,12 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Cell(StoredMedium):
-    """The bytes in one row of a column: binary, or a structure with `bytes`; or those of an item of a list."""
+    """Bytes in one row of a column, or in one item of a list there: binary, or a struct with `bytes`."""
 
     table: Table
-    name: str  # of the column
+    name: str  # column
     block: int
-    row: int  # within the block
+    row: int  # index within the block
     place: str
     item: int | None = None
 
@@ -93,13 +93,13 @@ class Cell(StoredMedium):
 
 
 def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = False) -> Iterator[Row]:
-    """The rows of a table, named `path[0]`, …
+    """Rows of a table, named `path[0]`, …
 
     Args:
-        columns: the table's column for one of the media types (or none, for text), `text` (the caption or the answer,
-            or a list of several that say the same), and where there are such `prompt` (what the user says) and `id`. A
-            medium is bytes, a `datasets` feature of Image, Audio or Video, or a path below the media root; or a list
-            of such, in the order of their markers in the prompt (`<image>`).
+        columns: column names for one media type (or none, for text), for `text` (caption or answer, or a list of
+            wordings), and optionally for `prompt` (the user's text) and `id`. A medium is bytes, a `datasets` Image,
+            Audio or Video feature, or a path below the media root; or a list of these, in the order of their markers
+            (`<image>`) in the prompt.
     """
     columns = _checked_columns(path, columns)
     kind = next((key for key in columns if key in MEDIA), None)
@@ -114,7 +114,7 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
     stored = kind is not None and any(_STORED in _listed(one) for one in _media(first[columns[kind]], path))
     if kind is not None and not stored and is_hub_id(path):
         raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
-    # Media of a stream are not looked at; but paths are read with the texts, and lists, to see how long they are.
+    # Media bytes of a stream are not read here; paths are, and lists for their length.
     unseen = streaming and stored and not _is_list(first[columns[kind]].type)
     wanted = [name for key, name in columns.items() if not (unseen and key == kind)]
     start = 0
@@ -147,10 +147,9 @@ def _listed(medium: Any) -> list[Any]:
 
 
 def _whole_rows(block: pa.Table, first: int = 0) -> Iterator[tuple[int, pa.Table | str]]:
-    """A block as it is; or row by row, with what is wrong with damaged ones: Arrow itself trusts what it reads.
+    """Yield (row number, block) for a valid block, else row by row with the error of damaged rows.
 
-    Args:
-        first: the number of its first row, which comes with each piece.
+    Arrow itself does not validate what it reads. `first` is the number of the first row.
     """
     try:
         block.validate(full=True)
@@ -178,7 +177,7 @@ def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[s
 
 
 def _load(path: Path, streaming: bool) -> Any:
-    import datasets  # takes a second, and most runs have no table
+    import datasets  # importing takes a second, and most runs have no table
 
     try:
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
@@ -197,7 +196,7 @@ def _load(path: Path, streaming: bool) -> Any:
             table = _build(datasets.load_dataset_builder(builder, data_files=names), streaming)
     except InputError:
         raise
-    except Exception as error:  # whatever datasets and Arrow stumble over in a broken table
+    except Exception as error:  # datasets and Arrow raise many types on a broken table
         raise InputError(f"{path} cannot be read as a table: {_reason(error)}.") from error
     if not isinstance(table, datasets.Dataset | datasets.IterableDataset):
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
@@ -209,7 +208,7 @@ def _reason(error: Exception) -> str:
 
 
 def _build(builder: Any, streaming: bool) -> Any:
-    """What `load_dataset` gives; where local Parquet is to be read, its row groups are looked at before."""
+    """Dataset of a builder; row groups of local Parquet files are checked first."""
     if streaming or not os.path.isdir(builder.cache_dir):
         for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
             parquet = builder.name == "parquet" or file.lower().endswith(".parquet")
@@ -222,7 +221,7 @@ def _build(builder: Any, streaming: bool) -> Any:
 
 
 def is_hub_id(path: Path) -> bool:
-    """Whether a path that does not exist can be a dataset's id on the hub: `name` or `owner/name`."""
+    """Whether a path that does not exist may be a dataset id on the Hub: `name` or `owner/name`."""
     return not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) is not None and not path.suffix
 
 
@@ -231,7 +230,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
-    """For each row of a column `_STORED` where it holds bytes, else the path, or None; of a column of lists, lists."""
+    """`_STORED` for each row that holds bytes, else its path or None; lists of these for a column of lists."""
     kind, binary = column.type, (pa.binary(), pa.large_binary())
     if _is_list(kind):
         items = iter(_media(pa.compute.list_flatten(column), path))

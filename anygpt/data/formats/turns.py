@@ -1,4 +1,4 @@
-"""What NExT-GPT's and LLaVA's JSON have in common: turns with `from` and `value`, and markers where media stand."""
+"""Shared parts of NExT-GPT's and LLaVA's JSON: turns with `from` and `value`, and markers in place of media."""
 
 import re
 from typing import Annotated, Literal
@@ -11,14 +11,14 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 class Turn(RowModel):
-    """Who speaks, and what is said."""
+    """Speaker and text of one turn."""
 
     speaker: Literal["human", "gpt", "system"] = Field(alias="from")
     value: Text
 
 
 class TurnsRow(RowModel):
-    """A conversation with keys of each media type, which hold one string or a list."""
+    """A conversation with a key for each media type, whose value is a string or a list."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Texts | None]
@@ -27,13 +27,13 @@ class TurnsRow(RowModel):
     id: Id = ""
 
     def listed(self, key: str) -> list[str]:
-        """The strings of a media type's key, which may be absent."""
+        """Strings under a media type's key; empty if it is absent."""
         value = self.__pydantic_extra__.get(key)
         return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def inputs(row: TurnsRow, key: str, kind: str, where: str) -> list[dict]:
-    """The media parts of one type that the user gives: as many as markers, or there is no marker at all."""
+    """Input parts of one media type; their number must match that of the markers, unless there are none."""
     files, markers = row.listed(key), count_markers(row, "human", kind)
     if markers not in (len(files), 0) or (files and not any(turn.speaker == "human" for turn in row.conversations)):
         raise count_error(where, "human", kind, markers, f"{key!r} names {len(files)} file(s)")
@@ -41,9 +41,9 @@ def inputs(row: TurnsRow, key: str, kind: str, where: str) -> list[dict]:
 
 
 def messages(row: TurnsRow, media: dict[str, dict[str, list[dict]]]) -> dict:
-    """The row in the project's own form, each marker replaced by the next medium of its speaker and type.
+    """Convert a row, replacing each marker by the next medium of its speaker and type.
 
-    `media`: `{speaker: {type: parts}}`. Inputs of a type without any marker open the first human turn.
+    `media`: `{speaker: {type: parts}}`. Inputs of a type without markers open the first human turn.
     """
     unmarked = [
         part for kind, parts in media["human"].items() if not count_markers(row, "human", kind) for part in parts
@@ -60,9 +60,9 @@ def messages(row: TurnsRow, media: dict[str, dict[str, list[dict]]]) -> dict:
 
 
 def split_markers(text: str, left: dict) -> list[dict]:
-    """Content parts of a text, each marker replaced by the next part of its type in `left`, where there are such.
+    """Content parts of a text, each marker replaced by the next part of its type in `left`, if any.
 
-    One line break that sets a marker off from the text belongs to the marker; other white space is text.
+    One line break between a marker and the text belongs to the marker; other white space is text.
     """
     if not left:
         return [{"type": "text", "text": text}]
@@ -72,12 +72,12 @@ def split_markers(text: str, left: dict) -> list[dict]:
 
 
 def count_markers(row: TurnsRow, speaker: str, kind: str) -> int:
-    """How often a speaker's turns hold the marker of a media type."""
+    """Number of markers of a media type in a speaker's turns."""
     return sum(turn.value.count(f"<{kind}>") for turn in row.conversations if turn.speaker == speaker)
 
 
 def count_error(where: str, speaker: str, kind: str, markers: int, files: str) -> DataError:
-    """The error of markers and files that do not go together."""
+    """Error about numbers of markers and files that do not match."""
     return DataError(
         f"{where}: its {speaker} turns hold {markers} '<{kind}>' marker(s), but {files}: give one marker a file.",
         "placeholders",

@@ -35,10 +35,10 @@ class VideoChatRow(RowModel):
 
 
 def convert(row: VideoChatRow, where: str) -> dict:
-    """One row in the project's own form.
+    """Convert one row.
 
-    The medium opens the first user turn, whose question may be empty (captions). The first pair's instruction `i` is
-    a system message, and those of the others are not read, as in VideoChat2's own loader; the pairs keep their order.
+    The medium opens the first user turn, whose question may be empty (captions). The first pair's instruction `i`
+    becomes a system message, and the others are ignored, as in VideoChat2's own loader; pairs keep their order.
     """
     kind = "image" if row.video is None else "video"
     messages: list[dict] = [{"role": "system", "content": row.QA[0].i}] if row.QA[0].i else []

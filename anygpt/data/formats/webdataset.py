@@ -1,7 +1,7 @@
-"""WebDataset tar shards of caption pairs, as img2dataset and video2dataset write them.
+"""WebDataset tar shards of media and captions, as written by img2dataset and video2dataset.
 
-A sample is the members of one name: a medium (`000012.jpg`), its caption (`000012.txt`, else the `caption` of
-`000012.json`), and others that are not read. Shards are indexed once; nothing is ever unpacked.
+A sample is the members with one base name: a medium (`000012.jpg`), its caption (`000012.txt`, else the `caption` in
+`000012.json`), and others, which are ignored. Shards are indexed once and never unpacked.
 """
 
 import io
@@ -18,18 +18,18 @@ from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA, media_type_of
 
-# What names mean is what the `webdataset` library takes them to mean (its `base_plus_ext` and `skip_meta`): a key, and
-# behind the base name's first dot a suffix. Other names are passed over, hidden ones ("._x.jpg") in folders, too.
+# Names are split as in the `webdataset` library (`base_plus_ext` and `skip_meta`): a key, and after the base name's
+# first dot a suffix. Other names are skipped, including hidden ones ("._x.jpg") in folders.
 NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 META = re.compile(r"__[^/]*__($|/|[.])")
 TEXTS, JSONS = ("txt", "text", "transcript"), ("json", "jsn")
-MAX_HEADER_BYTES = 1024**2  # long names; a header may claim any size, and tarfile would read it
+MAX_HEADER_BYTES = 1024**2  # room for long names; tarfile would read a header of any claimed size
 BLOCK = 512
 
 
 @dataclass(frozen=True)
 class TarMember(StoredMedium):
-    """A place in a shard: `size` bytes from `offset` on."""
+    """`size` bytes of a shard, starting at `offset`."""
 
     shard: Path
     name: str
@@ -46,7 +46,7 @@ class TarMember(StoredMedium):
 
 
 def shard_rows(path: Path) -> Iterator[Row]:
-    """The pairs of all shards that `path` stands for, named `00000.tar[000012]`; their ids are `00000/000012`."""
+    """Pairs of all shards that `path` stands for, named `00000.tar[000012]`, with ids such as `00000/000012`."""
     for shard in find_files(path):
         try:
             with shard.open("rb") as file:
@@ -60,14 +60,14 @@ def shard_rows(path: Path) -> Iterator[Row]:
                     yield Row(source, f"{shard.stem}/{_printable(key)}", value)
         except OSError as error:
             fault = InputError(f"{shard} cannot be read: {error.strerror}.")
-        if fault:  # of the shard itself: what comes before it has been given
+        if fault:  # the shard itself is damaged; the pairs before that place have been yielded
             yield Row(str(shard), shard.stem, fault)
 
 
 def _index(shard: Path, file: BinaryIO) -> tuple[list[tuple[str, dict[str, Any]]], InputError | None]:
-    """Each key with `{suffix: member, or the fault of it}` in the shard's order, and what ended the reading too early.
+    """Each key with `{suffix: member or fault}` in the shard's order, and the error that ended reading, if any.
 
-    A sample's members need not stand together, unless its key comes again with the same suffixes.
+    Members of a sample need not be adjacent, unless its key occurs again with the same suffixes.
     """
     samples: list[tuple[str, dict[str, Any]]] = []
     latest: dict[str, dict[str, Any]] = {}
@@ -93,7 +93,7 @@ def _index(shard: Path, file: BinaryIO) -> tuple[list[tuple[str, dict[str, Any]]
 
 
 def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The headers of all members. tarfile takes a broken one in the middle for the end; this raises `InputError`."""
+    """Headers of all members; raises `InputError` for an invalid one, which tarfile would take for the end."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     try:
@@ -101,7 +101,7 @@ def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         tar = tarfile.open(fileobj=guarded, mode="r:")  # noqa: SIM115 (the file is closed by its opener)
         end = 0
         while info := guarded.next_header(tar):
-            tar.members = []  # it would keep them all
+            tar.members = []  # tarfile would keep them all
             if info.size < 0 or info.offset < end:
                 raise tarfile.ReadError("a member has a negative size")
             end = info.offset_data + (info.size + BLOCK - 1) // BLOCK * BLOCK if info.isreg() else info.offset_data
@@ -120,7 +120,7 @@ def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 class _Guarded:
-    """What tarfile reads headers from: a header, with all that belongs to it, is no larger than one needs to be."""
+    """File wrapper for tarfile that limits the size of a header with its extensions."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -154,7 +154,7 @@ def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair
         raise InputError(f"{where}: the member's name is not UTF-8: rename it.")
     kinds = {suffix: media_type_of(f"x.{suffix}") for suffix in members}
     media = [suffix for suffix, kind in kinds.items() if kind is not None]
-    # "jpg" before "seg.png": further fields of the sample have longer suffixes
+    # prefer "jpg" to "seg.png": further fields of a sample have longer suffixes
     media = [suffix for suffix in media if f".{suffix}" in kinds[suffix].suffixes] or media
     if len(media) != 1:
         ends = _printable(", ".join(members))
@@ -175,7 +175,7 @@ def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair
 
 
 def _ending_in(members: dict[str, Any], endings: tuple[str, ...]) -> str | None:
-    """The suffix that is one of `endings`, else the first whose last part is."""
+    """A suffix equal to one of `endings`, else the first whose last part is."""
     whole = [ending for ending in endings if ending in members]
     return next(iter(whole or [suffix for suffix in members if suffix.rpartition(".")[2] in endings]), None)
 
@@ -188,6 +188,6 @@ def _read(member: TarMember, where: str, file: BinaryIO) -> bytes:
 
 
 def _printable(name: str) -> str:
-    """A name with what is not UTF-8, or moves a terminal's cursor, written as escapes."""
+    """A name with invalid UTF-8 and control characters written as escapes."""
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")[:300]
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
