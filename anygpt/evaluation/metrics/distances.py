@@ -39,7 +39,8 @@ class Frechet(Distance):
         if self.moments is None:
             identity = nn.Identity()
             identity.num_features = answers.shape[1]
-            self.moments = FrechetInceptionDistance(feature=identity).to(answers.device)
+            # one process scores: torchmetrics must not wait for the others
+            self.moments = FrechetInceptionDistance(feature=identity, sync_on_compute=False).to(answers.device)
         self.moments.update(answers, real=False)
         self.moments.update(targets, real=True)
 
