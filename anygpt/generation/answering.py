@@ -1,4 +1,4 @@
-"""From finished spans to answers: decoders run batched, text and media put in order.
+"""Assembly of answers: run the decoders in batches on finished spans, and put text and media in order.
 
 Shape legend: `anygpt.outputs`.
 """
@@ -27,12 +27,12 @@ from anygpt.outputs import Answer, Segment
 
 @dataclass
 class SpanStates:
-    """The states of one finished span, as an output projector reads them.
+    """The output projector's input for one finished span.
 
     Attributes:
-        row, start: the row, and the place of the span's first token in the answer.
-        key: its decoder.
-        states: `(N, H)`, the token embeddings added.
+        row, start: the row, and the index of the span's first token in the answer.
+        key: the decoder key.
+        states: `(N, H)`, states plus token embeddings.
     """
 
     row: int
@@ -53,8 +53,8 @@ def assemble(
     Args:
         sequences: `(B, new tokens)`.
         spans: those in `sequences`, in any order.
-        decoder_kwargs: options of each decoder's sampling, checked.
-        emitters: one a row, or none. No media are made of rows that are closed.
+        decoder_kwargs: checked sampling options by decoder.
+        emitters: one a row, or none. Closed rows get no media.
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.decoder_keys:
@@ -76,7 +76,7 @@ def _decode_media(
     options: Mapping[str, Any],
     emitters: Sequence[EventEmitter],
 ) -> dict[tuple[int, int], Segment]:
-    """The media of one decoder by row and start of their spans, which are sorted so."""
+    """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order."""
     decoder = model.decoders[key]
     rows = [span.row for span in spans]
     places = [index - rows.index(row) for index, row in enumerate(rows)]
@@ -98,10 +98,10 @@ def _decode_media(
     condition = decoder.condition(torch.stack([span.states for span in spans]))
     try:
         contents = decoder.module.sample(condition, **arguments)
-    except Closed:  # by `on_step`; other rows may be wanted still
+    except Closed:  # all rows of this decoder are closed, other rows may not be
         return {}
     finally:
-        # Frees what diffusers' own offloading holds, also where a stream was closed midway; else does nothing.
+        # Releases memory held by diffusers' offloading, also if a stream was closed midway.
         decoder.module.pipeline.maybe_free_model_hooks()
     media = {}
     for span, content, embeds in zip(spans, contents, condition.embeds, strict=True):
@@ -131,5 +131,5 @@ def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple
 
 
 def text_of(model: Composition, ids: list[int]) -> str:
-    """Text as it stands in an answer; empty where the model has no tokenizer."""
+    """Decode ids without special tokens; empty if the model has no tokenizer."""
     return model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer is not None else ""

@@ -1,8 +1,8 @@
-"""Generation: text, then conditions at signal spans, then media, in the order in which they were said.
+"""Generation of text, then of conditions at signal spans, then of media.
 
-transformers' `generate` prepares everything (cache, logits processors, stopping criteria) and hands over to
-`SpanDecoder`, a decoding loop for greedy search and sampling that runs a span in one forward over the cache. Beam
-search stays transformers' own, with the span forced token by token. Shape legend: `anygpt.outputs`.
+transformers' `generate` prepares the cache, logits processors and stopping criteria, and calls `SpanDecoder`, a
+decoding loop for greedy search and sampling that runs a span in one forward over the cache. Beam search is
+transformers' own, with spans forced token by token. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class SpanDecoder:
 
     Attributes:
         model: the `MultimodalModel`, its signal tokens attached to the language model.
-        tap: what the language model's head reads.
-        rules: which tokens may come next, by row.
+        tap: records the states that the language model's head reads.
+        rules: constraints on the next token, by row.
         prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
-        emitters: told what each row says, or none.
-        generators: what each row is sampled with; torch's own where there are none.
-        spans, lengths: the spans that came out, and the tokens of each row, filled while decoding.
+        emitters: event emitters by row, or none.
+        generators: random generators by row; torch's default one if empty.
+        spans, lengths: results: the generated spans, and the number of tokens of each row.
     """
 
     model: Composition = field(repr=False)
@@ -69,10 +69,9 @@ class SpanDecoder:
     ) -> Tensor:
         """Decode until every row has stopped.
 
-        Each step feeds a chunk, aligned to the right: one token for ordinary rows, all tokens of a span for rows
-        that begin one. What lies to the left of shorter rows is masked, so that a row's answer does not depend on
-        what its neighbours say. Such holes would take places of a sliding window, so where a layer's cache is not a
-        plain one, the tokens of a span are fed one by one.
+        Each step feeds a chunk, aligned right: one token of each row, or all tokens of a span for rows that begin one.
+        Padding at the left is masked, so that rows do not depend on each other. It would occupy slots of a sliding
+        window, so unless all layers have a plain `DynamicLayer` cache, spans are fed token by token.
 
         Returns:
             `(B, new tokens)` int64, padded on the right.
@@ -80,7 +79,7 @@ class SpanDecoder:
         chunk, mask = model_kwargs["inputs_embeds"], model_kwargs.get("attention_mask")
         past_key_values = model_kwargs.get("past_key_values")
         rows, device = chunk.shape[0], chunk.device
-        # transformers drops a mask of ones
+        # transformers drops an all-ones mask
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.long) if mask is None else mask
         embedding = language_model.get_input_embeddings()
         eos = generation_config._eos_token_tensor
@@ -88,25 +87,25 @@ class SpanDecoder:
         pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad.flatten()[0])
         for processor in logits_processor:
-            # the padding of each prompt: it is no part of an answer, which processors see row by row
+            # the length of each prompt's padding, which is not in the answers that processors get here
             if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
                 processor.prompt_ignore_length = 0
         answers: list[list[int]] = [[] for _ in range(rows)]
         running = [True] * rows
         fed: list[list[int]] = [[] for _ in range(rows)]
-        waiting: list[list[int]] = [[] for _ in range(rows)]  # tokens said, but not fed yet
+        waiting: list[list[int]] = [[] for _ in range(rows)]  # chosen tokens that are not fed yet
         at_once = all(type(layer) is DynamicLayer for layer in past_key_values.layers)
         while True:
             outputs = self._forward(language_model, chunk, mask, past_key_values)
             past_key_values = outputs.past_key_values
             self._collect(answers, fed, chunk, outputs.hidden_states)
-            scores = outputs.logits[0].float()  # (B, V'): the head ran on the last place of each row alone
+            scores = outputs.logits[0].float()  # (B, V'): the head ran only on the last position of each row
             for row in (row for row in range(rows) if running[row] and not waiting[row]):
                 answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 score = scores[row : row + 1]
                 rules = self.rules[row]
                 score[:, rules.banned(answers[row])] = -torch.inf
-                # row by row, because rows have different lengths once one of them has said a span
+                # row by row, because spans make the rows' lengths differ
                 score = logits_processor(answer, score)
                 if generation_config.do_sample:
                     generator = self.generators[row] if self.generators else None
@@ -119,7 +118,7 @@ class SpanDecoder:
                 answers[row] += new
                 said = torch.tensor([answers[row]], dtype=torch.long, device=device)
                 running[row] = len(answers[row]) < rules.budget and not bool(stopping_criteria(said, None).any())
-                # A span that ends the answer must run all the same: the decoder is conditioned on its states.
+                # A span that ends the answer is still fed, because its states condition the decoder.
                 waiting[row] = list(new) if running[row] or key else []
                 if self.emitters:
                     emitter = self.emitters[row]
@@ -156,14 +155,14 @@ class SpanDecoder:
         )
 
     def _positions(self, mask: Tensor, length: int) -> Tensor:
-        """`(B, length)` positions of the newest places, or `(3, B, length)` where the prompt's are such."""
+        """Positions `(B, length)` of the newest tokens, or `(3, B, length)` if the prompt has M-RoPE positions."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         prompt = self.prompt.get("position_ids")
         if prompt is None:
             return positions
         if mask.shape[1] == prompt.shape[-1]:
             return prompt
-        # Under M-RoPE an image spans fewer positions than places: text goes on after the largest, whatever the axis.
+        # Under M-RoPE an image has fewer positions than tokens; text continues after the largest position of any axis.
         largest = prompt.amax(dim=-1).reshape(-1, len(mask)).amax(dim=0)
         shift = largest + 1 - mask[:, : prompt.shape[-1]].sum(dim=1)
         return (positions + shift[:, None]).expand(*prompt.shape[:-1], length)
@@ -171,7 +170,7 @@ class SpanDecoder:
     def _collect(
         self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
     ) -> None:
-        """Keep the states of the spans that the last forward ran, or ran a token of."""
+        """Collect the states of span tokens that the last forward ran."""
         for row, new in enumerate(fed):
             key = self.rules[row].key_of_first.get(new[0]) if new else None
             if key is not None:
@@ -183,7 +182,7 @@ class SpanDecoder:
             states = decoder.select_states(self.tap.hidden, all_states)[row, -len(new) :]
             found.append(states + chunk[row, -len(new) :])
             if sum(map(len, found)) == len(self.rules[row].ids[key]):
-                # a trigger before queries is not read
+                # without the trigger that precedes queries
                 self.spans.append(SpanStates(row, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
                 del self._begun[row]
 
@@ -209,26 +208,25 @@ def generate(
     Args:
         input_ids, attention_mask: `(B, S)`, padded on either side.
         items_per_row: see `forward`.
-        require: decoders (by key) that every answer must call; what is missing is called before the answer ends.
-        forbid: decoders that no answer may call.
+        require: keys of decoders that every answer must call; missing calls are forced before the answer ends.
+        forbid: keys of decoders that no answer may call.
         decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
             `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
-            `width` (pixels), `num_frames`, `audio_length_in_s`. What is left out is the decoder's `defaults`, else
-            the pipeline's own. With a `seed`, or a list of them with one a row, a row's media are what they are
-            when the row is alone.
+            `width` (pixels), `num_frames`, `audio_length_in_s`. Missing options take the decoder's `defaults`, else the
+            pipeline's. A `seed`, or a list with one a row, makes a row's media independent of the other rows.
         generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
-        on_event: called with an `Event` whenever something happens, without beams. A `Closed` that it raises ends the
-            event's row, anything else the generation. (`generate_stream` is the iterator.)
-        budgets: new tokens of each row, where some may have fewer than `max_new_tokens`; without beams.
-        seeds: one a row, for sampled text that is what it is when the row is alone; without beams.
+        on_event: called with each `Event` (see `generate_stream` for an iterator); not with beam search. If it raises
+            `Closed`, the event's row ends; any other exception ends the generation.
+        budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
+        seeds: one a row, which makes sampled text independent of the other rows; not with beam search.
         kwargs: encoder inputs, as in `forward`, and generation options.
 
     Returns:
-        The new tokens, and one `Answer` a row: its segments in order.
+        The new tokens, and one `Answer` a row.
 
     Raises:
-        InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam
-            search; events of a search with beams, where nothing is final before the end.
+        InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam search;
+            `on_event`, `budgets` or `seeds` with beam search.
         Closed: the listener has closed every row.
     """
     require, forbid = check_request(model, require, forbid, decoder_kwargs)
@@ -286,7 +284,7 @@ def check_request(
     forbid: Iterable[str] = (),
     decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`require` and `forbid`, each decoder once, with all that is known of `generate`'s arguments before it runs.
+    """Check arguments of `generate` before it runs, and return `require` and `forbid` without duplicates.
 
     Raises:
         InputError: an unknown decoder or option.
@@ -315,7 +313,7 @@ def _decode_stepwise(
 def _decode_with_beams(
     model: Composition, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
 ):
-    """transformers' beam search under `SpanForcing`, then one forward over the winners for the spans' states."""
+    """Run transformers' beam search with `SpanForcing`, then one forward over the result for the spans' states."""
     prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
     prompt |= model.preprocess_llm(merged, inputs, prompt)
     eos = options.get("eos_token_id")
@@ -330,14 +328,14 @@ def _decode_with_beams(
         None,
         merged.media_in,
     )
-    tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits are needed
+    tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits
     _, all_states = model.run_language_model(whole, inputs)
     prompt = merged.input_ids.shape[1]
     spans = {key: model.signal_tokens.find_spans(sequences, key) for key in model.decoders}
     shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
     states = model.read_spans(whole, shifted, tap.hidden, all_states)
     return sequences, [
-        # the span ends with what is read
+        # the positions read are the last of the span
         SpanStates(row, last + 1 - len(model.signal_tokens.ids[key]), key, state)
         for key in states
         for row, last, state in zip(
@@ -347,14 +345,14 @@ def _decode_with_beams(
 
 
 def _placeholders(model: Composition) -> tuple[int, ...]:
-    """Those placeholder ids that have logits at all, inside a padded vocabulary or between signal tokens."""
+    """Placeholder ids that have logits, inside a padded vocabulary or between signal tokens."""
     said = [i for span in model.signal_tokens.ids.values() for i in span]
     size = max(model.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
     return tuple(i for i in (model.token_ids or {}).values() if i < size)
 
 
 def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
-    """End and padding: as the generation config has them, else the language model's own, else the tokenizer."""
+    """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer."""
     tokens: dict[str, Any] = {}
     for name in ("eos_token_id", "pad_token_id"):
         for source in (config, base_model(model.language_model).generation_config, model.tokenizer):
@@ -368,7 +366,7 @@ def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, A
 
 
 def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Encoder inputs and generation options; what only training needs is left out."""
+    """Split into encoder inputs and generation options, without what only training uses."""
     names = {name for encoder in model.encoders.values() for name in encoder.input_names}
     inputs: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -380,7 +378,7 @@ def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[s
 
 
 def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `(B, longest)`, each row at the right."""
+    """Ids and mask `(B, longest)`, padded on the left."""
     length = max(map(len, rows))
     ids = [[pad] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]

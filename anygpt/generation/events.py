@@ -1,7 +1,7 @@
-"""What happens while an answer is made: the events of `MultimodalModel.generate(on_event=…)` and `generate_stream`.
+"""The events of `MultimodalModel.generate(on_event=…)` and `generate_stream`.
 
-The text comes first, piece by piece, with a `MediumCalled` where a medium belongs; then each decoder that was called
-runs once, for all its media. `row` is the place in the batch, `segment` an index into that row's `Answer.segments`.
+Text is streamed first, with a `MediumCalled` where a medium belongs; then each called decoder runs once for all its
+media. `row` is the index in the batch, `segment` the index into that row's `Answer.segments`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anygpt.outputs import Answer, Segment
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text that goes on where the last piece of the same segment ended; together they are the segment."""
+    """The next piece of a text segment's content."""
 
     segment: int
     text: str
@@ -24,7 +24,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class MediumCalled:
-    """A whole span has been said: a medium of `type` will stand at this place, made by the decoder `key`."""
+    """A signal span was generated: this segment will be a medium of `type`, made by the decoder `key`."""
 
     segment: int
     type: str
@@ -34,7 +34,7 @@ class MediumCalled:
 
 @dataclass(frozen=True)
 class DecodingStarted:
-    """The decoder `key` begins to make the media of these segments."""
+    """The decoder `key` starts generating the media of these segments."""
 
     key: str
     segments: tuple[int, ...]
@@ -53,7 +53,7 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class MediumDone:
-    """The medium of a segment is there."""
+    """The medium of a segment is finished."""
 
     segment: int
     content: Segment
@@ -73,20 +73,20 @@ Listener = Callable[[Event], None]
 
 
 class Closed(Exception):
-    """Raised by a listener: nobody wants the answer of this event's row any more."""
+    """Raised by a listener to end the row of the event."""
 
 
 @dataclass
 class EventEmitter:
-    """Turns the tokens of one row into events, as they are said.
+    """Turns the tokens of one row into events as they are generated.
 
     Attributes:
-        listener: is given the events; a `Closed` that it raises ends the row, anything else the generation.
+        listener: called with the events; if it raises `Closed` the row ends, with any other exception the generation.
         decode: ids to text, as for the finished answer.
         types: `{decoder key: modality}`.
-        row: the row's place in the batch.
-        segments: `{place of a span in the answer: its segment}`.
-        closed: nobody wants this row any more.
+        row: index of the row in the batch.
+        segments: `{index of a span's first token in the answer: index of its segment}`.
+        closed: whether the listener has ended this row.
     """
 
     listener: Listener
@@ -95,13 +95,13 @@ class EventEmitter:
     row: int = 0
     segments: dict[int, int] = field(default_factory=dict)
     closed: bool = False
-    _begun: int = 0  # segments that are over
-    _length: int = 0  # tokens said
+    _begun: int = 0  # finished segments
+    _length: int = 0  # tokens so far
     _run: list[int] = field(default_factory=list)  # tokens since the last span
     _told: str = ""
 
     def emit(self, kind: type, *values: Any) -> None:
-        """Tell the listener of an event of the row."""
+        """Call the listener with an event of this row."""
         if not self.closed:
             try:
                 self.listener(kind(*values, row=self.row))
@@ -109,7 +109,7 @@ class EventEmitter:
                 self.closed = True
 
     def said(self, ids: list[int], key: str | None) -> None:
-        """New tokens: a piece of text, or the whole span of the decoder `key`."""
+        """Handle new tokens: text, or the whole span of the decoder `key`."""
         start, self._length = self._length, self._length + len(ids)
         if key is None:
             self._run += ids
@@ -121,7 +121,7 @@ class EventEmitter:
         self._begun += 1
 
     def end_text(self) -> None:
-        """No more text comes before the next medium, or at all."""
+        """End the current text segment."""
         self._emit_text(final=True)
         self._begun += bool(self._told)
         self._run, self._told = [], ""
@@ -129,13 +129,13 @@ class EventEmitter:
     def _emit_text(self, final: bool) -> None:
         text = self.decode(self._run)
         if not final:
-            text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
+            text = text.rstrip("\ufffd")  # a character with bytes still to come
         if text.startswith(self._told) and len(text) > len(self._told):
             piece, self._told = text[len(self._told) :], text
             self.emit(TextPiece, self._begun, piece)
 
 
 def end_where_all_are_closed(emitters: Sequence[EventEmitter]) -> None:
-    """Raises `Closed` where nobody wants any row any more."""
+    """Raise `Closed` if there are emitters and all are closed."""
     if emitters and all(emitter.closed for emitter in emitters):
         raise Closed

@@ -1,7 +1,4 @@
-"""Which token may come next in an answer: spans whole, within the budget, and as required.
-
-Shape legend: `anygpt.outputs`.
-"""
+"""Constraints on the next token of an answer: only whole spans, within the budget, and required ones included."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from anygpt.errors import InputError
 
 @dataclass
 class SpanRules:
-    """Which token may come next, given what a row has said: spans whole, within the budget, and as required.
+    """Constraints on the next token, given the answer so far.
 
     Attributes:
         ids: `{decoder key: the N ids of its span}`.
-        budget: new tokens a row may have.
+        budget: maximal number of new tokens.
         require: decoders that every row must call at least once.
         forbid: decoders that no row may call.
-        never: other tokens that no row may say: the encoders' placeholders.
+        never: other tokens that are never generated: the encoders' placeholders.
     """
 
     ids: Mapping[str, list[int]]
@@ -57,7 +54,7 @@ class SpanRules:
         return [key for key in self.require if self.ids[key][0] not in answer]
 
     def banned(self, answer: list[int]) -> list[int]:
-        """Tokens that may not come next: the inside of spans, forbidden spans, spans that leave too little room."""
+        """Tokens that may not come next: the inside of spans, and spans that are forbidden or exceed the budget."""
         missing = self.missing(answer)
         room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
         banned = list(self.never)
@@ -67,7 +64,7 @@ class SpanRules:
         return banned
 
     def forced(self, answer: list[int], token: int, ends: bool) -> int:
-        """`token`, or the beginning of a required span where the answer would otherwise end without it."""
+        """`token`, or the first token of a required span if the answer would otherwise end without it."""
         missing = self.missing(answer)
         if not missing or token in self.key_of_first:
             return token
@@ -76,7 +73,7 @@ class SpanRules:
 
 
 class SpanForcing(LogitsProcessor):
-    """The same rules as a logits processor, for beam search: inside a span only its next token may follow."""
+    """`SpanRules` as a logits processor for beam search, which also forces the tokens of a span one by one."""
 
     def __init__(self, rules: SpanRules, eos: list[int]):
         self.rules = rules

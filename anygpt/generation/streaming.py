@@ -14,10 +14,10 @@ from anygpt.generation.events import Closed, Event
 
 
 def generate_stream(model: Composition, *args: Any, **kwargs: Any) -> Iterator[Event]:
-    """`generate` as an iterator of events: text as it comes, decoders as they start and go on, media.
+    """Run `generate` in a thread and yield its events.
 
-    The generation runs in a thread of its own. Closing the iterator ends it at its next token or denoising step.
-    The model can do one thing at a time: do not use it elsewhere before the iterator has ended.
+    Closing the iterator ends the generation at its next token or denoising step. Do not use the model elsewhere before
+    the iterator has ended.
 
     Args:
         args, kwargs: those of `generate`, without beams.
@@ -39,7 +39,7 @@ def generate_stream(model: Composition, *args: Any, **kwargs: Any) -> Iterator[E
             events.put(None)
         except Closed:
             pass
-        except BaseException as error:  # goes on in the thread that listens
+        except BaseException as error:  # re-raised in the consumer's thread
             events.put(error)
 
     worker = threading.Thread(target=work, name="generate_stream", daemon=True)
