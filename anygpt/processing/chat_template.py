@@ -1,4 +1,4 @@
-"""Conversations to tokens and labels, through any tokenizer's chat template."""
+"""Tokens and labels of conversations, with any tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anygpt.media.types import MEDIA
 from anygpt.outputs import Answer
 from anygpt.sequence.merging import IGNORE
 
-# For base models, whose tokenizers have no template of their own. Vicuna's form, which NExT-GPT's recipe uses.
+# Vicuna's format, as in NExT-GPT's recipe, for tokenizers of base models without a template.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}ASSISTANT: "
@@ -28,10 +28,10 @@ _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 def plain(text: str, special: Iterable[str]) -> str:
-    """Text in which no special token can be read: one that was typed, or said letter by letter, gets a space inside.
+    """Insert a space into special tokens that occur literally in a text.
 
-    Else "<image>" in a message would ask for an input, "[IMG0]" break the signal spans, and the template's own marks
-    end the turn and begin another.
+    Otherwise "<image>" in a message would demand an input, "[IMG0]" break the signal spans, and the template's own
+    tokens end the turn.
     """
     for token in special:
         if len(token) > 1 and token in text:
@@ -40,7 +40,7 @@ def plain(text: str, special: Iterable[str]) -> str:
 
 
 def parts_of(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A message's content as parts, neighbouring texts as one: halves of a special token must not come together."""
+    """A message's content as parts, with adjacent texts joined so that `plain` sees split special tokens."""
     parts: list[dict[str, Any]] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         if part["type"] == "text" and parts and parts[-1]["type"] == "text":
@@ -51,20 +51,20 @@ def parts_of(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def answer_message(answer: Answer) -> dict[str, Any]:
-    """An answer as the assistant's turn of a conversation, with its media, which `feed_back` gives to the encoders."""
+    """The assistant's message for an answer, with its media, which `feed_back` makes inputs."""
     parts = []
     for segment in answer.segments:
-        kind = MEDIA.get(segment.type)  # none of text
+        kind = MEDIA.get(segment.type)  # None for text
         content = kind.to_part(segment.content, segment.rate) if kind else segment.content
         parts.append({"type": segment.type, segment.type: content})
     return {"role": "assistant", "content": parts}
 
 
 def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
-    """A conversation in which the media that the assistant made are inputs of the user's next turn, at its beginning.
+    """Put media from the assistant's turns also at the beginning of the user's next turn, as inputs.
 
-    The assistant's own turns stay as they were said, with signal spans. Media that no encoder reads, and parts
-    without a medium, are not fed back.
+    The assistant's turns keep their signal spans. Media types that no encoder reads, and parts without a medium, are
+    not fed back.
 
     Args:
         reads: the media types that encoders read.
@@ -81,19 +81,19 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
 
 
 class Rendered(str):
-    """Text that a chat template wrote: it has every special token already, so that a tokenizer must add none."""
+    """Text rendered by a chat template, which already has its special tokens."""
 
 
 def has_special_tokens(text: str, bos_token: str | None) -> bool:
-    """Whether a text begins as the tokenizer would begin it, so that it must not do so a second time."""
+    """Whether a text already has the special tokens that the tokenizer would add."""
     return isinstance(text, Rendered) or (bool(bos_token) and text.startswith(bos_token))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
-    """The conversation as text. `options` go to the template, `add_generation_prompt` among them.
+    """Render a conversation as text, with `options` for the template such as `add_generation_prompt`.
 
     Raises:
-        InputError: the template refuses the conversation, as where roles do not alternate.
+        InputError: the template refuses the conversation, for instance because roles do not alternate.
     """
     with _refusals():
         return Rendered(
@@ -105,7 +105,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What a template raises, said as a mistake in the conversation."""
     try:
         yield
     except TemplateError as error:
@@ -115,16 +114,15 @@ def _refusals() -> Iterator[None]:
 def tokenize_with_labels(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels on the assistant's turns alone.
+    """Token ids of a conversation, and labels on the assistant's turns only.
 
-    The mask comes from the template where it marks what is generated; else from `find_turns`.
+    Turns are located by the template's `{% generation %}` marks, else by `find_turns`.
 
     Returns:
         ids and labels of equal length; labels are `-100` outside the assistant's turns.
 
     Raises:
-        InputError: the template refuses the conversation, or what `find_turns` raises; a tokenizer that does not say
-            where in the text its tokens stand.
+        InputError: the template refuses the conversation; see `find_turns`; a tokenizer without offset mapping.
     """
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if _MARKS_GENERATION.search(template):
@@ -148,10 +146,10 @@ def tokenize_with_labels(
 def tokenize_many(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]] | InputError]:
-    """`tokenize_with_labels` of each conversation, or why it cannot be; in one call, which is faster, where it can."""
+    """Apply `tokenize_with_labels` to each conversation, if possible in one faster call; errors are returned."""
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if conversations and _MARKS_GENERATION.search(template):
-        with suppress(TemplateError):  # of one of them: below they are told apart
+        with suppress(TemplateError):  # below, to find which conversation it is
             return list(_tokenize_marked(tokenizer, template, conversations))
     results: list[tuple[list[int], list[int]] | InputError] = []
     for messages in conversations:
@@ -165,7 +163,7 @@ def tokenize_many(
 def _tokenize_marked(
     tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each conversation through a template that marks what is generated."""
+    """Ids and labels of each conversation, with a template that has `{% generation %}` marks."""
     encoded = tokenizer.apply_chat_template(
         conversations, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -176,23 +174,23 @@ def _tokenize_marked(
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-    """Where each of the assistant's turns begins and ends in `text`, the whole conversation as `render` gives it.
+    """The begin and end of each of the assistant's turns in `text`, the whole conversation rendered by `render`.
 
-    The conversation is rendered once more with a mark at the end of each message's content. A turn begins behind what
-    the template writes between the message before it and an answer that is to come (the generation prompt), and ends
-    behind what the template writes after the turn, as far as that stays when the conversation goes on. So a template
-    may write earlier turns differently from the last one, as those do that take out thinking.
+    The conversation is rendered again with a mark at the end of each message's content. A turn begins after the
+    generation prompt that the template writes behind the preceding message. It ends after the text that the template
+    writes behind the turn both at the end of a conversation and within it. So a template may render earlier turns
+    differently from the last one, as those that remove thinking.
 
     Raises:
-        InputError: the conversation begins with the assistant, or the template leaves out or changes contents, or
-            begins an answer that is there differently from one that is to come.
+        InputError: the conversation begins with the assistant, or the template omits or changes contents, or its
+            generation prompt differs from the beginning of an existing answer.
     """
     left, right = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][:2]
     marks = [f"{left}{i}{right}" for i in range(len(messages))]
     any_mark = re.compile(f"{left}[0-9]+{right}")
     marked = []
     for message, mark in zip(messages, marks, strict=True):
-        end = len(message["content"].rstrip())  # a template may strip what follows
+        end = len(message["content"].rstrip())  # a template may strip trailing space
         marked.append(message | {"content": message["content"][:end] + mark + message["content"][end:]})
     lost = InputError(
         "the tokenizer's chat template leaves out or rewrites messages, so that the assistant's turns cannot be found; "
@@ -200,7 +198,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     )
 
     def behind(mark: str, count: int, **options: Any) -> str:
-        """What the template writes behind a mark where only the first `count` messages are there."""
+        """What the template writes behind a mark, given only the first `count` messages."""
         _, found, rest = render(tokenizer, marked[:count], **options).rpartition(mark)
         if not found:
             raise lost

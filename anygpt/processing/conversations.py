@@ -1,4 +1,4 @@
-"""Conversations through a `MultimodalProcessor`: media parts to placeholders, spans and inputs."""
+"""Conversations for a `MultimodalProcessor`: media parts become placeholders, signal spans and inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anygpt.processing import chat_template as chat
 
 
 class Processor(Protocol):
-    """What conversations look at of a `MultimodalProcessor`."""
+    """The members of `MultimodalProcessor` that are used here."""
 
     llm_tokenizer: PreTrainedTokenizerBase
     encoder_processors: dict[str, Any]
@@ -32,18 +32,17 @@ def apply_chat_template(
     conversation: Sequence[Any],
     **kwargs: Any,
 ) -> str | list[str] | BatchFeature:
-    """A conversation, or several, with media content parts as text, through the tokenizer's template.
+    """Render one conversation or several, with media content parts, as text by the tokenizer's template.
 
-    A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder.
-    `kwargs` go to the template (`add_generation_prompt=True`).
+    A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder. `kwargs` go
+    to the template (`add_generation_prompt=True`).
 
-    With `tokenize=True` the result is a batch for the model instead: users' media parts must then hold their
-    medium under their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or
-    `data.Video`, a sound as `(waveform, sampling rate)` or `data.Audio`. An assistant's media parts that hold
-    theirs are inputs of the user's next turn.
+    With `tokenize=True`, return a batch for the model instead. Users' media parts must then hold their medium under
+    their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or `data.Video`, a sound as
+    `(waveform, sampling rate)` or `data.Audio`. Media in an assistant's parts are inputs of the user's next turn.
     """
     if kwargs.pop("tokenize", False):
-        # transformers' pipeline names what is the only way here
+        # passed by transformers' pipeline; nothing else is supported here
         for name in ("return_tensors", "return_dict", "processor_kwargs"):
             kwargs.pop(name, None)
         return _batch_of_conversations(processor, conversation, **kwargs)
@@ -73,16 +72,16 @@ def _batch_of_conversations(processor: Processor, conversation: Sequence[Any], *
 def inputs_by_modality(
     processor: Processor, text: Any, media: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`text` and `{media type: one or a list}` as `encoder_inputs` and `llm_inputs`."""
+    """Convert `text` and `{media type: one or a list}` to `encoder_inputs` and `llm_inputs`."""
     given = {name: value if isinstance(value, list) else [value] for name, value in media.items() if value is not None}
     pairs = [(name, value) for name, values in given.items() for value in values]
     return arrange_media(processor, pairs), {"text": text}
 
 
 def arrange_media(processor: Processor, media: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`(media type, medium)` pairs as `encoder_inputs`: sorted by encoder, in the form that its processor takes.
+    """Convert `(media type, medium)` pairs to `encoder_inputs`, in the form that each encoder's processor takes.
 
-    Sounds are mixed to mono and resampled to what the encoder's feature extractor wants.
+    Sounds are mixed to mono and resampled to the feature extractor's rate.
     """
     inputs: dict[str, dict[str, Any]] = {}
     for modality, medium in media:
@@ -97,10 +96,7 @@ def arrange_media(processor: Processor, media: Iterable[tuple[str, Any]]) -> dic
 
 
 def flatten_messages(processor: Processor, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Messages whose content is one string, media parts written as placeholders and signal spans.
-
-    Special tokens within texts are broken up (`chat.plain`).
-    """
+    """Convert contents to strings: media parts to placeholders and signal spans, texts with `chat.plain`."""
     special = [token.content for token in processor.llm_tokenizer.added_tokens_decoder.values() if token.special]
     return [
         {
@@ -122,12 +118,12 @@ def _part_text(processor: Processor, role: str, part: Mapping[str, Any], special
 
 
 def encoder_key(processor: Processor, modality: str) -> str:
-    """The encoder that reads a media type."""
+    """The key of the encoder that reads a media type."""
     return _key_of(modality, processor.modalities, "encoder reads")
 
 
 def decoder_key(processor: Processor, modality: str) -> str:
-    """The decoder that makes a media type."""
+    """The key of the decoder that makes a media type."""
     return _key_of(modality, processor.makes, "decoder makes")
 
 

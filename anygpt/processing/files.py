@@ -1,4 +1,4 @@
-"""`MultimodalProcessor` on disk: tokenizer, encoder processors, and `processor_config.json`."""
+"""Saving and loading of `MultimodalProcessor`: tokenizer, encoder processors, and `processor_config.json`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
 
 
 class SavedProcessor(Processor, Protocol):
-    """What is saved of a `MultimodalProcessor`."""
+    """The members of `MultimodalProcessor` that are saved."""
 
     num_feature_funcs: dict[str, FeatureCounter]
     encoder_configs: dict[str, PreTrainedConfig]
@@ -50,13 +50,13 @@ def save_pretrained(
 ) -> None:
     """Write tokenizer, encoder processors (under `processors/<key>/`) and `processor_config.json`.
 
-    With `push_to_hub`, upload them, with its arguments as `options`.
+    With `push_to_hub`, also upload them; `options` are the arguments of that function.
     """
     if options and not push_to_hub:
         raise InputError(f"save_pretrained has no argument {next(iter(options))!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # it tells of what was here before
+    (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous content
     processor.llm_tokenizer.save_pretrained(folder)
     encoders = {}
     for key, part in processor.encoder_processors.items():
@@ -91,7 +91,7 @@ def save_pretrained(
 
 
 def push_to_hub(processor: SavedProcessor, repo_id: str, **options: Any) -> str:
-    """Upload the processor beside its model; options as in `MultimodalModel.push_to_hub`."""
+    """Upload the processor; options as in `MultimodalModel.push_to_hub`."""
     with TemporaryDirectory() as folder:
         save_pretrained(processor, folder)
         return push(folder, repo_id, **options)
@@ -104,10 +104,10 @@ def from_pretrained(
     num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
     **hub: Any,
 ) -> P:
-    """Give a saved processor back, from a folder or a hub id; with `model`, the token ids are registered there.
+    """Load a saved processor from a folder or hub id; with `model`, register the token ids with it.
 
     Raises:
-        InputError: no processor there, or a feature function of your own, which cannot be saved, is not given.
+        InputError: no processor, or a feature function of your own, which cannot be saved, is not given again.
     """
     folder = open_composition(folder, **{name: value for name, value in hub.items() if name in HUB_ARGUMENTS})
     path = folder / CONFIG

@@ -1,7 +1,4 @@
-"""`MultimodalProcessor`: raw media and text to a batch of the model, and back to text.
-
-Shape legend: `anygpt.outputs`.
-"""
+"""`MultimodalProcessor`: raw media and text to a batch, and ids to text. Shape legend: `anygpt.outputs`."""
 
 from __future__ import annotations
 
@@ -29,24 +26,23 @@ from anygpt.processing.files import FeatureCounter
 
 
 class MultimodalProcessor(ProcessorMixin):
-    """Processors of all encoders and the tokenizer as one, with the placeholders between them.
+    """The processors of all encoders and the tokenizer, combined.
 
     Args:
         encoder_processors: image processors and feature extractors by encoder key.
-        llm_tokenizer: the language model's tokenizer; placeholders and signal tokens are added to it, and its other
-            special tokens are kept.
-        model: its encoders tell how many features each input gives, its decoders what targets they want; the token
+        llm_tokenizer: the language model's tokenizer; placeholders and signal tokens are added to it.
+        model: supplies the numbers of features of known encoder families, and the decoders' target formats; the token
             ids are registered with it, so that it injects.
-        num_feature_calculation_funcs: `(inputs, outputs) -> int | list[int] | list[list[int]]` by encoder key, of the
-            encoder processor's inputs and outputs: features of every input, of each input, or of each input by row.
-            Automatic for the families of `anygpt.encoders.FAMILIES` when a model is given.
-        predefined_tokens: placeholder token by encoder key; `<key>` where not named.
-        num_features_calculation_funcs: another spelling of `num_feature_calculation_funcs`.
-        fit: by encoder key, what is done with media that do not fit into its window (see `anygpt.encoders.fitting`):
-            `crop` (as the library does), `pad`, `stretch` or `tile` pictures, `split` or `refuse` long sounds.
+        num_feature_calculation_funcs: by encoder key, a function of the encoder processor's inputs and outputs that
+            returns the features of every input (int), of each input (list), or of each input by row (list of lists).
+            Not needed for the families of `anygpt.encoders.FAMILIES` if a model is given.
+        predefined_tokens: placeholder token by encoder key; `<key>` by default.
+        num_features_calculation_funcs: alias of `num_feature_calculation_funcs`.
+        fit: by encoder key, the treatment of media that do not fit its window (see `anygpt.encoders.fitting`): `crop`
+            (the library's own), `pad`, `stretch` or `tile` pictures, `split` or `refuse` long sounds.
 
     Raises:
-        InputError: an encoder of the model without processor, or the other way round.
+        InputError: the keys of `encoder_processors` differ from the model's encoders, or others name unknown keys.
     """
 
     save_pretrained = files.save_pretrained
@@ -110,13 +106,13 @@ class MultimodalProcessor(ProcessorMixin):
         self.describe_targets(model)
 
     def describe_targets(self, model: Composition) -> None:
-        """Take the decoders' targets as they are now: what trains in a decoder decides what it wants of them."""
+        """Read the decoders' target formats, which depend on what currently trains in them."""
         self.makes = {key: decoder.modality for key, decoder in model.decoders.items()}
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
 
     def _add_tokens(self) -> None:
         names = [*self.tokens.values(), *(name for names in self.signal_tokens.values() for name in names)]
-        # By default a second call would drop the special tokens that the tokenizer already has.
+        # With the default, a second call would drop the tokenizer's existing special tokens.
         self.llm_tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)
 
     @property
@@ -130,7 +126,7 @@ class MultimodalProcessor(ProcessorMixin):
         return {key: self.llm_tokenizer.convert_tokens_to_ids(names) for key, names in self.signal_tokens.items()}
 
     def register(self, model: Composition) -> None:
-        """Tell a model the token ids and the tokenizer. It injects from then on."""
+        """Set the token ids and tokenizer of a model, which then injects features."""
         model.set_token_ids(self.token_ids)
         model.signal_tokens.set_ids(self.signal_token_ids)
         model.tokenizer = self.llm_tokenizer
@@ -159,10 +155,10 @@ class MultimodalProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **_: Any,
     ) -> list[Any]:
-        """The text of each row; or with another `generation_mode`, its first medium of that kind, None if it has none.
+        """The text of each row, or its first medium of the type `generation_mode` (None if it has none).
 
         Args:
-            generated: the fields of a `GenerationOutput`, as the pipeline hands them on, or `(B, S)` ids.
+            generated: the fields of a `GenerationOutput`, as transformers' pipeline passes them, or `(B, S)` ids.
         """
         if generation_mode in (None, "text"):
             ids = generated if isinstance(generated, torch.Tensor) else generated["sequences"]
@@ -189,22 +185,21 @@ class MultimodalProcessor(ProcessorMixin):
 
         Args:
             encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row.
-            llm_inputs: arguments of the tokenizer; `text` is a string or a list, padded if it is a list and nothing
-                else is said. Text that begins with the token for it, or that a chat template wrote, gets no special
-                tokens from the tokenizer.
+            llm_inputs: arguments of the tokenizer; `text` is a string or a list, which is padded by default. No special
+                tokens are added to text from a chat template, or that begins with the BOS token.
             return_tensors: framework of the tensors; PyTorch by default.
             decoder_targets: `{decoder key: {"captions": [str], "images": [media]}}` (or another plural), in the order
                 of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
-            text, images, videos, audio: the shorter form that transformers' own processors have, in place of
-                `encoder_inputs` and `llm_inputs`; other media types by their plurals.
-            kwargs: given to every processor that accepts them.
+            text, images, videos, audio: the short form of transformers' processors, in place of `encoder_inputs` and
+                `llm_inputs`; other media types by their plurals.
+            kwargs: passed to every processor that accepts them.
 
         Returns:
-            Everything that `MultimodalModel.forward` takes. An encoder argument whose name two processors share is
-            written `<key>.<name>`.
+            The arguments of `MultimodalModel.forward`. An encoder argument whose name processors share is written
+            `<key>.<name>`.
 
         Raises:
-            InputError: placeholders and inputs that do not match, with key, row and both counts.
+            InputError: numbers of placeholders and inputs that differ; names key, row and both counts.
         """
         if text is not None:
             media = {IMAGE.name: images, VIDEO.name: videos, AUDIO.name: audio}
@@ -236,11 +231,11 @@ class MultimodalProcessor(ProcessorMixin):
     def process_media(
         self, encoder_inputs: Mapping[str, Mapping[str, Any]], return_tensors: str | None = "pt", **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, list[int] | None], dict[str, list[int]]]:
-        """Encoder inputs to tensors.
+        """Convert encoder inputs to tensors.
 
         Returns:
-            The tensors by argument name; features of each input by key (None where nothing can tell them); and, for
-            keys given as one list a row, how many inputs each row has.
+            The tensors by argument name; the numbers of features of each input by key (None if unknown); and, for keys
+            given as one list a row, the number of inputs of each row.
         """
         if unknown := sorted(set(encoder_inputs) - set(self.encoder_processors)):
             raise InputError(
@@ -265,7 +260,7 @@ class MultimodalProcessor(ProcessorMixin):
             options = self._family_options(key) | repeatable.accepted(processor.__call__, kwargs) | inputs
             try:
                 outputs[key] = repeatable.call(processor, {"return_tensors": return_tensors} | options, name)
-            except Exception as error:  # whatever a processor raises of media that it cannot take
+            except Exception as error:  # processors raise anything for media that they cannot take
                 reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
                 raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
             counts[key] = self.count_features(key, inputs, outputs[key])
@@ -287,21 +282,21 @@ class MultimodalProcessor(ProcessorMixin):
         return data, counts, per_row
 
     def pieces(self, key: str, inputs: Mapping[str, Any]) -> list[list[Any]] | None:
-        """The pieces that each medium of an encoder's inputs becomes, or None where they are taken as they are."""
+        """The pieces into which each medium of an encoder's inputs is split, or None if they are not split."""
         media = inputs.get(self.media_argument(key))
         kind = MEDIA.get(self.modalities[key])
         return None if media is None else fitting.pieces(kind, media, self.encoder_processors[key], self.fit[key])
 
     def media_argument(self, key: str) -> str:
-        """Name of the argument under which an encoder's processor takes its media (`images`, `raw_speech`, …)."""
+        """The name of the media argument of an encoder's processor (`images`, `raw_speech`, …)."""
         return next(iter(inspect.signature(self.encoder_processors[key].__call__).parameters))
 
     def count_features(self, key: str, inputs: dict, outputs: dict) -> list[int] | None:
-        """Features of each input, in order; None if neither a function nor a known family can tell."""
+        """The numbers of features of each input; None if neither a function nor a known family can tell."""
         if key in self.num_feature_funcs:
             counts = self.num_feature_funcs[key](inputs, outputs)
             if isinstance(counts, (int, np.integer)):
-                # the media themselves tell how many there are: a processor may pack them into one axis
+                # counted from the media, because a processor may pack them into one axis
                 media = inputs.get(self.media_argument(key))
                 listed = isinstance(media, list) and not isinstance(media[0], (int, float, np.number))
                 return [int(counts)] * len(media if listed else next(iter(outputs.values())))
@@ -313,7 +308,7 @@ class MultimodalProcessor(ProcessorMixin):
         )
 
     def _family_options(self, key: str) -> dict[str, Any]:
-        """Arguments without which an encoder's processor leaves out what its family needs."""
+        """Processor arguments that an encoder's family needs."""
         config = self.encoder_configs.get(key)
         family = FAMILIES.get(config.model_type) if config is not None else None
         return dict(family.processor_options) if family is not None else {}
@@ -324,10 +319,10 @@ class MultimodalProcessor(ProcessorMixin):
         counts: Mapping[str, list[int] | None],
         per_row: Mapping[str, list[int]] | None = None,
     ) -> list[str]:
-        """Write each placeholder as often as its input has features.
+        """Repeat each placeholder once for each feature of its input.
 
         Raises:
-            InputError: a row has other than as many placeholders as inputs.
+            InputError: numbers of placeholders and inputs that differ.
         """
         texts = list(texts)
         for key, token in self.tokens.items():
@@ -349,7 +344,7 @@ class MultimodalProcessor(ProcessorMixin):
         return texts
 
     def process_targets(self, decoder_targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Captions and media for the decoders: `{decoder key: {"captions": [str], "media": tensor}}`."""
+        """Convert targets to `{decoder key: {"captions": [str], "media": tensor}}`."""
         processed: dict[str, dict[str, Any]] = {}
         for key, target in decoder_targets.items():
             if key not in self.targets:
@@ -372,7 +367,7 @@ class MultimodalProcessor(ProcessorMixin):
 
 
 def _flatten(media: Any) -> tuple[Any, list[int] | None]:
-    """One list a row becomes one list, with the number of inputs of each row; everything else stays as it is."""
+    """Flatten one list a row into one list and the number of inputs of each row; leave anything else as it is."""
     if isinstance(media, tuple):
         media = list(media)
     nested = isinstance(media, list) and media and all(isinstance(row, (list, tuple)) for row in media)
@@ -382,7 +377,7 @@ def _flatten(media: Any) -> tuple[Any, list[int] | None]:
 
 
 def _sums(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The sums of neighbouring values in groups of the given lengths."""
+    """Sums of consecutive groups of values with the given lengths."""
     return [int(group.sum()) for group in torch.tensor(values).split(list(lengths))]
 
 
@@ -400,5 +395,5 @@ def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, r
 
 
 def stack_rows(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-    """`(B, S)` int64 of ragged rows, padded on the right with `fill`."""
+    """Pad ragged rows on the right with `fill` to `(B, S)` int64."""
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)

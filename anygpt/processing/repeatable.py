@@ -1,4 +1,4 @@
-"""Encoder processors that draw from global random states, called so that an input always gives the same tensors."""
+"""Deterministic calls of encoder processors that draw from global random states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 0
 
 @contextmanager
 def _fixed_draws() -> Iterator[None]:
-    """Global random states start from `SEED` inside, and are afterwards what they were."""
+    """Seed the global random states with `SEED`, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -30,9 +30,9 @@ def _fixed_draws() -> Iterator[None]:
 
 
 def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a processor makes of a batch, the same whatever else is in it and whichever process runs it.
+    """Call a processor so that an input's tensors depend neither on the rest of the batch nor on the process.
 
-    One that drew (transformers' CLAP takes a random part of a long sound) is called again for each input by itself.
+    If it drew random numbers (transformers' CLAP crops long sounds at random), call it again for each input alone.
 
     Args:
         name: of the argument that holds the media.
@@ -53,7 +53,7 @@ def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, A
 
 
 def accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that a processor names in its signature, or in the `TypedDict` of its keyword arguments."""
+    """The options that a processor names in its signature, or in the `TypedDict` of its keyword arguments."""
     owner = getattr(function, "__self__", None)
     names = set(inspect.signature(function).parameters)
     names |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
