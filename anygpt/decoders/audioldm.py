@@ -111,7 +111,7 @@ class AudioLDMDecoder(DiffusionDecoder):
         return losses | {"vocoder": vocoder_loss(made, waveforms.flatten(1))}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The U-Net takes the condition as class labels, beside the time embedding; it has no cross-attention."""
+        """The U-Net combines the condition with the time embedding, as class labels; it has no cross-attention."""
         labels = condition.embeds.squeeze(1)
         return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
 

@@ -155,6 +155,5 @@ class FlowSchedule(TrainingSchedule):
 
 
 def check_scheme(scheme: str) -> None:
-    """Raise an `InputError` for an unknown weighting scheme."""
     if scheme not in WEIGHTING_SCHEMES:
         raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")

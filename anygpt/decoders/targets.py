@@ -53,7 +53,7 @@ class TargetProcessor(ABC):
     @property
     @abstractmethod
     def note(self) -> str:
-        """The portion of a target that is used, for people to read."""
+        """A description of the portion of a target that is used."""
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-able dict for `target_processor_from_dict`."""

@@ -1,1 +1,1 @@
-"""Text, conditions and media out, in the order in which they are said."""
+"""Generation of text, conditions and media."""

@@ -101,7 +101,6 @@ class EventEmitter:
     _told: str = ""
 
     def emit(self, kind: type, *values: Any) -> None:
-        """Call the listener with an event of this row."""
         if not self.closed:
             try:
                 self.listener(kind(*values, row=self.row))

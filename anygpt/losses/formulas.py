@@ -1,4 +1,4 @@
-"""Loss formulas, each returning a sum and a count, and the routing of rows to the terms.
+"""Loss formulas and weights, and the routing of rows to the terms.
 
 A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). Each row of a
 batch feeds exactly one NLL term, depending on its content:

@@ -1,1 +1,1 @@
-"""The composition: `MultimodalModel` and what loads, freezes and saves it."""
+"""`MultimodalModel`, the composition of parts: loading, freezing, saving."""

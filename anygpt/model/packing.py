@@ -95,7 +95,7 @@ def check_packing(model: Composition) -> None:
     """Check with a few tokens that the language model does not attend across packed rows.
 
     Raises:
-        InputError: it does, as OPT, whose mask ignores positions; or a callback sets its arguments.
+        InputError: it does (OPT's mask, for one, ignores positions), or a callback sets its arguments.
     """
     language_model, kept_apart = model.language_model, False
     if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:

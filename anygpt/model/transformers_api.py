@@ -20,7 +20,6 @@ def output_modalities(model: Composition) -> tuple[str, ...]:
 
 
 def register(config: Any, model: type, processor: type) -> None:
-    """Register with `AutoConfig`, `AutoModel`, `AutoModelForMultimodalLM` and `AutoProcessor`."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForMultimodalLM.register(config, model, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Raw media and text to a batch and back."""
+"""Conversion of raw media and text to batches, and back."""

@@ -177,9 +177,9 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     """The begin and end of each of the assistant's turns in `text`, the whole conversation rendered by `render`.
 
     The conversation is rendered again with a mark at the end of each message's content. A turn begins after the
-    generation prompt that the template writes behind the preceding message. It ends after the text that the template
-    writes behind the turn both at the end of a conversation and within it. So a template may render earlier turns
-    differently from the last one, as those that remove thinking.
+    generation prompt that the template writes after the preceding message. It ends with the text that follows its
+    content both if it is the last message and in the whole conversation. So a template may render earlier turns
+    differently from the last one, for instance without thinking.
 
     Raises:
         InputError: the conversation begins with the assistant, or the template omits or changes contents, or its

@@ -118,12 +118,10 @@ def _part_text(processor: Processor, role: str, part: Mapping[str, Any], special
 
 
 def encoder_key(processor: Processor, modality: str) -> str:
-    """The key of the encoder that reads a media type."""
     return _key_of(modality, processor.modalities, "encoder reads")
 
 
 def decoder_key(processor: Processor, modality: str) -> str:
-    """The key of the decoder that makes a media type."""
     return _key_of(modality, processor.makes, "decoder makes")
 
 

@@ -42,7 +42,7 @@ class MultimodalProcessor(ProcessorMixin):
             (the library's own), `pad`, `stretch` or `tile` pictures, `split` or `refuse` long sounds.
 
     Raises:
-        InputError: the keys of `encoder_processors` differ from the model's encoders, or others name unknown keys.
+        InputError: the keys of `encoder_processors` differ from the model's, or another argument has an unknown key.
     """
 
     save_pretrained = files.save_pretrained
@@ -186,7 +186,7 @@ class MultimodalProcessor(ProcessorMixin):
         Args:
             encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row.
             llm_inputs: arguments of the tokenizer; `text` is a string or a list, which is padded by default. No special
-                tokens are added to text from a chat template, or that begins with the BOS token.
+                tokens are added if it comes from a chat template or begins with the BOS token.
             return_tensors: framework of the tensors; PyTorch by default.
             decoder_targets: `{decoder key: {"captions": [str], "images": [media]}}` (or another plural), in the order
                 of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.

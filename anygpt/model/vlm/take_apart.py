@@ -138,7 +138,6 @@ def _take_qwen2_audio(model: PreTrainedModel) -> Pieces:
 
 
 def _projector(config: MultimodalProjectorConfig, children: dict[str, nn.Module]) -> MultimodalProjector:
-    """Build a projector and replace its children by the model's."""
     projector = MultimodalProjector(config)
     for name, child in children.items():
         setattr(projector.projection, name, child)
