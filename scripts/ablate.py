@@ -1,12 +1,12 @@
-"""Run ablations: the three stages and the evaluation under other settings, and a table of what came out.
+"""Run ablations: the three stages and the evaluation with other settings, and print a table of results.
 
     python scripts/ablate.py --seeds 0 1 2                              # all of configs/tiny/ablations.yaml
     python scripts/ablate.py --only default "linear, ridge" --things held_out
 
-An ablation is a set of overrides by stage. Runs are kept by what decides them (settings, seed, data, the zoo's parts
-and the run that they start from), so what several ablations share is trained once, and what is done is not done again;
-a run that was cut off continues. `--things validation`, the default, leaves some of the seen things out of training and
-measures on them: choose settings by that. `--things held_out` trains on all seen ones, for the numbers to report.
+An ablation is a set of overrides by stage. Runs are stored under a hash of their inputs (settings, seed, data, the
+zoo's parts and the preceding run), so that runs shared by several ablations are trained once, finished ones are not
+repeated, and interrupted ones continue. `--things validation`, the default, leaves some of the seen things out of
+training and measures on them, for choosing settings. `--things held_out` trains on all seen things, for reporting.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TRAINING_THINGS = {"validation": tuple(thing for thing in SEEN if thing not in V
 
 @dataclass(frozen=True)
 class Ablation:
-    """A name, overrides by stage, and stages that are left out."""
+    """A name, overrides by stage, and skipped stages."""
 
     name: str
     overrides: Mapping[str, Mapping[str, Any]]
@@ -53,7 +53,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the YAML file says: config files by stage, rows of each dataset, evaluation arguments, ablations."""
+    """The YAML file's content: config files by stage, rows per dataset, evaluation arguments, ablations."""
 
     configs: Mapping[str, str]
     rows: int
@@ -65,7 +65,7 @@ def read_plan(path: Path) -> Plan:
     """Read and check the list of ablations.
 
     Raises:
-        InputError: no such file, or keys that mean nothing.
+        InputError: no such file, or unknown keys.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -101,7 +101,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def expand(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`model.decoders.*.signal` for every decoder that the config names; other keys as they are."""
+    """Expand `model.decoders.*.signal` to every decoder in the config; other keys are unchanged."""
     expanded: dict[str, Any] = {}
     for key, value in overrides.items():
         head, star, tail = key.partition(".*.")
@@ -118,7 +118,7 @@ def expand(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 
 def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The folder and the command of each stage's run, in order."""
+    """Yield the folder and the command of each stage's run, in order."""
     start: Path | None = None
     inherited: dict[str, Any] = {}
     for stage, script in SCRIPTS.items():
@@ -141,7 +141,7 @@ def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path
 
 @cache
 def zoo_digest() -> str:
-    """Of the tiny parts that the configs name, without their cards: other parts make other runs."""
+    """Hash of the tiny parts, without their model cards."""
     digest = hashlib.sha256()
     for path in sorted(path for path in zoo().rglob("*") if path.is_file() and path.suffix != ".md"):
         digest.update(str(path.relative_to(zoo())).encode() + path.read_bytes())
@@ -149,7 +149,7 @@ def zoo_digest() -> str:
 
 
 def run(plan: Plan, ablation: Ablation, seed: int, things: str, output: Path) -> dict[str, Any]:
-    """Train what is not trained yet, evaluate if that is not done, and return the matrix's file."""
+    """Train and evaluate whatever is not done yet, and return the content of `matrix.json`."""
     data = output / f"data-{things}"
     for stage in SCRIPTS:
         write_dataset(data, stage, plan.rows, seed=0, things=TRAINING_THINGS[things], progress=True)
@@ -167,11 +167,7 @@ def run(plan: Plan, ablation: Ablation, seed: int, things: str, output: Path) ->
 
 
 def call(command: Sequence[str], name: str) -> None:
-    """Run a command in the repository; its own output goes on to the terminal.
-
-    Raises:
-        InputError: it failed; what it said stands above.
-    """
+    """Run a command in the repository, with its output on the terminal; raises `InputError` if it fails."""
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     code = subprocess.run(command, cwd=REPOSITORY).returncode
     if code:
@@ -185,7 +181,7 @@ def slug(name: str) -> str:
 
 
 def columns(report: Mapping[str, Any]) -> dict[str, float]:
-    """What the table shows of a report."""
+    """The table's columns for a report."""
     matrix = report["matrix"]
     shown = {"mean": report["mean"], "least": report["min"]}
     shown |= {f"to {o}": statistics.mean(row[o] for row in matrix.values()) for o in next(iter(matrix.values()))}
@@ -197,7 +193,7 @@ def columns(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown, one line an ablation; with several seeds mean ± standard deviation."""
+    """Format results as Markdown, one line per ablation; with several seeds mean ± standard deviation."""
     rows = {name: [columns(report) for report in reports] for name, reports in results.items() if reports}
     names = list(next(iter(rows.values()))[0])
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
@@ -210,13 +206,13 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Percent; of several values mean ± standard deviation."""
+    """Format as a percentage; several values as mean ± standard deviation."""
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
 def cells(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, the matrix and what stands beside it over the seeds; then what is counted over all answers."""
+    """Format the matrix and its baselines over the seeds as Markdown, followed by counts over all answers."""
     matrices = {source: [report["matrix"][source] for report in reports] for source in reports[0]["matrix"]}
     matrices["upper bound"] = [report["upper_bound"] for report in reports]
     for source in reports[0]["caption_baseline"]:

@@ -1,9 +1,9 @@
-"""Make the tiny zoo anew: stage 0 for every part, from random weights to half-precision folders with model cards.
+"""Rebuild the tiny zoo: stage 0 for every part, from random weights to half-precision folders with model cards.
 
     python scripts/build_zoo.py
 
-Hours on two cores. Everything on the way stays in runs/zoo; a run that was cut off continues. The folders are written
-to anygpt/toyworld/weights/zoo, which is what the package ships and `anygpt.toyworld.zoo()` names, and measured there.
+Takes hours on two cores. Intermediate results stay in runs/zoo; interrupted runs continue. The parts are written to
+anygpt/toyworld/weights/zoo, which the package ships and `anygpt.toyworld.zoo()` returns, and measured there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIGS = ROOT / "configs" / "tiny" / "stage0"
 WORK = ROOT / "runs" / "zoo"
 QUALITY = WORK / "quality.json"
 FINISHED = "finished.json"
-"""In a run's folder: what it was made from. Written last."""
+"""File in a run's folder that records its inputs; written last."""
 SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
     "words": 16_000,
     "dialogues": 24_000,
@@ -53,9 +53,9 @@ MADE_BY = {
     "video_decoder": ("video_vae", "video_frames", "video_frames_2", "video_frames_3", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
-"""The runs that a part comes from, each starting from the one before; each is a file in `configs/tiny/stage0`."""
+"""The runs that make a part, each starting from the one before; each has a config in `configs/tiny/stage0`."""
 STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
-"""The run that each starts from."""
+"""For each run, the run that it starts from."""
 
 
 def main() -> int:
@@ -84,11 +84,7 @@ def main() -> int:
 
 
 def check_output(output: Path) -> None:
-    """What is there will be replaced, so it must be a zoo.
-
-    Raises:
-        SystemExit: there is something else.
-    """
+    """Raise `SystemExit` if `output`, which will be replaced, exists and is no zoo."""
     if output.exists() and not output.is_dir():
         raise SystemExit(f"error: --output {output} is a file; give a folder")
     if others := sorted({path.name for path in output.iterdir()} - set(PARTS) if output.is_dir() else ()):
@@ -98,7 +94,7 @@ def check_output(output: Path) -> None:
 
 
 def write_start() -> None:
-    """The untrained parts; those that are there already must be what the code makes now."""
+    """Write the untrained parts; raise `SystemExit` if existing ones differ from what the code makes now."""
     there, anew = WORK / "untrained", WORK / ".untrained-anew"
     shutil.rmtree(anew, ignore_errors=True)
     write_untrained(anew)
@@ -113,13 +109,13 @@ def write_start() -> None:
 
 
 def train_all(jobs: int) -> None:
-    """All runs, `jobs` at once: on so small parts two runs with a core each are faster than one with two.
+    """Train all runs, `jobs` in parallel: with such small parts, two runs of one core each are faster than one of two.
 
-    The first one that fails ends the others, which write a checkpoint.
+    The first failure ends the others, which write a checkpoint.
     """
     waiting = dict(STARTS)
     for name in waiting:
-        is_finished(name)  # refuses other settings before hours have passed
+        is_finished(name)  # refuses changed settings before any training
     running: dict[Future[None], str] = {}
     done: set[str | None] = {None}
     pool, children = ThreadPoolExecutor(jobs), Children()
@@ -139,11 +135,7 @@ def train_all(jobs: int) -> None:
 
 
 def is_finished(name: str) -> bool:
-    """Whether a run came to its end with the present settings and data, and from such a start.
-
-    Raises:
-        SystemExit: it did with others.
-    """
+    """Whether a run is finished; raises `SystemExit` if it finished with other settings, data or start."""
     folder, now = WORK / name, made_from(name)
     made_with = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).is_file() else None
     if made_with not in (None, now):
@@ -153,7 +145,7 @@ def is_finished(name: str) -> bool:
 
 
 def made_from(name: str) -> dict[str, Any]:
-    """What decides a run: its settings, what its data was written from, and the run that it starts from."""
+    """A run's inputs: its settings, the manifests of its data, and the inputs of the run that it starts from."""
     config = parse_config([f"--config={CONFIGS / name}.yaml"])
     data = [ROOT / Path(source.path).with_suffix("") / "manifest.json" for source in config.data.train]
     return {
@@ -164,7 +156,7 @@ def made_from(name: str) -> dict[str, Any]:
 
 
 def train(name: str, threads: int, children: Children) -> None:
-    """One run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
+    """Execute a run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
     folder, config_file = WORK / name, CONFIGS / f"{name}.yaml"
     if not is_finished(name):
         for half_done in ("final", "parts"):
@@ -179,22 +171,22 @@ def train(name: str, threads: int, children: Children) -> None:
 
 
 class Children:
-    """The commands that run."""
+    """The running commands."""
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ended = False
 
     def call(self, name: str, threads: int, *command: object) -> None:
-        """Run one of the project's commands; its lines, which go to `runs/zoo/<name>.txt`, are printed with the name.
+        """Run one of the project's commands, log to `runs/zoo/<name>.txt`, and print its lines prefixed by the name.
 
         Raises:
-            SystemExit: it failed; what it said stands above.
+            SystemExit: the command failed.
         """
         said = WORK / f"{name}.txt"
         said.parent.mkdir(parents=True, exist_ok=True)
         threads_only = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-        with said.open("wb") as file:  # and no pipe: if this process dies, the run goes on
+        with said.open("wb") as file:  # unlike with a pipe, the run survives this process
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 cwd=ROOT,
@@ -208,7 +200,7 @@ class Children:
         with said.open(errors="replace") as lines:
             over = False
             while not over:
-                over = process.poll() is not None  # before reading: what it said last is read, too
+                over = process.poll() is not None  # before reading, so that the last lines are read, too
                 for line in lines:
                     print(f"{name}: {line}", end="", flush=True)
                 time.sleep(0 if over else 0.5)
@@ -216,7 +208,7 @@ class Children:
             raise SystemExit(f"{name}: {command[0]} ended with exit code {process.returncode}, see above")
 
     def end(self) -> None:
-        """Ask all to end; a run of training writes a checkpoint first, from which the next build goes on."""
+        """Terminate all commands; training writes a checkpoint first, from which the next build continues."""
         self.ended = True
         for process in self.processes:
             if process.poll() is None:
@@ -224,16 +216,16 @@ class Children:
 
 
 def write_video_start() -> None:
-    """The untrained video pipeline with a VAE of single frames, which was trained in a pipeline of pictures."""
+    """Write the untrained video pipeline with the frame VAE, which was trained in an image pipeline."""
     untrained, folder = WORK / "untrained" / "video_decoder", WORK / "video_start" / "video_decoder"
     vae = AutoencoderKL.from_pretrained(WORK / "video_vae" / "parts" / "image_decoder" / "vae")
     TextToVideoSDPipeline.from_pretrained(untrained, vae=vae).save_pretrained(folder)
 
 
 def collect(output: Path) -> None:
-    """The finished parts in half precision, without their cards; the folder is replaced at the end, all at once.
+    """Replace `output` by the finished parts in half precision, without their cards.
 
-    Only the files are in half precision: the configs say float32, in which a CPU computes faster.
+    Only the files are in half precision: the configs keep float32, in which a CPU is faster.
     """
     temporary = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -245,14 +237,14 @@ def collect(output: Path) -> None:
             file.chmod(0o644)
         for file in (temporary / part).rglob("*.json"):
             content = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:  # where it was made
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:  # a local path
                 file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
 
 
 def card(part: str) -> str:
-    """The model card of a part: what it was made from and how, and its losses at the end."""
+    """The model card of a part: its training runs, final losses and quality."""
     lines = [
         f"# ToyWorld {part.replace('_', ' ')}",
         "",

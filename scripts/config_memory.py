@@ -3,7 +3,7 @@
     python tests/hub_mirror.py runs/shapes --real --hollow
     HF_HUB_CACHE=runs/shapes HF_HUB_OFFLINE=1 python scripts/config_memory.py
 
-Rows are as long as `data.max_length` allows; time is that of all updates on eight cards which reach `--teraflops`.
+Rows are as long as `data.max_length` allows; the time is for all updates on eight cards at `--teraflops` each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     for recipe in options.recipes:
         for stage in RECIPES[recipe]:
             config = parse_config(["--config", f"configs/{recipe}/stage{stage}.yaml"])
-            config.data.train = []  # so that rows are as long as they may be
+            config.data.train = []  # rows of maximal length
             found = check(config, STAGES[stage])
             assert found.plan is not None, found.faults
             plan, train = found.plan, config.train

@@ -1,10 +1,10 @@
-"""ImageBind's published file to a folder that loads.
+"""Convert ImageBind's published checkpoint to a `from_pretrained` folder.
 
     python scripts/convert_imagebind.py imagebind_huge.pth --output checkpoints/imagebind_huge
 
-The file is the original's, `.pth` (read with `weights_only=True`: code in it is refused) or `.safetensors`. What is
-written loads with `ImageBindModel.from_pretrained` and as the `path` of an encoder in a YAML. The weights are under
-CC BY-NC-SA 4.0: they are for non-commercial use.
+The checkpoint is the original `.pth` (read with `weights_only=True`, which refuses code) or `.safetensors`. The folder
+loads with `ImageBindModel.from_pretrained` and as the `path` of an encoder in a YAML. The weights are licensed under
+CC BY-NC-SA 4.0, for non-commercial use only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from anygpt.training.cli import MISTAKE, quiet_libraries
 
 
 def convert(file: Path, output: Path, config: ImageBindConfig) -> None:
-    """Write the folder; it is there whole or not at all.
+    """Write the folder, completely or not at all.
 
     Raises:
-        InputError: a file that is no state dict of this ImageBind, or an output that is there already.
+        InputError: the file is no state dict of this ImageBind, or the output exists.
     """
     if output.exists():
         raise InputError(f"--output {output} is there already; choose another folder")

@@ -1,12 +1,12 @@
-"""What only a machine with GPUs can show: each stage there, in bf16, compiled, on several, under FSDP2 and DeepSpeed.
+"""Checks that need GPUs: each stage on a GPU, in bf16, compiled, on several GPUs, with FSDP2 and DeepSpeed.
 
     python scripts/gpu_test.py
     python scripts/gpu_test.py --gpus 2 --only FSDP2
 
-On the tiny parts, through `accelerate launch` with the files of configs/accelerate, a minute a check. Each run's
-losses, term by term and update by update, are held against those of the same run on the CPU; a run that was cut off and
-goes on, against one that was not. A line a check: PASS, FAIL, or SKIP with what is missing. The exit code is 0 without
-a FAIL, 1 with one, 2 where there is no GPU.
+Runs the tiny parts through `accelerate launch` with the files of configs/accelerate, about a minute per check. The
+losses of each run, per term and update, are compared with those of the same run on the CPU; those of a resumed run with
+an uninterrupted one. Each check prints PASS, FAIL, or SKIP with what is missing. The exit code is 0 if none failed, 1
+if one did, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from anygpt.toyworld.datasets import write_dataset
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = {1: "stage1_encoder_llm", 2: "stage2_llm_decoder", 3: "stage3_instruction_tuning"}
 ROWS, UPDATES, BATCH = 24, 4, 8
-# Convolutions on a GPU round to TF32, and AdamW's first updates have the size of the rate whatever the gradient's.
+# Convolutions on a GPU round to TF32, and the size of AdamW's first updates does not depend on the gradient's.
 CLOSE, CLOSE_IN_BF16 = 0.02, 0.1
 LINE = re.compile(r"update (\d+)  (.*)")
 OF_THE_MACHINE = ("/s", "MFU", "_share", "memory_gib")
@@ -42,16 +42,16 @@ Losses = dict[int, dict[str, float]]
 
 
 class Failed(Exception):
-    """A check did not pass; the text says why."""
+    """A check failed; the message gives the reason."""
 
 
 class Skipped(Exception):
-    """A check needs what is not here."""
+    """A check's requirement is missing."""
 
 
 @dataclass
 class Bench:
-    """Runs stages in a folder of its own; rows an update are the same for any number of processes."""
+    """Runs stages in one folder; the rows per update do not depend on the number of processes."""
 
     folder: Path
     gpus: int
@@ -61,18 +61,14 @@ class Bench:
         return max(1, BATCH // self.gpus) * self.gpus
 
     def prepare(self) -> None:
-        """Data of all stages, what stage 3 starts from, and what the CPU makes of each stage."""
+        """Write the data of all stages, and run each stage on the CPU (stage 3 starts from stage 2)."""
         for stage in SCRIPTS:
             write_dataset(self.folder, f"stage{stage}", ROWS, seed=0)
         for stage in (2, 1, 3):
             self.run(f"cpu{stage}", stage, "one_process", 1, "--run.device=cpu")
 
     def run(self, name: str, stage: int, config: str, processes: int, *more: str) -> Losses:
-        """A stage through the launcher; its losses from `log.txt`.
-
-        Raises:
-            Failed: it did not come to its end.
-        """
+        """Launch a stage, and return its losses from `log.txt`; raises `Failed` if it does not finish."""
         output, data = self.folder / name, self.folder / f"stage{stage}.jsonl"
         start = self.folder / "cpu2/final" if stage == 3 else "null"
         with socket.socket() as free:
@@ -100,13 +96,13 @@ class Bench:
         return read_losses(output)
 
     def compare(self, name: str, stage: int, config: str, processes: int, *more: str, close: float = CLOSE) -> str:
-        """A run against the CPU's; says how far they are apart."""
+        """Compare a run's losses with the CPU's; returns their difference in words."""
         return difference(
             read_losses(self.folder / f"cpu{stage}"), self.run(name, stage, config, processes, *more), close
         )
 
     def resume(self, name: str, config: str, processes: int) -> str:
-        """A run whose last updates are lost, and that goes on from its checkpoint, against itself."""
+        """Compare a run with itself after losing its last updates and resuming from a checkpoint."""
         output, save = self.folder / name, "--train.save_steps=2"
         whole = self.run(name, 3, config, processes, save)
         for lost in ("final", f"checkpoint-{UPDATES}"):
@@ -132,11 +128,11 @@ def difference(expected: Losses, found: Losses, close: float) -> str:
     """The largest relative difference, in words.
 
     Raises:
-        Failed: it is larger than `close`, or other updates or terms were logged.
+        Failed: it exceeds `close`, or the logged updates or terms differ.
     """
     if {step: set(v) for step, v in expected.items()} != {step: set(v) for step, v in found.items()}:
         raise Failed("other updates or loss terms were logged")
-    # Near zero a loss is compared with what a loss can be at all, not with itself.
+    # The floor on the denominator avoids large relative differences of losses near zero.
     distances = [
         (abs(value - found[step][name]) / max(abs(value), 0.05), step, name)
         for step, values in expected.items()
@@ -152,7 +148,7 @@ def difference(expected: Losses, found: Losses, close: float) -> str:
 
 
 def answers(bench: Bench) -> str:
-    """Answers with media during training."""
+    """Check that training generates sample answers with media."""
     bench.run("answers", 3, "one_process", 1, f"--train.sample_steps={UPDATES}")
     index = bench.folder / f"answers/samples/{UPDATES:06d}/index.jsonl"
     files = [file for line in index.read_text().splitlines() for file in json.loads(line)["files"]]

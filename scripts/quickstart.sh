@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The main job on a fresh machine: install, write data, train stages 1, 2 and 3 on the zoo's parts, answer a mixed prompt
-# with text, an image, a video and a sound, and measure the any-to-any matrix. No GPU, no hub, no network after the
-# installation.
+# The whole pipeline on a fresh machine: install, write data, train stages 1, 2 and 3 on the zoo's parts, answer a mixed
+# prompt with text, an image, a video and a sound, and measure the any-to-any matrix. Needs no GPU, no hub, and no network
+# after the installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 python=.venv/bin/python
-# Unset, accelerate takes one thread; many have too little to do in so small parts.
+# accelerate's default is one thread; the parts are too small for many.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}"
 out=runs/quickstart
 launch=(.venv/bin/accelerate launch --config_file configs/accelerate/one_process.yaml)

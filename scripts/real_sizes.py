@@ -1,11 +1,11 @@
-"""A recipe's stages at the parts' real sizes on this machine: two updates of each, an answer, time and peak memory.
+"""Run a recipe's stages at the parts' real sizes: two updates each and an answer, with time and peak memory.
 
     python tests/hub_mirror.py runs/real/hub ID … --real      # or a cache with the real repositories
     python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
 
-`DIR` holds `cc3m/`, `webvid/` and `audiocap/` as NExT-GPT has them. Each stage is a process of its own, with
-micro-batches of one row in bfloat16, whose own memory (what is mapped from files left out) is looked at ten times a
-second, beside what `--check` had computed.
+`DIR` holds `cc3m/`, `webvid/` and `audiocap/` in NExT-GPT's layout. Each stage is a separate process with
+micro-batches of one row in bfloat16. Its memory, without mapped files, is sampled ten times a second, and printed
+beside the estimate of `--check`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ print("made", answer.images[0].size, answer.videos[0].shape, answer.audios[0].sh
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that is mapped from no file; 0 when it is gone."""
+    """Memory of a process without mapped files; 0 if it has ended."""
     try:
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
     except (OSError, TypeError):
@@ -44,7 +44,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def run(command: list[str], hub: Path) -> dict[str, float | str]:
-    """Run a command to its end: its output, seconds, and peak memory in GiB."""
+    """Run a command; returns its output, seconds, and peak memory in GiB."""
     start, peak = time.monotonic(), 0
     environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
     with tempfile.TemporaryFile("w+") as said:

@@ -1,10 +1,10 @@
-"""What the parts of the zoo know, each by itself, of the ten things that alignment never sees.
+"""Measure the parts of the zoo separately, on the ten things that alignment never sees.
 
     python scripts/zoo_quality.py --samples 1000
 
-Encoders: a linear probe fitted on renders of the other things. The language model: questions in
-words, small talk, nonsense. Decoders: sampled under true plain captions, and judged. `build_zoo.py` puts the numbers
-into the parts' model cards. `--parts` measures other ones, as of a build of one's own (`build_zoo.py --output DIR`).
+Encoders: a linear probe fitted on renders of the other things. The language model: questions in words, small talk,
+nonsense. Decoders: judged samples for plain true captions. `build_zoo.py` puts the results into the parts' model cards.
+`--parts` measures another build (`build_zoo.py --output DIR`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OUTPUT = Path(__file__).resolve().parent.parent / "runs" / "zoo" / "quality.json
 
 
 def load(parts: Path) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """The encoders and the language model in a folder of parts, with nothing between them."""
+    """Load the encoders and the language model of a folder of parts, without trained links."""
     llm, eyes, ears = (str(parts / name) for name in ("language_model", "image_encoder", "audio_encoder"))
     encoders = {"image": Source(eyes), "video": Source(eyes, num_frames=8), "audio": Source(ears)}
     modules = {key: ModalEncoderModule(load_encoder(source, key)) for key, source in encoders.items()}
@@ -50,10 +50,7 @@ def load(parts: Path) -> tuple[MultimodalModel, MultimodalProcessor]:
 
 
 def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """`{part: {what: share}}` of the parts in a folder.
-
-    There are `samples` of each kind, but for the encoders' probes, which take 50 renders a thing.
-    """
+    """`{part: {what: share}}` for the parts in a folder, from `samples` each, or 50 renders per thing for encoders."""
     model, processor = load(parts)
     probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
     settings = Settings(samples=samples, talk_samples=samples, seed=seed)

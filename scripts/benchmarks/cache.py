@@ -1,10 +1,9 @@
-"""A training step with the feature cache and without: reading, decoding, forward, backward and the optimizer.
+"""A training step with and without the feature cache: reading, decoding, forward, backward and the optimizer.
 
-`tiny` are the parts of configs/tiny on their own data, pictures, clips and sounds. `small` are SmolLM2-135M's shape,
-ViT-B/16 at 224, and Stable Diffusion 1.5's parts with a U-Net and a VAE of a quarter of the width, weights random; the
-data are JPEG photographs of noise, 512 × 384. Stage 1 asks about media, stage 2 for them. Stage 1 comes with a
-projector of all features and with `pooled`, one embedding a medium; stage 2 with denoising and with caption alignment
-alone. The cache is written first, and not timed.
+`tiny` uses the parts and data of configs/tiny. `small` uses random weights in the shapes of SmolLM2-135M, ViT-B/16 at
+224, and Stable Diffusion 1.5 with U-Net and VAE at a quarter of the width, and noise JPEGs of 512 × 384. Stage 1 has
+media as inputs, with a projector of all features or `pooled` to one embedding per medium; stage 2 has them as targets,
+with denoising or with caption alignment alone. The cache is written before timing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ WARM_UP = 2  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(rounds=3)  # the language model is most of a step of stage 1, and a machine drifts by a tenth
+    parser.set_defaults(rounds=3)  # a machine's speed drifts by a tenth, and a step of stage 1 is mostly language model
     parser.add_argument("--steps", type=int, help="timed steps, after two of warm-up (default: 5 of small, 20 of tiny)")
     parser.add_argument(
         "--batch-size", type=int, help="rows, a medium each (default: 8 of small, those of its config of tiny)"
@@ -62,12 +61,12 @@ def sides(options: argparse.Namespace) -> list[str]:
 
 
 def baseline(side: str) -> str:
-    """The same without the cache."""
+    """The same side without the cache."""
     return side.replace("cached", "without")
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step, waiting for data included, and the first loss, which must be the same."""
+    """Median seconds per step, waiting for data included, and the first loss, which must be equal on both sides."""
     quiet_libraries()
     size, case, way = side.split(", ")
     torch.manual_seed(0)
@@ -99,14 +98,14 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
             clip_gradients(model, optimizer, config.train.max_grad_norm, accelerator)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())  # which waits for the device
+            losses.append(loss.item())  # synchronises with the device
             times.append(time.perf_counter() - begin)
             begin = time.perf_counter()
     return {"step_s": statistics.median(times[WARM_UP:]), "first loss": losses[0]}
 
 
 def make_config(folder: Path, size: str, case: str, options: argparse.Namespace) -> Config:
-    """The settings of a side, and its data."""
+    """Write the data of a side and return its settings."""
     kind = "stage1" if CASES[case] is ENCODER_LLM else "stage2"
     pooled = (f"--model.encoders.{key}.projector={{projection_type: pooled}}" for key in ("image", "video", "audio"))
     batch_size = options.batch_size or (8 if size == "small" else None)
@@ -135,7 +134,7 @@ def make_config(folder: Path, size: str, case: str, options: argparse.Namespace)
 
 
 def write_photographs(path: Path, count: int, asked_for: bool) -> None:
-    """Rows of a picture, a JPEG of 512 × 384, and a caption; the picture is what is asked for, or about."""
+    """Write rows of a 512 × 384 JPEG and a caption; the picture is the target if `asked_for`, else the input."""
     draw, rows = np.random.default_rng(0), []
     for i in range(count):
         coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
@@ -150,7 +149,7 @@ def write_photographs(path: Path, count: int, asked_for: bool) -> None:
 
 
 def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, Any]:
-    """The parts at their real sizes."""
+    """The model and processor of `small`."""
     llm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=49152,

@@ -1,8 +1,8 @@
-"""A training step of a vision-language model: ours against transformers' own LLaVA class, same sizes, same weights.
+"""A training step of a vision-language model: ours against transformers' LLaVA class, with the same sizes and weights.
 
-The language model has SmolLM2-135M's shape, with a vocabulary of 49k and of 128k; the encoder is ViT-B/16 at 224. Only
-the projector trains, and only the answer has labels. The native class computes logits everywhere; ours only where
-labels are. The model of ours is the native one, taken apart.
+The language model has SmolLM2-135M's shape, with a vocabulary of 49k or 128k; the encoder is ViT-B/16 at 224. Only the
+projector trains, and only the answer has labels. The native class computes logits at all positions, ours only at
+labels. Our model is composed of the native one's parts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def baseline(side: str) -> str:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step (forward, backward and the optimizer), and the loss, which must be the same."""
+    """Median seconds per step (forward, backward, optimizer), and the loss, which must be equal on both sides."""
     quiet_libraries()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +75,7 @@ def clock(device: str) -> float:
 
 
 def make_native(vocabulary: int) -> LlavaForConditionalGeneration:
-    """LLaVA of ViT-B/16 and SmolLM2-135M's shape, random weights."""
+    """LLaVA with random weights in the shapes of ViT-B/16 and SmolLM2-135M."""
     text = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=576,
@@ -102,7 +102,7 @@ def make_native(vocabulary: int) -> LlavaForConditionalGeneration:
 def make_batch(
     config: LlavaConfig, vocabulary: int, options: argparse.Namespace, device: str
 ) -> dict[str, torch.Tensor]:
-    """An image, a prompt and an answer a row; labels on the answer alone."""
+    """A batch with an image, a prompt and an answer per row; only the answer has labels."""
     rows = options.batch_size
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     text = torch.randint(10, vocabulary, (rows, options.prompt + options.answer))

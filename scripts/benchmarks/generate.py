@@ -1,9 +1,9 @@
-"""Generation: what a span costs, and what the any-to-any call adds to its two halves.
+"""Generation: the cost of a span, and the overhead of the any-to-any call.
 
-First a span of 24 signal tokens over the cache of a prompt, run as generation runs it, in one forward, against a
-forward of one token and against the span token by token, in bf16 and in fp32, at SmolLM2-135M's shape. Then an answer
-of text and one picture, against the language model's own `generate` (as many forwards) followed by the bare
-pipeline's sampling on a condition. The weights are random; the pipeline is the one of the benchmark `stage2`.
+First a span of 24 signal tokens over a prompt's cache, in one forward pass as in generation, against a forward pass of
+one token and against the span token by token, in bf16 and fp32, at SmolLM2-135M's shape. Then an answer of text and one
+picture, against the language model's own `generate` (with as many forward passes) followed by the bare pipeline. The
+weights are random; the pipeline is that of the benchmark `stage2`.
 
 With `--busy` an answer of a trained model with a picture, on a quiet machine and while another program keeps one
 core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
@@ -59,7 +59,6 @@ def baseline(side: str) -> str:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of one side."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if side in (QUIET, BUSY):
@@ -71,7 +70,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def median(work: Callable[[], Any], repeats: int, device: str) -> float:
-    """Of the seconds that `work` takes, after one time of warm-up."""
+    """Median seconds of `work`, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         begin = clock(device)
@@ -114,7 +113,7 @@ def measure_answer(side: str, options: argparse.Namespace, device: str) -> float
         output = model.generate(prompt, mask, max_new_tokens=options.tokens, require=["image"], decoder_kwargs=kwargs)
         assert len(output.answers[0].images) == 1 and output.sequences.shape[1] == options.tokens
 
-    # The prompt, each token of text, and the span: so many forwards an answer with one picture takes.
+    # Forward passes of an answer with one picture: the prompt, each text token, and the span.
     forwards = options.tokens - IMAGE_TOKENS + 2
     condition = torch.randn(1, *decoder.condition_shape, device=device)
 
@@ -143,7 +142,7 @@ def measure_busy(side: str, options: argparse.Namespace) -> float:
 
 
 def prepare(model: MultimodalModel, dtype: torch.dtype, device: str) -> MultimodalModel:
-    """The language model in `dtype`, and answers that end by their length alone."""
+    """Convert the language model to `dtype`, and let answers end by their length alone."""
     model.language_model.to(dtype)
     model.language_model.generation_config.eos_token_id = None
     model.language_model.config.eos_token_id = None

@@ -1,10 +1,10 @@
-"""Requests over HTTP: clients that ask for pictures, answered one by one and together; and clients that hang up.
+"""HTTP requests: clients that request pictures, answered one by one or in batches; and clients that disconnect.
 
     anygpt benchmark serving                                     # eight clients
-    anygpt benchmark serving --sides hang-ups --seconds 300      # 32 clients that ask, hang up and ask again
+    anygpt benchmark serving --sides hang-ups --seconds 300      # 32 clients that disconnect and ask again
 
-`hang-ups` fails where a request is lost, or where an error is not in OpenAI's form; `grown_mib` is the resident memory
-at the end beyond that after a third of the time.
+`hang-ups` fails if a request is lost or an error is not in OpenAI's form; `grown_mib` is the growth of resident memory
+during the last two thirds of the time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
         while not server.started:
             time.sleep(0.05)
-        ask(url, 0)  # what is only done once
+        ask(url, 0)  # warm-up
         found = hang_ups(url, options.seconds) if side == HANG_UPS else pictures(url, options)
         server.should_exit = True
     return found
@@ -64,7 +64,7 @@ def ask(url: str, seed: int, timeout: float = 600, **more) -> httpx.Response:
 
 
 def pictures(url: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds a request, with all clients at work."""
+    """Seconds per request, with all clients active."""
     began, count = time.perf_counter(), options.clients * options.requests
     with ThreadPoolExecutor(options.clients) as pool:
         for answer in pool.map(lambda seed: ask(url, seed), range(count)):
@@ -73,7 +73,7 @@ def pictures(url: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def hang_ups(url: str, seconds: float, clients: int = 32) -> dict[str, float]:
-    """Clients that ask, of which some wait for the answer, some hang up, and some ask for what there is not."""
+    """Run clients of which some wait for the answer, some disconnect, and some send invalid requests."""
     end, memory, process = time.monotonic() + seconds, [], psutil.Process()
 
     def client(number: int) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """A step of stage 2, with `train.signal_rows` both, output and none.
 
-With `both` the input rows of the signal tokens train, so the graph runs through the whole language model; with `output`
-and `none` nothing upstream of its last states trains, and it runs without a graph. The shapes are those of
-SmolLM2-135M and of Stable Diffusion 1.5's parts with a U-Net of a quarter of the width; the weights are random.
+With `both` the input rows of the signal tokens train, so gradients pass through the whole language model; with `output`
+and `none` nothing below its last states trains, and it runs without a graph. The weights are random, in the shapes of
+SmolLM2-135M and of Stable Diffusion 1.5 with a U-Net of a quarter of the width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sides(options: argparse.Namespace) -> list[str]:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step's forward, backward (the optimizer's step included) and whole, and trained numbers."""
+    """Median seconds of forward, backward (including the optimizer) and the whole step, and trained parameters."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(options.latents)
@@ -70,7 +70,7 @@ def clock(device: str) -> float:
 
 
 def make_model(latents: int, num_signal_tokens: int = 4) -> MultimodalModel:
-    """SmolLM2-135M's shape, the paper's output projector, and a narrow Stable Diffusion 1.5."""
+    """A model of SmolLM2-135M's shape, the paper's output projector and a narrow Stable Diffusion 1.5."""
     quiet_libraries()
     llm = LlamaForCausalLM(
         LlamaConfig(
@@ -110,7 +110,7 @@ def make_pipeline(latents: int) -> StableDiffusionPipeline:
         attention_head_dim=8,
         norm_num_groups=16,
     )
-    # Targets are given as media, so the VAE encodes them: four levels as the real one, and narrow as the U-Net.
+    # The VAE encodes the targets; it has four levels like the real one, and is as narrow as the U-Net.
     vae = AutoencoderKL(
         block_out_channels=(32, 64, 128, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -133,7 +133,7 @@ def make_pipeline(latents: int) -> StableDiffusionPipeline:
 
 
 def make_batch(model: MultimodalModel, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Rows of random text that end in a signal span; captions and pictures as targets."""
+    """A batch of random text that ends in a signal span, with captions and pictures as targets."""
     rows, size = options.batch_size, 8 * options.latents
     span = torch.tensor(model.signal_tokens.ids["image"]).expand(rows, -1)
     ids = torch.cat([torch.randint(49152, (rows, options.length - span.shape[1])), span], dim=1).to(device)

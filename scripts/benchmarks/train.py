@@ -1,9 +1,9 @@
-"""The training loop around a step: what it costs beside the model, and how long it waits for data.
+"""The training loop: its overhead beside the model, and its wait for data.
 
-Stage 1 as a user runs it, on ToyWorld's rows, with two workers that decode them: `tiny` is the tiny configuration, and
-`135m` has a language model of SmolLM2-135M's shape (random weights) in it. `stage3` is the tiny configuration of stage
-3 with rows padded; beside it they are packed to 512 tokens, or in batches of about 3,200. `compute_s` is what forward,
-backward and the optimizer's step take of an update; `wait_share` is the wait for data, and `loop_share` all the rest.
+Stage 1 as run by a user, on ToyWorld's rows decoded by two workers: `tiny` is the tiny configuration, `135m` the same
+with a language model of SmolLM2-135M's shape (random weights). `stage3` is the tiny configuration of stage 3 with
+padded rows, against rows packed to 512 tokens, or batches of about 3,200. `compute_s` is the time of forward, backward
+and the optimizer per update; `wait_share` is the share of waiting for data, and `loop_share` the rest.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ def sides(options: argparse.Namespace) -> list[str]:
 
 
 def baseline(side: str) -> str:
-    """The first side of stage 1; of stage 3, padded rows."""
     return "stage3" if "stage3" in side else SIDES[0]
 
 
 class Watch:
-    """Times of updates.
+    """Timer of updates.
 
     Attributes:
-        updates: `(whole, compute, wait)` in seconds, one an update.
-        labels: label tokens of each.
+        updates: `(whole, compute, wait)` of each update, in seconds.
+        labels: label tokens of each update.
     """
 
     def __init__(self):
@@ -63,7 +62,7 @@ class Watch:
         self.inside = {"compute": 0.0, "wait": 0.0}
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time is added to the present update's."""
+        """Wrap a function to add its time to the current update's compute time."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             begin = clock()
@@ -74,7 +73,7 @@ class Watch:
         return timed
 
     def take(self, updates: Iterable[Any]) -> Iterator[Any]:
-        """The same updates; what happens until the next one is asked for is the update."""
+        """Yield the same updates; the time until the next one is requested counts as the update."""
         iterator = iter(updates)
         fetch = self.around("wait", lambda: next(iterator, None))
         begin = clock()
@@ -98,7 +97,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     watch = Watch()
 
     class Watched(trainer.Trainer):
-        """With clocks at the model, the optimizer and the data."""
+        """A trainer with timers around the model, the optimizer and the data."""
 
         def run_updates(self, updates: Iterable[Any], *others: Any) -> None:
             self.wrapped.forward = watch.around("compute", self.wrapped.forward)
@@ -122,7 +121,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
-    """The command line of the run, whose data and language model are made here."""
+    """Write the run's data and language model, and return its command line."""
     name, more = "stage3" if "stage3" in side else "stage1", list(WAYS.get(side, ()))
     rows = write_dataset(folder, name, 64 if name == "stage1" else 256, seed=0)
     if name == "stage3":
@@ -149,7 +148,7 @@ def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
 
 
 def write_smollm2(folder: Path) -> Path:
-    """SmolLM2-135M's shape with random weights, and the zoo's tokenizer."""
+    """Write a language model of SmolLM2-135M's shape with random weights, and the zoo's tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
