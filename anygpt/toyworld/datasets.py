@@ -37,9 +37,9 @@ _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "a
 _TOLD = ("words", "dialogues")
 """Kinds in which words stand for media."""
 FPS = 8
-"""Of the clips, which have 8 frames."""
+"""Frame rate of clips, which have 8 frames."""
 _CLIP_SCALE = 2
-"""Clips are enlarged for writing: H.264 halves the resolution of colours, in which thin shapes would lose theirs."""
+"""Enlargement of written clips: H.264 halves the resolution of chroma, which would wash out thin shapes."""
 SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Row = dict[str, Any]
