@@ -1,7 +1,7 @@
-"""`--check`: what a run would be made of and how much memory it would take, from settings, configs and headers alone.
+"""`--check`: checks a run's parts, data and memory from settings, configs and headers alone.
 
-Every part's id is resolved, its config read, and the names and shapes in the headers of its weight files compared with
-what its class needs; the first rows of the data are read and counted. All faults are told at once.
+Resolves every part's id, reads its config, and compares the names and shapes in the headers of its weight files with
+those that its class needs; reads and counts the first rows of the data. All faults are reported together.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from anygpt.training.stages import Stage, prepare_stage
 
 FLAG = "--check"
 ROWS = 8
-"""Rows of each data file that are looked at."""
+"""Rows checked in each data file."""
 DEFAULT_TOKENS = 512
-"""Of a row, where no data can be read."""
+"""Assumed for a row if no data can be read."""
 
 
 @dataclass
 class Findings:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        faults: what would stop the run.
-        notes: what is worth knowing.
-        rows: of each data file: its path, rows read, the fewest and the most tokens of a row.
-        kinds: the most tokens of a row, and those of them that carry a loss, by kind of rows.
-        plan: memory; None where parts are missing.
+        faults: errors that would stop the run.
+        notes: other observations.
+        rows: for each data file: path, rows read, fewest and most tokens per row.
+        kinds: for each kind of rows, the most tokens of a row, and how many of them carry a loss.
+        plan: memory; None if parts are missing.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Findings:
 
     @contextmanager
     def collected(self, where: str) -> Iterator[None]:
-        """A mistake within is kept, and the next step made."""
+        """Record an error raised within and continue."""
         try:
             yield
         except InputError as error:
@@ -75,7 +75,7 @@ class Findings:
 
 
 def check(config: Config, stage: Stage) -> Findings:
-    """Look at a run without making it; see the module."""
+    """Check a run without starting it; see the module."""
     found = Findings()
     with found.collected("run"):
         check_folder(Path(config.run.output_dir), config)
@@ -106,7 +106,7 @@ def check(config: Config, stage: Stage) -> Findings:
 
 
 def with_parts_of_start(config: Config, found: Findings) -> ModelConfig:
-    """The composition with what `model.init_from` brings along, as far as the config does not name it."""
+    """The model config completed with the parts of `model.init_from` that it does not name."""
     model = config.model
     if model.init_from is None:
         return model
@@ -127,17 +127,17 @@ def with_parts_of_start(config: Config, found: Findings) -> ModelConfig:
 
 
 def _as_config(cls: type, entry: dict[str, Any], folder: Path, name: str) -> Any:
-    """A saved part as its settings; one without a source lies in the folder itself."""
+    """Settings of a saved part; one without a source is stored in the folder itself."""
     known = {f.name for f in fields(cls)}
     settings = {**entry, **(entry["source"] or {"path": str(folder / "parts" / name)})}
-    if "projector" in settings:  # saved with notes of the library's
+    if "projector" in settings:  # saved with further keys by transformers
         names = {n for kind in (MultimodalProjectorConfig, OutputProjectorConfig) for n in signature(kind).parameters}
         settings["projector"] = {n: value for n, value in settings["projector"].items() if n in names}
     return cls(**{name: value for name, value in settings.items() if name in known and value is not None})
 
 
 def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, MultimodalProcessor | None]:
-    """The composition on the meta device; None if a part of it is not right."""
+    """The composition on the meta device; None if a part is faulty."""
     precision, faults = config.train.mixed_precision, len(found.faults)
     encoders, processors, decoders = {}, {}, {}
     language_model = tokenizer = None
@@ -147,7 +147,7 @@ def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, Mu
             language_model = load_language_model(part)
         with found.collected("model.language_model"):
             tokenizer = load_tokenizer(part)
-    # whatever the language model's fault is, those of the others are told as well
+    # placeholders, so that the other parts are checked even if the language model is faulty
     width = head = 8
     if language_model is not None:
         width = language_model.get_input_embeddings().weight.shape[1]
@@ -177,7 +177,7 @@ def check_data(
     stage: Stage,
     found: Findings,
 ) -> None:
-    """The first rows of a data file: their form, their media, their kind, their tokens."""
+    """Check the form, media, kind and tokens of a data file's first rows."""
     rows = islice(
         iterate_samples(file.path, file.format, file.media_root, file.columns, file.task, file.streaming), ROWS
     )
@@ -208,7 +208,7 @@ def check_data(
 
 
 def report(found: Findings, config: Config) -> str:
-    """The tables and lines of a check."""
+    """Text of a check: tables and lines."""
     lines: list[str] = []
     if found.plan is not None:
         lines += plan_table(found.plan)
@@ -223,7 +223,7 @@ def report(found: Findings, config: Config) -> str:
             for kind, size in found.plan.activations.items()
         ]
         held = psutil.Process().memory_info()
-        process = (held.rss - getattr(held, "shared", 0)) / GIB  # without what is mapped from files
+        process = (held.rss - getattr(held, "shared", 0)) / GIB  # without mapped files
         lines += [
             "",
             f"computed, not measured: {found.plan.total / GIB:.2f} GiB on one device, "
@@ -235,7 +235,7 @@ def report(found: Findings, config: Config) -> str:
 
 
 def plan_table(plan: Plan) -> list[str]:
-    """Markdown, a line a part."""
+    """Markdown table with one line per part."""
     lines = [
         "| part | parameters | trainable | weights | GiB | gradients | AdamW |",
         "|---|---|---|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: everything that exact resume needs, written whole or not at all.
+"""Checkpoints of a run: everything needed for exact resume, written atomically.
 
-`checkpoint-<step>/` holds the composition as `MultimodalModel.save_pretrained` writes it, the processor, and
+`checkpoint-<step>/` holds the composition as written by `MultimodalModel.save_pretrained`, the processor,
 `optimizer.pt`, `rng-<rank>.pt` (read with `weights_only=True`), `training_state.json`, and `manifest.json` with the
-size and digest of every file. `final/` holds the first two, and a manifest. A folder is written beside its place,
-synced and renamed, so one that bears its name is complete; one that was damaged since does not fit its manifest.
+size and digest of every file. `final/` holds the first two and a manifest. A folder is written under a temporary name,
+synced and renamed, so a folder with its final name was complete; later damage shows as a mismatch with the manifest.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from anygpt.training.folder import (
 
 
 def settings_that_count(config: Config) -> dict[str, Any]:
-    """The settings on which the trained weights depend, by name; where and how often a run writes is not among them.
+    """Settings on which the trained weights depend, by name.
 
-    Nor in which folders its data and its start lie: a run can be moved. Nor how long it is: it can be extended. Rows of
-    a micro-batch are counted over all processes: 1 process with 2b and 2 with b train the same.
+    Excludes output and logging, the folders of data and start (a run can be moved) and the length (it can be extended).
+    Micro-batches are counted over all processes: one process with 2b rows and two with b train the same.
     """
     settings = config.to_dict()
     for source in settings["data"]["train"]:
         source |= {"path": Path(source["path"]).name, "media_root": None}
     for section, names in {
         "run": ("output_dir", "name", "project", "tracker", "resume"),
-        "model": ("init_from",),  # a checkpoint has it whole
+        "model": ("init_from",),  # a checkpoint contains it
         "data": ("cache_dir", "num_workers", "in_memory", "eval"),
         "train": (
             *("max_steps", "num_epochs", "save_steps", "keep_checkpoints", "keep_best", "abort_above"),
@@ -71,7 +71,7 @@ def world_size() -> int:
 
 
 def data_digests(dataset: ConversationDataset) -> list[str]:
-    """A digest of each file of a dataset, in their order: its rows' ids, texts and names of media, in theirs."""
+    """Digest of each file of a dataset, over the ids, texts and media names of its rows in order."""
     digests, samples = [], iter(dataset.samples)
     for length in dataset.lengths:
         digest = xxhash.xxh3_128()
@@ -85,10 +85,10 @@ def data_digests(dataset: ConversationDataset) -> list[str]:
 
 @contextmanager
 def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place when the block ends without an error.
+    """Yield a temporary folder that replaces `folder` if the block succeeds.
 
     Raises:
-        InputError: on all processes, if one of them cannot write (a full disk, say); what was there stays.
+        InputError: on all processes, if one of them cannot write (such as on a full disk); `folder` is unchanged.
     """
     temporary = folder.parent / f".{folder.name}.incomplete"
     main = accelerator.is_main_process
@@ -114,7 +114,7 @@ def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
 
 @contextmanager
 def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """All processes leave the block together, and with an error if one of them has one: none waits for ever."""
+    """Make all processes raise if the block fails on one of them, so that none waits forever."""
     failure = None
     try:
         yield
@@ -135,7 +135,7 @@ def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def is_disk_fault(error: BaseException) -> bool:
-    """Whether an error comes from the disk; libraries in Rust have exceptions of their own, but all name the number."""
+    """Whether an error comes from the disk; Rust libraries raise their own types, but the message has the errno."""
     return isinstance(error, OSError) or "os error" in str(error)
 
 
@@ -160,10 +160,10 @@ def save_checkpoint(
     """Write a checkpoint.
 
     Args:
-        folder: its name and place.
-        model, optimizer_state: whole, on the main process.
-        state: what `training_state.json` gets beside the settings.
-        random_state: what `rng_state` gave, if it is not to be the present one.
+        folder: folder of the checkpoint.
+        model, optimizer_state: unsharded, on the main process.
+        state: content of `training_state.json` beside the settings.
+        random_state: an earlier result of `rng_state`; the current state if None.
     """
     with written_whole(folder, accelerator) as temporary:
         if accelerator.is_main_process:
@@ -176,17 +176,17 @@ def save_checkpoint(
 
 
 def _save(content: Any, path: Path) -> None:
-    """`torch.save` by way of memory: what it says of a full disk has nothing to do with disks."""
+    """`torch.save` through a memory buffer: its own error on a full disk does not mention the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `run.resume` asks for, or None to start at the beginning; and what was passed over, and why.
+    """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints.
 
     Raises:
-        InputError: no whole checkpoint at the given path; or the chosen one is of other settings.
+        InputError: no intact checkpoint at the given path, or the chosen one has other settings.
     """
     resume, folder = config.run.resume, Path(config.run.output_dir)
     if resume == "never":
@@ -233,7 +233,7 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 
 
 def check_same_data(checkpoint: Path, before: list[str], now: list[str], config: Config) -> None:
-    """The place in the data is a number of updates, so the files must have the rows that they had."""
+    """Check that the data files are unchanged: the position in the data is stored as a number of updates."""
     for source, was, there in zip(config.data.train, before, now, strict=True):
         if was != there:
             raise InputError(
@@ -243,16 +243,16 @@ def check_same_data(checkpoint: Path, before: list[str], now: list[str], config:
 
 
 def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
-    """Put a model's tensors back, buffers and frozen projectors too: by now `model.init_from` may be another model."""
+    """Restore a model's tensors, including buffers and frozen projectors: `model.init_from` may have changed."""
     model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
 def load_training_state(
     checkpoint: Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Put optimizer, scheduler and random state back; returns what `save_checkpoint` was given as `state`.
+    """Restore optimizer, scheduler and random state; returns the `state` given to `save_checkpoint`.
 
-    Without an optimizer its state is left for later (`read_optimizer_state`): a sharded one takes it when prepared.
+    With `optimizer=None` its state is left to `read_optimizer_state`: a sharded optimizer loads it once prepared.
     """
     if optimizer is not None:
         optimizer.load_state_dict(read_optimizer_state(checkpoint))
@@ -265,12 +265,12 @@ def load_training_state(
 
 
 def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `optimizer_state`."""
+    """The `optimizer_state` given to `save_checkpoint`."""
     return _load(checkpoint / "optimizer.pt")
 
 
 def _load(path: Path) -> Any:
-    """What `_save` wrote: tensors and plain types; anything else is refused and not run."""
+    """Content written by `_save`; only tensors and plain types are unpickled."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -281,7 +281,7 @@ def _load(path: Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The random state of Python, NumPy, torch and its accelerator, of plain types and tensors."""
+    """Random state of Python, NumPy, torch and its accelerator, as plain types and tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),

@@ -1,4 +1,4 @@
-"""The command line of the stages: settings in, exit code out, mistakes as one sentence."""
+"""Command line of the stages: parses settings, sets the exit code, and prints user errors as one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from anygpt.training.tiny import with_tiny_config
 from anygpt.training.trainer import train
 
 MISTAKE, NON_FINITE, ABORTED = 2, 3, 4
-# What the system says of a disk: no space, over the quota or the largest file, read-only.
+# Disk errors: no space, quota or file size exceeded, read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -36,12 +36,11 @@ def run_stage(
     arguments: Sequence[str] | None = None,
     afterwards: Callable[[Path, Config], None] | None = None,
 ) -> None:
-    """Run a stage and exit: 0 done, 2 a mistake of the user's, 3 a loss that is not finite, 4 a metric
-    above its bound, 128 + n after signal n.
+    """Run a stage and exit: 0 done, 2 user error, 3 non-finite loss, 4 metric above its bound, 128 + n after signal n.
 
-    `afterwards` is called by the first process with the `final/` folder and the settings.
-    A mistake is printed as one line, by the first process alone unless it is about a sample that only another one has;
-    anything else keeps its traceback. Under a launcher the line comes after what that prints of the failure.
+    `afterwards` is called by the first process with the `final/` folder and the settings. A user error is printed as
+    one line, by the first process only unless it concerns a sample of another process; other errors keep their
+    traceback. Under a launcher the line follows the launcher's own failure report.
     """
     quiet_libraries()
     rank, launcher = int(os.environ.get("RANK", "0")), find_launcher()
@@ -73,7 +72,7 @@ def run_stage(
 
 
 def find_launcher() -> int | None:
-    """The process that runs `accelerate launch` or `torchrun` over this one, if one does."""
+    """Id of the parent process that runs `accelerate launch` or `torchrun`, or None."""
     try:
         parent = psutil.Process(os.getppid())
         words = [Path(word).name for word in parent.cmdline()[:3]]
@@ -82,8 +81,8 @@ def find_launcher() -> int | None:
     return parent.pid if {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run"} & set(words) else None
 
 
-# What a launcher prints of a process that failed comes when that process is gone. So the line is left to another one,
-# which waits for the end of the launcher, a zombie included: whoever started it may first read this output to its end.
+# A launcher reports a failed process after its end. A separate process therefore prints the line once the launcher has
+# ended or is a zombie (its parent may read this output to the end before it reaps the launcher).
 _LAST = """
 import psutil, sys, time
 try:
@@ -97,7 +96,7 @@ print(sys.argv[2], file=sys.stderr)
 
 
 def say_last(line: str, launcher: int | None) -> None:
-    """Print a line to stderr, under a launcher as the last thing that the command prints."""
+    """Print a line to stderr; under a launcher, after the launcher's own output."""
     if launcher is None:
         print(line, file=sys.stderr)
     else:
@@ -105,7 +104,7 @@ def say_last(line: str, launcher: int | None) -> None:
 
 
 def say(found: Findings, config: Config) -> int:
-    """Print what a check found; the exit code."""
+    """Print the result of a check; returns the exit code."""
     print(report(found, config))
     for fault in found.faults:
         print("error:", fault, file=sys.stderr)
@@ -113,11 +112,11 @@ def say(found: Findings, config: Config) -> int:
 
 
 def quiet_libraries() -> None:
-    """Our own messages at info level; the libraries' progress bars and notes of loading tiny files left out."""
+    """Show this package's messages at info level, and hide the libraries' progress bars and notes on loading."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for library in ("httpx", "huggingface_hub"):  # it tells of each file that it writes
         logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    warnings.filterwarnings("ignore", category=FutureWarning)  # raised by one library about another
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()

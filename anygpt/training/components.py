@@ -1,4 +1,4 @@
-"""What stage 0 leaves: each part that it trained as an ordinary `from_pretrained` folder."""
+"""Output of stage 0: each trained part as an ordinary `from_pretrained` folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ logger = logging.getLogger(__name__)
 
 PARTS = "parts"
 SCALED_SAMPLES = 512
-"""Media that the scale of a VAE's latents is measured on."""
+"""Media used to measure the scale of a VAE's latents."""
 
 
 def write_components(final: Path, config: Config) -> None:
-    """Write the parts of `final` that the run trained to `output_dir/parts/<part>`.
+    """Write the trained parts of `final` to `output_dir/parts/<part>`.
 
-    A VAE that was trained also gets the scaling factor that brings its latents to unit variance, in which the
-    denoiser is to work (arXiv 2112.10752, §G).
+    A trained VAE also gets the scaling factor that brings its latents to unit variance (arXiv 2112.10752, §G).
     """
     model = MultimodalModel.from_pretrained(final)
     processor = MultimodalProcessor.from_pretrained(final)
@@ -37,7 +36,7 @@ def write_components(final: Path, config: Config) -> None:
         key, _, kind = part.rpartition("_")
         if part == "language_model":
             model.language_model.save_pretrained(folder)
-            # Without the tokens that the model has added: whoever composes it next adds their own.
+            # The original tokenizer, without the tokens added by this composition.
             type(processor.llm_tokenizer).from_pretrained(config.model.language_model.path).save_pretrained(folder)
         elif kind == "encoder":
             model.encoders[key].module.save_pretrained(folder)
@@ -48,13 +47,13 @@ def write_components(final: Path, config: Config) -> None:
                 decoder.vae.register_to_config(scaling_factor=1 / latent_deviation(model, processor, key, config))
             decoder.save_pretrained(folder)
         else:
-            continue  # a projector: it belongs to this composition, and no part is made of it
+            continue  # a projector belongs to this composition
         logger.info("%s", folder)
 
 
 @torch.no_grad()
 def latent_deviation(model: MultimodalModel, processor: Any, key: str, config: Config) -> float:
-    """The standard deviation of the latents of a decoder's training media, not scaled."""
+    """Standard deviation of the unscaled latents of a decoder's training media."""
     dataset = ConversationDataset.from_files(config.data.train)
     use_frames_of(dataset, processor)
     collator, decoder = Collator(processor), model.decoders[key].module

@@ -1,6 +1,6 @@
-"""A run's settings: typed sections, one YAML a run, dotted overrides on the command line.
+"""Settings of a run: typed sections, one YAML file per run, dotted overrides on the command line.
 
-jsonargparse reads them; unknown keys are collected first, all at once, each with the nearest known one.
+jsonargparse parses them; unknown keys are reported together first, each with the closest known key.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.settings import find_misfits, parse_settings
 
-# Bounds far beyond what anybody trains with: a slip of a few zeros is to be told at once, not by a full memory.
+# Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 Every = Annotated[int, Field(ge=0, le=10**9)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
 Tokens = Annotated[int, Field(ge=1, le=2**12)]
-# AdamW moves a parameter by up to the rate in each update; beyond this nothing but overflow is left.
+# AdamW moves a parameter by up to the rate in each update; larger rates only overflow.
 Rate = Annotated[float, Field(gt=0, le=1e3)]
 WORKERS = max(64, 4 * (os.cpu_count() or 1))
 
 
 @dataclass
 class RunConfig:
-    """Where a run writes, and how it is followed.
+    """Output, tracking and device of a run.
 
     Attributes:
         output_dir: folder of the run: `checkpoint-<step>/`, `final/`, `config.yaml`, `log.txt`.
-        name: name of the run in the tracker; the folder's own name by default.
+        name: name of the run in the tracker; the folder's name by default.
         project: project in the tracker.
-        seed: of everything that is drawn: new tensors, data order, noise.
-        tracker: where metrics go. `WANDB_MODE=offline` keeps wandb off the network.
+        seed: seed of new tensors, data order and noise.
+        tracker: tracker of metrics. `WANDB_MODE=offline` keeps wandb off the network.
         resume: `auto` continues from the newest checkpoint in output_dir if there is one; `never` starts over and
-            removes what an earlier run left there; anything else is the path of a checkpoint to continue from.
-        device: `auto`, or `cpu` to leave an accelerator alone.
+            removes the output of an earlier run; anything else is the path of a checkpoint to continue from.
+        device: `auto`, or `cpu` to ignore accelerators.
     """
 
     output_dir: str = "runs/run"
@@ -56,13 +56,13 @@ class PartConfig:
     """A pretrained part.
 
     Attributes:
-        path: hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
-        revision: branch, tag or commit of a hub id.
-        subfolder: folder in there that holds the part.
-        variant: of the weight files (`fp16`); those without one where there are none.
-        weights: `safetensors`, or `any` to read `.bin` and `.pth` files where there are none; code never runs.
-        gguf_file: file of a language model in that format, to read in the place of safetensors.
-        dtype: dtype to load it in (`float32`, `bfloat16`); the checkpoint's own by default, float32 for decoders.
+        path: Hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
+        revision: branch, tag or commit of a Hub id.
+        subfolder: folder of the part within `path`.
+        variant: variant of the weight files (`fp16`); falls back to files without a variant.
+        weights: `safetensors`, or `any` to read `.bin` and `.pth` files if there are none; never runs code.
+        gguf_file: GGUF file of a language model, to read in place of safetensors.
+        dtype: dtype to load the part in (`float32`, `bfloat16`); the checkpoint's by default, float32 for decoders.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …
         quantization_config: arguments of transformers' `BitsAndBytesConfig`.
     """
@@ -84,15 +84,15 @@ class EncoderConfig(PartConfig):
 
     Attributes:
         modality: media type in the data; the key by default.
-        num_frames: frames of a clip, for an image encoder under `video`.
-        pool_frames: whether it gives one feature a frame, as by default, or all (see `VideoEncoder`).
-        feature: what an encoder with a choice gives: `embedding` or `tokens`, of ImageBind.
-        feature_layer: hidden states to read (-2 as LLaVA does); the encoder's output by default.
-        drop_cls: leave the class token out.
-        processor: arguments of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
-            `pad_to_square: true`, as LLaVA 1.5 does.
-        fit: what is done with media that do not fit into its window: `crop` (the default), `pad`, `stretch` or `tile`
-            pictures; `split` (the default) or `refuse` long sounds.
+        num_frames: frames per clip, for an image encoder under `video`.
+        pool_frames: one feature per frame (the default) or all (see `VideoEncoder`).
+        feature: kind of features, for encoders with several: `embedding` or `tokens` of ImageBind.
+        feature_layer: index of the hidden states to read (-2 in LLaVA); the encoder's output by default.
+        drop_cls: drop the class token.
+        processor: settings of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
+            `pad_to_square: true`, as in LLaVA 1.5.
+        fit: how to fit media into its window: `crop` (the default), `pad`, `stretch` or `tile` for images; `split`
+            (the default) or `refuse` for long sounds.
         projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its options.
     """
 
@@ -113,14 +113,14 @@ class DecoderConfig(PartConfig):
 
     Attributes:
         modality: media type in the data; the decoder's own by default.
-        num_frames: frames of a clip, for video decoders.
-        num_signal_tokens: tokens of a span; the media type's by default (the paper's: image 4, video 24, audio 8).
-        hidden_layer: states that are read: -1 the last, any other index, or `mix`.
-        signal: `tokens`, or `queries`: learned ones after a single trigger token.
+        num_frames: frames per clip, for video decoders.
+        num_signal_tokens: tokens per span; the media type's by default (the paper's: image 4, video 24, audio 8).
+        hidden_layer: index of the hidden states to read, -1 for the last, or `mix`.
+        signal: `tokens`, or `queries`: learned queries after a single trigger token.
         projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
             `d_model`, ….
-        defaults: options of generation where a request names none, such as `{guidance_scale: 2,
-            num_inference_steps: 20}`; the final model keeps them.
+        defaults: default generation options, such as `{guidance_scale: 2, num_inference_steps: 20}`; saved with the
+            final model.
     """
 
     modality: str | None = None
@@ -137,8 +137,7 @@ class ModelConfig:
     """The composition.
 
     Attributes:
-        init_from: a `final/` folder to start from. Parts that are named here as well must be the same ones; parts
-            that it lacks are added.
+        init_from: a `final/` folder to start from. Parts named here as well must be the same; missing parts are added.
         encoders: by key, in the order in which features are prepended.
         language_model: a causal language model.
         decoders: by key.
@@ -155,21 +154,21 @@ class DataConfig:
     """The data.
 
     Attributes:
-        train: files to train on.
-        eval: files to take the evaluation loss on, every `train.eval_steps`.
+        train: training files.
+        eval: files for the evaluation loss, computed every `train.eval_steps`.
         cache_dir: folder of the feature cache, written by `scripts/cache_features.py` with the same settings; null for
             none.
-        num_workers: processes that decode media; 0 decodes in the main one.
-        in_memory: keep decoded media, in each process that decodes; for small data sets.
-        on_bad_sample: `error` stops at the first sample that cannot be read; `skip` leaves it out and counts it.
-        max_length: tokens of a row, those of its media included; null for any number.
-        on_long_sample: of a row with more: `error` stops, `skip` leaves it out, `cut` leaves out its last turns (or all
-            of it, where the first is too long); the last two are counted.
-        group_by_modality: batches hold answers of one kind: text alone, images, ….
-        group_by_length: batches hold rows of about one length, so that little is padded.
-        pack_to: the language model reads several rows as one sequence of so many tokens; null for a row a sequence.
-        max_batch_tokens: a micro-batch of a process has as many rows as make about so many tokens, padding included, in
-            place of train.batch_size; null for that.
+        num_workers: processes that decode media; 0 decodes in the main process.
+        in_memory: keep decoded media in each decoding process; for small datasets.
+        on_bad_sample: `error` stops at the first unreadable sample; `skip` drops and counts it.
+        max_length: maximum tokens per row, including those of its media; null for no limit.
+        on_long_sample: for longer rows: `error` stops, `skip` drops the row, `cut` drops its last turns (or the row, if
+            its first turn is too long); the last two are counted.
+        group_by_modality: form batches of rows with the same kind of answer: text only, images, ….
+        group_by_length: form batches of rows of similar length, to reduce padding.
+        pack_to: tokens of a sequence into which the language model packs several rows; null for one row per sequence.
+        max_batch_tokens: approximate tokens per micro-batch and process, including padding, in place of
+            train.batch_size; null to use train.batch_size.
     """
 
     train: list[DataSource] = field(default_factory=list)
@@ -188,42 +187,42 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """The optimisation.
+    """Optimization.
 
     Attributes:
-        max_steps: updates. A run that is stopped or finished goes on where it was given more.
-        num_epochs: passes over data.train; where it is given, `max_steps` follows from it.
-        batch_size: rows of a micro-batch on one process.
-        gradient_accumulation_steps: micro-batches of an update on one process.
+        max_steps: number of updates. Raising it continues a finished run.
+        num_epochs: passes over data.train; determines `max_steps` if given.
+        batch_size: rows per micro-batch and process.
+        gradient_accumulation_steps: micro-batches per update and process.
         learning_rate: peak learning rate of AdamW.
         learning_rates: other peak rates by part: `{signal_tokens: 1e-4, language_model: 2e-4}`. A key is a part
-            (`image_projector`) or a kind of them: encoder, projector, language_model (its LoRA), signal_tokens,
+            (`image_projector`) or a kind of parts: encoder, projector, language_model (its LoRA), signal_tokens,
             output_projector, decoder.
-        scheduler: how the rates fall after the warm-up.
+        scheduler: decay of the rates after warm-up.
         warmup_steps: updates of linear warm-up.
-        weight_decay: of AdamW.
-        max_grad_norm: the gradient is clipped to this norm.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm to which the gradient is clipped.
         mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
-        save_steps: a checkpoint every so many updates; 0 writes none before the end.
-        keep_checkpoints: older ones are removed beyond this number.
-        keep_best: a metric, such as `eval/loss`; the checkpoint at which it was lowest is kept as well. As
-            `max:captions/cider` it is the one at which it was highest.
-        abort_above: bounds by metric, such as `{eval/loss: 20}`; the run stops where one is above its bound.
-        eval_steps: the evaluation loss every so many updates; 0 never.
-        eval_suite: a suite file of `anygpt evaluate`, run every `eval_steps`: `{suite}/{metric}` are metrics too.
-        log_steps: metrics every so many updates.
-        sample_steps: answers to the first rows of data.eval, media included, every so many updates; 0 never.
-        sample_rows: how many of those rows.
-        signal_rows: which rows of the signal tokens train: `both`, `output` (the input rows stay, those of
-            learned queries apart), or `none`.
-        projector_init: how new output projectors start: `random`, or `ridge`, the closed-form solution of caption
-            alignment on the training captions (linear projectors; a transformer gets a linear path beside it).
-        ridge_captions: captions that ridge looks at, at most.
-        parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; the joint
-            configuration uses it.
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        compile: torch.compile of the layers of encoders, language model and denoisers.
-        profile: write a trace of torch's profiler of so many updates to `profile/`, after two others; 0 none.
+        save_steps: updates between checkpoints; 0 writes none before the end.
+        keep_checkpoints: number of checkpoints to keep; older ones are removed.
+        keep_best: a metric, such as `eval/loss`, whose lowest checkpoint is kept as well; with `max:`, as in
+            `max:captions/cider`, the highest.
+        abort_above: bounds by metric, such as `{eval/loss: 20}`; the run stops when one is exceeded.
+        eval_steps: updates between evaluations of the loss; 0 for none.
+        eval_suite: suite file of `anygpt evaluate` to run every `eval_steps`; adds the metrics `{suite}/{metric}`.
+        log_steps: updates between logged metrics.
+        sample_steps: updates between sample answers, media included, to the first rows of data.eval; 0 for none.
+        sample_rows: number of those rows.
+        signal_rows: rows of the signal tokens that train: `both`, `output` (input rows stay frozen, except those of
+            learned queries), or `none`.
+        projector_init: initialization of new output projectors: `random`, or `ridge`, the closed-form solution of
+            caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
+        ridge_captions: maximum number of captions for ridge.
+        parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
+            joint configuration.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: apply torch.compile to the layers of encoders, language model and denoisers.
+        profile: updates to trace with torch's profiler into `profile/`, after two others; 0 for none.
     """
 
     max_steps: Steps = 1000
@@ -261,9 +260,9 @@ class LoraSettings:
 
     Attributes:
         r: rank.
-        alpha: scale, as in alpha / r.
-        dropout: on the adapters' input.
-        target_modules: names of the layers to adapt; `all-linear` for all but the head.
+        alpha: numerator of the scale alpha / r.
+        dropout: dropout on the adapters' input.
+        target_modules: names of the layers to adapt; `all-linear` for all except the head.
     """
 
     r: Tokens = 8
@@ -288,10 +287,10 @@ class Config:
 
 
 def parse_config(arguments: Sequence[str], description: str = "") -> Config:
-    """Settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`), checked.
+    """Parse and check settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`).
 
     Raises:
-        InputError: unknown keys (all of them), values of a wrong type, values out of range (all of them).
+        InputError: all unknown keys, a value of a wrong type, or all values out of range.
     """
     config = parse_settings(arguments, Config, description)
     check_values(config)
@@ -299,7 +298,7 @@ def parse_config(arguments: Sequence[str], description: str = "") -> Config:
 
 
 def check_values(config: Config) -> None:
-    """Raise one `InputError` that names every value out of range, what it is and what it should be."""
+    """Raise one `InputError` that names every value out of range and its bounds."""
     train = config.train
     faults = find_misfits(config)
     if not config.run.output_dir.strip():

@@ -1,7 +1,4 @@
-"""A run's folder: what it holds, checked before anything is loaded, prepared before the first update, undone after a
-mistake. A manifest in each folder that is written whole tells the size and digest of its files, so that a damaged one
-is known for one.
-"""
+"""The folder of a run: checked before loading, prepared before the first update, restored after a user error."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from anygpt.training.config import Config
 FINAL, SAMPLES, LOG = "final", "samples", "log.txt"
 STATE = "training_state.json"
 PREFIX = "checkpoint-"
-STOPPED = "stopped-"  # a checkpoint for inspection, which no run continues from by itself
+STOPPED = "stopped-"  # a checkpoint for inspection, ignored by `run.resume=auto`
 GIB = 2**30
 PACKAGES = (
     "anygpt-link",
@@ -46,7 +43,7 @@ _NAME = re.compile(rf"{PREFIX}(\d+)")
 
 
 def check_folder(folder: Path, config: Config) -> None:
-    """The run's folder must be one that can be written to, and not the one that the run starts from."""
+    """Check that the run's folder is writable and is not the one that the run starts from."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise _not_writable(folder, f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}")
@@ -65,12 +62,12 @@ def _not_writable(folder: Path, reason: str) -> InputError:
 def prepare_folder(
     folder: Path, config: Config, environment: dict[str, Any], step: int, accelerator: Accelerator
 ) -> list[str]:
-    """The run's folder with its resolved settings and what it runs on.
+    """Create the run's folder and write its resolved settings and environment.
 
-    `run.resume=never` removes what an earlier run left; else checkpoints beyond `step` are set aside.
+    `run.resume=never` removes the output of an earlier run; otherwise checkpoints beyond `step` are set aside.
 
     Returns:
-        What was done to checkpoints, in lines for people.
+        Lines for the log about changed checkpoints.
     """
     lines: list[str] = []
     if accelerator.is_main_process:
@@ -80,7 +77,7 @@ def prepare_folder(
             (folder / "environment.json").write_text(json.dumps(environment, indent=1))
         except OSError as error:
             raise _not_writable(folder, str(error)) from error
-        old = list(folder.glob(".*.incomplete"))  # of a run that was killed while it wrote
+        old = list(folder.glob(".*.incomplete"))  # left by a run killed while writing
         if config.run.resume == "never":
             old += [*find_checkpoints(folder), *folder.glob("set-aside-*"), *folder.glob(f"{STOPPED}*")]
             old += [folder / FINAL, folder / SAMPLES]
@@ -94,7 +91,7 @@ def prepare_folder(
 
 @contextlib.contextmanager
 def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """After a mistake that shows only later, a folder that was made for this run and holds no checkpoint goes again."""
+    """Remove a folder created for this run if the block fails before its first checkpoint."""
     there = folder.exists()
     try:
         yield
@@ -105,13 +102,13 @@ def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[Non
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's files, and the folders' entries of them, on the disk."""
+    """Flush a folder's files and directory entries to disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Put one file, or one folder's entries, on the disk."""
+    """Flush one file, or one folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -120,12 +117,12 @@ def sync(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; one that is killed half way does not leave half a folder under its name."""
+    """Remove a folder; it is renamed first, so an interruption leaves no partial folder under its name."""
     shutil.rmtree(hide(folder), ignore_errors=True)
 
 
 def hide(folder: Path) -> Path:
-    """Rename a folder, if it is there, to what the next start of the run removes."""
+    """Rename a folder, if it exists, to a name that the next start of the run removes."""
     hidden = folder.parent / f".{folder.name.removeprefix('.')}.removed.incomplete"
     shutil.rmtree(hidden, ignore_errors=True)
     if folder.exists():
@@ -134,26 +131,26 @@ def hide(folder: Path) -> Path:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by their names, oldest first."""
+    """Checkpoints of a run by name, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The updates done, by a checkpoint's name."""
+    """Number of updates in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A whole checkpoint's `training_state.json`."""
+    """Content of a checkpoint's `training_state.json`."""
     return json.loads((checkpoint / STATE).read_text())
 
 
-MAX = "max:"  # before a metric whose highest value is the best
+MAX = "max:"  # prefix of metrics whose highest value is best
 
 
 def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
-    """The checkpoint whose metric was lowest (of `max:metric` highest), and the metric; None where none has it."""
+    """Checkpoint with the lowest value of a metric (highest for `max:metric`), and the value; None if none has it."""
     sign, metric = (-1, metric.removeprefix(MAX)) if metric.startswith(MAX) else (1, metric)
     values = {}
     for path in find_checkpoints(folder):
@@ -164,7 +161,7 @@ def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
 
 
 def remove_old(folder: Path, config: Config) -> None:
-    """Remove checkpoints beyond `train.keep_checkpoints`, but not the best by `train.keep_best`."""
+    """Remove checkpoints beyond `train.keep_checkpoints`, except the best by `train.keep_best`."""
     best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
     for old in find_checkpoints(folder)[: -config.train.keep_checkpoints]:
         if best is None or old != best[0]:
@@ -172,9 +169,9 @@ def remove_old(folder: Path, config: Config) -> None:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints from beyond `step`: damaged ones, or of a branch that the run leaves. Returns what was done.
+    """Rename checkpoints beyond `step`, which are damaged or of an abandoned branch; returns lines about them.
 
-    Left where they are, they would count as newer than those that the run is about to write.
+    Otherwise they would count as newer than those that the run is about to write.
     """
     lines = []
     for path in find_checkpoints(folder):
@@ -202,7 +199,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and branch of the code, and the files that differ from the commit; None outside a repository."""
+    """Commit and branch of the code, and modified files; None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -1,4 +1,4 @@
-"""From samples to the micro-batches of updates: loaders, ids, and the noise's generators."""
+"""Micro-batches of updates: data loaders, ids, and noise generators."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from anygpt.media.types import VIDEO, is_timed
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
-MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # the model's arguments, and what `take_ids` took out of them
+MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # arguments of the model, and the entries removed by `take_ids`
 
 
 class BadSampleError(InputError):
-    """A sample of this process's own batch that could not be read."""
+    """An unreadable sample in this process's batch."""
 
 
 def take_updates(loader: DataLoader, config: Config) -> Generator[list[MicroBatch], None, None]:
-    """The micro-batches of one update after the other."""
+    """Yield the micro-batches of each update."""
     micro_batches: list[MicroBatch] = []
     for batch in loader:
         micro_batches.append((batch, take_ids(batch, config)))
@@ -45,7 +45,7 @@ def take_updates(loader: DataLoader, config: Config) -> Generator[list[MicroBatc
 
 
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Take what is not for the model out of a batch, and stop at a bad sample unless such are to be skipped."""
+    """Remove and return the entries of a batch that are not for the model; raises for bad samples unless skipped."""
     ids = {name: batch.pop(name) for name in NOT_FOR_MODEL}
     policies = {"bad": config.data.on_bad_sample, "long": config.data.on_long_sample, "stale": "error"}
     for sample in ids[BAD]:
@@ -55,7 +55,7 @@ def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def make_generators(target_ids: dict[str, list[str]], seed: int, step: int) -> dict[str, list[torch.Generator]]:
-    """One generator a target, keyed by (seed, update, target), so that noise is the same under any split."""
+    """One generator per target, seeded by (seed, update, target), so that noise does not depend on the split."""
 
     def generator(target: str) -> torch.Generator:
         digest = hashlib.sha256(f"{seed}/{step}/{target}".encode()).digest()
@@ -67,7 +67,7 @@ def make_generators(target_ids: dict[str, list[str]], seed: int, step: int) -> d
 def make_loader(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator, start: int
 ) -> DataLoader:
-    """Micro-batches of this process from update `start` on; accelerate must not shard them again."""
+    """Loader of this process's micro-batches from update `start` on; accelerate must not shard them again."""
     data, sizes, lengths = config.data, None, Lengths(collator.processor, dataset.num_video_frames)
     if data.max_batch_tokens is not None:
         sizes = lengths.predict(dataset.samples)
@@ -100,20 +100,17 @@ def make_loader(
 
 
 def loader_options(config: Config) -> dict[str, Any]:
-    """Of every `DataLoader`."""
+    """Options of every `DataLoader`."""
     return {
         "num_workers": config.data.num_workers,
         "worker_init_fn": leave_signals_to_the_loop,
-        # Workers draw nothing; a fixed generator keeps the main process's random state out of the loader's hands.
+        # The loader would otherwise draw a seed from the main process's random state.
         "generator": torch.Generator().manual_seed(config.run.seed),
     }
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the run's process group must not kill the workers: the loop still finishes its update.
-
-    They end with the loop's process, however that ends.
-    """
+    """Ignore signals in workers, so that the loop can finish its update; workers end with the loop's process."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -122,7 +119,7 @@ def leave_signals_to_the_loop(worker: int) -> None:
 def ridge_batches(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
-    """The training captions in batches, the same on every process, without decoding a target."""
+    """Yield the training captions in batches, the same on every process, without decoding targets."""
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
     captions = copy.copy(dataset)
     captions.decode_targets = False
@@ -146,10 +143,9 @@ def use_cache(
     config: Config,
     sharded: bool = False,
 ) -> list[str]:
-    """Let datasets and collator take from the feature cache what frozen parts make; a line for each part, for the log.
+    """Make datasets and collator read outputs of frozen parts from the feature cache; returns log lines, one per part.
 
-    Call when it is settled which parts train, and after `use_frames_of`; `sharded` where processes share the language
-    model's layers.
+    Call after `prepare_stage` and `use_frames_of`; `sharded` if the language model's layers are.
 
     Raises:
         InputError: no cache in `data.cache_dir`, or a stale one.
@@ -163,19 +159,19 @@ def use_cache(
         user.cache = cache
     notes = cache.notes
     if sharded:
-        # All processes gather each layer together, so none may pass over them where another has media in its rows.
+        # All processes gather each layer together, so none may skip the language model while another needs it.
         notes = [note for note in notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
         notes.append(f"{LANGUAGE_MODEL}: computed anew: its layers are sharded")
     return notes
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
-    """Decode no more frames of a clip than its consumers sample, and let the loop judge samples that fail."""
+    """Decode only as many frames of a clip as its consumers sample, and leave bad samples to the loop."""
     consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
     dataset.num_video_frames = max((c.num_frames for c in consumers if _is_video(c)), default=None)
     dataset.on_bad_sample = "skip"
 
 
 def _is_video(consumer: Any) -> bool:
-    """Whether it samples frames of clips; targets of sounds have frames of another kind."""
+    """Whether a processor or target samples video frames; those of sounds are something else."""
     return hasattr(consumer, "num_frames") and is_timed(getattr(consumer, "modality", VIDEO.name))

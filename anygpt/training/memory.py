@@ -1,7 +1,7 @@
-"""How much memory a run takes, computed from shapes: a step is gone through with tensors that hold no numbers.
+"""Memory estimate of a run, computed from shapes.
 
-Parameters are counted as they are loaded and trained. What is made on the way, forward and backward, recomputation
-included, is counted as it comes and goes, by running one update on torch's fake tensors.
+Parameters are counted in the dtypes in which they are loaded and trained. Activations, including recomputed ones, are
+tracked while one update, forward and backward, runs on torch's fake tensors.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from anygpt.media.types import media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
-ADAM_BYTES = 8  # two moments in 32 bits
+ADAM_BYTES = 8  # two fp32 moments
 
 
 @dataclass(frozen=True)
 class PartMemory:
-    """A part's parameters and buffers: how many train, bytes by dtype, and what training them adds."""
+    """Parameters and buffers of a part: how many train, bytes by dtype, and the bytes that training adds."""
 
     part: str
     parameters: int
@@ -47,7 +47,7 @@ class PartMemory:
 
 @dataclass(frozen=True)
 class Rows:
-    """A kind of rows: keys of the encoders that read their media, and of the decoders that make what they answer."""
+    """A kind of rows: keys of the encoders of their inputs and of the decoders of their targets."""
 
     encoders: tuple[str, ...] = ()
     decoders: tuple[str, ...] = ()
@@ -58,14 +58,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a run on one device.
+    """Memory of a run on one device, in bytes.
 
     Attributes:
         parts: the parts.
-        activations: the most that an update makes at a time beside gradients, if all its rows are of one kind.
-        flops: floating-point operations of an update's micro-batch, likewise.
-        offloaded: weights on the card in generation where one network of the decoders is there at a time.
-        left_out: what could not be counted, and why.
+        activations: peak activations of an update, by the kind of its rows.
+        flops: floating-point operations of a micro-batch, by the kind of its rows.
+        offloaded: weights on the device during generation with offloaded decoder networks.
+        left_out: messages about anything that could not be counted.
     """
 
     parts: list[PartMemory]
@@ -85,10 +85,10 @@ class Plan:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made within, while they live; `peak` is the most at a time.
+    """Tracks the bytes of live tensors created within the context; `peak` is their maximum.
 
     Args:
-        held: tensors from before, whose views are not counted.
+        held: existing tensors, whose views are not counted.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -118,13 +118,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: Mapping[Rows, tuple[int, int]]) -> Plan:
-    """The memory of a run.
+    """Estimate the memory of a run.
 
     Args:
-        model: on the meta device, prepared for the stage; it is made of fake tensors afterwards.
+        model: on the meta device, prepared for the stage; its tensors are replaced by fake ones.
         processor: its processor.
         config: the run's settings.
-        kinds: tokens of a row, and those of them that carry a loss, by kind of rows.
+        kinds: for each kind of rows, tokens of a row, and how many of them carry a loss.
     """
     parts = [measure_part(model, name) for name in model.parts]
     activations, flops, left_out = {}, {}, []
@@ -147,7 +147,7 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             try:
                 run_update(model, kind, inputs, targets, (rows, tokens, labels))
-            except Exception as error:  # a network that looks at numbers, for one
+            except Exception as error:  # such as control flow that depends on values
                 left_out.append(f"{kind}: {type(error).__name__}: {str(error).splitlines()[0]}")
             activations[kind] = max(0, live.peak - gradients)
             flops[kind] = counter.get_total_flops()
@@ -169,7 +169,7 @@ def measure_part(model: MultimodalModel, name: str) -> PartMemory:
 
 
 def _tensors(pieces: list[nn.Module | nn.Parameter]) -> Iterator[Tensor]:
-    """Each parameter and buffer once."""
+    """Yield each parameter and buffer once."""
     known: set[int] = set()
     for piece in pieces:
         found = [piece] if isinstance(piece, nn.Parameter) else [*piece.parameters(), *piece.buffers()]
@@ -180,7 +180,7 @@ def _tensors(pieces: list[nn.Module | nn.Parameter]) -> Iterator[Tensor]:
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a module's tensors by fake ones, on no device at all; tied ones stay tied."""
+    """Replace a module's tensors by fake ones, which hold no data; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
     for part in module.modules():
         for store in (part._parameters, part._buffers):
@@ -201,13 +201,13 @@ def run_update(
     targets: Mapping[str, tuple[int, ...]],
     sizes: tuple[int, int, int],
 ) -> None:
-    """Forward and backward of a micro-batch of one kind of rows.
+    """Run forward and backward on a micro-batch of one kind of rows.
 
     Args:
-        model: of fake tensors.
-        kind: each row has one medium for each of its encoders, and one target for each of its decoders.
-        inputs, targets: the encoders' inputs, and the shapes of the decoders' targets, of a micro-batch.
-        sizes: rows, tokens of each, and those of them that carry a loss.
+        model: with fake tensors.
+        kind: each row has one medium per encoder and one target per decoder of the kind.
+        inputs, targets: encoder inputs and shapes of decoder targets of a micro-batch.
+        sizes: rows, tokens per row, and tokens per row that carry a loss.
     """
     rows, tokens, labels = sizes
     language_model = base_model(model.language_model)
@@ -216,7 +216,7 @@ def run_update(
     for key in kind.encoders:
         features = model.encoders[key](tree_map_only(Tensor, torch.zeros_like, dict(inputs[key])))
         features = features if isinstance(features, Tensor) else torch.stack(list(features))
-        embeds = embeds + features.mean().to(embeds.dtype)  # all that matters is that the graph goes on
+        embeds = embeds + features.mean().to(embeds.dtype)  # only connects the graph
     if any(rows_.requires_grad for rows_ in model.signal_tokens.input_rows.values()):
         embeds = embeds + sum(row.mean() for row in model.signal_tokens.input_rows.values()).to(embeds.dtype)
     losses = []
@@ -239,7 +239,7 @@ def run_update(
 
 
 def decoder_losses(model: MultimodalModel, key: str, states: Tensor, target: tuple[int, ...]) -> list[Tensor]:
-    """Those of a decoder's rows, of the `(B, S, H)` states of the language model."""
+    """Losses of a decoder's rows, from the language model's states `(B, S, H)`."""
     module, weights = model.decoders[key], model.loss_weights
     decoder, losses = module.module, []
     signals = module.projector.config.num_signal_tokens
@@ -254,14 +254,14 @@ def decoder_losses(model: MultimodalModel, key: str, states: Tensor, target: tup
 
 
 def target_shape(decoder: Any, rows: int) -> tuple[int, ...]:
-    """Of a batch of media as the decoder's `targets` makes them."""
+    """Shape of a batch of targets of a decoder."""
     kind = media_type(decoder.modality)
     blank = decoder.targets([kind.to_target(kind.blank(getattr(decoder, "num_frames", None)))])
     return (rows, *blank.shape[1:])
 
 
 def blank_inputs(processor: Any, key: str, rows: int) -> dict[str, Any]:
-    """A blank medium for each row, as the encoder's processor gives it."""
+    """Processed encoder inputs with one blank medium per row."""
     modality = processor.modalities[key]
     medium = media_type(modality).blank(getattr(processor.encoder_processors[key], "num_frames", None))
     data, _, _ = processor.process_media(processor.arrange_media([(modality, medium)] * rows))

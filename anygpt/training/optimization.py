@@ -1,4 +1,4 @@
-"""What moves the parameters: groups by part with rates of their own, the schedule, and compiled layers."""
+"""Optimization: parameter groups with rates by part, the schedule, and compiled layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_wit
 
 
 def part_kinds(model: MultimodalModel) -> dict[str, str]:
-    """The kind of each part, by which `train.learning_rates` may name it too."""
+    """Kind of each part, which `train.learning_rates` also accepts as a key."""
     kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
     for key in model.encoder_keys:
         kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
@@ -30,13 +30,13 @@ def part_kinds(model: MultimodalModel) -> dict[str, str]:
 
 
 def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by peak rate, with the `name` under which a group's rate is logged.
+    """Groups of trainable parameters by peak rate, with the `name` under which the rate is logged.
 
-    A part's own entry in `train.learning_rates` goes before that of its kind; what none names has
-    `train.learning_rate`.
+    A part's own entry in `train.learning_rates` takes precedence over that of its kind, and `train.learning_rate` is
+    the default.
 
     Raises:
-        InputError: a rate for a part that there is not, or that does not train.
+        InputError: a rate for a part that does not exist or does not train.
     """
     kinds, rates = part_kinds(model), train.learning_rates
     unknown = sorted(set(rates) - {*kinds, *kinds.values()})
@@ -53,7 +53,7 @@ def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[st
         if parameter.requires_grad:
             groups.setdefault(name_of.get(id(parameter), BASE), []).append(parameter)
     idle = sorted(name for name in rates if f"{BASE}/{name}" not in groups)
-    if train.signal_rows == "none":  # one switch is enough
+    if train.signal_rows == "none":  # then a rate for them is no mistake
         idle = [name for name in idle if name != "signal_tokens"]
     if idle:
         raise InputError(f"train.learning_rates names {', '.join(idle)}, of which nothing trains; leave it out")
@@ -64,7 +64,7 @@ def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[st
 
 
 def make_optimizer(model: MultimodalModel, config: Config) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW over what trains, and its schedule over `train.max_steps`."""
+    """AdamW over the trainable parameters, and its schedule over `train.max_steps`."""
     train = config.train
     optimizer = torch.optim.AdamW(
         parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
@@ -73,43 +73,43 @@ def make_optimizer(model: MultimodalModel, config: Config) -> tuple[torch.optim.
 
 
 def set_rates(optimizer: Any, scheduler: Any) -> None:
-    """The rates of the next update, by the schedule as it is now: a run that goes on may have become longer."""
+    """Set the rates of the next update from the current schedule: a resumed run may have become longer."""
     for group, peak, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = peak * share(scheduler.last_epoch)
 
 
 def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
-    """Clip what trains to a norm of `bound`; returns the norm before.
+    """Clip the gradients to a norm of `bound`; returns the norm before clipping.
 
-    In a single process what got no gradient gets zeros, as it does on several (`touch_trainable`): the optimizer must
-    not pass it over in one case and go on with its momentum in the other.
+    In a single process, parameters without a gradient get zeros, as they do on several (`touch_trainable`), so that the
+    optimizer treats them alike.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in trained:
         if parameter.grad is None and not torch.distributed.is_initialized():
             parameter.grad = torch.zeros_like(parameter)
-    # accelerate knows a sharded model by the list of all its parameters; else the few that train are found faster so.
+    # accelerate recognizes a sharded model by the list of all its parameters.
     clipped = model.parameters() if is_sharded(accelerator) else trained
     return float(accelerator.clip_grad_norm_(clipped, bound))
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
-    """The present rate of each group."""
+    """Current rate of each group."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
 def compile_layers(model: MultimodalModel) -> None:
-    """torch.compile of the repeated layers: transformers' in encoders and language model, diffusers' in denoisers.
+    """Apply torch.compile to the repeated layers of encoders, language model and denoisers.
 
-    Whole parts would compile anew at each step, as signal tokens are lent to the language model by hooks; and layers
-    of one class share what was compiled.
+    Whole parts would recompile at each step, because hooks insert the signal tokens into the language model; and layers
+    of one class share their compiled code.
 
     Raises:
-        InputError: nothing can be compiled here.
+        InputError: torch.compile does not work on this machine.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
-    except Exception as error:  # whatever the compiler's toolchain lacks
+    except Exception as error:  # the compiler's toolchain raises many types
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"train.compile is on, but torch.compile does not work here ({reason}); install what it needs (on a CPU a "

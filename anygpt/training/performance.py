@@ -1,4 +1,4 @@
-"""How fast a run is: the time of its phases, and its arithmetic against what the device can do."""
+"""Performance of a run: the time of its phases, and its arithmetic relative to the device's peak."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from anygpt.training.processes import memory_in_use
 
 PHASES = ("data", "forward", "backward", "optimizer")
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "3090": 71, "L4": 121}
-"""TFLOP/s in dense bfloat16 by a part of the device's name (NVIDIA's data sheets)."""
+"""Dense bfloat16 TFLOP/s by a substring of the device's name (NVIDIA's data sheets)."""
 _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
 class Metrics:
-    """What an update did, over all processes.
+    """Metrics of an update, over all processes.
 
     Attributes:
-        loss: the weighted sum of all terms.
-        terms: the mean of each sub-term that the update had.
-        gradient_norm: before clipping.
-        tokens, samples: in its batches.
-        skipped, cut: rows left out, and rows shortened.
-        places: tokens that the language model ran over, padding included, if that is of interest.
+        loss: weighted sum of all terms.
+        terms: mean of each sub-term.
+        gradient_norm: norm before clipping.
+        tokens, samples: numbers of tokens and samples.
+        skipped, cut: numbers of rows left out and shortened.
+        places: tokens processed by the language model, including padding, if counted.
     """
 
     loss: float
@@ -46,23 +46,23 @@ class Metrics:
     places: int
 
     def by_name(self) -> dict[str, float]:
-        """What is logged of each update."""
+        """Logged values by name."""
         padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
         return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
 
 
 class Meter:
-    """What happened since it was last read; phases are timed by a GPU's own clock where there is one.
+    """Measures throughput since its last reading; phases are timed with GPU events if there is a GPU.
 
-    Operations are those of linear and convolution layers, 2 · weights · positions forward, and as much for each of the
-    gradients (of inputs, of weights) that is taken. Attention's products and the head's logits are not among them, nor
-    is what checkpointed activations cost a second time, so the true share is a little higher.
+    Counts operations of linear and convolution layers: 2 · weights · positions forward, and as much for each computed
+    gradient (of inputs, of weights). Attention products, the head's logits and recomputed activations are not counted,
+    so the true utilization is slightly higher.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.device, self.processes = accelerator.device, accelerator.num_processes
         self.peak = peak_rate(self.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-        self.left_out: Counter[str] = Counter()  # rows skipped and cut, in the whole run
+        self.left_out: Counter[str] = Counter()  # rows skipped and cut in the whole run
         self.start()
 
     def count(self, update: Metrics) -> None:
@@ -99,7 +99,7 @@ class Meter:
             self.flops += 2 * module.weight.numel() * positions * passes
 
     def updates(self, updates: Iterable[Any]) -> Iterator[Any]:
-        """The same updates; the time until each is there is that of `data`."""
+        """Yield the updates, counting the wait for each as phase `data`."""
         iterator, end = iter(updates), object()
         while True:
             with self.phase("data"):
@@ -110,13 +110,13 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in here (evaluation, checkpoints, samples) is no part of the throughput."""
+        """Exclude a block (evaluation, checkpoints, samples) from the throughput."""
         begin = time.perf_counter()
         yield
         self.since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """Throughput over all processes, shares of the time, and memory, since the last reading."""
+        """Throughput over all processes, shares of time, and memory since the last reading."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.since
@@ -133,7 +133,7 @@ class Meter:
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a device: in bfloat16 by its data sheet where that is known, else as a product of matrices has it."""
+    """Peak TFLOP/s of a device: for bfloat16 from its data sheet if known, otherwise measured by a matrix product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((rate for part, rate in PEAKS.items() if part in name), None)
     if known is not None and dtype == torch.bfloat16:
@@ -148,7 +148,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def profiler(updates: int, folder: Path, process: int) -> Any:
-    """torch's profiler of so many updates after the first two; its trace goes to `<folder>/trace-<process>.json`."""
+    """torch's profiler for `updates` updates after the first two; writes `<folder>/trace-<process>.json`."""
     if not updates:
         return contextlib.nullcontext()
     folder.mkdir(parents=True, exist_ok=True)

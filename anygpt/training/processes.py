@@ -1,4 +1,4 @@
-"""The processes of a run: how they start together, stop together, and part."""
+"""The processes of a run: start, signals, agreement, and shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anygpt.training.sharding import local
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or gradient is no finite number; the update was not made."""
+    """A loss or gradient is not finite; the update was not made."""
 
 
 class Aborted(RuntimeError):
@@ -27,7 +27,7 @@ class Aborted(RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """A signal came, and the run was checkpointed, as `line` says. The exit code is 128 + the signal's number."""
+    """The run was checkpointed after a signal, as `line` says. The exit code is 128 + the signal's number."""
 
     def __init__(self, number: int, line: str):
         super().__init__(128 + number)
@@ -36,14 +36,14 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[Accelerator]:
-    """The run's accelerator; at the end its trackers are closed and its process group is left.
+    """Yield the run's accelerator; at the end, close its trackers and destroy its process group.
 
-    What holds the wrapped model must be gone by then, so run the stage in a function of its own: the destructor of DDP
-    keeps Python's lock while it waits for gloo's threads, and these may need that lock to drop their last tensors. As
-    long as the group is held elsewhere there is nothing to wait for.
+    All references to the wrapped model must be gone by then, so run the stage in a function of its own: once the group
+    is destroyed, DDP's destructor holds the GIL while it waits for gloo's threads, which may need the GIL to free
+    their last tensors.
     """
     accelerator = Accelerator(
-        # Said outright, or several processes on a machine without an accelerator would not find each other.
+        # Must be explicit: otherwise several processes on a machine without an accelerator form no process group.
         cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
         log_with=None if config.run.tracker == "none" else config.run.tracker,
@@ -54,7 +54,7 @@ def processes(config: Config) -> Iterator[Accelerator]:
         yield accelerator
     except BaseException as error:
         if accelerator.num_processes > 1:
-            traceback.clear_frames(error.__traceback__)  # they hold the wrapped model too
+            traceback.clear_frames(error.__traceback__)  # they reference the wrapped model
         raise
     finally:
         accelerator.free_memory()
@@ -63,7 +63,7 @@ def processes(config: Config) -> Iterator[Accelerator]:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Note SIGTERM and SIGINT instead of dying of them: the loop checkpoints first."""
+    """Record SIGTERM and SIGINT instead of exiting, so that the loop can write a checkpoint first."""
     caught: list[int] = []
     before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -79,7 +79,7 @@ def any_rank(flag: bool, accelerator: Accelerator) -> bool:
 
 
 def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
-    """Raise `NonFiniteLoss`, on all processes, if something that trains is no finite number."""
+    """Raise `NonFiniteLoss` on all processes if a trainable parameter is not finite."""
     trainable = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
     bad = gather_object([name for name, tensor in trainable if not bool(tensor.isfinite().all())])
     if bad:
@@ -90,11 +90,11 @@ def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
 
 
 class Sums:
-    """Sums by name, of float64, that all processes add up in one go.
+    """Named float64 sums, reduced over all processes at once.
 
     Args:
         names: the same on all processes, in the same order.
-        device: of the process.
+        device: device of the process.
     """
 
     def __init__(self, names: Iterable[str], device: torch.device):
@@ -109,12 +109,12 @@ class Sums:
             self.add(name, value)
 
     def of_all(self, accelerator: Accelerator) -> dict[str, float]:
-        """The sums over all processes, which all call this together."""
+        """Sums over all processes; a collective call."""
         return dict(zip(self.places, accelerator.reduce(self.values, reduction="sum").tolist(), strict=True))
 
 
 def memory_in_use(device: torch.device) -> float:
-    """GiB: the accelerator's peak, or what the process has in memory now."""
+    """Peak memory of the accelerator, or current memory of the process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return psutil.Process().memory_info().rss / GIB

@@ -1,8 +1,8 @@
-"""Output projectors set by ridge regression before training starts.
+"""Initialization of output projectors by ridge regression.
 
 With a frozen trunk and frozen signal rows, caption alignment under `mse` has a closed form for a linear map. The trunk
-runs once over the captions; XᵀX and XᵀY are added up in float64, so memory does not grow with their number. The
-strength of the regularisation is chosen on captions held back from the training ones.
+runs once over the captions, and XᵀX and XᵀY are accumulated in float64, so memory does not grow with their number. The
+regularization strength is chosen on held-out training captions.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
 
-HOLD_BACK_EVERY = 5  # one caption in five chooses the strength, with all samples that have it …
-MAX_HELD_BACK = 512  # … up to this number of samples, so that memory does not grow with the captions
+HOLD_BACK_EVERY = 5  # one caption in five, with all of its samples, is held back to choose the strength
+MAX_HELD_BACK = 512  # samples, to bound memory
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
-TOLERANCE = 1.01  # up to this a larger strength is as good; with few captions all are, and the least one explodes
+TOLERANCE = 1.01  # prefer the largest strength within this factor of the least error: small ones are unstable
 
 
 class RidgeRegression:
-    """Ridge regression with an unpenalised intercept, fed batch by batch.
+    """Ridge regression with an unpenalized intercept, accumulated batch by batch.
 
     Args:
         inputs, outputs: widths.
-        hold_back: choose the strength on held-back samples; without, `solve` must be told.
+        hold_back: hold back samples to choose the strength; otherwise pass it to `solve`.
     """
 
     def __init__(self, inputs: int, outputs: int, hold_back: bool = True):
@@ -42,15 +42,14 @@ class RidgeRegression:
         self.held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """`(M, inputs)` and `(M, outputs)`, in any float dtype.
+        """Add samples `(M, inputs)` and `(M, outputs)` in any float dtype.
 
-        Samples are held back by what they regress to: where captions repeat, the strength must be chosen on captions
-        that the fit has not seen.
+        Samples are held back by a hash of their outputs, so that repeated captions do not occur on both sides.
         """
         x, y = x.double().cpu(), y.double().cpu()
         back = torch.zeros(len(x), dtype=torch.bool)
         for row, outputs in enumerate(y.float() if self.hold_back else ()):
-            # Rounded: the same caption may differ in its last bits from batch to batch.
+            # Rounded, since the last bits of the same caption's encoding may depend on the batch.
             key = xxh3_64_intdigest(outputs.mul(1e3).round().to(torch.int64).numpy().tobytes())
             back[row] = key % HOLD_BACK_EVERY == 0
         back &= self.seen_back + back.cumsum(0) <= MAX_HELD_BACK
@@ -67,10 +66,10 @@ class RidgeRegression:
         self.count += len(x)
 
     def solve(self, strength: float | None = None) -> tuple[Tensor, Tensor, float]:
-        """Weight `(outputs, inputs)`, bias `(outputs,)` and the λ used, in float64.
+        """Weight `(outputs, inputs)` and bias `(outputs,)` in float64, and the λ used.
 
         Args:
-            strength: λ of ‖Y − XW‖² + λ‖W‖²; chosen on the held-back samples when None, which then join the fit.
+            strength: λ of ‖Y − XW‖² + λ‖W‖²; if None, chosen on the held-back samples, which then join the fit.
 
         Raises:
             InputError: no samples.
@@ -82,21 +81,21 @@ class RidgeRegression:
             for x, y in self.held:
                 self._accumulate(x, y)
             self.held = []
-        if strength is None:  # all that there was had been held back
+        if strength is None:  # all samples had been held back
             strength = self._choose()
         x_mean, y_mean, values, vectors, rotated = self._decompose()
         weight = vectors @ (rotated / (values + strength)[:, None])
         return weight.T, y_mean - x_mean @ weight, strength
 
     def _decompose(self) -> tuple[Tensor, ...]:
-        """Means, and the eigendecomposition of the centred XᵀX with XᵀY in its basis: one for all strengths."""
+        """Means, and the eigendecomposition of the centred XᵀX with XᵀY in its basis, shared by all strengths."""
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
         values, vectors = torch.linalg.eigh(self.xtx - self.count * torch.outer(x_mean, x_mean))
         rotated = vectors.T @ (self.xty - self.count * torch.outer(x_mean, y_mean))
         return x_mean, y_mean, values.clamp(min=0), vectors, rotated
 
     def _choose(self) -> float:
-        """The largest strength whose squared error on the held-back samples is about the least."""
+        """Largest strength whose squared error on the held-back samples is within `TOLERANCE` of the least."""
         x_mean, y_mean, values, vectors, rotated = self._decompose()
         strengths = [relative * float(values.mean().clamp(min=1e-12)) for relative in STRENGTHS]
         if not self.held:
@@ -118,12 +117,12 @@ def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[
     """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
 
     Args:
-        model: a `MultimodalModel`.
-        keys: the decoders whose projectors are set.
+        model: the model.
+        keys: decoders whose projectors are set.
         batches: arguments of `model.read_states`, with captions in `decoder_targets`; media are not needed.
 
     Returns:
-        The strength that was chosen, by decoder.
+        The chosen strength of each decoder.
 
     Raises:
         InputError: a projector without a linear path, or without captions.

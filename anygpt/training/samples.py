@@ -1,4 +1,4 @@
-"""Sample media during training: the model's answers to the first rows of data.eval, as files and in the tracker."""
+"""Samples during training: the model's answers to the first rows of data.eval, as files and in the tracker."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class SampleFile:
     """One generated medium.
 
     Attributes:
-        type: its modality.
+        type: media type.
         content: as in `outputs.Segment`.
-        path: where it was written.
-        rate: frames or samples a second; None for an image.
+        path: path of the file.
+        rate: frames or samples per second; None for an image.
     """
 
     type: str
@@ -47,7 +47,7 @@ class SampleFile:
 
 @dataclass
 class SampleAnswer:
-    """What the model answered to one row."""
+    """The model's answer to one row."""
 
     id: str
     text: str
@@ -64,7 +64,7 @@ def take_samples(
     accelerator: Accelerator,
     step: int,
 ) -> str:
-    """Generate answers on every process, and write and track them on the main one; returns a line that says so."""
+    """Generate answers on every process, and write and track them on the main one; returns a line for the log."""
     try:
         with accelerator.autocast(), whole_parameters(model, accelerator):
             answers = list(generate_answers(model, processor, dataset, rows, seed))
@@ -76,15 +76,15 @@ def take_samples(
 
 
 def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> dict[str, float]:
-    """The model's numbers in a suite, `{"<suite>/<metric>": value}`, the same in every process; written to `folder`.
+    """Run a suite and write its results to `folder`; returns `{"<suite>/<metric>": value}`, equal on all processes.
 
     Raises:
-        InputError: what `evaluate` raises, or the processes share the model's layers.
+        InputError: see `evaluate`; or the model is sharded.
     """
     if is_sharded(accelerator):
         raise InputError("train.eval_suite: processes that share a model's layers cannot answer rows of their own")
     suite, training = read_suite(path), model.training
-    suite.baselines = suite.baselines or []  # they do not change while the model learns
+    suite.baselines = suite.baselines or []  # baselines do not change during training
     model.eval()
     try:
         with torch.random.fork_rng(), accelerator.autocast():
@@ -98,9 +98,9 @@ def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: 
 def generate_answers(
     model: MultimodalModel, processor: Any, dataset: ConversationDataset, rows: int, seed: int
 ) -> Iterator[tuple[str, Answer]]:
-    """`(sample id, answer)` of the first rows that can be read; an answer has the media that the row's own has.
+    """Yield `(sample id, answer)` for the first readable rows, requiring the same media as in the row's own answer.
 
-    The random state of the process is as it was afterwards, so that a run with samples trains as one without.
+    Restores the random state of the process, so that sampling does not change the training.
     """
     training = model.training
     model.eval()
@@ -136,7 +136,7 @@ def _loaded(item: Any) -> TypeGuard[LoadedSample]:
 
 
 def write_answers(answers: Iterable[tuple[str, Answer]], model: MultimodalModel, folder: Path) -> list[SampleAnswer]:
-    """Write the media of answers as `<row>-<number>.<png|mp4|wav>`, and an `index.jsonl` with a line a row."""
+    """Write the media of answers as `<row>-<number>.<png|mp4|wav>`, and an `index.jsonl` with one line per row."""
     written = []
     for row, (name, answer) in enumerate(answers):
         written.append(SampleAnswer(name, answer.text))
@@ -152,7 +152,7 @@ def write_answers(answers: Iterable[tuple[str, Answer]], model: MultimodalModel,
 
 
 def log_answers(answers: list[SampleAnswer], accelerator: Accelerator, step: int) -> None:
-    """Hand answers to the trackers. tensorboard gets a clip as its frames: for clips it would want another package."""
+    """Log answers to the trackers. tensorboard gets single frames of clips, since videos need another package."""
     for tracker in accelerator.trackers:
         for answer in answers:
             if tracker.name == "tensorboard":

@@ -1,4 +1,4 @@
-"""From settings to a model, its processor, and its data."""
+"""Construction of a model, its processor and its data from settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _BF16, MAX_LAYERS = "bfloat16", 1000
 
 
 def source(part: PartConfig, mixed_precision: str) -> Source:
-    """A part's source; with bf16, frozen parts are loaded in it unless the config says otherwise."""
+    """Source of a part; with `bf16`, its dtype is bfloat16 unless the config sets one."""
     known = {f.name for f in fields(Source)}
     settings = {name: value for name, value in asdict(part).items() if name in known}
     if settings["dtype"] is None and mixed_precision == "bf16":
@@ -59,10 +59,10 @@ def source(part: PartConfig, mixed_precision: str) -> Source:
 
 
 def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """The composition that the config describes, on top of `model.init_from` where that is given.
+    """Build the composition of a config, starting from `model.init_from` if given.
 
     Raises:
-        InputError: a part cannot be loaded, or is another one than in `init_from`.
+        InputError: a part cannot be loaded, or differs from that in `init_from`.
     """
     check_parts_by_key(config)
     encoders, decoders, language_model, start = {}, {}, None, None
@@ -140,7 +140,7 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
 
 
 def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool) -> ModalDecoderModule:
-    """A decoder with its output projector; one that ridge regression is to set needs a linear path."""
+    """A decoder with its output projector, which has a linear path if `ridge`."""
     decoder = load_decoder(source(entry, precision))
     module = ModalDecoderModule(
         decoder, None, entry.num_signal_tokens, entry.hidden_layer, entry.modality, signal=entry.signal
@@ -157,7 +157,7 @@ def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridg
 
 
 def build_projector(where: str, kind: type[nn.Module], config: Any) -> nn.Module:
-    """A projector, or an `InputError` at once for one that the machine's memory cannot hold."""
+    """Build a projector; raises `InputError` if it does not fit into the machine's memory."""
     for name, value in config.to_dict().items():
         if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
             raise InputError(f"{where}.projector.{name} is {value}, expected at most {MAX_LAYERS}")
@@ -169,7 +169,7 @@ def build_projector(where: str, kind: type[nn.Module], config: Any) -> nn.Module
 
 
 def check_parts_by_key(config: Config) -> None:
-    """Keys must be names, and a modality has one encoder: a second one would never be given anything."""
+    """Check that keys are names and that no modality has a second encoder, which would get no input."""
     for section, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
         bad = [key for key in parts if not key.isidentifier()]
         if bad:
@@ -184,7 +184,7 @@ def check_parts_by_key(config: Config) -> None:
 
 
 def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
-    """transformers' configs take any argument and use those that they know: a typing mistake would pass unseen."""
+    """Reject unknown arguments, which transformers' configs would accept and ignore."""
     known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -192,7 +192,7 @@ def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
 
 
 def check_same_parts(folder: Path, config: Config) -> None:
-    """A part named by both the config and `init_from` must be the same one, as far as the config says what it is."""
+    """Check that parts named by both the config and `init_from` agree in all settings that the config gives."""
     saved = read_config(folder)
     pairs: dict[str, tuple[PartConfig | None, dict[str, Any] | None]] = {
         **{f"encoders.{k}": (e, saved.encoders.get(k)) for k, e in config.model.encoders.items()},
@@ -210,7 +210,7 @@ def check_same_parts(folder: Path, config: Config) -> None:
 
 
 def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that are given for a part and that a saved one has otherwise: name, given value, saved value."""
+    """Yield (name, given value, saved value) of settings that differ from those of the saved part."""
     saved = (
         found if found["source"] is None else dict.fromkeys(f.name for f in fields(Source)) | found["source"] | found
     )
@@ -234,14 +234,14 @@ def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str
 def build_dataset(
     sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
 ) -> ConversationDataset:
-    """The samples of all files, checked to be of the kinds that the stage can use.
+    """Dataset of all files, whose samples are checked to suit the stage.
 
     Raises:
-        InputError: unreadable files, media without encoder or decoder, rows that feed no loss of the stage.
+        InputError: unreadable files, media without encoder or decoder, or rows without a loss in the stage.
     """
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
     terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
-    if "encoder_decoder" in stage.terms:  # else the stage takes no rows with media on both sides
+    if "encoder_decoder" in stage.terms:  # otherwise the stage takes no rows with media on both sides
         reads = {encoder.modality for encoder in model.encoders.values()}
         dataset.samples = [sample.fed_back(reads) for sample in dataset.samples]
     weights = model.loss_weights
@@ -259,7 +259,7 @@ def build_dataset(
 
 
 def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
-    """The loss term that a sample feeds.
+    """Loss term of a sample.
 
     Raises:
         InputError: media without encoder or decoder, or a term that the stage does not train on.
@@ -293,7 +293,7 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
 def build_data(
     model: MultimodalModel, processor: MultimodalProcessor, config: Config, stage: Stage
 ) -> tuple[ConversationDataset, ConversationDataset | None, Collator]:
-    """The rows to train on, those to evaluate on, and what makes batches of them."""
+    """Training dataset, evaluation dataset (or None), and collator."""
     data = config.data
     dataset = build_dataset(data.train, model, config, stage)
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
@@ -305,7 +305,7 @@ def build_data(
 
 
 def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -> list[str]:
-    """Set `train.max_steps` by `train.num_epochs` where that is given; a line that says so.
+    """Set `train.max_steps` from `train.num_epochs` if given; returns lines for the log.
 
     Raises:
         InputError: the warm-up is longer.
@@ -323,7 +323,7 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
 def init_projectors(
     model: MultimodalModel, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> list[str]:
-    """Set new output projectors by `train.projector_init`; what was done, in lines for people."""
+    """Initialize new output projectors by `train.projector_init`; returns lines for the log."""
     before = set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
     new = [key for key in model.decoder_keys if key not in before]
     if config.train.projector_init != "ridge" or not new:
@@ -334,7 +334,7 @@ def init_projectors(
 
 
 def check_metrics(config: Config, model: MultimodalModel) -> None:
-    """`train.keep_best` and `train.abort_above` must name metrics that this run will have."""
+    """Check that `train.keep_best` and `train.abort_above` name metrics of this run."""
     train, names = config.train, ["loss", "gradient_norm", *model.loss_names()]
     evaluated = [f"eval/{name}" for name in names if name != "gradient_norm"]
     best = (train.keep_best or "loss").removeprefix(MAX)

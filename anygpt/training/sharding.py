@@ -1,7 +1,7 @@
-"""What differs where accelerate shards parameters and optimizer (FSDP2), or owns the optimizer (DeepSpeed).
+"""Support for FSDP2, which shards parameters and optimizer, and DeepSpeed, which owns the optimizer.
 
-Under FSDP2 a process holds a part of each tensor. To be saved, what trains is gathered into a whole copy of the model
-that the main process keeps in its memory; the frozen rest of that copy never changes.
+Under FSDP2 a process holds a part of each tensor. For saving, the trainable parameters are gathered into a full copy of
+the model in the main process's memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are (FSDP)."""
+    """Whether parameters are sharded (FSDP)."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> None:
-    """Raise an `InputError` for what a run cannot do under FSDP or DeepSpeed."""
+    """Raise `InputError` for settings that FSDP or DeepSpeed does not support."""
     train, faults = config.train, []
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
@@ -55,13 +55,13 @@ def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, co
     """`accelerator.prepare`.
 
     Returns:
-        The wrapped model and optimizer, and the model to save: itself, or where it is sharded a whole copy on the
-        main process and None on the others.
+        The wrapped model and optimizer, and the model to save: itself, or if sharded a full copy on the main process
+        and None on the others.
     """
     whole = model
     if is_sharded(accelerator):
         whole = copy.deepcopy(model).cpu() if accelerator.is_main_process else None
-        # Each layer of the language model is sharded by itself; accelerate asks the model for their class.
+        # Shard each layer of the language model by itself; accelerate reads their class from the model.
         model._no_split_modules = list(base_model(model.language_model)._no_split_modules or [])
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -72,8 +72,8 @@ def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, co
 
 @contextlib.contextmanager
 def whole_parameters(model: MultimodalModel, accelerator: Accelerator) -> Iterator[None]:
-    """For what runs parts of a model without its `forward`, on all processes alike: what lies outside the language
-    model's layers is gathered. The layers gather themselves."""
+    """Gather the parameters outside the language model's layers (which gather themselves), for code that runs parts of
+    the model without its `forward`, on all processes alike."""
     sharded = is_sharded(accelerator)
     if sharded:
         model.unshard()
@@ -85,7 +85,7 @@ def whole_parameters(model: MultimodalModel, accelerator: Accelerator) -> Iterat
 
 
 def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:
-    """Put what trains of a sharded model into the whole copy. All processes call it; others than the main have None."""
+    """Copy trainable parameters of a sharded model into the full copy (None except on the main process); collective."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and whole is not model:
@@ -99,7 +99,7 @@ def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:
 
 
 def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """The optimizer's state, whole; none under DeepSpeed. All call it; where it is sharded, the main one gets it."""
+    """Unsharded state of the optimizer, if sharded on the main process only; empty under DeepSpeed. Collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return {}
     if is_sharded(accelerator):
@@ -108,10 +108,10 @@ def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Acceler
 
 
 def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
-    """What `optimizer_state` gave, into a prepared and sharded optimizer."""
+    """Load the result of `optimizer_state` into a prepared, sharded optimizer."""
     set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor; a whole one as it is."""
+    """This process's shard of a tensor; an unsharded tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

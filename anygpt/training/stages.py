@@ -1,4 +1,4 @@
-"""What each stage trains, and on which losses."""
+"""Trained parts and losses of each stage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Stage:
     """One stage of the recipe (NExT-GPT, arXiv 2309.05519, §4).
 
     Attributes:
-        name: for messages and the tracker.
+        name: name in messages and the tracker.
         trains: suffixes of the parts that train: `projector`, `output_projector`, `signal_tokens`, `language_model`.
-        terms: loss terms that the stage uses; rows of other kinds are an error.
-        lora: put LoRA adapters on the language model; they train in its place.
+        terms: loss terms of the stage; rows of other kinds are an error.
+        lora: train LoRA adapters on the language model in its place.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Stage:
     lora: bool = False
 
     def parts(self, model: MultimodalModel) -> list[str]:
-        """The parts of a model that this stage trains."""
+        """Parts of a model that this stage trains."""
         keys = {
             "projector": [f"{key}_projector" for key in model.encoder_keys],
             "output_projector": [f"{key}_output_projector" for key in model.decoder_keys],
@@ -53,12 +53,12 @@ INSTRUCTION_TUNING = Stage(
 
 
 def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[str]:
-    """Freeze, adapt and unfreeze as the stage wants it, and prove that exactly that trains.
+    """Freeze and unfreeze parts for a stage, add adapters, and verify that exactly the intended parameters train.
 
-    Freezing comes before the adapters: the other way round would freeze them too, and nothing would train.
+    Freezing comes before the adapters, which it would otherwise freeze too.
 
     Returns:
-        The names of the trainable parameters.
+        Names of the trainable parameters.
     """
     model.train_only([])
     if stage.lora and is_peft(model.language_model):
@@ -84,7 +84,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
         model.signal_tokens.output_rows.requires_grad_(rows in ("both", "output"))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # a half-precision parameter would swallow small updates
+            parameter.data = parameter.data.float()  # small updates would be lost in half precision
     trainable = model.trainable_names()
     expected = expected_names(model, parts, rows)
     assert set(trainable) == expected, f"{stage.name} trains {set(trainable) ^ expected} by mistake, or not"
@@ -94,7 +94,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
 
 
 def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
-    """`train.parts` may name single networks of a decoder (`image_decoder.vae`): tell it, and name the decoder once."""
+    """Select networks of decoders named in `train.parts` (`image_decoder.vae`); returns parts, decoders once."""
     networks: dict[str, list[str]] = {}
     for part in parts:
         name, _, network = part.partition(".")
@@ -112,7 +112,7 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
 
 
 def check_adapter(language_model: Any, lora: LoraSettings) -> None:
-    """An adapter that `model.init_from` brought along stays as it is: other settings would be ignored in silence."""
+    """Reject LoRA settings that differ from those of an adapter from `model.init_from`, which stays as it is."""
     adapter, default = language_model.peft_config[language_model.active_adapter], LoraSettings()
     for name, there in (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
         value, saved = getattr(lora, name), getattr(adapter, there)
@@ -124,13 +124,13 @@ def check_adapter(language_model: Any, lora: LoraSettings) -> None:
 
 
 def trained_inputs(model: MultimodalModel, signal_rows: str) -> list[str]:
-    """Decoders whose input rows train. Learned queries are nothing but input rows, so these stay only under `none`."""
+    """Decoders whose input rows train; learned queries, which only have input rows, train unless `none`."""
     signals = model.signal_tokens.signals
     return [key for key in signals if signal_rows == "both" or (signal_rows == "output" and signals[key] == "queries")]
 
 
 def expected_names(model: MultimodalModel, parts: list[str], signal_rows: str) -> set[str]:
-    """The parameters that should train, found by their names alone and not by `requires_grad`."""
+    """Names of the parameters that should train, derived from names alone, not from `requires_grad`."""
     wanted = []
     for part in parts:
         key, _, kind = part.rpartition("_")

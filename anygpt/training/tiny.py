@@ -1,4 +1,4 @@
-"""What a stage runs that is given no `--config`: its tiny configuration, on data that are made where they lack."""
+"""Default of a stage without `--config`: its tiny configuration, on data that are made if missing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FILES = {ENCODER_LLM: "stage1.yaml", LLM_DECODER: "stage2.yaml", INSTRUCTION_TUN
 
 
 def with_tiny_config(stage: Stage, arguments: Sequence[str], main: bool) -> list[str]:
-    """The arguments, and before them the stage's tiny configuration where they name none.
+    """The arguments, preceded by the stage's tiny configuration if they name none.
 
-    It starts from what the stage before it has left, or else from the parts. The main process says so.
+    It starts from the output of the previous stage if present, otherwise from the parts; the main process prints which.
     """
     given = [argument.partition("=")[0] for argument in arguments]
     if stage not in FILES or "--config" in given or asks_for_help(arguments) or not FOLDER.is_dir():
@@ -43,7 +43,7 @@ def with_tiny_config(stage: Stage, arguments: Sequence[str], main: bool) -> list
 
 
 def start_of(path: Path) -> dict[str, Any]:
-    """The `model` section of a stage's file; if what it starts from is not there, with the parts of those before it."""
+    """The `model` section of a stage's file; if its start is missing, with the parts of earlier stages instead."""
     model = yaml.safe_load(path.read_text())["model"]
     if "init_from" not in model or (Path(model["init_from"]) / "config.json").is_file():
         return model
@@ -53,7 +53,7 @@ def start_of(path: Path) -> dict[str, Any]:
 
 
 def make_data(path: Path) -> None:
-    """ToyWorld's file of that name, if there is none; of several processes one makes it and the others wait."""
+    """Make ToyWorld's file of that name if it is missing; one process makes it while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

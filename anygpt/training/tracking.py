@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, `log.txt`, and accelerate's trackers."""
+"""Logging of a run to the console, `log.txt`, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anygpt.training.config import Config
 
 
 def part_table(parts: list[PartSummary]) -> str:
-    """What trains, as a table: part, parameters, trainable, share."""
+    """Table of parts: parameters, trainable parameters, share."""
     total = sum(p.parameters for p in parts)
     trainable = sum(p.trainable for p in parts)
     rows = [(p.part, p.parameters, p.trainable) for p in parts] + [("total", total, trainable)]
@@ -30,14 +30,14 @@ class RunLog:
     """Writes lines to the console and `log.txt`, and metrics to the tracker; on the main process only.
 
     Args:
-        accelerator: its `log_with` says which tracker.
+        accelerator: its `log_with` selects the tracker.
         config: the run's settings, sent to the tracker.
-        total, done: updates of the run, and those done before (for the progress bar).
-        facts: what the tracker gets beside the settings.
-        run_id: the tracker's name of a run that goes on.
+        total, done: updates of the run, and those already done (for the progress bar).
+        facts: further values for the tracker.
+        run_id: the tracker's id of a resumed run.
 
     Attributes:
-        run_id: for the checkpoint, so that the run can go on in the tracker too.
+        run_id: saved in checkpoints, so that the tracker can resume the run too.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RunLog:
             initial=done,
             desc=self.folder.name,
             unit="update",
-            disable=None if self.main else True,  # None: only where somebody watches; a file gets the lines below
+            disable=None if self.main else True,  # None: on a terminal only; a file gets the lines below
             dynamic_ncols=True,
             mininterval=1,
         )
@@ -68,24 +68,24 @@ class RunLog:
             os.environ.setdefault("WANDB_SILENT", "true")
             try:
                 settings = flatten(config.to_dict() | (facts or {}))
-                if board:  # it has projects by folder, and no nulls
+                if board:  # tensorboard separates projects by folder and takes no nulls
                     settings = {key: "null" if value is None else value for key, value in settings.items()}
                 project = name if board else config.run.project
                 accelerator.init_trackers(project, settings, init_kwargs={} if board else {"wandb": wandb})
-            except Exception as error:  # each tracker has exceptions of its own
-                accelerator.trackers.clear()  # one that did not start cannot be ended
+            except Exception as error:  # each tracker raises its own types
+                accelerator.trackers.clear()  # a tracker that did not start cannot be ended
                 reason = " ".join(str(error).split())
                 raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
 
     def say(self, text: str) -> None:
-        """A line, or several, for people."""
+        """Write one or several lines."""
         if self.main:
             tqdm.write(text)
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{text}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line, and the tracker."""
+        """Log metrics as one line and to the tracker."""
         self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.log(values, step=step)
 
@@ -94,7 +94,7 @@ class RunLog:
 
 
 def check_tracker(config: Config) -> None:
-    """Say which package a tracker needs before anything is loaded."""
+    """Check, before anything is loaded, that the tracker's package is installed."""
     if config.run.tracker == "tensorboard":
         try:
             import tensorboard  # noqa: F401

@@ -1,7 +1,7 @@
 """The trainer of all stages.
 
-An update is some micro-batches on every process. Their losses are sums; the counts that they are divided by are those
-of the whole update, so that its gradient does not depend on how the update was split.
+An update consists of micro-batches on every process. Losses are sums divided by the counts of the whole update, so that
+the gradient does not depend on how the update is split.
 """
 
 from __future__ import annotations
@@ -73,13 +73,10 @@ COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT, PLACES)
 
 
 def train(config: Config, stage: Stage) -> Path:
-    """Run a stage from its settings to its `final/` folder.
-
-    Returns:
-        The `final/` folder.
+    """Run a stage; returns its `final/` folder.
 
     Raises:
-        InputError: settings, parts or data that are wrong; nothing is written then, or only checkpoints.
+        InputError: wrong settings, parts or data; nothing but checkpoints has been written.
         NonFiniteLoss: a loss or gradient that is not finite.
         Aborted: a metric above its bound.
     """
@@ -97,15 +94,15 @@ def train(config: Config, stage: Stage) -> Path:
 
 
 class Trainer:
-    """One run of a stage: `setup` makes its parts, `fit` makes the updates and what is due between them.
+    """One run of a stage: `setup` builds everything, `fit` runs the updates, evaluations and checkpoints.
 
     Attributes:
-        done: updates done.
+        done: number of updates done.
         model, processor: the composition.
-        wrapped: the model as accelerate prepared it.
+        wrapped: the model prepared by accelerate.
         whole: the model to save; see `sharding.prepare`.
-        log: from `fit` on.
-        notes: lines about the start, for the log.
+        log: set by `fit`.
+        notes: lines for the log about the start.
     """
 
     model: MultimodalModel
@@ -124,10 +121,10 @@ class Trainer:
         self.notes: list[str] = []
 
     def setup(self, checkpoint: Path | None = None) -> Trainer:
-        """Build model, data and optimizer, at the beginning or as a checkpoint has them.
+        """Build model, data and optimizer, anew or from a checkpoint.
 
         Raises:
-            InputError: settings, parts or data that are wrong. Nothing has been written then.
+            InputError: wrong settings, parts or data; nothing has been written.
         """
         config, accelerator = self.config, self.accelerator
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
@@ -149,7 +146,7 @@ class Trainer:
         self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
         self.notes += [f"{key}_decoder: {targets.note}" for key, targets in self.processor.targets.items()]
         if checkpoint is not None:
-            checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with them
+            checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with the tensors
         data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
         sharded = sharding.is_sharded(accelerator)
         self.notes += use_cache(data, self.collator, self.model, self.processor, config, sharded)
@@ -159,7 +156,7 @@ class Trainer:
         return self
 
     def setup_optimizer(self, checkpoint: Path | None) -> None:
-        """Optimizer and schedule, as they start or as the checkpoint has them, and the model as accelerate wraps it."""
+        """Build optimizer and schedule, anew or from a checkpoint, and wrap the model with accelerate."""
         config, accelerator, model = self.config, self.accelerator, self.model
         sharded = sharding.is_sharded(accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
@@ -185,16 +182,16 @@ class Trainer:
         self.wrapped.train()
 
     def fit(self, warnings: Iterable[str] = ()) -> Path:
-        """Make all updates that are left, and write `final/`; returns that folder.
+        """Run the remaining updates and write `final/`; returns that folder.
 
         Raises:
-            InputError: nothing moved; or the disk is full.
-            NonFiniteLoss, Aborted, Interrupted: after the state was written.
+            InputError: no parameter changed; or the disk is full.
+            NonFiniteLoss, Aborted, Interrupted: after the state has been written.
         """
         config, accelerator = self.config, self.accelerator
         loader = make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
         with contextlib.closing(take_updates(loader, config)) as updates:
-            first = list(itertools.islice(updates, 1))  # mistakes in it are found before anything is written
+            first = list(itertools.islice(updates, 1))  # find errors in it before anything is written
             with written_or_as_before(self.folder, accelerator):
                 facts = {"environment": environment(accelerator)}
                 prepared = prepare_folder(self.folder, config, facts["environment"], self.done, accelerator)
@@ -212,7 +209,7 @@ class Trainer:
         return self.folder / FINAL
 
     def run_updates(self, updates: Iterable[list[MicroBatch]], caught: list[int], trace: Any) -> None:
-        """All updates, and what is due between them: metrics, evaluation, samples, checkpoints, the end on a signal."""
+        """Run the updates, with metrics, evaluation, samples and checkpoints in between; stops on a signal."""
         train, log = self.config.train, self.log
         moved = self.done == train.max_steps
         for micro_batches in self.meter.updates(updates):
@@ -263,7 +260,7 @@ class Trainer:
         check_finite(self.model, self.accelerator)
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many updates (0: never) happens after this one."""
+        """Whether an action taken every `every` updates (0: never) is due after this one."""
         return every > 0 and self.done % every == 0
 
     def step(self, micro_batches: list[MicroBatch]) -> Metrics:
@@ -285,10 +282,10 @@ class Trainer:
                 batch = move(batch, accelerator.device)
                 with self.meter.phase("forward"):
                     output = self.wrapped(**batch, loss_counts=denominators, generators=generators)
-                # Rows without a weighted loss, or none at all: the other processes still wait for these gradients.
+                # Without a loss, the other processes still wait for these gradients.
                 loss = nothing(self.model, output) if output.loss is None else output.loss
                 # DDP averages gradients over processes, but this loss is a share of one sum: undo the division.
-                if loss.requires_grad:  # else, in a single process, nothing that trains had a part in it
+                if loss.requires_grad:  # false if, in a single process, no trainable parameter is involved
                     with self.meter.phase("backward"):
                         accelerator.backward(loss * accelerator.num_processes)
             for name, term in output.losses.items():
@@ -316,13 +313,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Every sub-term's mean over `data.eval`, and the weighted loss; noise is the same each time."""
+        """Mean of every sub-term over `data.eval`, and the weighted loss, with the same noise each time."""
         names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
         totals, counts = Sums(names, device), Sums(names, device)
         size, world, rows = self.config.train.batch_size, accelerator.num_processes, range(len(self.held_out))
         starts = range(0, len(rows), size * world)
         chunks = [list(rows[i : i + size * world][accelerator.process_index :: world]) for i in starts]
-        # Processes that share layers take as many steps together: one without rows computes one that does not count.
+        # Sharded processes must take equally many steps: one without rows computes a row that is not counted.
         order = [chunk or [0] for chunk in chunks]
         self.wrapped.eval()
         loader = DataLoader(self.held_out, batch_sampler=order, collate_fn=self.collator, **loader_options(self.config))
@@ -341,13 +338,13 @@ class Trainer:
         return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
 
     def sample(self) -> None:
-        """Answers to the first rows of data.eval; every process generates, as a sharded model needs them all."""
+        """Generate answers to the first rows of data.eval, on every process, as a sharded model requires."""
         train, folder = self.config.train, self.folder / SAMPLES / f"{self.done:06d}"
         rows = self.held_out, train.sample_rows, self.config.run.seed
         self.log.say(take_samples(self.model, self.processor, *rows, folder, self.accelerator, self.done))
 
     def stop_if_above(self, metrics: dict[str, float]) -> None:
-        """Raise `Aborted`, after a checkpoint for inspection, where a metric is above its bound or not a number."""
+        """Raise `Aborted`, after a checkpoint for inspection, if a metric is above its bound or NaN."""
         bounds = self.config.train.abort_above
         over = {name: metrics[name] for name, bound in bounds.items() if name in metrics and not metrics[name] <= bound}
         if over:
@@ -359,10 +356,10 @@ class Trainer:
         """Write a checkpoint `<name><updates done>` and return its folder.
 
         Args:
-            random_state: what `rng_state` gave, if it is not to be the present one.
+            random_state: an earlier result of `rng_state`; the current state if None.
 
         Raises:
-            NonFiniteLoss: something that trains is not finite, which no checkpoint may hold that a run continues from.
+            NonFiniteLoss: a trainable parameter is not finite, and the run could not continue from the checkpoint.
         """
         if name == PREFIX:
             check_finite(self.model, self.accelerator)
@@ -376,10 +373,10 @@ class Trainer:
         return path
 
     def describe(self, metrics: dict[str, float]) -> None:
-        """Note in the model's config what was trained, for its card."""
+        """Record the training in the model's config, for its card."""
         losses = {name: value for name, value in metrics.items() if "loss" in name or name in self.model.loss_names()}
         parts = [*self.stage.trains, *(["adapters of the language model"] if self.stage.lora else [])]
-        if self.whole is not None:  # where layers are sharded, the main process alone has it
+        if self.whole is not None:  # None on other processes if sharded
             made = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
             self.whole.config.trained = made
 
@@ -396,7 +393,7 @@ class Trainer:
 
 
 def nothing(model: MultimodalModel, output: Any) -> torch.Tensor:
-    """A zero through everything that trains, for a batch without any loss: other processes wait for its gradients."""
+    """Zero loss that depends on all trainable parameters, for a batch without any loss."""
     zero = model.touch_trainable()
     states = output.hidden_states
     return zero if states is None or not states.requires_grad else zero + states.float().mean() * 0
