@@ -1,1 +1,1 @@
-"""A trained model to talk to."""
+"""Chat with a trained model."""

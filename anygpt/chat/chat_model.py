@@ -1,7 +1,4 @@
-"""A trained model to talk to: loaded from a run's folder, answering conversations with settings that a person chooses.
-
-The terminal chat and the servers stand on this.
-"""
+"""`ChatModel`: a trained model that answers conversations with given settings, used by terminal chat and servers."""
 
 from __future__ import annotations
 
@@ -30,26 +27,26 @@ from anygpt.outputs import Answer, GenerationOutput, Segment
 from anygpt.processing.processor import MultimodalProcessor
 
 INPUT_LIMITS = MediaLimits(max_pixels=4096 * 4096, max_frames=60 * 60, max_seconds=60.0, max_bytes=128 * 1024**2)
-"""What one attached medium may ask for."""
+"""Limits of one attached medium."""
 MAX_ASPECT = 50
-"""Length to breadth of a picture or a frame: encoders scale the shorter side up to theirs, and the longer with it."""
+"""Maximum aspect ratio of images and frames: encoders scale by the shorter side, and the longer could become huge."""
 LEAST_TEMPERATURE = 1e-3
-"""Below it the likeliest token is taken: nothing else is ever sampled there, and scores divided by it overflow."""
+"""Below it decoding is greedy: nothing else would be sampled, and scores divided by it overflow."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer.
+    """Settings of an answer.
 
     Attributes:
-        max_new_tokens: tokens of an answer at most, signal tokens included; fewer where the language model has no
-            room for them behind the conversation.
-        temperature: 0 takes the likeliest token, else text is sampled.
-        top_p: sampled from the likeliest tokens that make up this share.
-        seed: of sampled text and of the media.
-        require, forbid: decoders that the answer must call, and may not call.
+        max_new_tokens: maximum tokens of an answer, including signal tokens; also limited by the language model's
+            context length.
+        temperature: sampling temperature; 0 for greedy decoding.
+        top_p: probability mass of the tokens to sample from.
+        seed: seed of sampled text and of the media.
+        require, forbid: decoders that the answer must call, and must not call.
         decoder_kwargs: `{decoder key: options}`, as `generate` takes them.
-        stop: texts that end an answer, which has what stands before them.
+        stop: texts that end an answer, which excludes them.
     """
 
     max_new_tokens: int = 128
@@ -63,7 +60,7 @@ class Settings:
 
     @property
     def kind(self) -> str:
-        """What settings that can be answered together have in common: all but seeds and the number of tokens."""
+        """Key of settings that can share a batch: everything except seeds and `max_new_tokens`."""
         decoders = {key: {n: v for n, v in own.items() if n != "seed"} for key, own in self.decoder_kwargs.items()}
         return repr(replace(self, seed=0, max_new_tokens=1, decoder_kwargs=decoders))
 
@@ -73,9 +70,9 @@ class Reply:
     """One answer.
 
     Attributes:
-        prompt_tokens: of the conversation, media included.
-        new_tokens: of the answer, signal tokens included.
-        complete: it ended by itself or at a stop text, and not because it had no more tokens.
+        prompt_tokens: tokens of the conversation, including media.
+        new_tokens: tokens of the answer, including signal tokens.
+        complete: whether it ended by itself or at a stop text, not at the maximum number of tokens.
     """
 
     answer: Answer
@@ -85,15 +82,15 @@ class Reply:
 
 
 class TooLong(InputError):
-    """A conversation that leaves the language model no room for an answer."""
+    """A conversation that leaves no room for an answer in the language model's context."""
 
 
 class ChatModel:
     """A model and its processor.
 
     Args:
-        checkpoint: a run's `final/` folder.
-        device: where to run.
+        checkpoint: `final/` folder of a run.
+        device: device to run on.
         offload: move a decoder's networks to the device only while they are used.
 
     Raises:
@@ -124,18 +121,18 @@ class ChatModel:
         return {key: decoder.modality for key, decoder in self.model.decoders.items()}
 
     def options(self, key: str) -> dict[str, Any]:
-        """Steps, guidance, sizes and whatever else a decoder samples with where nobody asks for anything."""
+        """Default sampling options of a decoder: steps, guidance, sizes, …"""
         decoder = self.model.decoders[key]
         return decoder.module.pipeline_options | decoder.options({})
 
     def read(self, modality: str, place: str | Place, limits: MediaLimits = INPUT_LIMITS) -> dict[str, Any]:
-        """A medium as a content part of a message.
+        """Read a medium as a content part of a message.
 
         Raises:
-            InputError: no encoder reads it, it is broken, over a limit, or very long and thin.
+            InputError: it has no encoder, is damaged, over a limit, or too elongated.
         """
         key = self.processor.encoder_key(modality)
-        # of a video, only the frames that its encoder looks at are kept in memory
+        # keep only the video frames that the encoder samples
         frames = getattr(self.processor.encoder_processors[key], "num_frames", None)
         kind = media_type(modality)
         medium = kind.read(place, frames, limits, whole=False)
@@ -149,17 +146,17 @@ class ChatModel:
         return {"type": modality, modality: medium}
 
     def check(self, settings: Settings) -> None:
-        """Find mistakes in settings, which `answer` would find too, before there is anything to answer.
+        """Validate settings ahead of `answer`.
 
         Raises:
-            InputError: a setting that this model cannot take.
+            InputError: a setting that this model does not support.
         """
         if not 0 <= settings.seed <= MAX_SEED:
             raise InputError(f"the seed is {settings.seed}; expected a whole number from 0 to {MAX_SEED}")
         if settings.max_new_tokens < 1:
             raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
         require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
-        SpanRules(self.model.signal_tokens.ids, settings.max_new_tokens, require, forbid)  # finds what has no room
+        SpanRules(self.model.signal_tokens.ids, settings.max_new_tokens, require, forbid)  # raises if spans do not fit
 
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None
@@ -167,12 +164,12 @@ class ChatModel:
         """Answer a conversation.
 
         Args:
-            messages: `{"role": …, "content": a text or parts}`, media parts as `read` gives them; the media of the
-                assistant's parts are inputs of the user's next turn.
+            messages: `{"role": …, "content": text or parts}`, media parts as returned by `read`; media of the assistant
+                become inputs of the user's next turn.
             on_event: see `generate`.
 
         Raises:
-            InputError: a setting, a message or its length that the model cannot take.
+            InputError: a setting or message that the model does not support, or a conversation that is too long.
         """
         return self.answer_together([messages], [settings], on_event)[0]
 
@@ -182,10 +179,10 @@ class ChatModel:
         settings: Sequence[Settings],
         on_event: Listener | None = None,
     ) -> list[Reply]:
-        """Answer several conversations in one batch, each as it is answered alone.
+        """Answer several conversations in one batch, with the same answers as one by one.
 
         Args:
-            settings: one a conversation, alike but for `max_new_tokens` and seeds (see `Settings.kind`).
+            settings: one per conversation, all with the same `Settings.kind`.
         """
         shared = settings[0]
         for one in settings:
@@ -229,7 +226,7 @@ class ChatModel:
         return replies
 
     def _room(self, prompt_tokens: int) -> int:
-        """How many tokens the language model can read beyond a conversation."""
+        """Number of tokens left in the language model's context after a conversation."""
         config = base_model(self.model.language_model).config.get_text_config()
         most = getattr(config, "max_position_embeddings", None) or sys.maxsize
         if prompt_tokens >= most:
@@ -248,10 +245,9 @@ class ChatModel:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends an answer once its text has a stop text.
+    """Ends an answer once its text contains a stop text.
 
-    transformers' `StopStringCriteria` puts the vocabulary's strings together, which with some tokenizers is not the
-    text that decoding gives.
+    transformers' `StopStringCriteria` joins the vocabulary's strings, which for some tokenizers differs from decoding.
     """
 
     def __init__(self, chat_model: ChatModel, stop: Sequence[str]):
@@ -259,13 +255,13 @@ class StopTexts(StoppingCriteria):
         self.signals = {i for ids in chat_model.model.signal_tokens.ids.values() for i in ids}
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ids = input_ids[0].tolist()  # the decoding loop asks row by row
+        ids = input_ids[0].tolist()  # the decoding loop calls it for each row
         begin = max((place + 1 for place, i in enumerate(ids) if i in self.signals), default=0)
         return torch.tensor([first_stop(self.decode(ids[begin:]), self.stop) is not None])
 
 
 class ByRow:
-    """A listener that hands each row's events to a listener of its own, made when the first one comes."""
+    """A listener that passes each row's events to a separate listener, created with the first event."""
 
     def __init__(self, make: Callable[[], Listener]):
         self.make, self.listeners = make, {}
@@ -277,11 +273,11 @@ class ByRow:
 
 
 class StopFilter:
-    """A listener that holds text back while it may be the beginning of a stop text, and drops what follows one.
+    """A listener that holds back text that may begin a stop text, and drops everything from a stop text on.
 
     Args:
         stop: the stop texts.
-        listener: is given the rest.
+        listener: receives the other events.
     """
 
     def __init__(self, stop: Sequence[str], listener: Listener):
@@ -306,18 +302,18 @@ class StopFilter:
         self.listener(event)
 
     def _beginning(self, text: str) -> int:
-        """How many characters at the end of a text a stop text begins with."""
+        """Length of the longest end of a text that begins a stop text."""
         lengths = range(min(len(text), max(map(len, self.stop)) - 1), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.stop)), 0)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins; None where there is none."""
+    """Index of the first stop text in a text, or None."""
     return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
-    """Take the first stop text and what follows it out of an answer; returns whether there was one."""
+    """Cut an answer at its first stop text; returns whether there was one."""
     for index, segment in enumerate(answer.segments):
         end = first_stop(segment.content, stop) if segment.type == "text" else None
         if end is not None:
@@ -328,7 +324,7 @@ def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
 
 
 def check_device(device: str, offload: bool) -> None:
-    """Raises `InputError` where a device cannot be used, or has nothing to offload to."""
+    """Raise `InputError` if a device cannot be used, or cannot be offloaded from."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -338,7 +334,7 @@ def check_device(device: str, offload: bool) -> None:
 
 
 def place(model: MultimodalModel, device: str | torch.device, offload: bool = False) -> None:
-    """Move a model to a device; with `offload` its decoders' networks only while each is used (diffusers' helper)."""
+    """Move a model to a device; with `offload`, its decoders' networks only while in use (diffusers' helper)."""
     if not offload:
         model.to(device)
         return
@@ -354,11 +350,7 @@ def place(model: MultimodalModel, device: str | torch.device, offload: bool = Fa
 
 
 def modality_of(path: str | Path) -> str:
-    """What a file is by its suffix.
-
-    Raises:
-        InputError: a suffix that is not known.
-    """
+    """Media type of a file by its suffix; raises `InputError` for an unknown one."""
     if kind := media_type_of(path):
         return kind.name
     known = " ".join(suffix for kind in MEDIA.values() for suffix in kind.suffixes)

@@ -1,4 +1,4 @@
-"""The command line: `anygpt COMMAND …`, each command a module with a docstring for its help and `main(arguments)`."""
+"""The command line, `anygpt COMMAND …`: a command is a module with `main(arguments)`, whose docstring is its help."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS = {
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "runs/quickstart/stage3/final"
-INTERRUPTED = 128 + 2  # by Ctrl-C, as shells have it
+INTERRUPTED = 128 + 2  # exit code after Ctrl-C, as in shells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 2 after a mistake of the user's, which is printed as one line."""
+    """Run one command; returns its exit code: 2 after a user error, which is printed as one line."""
     command = importlib.import_module(f"anygpt.commands.{name.replace('-', '_')}")
     quiet_libraries()
     try:
@@ -56,12 +56,12 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # of `| head`
+    except BrokenPipeError:  # such as from `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A command's parser: its docstring as it stands, and no abbreviated flags."""
+    """Parser of a command: keeps the description's layout and allows no abbreviated flags."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     return argparse.ArgumentParser(prog=f"anygpt {name}", description=description, **options)

@@ -1,19 +1,19 @@
-"""Benchmarks: time and peak memory of one thing done in several ways, as ratios in one run.
+"""Benchmarks: time and peak memory of alternative ways to do one thing, as ratios within one run.
 
     anygpt benchmark stage2 [--steps 5 …]
     anygpt benchmark stage2 --help
 
-Each way runs in a process of its own, so that one's peak memory is not another's. A benchmark is a file in
-`scripts/benchmarks/` with a docstring and three functions:
+Each way runs in its own process, so that peak memories are separate. A benchmark is a file in `scripts/benchmarks/`
+with a docstring and three functions:
 
     add_arguments(parser)          its settings
-    sides(options) -> list[str]    the ways that are compared
-    measure(side, options) -> dict numbers by name, taken in a fresh process: times in seconds under names ending in
-                                   `_s`, everything else as it is; peak memory is added here
+    sides(options) -> list[str]    the ways to compare
+    measure(side, options) -> dict numbers by name, measured in a fresh process: times in seconds have names ending in
+                                   `_s`; peak memory is added automatically
 
-and, where the ratios are not all to the first way, `baseline(side) -> str`, the way that each is compared with.
+and optionally `baseline(side) -> str`, the way to compare `side` with, if that is not always the first one.
 
-With `--rounds N` all ways are measured N times in turn, so that a slow hour of the machine falls on each of them, and
+With `--rounds N` all ways are measured N times in turn, so that slow phases of the machine affect all of them, and
 medians are shown.
 """
 
@@ -43,10 +43,10 @@ GIB = 2**30
 
 
 def names() -> list[str]:
-    """The benchmarks that there are.
+    """Names of the benchmarks.
 
     Raises:
-        InputError: none: they belong to the repository, and not to what is installed from it.
+        InputError: none found; they are part of the repository, not of the installed package.
     """
     if not (HERE / "benchmarks").is_dir():
         raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")
@@ -54,14 +54,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """One benchmark's module."""
+    """Module of a benchmark."""
     sys.path.insert(0, str(HERE))
     return importlib.import_module(f"benchmarks.{name}")
 
 
 def peak_memory() -> dict[str, float]:
-    """Of this process, in GiB: resident memory, and the accelerator's where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    """Peak resident memory of this process, and of the accelerator if there is one, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     memory = {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
     if torch.cuda.is_available():
         memory["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -72,7 +72,7 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     """Measure one side in a fresh process.
 
     Raises:
-        SystemExit: it failed; its own messages have been printed.
+        SystemExit: the process failed; its messages have been printed.
     """
     print(f"  {side} …", file=sys.stderr)
     command = [sys.executable, "-m", "anygpt", "benchmark", *arguments, "--side", side]
@@ -84,7 +84,7 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
 
 
 def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each side's numbers over the rounds."""
+    """Medians of each side's numbers over the rounds."""
     first = rounds[0]
     return {
         side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
@@ -93,7 +93,7 @@ def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) -> str:
-    """Markdown: a line a side, a column a number, its ratio to the baseline's in brackets."""
+    """Markdown table with a line per side, a column per number, and ratios to the baseline in brackets."""
     first = next(iter(results.values()))
     lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
     for side, numbers in results.items():
@@ -104,7 +104,7 @@ def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) 
 
 
 def machine() -> str:
-    """What the numbers were taken on."""
+    """Description of the machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 

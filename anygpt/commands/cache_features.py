@@ -1,11 +1,11 @@
-"""Writes the feature cache of a run: what its frozen parts make of all media and captions, computed once.
+"""Write the feature cache of a run: outputs of its frozen parts for all media and captions, computed once.
 
     anygpt cache-features --stage 2 --config configs/tiny/stage2.yaml --data.cache_dir runs/cache
     accelerate launch scripts/cache_features.py --stage 2 --config … --num-workers 8 --batch-size 64
 
-Then train with the same settings; `data.cache_dir` in the YAML serves both. A part that trains in the run is left out.
-A run that was killed goes on where it was. Every setting can be overridden, as in the stages. The exit code is 0, or 2
-after a mistake, which one line tells.
+Then train with the same settings; both use `data.cache_dir` of the YAML. Parts that train in the run are left out. An
+interrupted command resumes when repeated. Every setting can be overridden, as in the stages. The exit code is 0, or 2
+after a user error, which is printed as one line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def write(config: Config, options: argparse.Namespace) -> None:
-    """Build what the config describes, and write its cache."""
+    """Build the config's model and data, and write the cache."""
     if config.data.cache_dir is None:
         raise InputError("data.cache_dir is null; name the folder to write, with --data.cache_dir or in the YAML")
     folder = Path(config.data.cache_dir)
@@ -61,7 +61,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
         cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
     )
-    set_seed(config.run.seed)  # new signal tokens are drawn at random, here as in the run
+    set_seed(config.run.seed)  # gives new signal tokens the same random rows as in the run
     model, processor = build(config)
     if options.stage is None:
         model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
@@ -79,7 +79,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
     model.to(accelerator.device).eval()
     if options.overwrite and accelerator.is_main_process:
         for place in (*(folder / entry.name for entry in entries(model)), *folder.glob(f"{LANGUAGE_MODEL}-*")):
-            if (place / KEY).is_file():  # anything else is not ours to remove
+            if (place / KEY).is_file():  # anything else is not a store
                 shutil.rmtree(place)
     accelerator.wait_for_everyone()
     CacheWriter(

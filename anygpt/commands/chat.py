@@ -1,15 +1,15 @@
-"""Talk to a trained model in the terminal: text and files in, text and media out.
+"""Chat with a trained model in the terminal: text and files as input, text and media as output.
 
     anygpt chat                                                # a conversation
     anygpt chat --prompt "What is this?" --attach picture.png  # one answer
 
-In a conversation, text comes as it is said, media are written into the folder `--output` and their paths printed, and
-what was generated is an input of your next message. Commands:
+In a conversation, text is streamed, media are written to the folder `--output` and their paths printed, and generated
+media become inputs of your next message. Commands:
 
     /attach PATH   add a file to your next message (image, video or sound, by its suffix)
     /history       show the conversation so far
-    /save PATH     write it there as JSON, media as the paths of their files
-    /reset         forget everything
+    /save PATH     write the conversation as JSON, with paths of media files
+    /reset         start a new conversation
     /quit          end
 """
 
@@ -57,11 +57,11 @@ class Chat:
         )
         self.chat_model.check(self.settings)
         self.messages: list[dict[str, Any]] = []
-        self.history: list[dict[str, Any]] = []  # the same, media as paths
+        self.history: list[dict[str, Any]] = []  # the messages with media as paths
         self.turns = last_turn(options.output)
 
     def say(self, text: str, files: list[str], prefix: str = "") -> None:
-        """One turn: what the user says and attaches; prints the answer as it comes. Nothing is kept of a failed one."""
+        """Send the user's text and files and stream the answer; a failed turn is not kept."""
         parts = [self.chat_model.read(modality_of(path), path) for path in files]
         shown = [{"type": part["type"], "path": path} for part, path in zip(parts, files, strict=True)]
         said = [{"type": "text", "text": checked_text(text, "what you say")}] if text else []
@@ -101,7 +101,7 @@ class Chat:
         print(f"saved: {path}")
 
     def attach(self, path: str, files: list[str]) -> None:
-        """Look at a file, so that its faults are known before anything is said."""
+        """Attach a file, checking that it can be read."""
         if not path:
             raise InputError("/attach needs the path of a file")
         part = self.chat_model.read(modality_of(path), path)
@@ -144,7 +144,7 @@ class Chat:
 
 
 def as_path(argument: str) -> str:
-    """A path as people type it, or drop it into a terminal: in quotes, with `~`."""
+    """Path as typed or dropped into a terminal, possibly quoted or with `~`."""
     argument = argument.strip()
     if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
         argument = argument[1:-1]
@@ -152,18 +152,18 @@ def as_path(argument: str) -> str:
 
 
 def last_turn(folder: Path) -> int:
-    """The highest number among the media that earlier conversations left there, which later ones may not replace."""
+    """Highest turn number among existing media in the folder, which must not be overwritten."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(found[1]) for name in names if (found := re.match(r"(\d+)-\d+\.\w+$", name))), default=0)
 
 
 class Printer:
-    """Prints the events of an answer: text as it comes, progress on a terminal only, media as paths.
+    """Prints the events of an answer: streamed text, progress (on a terminal only), paths of media.
 
     Args:
-        folder: where media are written.
+        folder: folder for media.
         turn: number in their names.
-        prefix: stands before the answer.
+        prefix: printed before the answer.
     """
 
     def __init__(self, folder: Path, turn: int, prefix: str = ""):
@@ -171,7 +171,7 @@ class Printer:
         self.paths: dict[int, str] = {}
         self.terminal = sys.stdout.isatty()
         print(prefix, end="", flush=True)
-        self.begun = bool(prefix)  # something stands on this line
+        self.begun = bool(prefix)  # whether the current line has text
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, TextPiece):
@@ -225,7 +225,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find mistakes before anything is loaded."""
+    """Validate options before anything is loaded."""
     for name, least, most in (("max_new_tokens", 1, 2**31), ("steps", 1, 2**31), ("seed", 0, MAX_SEED)):
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
@@ -243,7 +243,7 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows what it can
+        if isinstance(stream, io.TextIOWrapper):  # for terminals without UTF-8
             stream.reconfigure(errors="replace")
     check(options)
     chat = Chat(options)

@@ -1,9 +1,9 @@
-"""A page to talk to a trained model in a browser: text, pictures, clips and sounds, in and out.
+"""Serve a page to chat with a trained model in a browser, with text, images, videos and sounds as input and output.
 
     anygpt demo    # then open http://127.0.0.1:7860
 
-Text and the decoders' progress are shown as they come. Nothing is loaded from elsewhere and nobody is told. There is
-no authentication: put it behind something that has, before it listens on anything but this machine.
+Text and the decoders' progress are streamed. The page loads nothing from other sites and sends no telemetry. There is
+no authentication: put a proxy that has it in front before listening on anything but this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     add_arguments(parser, port=7860)
     options = parser.parse_args(arguments)
     check(options)
-    from anygpt.serving.page import make_app  # after the check, which says in a sentence what is not installed
+    from anygpt.serving.page import make_app  # after the check, which reports missing packages
 
     end_on_sigterm()
     engine = load_engine(options)

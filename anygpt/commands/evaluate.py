@@ -1,12 +1,12 @@
-"""Measure a trained model: by a suite of metrics on anybody's data, or by the any-to-any matrix of ToyWorld.
+"""Evaluate a trained model with a suite of metrics on your data, or with the any-to-any matrix of ToyWorld.
 
     anygpt evaluate --checkpoint runs/quickstart/stage3/final --output runs/report
     anygpt evaluate --checkpoint DIR --suite configs/evaluation/coco_generation.yaml --output DIR
 
-A suite file writes metrics.json, samples/ and report.html; what is finished in the output folder is not asked again,
-and the suite's settings are overridden as in `--ask.seed 1 --limit 1000`. `--suite toyworld` prints the matrix, its
-upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png and report.html. Its things are those that
-stages 1 to 3 never saw; `--things seen` takes the others.
+A suite file writes metrics.json, samples/ and report.html; answers that are already in the output folder are reused,
+and the suite's settings can be overridden, as in `--ask.seed 1 --limit 1000`. `--suite toyworld` prints the matrix, its
+upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png and report.html. It uses things that
+stages 1 to 3 never saw, or with `--things seen` the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULTS = Settings()
 
 
 def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and for a suite file what is left over: settings of the suite."""
+    """Options, and for a suite file the remaining arguments, which override its settings."""
     parser = new_parser("evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=CHECKPOINT, help="a run's final/ folder (default: the quickstart's last)")
@@ -72,7 +72,7 @@ def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
-    """`["10"]` sets all kinds, `["image=10", "video=8"]` some."""
+    """Values by kind: `["10"]` sets all kinds, `["image=10", "video=8"]` some."""
     kinds, values = WAYS[1:], {}
     for item in given:
         kind, _, number = item.rpartition("=")
@@ -119,7 +119,7 @@ def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
 
 
 def run_matrix(options: argparse.Namespace) -> str:
-    """Evaluate ToyWorld and write everything; returns the matrix as a table."""
+    """Evaluate on ToyWorld and write all files; returns the matrix as a table."""
     settings = settings_of(options)
     model, processor = load(options, options.device).values()
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +138,10 @@ def run_matrix(options: argparse.Namespace) -> str:
 
 
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
-    """Ask what a suite file asks, score and write; returns the table, in the first process."""
+    """Run a suite file and write its results; returns the table in the first process."""
     suite = read_suite(options.suite, overrides)
     suite.baselines = [] if options.no_baselines else suite.baselines
-    # Others wait while one still asks. Without a device all processes must be told that they run on the CPU.
+    # Processes may wait long for each other. Without a device, accelerate must be told to use the CPU.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])

@@ -1,9 +1,9 @@
-"""Merge what was trained into the parts: LoRA into the weights, signal tokens into resized matrices.
+"""Merge trained tensors into the parts: LoRA into the weights, signal tokens into resized matrices.
 
     anygpt merge-lora --checkpoint runs/tiny/stage3/final --output runs/merged [--dtype float32]
 
-The output is a composition as any other (`MultimodalModel.from_pretrained`), without adapters; and its
-`parts/language_model` is a language model with its tokenizer that transformers loads alone.
+The output is an ordinary composition (`MultimodalModel.from_pretrained`) without adapters; transformers can load its
+`parts/language_model`, a language model with its tokenizer, by itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(checkpoint: Path, output: Path, dtype: str | None) -> None:
-    """Write the merged composition; `output` is there whole or not at all.
+    """Write the merged composition to `output` atomically.
 
     Raises:
-        InputError: no saved model, one with nothing to merge, or an output that is there already.
+        InputError: no saved model, nothing to merge, or `output` exists already.
     """
     if output.exists():
         raise InputError(f"--output {output} is there already; choose another folder")

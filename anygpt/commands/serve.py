@@ -1,14 +1,14 @@
-"""Serve a trained model over HTTP, in the form of OpenAI's chat completions.
+"""Serve a trained model over HTTP with OpenAI's chat completions API.
 
     anygpt serve
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "anygpt", "messages": [{"role": "user", "content": "Draw a red ring."}]}'
 
-Pictures, clips and sounds come as data URLs in content parts (`image_url`, `video_url`, `input_audio`) and go out as
-such in the message's `parts`; `stream` gives server-sent events. Beyond OpenAI's fields: `require` and `forbid` (lists
-of decoders), and `decoders` (`{"image": {"num_inference_steps": 25}}`). `--api-key` (or ANYGPT_API_KEY in the
-environment) asks for a key; pages of other sites may ask only with `--cors-origin`. `GET /metrics` is in Prometheus'
-form. The connection is not encrypted: put it behind something that is, before it listens on anything but this machine.
+Images, videos and sounds are data URLs in content parts (`image_url`, `video_url`, `input_audio`), in answers in the
+message's `parts`; `stream` sends server-sent events. Beyond OpenAI's fields: `require` and `forbid` (lists of
+decoders), and `decoders` (`{"image": {"num_inference_steps": 25}}`). `--api-key` (or ANYGPT_API_KEY in the environment)
+requires a key; pages of other sites need `--cors-origin`. `GET /metrics` has Prometheus' format. The connection is not
+encrypted: put a proxy with TLS in front before listening on anything but this machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     check(options)
-    from anygpt.serving.http import Interface  # after the check, which says in a sentence what is not installed
+    from anygpt.serving.http import Interface  # after the check, which reports missing packages
 
     interface = Interface(load_engine(options), options.model_name, key=options.api_key or None)
     print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)

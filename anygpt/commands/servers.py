@@ -1,4 +1,4 @@
-"""What the servers' command lines have in common."""
+"""Shared parts of the servers' command lines."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find mistakes before anything is loaded; a free port is chosen here, where none was named.
+    """Validate options before anything is loaded, and choose a free port if none was given.
 
     Raises:
-        InputError: a setting that cannot be used, or the extra `demo` is not installed.
+        InputError: an invalid option, or the extra `demo` is not installed.
     """
     missing = [name for name in ("gradio", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM unwinds as an error does, so that what was written for the time being goes: by default it just kills."""
+    """Make SIGTERM raise instead of killing the process, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -71,7 +71,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
 
 def listen(app: Any, options: argparse.Namespace) -> None:
     """Serve until interrupted or terminated."""
-    import uvicorn  # not above: `check` says in a sentence where it is missing
+    import uvicorn  # not at the top: `check` reports it if missing
 
     from anygpt.serving.connections import allow_open_files, server_config
 

@@ -1,10 +1,10 @@
-"""Every hop's tensors from input to decoder: name, shape, dtype and device, in the order in which they come about.
+"""List the tensors between all parts, from input to decoder: name, shape, dtype and device, in order of computation.
 
     anygpt trace-shapes configs/tiny/stage3.yaml [--section.key value …]
     anygpt trace-shapes --checkpoint runs/quickstart/stage3/final
 
-One real forward pass is watched, on samples of the config's own data that cover every input and output modality; on
-made-up media where there is no data. The shapes in letters are those of the legend in `anygpt/outputs.py`.
+Traces one real forward pass on samples of the config's data that cover every input and output modality, or on synthetic
+media if there is no data. The letters of shapes are explained in `anygpt/outputs.py`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ COLUMNS = ("hop", "tensor", "shape", "dtype", "device", "in letters")
 
 
 class Trace:
-    """A table of tensors, in the order in which they are seen."""
+    """A table of tensors in the order in which they are added."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, ...]] = []
 
     def add(self, hop: str, name: str, value: Any, letters: str | dict[str, str]) -> None:
-        """A tensor, or all those in a list, mapping or dataclass; letters by the place in it, `""` for all others."""
+        """Add a tensor, or all in a list, mapping or dataclass, with letters by place in it, `""` for the others."""
         by_place = letters if isinstance(letters, dict) else {"": letters}
         for suffix, tensor in tensors_in(value):
             letters = by_place.get(suffix, by_place[""])
@@ -51,7 +51,7 @@ class Trace:
             self.rows.append((hop, name + suffix, shape, dtype, str(tensor.device), letters))
 
     def __str__(self) -> str:
-        """Columns as wide as they need be; a hop is named once."""
+        """Aligned table; each hop is named once."""
         widths = [max(len(row[i]) for row in [COLUMNS, *self.rows]) for i in range(len(COLUMNS))]
         lines, before = [], None
         for row in [COLUMNS, tuple("─" * width for width in widths), *self.rows]:
@@ -62,7 +62,7 @@ class Trace:
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its place: `.key` of a mapping or field, `[i]` of a list."""
+    """Yield every tensor with its place: `.key` of a mapping or field, `[i]` of a list."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict) or hasattr(value, "keys"):
@@ -78,7 +78,7 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def watched(owner: Any, method: str, see: Any) -> Iterator[None]:
-    """Call `see(arguments, result)` after each call of a method of this one object."""
+    """Call `see(arguments, result)` after each call of a method of this object."""
     original = getattr(owner, method)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ def watched(owner: Any, method: str, see: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def trace(model: MultimodalModel, batch: dict[str, Any]) -> Trace:
-    """Run one forward pass and note what every hop of the figure gives."""
+    """Run one forward pass and record the output of every hop."""
     table = Trace()
     text = ("input_ids", "attention_mask", "labels")
     for name in text:
@@ -158,7 +158,7 @@ def trace(model: MultimodalModel, batch: dict[str, Any]) -> Trace:
 
 
 def make_samples(model: MultimodalModel, folder: Path) -> Path:
-    """Made-up media in `folder`: a row for each encoder that asks about its input, and one for each decoder."""
+    """Write synthetic media and rows to `folder`: one row per encoder, with its input, and one per decoder."""
     write_image(folder / "medium.png", Image.effect_noise((64, 48), 40).convert("RGB"))
     frames = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
     write_video(folder / "medium.mp4", frames, fps=8)
@@ -181,7 +181,7 @@ def make_samples(model: MultimodalModel, folder: Path) -> Path:
 
 
 def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: list[DataSource]) -> dict[str, Any]:
-    """A batch of as few samples as cover all kinds of media in the data, in both directions; made up without data."""
+    """Batch of few samples that cover all input and output media in the data; synthetic if there is no data."""
     with tempfile.TemporaryDirectory() as folder:
         if not sources or not all(Path(source.path).exists() for source in sources):
             print("no data: the media are made up\n")
@@ -202,7 +202,7 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
 
 
 def load(arguments: list[str]) -> tuple[MultimodalModel, MultimodalProcessor, list[DataSource]]:
-    """The model of a config (with overrides) or of a checkpoint, and the config's data."""
+    """Load the model of a config (with overrides) or of a checkpoint, and the config's data."""
     parser = new_parser("trace-shapes", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="a YAML file of a stage; dotted overrides may follow")

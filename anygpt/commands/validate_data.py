@@ -1,12 +1,12 @@
-"""Checks a data file before a run does: every fault with its file, line and sample, and a summary.
+"""Validate a data file ahead of a run: reports every fault with file, line and sample, and a summary.
 
     anygpt validate-data train.jsonl --media-root media --deep --num-workers 8
     anygpt validate-data train.jsonl --processor runs/stage2/final --max-tokens 2048
     anygpt validate-data 'shards/{00000..00012}.tar' --task generation
     anygpt validate-data table.parquet --columns image=picture text=caption --task comprehension
 
-Faults go to stdout, one a line. The exit code is 0 without faults, 1 with some, 2 where the file or the arguments do
-not let it be checked at all.
+Faults are printed to stdout, one per line. The exit code is 0 without faults, 1 with faults, 2 if the file or the
+arguments are invalid.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--max-tokens needs --processor, which knows the tokenizer and the encoders")
     if args.num_workers < 0:
         parser.error("--num-workers must be at least 0")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names in any script, to a terminal of any encoding
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     columns = dict(pair.partition("=")[::2] for pair in args.columns) if args.columns else None
     with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
 

@@ -1,1 +1,1 @@
-"""A page for the browser and an HTTP interface. Needs the extra `demo`; nothing else of the package imports it."""
+"""Browser demo and HTTP API. Needs the extra `demo`; the rest of the package does not import it."""

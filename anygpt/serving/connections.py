@@ -1,7 +1,7 @@
-"""Connections under a bound: uvicorn's HTTP/1.1, but those that ask for nothing make room for those that do.
+"""uvicorn's HTTP/1.1 with a bounded number of connections, where idle ones make room for new ones.
 
-uvicorn counts every open connection against `limit_concurrency` and answers 503 beyond it, and it gives a client any
-time for its first line; so a thousand connections that say nothing would shut everybody out.
+uvicorn counts every open connection against `limit_concurrency`, answers 503 beyond it, and has no timeout for the
+first line of a request, so a thousand silent connections would block everybody.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
-"""Open at once; beyond it, those that have been idle longest are closed."""
+"""Open connections; beyond it, those idle longest are closed."""
 HEAD_SECONDS = 20
-"""Until a new connection must have sent the head of a request."""
+"""Seconds until a new connection must have sent the head of a request."""
 KEEP_ALIVE = 20
-"""Seconds that an idle connection stays. httpx, and with it OpenAI's client, drops it after 5; were the server's time
-the same, a request could come just as it closes."""
+"""Seconds that an idle connection stays open: more than the 5 of httpx (and OpenAI's client), so that the server does
+not close it just as a request arrives."""
 OPEN_FILES = 4096
 
 
@@ -51,8 +51,8 @@ class BoundedProtocol(H11Protocol):
 
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
-    """How both servers run under uvicorn; `options` are its own."""
-    # What is still being answered when the server ends is cancelled; that is no fault, and needs no traceback.
+    """uvicorn's config for both servers; `options` are its own."""
+    # Answers in progress are cancelled on shutdown, which needs no traceback.
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options
     return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, **options)
@@ -63,7 +63,7 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
 
 
 def allow_open_files() -> None:
-    """Ask the system for more open files than the usual 1,024, where it has such a limit."""
+    """Raise the system's limit of open files, usually 1,024, if there is one."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 

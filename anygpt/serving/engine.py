@@ -1,4 +1,4 @@
-"""One model, one thread, one bounded queue: everybody's requests are answered in turn, like ones together."""
+"""One model, one thread, one bounded queue: requests are answered in order, compatible ones as a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Deliver = Callable[["Event | Reply | Exception"], None]
 
 
 class Busy(Exception):
-    """As many requests as there may be are waiting already."""
+    """The queue is full."""
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class Job:
 
     Attributes:
         messages, settings: see `ChatModel.answer`.
-        deliver: is given the events, then the `Reply` or what went wrong; called in the engine's thread.
-        told: it has been given something.
+        deliver: called in the engine's thread with the events, then with the `Reply` or the exception.
+        told: whether `deliver` has been called.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -39,7 +39,7 @@ class Job:
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Nobody wants the answer any more: it ends at the next token or denoising step, or never begins."""
+        """Abandon the job: it ends at the next token or denoising step, or never starts."""
         self._cancelled.set()
 
     @property
@@ -54,15 +54,15 @@ class Job:
 
 
 class Engine:
-    """Answers jobs in a thread of its own: those that wait and can be answered together, together.
+    """Answers jobs in its own thread, in batches of waiting jobs with compatible settings.
 
     Args:
         chat_model: the model.
-        max_waiting: jobs that may wait.
-        max_batch: jobs that are answered together. One that comes while others are answered waits for the next batch.
+        max_waiting: maximum number of waiting jobs.
+        max_batch: maximum number of jobs in a batch. Jobs that arrive during a batch wait for the next one.
 
     Attributes:
-        metrics: counts of what is answered.
+        metrics: counters for `GET /metrics`.
     """
 
     def __init__(self, chat_model: ChatModel, max_waiting: int = 64, max_batch: int = 8):
@@ -76,11 +76,11 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait, about."""
+        """Approximate number of waiting jobs."""
         return len(self._jobs)
 
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Deliver) -> Job:
-        """Put a job into the queue.
+        """Queue a job.
 
         Raises:
             Busy: the queue is full.
@@ -94,7 +94,7 @@ class Engine:
         return job
 
     def close(self) -> None:
-        """End when the jobs that wait are done."""
+        """Stop after the waiting jobs."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -103,10 +103,10 @@ class Engine:
     def _work(self) -> None:
         while batch := self._next_batch():
             self._answer(batch)
-            del batch  # its media, and the answers', must not be held until the next one comes
+            del batch  # free the media before waiting for the next batch
 
     def _next_batch(self) -> list[Job]:
-        """The job that has waited longest, and others of its kind; empty at the end."""
+        """The job waiting longest and others of its kind; empty on shutdown."""
         with self._changed:
             while True:
                 for job in [job for job in self._jobs if job.cancelled]:
@@ -136,9 +136,9 @@ class Engine:
                     job.deliver(reply)
         except Closed:
             pass
-        except Exception as error:  # the listener says it; the others' requests go on
+        except Exception as error:  # delivered to the listener; other jobs continue
             if len(batch) > 1 and not any(job.told for job in batch):
-                for job in batch:  # one of them is at fault, or together they are too many for the memory
+                for job in batch:  # one is faulty, or the batch does not fit into memory
                     self._answer([job])
             else:
                 for job in batch:

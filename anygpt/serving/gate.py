@@ -1,7 +1,7 @@
-"""What stands before both servers: requests from other sites' pages end here, and too many at once.
+"""Middleware of both servers that rejects requests from other sites' pages, and too many at once.
 
-A page elsewhere can make a visitor's browser send requests to a server on the visitor's own machine: with its own
-`Origin`, or, where its name has been pointed at this machine ("DNS rebinding"), with its own `Host`.
+A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
+`Origin`, or, after DNS rebinding, with the page's host name as `Host`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
 MAX_REQUESTS = 256
-"""Read or answered at once; what waits for the model is among them."""
+"""Requests handled at once, including those waiting for the model."""
 UNCOUNTED = ("/health", "/metrics")
 
 
 class Gate:
-    """An ASGI application before another one.
+    """ASGI middleware.
 
     Args:
-        app: what it stands before.
-        refuse: makes the answer of a status and a sentence.
-        host: the address that the server listens on.
-        hosts: further names that it is asked under; `*` for any.
-        origins: of pages elsewhere that may ask, as `https://example.com`; `*` for any.
+        app: the wrapped application.
+        refuse: builds a response from a status and a message.
+        host: address that the server listens on.
+        hosts: further accepted host names; `*` for any.
+        origins: accepted origins of other sites, such as `https://example.com`; `*` for any.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # neither server speaks WebSocket
+        if scope["type"] != "http":  # no WebSockets
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = Headers(scope=scope)
@@ -74,7 +74,7 @@ class Gate:
                 self._running -= 1
 
     def _knows(self, host: str) -> bool:
-        if not host or "*" in self.hosts:  # browsers always name one
+        if not host or "*" in self.hosts:  # browsers always send a host
             return True
         name = _hostname(f"//{host}")
         return name in self.hosts or (self.everywhere and _is_address(name))

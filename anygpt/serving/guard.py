@@ -1,7 +1,7 @@
-"""What stands before the page: gradio may serve its own files and what was uploaded to it, and nothing else.
+"""Middleware of the page: gradio may only serve its own files and uploads.
 
-Gradio's `file=` and `proxy=` routes fetch addresses for whoever asks, and an event may name any file of the server as
-one that was uploaded. Both end here. The headers let a browser load nothing from elsewhere.
+Blocks gradio's `file=` and `proxy=` routes, which fetch arbitrary addresses, and events that name other files of the
+server as uploads. Its headers keep browsers from loading anything from other sites.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ CLOSED = (
     "runs",
     "component_server",
     "monitoring",
-)  # routes that the page has no use for
+)  # routes that the page does not use
 
 
 class Guard:
-    """An ASGI application before another one.
+    """ASGI middleware.
 
     Args:
-        app: what it stands before.
-        uploads: the folder of uploaded files.
-        event_bytes: of an event's body.
-        upload_bytes: of an upload's body, all of its files together.
+        app: the wrapped application.
+        uploads: folder of uploaded files.
+        event_bytes: maximum size of an event's body.
+        upload_bytes: maximum size of an upload's body, all files together.
     """
 
     def __init__(self, app: ASGIApp, uploads: Path, event_bytes: int = 256 * 1024, upload_bytes: int = 64 * 1024**2):
@@ -83,13 +83,13 @@ class Guard:
         else:
             try:
                 await self.app(scope, receive, with_headers)
-            except Exception as error:  # of gradio, over a request that its page would not send
+            except Exception as error:  # gradio failed on a request that its page would not send
                 logger.warning("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
                 if not started:
                     await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
 
     def _look_at(self, scope: Scope) -> tuple[int | None, str]:
-        """A status and a reason to refuse a request by its first lines, or None."""
+        """Status (or None) and reason to reject a request by its head."""
         route = scope["path"].partition("/gradio_api/")[2]
         if route.startswith(CLOSED):
             return 404, "there is nothing here"
@@ -104,7 +104,7 @@ class Guard:
         return None, ""
 
     async def _look_into(self, scope: Scope, receive: Receive) -> tuple[int | None, str, Receive]:
-        """The same by its body, and the body again for whoever comes next."""
+        """Status (or None) and reason to reject a request by its body, and a `receive` that replays the body."""
         body = bytearray()
         async for piece in HTTPRequest(scope, receive).stream():
             body += piece
@@ -134,14 +134,14 @@ class Guard:
 
 
 def one_line(error: BaseException | None) -> str:
-    """An error for the log, where its traceback would say nothing more."""
+    """An error as one line for the log."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class QuietTraceback:
-    """In place of the module `traceback` in gradio's queue, which prints one for whatever a visitor sends.
+    """Replaces the module `traceback` in gradio's queue, which prints a traceback for any invalid request.
 
-    What goes wrong in an answer is logged by the page itself.
+    The page itself logs errors in answers.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class QuietTraceback:
 
 
 def refuse(status: int, reason: str) -> JSONResponse:
-    """An error as gradio's page understands it."""
+    """Error response in gradio's format."""
     return JSONResponse({"detail": reason}, status)
 
 
@@ -159,7 +159,7 @@ def _is_upload(scope: Scope) -> bool:
 
 
 def _paths(content: Any) -> Iterator[Any]:
-    """All that stands under a key `path`, at any depth."""
+    """Yield all values under a key `path`, at any depth."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key == "path" and value is not None:

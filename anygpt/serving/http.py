@@ -39,7 +39,7 @@ FAULT = "something went wrong here; the server's log says what"
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """Of the bodies of requests: bytes of one, bytes of all at once, and seconds until one is there."""
+    """Limits of request bodies: bytes of one, bytes of all at once, and seconds to receive one."""
 
     bytes: int = 32 * 1024**2
     all_bytes: int = 512 * 1024**2
@@ -47,7 +47,7 @@ class BodyLimits:
 
 
 class Refused(Exception):
-    """A request that gets an error; `status` is HTTP's, `kind` and `code` are OpenAI's `type` and `code`."""
+    """A rejected request; `status` is HTTP's, `kind` and `code` are OpenAI's `type` and `code`."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
@@ -62,11 +62,11 @@ class Interface:
     """The routes.
 
     Args:
-        engine: answers.
-        model: the name under which the model is known.
-        limits: of what a request asks for.
-        bodies: of requests' bodies.
-        key: what clients must send as `Authorization: Bearer <key>` to whatever is under `/v1`; None asks for nothing.
+        engine: answers the requests.
+        model: name of the model in the API.
+        limits: limits of a request's settings.
+        bodies: limits of request bodies.
+        key: API key that clients must send to `/v1` as `Authorization: Bearer <key>`; None requires no key.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Interface:
     ):
         self.engine, self.model, self.key = engine, model, key
         self.limits, self.bodies = limits or form.Limits(), bodies or BodyLimits()
-        self._held = 0  # bytes of bodies that are being read or understood
+        self._held = 0  # bytes of bodies being read or parsed
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
@@ -102,7 +102,7 @@ class Interface:
         return Unread(Gate(app, refuse, host, hosts, origins))
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
-        """Behind the key, and in the metrics."""
+        """Middleware that checks the key and counts requests."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             async def count(message: Message) -> None:
@@ -143,7 +143,7 @@ class Interface:
         except Refused as refused:
             return refused.response()
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has gone
         listening = Listening(job, events, request)
         streams = False
         try:
@@ -163,7 +163,7 @@ class Interface:
                 listening.end()
 
     async def _accept(self, request: HTTPRequest) -> tuple[form.Request, Job, asyncio.Queue]:
-        """Read and understand a request, and put it into the queue."""
+        """Read, parse and queue a request."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {kind!r:.60}; expected application/json")
@@ -188,7 +188,7 @@ class Interface:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver(event: Event | Reply | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the server has ended, and nobody listens
+            with contextlib.suppress(RuntimeError):  # the server has shut down
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
@@ -219,7 +219,7 @@ class Interface:
         return wanted, wanted.decode(self.engine.chat_model)
 
     async def _stream(self, wanted: form.Request, listening: Listening, event: Any) -> AsyncIterator[str]:
-        """Server-sent events until the answer is done."""
+        """Yield server-sent events until the answer is complete."""
         chunk = partial(form.chunk, wanted, self.model)
         try:
             yield _sse(chunk({"role": "assistant", "content": ""}))
@@ -273,12 +273,12 @@ class Interface:
 
 
 class Listening:
-    """The events of a job, for as long as its client listens.
+    """The events of a job, until its client disconnects.
 
     Args:
-        job: is cancelled when the client has gone.
-        events: what the job delivers.
-        request: all of whose body was read.
+        job: cancelled when the client disconnects.
+        events: queue of the job's events.
+        request: the request, its body read completely.
     """
 
     def __init__(self, job: Job, events: asyncio.Queue, request: HTTPRequest):
@@ -289,7 +289,7 @@ class Listening:
         """The next event.
 
         Raises:
-            ClientDisconnect: the client has gone.
+            ClientDisconnect: the client has disconnected.
         """
         event = asyncio.create_task(self.events.get())
         try:
@@ -302,27 +302,27 @@ class Listening:
         return event.result()
 
     def end(self) -> None:
-        """Nobody listens any more."""
+        """Stop listening."""
         self._gone.cancel()
-        self.job.cancel()  # does nothing to one that is done
+        self.job.cancel()  # no effect on a finished job
 
     async def _wait_until_gone(self, request: HTTPRequest) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.job.cancel()  # at once, also where nobody waits for an event just then
+        self.job.cancel()  # immediately, even if nobody awaits an event
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON as it should be.
+    """Parse strict JSON.
 
     Raises:
-        InputError: broken, nested too deeply, or with numbers that JSON does not have.
+        InputError: invalid, nested too deeply, or with NaN or infinite numbers.
     """
     try:
         return json.loads(body, parse_constant=_no_constant)
     except RecursionError:
         raise InputError("the body is nested too deeply") from None
-    except ValueError as error:  # a broken encoding, and an integer of thousands of digits, are such too
+    except ValueError as error:  # also invalid UTF-8, and integers with thousands of digits
         raise InputError(f"the body is not JSON: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Media as data URLs: what comes in decoded under limits, what was generated encoded."""
+"""Media as data URLs: decoding of inputs and encoding of generated media."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anygpt.outputs import Segment
 
 @dataclass(frozen=True)
 class SentMedium(StoredMedium):
-    """The bytes of a medium that came with a request; `name` is for messages."""
+    """Bytes of a medium in a request; `name` is for messages."""
 
     name: str
     data: bytes = field(repr=False)
@@ -33,25 +33,21 @@ class SentMedium(StoredMedium):
 
 
 def from_base64(text: Any, name: str) -> SentMedium:
-    """Bytes from base64.
-
-    Raises:
-        InputError: no text, or no base64.
-    """
+    """Decode base64; raises `InputError` if it is invalid."""
     if not isinstance(text, str) or not text:
         raise InputError(f"{name} has no data; expected the file's bytes in base64")
     try:
-        # as a data URL it may be percent-encoded, and many encoders break lines
+        # data URLs may be percent-encoded, and many encoders wrap lines
         return SentMedium(name, base64.b64decode("".join(unquote(text).split()), validate=True))
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{name} is not base64: {error}") from error
 
 
 def from_data_url(url: Any, name: str) -> SentMedium:
-    """Bytes from a data URL; nothing is ever fetched.
+    """Decode a data URL; other URLs are never fetched.
 
     Raises:
-        InputError: another URL, or one that is broken.
+        InputError: another or an invalid URL.
     """
     if not isinstance(url, str) or not url:
         raise InputError(f"{name} has no url; expected a data URL, data:<type>;base64,<data>")
@@ -64,7 +60,7 @@ def from_data_url(url: Any, name: str) -> SentMedium:
 
 
 def segment_bytes(segment: Segment) -> bytes:
-    """A generated medium as the bytes of a file: PNG, MP4 or WAV."""
+    """Encode a generated medium as a PNG, MP4 or WAV file."""
     with tempfile.TemporaryDirectory() as folder:
         return write_segment(segment, Path(folder, "medium")).read_bytes()
 

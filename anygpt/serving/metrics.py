@@ -1,4 +1,4 @@
-"""What `GET /metrics` says, in Prometheus' form."""
+"""Counters for `GET /metrics`, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from anygpt.generation.events import DecodingStarted, Event, MediumDone
 
 
 class Metrics:
-    """Counts of one server.
+    """Metrics of one server.
 
     Attributes:
-        requests: answered, by HTTP status.
-        waiting: that wait for the model.
-        batch: how many were answered together.
-        tokens: of `prompt`s, media included, and `generated`, signal tokens included.
-        decoder: seconds that decoders took for a batch, by key.
+        requests: answered requests by HTTP status.
+        waiting: requests waiting for the model.
+        batch: sizes of batches.
+        tokens: tokens of `prompt`s, including media, and `generated` ones, including signal tokens.
+        decoder: seconds per batch of each decoder.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Metrics:
         self._begun: dict[str, float] = {}
 
     def event(self, event: Event) -> None:
-        """Take in an event of a batch; those of several rows come after each other."""
+        """Record an event of a batch; those of several rows come after each other."""
         if isinstance(event, DecodingStarted):
             self._begun.setdefault(event.key, time.perf_counter())
         elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:

@@ -1,8 +1,8 @@
-"""OpenAI's chat completions: their requests as conversations and settings, and answers in their form.
+"""OpenAI's chat completions format: parsing of requests into conversations and settings, and formatting of answers.
 
-Media come as content parts with data URLs: `{"type": "image_url", "image_url": {"url": …}}`, the same with
-`video_url`, and `{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`. An answer has its text
-in `content`, and all of it, in order and in the same form, in `parts`; a conversation may send it back with them.
+Media are content parts with data URLs: `{"type": "image_url", "image_url": {"url": …}}`, likewise `video_url`, and
+`{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`. An answer has its text in `content`, and
+text and media in order, as such content parts, in `parts`; clients may send both back in later requests.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FIELDS = (
     *("stream_options", "n", "modalities", "stop"),
     *OWN_FIELDS,
 )
-# They change nothing about an answer.
+# Fields that do not affect an answer.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("verbosity", "reasoning_effort", "parallel_tool_calls"),
 )
-# What they are where they ask for nothing. Tools are never called, which is right where they may not be.
+# Accepted values of unsupported fields: those without effect. Tools are never called, so "none" is satisfied.
 NEUTRAL = {
     **{"frequency_penalty": [0], "presence_penalty": [0], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}]},
     **{"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"]},
@@ -46,7 +46,7 @@ MAX_STOPS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits of one request."""
 
     new_tokens: int = 2**20
     messages: int = 200
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass
 class Request:
-    """A request that has been understood; the media in `messages` are still to be decoded (`decode`)."""
+    """A parsed request; the media in `messages` are not decoded yet (see `decode`)."""
 
     messages: list[dict[str, Any]]
     settings: Settings
@@ -74,10 +74,10 @@ class Request:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def decode(self, chat_model: ChatModel) -> list[dict[str, Any]]:
-        """The conversation with its media decoded; takes its time.
+        """The conversation with its media decoded; slow.
 
         Raises:
-            InputError: a medium that is broken or over a limit, or that no encoder reads.
+            InputError: a medium that is damaged, over a limit, or without an encoder.
         """
         messages = []
         for message in self.messages:
@@ -90,10 +90,10 @@ class Request:
 
 
 def parse_request(body: Any, chat_model: ChatModel, limits: Limits) -> Request:
-    """Understand a request's JSON.
+    """Parse a request's JSON.
 
     Raises:
-        InputError: anything that this server does not know or allow.
+        InputError: a field or value that the server does not support.
     """
     if not isinstance(body, dict):
         raise InputError(f"the body is a JSON {type(body).__name__}; expected an object with model and messages")
@@ -125,9 +125,9 @@ def _settings(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -
         raise InputError(f"temperature is {temperature!r:.40}; expected a number from 0 to 2")
     if not is_number(top_p) or not 0 <= top_p <= 1:
         raise InputError(f"top_p is {top_p!r:.40}; expected a number from 0 to 1")
-    if top_p == 0:  # the likeliest token alone
+    if top_p == 0:  # greedy decoding
         temperature, top_p = 0.0, 1.0
-    seed = given.get("seed", secrets.randbelow(2**32))  # as elsewhere: who wants the same answer again names one
+    seed = given.get("seed", secrets.randbelow(2**32))  # random unless given, as in OpenAI's API
     if not is_integer(seed) or not -MAX_SEED - 1 <= seed <= MAX_SEED:
         raise InputError(f"seed is {seed!r:.40}; expected a whole number of 64 bits")
     require, forbid = (_keys(name, given.get(name, []), chat_model) for name in ("require", "forbid"))
@@ -162,7 +162,7 @@ def _decoders(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -
         raise InputError("decoders must be an object of objects, as {'image': {'num_inference_steps': 25}}")
     _keys("decoders", list(decoders), chat_model)
     for key, options in decoders.items():
-        for name in ("generator", "negative_condition"):  # tensors, which JSON cannot hold
+        for name in ("generator", "negative_condition"):  # not representable in JSON
             if name in options:
                 raise InputError(f"decoders.{key}.{name} cannot be given here")
         chat_model.model.decoders[key].module.check_options(options)
@@ -197,7 +197,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}: the role is {role!r:.40}; expected {', '.join(ROLES)}")
     content = message.get("content")
-    if role == "assistant":  # one of our own may come back as it was given, media and all
+    if role == "assistant":  # an earlier answer, including its media
         content = message.get("parts") or content or ""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -252,7 +252,7 @@ def parts_of(answer: Answer) -> list[dict[str, Any]]:
 
 
 def chunk(request: Request, model: str, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict:
-    """A piece of a streamed answer; `more` are further fields of ours."""
+    """A piece of a streamed answer; `more` are extension fields."""
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
     more |= {"usage": None} if request.include_usage else {}
     return _head(request, model, "chat.completion.chunk") | {"choices": [choice]} | more

@@ -1,4 +1,4 @@
-"""The page: a chat with text, pictures, clips and sounds, in and out. Built on gradio, without its telemetry."""
+"""The demo page: a chat with text, images, videos and sounds as input and output, built on gradio without telemetry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported: it must tell nobody that it runs.
+# Disables telemetry; must be set before gradio is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -58,7 +58,7 @@ html, body { overflow-x: clip; }
 #chat [data-testid="waveform-Audio"] { height: auto; }
 @media (max-width: 640px) { .gradio-container .main { padding: 8px !important; } }
 """
-# gradio leaves the `alt_text` of a picture in a chat out of the page
+# gradio omits the `alt_text` of images in a chat
 DESCRIBE_PICTURES = """() => {
     const describe = () => document.querySelectorAll("#chat .message img[alt='']").forEach((image) => {
         image.alt = image.closest(".bot") ? "generated image" : "attached image";
@@ -69,12 +69,12 @@ DESCRIBE_PICTURES = """() => {
 
 @dataclass
 class Conversation:
-    """What one visitor has said and seen; it stays on the server, under a token that the visitor's browser keeps.
+    """A visitor's conversation, kept on the server under a token that the visitor's browser stores.
 
     Attributes:
-        messages: for the model.
-        shown: for the page.
-        used: when, last.
+        messages: messages for the model.
+        shown: messages for the page.
+        used: time of the last use.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -87,8 +87,8 @@ class Page:
     """Builds the page and answers its events.
 
     Attributes:
-        engine: answers.
-        folder: of uploads and of generated media, this page's own.
+        engine: answers the requests.
+        folder: folder of uploads and generated media, used by this page only.
     """
 
     engine: Engine
@@ -96,7 +96,7 @@ class Page:
     conversations: dict[str, Conversation] = field(default_factory=dict)
 
     def conversation(self, token: str | None) -> tuple[str, Conversation]:
-        """A visitor's conversation, a new one where there is none under the token; those of long ago are forgotten."""
+        """The token and conversation of a visitor, new ones if the token is unknown; removes old conversations."""
         now = time.monotonic()
         for old in [one for one, held in self.conversations.items() if now - held.used > KEPT_SECONDS]:
             del self.conversations[old]
@@ -181,14 +181,14 @@ class Page:
         return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 
     def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
-        """What a page that is loaded again shows."""
+        """Messages and token for a reloaded page."""
         token, conversation = self.conversation(token)
         return conversation.shown, token
 
     def answer(
         self, message: dict[str, Any], token: str | None, *values: Any
     ) -> Iterator[tuple[list[dict[str, Any]], Any, str]]:
-        """One turn, as it goes on: what the page shows, the box to write in, the conversation's token."""
+        """Yield, while a turn is answered, the messages to show, the input box, and the conversation's token."""
         token, conversation = self.conversation(token)
         text, files = _whole(message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
@@ -229,7 +229,7 @@ class Page:
         for path in files:
             try:
                 parts.append(self.engine.chat_model.read(modality_of(path), path))
-            except InputError as error:  # the visitor knows the file's name, and need not know the server's folders
+            except InputError as error:  # show the file's name, but not the server's folders
                 raise InputError(str(error).replace(path, Path(path).name)) from error
         return parts + ([{"type": "text", "text": text}] if text else [])
 
@@ -261,11 +261,11 @@ class Page:
                     raise event
                 yield event
         finally:
-            job.cancel()  # does nothing to one that is done
+            job.cancel()  # no effect on a finished job
 
 
 class Drawing:
-    """An answer as the page shows it while it comes."""
+    """An answer in progress, as shown on the page."""
 
     def __init__(self, folder: Path):
         self.folder = Path(tempfile.mkdtemp(dir=folder))
@@ -274,7 +274,7 @@ class Drawing:
         self._drawn = 0.0
 
     def draw(self, event: Event) -> bool:
-        """Take in an event; returns whether it is time to show it."""
+        """Process an event; returns whether to update the page."""
         if isinstance(event, TextPiece):
             self.contents[event.segment] = self.contents.get(event.segment, "") + event.text
         elif isinstance(event, MediumCalled):
@@ -299,12 +299,12 @@ class Drawing:
 
 
 def idle_box() -> gr.MultimodalTextbox:
-    """The box to write in where no answer is under way, which there would be something to stop of."""
+    """The input box while no answer is in progress, without a stop button."""
     return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
 
 def shown_file(path: str, how: str) -> Any:
-    """A file in a message: a clip plays and loops by itself, with controls."""
+    """A file in a message; videos play in a loop, with controls."""
     kind = media_type_of(path)
     if kind is not None and kind.timed:
         return gr.Video(path, autoplay=True, loop=True, label=f"{how} {kind.name}", buttons=["download"])
@@ -312,7 +312,7 @@ def shown_file(path: str, how: str) -> Any:
 
 
 def _whole(text: str) -> str:
-    """Without halves of characters, which JSON can hold, and neither tokenizers nor a page."""
+    """Text without lone surrogates, which JSON can hold, but neither tokenizers nor the page can."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -324,8 +324,8 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
     """The page as an ASGI application.
 
     Args:
-        engine: answers.
-        folder: for uploads and generated media; nothing else should be in it.
+        engine: answers the requests.
+        folder: folder for uploads and generated media only.
         host, hosts: see `Gate`.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -344,5 +344,5 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
         theme=gr.themes.Soft(font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),
         css=STYLE,
     )
-    page.has_launched = True  # gradio checks the paths in events only then
+    page.has_launched = True  # otherwise gradio does not check the paths in events
     return Unread(Gate(Guard(app, folder), refuse, host, hosts))

@@ -1,4 +1,4 @@
-"""A request that is answered before all of its body was read ends its connection: it cannot send for ever."""
+"""Middleware that closes a connection if its request is answered before the body has been read."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Unread:
-    """An ASGI application before another one.
+    """ASGI middleware.
 
-    uvicorn would go on reading, and throwing away, what a client sends after its answer, however long that is. Here
-    such an answer says `Connection: close`. A client that sends first and looks for an answer afterwards would lose it
-    with a connection that closes on data, so a little more is read before.
+    uvicorn would read and discard the rest of a body without limit. Here such an answer has `Connection: close`. Some
+    of the body is still read, since a client that sends everything before it reads the answer would otherwise lose it.
 
     Args:
-        app: what it stands before.
-        more_bytes, more_seconds: what is still read, and thrown away, after the answer.
+        app: the wrapped application.
+        more_bytes, more_seconds: limits of the data read and discarded after the answer.
     """
 
     def __init__(self, app: ASGIApp, more_bytes: int = 64 * 1024**2, more_seconds: float = 3.0):
