@@ -1,1 +1,1 @@
-"""Metrics and suites for anybody's data: what is asked, what came back, and the numbers that papers report."""
+"""Evaluation with suites of standard metrics on any data."""

@@ -1,4 +1,4 @@
-"""The model's answers to rows, and those of what stands beside it: the upper bound and the baselines."""
+"""Answers of the model, the upper bound and the baselines to the rows of a suite."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from anygpt.sequence.merging import IGNORE
 
 
 class Way(NamedTuple):
-    """A way of answering: what is loaded of a row, and what is made of it."""
+    """A way of answering: the sample to load for a row, and the function that answers loaded samples."""
 
     sample_of: Callable[[Row], Sample]
     answer: Callable[[list[Row], list[LoadedSample]], list[Answer]]
 
 
 class Asker:
-    """A model that answers rows.
+    """Answers rows with a model.
 
-    A row's answer depends on the suite's settings and its own id alone: text is searched, not sampled, and the noise of
-    its media comes from (seed, id).
+    An answer depends only on the suite's settings and the row: text is decoded deterministically, and the noise of its
+    media is seeded by (seed, id).
 
     Args:
         model, processor: in eval mode, on its device.
-        looked_at: media types that the metrics look at.
+        looked_at: media types that the metrics use.
 
     Raises:
-        InputError: something is required that no decoder makes, or an option that a decoder does not have.
+        InputError: a required media type without a decoder, or an option that a decoder does not have.
     """
 
     def __init__(self, model: Any, processor: Any, suite: Suite, looked_at: Sequence[str]):
@@ -60,7 +60,7 @@ class Asker:
         self.collator = Collator(processor)
 
     def ways(self, rows: Sequence[Row], words: bool) -> dict[str, Way]:
-        """By name: `model`, and those of the suite's baselines that fit; `words`: whether a metric looks at words."""
+        """Ways of answering by name: `model` and the applicable baselines; `words`: whether a metric uses text."""
         say = self.choose if self.suite.ask.choices else self.write
         known = {
             "model": Way(lambda row: row.prompt, say),
@@ -77,11 +77,11 @@ class Asker:
         return {name: known[name] for name in ("model", *chosen)}
 
     def answers(self, way: Way, rows: Sequence[Row]) -> Iterator[tuple[Row, Answer]]:
-        """Rows with their answers, made batch by batch."""
+        """Yield rows with their answers, batch by batch."""
         size = self.suite.ask.batch_size
         if not rows:
             return
-        # of a clip, as many frames are kept as the encoder that looks closest samples
+        # keep as many video frames as any encoder samples
         counts = (getattr(one, "num_frames", None) for one in self.processor.encoder_processors.values())
         dataset = ConversationDataset([way.sample_of(row) for row in rows], max(filter(None, counts), default=None))
         loader = DataLoader(dataset, size, collate_fn=list, num_workers=self.suite.ask.num_workers)
@@ -91,7 +91,7 @@ class Asker:
                 yield from zip(batch, way.answer(batch, items), strict=True)
 
     def write(self, rows: list[Row], items: list[LoadedSample], describe: bool = False) -> list[Answer]:
-        """What the model says; to `describe` it says it in words alone."""
+        """The model's answers; text only if `describe`."""
         ask, seeds = self.suite.ask, self._seeds(rows)
         require, forbid = ([], list(self.makes.values())) if describe else (self.require, self.forbid)
         batch = self.processor.apply_chat_template(
@@ -108,7 +108,7 @@ class Asker:
         ).answers
 
     def choose(self, rows: list[Row], items: list[LoadedSample]) -> list[Answer]:
-        """Of each row's choices the likeliest, by the mean log-probability of its tokens."""
+        """Each row's most likely choice, by the mean log-probability of its tokens."""
         answers = []
         for row, item in zip(rows, items, strict=True):
             scores = self.log_probabilities([answered(item, choice) for choice in row.choices])
@@ -116,7 +116,7 @@ class Asker:
         return answers
 
     def log_probabilities(self, items: list[LoadedSample]) -> list[float]:
-        """The mean log-probability of the tokens of each sample's last answer."""
+        """Mean log-probability of the tokens of each sample's last answer."""
         batch = self.collator(items)
         if batch["bad_samples"]:
             raise InputError(batch["bad_samples"][0].reason)
@@ -125,14 +125,14 @@ class Asker:
         found = []
         for logits, labels in zip(output.logits, output.labels, strict=True):
             places = (labels != IGNORE).nonzero()[:, 0]
-            gaps = (places.diff() > 1).nonzero()[:, 0]  # earlier answers have labels too: the last one's stand together
+            gaps = (places.diff() > 1).nonzero()[:, 0]  # earlier answers have labels too
             places = places[int(gaps[-1]) + 1 :] if len(gaps) else places
             chosen = logits[places - 1].float().log_softmax(-1).gather(1, labels[places, None])
             found.append(float(chosen.mean()))
         return found
 
     def draw(self, rows: list[Row], captions: Sequence[dict[str, str]]) -> list[Answer]:
-        """What the decoders make of captions through their own text encoders."""
+        """Media that the decoders generate from captions with their own text encoders."""
         answers = [Answer() for _ in rows]
         for kind in self.looked_at:
             decoder = self.model.decoders[self.makes[kind]]
@@ -147,7 +147,7 @@ class Asker:
         return answers
 
     def draw_described(self, rows: list[Row], items: list[LoadedSample]) -> list[Answer]:
-        """What the decoders make of the model's own description of what it is given; given words, of these."""
+        """Media generated from the model's own description of the input media, or from the input text without media."""
         said = [row.question for row in rows]
         if shown := [i for i, row in enumerate(rows) if row.sources]:
             described = self.write([rows[i] for i in shown], [items[i] for i in shown], describe=True)
@@ -164,7 +164,7 @@ class Asker:
         return replace(row.prompt, messages=(*before, reworded(last, prompt)))
 
     def _seeds(self, rows: Sequence[Row]) -> list[int]:
-        """One a row."""
+        """One seed per row."""
         return [xxhash.xxh3_64_intdigest(f"{self.suite.ask.seed} {row.id}".encode()) >> 1 for row in rows]
 
 
@@ -175,6 +175,6 @@ def _in_words(row: Row) -> Sample:
 
 
 def answered(item: LoadedSample, choice: str) -> LoadedSample:
-    """The same with an answer at its end."""
+    """The sample with an answer appended."""
     answer = Message("assistant", (ContentPart("text", choice),))
     return replace(item, sample=replace(item.sample, messages=(*item.sample.messages, answer)))

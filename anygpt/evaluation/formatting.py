@@ -1,4 +1,4 @@
-"""Numbers of a report as people read them."""
+"""Formatting of a report's numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rate(found: dict[str, Any]) -> str:
 
 
 def turn_lines(turns: Sequence[dict[str, Any]]) -> list[str]:
-    """What conversations gave, a line a turn."""
+    """Results of conversations, one line per turn."""
     return [
         f"turn {number}: right {rate(turn['right'])}, missing {rate(turn['missing'])}, unasked {rate(turn['unasked'])}"
         for number, turn in enumerate(turns, 1)

@@ -1,4 +1,4 @@
-"""Prompts that ask for compositions, in the six categories of GenEval (arXiv 2310.11513)."""
+"""Prompts for compositions of things, in the six categories of GenEval (arXiv 2310.11513)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ apple backpack banana bear bench bicycle bird boat book bottle bowl bus cake car
 couch cow cup dog elephant fork giraffe handbag horse kite laptop motorcycle orange pizza sheep spoon suitcase train
 truck umbrella vase zebra
 """
-"""Classes of COCO that detectors know well, and that may have any number, place and colour."""
+"""COCO classes that detectors recognize well, and that may have any number, place and colour."""
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"bench": "benches", "bus": "buses", "couch": "couches", "sheep": "sheep"}
@@ -20,10 +20,10 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position",
 
 
 def compose(per_category: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """`(id, caption, what is expected)` of each category, the same for the same seed.
+    """`(id, caption, expected)` for each category, determined by the seed.
 
-    What is expected: `category`, `things` (each with `name`, `count` and `colour` or None) and `relation` (of the first
-    thing to the second) or None.
+    `expected` has `category`, `things` (each with `name`, `count` and `colour` or None) and `relation` (of the first
+    thing to the second, or None).
     """
     wishes = []
     for place, category in enumerate(CATEGORIES):

@@ -1,4 +1,4 @@
-"""What a suite's numbers look like: a table for the terminal, and a page with pictures and players."""
+"""Report of a suite: a table for the terminal, and an HTML page with images and players."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from anygpt.evaluation.store import write
 
 
 def page_template(package: str, name: str) -> jinja2.Template:
-    """A template of HTML that lies in a package."""
+    """HTML template in a package."""
     loader = jinja2.PackageLoader(package, "")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
 
 
 def text_table(report: Mapping[str, Any]) -> str:
-    """Metrics down, ways of answering across, intervals in brackets; what must be said below."""
+    """Table with a line per metric, a column per way of answering, intervals in brackets, and notes below."""
     wide, ways = max(map(len, report["metrics"])) + 2, ways_of(report)
     lines = [" " * wide + "".join(f"{way.replace('_', ' '):>28}" for way in ways)]
     for name, found in report["metrics"].items():
@@ -33,7 +33,7 @@ def ways_of(report: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Mapping[str, Any] | None) -> str:
-    """A value as people read it, its interval behind it."""
+    """A formatted value with its interval."""
     if value is None or value["value"] is None:
         return "–"
     low, high = value.get("interval", (None, None))
@@ -41,7 +41,7 @@ def shown(value: Mapping[str, Any] | None) -> str:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """Sentences that belong to the numbers."""
+    """Notes on the numbers."""
     told = [f"{report['rows']} rows; in brackets 95% intervals."]
     told += [f"{report['unanswered']} of them have no answer."] if report["unanswered"] else []
     told += [f"{count} answers lack the {kind}." for kind, count in report["missing"].items() if count]
@@ -50,7 +50,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(path: Path, report: Mapping[str, Any], rows: Sequence[Row], lines: Mapping[str, Any]) -> None:
-    """The page with the answers to `rows`, `{way: {row id: line}}`; it links media, so it stays beside them."""
+    """Write the page with the answers (`lines`: `{way: {row id: line}}`) to `rows`; links to media are relative."""
 
     def link(place: Any) -> str | None:
         return os.path.relpath(place, path.parent) if isinstance(place, Path) else None
@@ -63,7 +63,7 @@ def write_report(path: Path, report: Mapping[str, Any], rows: Sequence[Row], lin
 
 
 def flat_values(report: dict[str, Any]) -> dict[str, float]:
-    """`{"<suite>/<metric>": value}` of the model, and with `/<baseline>` behind it of the others."""
+    """Values of the model as `{"<suite>/<metric>": value}`, with the suffix `/<baseline>` for the others."""
     return {
         "/".join([report["suite"], name, *([way] if way != "model" else [])]): value["value"]
         for name, found in report["metrics"].items()

@@ -1,4 +1,4 @@
-"""What is asked, and what the data say would be right."""
+"""Rows of a suite: prompts with their references."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Place = Path | StoredMedium
 
 @dataclass(frozen=True)
 class Row:
-    """One question or wish.
+    """One prompt with its references.
 
     Attributes:
         id: unique in the suite.
         prompt: the messages before the answer.
-        references: what people answered in words; several where rows ask the same.
-        targets, captions: the first medium of each type that the data answer with, and its caption.
-        sources: the last medium of each type that the user gives.
-        choices: answers to choose from; empty lets the model write.
-        expected: what a composition asks for (see `anygpt.evaluation.grammar`).
+        references: reference texts; several if rows have the same prompt.
+        targets, captions: first medium of each type in the reference answer, and its caption.
+        sources: last medium of each type in the prompt.
+        choices: answers to choose from; if empty, the model writes its answer.
+        expected: expected composition (see `anygpt.evaluation.grammar`).
     """
 
     id: str
@@ -45,18 +45,18 @@ class Row:
 
     @property
     def question(self) -> str:
-        """The user's last words."""
+        """Text of the last user message."""
         return text_of(self.prompt.messages[-1])
 
 
 def read_rows(suite: Suite) -> list[Row]:
-    """The rows of a suite, in the order of its data, those over its limit left out.
+    """Rows of a suite in the order of its data, up to its limit.
 
-    Rows that ask the same in words and media, and are answered in words, become one with several references: data
-    with five captions a picture has five rows a picture.
+    Rows with the same text and media in the prompt and a text answer are merged into one with several references, such
+    as the five captions of an image.
 
     Raises:
-        InputError: data that cannot be read, or rows without anything to ask.
+        InputError: unreadable data, or rows without a prompt.
     """
     found: dict[Any, Row] = {}
     if suite.composition is not None:
@@ -77,7 +77,7 @@ def read_rows(suite: Suite) -> list[Row]:
 
 
 def rows_of(sample: Sample, ask: Ask) -> list[Row]:
-    """A sample's last answer as a row, or each of them."""
+    """A sample's last answer, or each of its answers, as a row."""
     turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant" and i]
     if not turns:
         raise InputError(f"{sample.source} (sample {sample.id!r}) begins with the answer: there is nothing to ask.")
@@ -92,7 +92,7 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
         said = next((c for c, text in choices.items() if said == text or said.startswith(f"{c}.")), said)
         if ask.prompt is not None:
             before = (*before[:-1], reworded(before[-1], ask.prompt.replace("{text}", question)))
-        media = [part for part in answer.content if part.path][::-1]  # so that the first one stays
+        media = [part for part in answer.content if part.path][::-1]  # the first of each type wins
         given = [part for message in before if message.role == "user" for part in message.content if part.path]
         rows.append(
             Row(
@@ -109,7 +109,7 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
 
 
 def others_of(message: Message) -> list[str]:
-    """The other wordings of an answer that the data gives."""
+    """Other wordings of an answer in the data."""
     return [text for part in message.content if part.type == "text" for text in part.others]
 
 
@@ -118,12 +118,12 @@ def text_of(message: Message) -> str:
 
 
 def reworded(message: Message, text: str) -> Message:
-    """The message with other words behind its media."""
+    """The message with its text replaced, after its media."""
     return replace(message, content=(*(part for part in message.content if part.path), ContentPart("text", text)))
 
 
 def conversation(item: LoadedSample) -> list[dict[str, Any]]:
-    """A loaded sample's messages as `MultimodalProcessor.apply_chat_template` takes them, users' media in them."""
+    """Messages of a loaded sample for `MultimodalProcessor.apply_chat_template`, with the users' media."""
     media = {kind: iter(found) for kind, found in item.inputs.items()}
 
     def part_of(role: str, part: ContentPart) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A suite from its rows to its report: asked by all processes, scored by the first."""
+"""Evaluation of a suite: all processes generate answers, the first one scores them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from anygpt.evaluation.store import AnswerStore, write
 from anygpt.evaluation.suite import Suite
 
 LIBRARIES = ("anygpt", "torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
-SCORED = 32  # answers that are looked at together
+SCORED = 32  # answers scored in a batch
 
 
 def evaluate(
@@ -35,22 +35,21 @@ def evaluate(
     answers: Path | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Ask what has not been asked yet, score everything, and write `metrics.json`, `report.html` and `samples/`.
+    """Generate missing answers, score all, and write `metrics.json`, `report.html` and `samples/`; a collective call.
 
-    Every process calls it. The numbers do not depend on how many there are, on the batch size (beyond rounding) or on
-    how often it was interrupted.
+    The numbers do not depend on the number of processes, the batch size (beyond rounding) or interruptions.
 
     Args:
-        output: the folder; what is finished in it is not asked again.
-        model, processor: what is asked, in eval mode on its device; None where there are `answers`.
-        answers: a folder of finished answers, with an index as `AnswerStore` has it.
-        facts: which model it is; answers of another are not mixed with its own.
+        output: output folder; finished answers in it are reused.
+        model, processor: the model to evaluate, in eval mode on its device; None if `answers` are given.
+        answers: folder of finished answers, with an index as written by `AnswerStore`.
+        facts: identification of the model; its answers are not mixed with those of another.
 
     Returns:
-        What `metrics.json` holds, in the first process; None in the others.
+        Content of `metrics.json` in the first process; None in the others.
 
     Raises:
-        InputError: metrics, rows, model and answers that do not fit, or other answers in `output`.
+        InputError: metrics, rows, model and answers do not fit together, or `output` holds other answers.
     """
     try:  # their libraries are an extra
         from anygpt.evaluation.metrics import Item, MetricSet, check_specs, load_network, modality_of
@@ -65,7 +64,7 @@ def evaluate(
     looked_at = [kind for kind in dict.fromkeys(kinds) if kind != "text"]
     load = functools.cache(functools.partial(load_network, device=accelerator.device))
     if main:
-        metrics = MetricSet(suite.metrics, only, load)  # what is missing is said before anything is asked
+        metrics = MetricSet(suite.metrics, only, load)  # reports missing dependencies first
         about = metrics.describe()
     stores = {} if answers is None else {"model": AnswerStore(answers)}
     asker = Asker(model, processor, suite, looked_at) if answers is None else None
@@ -88,7 +87,7 @@ def evaluate(
     lines = {name: store.resolved() for name, store in stores.items()}
     values: dict[str, dict[str, Any]] = {}
     for name, found in lines.items():
-        words = {"model": (True, False), "without_media": (True,)}.get(name, (False,))  # whose metrics it has
+        words = {"model": (True, False), "without_media": (True,)}.get(name, (False,))  # kinds of metrics that it gets
         specs = [spec for spec, kind in zip(suite.metrics, kinds, strict=True) if (kind == "text") in words]
         metrics = MetricSet(specs, only, load) if values else metrics
         answered = [row for row in rows if row.id in found]
@@ -116,11 +115,11 @@ def evaluate(
 
 
 def first_media(line: Mapping[str, Any]) -> dict[str, Path]:
-    """The first file of each media type in an answer."""
+    """First file of each media type in an answer."""
     return {file["type"]: file["path"] for file in reversed(line["files"])}
 
 
 def asked_for(suite: Suite) -> dict[str, Any]:
-    """What an answer depends on: neither the metrics, nor how many rows there are or go together."""
+    """Settings on which answers depend: not the metrics, the limit or the batch size."""
     ask = {name: value for name, value in asdict(suite.ask).items() if name not in ("batch_size", "num_workers")}
     return {"data": [asdict(source) for source in suite.data], "composition": suite.composition, "ask": ask}

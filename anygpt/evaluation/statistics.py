@@ -1,4 +1,4 @@
-"""Shares and how sure they are."""
+"""Proportions and confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927): honest also at 0 and 1 and for few samples.
+    """Score interval of a proportion (Wilson 1927), which is also valid at 0 and 1 and for few samples.
 
     Args:
         right: successes.
-        n: trials; with none the interval is (0, 1).
+        n: trials; without any the interval is (0, 1).
     """
     if n == 0:
         return 0.0, 1.0
@@ -29,14 +29,14 @@ def wilson_interval(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def share(outcomes: Iterable[bool]) -> dict[str, Any]:
-    """`{"rate", "right", "n", "interval"}` of a list of outcomes; the rate of none is None."""
+    """`{"rate", "right", "n", "interval"}` of outcomes; the rate is None if there are none."""
     outcomes = list(outcomes)
     right, n = sum(outcomes), len(outcomes)
     return {"rate": right / n if n else None, "right": right, "n": n, "interval": list(wilson_interval(right, n))}
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean (Efron 1979), the same at each call.
+    """Deterministic 95% bootstrap percentile interval of a mean (Efron 1979).
 
     Args:
         values: `(n,)`, at least one.

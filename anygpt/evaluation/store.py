@@ -1,4 +1,4 @@
-"""Answers on disk: media beside an index with one line a finished row, so that nothing is ever asked twice."""
+"""Answers on disk: media, and an index with one line per finished row, so that evaluations can resume."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ INDEX, SETTINGS = "index.jsonl", "asked.json"
 
 
 class AnswerStore:
-    """The answers of one way of answering, in a folder.
+    """Answers of one way of answering, in a folder.
 
-    Each process appends to an index of its own, the first one to `index.jsonl`; `merge` makes one of them. A line is
-    `{"id", "text", "files": [{"type", "path"}]}`, paths relative to the folder; it is written after its media.
+    Each process appends to its own index, the first one to `index.jsonl`; `merge` combines them. A line is `{"id",
+    "text", "files": [{"type", "path"}]}`, with paths relative to the folder; it is written after its media.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0):
@@ -33,10 +33,10 @@ class AnswerStore:
         self.own = self.folder / (f"index.{rank}.jsonl" if rank else INDEX)
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All finished lines, by row; a last line that a kill cut off is none.
+        """All finished lines by row id; a truncated last line is ignored.
 
         Raises:
-            InputError: another line that is no answer.
+            InputError: another invalid line.
         """
         lines: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("index*.jsonl")):
@@ -51,11 +51,7 @@ class AnswerStore:
         return lines
 
     def resolved(self) -> dict[str, dict[str, Any]]:
-        """The same with whole paths.
-
-        Raises:
-            InputError: files that are missing, or outside the folder.
-        """
+        """Lines with absolute paths; raises `InputError` for files that are missing or outside the folder."""
         root, lines = MediaRoot(self.folder), self.read()
         for name, line in lines.items():
             where = f"{self.folder / INDEX} (row {name!r})"
@@ -67,7 +63,7 @@ class AnswerStore:
         return lines
 
     def add(self, name: str, answer: Answer) -> None:
-        """Write the media of the answer to a row, then its line."""
+        """Write the media of a row's answer, then its line."""
         stem = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:60]}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -81,18 +77,14 @@ class AnswerStore:
             index.write(json.dumps({"id": name, "text": answer.text, "files": files}) + "\n")
 
     def merge(self) -> None:
-        """One index of all processes', without what a kill cut off; by one process, while no other writes."""
+        """Merge the indices of all processes; to be called by one process while no other writes."""
         lines, parts = self.read(), list(self.folder.glob("index.*.jsonl"))
         write(self.folder / INDEX, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)).encode())
         for path in parts:
             path.unlink()
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Make certain that what is here was asked as it would be now, and note how.
-
-        Raises:
-            InputError: other answers are here.
-        """
+        """Record the settings; raises `InputError` if the folder holds answers made with other settings."""
         path, now = self.folder / SETTINGS, json.loads(json.dumps(settings))
         known = json.loads(path.read_text()) if path.is_file() else None
         if known is None and self.folder.is_dir() and any(self.folder.iterdir()):
@@ -105,7 +97,7 @@ class AnswerStore:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Beside its place, then renamed."""
+    """Write a file atomically, by renaming."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -1,4 +1,4 @@
-"""A suite: which rows are asked, how, and which metrics are taken; one YAML file."""
+"""A suite, read from one YAML file: the rows, how the model is prompted, and the metrics."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Baseline = Literal["upper_bound", "caption_baseline", "without_media"]
 
 @dataclass
 class Ask:
-    """How the model is asked.
+    """How the model is prompted.
 
     Attributes:
-        require: media types that every answer must hold.
-        forbid: media types that no answer may hold; null forbids those that no metric looks at.
-        prompt: what the user says in place of the row's own words, which `{text}` stands for.
-        caption_prompt: what the user says for the caption baseline, about a medium of a `{type}`.
-        turns: `last` asks for a conversation's last answer, `all` for each with the true ones before it.
-        choices: answers to choose from by likelihood; `lines` takes those that the question lists, as `A. a cat`. Null
-            lets the model write.
-        num_inference_steps, guidance_scale: of every decoder; null for the checkpoint's own.
+        require: media types that every answer must contain.
+        forbid: media types that no answer may contain; null forbids those that no metric uses.
+        prompt: text that replaces the row's own, which it may include as `{text}`.
+        caption_prompt: prompt of the caption baseline for a medium of a `{type}`.
+        turns: `last` evaluates a conversation's last answer, `all` each answer, given the reference ones before it.
+        choices: answers to choose from by likelihood; `lines` takes those listed in the question, such as `A. a cat`;
+            if null, the model writes its answer.
+        num_inference_steps, guidance_scale: settings of every decoder; null for the checkpoint's own.
         decoders: further options by media type, as `generate` takes them: `{image: {height: 512, width: 512}}`.
-        max_new_tokens: of an answer, beside the signal tokens of what is required.
-        num_beams: 1 is greedy search.
-        batch_size: rows answered at once; it changes no number beyond rounding.
+        max_new_tokens: maximum tokens of an answer, in addition to the signal tokens of required media.
+        num_beams: beam size; 1 is greedy search.
+        batch_size: rows answered at once; affects numbers only by rounding.
         num_workers: processes that decode media.
-        seed: of the noise, which also depends on the row's id, and of the choice of rows under `limit`.
+        seed: seed of the noise, which also depends on the row's id, and of the choice of rows under `limit`.
     """
 
     require: list[str] = field(default_factory=list)
@@ -57,16 +57,16 @@ class Ask:
 
 @dataclass
 class MetricSpec:
-    """A metric and its options; which of them it takes is in `anygpt.evaluation.metrics.METRICS`.
+    """A metric and its options; `anygpt.evaluation.metrics.METRICS` lists those that each metric takes.
 
     Attributes:
         metric: a key of that table.
-        name: in the results; the metric's own by default.
-        features, revision: id or folder of the network whose features it looks at, or `inception`.
-        modality: media type that it looks at, where the metric leaves it open.
-        num_frames: frames of a clip that are looked at, evenly spaced.
-        subset_size: samples of a block, for KID.
-        detector, threshold: id or folder of an open-vocabulary detector, and what it must be sure of.
+        name: name in the results; the metric's own by default.
+        features, revision: id or folder of the feature network, or `inception`, and its revision.
+        modality: media type to evaluate, if the metric leaves it open.
+        num_frames: evenly spaced frames of a clip to use.
+        subset_size: samples per block, for KID.
+        detector, threshold: id or folder of an open-vocabulary detector, and its confidence threshold.
     """
 
     metric: str = ""
@@ -82,17 +82,17 @@ class MetricSpec:
 
 @dataclass
 class Suite:
-    """All settings.
+    """All settings of a suite.
 
     Attributes:
-        name: of the suite, in reports.
-        data: files, of any format that training reads.
-        composition: in place of data, so many prompts of our own grammar in each category.
-        ask: how the model is asked.
-        metrics: what is taken.
-        baselines: what stands beside the model's numbers; null takes all that fit the rows.
-        limit: rows that are asked, drawn evenly from all; null asks all.
-        shown: rows in the report.
+        name: name of the suite in reports.
+        data: files, in any format that training reads.
+        composition: in place of data, the number of composed prompts per category.
+        ask: how the model is prompted.
+        metrics: the metrics.
+        baselines: baselines to report; null for all that fit the rows.
+        limit: number of rows, drawn evenly from all; null for all.
+        shown: number of rows in the report.
     """
 
     name: str = ""
@@ -106,10 +106,10 @@ class Suite:
 
 
 def read_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """A suite file with dotted overrides (`--ask.seed 1`) over it; data paths are relative to the working directory.
+    """Read a suite file with dotted overrides (`--ask.seed 1`); data paths are relative to the working directory.
 
     Raises:
-        InputError: no such file, unknown settings (all of them), values of a wrong type or out of range.
+        InputError: no such file, unknown settings, or values of a wrong type or out of range.
     """
     if not Path(path).is_file():
         raise InputError(f"--suite {str(path)!r} is no file; give toyworld, or a YAML file as in configs/evaluation/")

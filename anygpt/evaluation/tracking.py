@@ -1,4 +1,4 @@
-"""Numbers and pictures of an evaluation in a tracker, through accelerate's."""
+"""Logging of an evaluation's numbers and images through accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anygpt.errors import InputError
 
 
 def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images: Image.Image) -> None:
-    """Log numbers and pictures to `wandb` or `tensorboard` (or `none`), which keeps its files in `folder`.
+    """Log numbers and images to `wandb` or `tensorboard` (or `none`), with files in `folder`.
 
     Raises:
         InputError: the tracker cannot start.
@@ -26,7 +26,7 @@ def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images
     options = {"wandb": {"name": folder.name, "dir": str(folder)}} if tracker == "wandb" else {}
     try:
         accelerator.init_trackers("anygpt", init_kwargs=options)
-    except Exception as error:  # each tracker has exceptions of its own
+    except Exception as error:  # each tracker raises its own types
         raise InputError(f"--tracker {tracker} cannot start: {' '.join(str(error).split())}") from error
     accelerator.log(dict(values), step=0)
     for name, image in images.items():

@@ -1,4 +1,4 @@
-"""The table of metrics: what each looks at, what it needs of a row, and how it is made. A new one is an entry."""
+"""Table of metrics: their inputs, requirements and constructors. A new metric is an entry."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ class Kind:
 
     Attributes:
         make: `(network, modality, **options) -> Metric`.
-        modality: what it looks at: `text`, a media type, or None for the one that the spec or the suite names.
-        needs: of a row: `references`, `choices`, `caption`, `expected`; `target`, `source`: a true medium, a given one.
-        features: its network where the spec names none; None has no network, `""` must be named.
-        options: of `MetricSpec`, that it takes beside those of its network.
-        higher: whether more is better.
+        modality: `text`, a media type, or None for the one that the spec or the suite names.
+        needs: required of a row: `references`, `choices`, `caption`, `expected`, `target` (reference medium), `source`
+            (input medium).
+        features: default network; None for no network, `""` if the spec must name one.
+        options: options of `MetricSpec` that it takes beside those of its network.
+        higher: whether higher is better.
         classify: whether its network is a classifier.
     """
 
@@ -108,7 +109,7 @@ class MetricSet:
             self.kinds[name] = kind
 
     def update(self, items: Sequence[Item]) -> None:
-        """Look at some answers; a metric passes over those that lack what it needs."""
+        """Add answers; a metric skips those that lack its needs."""
         whole = Batch(items)
         for name, metric in self.metrics.items():
             needs, kind = self._needs(name), metric.modality
@@ -121,10 +122,10 @@ class MetricSet:
         return self.kinds[name].needs + (() if self.metrics[name].modality == "text" else ("answer",))
 
     def compute(self, rows: int) -> dict[str, Value]:
-        """Values by name, None where a metric saw no answer; `left_out` of `rows` were passed over.
+        """Values by name, None for a metric without answers; `left_out` is the number of skipped `rows`.
 
         Raises:
-            InputError: no metric saw an answer.
+            InputError: no metric got an answer.
         """
         values: dict[str, Value] = {}
         for name, metric in self.metrics.items():
@@ -137,7 +138,7 @@ class MetricSet:
         return values
 
     def describe(self) -> dict[str, Any]:
-        """By name: the direction that is better, and the network with its revision."""
+        """Better direction, network and revision of each metric, by name."""
         told: dict[str, Any] = {}
         for name, metric in self.metrics.items():
             told[name] = {"modality": metric.modality, "better": "higher" if self.kinds[name].higher else "lower"}
@@ -147,22 +148,22 @@ class MetricSet:
 
 
 def names_of(specs: Sequence[MetricSpec]) -> list[str]:
-    """The metrics' own names; with their features where two would be the same."""
+    """Names of the metrics, with their features where two would be equal."""
     names = [spec.name or spec.metric for spec in specs]
     counts = Counter(names)
     return [f"{n}/{spec.features}" if counts[n] > 1 else n for n, spec in zip(names, specs, strict=True)]
 
 
 def modality_of(spec: MetricSpec, only: str | None) -> str:
-    """What a metric looks at."""
+    """Modality of a metric."""
     return METRICS[spec.metric].modality or spec.modality or only or ""
 
 
 def check_specs(specs: Sequence[MetricSpec], rows: Sequence[Row], only: str | None) -> None:
-    """Find metrics that do not fit a suite before anything is asked; `only` is the one medium of its answers, if so.
+    """Check the metrics of a suite in advance; `only` is the single media type of its answers, or None.
 
     Raises:
-        InputError: an unknown metric, an option that it does not take, or a metric that no row has enough for.
+        InputError: an unknown metric, an option that it does not take, or needs that no row meets.
     """
     for spec in specs:
         if spec.metric not in METRICS:

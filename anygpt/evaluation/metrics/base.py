@@ -1,4 +1,4 @@
-"""What every metric is made of: batches of answers beside what would be right, and values with their certainty.
+"""Base classes of metrics: batches of answers with their references, and values with confidence intervals.
 
 Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's features.
 """
@@ -19,43 +19,43 @@ from anygpt.evaluation.statistics import bootstrap_interval
 from anygpt.media.types import read_media
 
 Value = dict[str, Any]
-"""`value` and `n`, the samples that it is of; where there are such, `interval` (95%), `std`, `note`."""
+"""`value`, `n` (number of samples), and optionally `interval` (95%), `std`, `note`."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """An answer beside its row: what was said, and the first medium of each type."""
+    """An answer with its row: its text, and its first medium of each type."""
 
     row: Row
     text: str
     media: Mapping[str, Place]
 
     def place(self, role: str, modality: str) -> Place | None:
-        """Where the medium of a role (`answer`, `target`, `source`) is."""
+        """File of the medium of a role (`answer`, `target`, `source`)."""
         return {"answer": self.media, "target": self.row.targets, "source": self.row.sources}[role].get(modality)
 
     def has(self, need: str, modality: str) -> bool:
-        """Whether a metric's need is met; see `Kind.needs`."""
+        """Whether a need of a metric is met; see `Kind.needs`."""
         if need in ("references", "expected", "choices"):
             return bool(getattr(self.row, need))
         return modality in self.row.captions if need == "caption" else self.place(need, modality) is not None
 
 
 class Batch:
-    """Items that are looked at together; what is decoded or computed is so once, for all metrics."""
+    """A batch of items that caches decoded media and features for all metrics."""
 
     def __init__(self, items: Sequence[Item]):
         self.items = list(items)
         self._known: dict[tuple, Any] = {}
 
     def media(self, role: str, modality: str, num_frames: int | None = None) -> list[Any]:
-        """Decoded, one an item."""
+        """Decoded media, one per item."""
         places = [item.place(role, modality) for item in self.items]
         key = (role, modality, num_frames)
         return self._once(key, lambda: [read_media(modality, place, num_frames) for place in places])
 
     def features(self, network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
-        """`(M, D)`; the role `caption` is in words."""
+        """Features `(M, D)`; of texts for the role `caption`."""
         key = (id(network), role, modality, num_frames)
         if role == "caption":
             return self._once(key, lambda: network.of_texts([item.row.captions[modality] for item in self.items]))
@@ -68,28 +68,28 @@ class Batch:
 
 
 class Metric:
-    """Looks at batches by `update`, and gives in `compute` its values by what follows its name (`""`, or `"_1"`, …).
+    """Accumulates batches in `update`; `compute` returns values by the suffix of their name (`""`, or `"_1"`, …).
 
     Args:
-        network: gives features, where it needs some.
-        modality: what it looks at: `text`, or a media type.
-        num_frames: frames of a clip that are read; all if None.
+        network: feature network, if needed.
+        modality: `text` or a media type.
+        num_frames: frames of a clip to read; all if None.
     """
 
     def __init__(self, network: Any = None, modality: str = "text", num_frames: int | None = None):
         self.network, self.modality, self.num_frames = network, modality, num_frames
 
     def features(self, batch: Batch, role: str) -> Tensor:
-        """`(M, D)`."""
+        """Features `(M, D)`."""
         return batch.features(self.network, role, self.modality, self.num_frames)
 
     def frames(self, batch: Batch, role: str) -> list[Tensor]:
-        """`(F, D)`, one an item."""
+        """Features `(F, D)` of the frames of each item."""
         return [self.network.of_frames(c.frames) for c in batch.media(role, self.modality, self.num_frames)]
 
 
 class Mean(Metric):
-    """The mean of one number a sample: 8 bytes each are kept, for the interval."""
+    """Mean of one number per sample; all numbers are kept for the interval."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -103,13 +103,13 @@ class Mean(Metric):
 
 
 def mean_value(scores: Sequence[float]) -> Value:
-    """The mean with its bootstrap interval."""
+    """Mean with its bootstrap interval."""
     values = np.asarray(scores, np.float64)
     return {"value": float(values.mean()), "n": len(values), "interval": list(bootstrap_interval(values))}
 
 
 class Cosine(Mean):
-    """100 times the cosine of an answer and its `role`: `caption` (CLIPScore, arXiv 2104.08718), `source`, `target`."""
+    """100 · cosine of an answer and its `caption` (CLIPScore, arXiv 2104.08718), `source` or `target`, by `role`."""
 
     def __init__(self, *arguments: Any, role: str, **options: Any):
         super().__init__(*arguments, **options)
@@ -120,7 +120,7 @@ class Cosine(Mean):
 
 
 class ClipSim(Mean):
-    """100 times the cosine of a caption and each frame, as a mean over frames (arXiv 2104.14806)."""
+    """100 · cosine of a caption and each frame, averaged over frames (arXiv 2104.14806)."""
 
     def score(self, batch: Batch) -> list[float]:
         pairs = zip(self.frames(batch, "answer"), self.features(batch, "caption"), strict=True)
@@ -128,7 +128,7 @@ class ClipSim(Mean):
 
 
 class FrameConsistency(Mean):
-    """100 times the cosine of each frame and the next, as a mean; of a single frame 100."""
+    """100 · cosine of consecutive frames, averaged; 100 for a single frame."""
 
     def score(self, batch: Batch) -> list[float]:
         clips = self.frames(batch, "answer")
@@ -136,7 +136,7 @@ class FrameConsistency(Mean):
 
 
 class LabelDivergence(Mean):
-    """KL(labels of the true sound ‖ labels of the answer), of a classifier's softmax, in nats."""
+    """KL(labels of the reference sound ‖ labels of the answer) of a classifier's softmax, in nats."""
 
     def score(self, batch: Batch) -> list[float]:
         answers, targets = (self.features(batch, role).double().log_softmax(-1) for role in ("answer", "target"))

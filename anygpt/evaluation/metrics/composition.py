@@ -1,7 +1,7 @@
-"""Whether pictures are composed as they were asked to be: prompts of our own grammar, judged by a detector.
+"""Composition accuracy of images for prompts of `anygpt.evaluation.grammar`, judged by a detector.
 
-The six categories and the rules of judging are those of GenEval (arXiv 2310.11513): detections above a threshold,
-counts that must be exact, colours by CLIP on the crop, positions by the boxes' centres.
+Categories and rules are those of GenEval (arXiv 2310.11513): detections above a threshold, exact counts, colours by
+CLIP on the crop, positions by the boxes' centres.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from anygpt.evaluation.grammar import COLOURS, RELATIONS
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 from anygpt.evaluation.metrics.features import loading
 
-TOLERANCE = 0.1  # of the boxes' extents, by which one thing must lie further than the other
-OVERLAP = 0.5  # intersection over union above which two detections of a class are of one thing
+TOLERANCE = 0.1  # minimum offset between two things, relative to the boxes' extents
+OVERLAP = 0.5  # intersection over union above which two detections of a class count as one thing
 Box = Sequence[float]  # left, top, right, bottom in pixels
 
 
@@ -30,10 +30,10 @@ def is_composed(
     image: Image.Image,
     colour_of: Callable[[Image.Image, str], str],
 ) -> bool:
-    """Whether a picture holds what it should (see `compose`).
+    """Whether an image has the expected composition (see `compose`).
 
     Args:
-        found: boxes of the things expected, the surest first.
+        found: boxes of the expected things, by decreasing confidence.
         colour_of: `(crop, name) -> one of COLOURS`.
     """
     places = []
@@ -50,7 +50,7 @@ def is_composed(
 
 
 def related(one: Box, other: Box, relation: str) -> bool:
-    """Whether one box lies so to another: its centre is further that way by more than a part of both extents."""
+    """Whether one box has a relation to another: its centre is offset by more than `TOLERANCE` of both extents."""
     axis = 0 if RELATIONS[relation][0] else 1
     (a0, a1), (b0, b1) = ((box[axis], box[axis + 2]) for box in (one, other))
     distance = ((a0 + a1) - (b0 + b1)) / 2
@@ -66,7 +66,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 class CompositionScore(Metric):
-    """The share of pictures composed as asked, by category; the first value is the mean over categories."""
+    """Share of images with the expected composition, by category; the first value is the mean over categories."""
 
     def __init__(
         self, *arguments: Any, detector: str = "google/owlvit-base-patch32", threshold: float = 0.1, **options: Any
@@ -84,8 +84,8 @@ class CompositionScore(Metric):
             self.right[expected["category"]].append(float(is_composed(expected, found, image, self.colour_of)))
 
     def detect(self, image: Image.Image, names: Sequence[str]) -> Mapping[str, Sequence[Box]]:
-        """Boxes by name, the surest first, without those that lie on surer ones."""
-        # Grounding DINO was trained on words that end in a full stop.
+        """Boxes by name, by decreasing confidence, after non-maximum suppression."""
+        # Grounding DINO was trained on labels that end with a full stop.
         mark = "." if "dino" in self.detector.model.config.model_type else ""
         found: dict[str, list[Box]] = defaultdict(list)
         for one in self.detector(image, candidate_labels=[name + mark for name in names], threshold=self.threshold):
@@ -100,7 +100,7 @@ class CompositionScore(Metric):
         return found
 
     def colour_of(self, crop: Image.Image, name: str) -> str:
-        """The colour whose description is nearest to a crop."""
+        """Colour whose description is closest to a crop."""
         texts = self.network.of_texts([f"a photo of a {colour} {name}" for colour in COLOURS])
         return COLOURS[int(F.cosine_similarity(self.network.of_media([crop]), texts).argmax())]
 

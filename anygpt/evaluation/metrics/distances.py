@@ -1,4 +1,4 @@
-"""Distances between all answers and all true media, over features: Fréchet, KID, CMMD."""
+"""Distances between the features of all answers and all reference media: Fréchet, KID, CMMD."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchmetrics.image.kid import poly_mmd
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, Metric, Value
 
-SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # of CMMD: its kernel's width, the distance's factor, rows at once
+SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # CMMD: kernel width, scale, rows per block
 
 
 class Distance(Metric):
-    """Gives the subclasses' `add` the `(M, D)` float64 features of answers and targets; `by_frame`, of each frame."""
+    """Passes float64 features `(M, D)` of answers and targets (of each frame if `by_frame`) to a subclass's `add`."""
 
     def __init__(self, *arguments: Any, by_frame: bool = False, **options: Any):
         super().__init__(*arguments, **options)
@@ -31,7 +31,7 @@ class Distance(Metric):
 
 
 class Frechet(Distance):
-    """‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two Gaussians (FID, arXiv 1706.08500), by running moments, in float64."""
+    """‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two Gaussians (FID, arXiv 1706.08500), from running float64 moments."""
 
     moments: Any = None
 
@@ -58,10 +58,10 @@ class Frechet(Distance):
 
 
 class Kid(Distance):
-    """The unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), as a mean over blocks of samples.
+    """Unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), averaged over blocks of samples.
 
-    Blocks of `subset_size` follow each other, where the paper draws subsets from all: the expectation is the same, and
-    no more than a block is in memory.
+    Blocks are consecutive samples, where the paper draws random subsets: the expectation is the same, and only one
+    block is held in memory.
     """
 
     def __init__(self, *arguments: Any, subset_size: int = 1000, **options: Any):
@@ -86,9 +86,9 @@ class Kid(Distance):
 
 
 class Cmmd(Distance):
-    """The squared MMD under a Gaussian kernel on normalised CLIP features (arXiv 2401.09603), times 1000.
+    """Squared MMD under a Gaussian kernel on normalized CLIP features (arXiv 2401.09603), times 1000.
 
-    It is over all pairs, so the features wait in a temporary file; memory holds two blocks of them.
+    Runs over all pairs; features are kept in temporary files, two blocks at a time in memory.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -109,7 +109,7 @@ class Cmmd(Distance):
 
 
 def _mean_kernel(first: np.ndarray, second: np.ndarray) -> float:
-    """The mean of exp(−‖x − y‖² / 2σ²) over all pairs, block by block."""
+    """Mean of exp(−‖x − y‖² / 2σ²) over all pairs, block by block."""
     total = 0.0
     for i in range(0, len(first), BLOCK):
         for j in range(0, len(second), BLOCK):

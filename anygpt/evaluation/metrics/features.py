@@ -1,4 +1,4 @@
-"""Features of pictures, clips, sounds and texts from any network by id: one vector each.
+"""Feature vectors of images, clips, sounds and texts from any pretrained network.
 
 Shapes: `M` media or texts, `D` width of the features.
 """
@@ -30,7 +30,7 @@ from anygpt.media.types import MEDIA, is_heard, is_timed
 
 @contextmanager
 def loading(what: str, path: str) -> Iterator[None]:
-    """Say of whatever the libraries raise over an id or a folder what to do."""
+    """Convert the libraries' errors about an id or folder to an `InputError` with advice."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -42,14 +42,14 @@ def loading(what: str, path: str) -> Iterator[None]:
 class PretrainedNetwork:
     """A transformers model as a source of features.
 
-    Features of a medium: what `get_image_features` (or video, audio) gives where a model has it, as CLIP, SigLIP and
-    CLAP do; else the pooled output; else the mean over the last states. A model of pictures gives the mean over a
-    clip's frames. With `classify`, the logits of a classifier of sounds.
+    Features of a medium are `get_image_features` (or video, audio) if the model has it, as CLIP, SigLIP and CLAP do;
+    else the pooled output; else the mean of the last states. For clips, an image model's features are averaged over
+    frames. With `classify`, features are the logits of a sound classifier.
 
-    Sounds longer than CLAP's window are cut to it: its extractor would take a random part.
+    Sounds longer than CLAP's window are truncated: its extractor would take a random part.
 
     Raises:
-        InputError: it is not there, damaged, or lacks tensors.
+        InputError: the model does not exist, is damaged, or lacks tensors.
     """
 
     def __init__(
@@ -78,24 +78,20 @@ class PretrainedNetwork:
         if is_timed(self.modality) and not self.num_frames:
             return torch.stack([self.of_frames(clip.frames).mean(0) for clip in media])
         inputs = [self._prepare(medium) for medium in media]
-        # Inputs of one shape go together; padded ones would depend on their neighbours.
+        # Batch inputs of equal shape only: features of padded ones would depend on the batch.
         if len({tuple(value.shape for value in one.values()) for one in inputs}) == 1:
             inputs = [{name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}]
         return torch.cat([self._run(one, self.modality) for one in inputs])
 
     @torch.inference_mode()
     def of_frames(self, frames: np.ndarray) -> Tensor:
-        """`(F, D)` of a clip, uint8 `(F, H, W, 3)`."""
+        """Features `(F, D)` of a clip's frames, uint8 `(F, H, W, 3)`."""
         pixels = self.processor(images=list(frames), return_tensors="pt")["pixel_values"]
         return torch.cat([self._run({"pixel_values": part}, "image") for part in pixels.split(16)])
 
     @torch.inference_mode()
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """`(M, D)` float32, in the space of the media's.
-
-        Raises:
-            InputError: the model reads no text.
-        """
+        """Features `(M, D)` float32 in the space of the media's; raises `InputError` if the model reads no text."""
         if self.tokenizer is None:
             raise InputError(f"the feature model {self.path!r} reads no text; name one like CLIP or CLAP")
         most = min(self.tokenizer.model_max_length, self.config.text_config.max_position_embeddings)
@@ -128,7 +124,7 @@ class PretrainedNetwork:
 
 
 class InceptionNetwork:
-    """The Inception of FID (arXiv 1706.08500) as torchmetrics has it, which needs torch-fidelity and its weights."""
+    """The Inception network of FID (arXiv 1706.08500) from torchmetrics; needs torch-fidelity and its weights."""
 
     path, revision = "inception", "inception-v3-compat"
 
@@ -136,7 +132,7 @@ class InceptionNetwork:
         self.device = torch.device(device)
         try:
             self.model = NoTrainInceptionV3(self.revision, ["2048"]).to(self.device)
-        except Exception as error:  # of a missing package, or of a download that cannot be made
+        except Exception as error:  # missing package or failed download
             raise InputError(
                 f"features: inception needs the package torch-fidelity and its weights ({error}); install it and "
                 "run it once where there is a network, or name a vision model by id, like facebook/dinov2-base"
@@ -152,11 +148,11 @@ class InceptionNetwork:
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {"inception": InceptionNetwork}
-"""Networks by name, called with a device; a user's own (VGGish, PANNs) can be added here."""
+"""Constructors of networks by name, called with a device; others (VGGish, PANNs) can be added here."""
 
 
 def load_network(path: str, modality: str, revision: str | None, classify: bool = False, device: Any = "cpu") -> Any:
-    """A network of `NETWORKS`, or any transformers model by id or folder."""
+    """Load a network of `NETWORKS`, or any transformers model by id or folder."""
     if path in NETWORKS:
         return NETWORKS[path](device)
     return PretrainedNetwork(path, modality, revision, classify, device)

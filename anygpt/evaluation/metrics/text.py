@@ -1,4 +1,4 @@
-"""Answers in words beside what people said: captions by pycocoevalcap, questions by VQA's rules."""
+"""Metrics of text answers: captions with pycocoevalcap, questions by VQA's rules."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _DROPPED = set("'\"`()[]{}.?!,:;-–—…“”‘’")
 
 
 def words_of(text: str) -> str:
-    """Lower-case words, spaces between them, as papers on captions count them.
+    """Lower-case words separated by spaces, tokenized as in the Penn Treebank, without punctuation.
 
-    Follows the Penn Treebank, with punctuation left out: `doesn't` is two words, `t-shirt` is one. It stands for the
-    Java tokenizer that pycocoevalcap comes with, and agrees with it on plain captions.
+    `doesn't` is two words, `t-shirt` is one. Replaces pycocoevalcap's Java tokenizer, and agrees with it on plain
+    captions.
     """
     spaced = _CLITICS.sub(r" \1", text.lower())
     return " ".join(word for word in _WORDS.findall(spaced) if word not in _DROPPED)
 
 
 class CaptionMetric(Metric):
-    """BLEU-1 to 4 (a value of the corpus), ROUGE-L or CIDEr-D (means), over all answers and their references.
+    """BLEU-1 to 4 (corpus level), ROUGE-L or CIDEr-D (means) over all answers and their references.
 
-    The words of all answers are kept: CIDEr-D weighs them by how many rows use them.
+    Keeps the words of all answers, since CIDEr-D weights them by document frequency.
     """
 
     def __init__(self, *arguments: Any, scorer: Any, **options: Any):
@@ -74,10 +74,10 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as VQA's evaluation compares it (arXiv 1505.00468).
+    """Normalize an answer as VQA's evaluation does (arXiv 1505.00468).
 
-    Lower case; punctuation goes, or becomes a space between two words; numbers as digits; no articles; contractions
-    with their apostrophes.
+    Lower case; punctuation removed, or replaced by a space between words; numbers as digits; no articles; contractions
+    with apostrophes.
     """
     text = " ".join(text.split())
     tight = re.search(r"\d,\d", text) is not None
@@ -90,7 +90,7 @@ def normalize_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """min(people who said it / 3, 1), as a mean over all choices of all people but one; a single one is compared."""
+    """Mean of min(matching annotators / 3, 1) over all leave-one-out subsets; plain equality for one annotator."""
     answer, said = normalize_answer(answer), [normalize_answer(one) for one in references]
     same = said.count(answer)
     if len(said) == 1:
@@ -99,14 +99,14 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 class VqaAccuracy(Mean):
-    """`vqa_accuracy` of each answer."""
+    """Mean `vqa_accuracy`."""
 
     def score(self, batch: Batch) -> list[float]:
         return [vqa_accuracy(item.text, item.row.references) for item in batch.items]
 
 
 class ExactMatch(Mean):
-    """1 where an answer is one of the references, both normalised."""
+    """Share of answers equal to one of their references, both normalized."""
 
     def score(self, batch: Batch) -> list[float]:
         pairs = [(item.text, item.row.references) for item in batch.items]
