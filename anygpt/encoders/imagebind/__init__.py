@@ -1,4 +1,4 @@
-"""ImageBind (arXiv 2305.05665): six modalities in one space, written from its facts, with its tensors' own names.
+"""ImageBind (arXiv 2305.05665): six modalities in one embedding space, with the tensor names of the original.
 
 The published weights are under CC BY-NC-SA 4.0, for non-commercial use.
 """

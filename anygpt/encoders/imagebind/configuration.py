@@ -1,4 +1,4 @@
-"""`ImageBindConfig`, and how many features each modality gives. Shape legend: `anygpt.outputs`."""
+"""`ImageBindConfig`, and the number of features of each modality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anygpt.errors import InputError
 
 TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
 MEDIA = {"image": "vision", "video": "vision"}
-"""Media types whose tower has another name."""
+"""Media types whose tower has a different name."""
 MAIN_INPUT = "media_values"
 IMAGE_SIZE = 224
 TEXT_LENGTH = 77
@@ -25,17 +25,17 @@ class ImageBindConfig(PreTrainedConfig):
     """Sizes of ImageBind; the defaults are those of the published "huge" model.
 
     Args:
-        video_frames: frames of a clip.
-        kernel_size: of the vision stem: frames, rows, columns.
-        audio_kernel_size, audio_stride: of the audio stem.
-        out_embed_dim: width of the embeddings, one for all modalities.
+        video_frames: frames per clip.
+        kernel_size: kernel of the vision stem: frames, rows, columns.
+        audio_kernel_size, audio_stride: kernel size and stride of the audio stem.
+        out_embed_dim: width of the embeddings of all modalities.
         vision_embed_dim, vision_num_blocks, vision_num_heads: width, blocks and heads of a tower; likewise the others.
-        audio_num_mel_bins, audio_target_len: of a spectrogram: mels, frames.
-        depth_kernel_size, thermal_kernel_size: of their stems, which take single-channel images.
-        imu_kernel_size: steps in time that make one token.
-        modalities: the towers that the model has.
-        feature: what an `ImageBindEncoder` gives of each clip: its `embedding`, or the trunk's `tokens`.
-        kwargs: the original's drop paths, kept without effect, and what every config takes.
+        audio_num_mel_bins, audio_target_len: mels and frames of a spectrogram.
+        depth_kernel_size, thermal_kernel_size: kernel sizes of their stems, which take single-channel images.
+        imu_kernel_size: time steps per token.
+        modalities: the model's towers.
+        feature: output of an `ImageBindEncoder` for each clip: its `embedding`, or the trunk's `tokens`.
+        kwargs: the original's drop path rates, which have no effect, and the arguments of every config.
     """
 
     model_type = "imagebind"
@@ -89,11 +89,11 @@ class ImageBindConfig(PreTrainedConfig):
                 raise InputError(f"{tower}_embed_dim is {width}, which {tower}_num_heads = {heads} does not divide")
 
     def of(self, tower: str, name: str) -> Any:
-        """A setting of one tower: `of("audio", "embed_dim")`."""
+        """Setting of one tower: `of("audio", "embed_dim")`."""
         return getattr(self, f"{tower}_{name}")
 
     def grid(self, tower: str) -> tuple[int, ...]:
-        """Places of a clip's tokens, the class token apart."""
+        """Grid of a clip's tokens, without the class token."""
         if tower == "vision":
             sizes = (self.video_frames, IMAGE_SIZE, IMAGE_SIZE)
             return tuple(size // kernel for size, kernel in zip(sizes, self.kernel_size, strict=True))
@@ -107,11 +107,11 @@ class ImageBindConfig(PreTrainedConfig):
         return (IMAGE_SIZE // self.of(tower, "kernel_size"),) * 2
 
     def num_tokens(self, tower: str) -> int:
-        """Tokens of a clip in the trunk; text has no class token."""
+        """Number of tokens of a clip in the trunk; text has no class token."""
         return int(torch.Size(self.grid(tower)).numel()) + (tower != "text")
 
     def encoder_of(self, modality: str, feature: str | None = None) -> ImageBindConfig:
-        """The config of the `ImageBindEncoder` that reads a media type."""
+        """Config of the `ImageBindEncoder` for a media type."""
         tower = MEDIA.get(modality, modality)
         if tower not in self.modalities or tower == "text":
             known = ", ".join((*MEDIA, *(t for t in self.modalities if t not in ("vision", "text"))))
@@ -119,7 +119,7 @@ class ImageBindConfig(PreTrainedConfig):
         return type(self)(**self.to_dict() | {"modalities": [tower], "feature": feature or self.feature})
 
     def left_out(self) -> dict[str, None]:
-        """Beginnings of the names of tensors that a file has and an encoder has not: its other towers' for one."""
+        """Name prefixes of tensors in a file that an encoder does not use, such as those of other towers."""
         names = {"modality_postprocessors.": None} | ({} if self.feature == "embedding" else {"modality_heads.": None})
         parts = ("preprocessors", "trunks", "heads")
         return names | {f"modality_{p}.{t}.": None for p in parts for t in TOWERS if t != self.tower}
@@ -131,20 +131,20 @@ class ImageBindConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of what an encoder gives."""
+        """Feature width of an encoder."""
         return self.out_embed_dim if self.feature == "embedding" else self.of(self.tower, "embed_dim")
 
     @property
     def features_per_clip(self) -> int:
-        """Features that an encoder gives of an image, or of each clip of a video or sound."""
+        """Number of features of an image, or of each clip of a video or sound."""
         return 1 if self.feature == "embedding" else self.num_tokens(self.tower)
 
 
 def count_features(config: ImageBindConfig, inputs: Mapping[str, Any]) -> list[int]:
-    """Features of each input: those of a clip, times its clips."""
+    """Number of features of each input: those of a clip, times its clips."""
     clips = [item.shape[0] if item.ndim >= 4 else 1 for item in inputs[MAIN_INPUT]]
     return [count * config.features_per_clip for count in clips]
 
 
-# So that folders, and saved processors, are read back by their model_type.
+# Lets folders and saved processors be read back by model_type.
 AutoConfig.register(ImageBindConfig.model_type, ImageBindConfig)

@@ -41,15 +41,15 @@ The weights of ImageBind (arXiv 2305.05665), with their original tensor names, f
 STEMS = {"vision": "rgbt_stem", "audio": "rgbt_stem", "depth": "depth_stem", "thermal": "rgbt_stem", "imu": "imu_stem"}
 WITH_BIAS_KV = ("audio", "depth", "thermal", "imu")
 SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
-"""What unit embeddings are multiplied by; only that of text is learned, from the value here, and at most 100."""
+"""Factors of the unit embeddings; only that of text is learned, starting from this value and limited to 100."""
 MAX_SCALE = 100.0
 MASK = "modality_preprocessors.text.mask"
-"""The original stores its causal mask; here it is made when it is needed."""
+"""The original's stored causal mask, which is computed when needed here."""
 EPS = 1e-6
 
 
 class Stem(nn.Module):
-    """A clip's patches, `(B, channels, …)` to `(B, n, F)`."""
+    """Patches of a clip: `(B, channels, …)` to `(B, n, F)`."""
 
     def __init__(self, config: ImageBindConfig, tower: str):
         super().__init__()
@@ -57,7 +57,7 @@ class Stem(nn.Module):
         self.steps = config.imu_kernel_size if tower == "imu" else None
         if tower == "vision":
             kernel = tuple(config.kernel_size)
-            # the original's stem is a Sequential whose first entry holds no weights
+            # as in the original, whose stem is a Sequential with a first entry without weights
             self.proj = nn.Sequential(nn.Identity(), nn.Conv3d(3, width, kernel, kernel, bias=False))
             self.norm_layer = nn.Identity()
             return
@@ -86,7 +86,7 @@ class Positions(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A clip to the trunk's input: class token, patches, positions."""
+    """Input of the trunk for a clip: class token, patches, positions."""
 
     def __init__(self, config: ImageBindConfig, tower: str):
         super().__init__()
@@ -103,7 +103,7 @@ class Tokens(nn.Module):
             self.pos_embedding_helper = Positions(count, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`(B, …)` of one clip each to `(B, n, F)`."""
+        """Single clips `(B, …)` to `(B, n, F)`."""
         if self.stem_name:
             tokens = getattr(self, self.stem_name)(inputs)
             tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The blocks of a tower; vision has a LayerNorm before them."""
+    """Blocks of a tower, for vision after a LayerNorm."""
 
     def __init__(self, config: ImageBindConfig, tower: str):
         super().__init__()
@@ -146,7 +146,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, bias_kv) for _ in range(config.of(tower, "num_blocks")))
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`(B, n, F)` twice; `mask (n, n)` is true where nothing is to be seen."""
+        """`(B, n, F)` to `(B, n, F)`; `mask (n, n)` is true where attention is blocked."""
         if hasattr(self, "pre_transformer_layer"):
             states = self.pre_transformer_layer(states)
         for block in self.blocks:
@@ -155,7 +155,7 @@ class Trunk(nn.Module):
 
 
 def _head(config: ImageBindConfig, tower: str) -> nn.Module:
-    """LayerNorm and Linear, where the original has them: its other entries hold no weights."""
+    """LayerNorm and Linear at the original's indices, whose other entries have no weights."""
     width = config.of(tower, "embed_dim")
     norm, linear = nn.LayerNorm(width, eps=EPS), nn.Linear(width, config.out_embed_dim, bias=False)
     if tower == "text":
@@ -165,9 +165,9 @@ def _head(config: ImageBindConfig, tower: str) -> nn.Module:
 
 
 class Scale(nn.Module):
-    """The factor of a modality's embeddings, stored as its logarithm.
+    """Factor of a modality's embeddings, stored as its logarithm.
 
-    One that is not learned is used as it was meant: the logarithm in 16 bits is off by up to 0.4%.
+    Constant factors are applied directly: their stored 16-bit logarithms are off by up to 0.4%.
     """
 
     def __init__(self, tower: str):
@@ -187,7 +187,7 @@ class Scale(nn.Module):
 class ImageBindModel(PreTrainedModel):
     """Joint encoder of images and clips, text, sounds, depth, thermal images and motion (arXiv 2305.05665).
 
-    Inputs of each modality, as its processor gives them:
+    Inputs of each modality, as returned by its processor:
 
     ============  ==========================================================================================
     `vision`      images `(B, 3, 224, 224)`, clips of a video `(B, C, 3, 2, 224, 224)`; `image` and `video` mean it too
@@ -216,7 +216,7 @@ class ImageBindModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Class tokens and positions are drawn as in ViT; the rest keeps what its constructor gave it."""
+        """Initialize class tokens and positions as in ViT; other modules keep their constructors' initialization."""
         if isinstance(module, (Tokens, Positions)):
             for name in ("cls_token", "pos_embed"):
                 if hasattr(module, name):
@@ -228,10 +228,10 @@ class ImageBindModel(PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def load_original_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the original's tensors; every one has its place, but for the text mask.
+        """Load the original's tensors, except the text mask.
 
         Raises:
-            InputError: tensors are missing, left over, or of another shape; they are named.
+            InputError: names tensors that are missing, unexpected, or of another shape.
         """
         say_licence()
         given = {name: tensor for name, tensor in tensors.items() if name != MASK}
@@ -252,7 +252,7 @@ class ImageBindModel(PreTrainedModel):
         return tower
 
     def encode(self, modality: str, inputs: Tensor) -> tuple[Tensor, int]:
-        """The trunk's last states `(B · C, n, F)`, and `C`."""
+        """Last states of the trunk `(B · C, n, F)`, and `C`."""
         tower, clips = self.tower_of(modality), 1
         if inputs.ndim >= 5:
             clips, inputs = inputs.shape[1], inputs.flatten(0, 1)
@@ -268,10 +268,10 @@ class ImageBindModel(PreTrainedModel):
         return self.modality_trunks[tower](self.modality_preprocessors[tower](inputs), mask), clips
 
     def embed_clips(self, modality: str, inputs: Tensor) -> Tensor:
-        """Unit embeddings of each clip, without their scale: `(B, C, D)`."""
+        """Unscaled unit embeddings of each clip, `(B, C, D)`."""
         tower = self.tower_of(modality)
         states, clips = self.encode(modality, inputs)
-        if tower == "text":  # the end of text has the largest id
+        if tower == "text":  # the end-of-text token has the largest id
             ends = inputs.flatten(0, inputs.ndim - 2).argmax(dim=-1)
             pooled = self.modality_heads[tower]["proj"](states[torch.arange(len(states)), ends])
         else:
@@ -279,24 +279,24 @@ class ImageBindModel(PreTrainedModel):
         return F.normalize(pooled, dim=-1).unflatten(0, (-1, clips))
 
     def embed(self, modality: str, inputs: Tensor) -> Tensor:
-        """Embeddings `(B, D)` of one modality, scaled as the original scales them, clips averaged."""
+        """Embeddings `(B, D)` of one modality, scaled as in the original and averaged over clips."""
         embeddings, tower = self.embed_clips(modality, inputs), self.tower_of(modality)
         if tower in self.modality_postprocessors:
             embeddings = self.modality_postprocessors[tower](embeddings)
         return embeddings.mean(dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`{modality: embeddings (B, D)}` of `{modality: inputs}`."""
+        """`{modality: embeddings (B, D)}` for `{modality: inputs}`."""
         return {modality: self.embed(modality, values) for modality, values in inputs.items()}
 
     def contrastive_loss(
         self, inputs: Mapping[str, Tensor], binding: str = "vision", temperature: float = 0.07, gather: bool = False
     ) -> Tensor:
-        """ImageBind's objective: symmetric InfoNCE of each modality with the one that binds them, summed.
+        """ImageBind's objective: sum of the symmetric InfoNCE losses of each modality with the binding one.
 
         Args:
-            inputs: by modality, row for row about the same things; the binding one among them.
-            binding, temperature: the paper's.
+            inputs: inputs by modality, including the binding one, paired by row.
+            binding, temperature: binding modality and temperature, by default the paper's.
             gather: see `anygpt.encoders.contrast.info_nce`.
         """
         embeddings = self(inputs)
@@ -307,7 +307,7 @@ class ImageBindModel(PreTrainedModel):
 
 
 class ImageBindEncoder(ImageBindModel):
-    """One tower as an encoder of media: a unit embedding of each clip, or the trunk's tokens (`config.feature`)."""
+    """One tower as a media encoder: returns a unit embedding per clip, or the trunk's tokens (`config.feature`)."""
 
     def __init__(self, config: ImageBindConfig):
         if len(config.modalities) != 1:
@@ -316,13 +316,13 @@ class ImageBindEncoder(ImageBindModel):
                 "modalities=['vision'], or use ImageBindModel"
             )
         super().__init__(config)
-        # without what nothing here reads, so that nothing trains it
+        # remove unused modules, so that they do not train
         self.modality_postprocessors = nn.ModuleDict()
         if config.feature == "tokens":
             self.modality_heads = nn.ModuleDict()
 
     def forward(self, media_values: Tensor) -> BaseModelOutput:
-        """Inputs of `ImageBindModel` to `(B, C · n, F)`; `n` is 1 and `F` is `D` for embeddings."""
+        """Encode inputs of `ImageBindModel` to `(B, C · n, F)`; for embeddings, `n` is 1 and `F` is `D`."""
         tower = self.config.tower
         if self.config.feature == "embedding":
             return BaseModelOutput(last_hidden_state=self.embed_clips(tower, media_values))
@@ -332,5 +332,5 @@ class ImageBindEncoder(ImageBindModel):
 
 @functools.cache
 def say_licence() -> None:
-    """Once a process."""
+    """Log the license, once per process."""
     logger.warning(LICENCE)

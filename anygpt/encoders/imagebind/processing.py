@@ -1,6 +1,6 @@
-"""What ImageBind reads: media to its inputs, on Pillow and NumPy alone. `C` clips of a sample.
+"""Processors of ImageBind's inputs, with Pillow and NumPy only. `C` is the number of clips of a sample.
 
-All but the texts' are saved and loaded as feature extractors are, and give `media_values`.
+All except the text processor are saved and loaded like feature extractors, and return `media_values`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from anygpt.errors import InputError
 from anygpt.media.files import Video
 
 CROPS = 3
-MEAN, DEVIATION = -4.268, 9.138  # of the log-mel energies
+MEAN, DEVIATION = -4.268, 9.138  # log-mel energies
 
 
 class ImageBindProcessor(FeatureExtractionMixin):
-    """Base of the processors: media to one tensor."""
+    """Base of the processors: converts media to one tensor."""
 
     model_input_names = (MAIN_INPUT,)
 
@@ -34,12 +34,12 @@ class ImageBindProcessor(FeatureExtractionMixin):
 
 
 class ImageBindImageProcessor(ImageBindProcessor):
-    """Images, the shorter side resized to `size` and the centre cropped.
+    """Resizes the shorter side of images to `size` and crops the centre.
 
     Args:
         size: pixels.
-        channels: 3 with CLIP's mean and deviation; 1 for depth and thermal images, which keep their values (8 bits
-            become 0 to 1).
+        channels: 3, normalized with CLIP's mean and deviation; 1 for depth and thermal images, which keep their values
+            (8-bit values are scaled to 0 to 1).
     """
 
     do_center_crop = True
@@ -53,7 +53,7 @@ class ImageBindImageProcessor(ImageBindProcessor):
         self.size, self.channels = size, channels
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> BatchFeature:
-        """One image or a list, PIL or arrays `(H, W[, 3])`; gives `media_values (B, channels, size, size)`."""
+        """`media_values (B, channels, size, size)` of one image or a list, PIL or arrays `(H, W[, 3])`."""
         return self.batch(images if isinstance(images, (list, tuple)) else [images], self.convert, return_tensors)
 
     def convert(self, image: Any) -> np.ndarray:
@@ -72,13 +72,12 @@ class ImageBindImageProcessor(ImageBindProcessor):
 
 
 class ImageBindVideoProcessor(ImageBindProcessor):
-    """Videos as `clips` of `seconds`, evenly spread, `frames` of each, in three crops.
+    """Splits videos into `clips` evenly spaced clips of `seconds`, with `frames` frames each, in three crops.
 
     Args:
-        size: pixels of the shorter side, and of the crops.
+        size: pixels of the shorter side and of the crops.
         clips, seconds, frames: see above.
-        num_frames: to which a video is sampled when it is read; the clips' frames are those of them that are nearest
-            in time.
+        num_frames: frames sampled from a video when it is read; clips use those nearest in time.
     """
 
     reads_times = True
@@ -100,7 +99,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         return f"{self.clips} times {self.seconds:g} s are read of each, {self.frames} frames of these"
 
     def __call__(self, videos: Any, return_tensors: str = "pt") -> BatchFeature:
-        """`Video`s, or uint8 `(n, H, W, 3)` of which each fifth is one clip; `(B, 15, 3, frames, size, size)`."""
+        """`media_values (B, 3 · clips, 3, frames, size, size)` of `Video`s or uint8 arrays `(n, H, W, 3)`."""
         one = isinstance(videos, Video) or (isinstance(videos, np.ndarray) and videos.ndim == 4)
         return self.batch([videos] if one else videos, self.convert, return_tensors)
 
@@ -108,7 +107,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         frames = video.frames if isinstance(video, Video) else np.asarray(video)
         if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
             raise InputError(f"a video has shape {frames.shape}; expected (frames, height, width, 3)")
-        # without times, the clips lie one behind the other
+        # without a frame rate, the clips are adjacent
         length = len(frames) / video.fps if isinstance(video, Video) else self.clips * self.seconds
         starts = clip_starts(length, self.seconds, self.clips)
         times = np.linspace(starts, starts + min(self.seconds, length), self.frames, axis=1)
@@ -117,7 +116,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         return np.stack([np.stack([crops[i][crop] for i in clip], axis=1) for clip in chosen for crop in range(CROPS)])
 
     def crop(self, frame: np.ndarray) -> list[np.ndarray]:
-        """The crops at both ends of the longer side and at its middle, `(3, size, size)` each."""
+        """Crops at both ends and in the middle of the longer side, `(3, size, size)` each."""
         image = resize_shorter(Image.fromarray(frame), self.size, Image.Resampling.BILINEAR)
         offsets = np.linspace((0, 0), (image.width - self.size, image.height - self.size), CROPS)
         boxes = [(*map(int, np.ceil(at)), *map(int, np.ceil(at) + self.size)) for at in offsets]
@@ -125,11 +124,11 @@ class ImageBindVideoProcessor(ImageBindProcessor):
 
 
 class ImageBindAudioProcessor(ImageBindProcessor):
-    """Sounds as log-mel spectrograms of `clips` of `seconds`, evenly spread: Kaldi's filter banks.
+    """Converts sounds to log-mel spectrograms (Kaldi's filter banks) of `clips` evenly spaced clips of `seconds`.
 
     Args:
         sampling_rate: Hz.
-        num_mel_bins, target_length: of a spectrogram; frames come every 10 ms, and zeros fill the end.
+        num_mel_bins, target_length: size of a spectrogram, with a frame every 10 ms and zeros at the end.
         clips, seconds: see above.
     """
 
@@ -151,10 +150,10 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         return f"{self.clips} times {self.seconds:g} s are read of each"
 
     def __call__(self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str = "pt") -> BatchFeature:
-        """Mono waveforms `(N,)`, one or a list; gives `media_values (B, C, 1, num_mel_bins, target_length)`.
+        """`media_values (B, C, 1, num_mel_bins, target_length)` of one mono waveform `(N,)` or a list.
 
         Raises:
-            InputError: another sampling rate, another number of dimensions.
+            InputError: a wrong sampling rate or number of dimensions.
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise InputError(f"ImageBind reads sounds at {self.sampling_rate} Hz, not {sampling_rate}; resample them")
@@ -178,10 +177,10 @@ class ImageBindAudioProcessor(ImageBindProcessor):
 
 
 class ImageBindMotionProcessor(ImageBindProcessor):
-    """Readings of an inertial measurement unit, `(6, N)`, cut or filled with zeros to 2,000 steps."""
+    """Truncates or zero-pads readings of an inertial measurement unit, `(6, N)`, to 2,000 steps."""
 
     def __call__(self, motions: Any, return_tensors: str = "pt") -> BatchFeature:
-        """One or a list; gives `media_values (B, 6, 2000)`."""
+        """`media_values (B, 6, 2000)` of one reading or a list."""
 
         def convert(motion: Any) -> np.ndarray:
             motion = np.asarray(motion, np.float32)
@@ -195,7 +194,7 @@ class ImageBindMotionProcessor(ImageBindProcessor):
 
 
 class ImageBindTextProcessor:
-    """Texts to `(B, 77)` ids by a CLIP tokenizer, padded with 0, the end of text kept where they are too long."""
+    """Tokenizes texts to ids `(B, 77)` with a CLIP tokenizer, padded with 0; truncation keeps the end-of-text token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -219,7 +218,7 @@ PROCESSORS: dict[str, Callable[[], ImageBindProcessor]] = {
 
 
 def processor_for(modality: str) -> ImageBindProcessor:
-    """The processor of a media type (`image`, `video`, `audio`, `depth`, `thermal`, `imu`)."""
+    """Processor of a media type (`image`, `video`, `audio`, `depth`, `thermal`, `imu`)."""
     if modality not in PROCESSORS:
         raise InputError(f"ImageBind reads no {modality!r}; it reads {', '.join(PROCESSORS)}")
     return PROCESSORS[modality]()
@@ -227,7 +226,7 @@ def processor_for(modality: str) -> ImageBindProcessor:
 
 @functools.cache
 def filter_banks(num_mel_bins: int, sampling_rate: int, length: int) -> ASTFeatureExtractor:
-    """Kaldi's; the lowest of 128 are narrower than what an FFT of 512 tells apart, of which the library warns."""
+    """Kaldi's filter banks, without the library's warning that the lowest of 128 mels are narrower than an FFT bin."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ASTFeatureExtractor(
@@ -235,12 +234,12 @@ def filter_banks(num_mel_bins: int, sampling_rate: int, length: int) -> ASTFeatu
             sampling_rate=sampling_rate,
             max_length=length,
             mean=MEAN,
-            std=DEVIATION / 2,  # it divides by twice of it
+            std=DEVIATION / 2,  # the library divides by 2 · std
         )
 
 
 def clip_starts(length: float, seconds: float, count: int) -> np.ndarray:
-    """When clips of `seconds` begin, the first at 0 and the last ending with the medium; all at 0 if it is shorter."""
+    """Start times of clips: the first at 0, the last ending with the medium; all at 0 if the medium is shorter."""
     return np.linspace(0, max(0.0, length - seconds), count)
 
 
@@ -250,5 +249,5 @@ def resize_shorter(image: Image.Image, size: int, resampling: Image.Resampling) 
 
 
 def normalize(pixels: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` of 0 to 255 to `(3, H, W)` with CLIP's mean and deviation."""
+    """Normalize `(H, W, 3)` values of 0 to 255 to `(3, H, W)` with CLIP's mean and deviation."""
     return ((pixels / 255 - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD).transpose(2, 0, 1).astype(np.float32)
