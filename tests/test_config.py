@@ -242,7 +242,7 @@ VALUES = [
     ("train.batch_size", "1000000000000", "less than or equal to 1048576"),
     ("train.gradient_accumulation_steps", "1000000000000", "less than or equal to"),
     ("train.num_epochs", "0", "greater than 0"),
-    ("train.warmup_steps", "1001", "above train.max_steps"),
+    ("train.warmup_steps", "1001", "at most train.max_steps"),
     ("data.num_workers", "100000", "less than or equal to"),
     ("lora.r", "10000000", "less than or equal to 4096"),
     ("model.decoders.image.num_signal_tokens", "10000000", "less than or equal to 4096"),
