@@ -103,7 +103,7 @@ def test_an_unreadable_target(media, capsys):
 
 def test_media_without_caption(media, capsys):
     path = write_rows(media, [row([text()], [IMAGE])])
-    refuse(2, path, media, capsys, f"{path}:1", "messages[1].content[0]", "'caption'", "add one")
+    refuse(2, path, media, capsys, f"{path}:1", "messages[1]", "content[0]", "'caption'", "add one")
 
 
 def test_a_caption_without_media(media, capsys):
@@ -194,7 +194,7 @@ def test_misspelt_settings(data, tmp_path, capsys):
 
 
 def test_a_negative_learning_rate(data, tmp_path, capsys):
-    said = ("train.learning_rate is -1.0", "above 0")
+    said = ("train.learning_rate is -1.0", "greater than 0")
     refuse(1, data / "stage1.jsonl", tmp_path, capsys, *said, more=("--train.learning_rate", "-1"))
 
 

@@ -136,7 +136,7 @@ def test_own_feature_function_has_to_be_given_again(parts, media, tmp_path):
 
 
 def test_wrong_folder_and_foreign_classes(parts, tmp_path):
-    with pytest.raises(InputError, match="holds no saved processor"):
+    with pytest.raises(InputError, match="does not exist"):
         MultimodalProcessor.from_pretrained(tmp_path / "nowhere")
     MultimodalProcessor({"image": parts.processor("image")}, parts.tokenizer()).save_pretrained(tmp_path)
     path = tmp_path / "processor_config.json"

@@ -7,7 +7,6 @@ import sys
 import wave
 from pathlib import Path
 
-import memory_table
 import numpy as np
 import pytest
 from PIL import Image
@@ -208,12 +207,3 @@ def test_a_decoder_that_is_required_twice_is_required_once(chat_model):
     few = {key: {"num_inference_steps": 1} for key in chat_model.makes}
     settings = Settings(5, require=("image", "image"), forbid=("audio",), decoder_kwargs=few)
     assert len(chat_model.answer([{"role": "user", "content": "a"}], settings).answer.images) == 1
-
-
-# ---------------------------------------------------------------------------------------- the memory table
-
-
-def test_the_memory_table_of_the_readme_is_the_scripts(capsys):
-    memory_table.main([])
-    table = capsys.readouterr().out.strip()
-    assert table.count("\n") > 15 and table in (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -204,7 +204,7 @@ def test_what_a_visitor_expects(browser, address, tmp_path):
         steps = wait(browser, lambda k=key: find(browser, f"#steps-{k} input[type=number]"), "no slider")[0]
         wait(browser, steps.is_displayed, "the decoder's settings did not open")
         steps.send_keys(Keys.CONTROL, "a")
-        steps.send_keys("9", Keys.TAB)
+        steps.send_keys("99", Keys.TAB)
     find(browser, "button.toggle-button")[0].click()
 
     next(e for e in find(browser, "button") if e.text == "Draw a red ring.").click()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -137,8 +138,11 @@ def test_sharded_processes_are_one_process(make_arguments, tmp_path_factory, tmp
     first, second = trained_tensors(sharded / "final"), trained_tensors(alone / "final")
     assert first.keys() == second.keys()
     assert max(float((first[n] - second[n]).norm() / second[n].norm()) for n in first) < 1e-6
-    for name in ("samples/000002/index.jsonl", "checkpoint-2/config.json"):
-        assert (sharded / name).read_text() == (alone / name).read_text()
+    assert (sharded / "samples/000002/index.jsonl").read_text() == (alone / "samples/000002/index.jsonl").read_text()
+    settings = [json.loads((folder / "checkpoint-2/config.json").read_text()) for folder in (sharded, alone)]
+    trained = [one.pop("trained") for one in settings]
+    assert settings[0] == settings[1]
+    assert trained[0]["losses"] == pytest.approx(trained[1]["losses"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import use_frames_of
-from anygpt.training.setup import build
+from anygpt.training.setup import build, feed_back
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, choose_networks, prepare_stage
 
 STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
@@ -75,6 +75,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
         if sources
     ]
     for dataset in datasets:
+        feed_back(dataset, model, STAGES[options.stage or 3])
         use_frames_of(dataset, processor)
     model.to(accelerator.device).eval()
     if options.overwrite and accelerator.is_main_process:

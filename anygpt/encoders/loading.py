@@ -70,7 +70,8 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             layer = getattr(whole, "vision_feature_layer", None)
         if drop is None:
             drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
-        check_selection(config, layer if isinstance(layer, int) else None, drop)
+        # What the whole model chooses is followed: LLaVA leaves out the first feature whatever its encoder is.
+        check_selection(config, source.feature_layer, source.drop_cls)
         if is_timed(modality) and family.main_input == "pixel_values":
             given: dict[str, Any] = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
             given |= {"feature_layer": layer, "drop_cls": drop}

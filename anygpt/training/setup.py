@@ -231,6 +231,13 @@ def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str
             yield setting.name, value, saved[setting.name]
 
 
+def feed_back(dataset: ConversationDataset, model: MultimodalModel, stage: Stage) -> None:
+    """Make media of the assistant inputs of the user's next turn, where a stage takes rows with media on both sides."""
+    if "encoder_decoder" in stage.terms:
+        reads = {encoder.modality for encoder in model.encoders.values()}
+        dataset.samples = [sample.fed_back(reads) for sample in dataset.samples]
+
+
 def build_dataset(
     sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
 ) -> ConversationDataset:
@@ -241,9 +248,7 @@ def build_dataset(
     """
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
     terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
-    if "encoder_decoder" in stage.terms:  # otherwise the stage takes no rows with media on both sides
-        reads = {encoder.modality for encoder in model.encoders.values()}
-        dataset.samples = [sample.fed_back(reads) for sample in dataset.samples]
+    feed_back(dataset, model, stage)
     weights = model.loss_weights
     subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
     own = weights.encoder or weights.decoder or weights.reconstruction
