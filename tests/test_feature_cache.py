@@ -317,10 +317,14 @@ def test_latents_are_drawn_anew_and_not_stored(world):
     assert posterior.shape[1] == 2 and not torch.equal(one, other)
 
 
-def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_path):
-    """Through the script and the stage, with workers: to the last bit, one row at a time (see the test above)."""
+def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_path_factory, tmp_path):
+    """Through the script and the stage, with workers: to the last bit, one row at a time (see the test above).
+
+    The rows have one medium of a kind: an encoder reads several of a row as a batch, which rounds differently.
+    """
     cache = ("--data.cache_dir", str(tmp_path / "cache"))
-    more = (*BOARD, "--train.gradient_accumulation_steps=4")
+    single = [{"path": str(toy_data(tmp_path_factory) / f"stage{stage}.jsonl")} for stage in (1, 2)]
+    more = (*BOARD, "--train.gradient_accumulation_steps=4", f"--data.train={json.dumps(single)}")
     args = make_arguments(3, tmp_path / "plain", *more, steps=2, batch_size=1)
     plain = train_here(3, args)
     assert script([*args, *cache, "--num-workers", "1", "--batch-size", "1"]) == 0
