@@ -183,6 +183,7 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     assert urls and not elsewhere, f"the page asks others: {elsewhere}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(6 * PATIENCE)
 def test_what_a_visitor_expects(browser, address, tmp_path):
     """An example is sent by a click; it can be stopped while it runs; clips play and loop."""
