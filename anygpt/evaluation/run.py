@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from anygpt.evaluation.report import write_report
 from anygpt.evaluation.rows import read_rows
 from anygpt.evaluation.store import AnswerStore, write
 from anygpt.evaluation.suite import Suite
+from anygpt.version import __version__
 
-LIBRARIES = ("anygpt", "torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
+LIBRARIES = ("torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
 SCORED = 32  # answers scored in a batch
+
+
+def installed_version(library: str) -> str | None:
+    """Return the version of a library, or None where it is not installed: the metrics' own are an extra."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def evaluate(
@@ -106,7 +115,8 @@ def evaluate(
         "seed": suite.ask.seed,
         "settings": asdict(suite),
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": {"anygpt": __version__, "python": platform.python_version()}
+        | {library: installed_version(library) for library in LIBRARIES},
         **facts,
     }
     write_report(output / "report.html", report, rows[: suite.shown], lines)
