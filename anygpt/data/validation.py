@@ -15,21 +15,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anygpt.data.collation import BAD, Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.formats import iterate_samples, missing_error
-from anygpt.data.lengths import refuse_reserved, usual_reserved_tokens
+from anygpt.data.lengths import Lengths, refuse_reserved, usual_reserved_tokens
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits
 from anygpt.media.types import read_media
-
-if TYPE_CHECKING:
-    from anygpt.data.lengths import Lengths
 
 AHEAD = 32  # queued rows per worker
 MAX_WORKERS = 1024

@@ -116,7 +116,7 @@ class AudioLDMDecoder(DiffusionDecoder):
         return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """As `(B, D)` tensors, which this pipeline takes."""
+        """Return both conditions as the `(B, D)` tensors that this pipeline takes."""
         arguments = super().prompt_arguments(condition, negative)
         return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}
 

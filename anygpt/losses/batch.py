@@ -96,7 +96,7 @@ class Target:
 
     @cached_property
     def has(self) -> frozenset[str]:
-        """What is available for sub-terms: `captions`, `media`, `pooled`, and the names of networks that train."""
+        """Names of what sub-terms can use: `captions`, `media`, `pooled`, and the names of networks that train."""
         kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
         found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
         return frozenset(found | set(self.decoder.trains) | ({"pooled"} if self.decoder.pooled_dim else set()))

@@ -264,7 +264,7 @@ def _video_header(path: Place, limits: MediaLimits) -> Header:
 def _seek_frames(
     path: Place, header: Header, choose: Choice, limits: MediaLimits
 ) -> tuple[list[np.ndarray], Fraction] | None:
-    """As `_decode_all`, but decoding no more than is needed; None if the frames contradict the packets."""
+    """Decode only the frames needed, else like `_decode_all`; None if frames contradict packets."""
     chosen = choose(header.starts, header.end)
     kept: dict[int, np.ndarray] = {}
     size = 0
