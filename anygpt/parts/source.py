@@ -7,9 +7,10 @@ import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
@@ -28,28 +29,24 @@ def zoo_part(name: str) -> Path:
     return ZOO / name
 
 
+# A bound far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
+Tokens = Annotated[int, Field(ge=1, le=2**12)]
+
+
 @dataclass
-class Source:
-    """Origin and loading options of a frozen part.
+class PartSettings:
+    """Settings of a pretrained part in YAML.
 
     Attributes:
-        path: Hub id, folder, or `zoo:<name>`.
+        path: Hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
         revision: branch, tag or commit of a Hub id.
         subfolder: folder of the part within `path`.
-        variant: of the weight files, as in `model.fp16.safetensors`; falls back to files without a variant.
-        weights: `safetensors`, or `any` to read pickled tensors if there are no safetensors; never code.
-        gguf_file: for a language model: GGUF file to read in place of safetensors.
-        dtype: name of a torch dtype to load the part in; that of the checkpoint if None.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice if None.
+        variant: variant of the weight files (`fp16`); falls back to files without a variant.
+        weights: `safetensors`, or `any` to read `.bin` and `.pth` files if there are none; never runs code.
+        gguf_file: GGUF file of a language model, to read in place of safetensors.
+        dtype: dtype to load the part in (`float32`, `bfloat16`); the checkpoint's by default, float32 for decoders.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice by default.
         quantization_config: arguments of transformers' `BitsAndBytesConfig`, for encoders and language models.
-        num_frames: frames per clip, for video encoders and decoders.
-        pool_frames: one feature per frame, if an image encoder reads clips (see `VideoEncoder`).
-        feature_layer: for an encoder: index of the hidden states to read, -2 in LLaVA; if None, as its whole model
-            does, else its output.
-        drop_cls: for an encoder: drop the class token.
-        processor: settings that override those of an encoder's image processor or feature extractor, and
-            `pad_to_square`, as in LLaVA 1.5.
-        feature: for an encoder with several kinds of features, such as ImageBind's `embedding` or `tokens`.
     """
 
     path: str
@@ -61,12 +58,34 @@ class Source:
     dtype: str | None = None
     attn_implementation: str | None = None
     quantization_config: dict[str, Any] | None = None
-    num_frames: int | None = None
+
+
+@dataclass
+class EncoderSettings(PartSettings):
+    """Settings of a pretrained encoder in YAML.
+
+    Attributes:
+        num_frames: frames per clip, for video encoders and image encoders under `video`.
+        pool_frames: one feature per frame (the default) or all (see `VideoEncoder`).
+        feature: kind of features, for encoders with several: `embedding` or `tokens` of ImageBind.
+        feature_layer: index of the hidden states to read (-2 in LLaVA); by default as its whole model does, or the
+            encoder's output.
+        drop_cls: drop the class token.
+        processor: settings of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
+            `pad_to_square: true`, as in LLaVA 1.5.
+    """
+
+    num_frames: Tokens | None = None
     pool_frames: bool | None = None
     feature: str | None = None
     feature_layer: int | None = None
     drop_cls: bool | None = None
     processor: dict[str, Any] | None = None
+
+
+@dataclass
+class Source(EncoderSettings):
+    """Origin and loading options of a frozen part; a decoder may have `num_frames` too."""
 
     def __post_init__(self) -> None:
         self.path = str(self.path)

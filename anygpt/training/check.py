@@ -26,8 +26,9 @@ from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import load_language_model, load_tokenizer
 from anygpt.parts.networks import shapes_only
+from anygpt.parts.source import PartSettings
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.training.config import Config, DecoderConfig, EncoderConfig, ModelConfig, PartConfig
+from anygpt.training.config import Config, DecoderConfig, EncoderConfig, ModelConfig
 from anygpt.training.folder import GIB, check_folder
 from anygpt.training.memory import Plan, Rows, plan_memory
 from anygpt.training.setup import (
@@ -119,7 +120,7 @@ def with_parts_of_start(config: Config, found: Findings) -> ModelConfig:
         saved = read_config(folder)
         encoders = {k: _as_config(EncoderConfig, e, folder, f"{k}_encoder") for k, e in saved.encoders.items()}
         decoders = {k: _as_config(DecoderConfig, e, folder, f"{k}_decoder") for k, e in saved.decoders.items()}
-        language_model = _as_config(PartConfig, saved.language_model, folder, "language_model")
+        language_model = _as_config(PartSettings, saved.language_model, folder, "language_model")
         return ModelConfig(
             None, encoders | model.encoders, model.language_model or language_model, decoders | model.decoders
         )

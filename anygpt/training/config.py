@@ -15,13 +15,13 @@ from pydantic import Field, PositiveInt
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
+from anygpt.parts.source import EncoderSettings, PartSettings, Tokens
 from anygpt.settings import find_misfits, parse_settings
 
 # Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 Every = Annotated[int, Field(ge=0, le=10**9)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
-Tokens = Annotated[int, Field(ge=1, le=2**12)]
 # AdamW moves a parameter by up to the rate in each update; larger rates only overflow.
 Rate = Annotated[float, Field(gt=0, le=1e3)]
 WORKERS = max(64, 4 * (os.cpu_count() or 1))
@@ -52,63 +52,23 @@ class RunConfig:
 
 
 @dataclass
-class PartConfig:
-    """A pretrained part.
-
-    Attributes:
-        path: Hub id, folder, or `zoo:<name>` for a tiny part of `anygpt.toyworld`.
-        revision: branch, tag or commit of a Hub id.
-        subfolder: folder of the part within `path`.
-        variant: variant of the weight files (`fp16`); falls back to files without a variant.
-        weights: `safetensors`, or `any` to read `.bin` and `.pth` files if there are none; never runs code.
-        gguf_file: GGUF file of a language model, to read in place of safetensors.
-        dtype: dtype to load the part in (`float32`, `bfloat16`); the checkpoint's by default, float32 for decoders.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …
-        quantization_config: arguments of transformers' `BitsAndBytesConfig`.
-    """
-
-    path: str
-    revision: str | None = None
-    subfolder: str | None = None
-    variant: str | None = None
-    weights: str | None = None
-    gguf_file: str | None = None
-    dtype: str | None = None
-    attn_implementation: str | None = None
-    quantization_config: dict[str, Any] | None = None
-
-
-@dataclass
-class EncoderConfig(PartConfig):
+class EncoderConfig(EncoderSettings):
     """An encoder and its input projector.
 
     Attributes:
         modality: media type in the data; the key by default.
-        num_frames: frames per clip, for an image encoder under `video`.
-        pool_frames: one feature per frame (the default) or all (see `VideoEncoder`).
-        feature: kind of features, for encoders with several: `embedding` or `tokens` of ImageBind.
-        feature_layer: index of the hidden states to read (-2 in LLaVA); the encoder's output by default.
-        drop_cls: drop the class token.
-        processor: settings of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
-            `pad_to_square: true`, as in LLaVA 1.5.
         fit: how to fit media into its window: `crop` (the default), `pad`, `stretch` or `tile` for images; `split`
             (the default) or `refuse` for long sounds.
         projector: arguments of `MultimodalProjectorConfig`: `projection_type` (linear, mlp, pooled, …) and its options.
     """
 
     modality: str | None = None
-    num_frames: Tokens | None = None
-    pool_frames: bool | None = None
-    feature: str | None = None
-    feature_layer: int | None = None
-    drop_cls: bool | None = None
-    processor: dict[str, Any] | None = None
     fit: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class DecoderConfig(PartConfig):
+class DecoderConfig(PartSettings):
     """A diffusion decoder and its output projector.
 
     Attributes:
@@ -145,7 +105,7 @@ class ModelConfig:
 
     init_from: str | None = None
     encoders: dict[str, EncoderConfig] = field(default_factory=dict)
-    language_model: PartConfig | None = None
+    language_model: PartSettings | None = None
     decoders: dict[str, DecoderConfig] = field(default_factory=dict)
 
 

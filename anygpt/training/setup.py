@@ -37,8 +37,9 @@ from anygpt.model.parts import (
     load_language_model,
     load_tokenizer,
 )
+from anygpt.parts.source import PartSettings
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.training.config import Config, DecoderConfig, EncoderConfig, PartConfig, check_values
+from anygpt.training.config import Config, DecoderConfig, EncoderConfig, check_values
 from anygpt.training.folder import GIB, MAX
 from anygpt.training.loading import ridge_batches, use_frames_of
 from anygpt.training.ridge import set_by_ridge
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 _BF16, MAX_LAYERS = "bfloat16", 1000
 
 
-def source(part: PartConfig, mixed_precision: str) -> Source:
+def source(part: PartSettings, mixed_precision: str) -> Source:
     """Source of a part; with `bf16`, its dtype is bfloat16 unless the config sets one."""
     known = {f.name for f in fields(Source)}
     settings = {name: value for name, value in asdict(part).items() if name in known}
@@ -194,7 +195,7 @@ def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
 def check_same_parts(folder: Path, config: Config) -> None:
     """Check that parts named by both the config and `init_from` agree in all settings that the config gives."""
     saved = read_config(folder)
-    pairs: dict[str, tuple[PartConfig | None, dict[str, Any] | None]] = {
+    pairs: dict[str, tuple[PartSettings | None, dict[str, Any] | None]] = {
         **{f"encoders.{k}": (e, saved.encoders.get(k)) for k, e in config.model.encoders.items()},
         **{f"decoders.{k}": (e, saved.decoders.get(k)) for k, e in config.model.decoders.items()},
         "language_model": (config.model.language_model, saved.language_model),
@@ -209,7 +210,7 @@ def check_same_parts(folder: Path, config: Config) -> None:
             )
 
 
-def differences(wanted: PartConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def differences(wanted: PartSettings, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield (name, given value, saved value) of settings that differ from those of the saved part."""
     saved = (
         found if found["source"] is None else dict.fromkeys(f.name for f in fields(Source)) | found["source"] | found
