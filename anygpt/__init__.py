@@ -13,6 +13,8 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
 from anygpt.decoders import (
     AudioLDMDecoder,
     Condition,
@@ -33,11 +35,16 @@ from anygpt.losses.formulas import LossWeights
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.model.transformers_api import register
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.version import __version__
 
-register(MultimodalConfig, MultimodalModel, MultimodalProcessor)
+AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig, exist_ok=True)
+for auto, part in (
+    (AutoModel, MultimodalModel),
+    (AutoModelForMultimodalLM, MultimodalModel),
+    (AutoProcessor, MultimodalProcessor),
+):
+    auto.register(MultimodalConfig, part, exist_ok=True)
 
 __all__ = [
     "AudioLDMDecoder",

@@ -1,21 +1,24 @@
-"""The interface of `MultimodalModel`: its parts, and the steps that `forward` and `generate` share.
+"""`Composition`: the parts of a multimodal model, and the steps that `forward` and `generate` share.
 
-Losses, generation, saving and the processor are functions that take the model; typed against this protocol, they need
-not import `MultimodalModel`. Shape legend: `anygpt.outputs`.
+Losses, generation, the cache and the processor are functions that take a composition; `MultimodalModel`, which uses
+them, adds its constructor, `forward`, saving and loading. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, device, nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anygpt.decoders.module import ModalDecoderModule
-from anygpt.encoders.module import ModalEncoderModule
-from anygpt.sequence.merging import Merged
+from anygpt.encoders.module import ModalEncoderModule, argument_names
+from anygpt.errors import InputError
+from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 
@@ -44,81 +47,166 @@ class Reading:
         return self.logits[places] if self.everywhere else self.logits[0]
 
 
-class Composition(Protocol):
-    """Encoders, a language model with its signal tokens, and decoders; attributes as in `MultimodalModel`."""
+class Composition(PreTrainedModel):
+    """Encoders, a language model with its signal tokens, and decoders; see `MultimodalModel` for the attributes."""
 
     encoder_keys: tuple[str, ...]
     decoder_keys: tuple[str, ...]
     language_model: PreTrainedModel
     signal_tokens: SignalTokens
+    loss_weights: Any
     token_ids: dict[str, int] | None
     tokenizer: PreTrainedTokenizerBase | None
     preprocess_llm_callback: Any
-    training: bool
     frozen: set[str]
-    config: Any
-
-    def __init__(
-        self,
-        encoders: Mapping[str, ModalEncoderModule],
-        language_model: PreTrainedModel,
-        decoders: Mapping[str, ModalDecoderModule] | None = None,
-        **options: Any,
-    ): ...
+    sources: Any
 
     @property
-    def encoders(self) -> dict[str, ModalEncoderModule]: ...
+    def encoders(self) -> dict[str, ModalEncoderModule]:
+        """The input modules by key, in order; a new dict each time, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_encoder") for key in self.encoder_keys}
 
     @property
-    def decoders(self) -> dict[str, ModalDecoderModule]: ...
+    def decoders(self) -> dict[str, ModalDecoderModule]:
+        """The output modules by key, in order; a new dict each time, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
 
     @property
-    def device(self) -> device: ...
+    def input_modalities(self) -> tuple[str, ...]:
+        """Media types that the model reads, as transformers' any-to-any pipeline names them."""
+        return ("text", *dict.fromkeys(encoder.modality for encoder in self.encoders.values()))
 
-    def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None: ...
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        """Media types that the model makes."""
+        return ("text", *dict.fromkeys(decoder.modality for decoder in self.decoders.values()))
 
-    # ---- steps of `forward` and `generate`
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.get_input_embeddings().weight.device
 
-    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]: ...
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged: ...
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
+        """Inject features at the placeholder tokens `{encoder key: id}`, or prepend them if None.
+
+        Raises:
+            InputError: an unknown encoder, or one id for two encoders.
+        """
+        if token_ids is not None:
+            unknown = sorted(set(token_ids) - set(self.encoder_keys))
+            if unknown:
+                raise InputError(f"set_token_ids names {unknown}; the encoders are {list(self.encoder_keys)}")
+            if len(set(token_ids.values())) != len(token_ids):
+                raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")
+        self.token_ids = dict(token_ids) if token_ids is not None else None
+
+    def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it.
+
+        Raises:
+            InputError: no encoder takes an argument, or several do.
+        """
+        by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
+        for full_name, value in inputs.items():
+            if value is None:
+                continue
+            key, _, name = full_name.rpartition(".")
+            takers = [k for k, encoder in self.encoders.items() if name in encoder.input_names and key in ("", k)]
+            if not takers:
+                known = ", ".join(f"{k}: {sorted(encoder.input_names)}" for k, encoder in self.encoders.items())
+                raise InputError(
+                    f"no encoder takes the input {full_name!r}; the encoders take {known or 'nothing: there are none'}"
+                    ". Inputs that only a callback needs are named in ModalEncoderModule(additional_args=…)"
+                )
+            if len(takers) > 1:
+                raise InputError(
+                    f"the input {name!r} could go to {' or '.join(map(repr, takers))}; write it as "
+                    f"{' or '.join(repr(f'{k}.{name}') for k in takers)}"
+                )
+            by_encoder[takers[0]][name] = value
+        return by_encoder
+
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]:
+        """Run the encoders that have inputs, and their projectors.
+
+        Returns:
+            `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
+        """
+        by_encoder = self.assign_inputs(inputs)
+        return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
+        """Embed tokens, signal tokens included. Call inside `signal_tokens.attached`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
 
     def merge(
         self, text: Merged, features: Mapping[str, Any], items_per_row: Mapping[str, list[int]] | None = None
-    ) -> Merged: ...
+    ) -> Merged:
+        """Insert features into the sequence: injected if token ids are set, else prepended."""
+        text.media_in = text.media_in.to(text.inputs_embeds.device)
+        if self.token_ids is None:
+            return prepend(text, features, items_per_row)
+        return inject(text, features, self.token_ids)
 
-    def read(
-        self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]
-    ) -> Reading: ...
+    def read(self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]) -> Reading:
+        """Logits selected by `tap`, and the output projectors' inputs. Call inside `signal_tokens.attached`."""
+        logits, all_states = self.run_language_model(merged, encoder_inputs)
+        states = self.read_spans(merged, spans, tap.hidden, all_states)
+        return Reading(logits, states, tap.hidden, tap.select is None, merged.input_ids.numel())
 
     def run_language_model(
         self, merged: Merged, encoder_inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]: ...
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Run the language model, its head only where `tap` selects. Call inside `signal_tokens.attached`.
+
+        Returns:
+            Logits, `(B, S, V')` or `(1, M, V')` at the selected positions; and the `(B, S, H)` states of all layers if
+            a decoder reads others than the last.
+        """
+        arguments = {
+            "inputs_embeds": merged.inputs_embeds,
+            "attention_mask": merged.attention_mask,
+            "position_ids": merged.position_ids,
+            "use_cache": False,
+            "output_hidden_states": any(decoder.needs_all_states for decoder in self.decoders.values()),
+            "return_dict": True,
+        }
+        if "position_ids" not in argument_names(self.language_model):
+            del arguments["position_ids"]
+        arguments |= self.preprocess_llm(merged, encoder_inputs, arguments)
+        arguments["attention_mask"] = without_right_padding(arguments["attention_mask"])
+        output = self.language_model(**arguments)
+        return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
 
     def preprocess_llm(
         self, merged: Merged, encoder_inputs: Mapping[str, Any], arguments: Mapping[str, Any]
-    ) -> dict[str, Any]: ...
+    ) -> dict[str, Any]:
+        """The language model arguments that `preprocess_llm_callback` adds or replaces."""
+        if self.preprocess_llm_callback is None:
+            return {}
+        media = {name.rpartition(".")[2]: value for name, value in encoder_inputs.items()}
+        known = {"input_ids": merged.input_ids, "token_ids": self.token_ids, **media, **arguments}
+        wanted = inspect.signature(self.preprocess_llm_callback).parameters
+        return self.preprocess_llm_callback(**{name: value for name, value in known.items() if name in wanted})
 
     def read_spans(
         self, merged: Merged, spans: Mapping[str, Spans], last: Tensor, all_states: tuple[Tensor, ...] | None
-    ) -> dict[str, Tensor]: ...
-
-    # ---- methods of `nn.Module`
-
-    def train(self, part: str | bool = True, mode: bool = True) -> Any: ...
-
-    def eval(self) -> Any: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+    ) -> dict[str, Tensor]:
+        """Each output projector's input `(K, N, H)`: states at its spans plus the token embeddings there."""
+        return {
+            key: spans[key].gather(decoder.select_states(last, all_states)) + spans[key].gather(merged.inputs_embeds)
+            for key, decoder in self.decoders.items()
+            if key in spans and len(spans[key])
+        }
 
 
 Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]
-"""`MultimodalModel.read`, or a stand-in that returns cached states."""
+"""`Composition.read`, or a stand-in that returns cached states."""

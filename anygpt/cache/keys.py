@@ -16,11 +16,11 @@ from typing import Any
 import xxhash
 from torch import nn
 
+from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
-from anygpt.losses.batch import WeightedModel
 from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
 
@@ -53,7 +53,7 @@ class Entry:
         return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
 
 
-def entries(model: WeightedModel) -> list[Entry]:
+def entries(model: Composition) -> list[Entry]:
     """The stores of a model whose `requires_grad` flags are final."""
     found = []
     for key, encoder in model.encoders.items():
@@ -71,7 +71,7 @@ def entries(model: WeightedModel) -> list[Entry]:
     return found
 
 
-def states_obstacle(model: WeightedModel) -> str | None:
+def states_obstacle(model: Composition) -> str | None:
     """Why the states of rows without input media may change during a run, or None."""
     if trains(model.language_model):
         return "it trains"
@@ -99,7 +99,7 @@ def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
 
 
 def store_key(
-    entry: Entry, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
+    entry: Entry, model: Composition, processor: Any, num_frames: int | None, precision: str
 ) -> dict[str, Any]:
     """Everything that a store's tensors depend on, apart from the media files or captions themselves.
 

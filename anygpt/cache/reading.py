@@ -13,9 +13,9 @@ from torch import Tensor
 
 from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
 from anygpt.cache.store import Store
+from anygpt.composition import Composition
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
-from anygpt.losses.batch import WeightedModel
 from anygpt.media.files import StoredMedium
 
 CHUNK = 1024**2
@@ -105,7 +105,7 @@ class FeatureCache:
 
 
 def open_cache(
-    folder: str | Path, model: WeightedModel, processor: Any, num_frames: int | None, precision: str
+    folder: str | Path, model: Composition, processor: Any, num_frames: int | None, precision: str
 ) -> FeatureCache:
     """Open the stores that can serve a model's parts; the notes give the reason for each part that is computed instead.
 

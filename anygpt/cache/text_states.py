@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anygpt.composition import Composition, Reading
 from anygpt.errors import InputError
-from anygpt.losses.batch import WeightedModel, find_losses
+from anygpt.losses.batch import find_losses
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap
 
@@ -28,7 +28,7 @@ HEAD = "head"
 
 @torch.no_grad()
 def read_text(
-    model: WeightedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
+    model: Composition, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
 ) -> list[dict[str, Tensor]]:
     """Compute the states of each row of a batch, for `TextStates.join`.
 

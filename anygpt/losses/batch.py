@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -21,12 +21,6 @@ from anygpt.errors import InputError
 from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, route, token_nll
 from anygpt.sequence.merging import IGNORE, Merged
 from anygpt.sequence.signal_tokens import Spans
-
-
-class WeightedModel(Composition, Protocol):
-    """A composition with the weights of its losses."""
-
-    loss_weights: LossWeights
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Pairs:
 
     key: str
     rows: Tensor
-    model: WeightedModel
+    model: Composition
     merged: Merged
     has: frozenset[str] = frozenset()
 
@@ -174,7 +168,7 @@ class LossBatch:
 
 
 def find_losses(
-    model: WeightedModel, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
+    model: Composition, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
 ) -> LossBatch:
     """Find labels, spans, pairs and targets in a merged batch without computing any loss.
 
@@ -209,7 +203,7 @@ def label_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Ten
     return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
 
 
-def _bound_pairs(model: WeightedModel, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+def _bound_pairs(model: Composition, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     """Rows, by encoder, that hold its features and those of `binding`; empty unless the `encoder` term has a weight."""
     binding = model.loss_weights.binding
     if not model.loss_weights.encoder or model.token_ids is None:
@@ -232,7 +226,7 @@ def _features_in(model: Composition, input_ids: Tensor, labels: Tensor | None, k
     return (labels != IGNORE) & ~torch.isin(input_ids, torch.tensor(signals, device=input_ids.device))
 
 
-def _make_target(model: WeightedModel, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> Target:
+def _make_target(model: Composition, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> Target:
     """Check that the decoder is known and has one target for each signal span."""
     if key not in model.decoder_keys:
         raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from anygpt.composition import Reading
+from anygpt.composition import Composition, Reading
 from anygpt.decoders.conditions import Condition
-from anygpt.losses.batch import Labels, LossBatch, Pairs, Target, WeightedModel, find_losses
+from anygpt.losses.batch import Labels, LossBatch, Pairs, Target, find_losses
 from anygpt.losses.formulas import TERMS, LossWeights, sum_by_term
 from anygpt.outputs import LossTerm
 from anygpt.sequence.merging import IGNORE, Merged
@@ -82,7 +82,7 @@ def wanted(batch: LossBatch, weights: LossWeights) -> Iterator[tuple[SubTerm, st
 
 
 def compute_losses(
-    model: WeightedModel,
+    model: Composition,
     batch: LossBatch,
     reading: Reading,
     conditions: Mapping[str, Condition],
@@ -107,7 +107,7 @@ def compute_losses(
     return losses
 
 
-def count_losses(model: WeightedModel, batch: Mapping[str, Any]) -> dict[str, int]:
+def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]:
     """Count what `forward` would sum in each sub-term, for a batch with injected features, without running the model.
 
     A training loop adds the counts up over micro-batches and ranks before the first backward of an update.
@@ -125,7 +125,7 @@ def count_losses(model: WeightedModel, batch: Mapping[str, Any]) -> dict[str, in
     return counts
 
 
-def loss_names(model: WeightedModel) -> list[str]:
+def loss_names(model: Composition) -> list[str]:
     """Every sub-term that a batch can have, in a fixed order, so that processes can reduce them by index."""
     keys: dict[type, Iterable[str]] = {Labels: ("",), Pairs: model.encoder_keys, Target: model.decoder_keys}
     return [name for sub in SUB_TERMS for key in keys[sub.of] for name in sub.names(key)]

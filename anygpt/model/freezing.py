@@ -6,7 +6,7 @@ run dropout, nor a frozen CLAP update its batch norm. Plain `train()`, `train(Fa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,12 @@ from anygpt.errors import InputError
 from anygpt.model.parts import is_peft
 
 
-@dataclass(frozen=True)
-class PartSummary:
+class PartSummary(NamedTuple):
     """A row of the table of parts: name, number of parameters, and how many of them train."""
 
     part: str
     parameters: int
     trainable: int
-
-
-def frozen_decoders(model: Composition) -> set[str]:
-    """Decoders given without trainable parameters, the default of `DiffusionDecoder`; they start in `model.frozen`."""
-    return {
-        f"{key}_decoder"
-        for key, decoder in model.decoders.items()
-        if not any(p.requires_grad for p in decoder.module.parameters())
-    }
 
 
 def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
@@ -52,43 +42,45 @@ def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
 
 
 def part_parameters(model: Composition, part: str) -> list[nn.Parameter]:
-    return [p for piece in parts_of(model)[part] for p in _parameters(piece)]
+    pieces = parts_of(model)[part]
+    return [p for piece in pieces for p in ([piece] if isinstance(piece, nn.Parameter) else piece.parameters())]
 
 
 def train_part(model: Composition, part: str, mode: bool) -> None:
     """Unfreeze a part, or freeze it and keep it in eval mode (see `MultimodalModel.train`)."""
-    pieces = _known(model, [part])[part]
-    for piece in pieces:
-        adapted = isinstance(piece, nn.Module) and is_peft(piece)
+    _check_known(model, [part])
+    for piece in parts_of(model)[part]:
+        adapted = is_peft(piece)
         piece.requires_grad_(mode and not adapted)
         if mode and adapted:
             piece.set_adapter(piece.active_adapter)
-    if mode:
-        model.frozen.discard(part)
-        _set_mode(pieces, model.training)
-    else:
-        model.frozen.add(part)
-        _set_mode(pieces, False)
+    (model.frozen.discard if mode else model.frozen.add)(part)
+    _set_mode(model, part, mode and model.training)
+
+
+def train_only(model: Composition, parts: list[str]) -> None:
+    _check_known(model, parts)
+    for part in parts_of(model):
+        train_part(model, part, mode=part in parts)
+
+
+def _check_known(model: Composition, names: list[str]) -> None:
+    parts = parts_of(model)
+    if unknown := sorted(set(names) - set(parts)):
+        raise InputError(f"there is no part {', '.join(map(repr, unknown))}; the parts are {', '.join(parts)}")
+
+
+def _set_mode(model: Composition, part: str, mode: bool) -> None:
+    for piece in parts_of(model)[part]:
+        if isinstance(piece, nn.Module):
+            piece.train(mode)
 
 
 def keep_frozen(model: Composition) -> None:
     """Put frozen parts back into eval mode after torch's `train` changed all modules."""
     for part in model.frozen:
-        _set_mode(parts_of(model)[part], False)
+        _set_mode(model, part, False)
     _recompute_frozen(model)
-
-
-def _set_mode(pieces: list[nn.Module | nn.Parameter], mode: bool) -> None:
-    for piece in pieces:
-        if isinstance(piece, nn.Module):
-            piece.train(mode)
-
-
-def _known(model: Composition, names: list[str]) -> dict[str, list[nn.Module | nn.Parameter]]:
-    parts = parts_of(model)
-    if unknown := sorted(set(names) - set(parts)):
-        raise InputError(f"there is no part {', '.join(map(repr, unknown))}; the parts are {', '.join(parts)}")
-    return parts
 
 
 def _recompute_frozen(model: Composition) -> None:
@@ -105,9 +97,15 @@ def _recompute_frozen(model: Composition) -> None:
             layer.training = model.training and not drops
 
 
-def train_only(model: Composition, parts: list[str]) -> None:
-    for part in _known(model, parts):
-        train_part(model, part, mode=part in parts)
+def gradient_checkpointing_enable(model: Composition, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    """Recompute activations in the backward pass of all parts that gradients pass through."""
+    for encoder in model.encoders.values():
+        if any(p.requires_grad for p in encoder.module.parameters()):
+            encoder.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    _recompute_frozen(model)
+    for decoder in model.decoders.values():
+        decoder.module.enable_gradient_checkpointing()
 
 
 def trainable_names(model: Composition) -> list[str]:
@@ -115,14 +113,12 @@ def trainable_names(model: Composition) -> list[str]:
 
 
 def summarize_parts(model: Composition) -> list[PartSummary]:
-    return [
-        PartSummary(
-            part,
-            sum(p.numel() for p in part_parameters(model, part)),
-            sum(p.numel() for p in part_parameters(model, part) if p.requires_grad),
-        )
-        for part in parts_of(model)
-    ]
+    rows = []
+    for part in parts_of(model):
+        parameters = part_parameters(model, part)
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        rows.append(PartSummary(part, sum(p.numel() for p in parameters), trainable))
+    return rows
 
 
 def touch_trainable(model: Composition) -> Tensor:
@@ -134,25 +130,3 @@ def touch_trainable(model: Composition) -> Tensor:
     trainable = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     zero = torch.zeros((), device=model.device)
     return torch.stack([zero, *(p.flatten()[0].float() for p in trainable)]).sum() * 0
-
-
-def touched(model: Composition, loss: Tensor | None) -> Tensor | None:
-    """The loss, plus `touch_trainable` in distributed training."""
-    if loss is None or not model.training or not torch.distributed.is_initialized():
-        return loss
-    return loss + touch_trainable(model)
-
-
-def gradient_checkpointing_enable(model: Composition, gradient_checkpointing_kwargs: dict | None = None) -> None:
-    """Recompute activations in the backward pass of all parts that gradients pass through."""
-    for key, encoder in model.encoders.items():
-        if any(p.requires_grad for p in part_parameters(model, f"{key}_encoder")):
-            encoder.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-    model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-    _recompute_frozen(model)
-    for decoder in model.decoders.values():
-        decoder.module.enable_gradient_checkpointing()
-
-
-def _parameters(piece: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return [piece] if isinstance(piece, nn.Parameter) else list(piece.parameters())

@@ -5,7 +5,6 @@ Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anygpt.composition import Reader, Reading
+from anygpt.composition import Composition, Reader, Reading
 from anygpt.decoders.module import ModalDecoderModule
-from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
+from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
 from anygpt.generation.decoding import check_request, generate
 from anygpt.generation.streaming import generate_stream
 from anygpt.losses.batch import find_losses
 from anygpt.losses.formulas import LossWeights, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, loss_names
-from anygpt.model import freezing, loading, saving, transformers_api
+from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.packing import read_packed
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
-from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
+from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
 
-class MultimodalModel(PreTrainedModel):
+class MultimodalModel(Composition):
     """Any encoders, any causal language model and any diffusion decoders as one model.
 
     Args:
@@ -74,8 +73,6 @@ class MultimodalModel(PreTrainedModel):
     from_pretrained = classmethod(loading.from_pretrained)  # type: ignore[var-annotated]
     own_tensors = loading.own_tensors
     load_own_tensors = loading.load_own_tensors
-    input_modalities = property(transformers_api.input_modalities)
-    output_modalities = property(transformers_api.output_modalities)
 
     def __init__(
         self,
@@ -114,7 +111,11 @@ class MultimodalModel(PreTrainedModel):
         self.pack_to: int | None = None
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
-        self.frozen = freezing.frozen_decoders(self)
+        self.frozen = {  # `DiffusionDecoder` freezes its networks by default
+            f"{key}_decoder"
+            for key, decoder in decoders.items()
+            if not any(p.requires_grad for p in decoder.module.parameters())
+        }
         self.sources = saving.KnownSources(self)
         self.config = MultimodalConfig.of(self)
 
@@ -151,40 +152,6 @@ class MultimodalModel(PreTrainedModel):
         composed = cls(pieces.encoders, pieces.language_model, decoders, **pieces.options)
         composed.set_token_ids(pieces.token_ids)
         return composed.train(pieces.language_model.training)
-
-    @property
-    def encoders(self) -> dict[str, ModalEncoderModule]:
-        """The input modules by key, in order; a new dict each time, so that no tensor is registered twice."""
-        return {key: getattr(self, f"{key}_encoder") for key in self.encoder_keys}
-
-    @property
-    def decoders(self) -> dict[str, ModalDecoderModule]:
-        """The output modules by key, in order; a new dict each time, so that no tensor is registered twice."""
-        return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
-
-    @property
-    def device(self) -> torch.device:
-        return self.language_model.get_input_embeddings().weight.device
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
-        """Inject features at the placeholder tokens `{encoder key: id}`, or prepend them if None.
-
-        Raises:
-            InputError: an unknown encoder, or one id for two encoders.
-        """
-        if token_ids is not None:
-            unknown = sorted(set(token_ids) - set(self.encoder_keys))
-            if unknown:
-                raise InputError(f"set_token_ids names {unknown}; the encoders are {list(self.encoder_keys)}")
-            if len(set(token_ids.values())) != len(token_ids):
-                raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")
-        self.token_ids = dict(token_ids) if token_ids is not None else None
 
     def train(self, part: str | bool = True, mode: bool = True) -> MultimodalModel:
         """Unfreeze (`mode=False`: freeze) a part by name; with a bool or no argument, set torch's training mode.
@@ -253,8 +220,11 @@ class MultimodalModel(PreTrainedModel):
             reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()
         conditions = {key: self.decoders[key].condition(states) for key, states in reading.states.items()}
         losses = compute_losses(self, batch, reading, conditions, generators)
+        loss = weighted_total(losses, self.loss_weights, loss_counts)
+        if loss is not None and self.training and torch.distributed.is_initialized():
+            loss = loss + self.touch_trainable()
         return MultimodalOutput(
-            loss=freezing.touched(self, weighted_total(losses, self.loss_weights, loss_counts)),
+            loss=loss,
             losses=losses,
             logits=reading.logits if full else None,
             hidden_states=reading.hidden,
@@ -264,71 +234,11 @@ class MultimodalModel(PreTrainedModel):
             places=reading.places,
         )
 
-    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run the encoders that have inputs, and their projectors.
-
-        Returns:
-            `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
-        """
-        by_encoder = self.assign_inputs(inputs)
-        return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
-
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
-        """Embed tokens, signal tokens included. Call inside `signal_tokens.attached`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        embeds = self.language_model.get_input_embeddings()(input_ids)
-        return Merged(embeds, input_ids, attention_mask, labels, torch.zeros(len(input_ids), dtype=torch.bool))
-
-    def merge(self, text: Merged, features: Mapping[str, Tensor], items_per_row: Mapping | None = None) -> Merged:
-        """Insert features into the sequence: injected if token ids are set, else prepended."""
-        text.media_in = text.media_in.to(text.inputs_embeds.device)
-        if self.token_ids is None:
-            return prepend(text, features, items_per_row)
-        return inject(text, features, self.token_ids)
-
     def read(self, merged: Merged, spans: Mapping[str, Spans], tap: Tap, encoder_inputs: Mapping[str, Any]) -> Reading:
-        """Logits selected by `tap`, and the output projectors' inputs. Call inside `signal_tokens.attached`."""
-        if self.pack_to is not None:
-            return read_packed(self, merged, spans, tap, encoder_inputs, self.pack_to)
-        logits, all_states = self.run_language_model(merged, encoder_inputs)
-        states = self.read_spans(merged, spans, tap.hidden, all_states)
-        return Reading(logits, states, tap.hidden, tap.select is None, merged.input_ids.numel())
-
-    def run_language_model(
-        self, merged: Merged, encoder_inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Run the language model, its head only where `tap` selects. Call inside `signal_tokens.attached`.
-
-        Returns:
-            Logits, `(B, S, V')` or `(1, M, V')` at the selected positions; and the `(B, S, H)` states of all layers if
-            a decoder reads others than the last.
-        """
-        arguments = {
-            "inputs_embeds": merged.inputs_embeds,
-            "attention_mask": merged.attention_mask,
-            "position_ids": merged.position_ids,
-            "use_cache": False,
-            "output_hidden_states": any(decoder.needs_all_states for decoder in self.decoders.values()),
-            "return_dict": True,
-        }
-        if "position_ids" not in argument_names(self.language_model):
-            del arguments["position_ids"]
-        arguments |= self.preprocess_llm(merged, encoder_inputs, arguments)
-        arguments["attention_mask"] = without_right_padding(arguments["attention_mask"])
-        output = self.language_model(**arguments)
-        return output.logits, output.hidden_states if arguments["output_hidden_states"] else None
-
-    def preprocess_llm(
-        self, merged: Merged, encoder_inputs: Mapping[str, Any], arguments: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The language model arguments that `preprocess_llm_callback` adds or replaces."""
-        if self.preprocess_llm_callback is None:
-            return {}
-        media = {name.rpartition(".")[2]: value for name, value in encoder_inputs.items()}
-        known = {"input_ids": merged.input_ids, "token_ids": self.token_ids, **media, **arguments}
-        wanted = inspect.signature(self.preprocess_llm_callback).parameters
-        return self.preprocess_llm_callback(**{name: value for name, value in known.items() if name in wanted})
+        """`Composition.read`, with the rows packed if `pack_to` is set."""
+        if self.pack_to is None:
+            return super().read(merged, spans, tap, encoder_inputs)
+        return read_packed(self, merged, spans, tap, encoder_inputs, self.pack_to)
 
     @torch.no_grad()
     def read_states(
@@ -346,45 +256,3 @@ class MultimodalModel(PreTrainedModel):
             tap.select = batch.nll
             read = text_states or MultimodalModel.read
             return read(self, merged, batch.spans, tap, inputs).states
-
-    def read_spans(
-        self,
-        merged: Merged,
-        spans: Mapping[str, Spans],
-        last: Tensor,
-        all_states: tuple[Tensor, ...] | None,
-    ) -> dict[str, Tensor]:
-        """Each output projector's input `(K, N, H)`: states at its spans plus the token embeddings there."""
-        return {
-            key: spans[key].gather(decoder.select_states(last, all_states)) + spans[key].gather(merged.inputs_embeds)
-            for key, decoder in self.decoders.items()
-            if key in spans and len(spans[key])
-        }
-
-    # ------------------------------------------------------------------------------------------------- the inputs
-
-    def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it.
-
-        Raises:
-            InputError: no encoder takes an argument, or several do.
-        """
-        by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
-        for full_name, value in inputs.items():
-            if value is None:
-                continue
-            key, _, name = full_name.rpartition(".")
-            takers = [k for k, encoder in self.encoders.items() if name in encoder.input_names and key in ("", k)]
-            if not takers:
-                known = ", ".join(f"{k}: {sorted(encoder.input_names)}" for k, encoder in self.encoders.items())
-                raise InputError(
-                    f"no encoder takes the input {full_name!r}; the encoders take {known or 'nothing: there are none'}"
-                    ". Inputs that only a callback needs are named in ModalEncoderModule(additional_args=…)"
-                )
-            if len(takers) > 1:
-                raise InputError(
-                    f"the input {name!r} could go to {' or '.join(map(repr, takers))}; write it as "
-                    f"{' or '.join(repr(f'{k}.{name}') for k in takers)}"
-                )
-            by_encoder[takers[0]][name] = value
-        return by_encoder

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
@@ -36,12 +36,6 @@ from anygpt.parts.manifest import MANIFEST
 from anygpt.parts.publishing import let_umask_decide, push
 
 SHARD = "50GB"
-
-
-class SavedModel(Composition, Protocol):
-    """A composition that knows which of its parts have sources."""
-
-    sources: KnownSources
 
 
 class KnownSources:
@@ -72,7 +66,7 @@ class KnownSources:
 
 
 def save_pretrained(
-    model: SavedModel,
+    model: Composition,
     folder: str | Path,
     *,
     merge: bool = False,
@@ -152,7 +146,7 @@ PUSH_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "
 
 
 def push_to_hub(
-    model: SavedModel, repo_id: str, *, standalone: bool = False, max_shard_size: int | str = SHARD, **options: Any
+    model: Composition, repo_id: str, *, standalone: bool = False, max_shard_size: int | str = SHARD, **options: Any
 ) -> str:
     """Upload the composition with a model card; parts from local folders are uploaded whole.
 
