@@ -22,7 +22,7 @@ from anygpt import InputError
 from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.evaluation.grammar import CATEGORIES, COLOURS, compose
 from anygpt.evaluation.metrics import METRICS, distances
-from anygpt.evaluation.metrics.base import Batch, ClipSim, Cosine, FrameConsistency, Item, LabelDivergence
+from anygpt.evaluation.metrics.base import Batch, Item
 from anygpt.evaluation.metrics.composition import CompositionScore, is_composed, overlap, related
 from anygpt.evaluation.metrics.features import PretrainedNetwork
 from anygpt.evaluation.metrics.text import normalize_answer, vqa_accuracy, words_of
@@ -303,7 +303,7 @@ def test_similarity_of_pictures_falls_with_blur(network, files):
     pictures = [picture(i, 40) for i in range(4)]
     sources = [files("image", p) for p in pictures]
     for name in ("clip", "dino"):
-        make = partial(Cosine, network(name, "image"), "image", role="source")
+        make = partial(METRICS["clip_i"].make, network(name, "image"), "image")
         values = []
         for radius in (0, 3, 12):
             answers = [files("image", p.filter(ImageFilter.GaussianBlur(radius))) for p in pictures]
@@ -338,7 +338,7 @@ def test_sounds_drift_apart_with_noise(network, files):
         answers = [write(x + level * generator.standard_normal(x.shape)) for x in originals]
         fad = distances.Frechet(network("clap", "audio"), "audio")
         fad.update(Batch(items("audio", answers, targets=targets)))
-        kl = score_of(partial(LabelDivergence, classifier, "audio"), "audio", answers, targets=targets)
+        kl = score_of(partial(METRICS["kl"].make, classifier, "audio"), "audio", answers, targets=targets)
         found.append((fad.compute()[""]["value"], kl))
     for values in zip(*found, strict=True):
         assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
@@ -348,7 +348,7 @@ def test_label_divergence_is_the_formula(network, files):
     classifier = network("ast", "audio", classify=True)
     pair = [files("audio", sound(i), 16_000) for i in (1, 5)]
     p, q = classifier.of_media([read_media("audio", path) for path in pair]).double().softmax(-1)
-    found = score_of(partial(LabelDivergence, classifier, "audio"), "audio", [pair[1]], targets=[pair[0]])
+    found = score_of(partial(METRICS["kl"].make, classifier, "audio"), "audio", [pair[1]], targets=[pair[0]])
     assert found == pytest.approx(float((p * (p / q).log()).sum()))
 
 
@@ -356,7 +356,7 @@ def test_clap_score_and_long_sounds(network, files):
     """CLAP's extractor takes a random part of a long sound; ours is the same each time."""
     clap = network("clap", "audio")
     sounds = [files("audio", sound(i, 2.5), 16_000) for i in range(3)]
-    make = partial(Cosine, clap, "audio", role="caption")
+    make = partial(METRICS["clap_score"].make, clap, "audio")
     values = [score_of(make, "audio", sounds, size, captions=["a horn"] * 3) for size in (16, 1)]
     media, texts = clap.of_media([read_media("audio", path) for path in sounds]), clap.of_texts(["a horn"])
     assert values[0] == pytest.approx(100 * float(torch.cosine_similarity(media, texts).mean()), abs=1e-4)
@@ -370,9 +370,9 @@ def test_clipsim_and_frame_consistency(network, files):
     read = [read_media("video", path).frames for path in paths]
     frames = [images.of_media([Image.fromarray(f) for f in x]) for x in read]
     sims = [100 * torch.cosine_similarity(f, images.of_texts(captions[:1])).mean() for f in frames]
-    make = partial(ClipSim, network("clip", "video"), "video")
+    make = partial(METRICS["clipsim"].make, network("clip", "video"), "video")
     assert score_of(make, "video", paths, captions=captions) == pytest.approx(float(np.mean(sims)), abs=1e-3)
-    make = partial(FrameConsistency, network("clip", "video"), "video")
+    make = partial(METRICS["frame_consistency"].make, network("clip", "video"), "video")
     steady = score_of(make, "video", paths)
     assert steady == pytest.approx(
         float(np.mean([100 * torch.cosine_similarity(f[1:], f[:-1]).mean() for f in frames])), abs=1e-3

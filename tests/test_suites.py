@@ -279,7 +279,7 @@ def test_choices_are_taken_by_likelihood(described, talker, tmp_path):
         ((_, answer),) = asker.answers(way, [row])
         losses = []
         for choice in row.choices:
-            item = ConversationDataset([way.sample_of(row)], num_video_frames=4)[0]
+            item = ConversationDataset([way[0](row)], num_video_frames=4)[0]
             batch = {k: v for k, v in asker.collator([answered(item, choice)]).items() if k not in NOT_FOR_MODEL}
             with torch.no_grad():
                 term = model(**batch).losses["encoder_llm/nll"]

@@ -29,7 +29,6 @@ from anygpt.errors import InputError, reading
 from anygpt.evaluation import report as suite_report
 from anygpt.evaluation import run as suite_run
 from anygpt.evaluation.suite import read_suite
-from anygpt.evaluation.tracking import log_values
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld.evaluation.answers import Settings
@@ -132,7 +131,7 @@ def run_matrix(options: argparse.Namespace) -> str:
         write_report(options.output, samples, report, judged, sheet)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
-    log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
+    suite_report.log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
     made = "matrix.json, contact_sheet.png, report.html and samples/"
     return f"{text_table(report)}\n\n{made} are in {options.output}"
 
@@ -154,7 +153,7 @@ def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     accelerator.end_training()
     if report is None:
         return None
-    log_values(options.tracker, options.output, suite_report.flat_values(report))
+    suite_report.log_values(options.tracker, options.output, suite_report.flat_values(report))
     return f"{suite_report.text_table(report)}\n\nmetrics.json, report.html and samples/ are in {options.output}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 import xxhash
@@ -20,12 +20,8 @@ from anygpt.evaluation.suite import Baseline, Suite
 from anygpt.outputs import Answer, Segment
 from anygpt.sequence.merging import IGNORE
 
-
-class Way(NamedTuple):
-    """A way of answering: the sample to load for a row, and the function that answers loaded samples."""
-
-    sample_of: Callable[[Row], Sample]
-    answer: Callable[[list[Row], list[LoadedSample]], list[Answer]]
+Way = tuple[Callable[[Row], Sample], Callable[[list[Row], list[LoadedSample]], list[Answer]]]
+"""A way of answering: the sample to load for a row, and the function that answers loaded samples."""
 
 
 class Asker:
@@ -63,14 +59,14 @@ class Asker:
         """Ways of answering by name: `model` and the applicable baselines; `words`: whether a metric uses text."""
         say = self.choose if self.suite.ask.choices else self.write
         known = {
-            "model": Way(lambda row: row.prompt, say),
-            "upper_bound": Way(_in_words, lambda rows, _: self.draw(rows, [row.captions for row in rows])),
-            "caption_baseline": Way(self._to_describe, self.draw_described),
-            "without_media": Way(_in_words, say),
+            "model": (lambda row: row.prompt, say),
+            "upper_bound": (_in_words, lambda rows, _: self.draw(rows, [row.captions for row in rows])),
+            "caption_baseline": (self._to_describe, self.draw_described),
+            "without_media": (_in_words, say),
         }
         draws = any(set(row.captions) & set(self.looked_at) for row in rows)
-        fit = [name for name in get_args(Baseline) if (draws if name != "without_media" else words)]
-        fit = fit if any(row.sources for row in rows) else [name for name in fit if name != "without_media"]
+        shown = any(row.sources for row in rows)
+        fit = [name for name in get_args(Baseline) if (words and shown if name == "without_media" else draws)]
         chosen = fit if self.suite.baselines is None else self.suite.baselines
         if wrong := [name for name in chosen if name not in fit]:
             raise InputError(f"baselines: {wrong[0]} does not fit the rows and metrics of this suite")
@@ -78,25 +74,24 @@ class Asker:
 
     def answers(self, way: Way, rows: Sequence[Row]) -> Iterator[tuple[Row, Answer]]:
         """Yield rows with their answers, batch by batch."""
-        size = self.suite.ask.batch_size
+        size, (sample_of, answer) = self.suite.ask.batch_size, way
         if not rows:
             return
         # keep as many video frames as any encoder samples
         counts = (getattr(one, "num_frames", None) for one in self.processor.encoder_processors.values())
-        dataset = ConversationDataset([way.sample_of(row) for row in rows], max(filter(None, counts), default=None))
+        dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))
         loader = DataLoader(dataset, size, collate_fn=list, num_workers=self.suite.ask.num_workers)
         for number, items in enumerate(loader):
             batch = list(rows[number * size : (number + 1) * size])
             with torch.inference_mode():
-                yield from zip(batch, way.answer(batch, items), strict=True)
+                yield from zip(batch, answer(batch, items), strict=True)
 
     def write(self, rows: list[Row], items: list[LoadedSample], describe: bool = False) -> list[Answer]:
         """The model's answers; text only if `describe`."""
         ask, seeds = self.suite.ask, self._seeds(rows)
         require, forbid = ([], list(self.makes.values())) if describe else (self.require, self.forbid)
-        batch = self.processor.apply_chat_template(
-            [conversation(item) for item in items], tokenize=True, add_generation_prompt=True
-        )
+        messages = [conversation(item) for item in items]
+        batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
         return self.model.generate(
             **batch.to(self.model.device),
             max_new_tokens=ask.max_new_tokens + sum(len(self.model.signal_tokens.ids[key]) for key in require),
@@ -135,15 +130,15 @@ class Asker:
         """Media that the decoders generate from captions with their own text encoders."""
         answers = [Answer() for _ in rows]
         for kind in self.looked_at:
-            decoder = self.model.decoders[self.makes[kind]]
+            key = self.makes[kind]
+            decoder = self.model.decoders[key]
             if not (wanted := [i for i, caption in enumerate(captions) if kind in caption]):
                 continue
-            seeds = self._seeds([rows[i] for i in wanted])
-            options = decoder.options({**self.options[self.makes[kind]], "seed": seeds})
+            options = decoder.options(self.options[key] | {"seed": self._seeds([rows[i] for i in wanted])})
             condition = Condition.of(decoder.module.encode_text([captions[i][kind] for i in wanted]))
             contents = decoder.module.sample(condition, **decoder.module.sampling_arguments(options, [0] * len(wanted)))
             for i, content in zip(wanted, contents, strict=True):
-                answers[i].segments.append(Segment(kind, content, self.makes[kind], rate=decoder.module.rate))
+                answers[i].segments.append(Segment(kind, content, key, rate=decoder.module.rate))
         return answers
 
     def draw_described(self, rows: list[Row], items: list[LoadedSample]) -> list[Answer]:
@@ -164,7 +159,6 @@ class Asker:
         return replace(row.prompt, messages=(*before, reworded(last, prompt)))
 
     def _seeds(self, rows: Sequence[Row]) -> list[int]:
-        """One seed per row."""
         return [xxhash.xxh3_64_intdigest(f"{self.suite.ask.seed} {row.id}".encode()) >> 1 for row in rows]
 
 

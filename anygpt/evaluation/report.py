@@ -1,4 +1,4 @@
-"""Report of a suite: a table for the terminal, and an HTML page with images and players."""
+"""Report of a suite: a table for the terminal, an HTML page with images and players, and a run of a tracker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
 
+from anygpt.errors import InputError
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.store import write
 
@@ -56,10 +60,8 @@ def write_report(path: Path, report: Mapping[str, Any], rows: Sequence[Row], lin
         return os.path.relpath(place, path.parent) if isinstance(place, Path) else None
 
     tools = {"ways": ways_of(report), "notes": notes(report), "shown": shown, "link": link}
-    page = page_template("anygpt.evaluation", "report.html.jinja").render(
-        report=report, rows=rows, lines=lines, **tools
-    )
-    write(path, page.encode())
+    template = page_template("anygpt.evaluation", "report.html.jinja")
+    write(path, template.render(report=report, rows=rows, lines=lines, **tools).encode())
 
 
 def flat_values(report: dict[str, Any]) -> dict[str, float]:
@@ -70,3 +72,25 @@ def flat_values(report: dict[str, Any]) -> dict[str, float]:
         for way, value in found.items()
         if value["value"] is not None
     }
+
+
+def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images: Image.Image) -> None:
+    """Log numbers and images to `wandb` or `tensorboard` (or `none`), with files in `folder`.
+
+    Raises:
+        InputError: the tracker cannot start.
+    """
+    if tracker == "none":
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    accelerator = Accelerator(log_with=tracker, project_dir=str(folder), cpu=True)
+    options = {"wandb": {"name": folder.name, "dir": str(folder)}} if tracker == "wandb" else {}
+    try:
+        accelerator.init_trackers("anygpt", init_kwargs=options)
+    except Exception as error:  # each tracker raises its own types
+        raise InputError(f"--tracker {tracker} cannot start: {' '.join(str(error).split())}") from error
+    accelerator.log(dict(values), step=0)
+    for name, image in images.items():
+        content, form = ([image], {}) if tracker == "wandb" else (np.asarray(image)[None], {"dataformats": "NHWC"})
+        accelerator.get_tracker(tracker).log_images({name: content}, step=0, **form)
+    accelerator.end_training()

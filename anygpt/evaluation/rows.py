@@ -92,25 +92,21 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
         said = next((c for c, text in choices.items() if said == text or said.startswith(f"{c}.")), said)
         if ask.prompt is not None:
             before = (*before[:-1], reworded(before[-1], ask.prompt.replace("{text}", question)))
+        others = [text for part in answer.content if part.type == "text" for text in part.others]
         media = [part for part in answer.content if part.path][::-1]  # the first of each type wins
         given = [part for message in before if message.role == "user" for part in message.content if part.path]
         rows.append(
             Row(
                 f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
                 replace(sample, messages=before),
-                (said, *others_of(answer)) if said else (),
+                (said, *others) if said else (),
                 targets={part.type: part.path for part in media},
-                captions={part.type: part.caption for part in media},
+                captions={part.type: part.caption for part in media if part.caption},
                 sources={part.type: part.path for part in given},
                 choices=tuple(choices),
             )
         )
     return rows
-
-
-def others_of(message: Message) -> list[str]:
-    """Other wordings of an answer in the data."""
-    return [text for part in message.content if part.type == "text" for text in part.others]
 
 
 def text_of(message: Message) -> str:

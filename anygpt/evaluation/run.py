@@ -24,15 +24,6 @@ from anygpt.evaluation.suite import Suite
 from anygpt.version import __version__
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
-SCORED = 32  # answers scored in a batch
-
-
-def installed_version(library: str) -> str | None:
-    """Return the version of a library, or None where it is not installed: the metrics' own are an extra."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def evaluate(
@@ -61,54 +52,49 @@ def evaluate(
         InputError: metrics, rows, model and answers do not fit together, or `output` holds other answers.
     """
     try:  # their libraries are an extra
-        from anygpt.evaluation.metrics import Item, MetricSet, check_specs, load_network, modality_of
+        from anygpt.evaluation.metrics import Item, choose, score
+        from anygpt.evaluation.metrics.features import load_network
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install -e '.[evaluation]' brings it") from error
     began, main, facts = time.perf_counter(), accelerator.is_main_process, dict(facts or {})
     rows = read_rows(suite)
     made = set(suite.ask.require) or {kind for row in rows for kind in row.targets}
-    only = min(made) if len(made) == 1 else None
-    check_specs(suite.metrics, rows, only)
-    kinds = [modality_of(spec, only) for spec in suite.metrics]
-    looked_at = [kind for kind in dict.fromkeys(kinds) if kind != "text"]
+    metrics = choose(suite.metrics, rows, min(made) if len(made) == 1 else None)
+    kinds = dict.fromkeys(metric.modality for metric in metrics)
+    looked_at = [kind for kind in kinds if kind != "text"]
     load = functools.cache(functools.partial(load_network, device=accelerator.device))
-    if main:
-        metrics = MetricSet(suite.metrics, only, load)  # reports missing dependencies first
-        about = metrics.describe()
+    about = {metric.name: metric.describe(load) for metric in metrics} if main else {}  # finds missing networks first
     stores = {} if answers is None else {"model": AnswerStore(answers)}
     asker = Asker(model, processor, suite, looked_at) if answers is None else None
-    for name, way in asker.ways(rows, "text" in kinds).items() if asker else ():
-        folder = output / "samples" if name == "model" else output / "baselines" / name
-        stores[name] = store = AnswerStore(folder, accelerator.process_index)
+    for way, how in asker.ways(rows, "text" in kinds).items() if asker else ():
+        folder = output / "samples" if way == "model" else output / "baselines" / way
+        stores[way] = store = AnswerStore(folder, accelerator.process_index)
         if main:
             store.claim(asked_for(suite) | facts)
             store.merge()
         accelerator.wait_for_everyone()
         done = store.read()
         mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if row.id not in done]
-        for row, answer in tqdm(asker.answers(way, mine), name, len(mine), disable=not main, unit="row"):
+        for row, answer in tqdm(asker.answers(how, mine), way, len(mine), disable=not main, unit="row"):
             store.add(row.id, answer)
         accelerator.wait_for_everyone()
         if main:
             store.merge()
     if not main:
         return None
-    lines = {name: store.resolved() for name, store in stores.items()}
-    values: dict[str, dict[str, Any]] = {}
-    for name, found in lines.items():
-        words = {"model": (True, False), "without_media": (True,)}.get(name, (False,))  # kinds of metrics that it gets
-        specs = [spec for spec, kind in zip(suite.metrics, kinds, strict=True) if (kind == "text") in words]
-        metrics = MetricSet(specs, only, load) if values else metrics
-        answered = [row for row in rows if row.id in found]
-        for start in tqdm(range(0, len(answered), SCORED), f"scoring {name}", unit="batch"):
-            batch = answered[start : start + SCORED]
-            metrics.update([Item(row, found[row.id]["text"], first_media(found[row.id])) for row in batch])
-        values[name] = metrics.compute(len(rows))
-    said, names = [lines["model"].get(row.id) for row in rows], values["model"]
+    lines = {way: store.resolved() for way, store in stores.items()}
+    values = {}
+    for way, found in lines.items():
+        texts = {"model": (True, False), "without_media": (True,)}.get(way, (False,))  # metrics of text, or of media
+        items = [Item(row, found[row.id]["text"], first_media(found[row.id])) for row in rows if row.id in found]
+        values[way] = score([m for m in metrics if (m.modality == "text") in texts], load, items, len(rows), way)
+    said = [lines["model"].get(row.id) for row in rows]
     report = {
         "suite": suite.name,
         "rows": len(rows),
-        "metrics": {name: {way: found[name] for way, found in values.items() if name in found} for name in names},
+        "metrics": {
+            name: {way: found[name] for way, found in values.items() if name in found} for name in values["model"]
+        },
         "about": about,
         "missing": {kind: sum(kind not in first_media(line) for line in said if line) for kind in looked_at},
         "unanswered": said.count(None),
@@ -122,6 +108,14 @@ def evaluate(
     write_report(output / "report.html", report, rows[: suite.shown], lines)
     write(output / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def installed_version(library: str) -> str | None:
+    """The version of a library, or None where it is not installed: the metrics' own are an extra."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def first_media(line: Mapping[str, Any]) -> dict[str, Path]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import xxhash
 from anygpt.data.schema import MediaRoot
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
+from anygpt.media.writing import replacing
 from anygpt.outputs import Answer
 
 INDEX, SETTINGS = "index.jsonl", "asked.json"
@@ -55,9 +54,7 @@ class AnswerStore:
         root, lines = MediaRoot(self.folder), self.read()
         for name, line in lines.items():
             where = f"{self.folder / INDEX} (row {name!r})"
-            line["files"] = [
-                {**file, "path": root.resolve(file["path"], file["type"], where)} for file in line["files"]
-            ]
+            line["files"] = [file | {"path": root.resolve(file["path"], file["type"], where)} for file in line["files"]]
             if absent := [str(file["path"]) for file in line["files"] if not file["path"].is_file()]:
                 raise InputError(f"{where}: {absent[0]} does not exist")
         return lines
@@ -98,10 +95,5 @@ class AnswerStore:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file atomically, by renaming."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

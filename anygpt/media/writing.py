@@ -29,7 +29,7 @@ def write_image(path: str | Path, image: Image.Image) -> None:
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format not in Image.SAVE:
         raise InputError(f"{path}: the suffix {Path(path).suffix!r} names no image format: use .png or .jpg.")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary, format=image_format)
 
 
@@ -46,7 +46,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second.")
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with _replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # On tiny frames x264's macroblock tree reads out of bounds, which made the output nondeterministic.
         options = {"x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
@@ -67,7 +67,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
     if waveform.ndim != 2 or waveform.size == 0 or not np.isfinite(waveform).all():
         raise InputError(f"{path}: the waveform must be finite and (N,) or (C, N), and is {waveform.shape}.")
     samples = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
-    with _replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(len(samples))
         file.setsampwidth(2)
         file.setframerate(sampling_rate)
@@ -75,7 +75,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 
 @contextlib.contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces it at the end of the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

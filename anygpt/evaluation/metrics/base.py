@@ -1,10 +1,11 @@
-"""Base classes of metrics: batches of answers with their references, and values with confidence intervals.
+"""Batches of answers with their references, and metrics that are means of one number per answer.
 
 Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's features.
 """
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,41 +31,32 @@ class Item:
     text: str
     media: Mapping[str, Place]
 
-    def place(self, role: str, modality: str) -> Place | None:
-        """File of the medium of a role (`answer`, `target`, `source`)."""
-        return {"answer": self.media, "target": self.row.targets, "source": self.row.sources}[role].get(modality)
-
-    def has(self, need: str, modality: str) -> bool:
-        """Whether a need of a metric is met; see `Kind.needs`."""
-        if need in ("references", "expected", "choices"):
-            return bool(getattr(self.row, need))
-        return modality in self.row.captions if need == "caption" else self.place(need, modality) is not None
+    def find(self, role: str, modality: str) -> Any:
+        """The medium of a role (`answer`, `target`, `source`), its `caption`, or the row's field of that name."""
+        row = self.row
+        by_type = {"answer": self.media, "target": row.targets, "source": row.sources, "caption": row.captions}
+        return by_type[role].get(modality) if role in by_type else getattr(row, role)
 
 
 class Batch:
-    """A batch of items that caches decoded media and features for all metrics."""
+    """A batch of items.
+
+    `media(role, modality, num_frames)` decodes one medium per item, `features(network, role, modality, num_frames)`
+    computes `(M, D)`, of texts for the role `caption`; both keep their results for all metrics.
+    """
 
     def __init__(self, items: Sequence[Item]):
-        self.items = list(items)
-        self._known: dict[tuple, Any] = {}
+        @functools.cache  # of functions without `self`, so that no circle keeps the media
+        def media(role: str, modality: str, num_frames: int | None = None) -> list[Any]:
+            return [read_media(modality, item.find(role, modality), num_frames) for item in items]
 
-    def media(self, role: str, modality: str, num_frames: int | None = None) -> list[Any]:
-        """Decoded media, one per item."""
-        places = [item.place(role, modality) for item in self.items]
-        key = (role, modality, num_frames)
-        return self._once(key, lambda: [read_media(modality, place, num_frames) for place in places])
+        @functools.cache
+        def features(network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
+            if role == "caption":
+                return network.of_texts([item.find(role, modality) for item in items])
+            return network.of_media(media(role, modality, num_frames))
 
-    def features(self, network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
-        """Features `(M, D)`; of texts for the role `caption`."""
-        key = (id(network), role, modality, num_frames)
-        if role == "caption":
-            return self._once(key, lambda: network.of_texts([item.row.captions[modality] for item in self.items]))
-        return self._once(key, lambda: network.of_media(self.media(role, modality, num_frames)))
-
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
+        self.items, self.media, self.features = items, media, features
 
 
 class Metric:
@@ -89,14 +81,14 @@ class Metric:
 
 
 class Mean(Metric):
-    """Mean of one number per sample; all numbers are kept for the interval."""
+    """Mean over all answers of `score(metric, batch)`, one number per item; all are kept for the interval."""
 
-    def __init__(self, *arguments: Any, **options: Any):
+    def __init__(self, *arguments: Any, score: Callable[[Metric, Batch], Sequence[float]], **options: Any):
         super().__init__(*arguments, **options)
-        self.scores = array("d")
+        self.score, self.scores = score, array("d")
 
     def update(self, batch: Batch) -> None:
-        self.scores.extend(float(score) for score in self.score(batch))
+        self.scores.extend(self.score(self, batch))
 
     def compute(self) -> dict[str, Value]:
         return {"": mean_value(self.scores)}
@@ -108,36 +100,24 @@ def mean_value(scores: Sequence[float]) -> Value:
     return {"value": float(values.mean()), "n": len(values), "interval": list(bootstrap_interval(values))}
 
 
-class Cosine(Mean):
+def cosine(metric: Metric, batch: Batch, role: str) -> list[float]:
     """100 · cosine of an answer and its `caption` (CLIPScore, arXiv 2104.08718), `source` or `target`, by `role`."""
-
-    def __init__(self, *arguments: Any, role: str, **options: Any):
-        super().__init__(*arguments, **options)
-        self.role = role
-
-    def score(self, batch: Batch) -> list[float]:
-        return (100 * F.cosine_similarity(self.features(batch, "answer"), self.features(batch, self.role))).tolist()
+    return (100 * F.cosine_similarity(metric.features(batch, "answer"), metric.features(batch, role))).tolist()
 
 
-class ClipSim(Mean):
+def clipsim(metric: Metric, batch: Batch) -> list[float]:
     """100 · cosine of a caption and each frame, averaged over frames (arXiv 2104.14806)."""
-
-    def score(self, batch: Batch) -> list[float]:
-        pairs = zip(self.frames(batch, "answer"), self.features(batch, "caption"), strict=True)
-        return [float(100 * F.cosine_similarity(frames, text[None]).mean()) for frames, text in pairs]
+    pairs = zip(metric.frames(batch, "answer"), metric.features(batch, "caption"), strict=True)
+    return [float(100 * F.cosine_similarity(frames, text[None]).mean()) for frames, text in pairs]
 
 
-class FrameConsistency(Mean):
+def frame_consistency(metric: Metric, batch: Batch) -> list[float]:
     """100 · cosine of consecutive frames, averaged; 100 for a single frame."""
-
-    def score(self, batch: Batch) -> list[float]:
-        clips = self.frames(batch, "answer")
-        return [float(100 * F.cosine_similarity(f[:-1], f[1:]).mean()) if len(f) > 1 else 100.0 for f in clips]
+    clips = metric.frames(batch, "answer")
+    return [float(100 * F.cosine_similarity(f[:-1], f[1:]).mean()) if len(f) > 1 else 100.0 for f in clips]
 
 
-class LabelDivergence(Mean):
+def label_divergence(metric: Metric, batch: Batch) -> list[float]:
     """KL(labels of the reference sound ‖ labels of the answer) of a classifier's softmax, in nats."""
-
-    def score(self, batch: Batch) -> list[float]:
-        answers, targets = (self.features(batch, role).double().log_softmax(-1) for role in ("answer", "target"))
-        return F.kl_div(answers, targets, reduction="none", log_target=True).sum(-1).tolist()
+    answers, targets = (metric.features(batch, role).double().log_softmax(-1) for role in ("answer", "target"))
+    return F.kl_div(answers, targets, reduction="none", log_target=True).sum(-1).tolist()

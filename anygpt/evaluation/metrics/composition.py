@@ -25,10 +25,7 @@ Box = Sequence[float]  # left, top, right, bottom in pixels
 
 
 def is_composed(
-    expected: Mapping[str, Any],
-    found: Mapping[str, Sequence[Box]],
-    image: Image.Image,
-    colour_of: Callable[[Image.Image, str], str],
+    expected: Mapping[str, Any], found: Mapping[str, Sequence[Box]], image: Image.Image, colour_of: Callable
 ) -> bool:
     """Whether an image has the expected composition (see `compose`).
 
@@ -89,11 +86,8 @@ class CompositionScore(Metric):
         mark = "." if "dino" in self.detector.model.config.model_type else ""
         found: dict[str, list[Box]] = defaultdict(list)
         for one in self.detector(image, candidate_labels=[name + mark for name in names], threshold=self.threshold):
-            low, high = (
-                [max(one["box"][side], 0) for side in ("xmin", "ymin")],
-                [one["box"][s] for s in ("xmax", "ymax")],
-            )
-            box = (*low, *map(min, high, image.size))
+            left, top, right, bottom = (one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
+            box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
             kept = found[one["label"].removesuffix(mark)]
             if box[0] < box[2] and box[1] < box[3] and all(overlap(box, other) <= OVERLAP for other in kept):
                 kept.append(box)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
@@ -26,8 +28,8 @@ class Distance(Metric):
 
     def update(self, batch: Batch) -> None:
         self.count += len(batch.items)
-        features = (lambda batch, role: torch.cat(self.frames(batch, role))) if self.by_frame else self.features
-        self.add(*(features(batch, role).double() for role in ("answer", "target")))
+        read = (lambda batch, role: torch.cat(self.frames(batch, role))) if self.by_frame else self.features
+        self.add(read(batch, "answer").double(), read(batch, "target").double())
 
 
 class Frechet(Distance):
@@ -99,21 +101,20 @@ class Cmmd(Distance):
     def add(self, answers: Tensor, targets: Tensor) -> None:
         self.width = answers.shape[1]
         for file, features in zip(self.files, (answers, targets), strict=True):
-            file.write(nn.functional.normalize(features, dim=-1).cpu().numpy().tobytes())
+            file.write(F.normalize(features, dim=-1).cpu().numpy().tobytes())
             file.flush()
 
     def compute(self) -> dict[str, Value]:
-        answers, targets = (np.memmap(f, np.float64, "r").reshape(-1, self.width) for f in self.files)
-        inside = _mean_kernel(answers, answers) + _mean_kernel(targets, targets)
-        return {"": {"value": SCALE * (inside - 2 * _mean_kernel(answers, targets)), "n": self.count}}
+        x, y = (np.memmap(file, np.float64, "r").reshape(-1, self.width) for file in self.files)
+        value = _mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)
+        return {"": {"value": SCALE * value, "n": self.count}}
 
 
 def _mean_kernel(first: np.ndarray, second: np.ndarray) -> float:
     """Mean of exp(−‖x − y‖² / 2σ²) over all pairs, block by block."""
     total = 0.0
-    for i in range(0, len(first), BLOCK):
-        for j in range(0, len(second), BLOCK):
-            x, y = first[i : i + BLOCK], second[j : j + BLOCK]
-            squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
-            total += float(np.exp(-squares / (2 * SIGMA**2)).sum())
+    for i, j in itertools.product(range(0, len(first), BLOCK), range(0, len(second), BLOCK)):
+        x, y = first[i : i + BLOCK], second[j : j + BLOCK]
+        squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
+        total += float(np.exp(-squares / (2 * SIGMA**2)).sum())
     return total / (len(first) * len(second))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pycocoevalcap.bleu.bleu import Bleu
 
-from anygpt.evaluation.metrics.base import Batch, Mean, Metric, Value, mean_value
+from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 
 _CLITICS = re.compile(r"(n't|'(?:s|m|re|ve|ll|d))(?!\w)")
 _WORDS = re.compile(r"n't|'(?:s|m|re|ve|ll|d)(?!\w)|\d+(?:[.,]\d+)+|\w+(?:[-/]\w+)*|[^\w\s]")
@@ -98,16 +98,12 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     return sum(min((same - (one == answer)) / 3, 1.0) for one in said) / len(said)
 
 
-class VqaAccuracy(Mean):
-    """Mean `vqa_accuracy`."""
-
-    def score(self, batch: Batch) -> list[float]:
-        return [vqa_accuracy(item.text, item.row.references) for item in batch.items]
+def vqa_accuracies(metric: Metric, batch: Batch) -> list[float]:
+    """`vqa_accuracy` of each item."""
+    return [vqa_accuracy(item.text, item.row.references) for item in batch.items]
 
 
-class ExactMatch(Mean):
-    """Share of answers equal to one of their references, both normalized."""
-
-    def score(self, batch: Batch) -> list[float]:
-        pairs = [(item.text, item.row.references) for item in batch.items]
-        return [float(normalize_answer(said) in map(normalize_answer, right)) for said, right in pairs]
+def exact_matches(metric: Metric, batch: Batch) -> list[float]:
+    """Whether each answer equals one of its references, both normalized."""
+    pairs = [(item.text, item.row.references) for item in batch.items]
+    return [float(normalize_answer(said) in map(normalize_answer, right)) for said, right in pairs]
