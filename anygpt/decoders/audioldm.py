@@ -36,8 +36,9 @@ class AudioLDMDecoder(DiffusionDecoder):
         *,
         audio_length_in_s: float | None = None,
         normalize_waveform: bool = True,
+        **settings: Any,
     ):
-        super().__init__(pipeline)
+        super().__init__(pipeline, **settings)
         native = self.unet.config.sample_size * pipeline.vae_scale_factor * self._seconds_per_frame
         self.audio_length_in_s = audio_length_in_s or native
         self.normalize_waveform = normalize_waveform

@@ -5,130 +5,44 @@ Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim, `C` 
 
 from __future__ import annotations
 
-import inspect
-import json
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
 from anygpt.decoders.options import STEERING, check_options, expected_of, seeded
-from anygpt.decoders.pipelines import find_class, find_pipeline, load_pipeline
+from anygpt.decoders.pipelines import step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
-from anygpt.decoders.running import is_hooked, step_callback
-from anygpt.decoders.schedules import DiffusionSchedule, TrainingSchedule
+from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
+from anygpt.decoders.wrapping import WrappedPipeline
 from anygpt.errors import InputError
-from anygpt.parts.files import Place
-
-logger = logging.getLogger(__name__)
-
-SETTINGS_FILE = "anygpt_decoder.json"
 
 
-class DiffusionDecoder(nn.Module, ABC):
+class DiffusionDecoder(WrappedPipeline, ABC):
     """A diffusers pipeline as a frozen, differentiable decoder of conditions.
 
-    The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
-    eval mode; `.pipeline` is the pipeline itself. The defaults suit a U-Net that attends to a CLIP text encoder; other
-    families override them. A family's further constructor arguments are attributes, saved beside the pipeline.
+    The defaults suit a U-Net that attends to a CLIP text encoder; other families override them.
     """
 
     modality: ClassVar[str]
-    pipeline_name: ClassVar[str]
-    """Name of the pipeline's class in diffusers, looked up only when needed because some versions lack it."""
     size_names: ClassVar[tuple[str, ...]]
     """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
-    _registry: ClassVar[dict[str, type[DiffusionDecoder]]] = {}
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "pipeline_name" in cls.__dict__:
-            DiffusionDecoder._registry[cls.pipeline_name] = cls
-
-    def __init__(self, pipeline: DiffusionPipeline):
-        super().__init__()
-        if not isinstance(pipeline, find_pipeline(self.pipeline_name)):
-            raise InputError(
-                f"{type(self).__name__} needs a {self.pipeline_name}, but was given a "
-                f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained."
-            )
-        self.pipeline = pipeline
-        for name, component in pipeline.components.items():
-            if isinstance(component, nn.Module):
-                self.add_module(name, component)
-        self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
-        self.requires_grad_(False).eval()
-        pipeline.set_progress_bar_config(disable=True)
-        if pipeline.components.get("safety_checker") is None:
-            _warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
-
-    # ---- loading and saving
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> DiffusionDecoder:
-        """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
-
-        `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
-        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`torch_dtype`, …). Pickled weights
-        are refused unless `weights="any"`, which still refuses any code in them.
-
-        Raises:
-            InputError: no pipeline, one of another or unknown class, or missing or unexpected tensors.
-        """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
-        hub: dict[str, Any] = {
-            k: kwargs.pop(k) for k in ("cache_dir", "token", "local_files_only", "force_download") if k in kwargs
-        }
-        where = {k: kwargs.pop(k) for k in ("revision", "subfolder", "variant", "weights") if k in kwargs}
-        place = Place(str(path_or_id), **{k: v for k, v in where.items() if v is not None}, hub=hub)
-        found, config = find_class(place, cls if hasattr(cls, "pipeline_name") else None, DiffusionDecoder._registry)
-        settings = {name: kwargs.pop(name) for name in found._setting_names() if name in kwargs}
-        settings = (place.json(SETTINGS_FILE) or {}) | settings
-        return found(load_pipeline(find_pipeline(found.pipeline_name), config, place, **kwargs), **settings)
-
-    def save_pretrained(self, path: str | Path, **options: Any) -> None:
-        """Write the pipeline (safetensors, `options` of diffusers) and this decoder's own settings into `path`."""
-        self.pipeline.save_pretrained(str(path), safe_serialization=True, **options)
-        settings = {name: getattr(self, name) for name in self._setting_names()}
-        Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-
-    @classmethod
-    def _setting_names(cls) -> list[str]:
-        return [name for name in inspect.signature(cls).parameters if name != "pipeline"]
 
     # ---- what a family defines
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The denoising network, `(noisy latents, timestep, condition) -> prediction`."""
-        return self.unet
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
-        hooked = is_hooked(self.pipeline)  # cheaper than the pipeline's property, which visits every module
-        return self.pipeline._execution_device if hooked else next(self.denoiser.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
-
-    @property
     def condition_shape(self) -> tuple[int, int]:
         """`(T, D)` of a condition, from the configs of the tokenizer and the text encoder."""
-        return self.pipeline.tokenizer.model_max_length, self.text_encoder.config.hidden_size
+        tokens = self.max_sequence_length or self.pipeline.tokenizer.model_max_length
+        return tokens, self.text_encoder.config.hidden_size
 
     @property
     def pooled_dim(self) -> int | None:
@@ -149,34 +63,6 @@ class DiffusionDecoder(nn.Module, ABC):
     def collect(self, output: Any) -> list:
         """The list of samples in a pipeline's output."""
 
-    # ---- training
-
-    def train_networks(self, names: Sequence[str]) -> None:
-        """Choose the networks that `train` and `requires_grad_` affect; by default only the denoiser.
-
-        Raises:
-            InputError: a name that is not one of the pipeline's networks.
-        """
-        known = [name for name, _ in self.named_children()]
-        if unknown := [name for name in names if name not in known]:
-            raise InputError(f"the decoder has no network {unknown[0]!r}; it has {', '.join(known)}")
-        self.trains = tuple(names)
-
-    def train(self, mode: bool = True) -> DiffusionDecoder:
-        """Set torch's mode on the networks that train; the others stay in eval mode for repeatable encodings."""
-        super().train(False)
-        for name in self.trains:
-            getattr(self, name).train(mode)
-        self.training = mode
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
-        """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
-        super().requires_grad_(False)
-        for name in self.trains:
-            getattr(self, name).requires_grad_(requires_grad)
-        return self
-
     # ---- conditions and latents
 
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
@@ -192,19 +78,12 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @torch.no_grad()
     def encode_media(self, media: list | Tensor, generator: Generators = None) -> Tensor:
-        """Latents `(B, C, …)` of raw media, or of a tensor from `self.targets`.
-
-        The VAE's posterior is sampled with `generator` (or a list with one a sample), or its mode is taken if None; the
-        result is scaled by `scale_latents`.
-
-        Raises:
-            InputError: media that `targets` refuses, or a wrong number of generators.
-        """
+        """Scaled latents `(B, C, …)` of raw media, or of a tensor from `self.targets`; see `sample_posterior`."""
         pixels = media if isinstance(media, Tensor) else self.targets(media)
         return self.sample_posterior(*self.posterior(pixels.to(self.device, self.vae.dtype)), generator)
 
     def sample_posterior(self, mean: Tensor, std: Tensor, generator: Generators = None) -> Tensor:
-        """Sample (or take the mode of) what `posterior` returned, and scale it; see `encode_media`."""
+        """Sample what `posterior` returned (take its mode if `generator` is None), and scale it."""
         check_generators(generator, len(mean))
         if generator is not None:
             mean = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
@@ -218,11 +97,7 @@ class DiffusionDecoder(nn.Module, ABC):
         pixels = pixels.to(self.device, self.vae.dtype)
         mean, std = self.posterior(pixels)
         latents = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
-        return {"vae": autoencoder_loss(self.decode_latents(latents), pixels, mean, std)}
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decode unscaled latents to media `(B, …)` in the form of `targets`. Differentiable."""
-        return self.vae.decode(latents).sample
+        return {"vae": autoencoder_loss(self.vae.decode(latents).sample, pixels, mean, std)}
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(B, C, …)` of the VAE's posterior, unscaled."""
@@ -238,8 +113,10 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @cached_property
     def schedule(self) -> TrainingSchedule:
-        """The training schedule, by default DDPM with the pipeline's scheduler config."""
-        return DiffusionSchedule(self.pipeline.scheduler)
+        """The training schedule with the pipeline's scheduler config: a flow if there is a `weighting_scheme`."""
+        if self.weighting_scheme is None:
+            return DiffusionSchedule(self.pipeline.scheduler)
+        return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The network's prediction, of the shape of `noisy`."""
@@ -260,8 +137,7 @@ class DiffusionDecoder(nn.Module, ABC):
         Args:
             condition: `(B, T, D)`; gradients reach it through the frozen network.
             latents: `(B, C, …)` from `encode_media`.
-            noise: like `latents`; drawn by default.
-            timesteps: `(B,)` training steps; drawn from the schedule by default.
+            noise, timesteps: like `latents`, and `(B,)`; drawn by default.
             generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
                 its batch. A CPU generator works on any device.
             snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
@@ -315,21 +191,17 @@ class DiffusionDecoder(nn.Module, ABC):
             size: the family's `size_names`; the decoder's own by default.
 
         Raises:
-            InputError: wrong shapes, or a size this decoder does not have.
+            InputError: wrong shapes, or an argument that this decoder does not have or cannot use.
         """
-        if unknown := sorted(set(size) - set(self.size_names)):
-            raise InputError(
-                f"{type(self).__name__}.sample has no argument {', '.join(unknown)}: sizes are "
-                f"{', '.join(self.size_names)}."
-            )
+        steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given = {name: value for name, value in (steering | size).items() if value is not None}
+        self.check_options(given | {"negative_condition": negative_condition})
         condition = self._ready(condition)
         if negative_condition is not None:
             negative_condition = self._ready(negative_condition, len(condition))
         check_generators(generator, len(condition))
         # All sizes are passed, because diffusers drops height or width given alone.
-        arguments = {name: getattr(self, name) for name in self.size_names} | size
-        steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        arguments |= {name: value for name, value in steering.items() if value is not None}
+        arguments = {name: getattr(self, name) for name in self.size_names} | given
         arguments |= self.prompt_arguments(condition, negative_condition)
         if on_step is not None:
             arguments |= step_callback(self.pipeline, on_step)
@@ -360,12 +232,12 @@ class DiffusionDecoder(nn.Module, ABC):
     @property
     def pipeline_options(self) -> dict[str, Any]:
         """Default steps, guidance and sizes."""
-        call = inspect.signature(self.pipeline.__call__).parameters
-        steering = {name: call[name].default for name in ("num_inference_steps", "guidance_scale") if name in call}
+        steering = {name: self.call_default(name) for name in ("num_inference_steps", "guidance_scale")}
         return steering | {name: getattr(self, name) for name in self.size_names}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        check_options(self.modality, options, self.option_names, self.expected_of)
+        """Raise an `InputError` for an option that this decoder does not have or cannot use."""
+        check_options(self, options)
 
     def expected_of(self, name: str, value: Any) -> str | None:
         """What was expected instead of an option's value, or None if it is valid; families add their own sizes."""
@@ -389,8 +261,3 @@ class DiffusionDecoder(nn.Module, ABC):
         if seed is not None:
             arguments["generator"] = seeded(seed, places)
         return arguments
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

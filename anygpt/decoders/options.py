@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,40 +16,29 @@ ALTERNATIVES = (("negative_prompt", "negative_condition"), ("seed", "generator")
 MAX_SEED = 2**63 - 1
 
 
-def check_options(
-    decoder: str, options: Mapping[str, Any], names: Sequence[str], expected_of: Callable[[str, Any], str | None]
-) -> None:
-    """Validate options of generation before anything is computed.
-
-    Args:
-        decoder: its name in messages.
-        options: by name; None stands for the default.
-        names: the options of the decoder.
-        expected_of: `(name, value)` to what was expected instead of the value, or None if it is valid.
+def check_options(decoder: Any, options: Mapping[str, Any]) -> None:
+    """Validate options of generation, None standing for the default, before anything is computed.
 
     Raises:
-        InputError: an unknown option or an invalid value.
+        InputError: an option that the decoder does not have, or an invalid value.
     """
-    if unknown := sorted(set(options) - set(names)):
-        raise InputError(
-            f"the {decoder} decoder has no option {', '.join(map(repr, unknown))}; it has {', '.join(names)}"
-        )
+    who = f"the {decoder.modality} decoder"
+    if unknown := sorted(set(options) - set(decoder.option_names)):
+        known = ", ".join(decoder.option_names)
+        raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {known}")
     given = {name: value for name, value in options.items() if value is not None}
     for one, other in ALTERNATIVES:
         if one in given and other in given:
-            raise InputError(f"the {decoder} decoder is given both {one} and {other}; give one of them")
+            raise InputError(f"{who} is given both {one} and {other}; give one of them")
     for name, value in given.items():
-        if expected := expected_of(name, value):
-            raise InputError(f"{name} of the {decoder} decoder is {value!r:.80}; expected {expected}")
+        if expected := decoder.expected_of(name, value):
+            raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
 
 
 def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> str | None:
     """What was expected instead of an option's value; None if it is valid, or not checked here.
 
-    Args:
-        name, value: the option.
-        most_steps: steps of the training schedule.
-        size_multiple: divisor of heights and widths.
+    Heights and widths are multiples of `size_multiple`; there are at most `most_steps`, as in training.
     """
     if name == "num_inference_steps":
         good = is_integer(value) and 1 <= value <= most_steps

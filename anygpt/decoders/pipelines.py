@@ -1,9 +1,11 @@
-"""Strict loading of diffusers pipelines."""
+"""Diffusers pipelines: strict loading, offloading hooks, callbacks at each step."""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,16 +37,7 @@ def find_pipeline(name: str) -> type[DiffusionPipeline]:
 
 
 def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The decoder class for the pipeline at `place`, and the content of `model_index.json`.
-
-    Args:
-        place: of the pipeline.
-        cls: the required decoder class; None for any known one.
-        known: decoder classes by the name of their pipelines.
-
-    Raises:
-        InputError: no pipeline, or one of another or unknown class.
-    """
+    """The decoder class (`cls`, or if None the one in `known` by pipeline), and the content of `model_index.json`."""
     config = place.json("model_index.json")
     name = (config or {}).get("_class_name")
     if name is None:
@@ -66,13 +59,7 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
 def load_pipeline(
     cls: type[DiffusionPipeline], index: Mapping[str, Any], place: Place, **options: Any
 ) -> DiffusionPipeline:
-    """Load the pipeline at `place`.
-
-    Args:
-        cls: the class of the pipeline.
-        index: content of its `model_index.json`.
-        place: of the pipeline.
-        options: of diffusers' `from_pretrained`: `torch_dtype`, components that replace those of the files, …
+    """Load the pipeline at `place`, whose `model_index.json` is `index`, with `options` for its `from_pretrained`.
 
     Raises:
         InputError: missing or unexpected tensors of a network.
@@ -149,3 +136,29 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         reports.setLevel(level)
+
+
+def is_hooked(pipeline: DiffusionPipeline) -> bool:
+    """Whether offloading keeps a pipeline's weights on another device than the one it computes on."""
+    networks = [x for x in pipeline.components.values() if isinstance(x, nn.Module)]
+    # accelerate's hooks and diffusers' block-level ones are on the networks, diffusers' leaf-level ones on the leaves.
+    leaves = [next((m for m in network.modules() if m._parameters), network) for network in networks]
+    return any(hasattr(module, hook) for module in networks + leaves for hook in ("_hf_hook", "_diffusers_hook"))
+
+
+def step_callback(pipeline: DiffusionPipeline, on_step: Callable[[int, int], None]) -> dict[str, Any]:
+    """Arguments of a pipeline's call that make it call `on_step`, in diffusers' older or newer form."""
+    scheduler = pipeline.scheduler
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+
+        def at_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, len(scheduler.timesteps))
+            return tensors
+
+        return {"callback_on_step_end": at_step_end}
+
+    def callback(step: int, timestep: Any, latents: Any) -> None:
+        # the older form counts sampler steps of `order` evaluations each
+        on_step(step + 1, math.ceil(len(scheduler.timesteps) / getattr(scheduler, "order", 1)))
+
+    return {"callback": callback, "callback_steps": 1}

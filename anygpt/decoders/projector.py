@@ -13,8 +13,6 @@ from anygpt.decoders.conditions import Condition
 from anygpt.encoders.qformer import QFormerProjection
 from anygpt.errors import InputError
 
-PROJECTION_TYPES = ("linear", "mlp", "transformer", "qformer")
-
 
 class OutputProjectorConfig(PreTrainedConfig):
     """Type and sizes of an output projector.
@@ -35,41 +33,27 @@ class OutputProjectorConfig(PreTrainedConfig):
 
     model_type = "anygpt_output_projector"
 
-    def __init__(
-        self,
-        projection_type: str = "transformer",
-        in_features: int | None = None,
-        num_signal_tokens: int | None = None,
-        condition_shape: tuple[int, int] | None = None,
-        pooled_dim: int | None = None,
-        activation: str = "gelu",
-        d_model: int = 512,
-        num_encoder_layers: int = 4,
-        num_decoder_layers: int = 4,
-        num_attention_heads: int = 4,
-        ffn_dim: int = 2048,
-        linear_path: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        if projection_type not in PROJECTION_TYPES:
-            raise InputError(
-                f"unknown output projector type {projection_type!r}; expected {', '.join(PROJECTION_TYPES)}"
-            )
-        if activation not in ACT2FN:
-            raise InputError(f"unknown activation {activation!r}; expected one of {', '.join(sorted(ACT2FN))}")
-        self.projection_type = projection_type
-        self.in_features = in_features
-        self.num_signal_tokens = num_signal_tokens
-        self.condition_shape = None if condition_shape is None else list(condition_shape)
-        self.pooled_dim = pooled_dim
-        self.activation = activation
-        self.d_model = d_model
-        self.num_encoder_layers = num_encoder_layers
-        self.num_decoder_layers = num_decoder_layers
-        self.num_attention_heads = num_attention_heads
-        self.ffn_dim = ffn_dim
-        self.linear_path = linear_path
+    projection_type: str = "transformer"
+    in_features: int | None = None
+    num_signal_tokens: int | None = None
+    condition_shape: list[int] | tuple[int, ...] | None = None
+    pooled_dim: int | None = None
+    activation: str = "gelu"
+    d_model: int = 512
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    num_attention_heads: int = 4
+    ffn_dim: int = 2048
+    linear_path: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        known = ", ".join(_BUILDERS)
+        if self.projection_type not in _BUILDERS:
+            raise InputError(f"unknown output projector type {self.projection_type!r}; expected {known}")
+        if self.activation not in ACT2FN:
+            raise InputError(f"unknown activation {self.activation!r}; expected one of {', '.join(sorted(ACT2FN))}")
+        self.condition_shape = None if self.condition_shape is None else list(self.condition_shape)
 
 
 class OutputProjector(PreTrainedModel):

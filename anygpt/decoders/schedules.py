@@ -25,11 +25,7 @@ WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 
 
 class TrainingSchedule(ABC):
-    """Timesteps, noise, targets and weights of a denoising loss.
-
-    Attributes:
-        scheduler: the diffusers scheduler that holds the noise levels.
-    """
+    """Timesteps, noise, targets and weights of a denoising loss; `scheduler` of diffusers holds the noise levels."""
 
     scheduler: Any
 

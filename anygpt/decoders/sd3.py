@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.schedules import FlowSchedule, check_scheme
-from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
+from anygpt.decoders.forms import ImageDecoder
 
 
-class StableDiffusion3Decoder(StableDiffusionDecoder):
+class StableDiffusion3Decoder(ImageDecoder):
     """Conditions of two CLIP encoders and T5, embeds `(B, T, D)` and pooled `(B, P)` -> PIL images.
 
     Trained as rectified flow (`FlowSchedule`), by default with σ from a logit-normal density with the schedule's shift,
     unweighted. `weighting_scheme` and the loss are those of diffusers' SD 3 training script with
-    `--precondition_outputs 0` (its default multiplies the loss by σ²). Sizes are as in `StableDiffusionDecoder`;
-    `max_sequence_length` counts T5's tokens and defaults to the pipeline's.
-
-    Raises:
-        InputError: an unknown `weighting_scheme`.
+    `--precondition_outputs 0` (its default multiplies the loss by σ²). `max_sequence_length` counts T5's tokens.
     """
 
     pipeline_name = "StableDiffusion3Pipeline"
-
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int | None = None,
-        weighting_scheme: str = "logit_normal",
-    ):
-        super().__init__(pipeline, height=height, width=width)
-        check_scheme(weighting_scheme)
-        default = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
-        self.max_sequence_length = max_sequence_length or default
-        self.weighting_scheme = weighting_scheme
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.transformer
+    weighting_scheme = "logit_normal"
 
     @property
     def size_multiple(self) -> int:
@@ -75,10 +49,6 @@ class StableDiffusion3Decoder(StableDiffusionDecoder):
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """Adds T5's length, so that the pipeline's default negative has it too."""
         return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
-
-    @cached_property
-    def schedule(self) -> FlowSchedule:
-        return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction."""

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
+from anygpt.decoders.forms import ImageDecoder
 
 
-class StableDiffusionXLDecoder(StableDiffusionDecoder):
+class StableDiffusionXLDecoder(ImageDecoder):
     """Conditions of two CLIP text encoders, embeds `(B, T, D)` and pooled `(B, P)` -> PIL images (arXiv 2307.01952).
 
-    Sizes are as in `StableDiffusionDecoder`. Training and sampling use the pipeline's default size conditioning: the
+    Training and sampling use the pipeline's default size conditioning: the
     target size, uncropped. The default negative condition is zeros if the pipeline has `force_zeros_for_empty_prompt`,
     else the encoding of "".
     """

@@ -1,0 +1,87 @@
+"""Decoders by the form of what they generate: images and videos. Sizes default to those the network was made for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.targets import ImageTargets, TargetProcessor, VideoTargets
+
+
+class ImageDecoder(DiffusionDecoder):
+    """Conditions -> PIL images of `height` × `width` pixels, which are also the targets' size.
+
+    A pipeline's safety checker, if any, blackens images that it flags.
+    """
+
+    modality = "image"
+    size_names: ClassVar[tuple[str, ...]] = ("height", "width")
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, **settings: Any
+    ):
+        super().__init__(pipeline, **settings)
+        native_height, native_width = self.native_size
+        self.height = height or native_height
+        self.width = width or native_width
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width, pixels: the network's `sample_size` times the VAE's factor."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    @property
+    def targets(self) -> TargetProcessor:
+        """PIL images -> `(B, channels, height, width)` in [-1, 1], with the VAE's number of channels."""
+        return ImageTargets(self.height, self.width, self.vae.config.in_channels)
+
+    def collect(self, output: Any) -> list:
+        """PIL images: the pipeline's RGB, or 16-bit grey converted from one channel of floats in [0, 1]."""
+        if isinstance(output.images, list):
+            return output.images
+        return [Image.fromarray((image[..., 0] * 65535).round().astype(np.uint16)) for image in output.images]
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        one = {"output_type": "np"} if self.vae.config.get("out_channels") == 1 else {}
+        return super().prompt_arguments(condition, negative) | one
+
+
+class VideoDecoder(ImageDecoder):
+    """Conditions -> uint8 videos `(F, H, W, 3)`; latents `(B, C, F, h, w)`.
+
+    `num_frames` defaults to the pipeline's own. `frame_rate` (frames/s) is for writing and timing clips; some models
+    also use it.
+    """
+
+    modality = "video"
+    size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, *, num_frames: int | None = None, frame_rate: float = 8, **settings: Any
+    ):
+        super().__init__(pipeline, **settings)
+        self.num_frames = num_frames or self.call_default("num_frames")
+        self.frame_rate = frame_rate
+
+    @property
+    def rate(self) -> float:
+        return self.frame_rate
+
+    @property
+    def targets(self) -> VideoTargets:
+        """uint8 videos `(F, H, W, 3)` -> `(B, 3, num_frames, height, width)` in [-1, 1]."""
+        return VideoTargets(self.height, self.width, self.num_frames)
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        return super().prompt_arguments(condition, negative) | {"output_type": "np"}
+
+    def collect(self, output: Any) -> list[np.ndarray]:
+        """uint8 videos `(F, H, W, 3)`, from the pipeline's floats in [0, 1]."""
+        return [(frames * 255).round().astype(np.uint8) for frames in output.frames]

@@ -1,0 +1,168 @@
+"""A diffusers pipeline as a module: its networks, loading and saving, which of them train."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
+from anygpt.decoders.schedules import check_scheme
+from anygpt.errors import InputError
+from anygpt.parts.files import Place
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "anygpt_decoder.json"
+
+
+class WrappedPipeline(nn.Module):
+    """A diffusers pipeline as a module.
+
+    The pipeline's networks become submodules under their own names (`unet`, `vae`, `text_encoder`, …), frozen and in
+    eval mode; `.pipeline` is the pipeline itself. Further arguments of a family's constructor are attributes, saved
+    beside the pipeline.
+
+    Args:
+        pipeline: of the class named by `pipeline_name`.
+        max_sequence_length: tokens of the text encoder, the pipeline's by default.
+        weighting_scheme: of a flow (see `FlowSchedule`), the family's by default.
+
+    Raises:
+        InputError: a pipeline of another class, or a setting that does not apply or is not valid.
+    """
+
+    pipeline_name: ClassVar[str]
+    """Name of the pipeline's class in diffusers, looked up only when needed because some versions lack it."""
+    weighting_scheme: str | None = None
+    """None if the denoiser is not trained by flow matching."""
+    _registry: ClassVar[dict[str, type[WrappedPipeline]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "pipeline_name" in cls.__dict__:
+            WrappedPipeline._registry[cls.pipeline_name] = cls
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        max_sequence_length: int | None = None,
+        weighting_scheme: str | None = None,
+    ):
+        super().__init__()
+        if not isinstance(pipeline, find_pipeline(self.pipeline_name)):
+            raise InputError(
+                f"{type(self).__name__} needs a {self.pipeline_name}, but was given a "
+                f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained."
+            )
+        self.pipeline = pipeline
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                self.add_module(name, component)
+        self.max_sequence_length = max_sequence_length or self.call_default("max_sequence_length")
+        if max_sequence_length and self.call_default("max_sequence_length") is None:
+            raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed.")
+        if weighting_scheme is not None:
+            if self.weighting_scheme is None:
+                raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")
+            check_scheme(weighting_scheme)
+            self.weighting_scheme = weighting_scheme
+        self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
+        self.requires_grad_(False).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        if pipeline.components.get("safety_checker") is None:
+            _warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
+
+    def call_default(self, name: str) -> Any:
+        """Default of an argument of the pipeline's call; None if it has no such argument."""
+        parameter = inspect.signature(self.pipeline.__call__).parameters.get(name)
+        return None if parameter is None else parameter.default
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> Self:
+        """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
+
+        `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
+        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`torch_dtype`, …). Pickled weights
+        are refused unless `weights="any"`, which still refuses any code in them.
+
+        Raises:
+            InputError: no pipeline, one of another or unknown class, or missing or unexpected tensors.
+        """
+        if kwargs.pop("use_safetensors", True) is not True:
+            raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
+
+        def taken(*names: str) -> dict[str, Any]:
+            return {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+
+        hub = taken("cache_dir", "token", "local_files_only", "force_download")
+        place = Place(str(path_or_id), **taken("revision", "subfolder", "variant", "weights"), hub=hub)
+        found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
+        settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
+        return found(load_pipeline(find_pipeline(found.pipeline_name), index, place, **kwargs), **settings)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Write the pipeline (safetensors, `options` of diffusers) and this decoder's own settings into `path`."""
+        self.pipeline.save_pretrained(str(path), safe_serialization=True, **options)
+        settings = {name: getattr(self, name) for name in self._setting_names()}
+        Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def _setting_names(cls) -> list[str]:
+        """The keyword-only arguments of the constructors of this class and its bases."""
+        constructors = [
+            vars(c)["__init__"] for c in cls.__mro__ if issubclass(c, WrappedPipeline) and "__init__" in vars(c)
+        ]
+        parameters = [p for one in constructors for p in inspect.signature(one).parameters.values()]
+        return list({p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoising network, `(noisy latents, timestep, condition) -> prediction`."""
+        return self.transformer if hasattr(self, "transformer") else self.unet
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes (its offloading helpers may keep the weights elsewhere)."""
+        hooked = is_hooked(self.pipeline)  # cheaper than the pipeline's property, which visits every module
+        return self.pipeline._execution_device if hooked else next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    def train_networks(self, names: Sequence[str]) -> None:
+        """Choose the networks that `train` and `requires_grad_` affect; by default only the denoiser."""
+        known = [name for name, _ in self.named_children()]
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"the decoder has no network {unknown[0]!r}; it has {', '.join(known)}")
+        self.trains = tuple(names)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set torch's mode on the networks that train; the others stay in eval mode for repeatable encodings."""
+        super().train(False)
+        for name in self.trains:
+            getattr(self, name).train(mode)
+        self.training = mode
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
+        super().requires_grad_(False)
+        for name in self.trains:
+            getattr(self, name).requires_grad_(requires_grad)
+        return self
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
