@@ -28,8 +28,7 @@ import yaml
 from anygpt.errors import InputError
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.evaluation.answers import Settings
-from anygpt.toyworld.evaluation.matrix import VALIDATION
-from anygpt.toyworld.world import SEEN
+from anygpt.toyworld.world import SEEN, VALIDATION
 from anygpt.toyworld.zoo import zoo
 from anygpt.training.cli import MISTAKE
 

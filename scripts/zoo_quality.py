@@ -26,11 +26,11 @@ from anygpt.model.parts import (
     load_language_model,
     load_tokenizer,
 )
-from anygpt.toyworld.evaluation.answers import Settings
+from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import upper_bound
-from anygpt.toyworld.evaluation.probes import probe_encoders, question_accuracy
-from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.render import SAMPLING_RATE
+from anygpt.toyworld.evaluation.matrix import talk_table
+from anygpt.toyworld.evaluation.probes import probe_encoders
+from anygpt.toyworld.evaluation.requests import talk_requests
 from anygpt.toyworld.world import HELD_OUT, MODALITIES
 from anygpt.toyworld.zoo import PARTS, zoo
 from anygpt.training.cli import MISTAKE, quiet_libraries
@@ -53,12 +53,13 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """`{part: {what: share}}` for the parts in a folder, from `samples` each, or 50 renders per thing for encoders."""
     model, processor = load(parts)
     probes = probe_encoders(model, processor, renders=40, fresh=50, seed=seed)
-    settings = Settings(samples=samples, talk_samples=samples, seed=seed)
+    settings = Settings(samples=samples, seed=seed)
+    talk = talk_requests(HELD_OUT, samples, seed)
     quality: dict[str, dict[str, Any]] = {
         "image_encoder": {f"{what} of a picture, linear probe": found for what, found in probes["image"].items()}
         | {f"{what} of a clip, linear probe": found for what, found in probes["video"].items()},
         "audio_encoder": {f"{what} of a sound, linear probe": found for what, found in probes["audio"].items()},
-        "language_model": question_accuracy(model, processor, settings),
+        "language_model": talk_table([judge(*pair) for pair in ask(model, processor, talk, settings)]),
     }
     sources = {modality: Source(str(parts / f"{modality}_decoder")) for modality in MODALITIES}
     decoders = {
@@ -71,7 +72,7 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     }
     alone = MultimodalModel({}, model.language_model, decoders)
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
-        bounds = upper_bound(alone, HELD_OUT, settings, load_judges(), SAMPLING_RATE, bar.update)
+        bounds = upper_bound(alone, HELD_OUT, settings, bar.update)
     for key, bound in bounds.items():
         motion = bound.pop("motion", None)
         quality[f"{key}_decoder"] = {"shape and colour under true captions": bound}

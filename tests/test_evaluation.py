@@ -13,20 +13,19 @@ import pytest
 import torch
 
 from anygpt import InputError
-from anygpt.evaluation.statistics import share
+from anygpt.evaluation.statistics import share, wilson_interval
 from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES, language
-from anygpt.toyworld.evaluation import wilson_interval
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import moving_caption
 from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
-from anygpt.toyworld.evaluation.matrix import VALIDATION, cell_table, check_settings, motion_table
+from anygpt.toyworld.evaluation.matrix import cell_table, check_settings, motion_table
 from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
 from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
-from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.render import render_audio, render_image, render_video
+from anygpt.toyworld.world import VALIDATION
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import evaluate as script
@@ -99,8 +98,8 @@ def test_validation_things_are_seen_and_leave_every_shape_and_colour():
 
 def test_right_answers_are_right(requests):
     _, asked = requests
-    rng, judges = np.random.default_rng(1), load_judges()
-    judged = [judge(request, right_answer(request, rng), judges, 16_000) for request in asked]
+    rng = np.random.default_rng(1)
+    judged = [judge(request, right_answer(request, rng)) for request in asked]
     table = cell_table(judged)
     for source, target in CELLS:
         cell = table[source][target]
@@ -116,32 +115,31 @@ def test_right_answers_are_right(requests):
 def test_answers_to_another_request_are_wrong(requests):
     """About another thing, of another kind, or none at all."""
     _, asked = requests
-    rng, judges = np.random.default_rng(1), load_judges()
+    rng = np.random.default_rng(1)
     for request in asked[::7]:
         if (request.source, request.target) == ("text", "text"):
             continue
         other = next(r for r in asked if r.target == request.target and r.thing.shape != request.thing.shape)
-        wrong = judge(request, right_answer(other, rng), judges, 16_000)
+        wrong = judge(request, right_answer(other, rng))
         assert not wrong.right and not wrong.missing and not wrong.shape_right
-        nothing = judge(request, Answer(), judges, 16_000)
+        nothing = judge(request, Answer())
         assert nothing.missing and not nothing.right
         if request.target != "text":
             unasked = next(way for way in WAYS[1:] if way != request.target)
             stray = next(r for r in asked if r.target == unasked and r.thing == request.thing)
-            found = judge(request, right_answer(stray, rng), judges, 16_000)
+            found = judge(request, right_answer(stray, rng))
             assert found.missing and not found.right and found.unasked == (unasked,)
             twice = right_answer(request, rng)
             twice.segments += [s for s in twice.segments if s.type == request.target]
-            assert judge(request, twice, judges, 16_000).unasked == (request.target,)
+            assert judge(request, twice).unasked == (request.target,)
 
 
 def test_talk():
     asked = talk_requests(HELD_OUT, 6, seed=0)
-    judges = load_judges()
     assert len(asked) == 18
     for request in asked:
-        assert judge(request, Answer([Segment("text", request.reference[0])]), judges, 0).right
-        assert not judge(request, Answer([Segment("text", "It is a shoe.")]), judges, 0).right
+        assert judge(request, Answer([Segment("text", request.reference[0])])).right
+        assert not judge(request, Answer([Segment("text", "It is a shoe.")])).right
 
 
 @pytest.mark.parametrize(
@@ -245,7 +243,7 @@ def test_a_conversation_is_held_with_its_own_answers(tiny_model, tmp_path):
     """Each turn's prompt holds what was asked and answered before, generated media as inputs of the next turn."""
     model, processor = tiny_model()
     conversations = conversation_requests(tmp_path, WAYS, WAYS, HELD_OUT, 2, seed=0)
-    judged = hold(model, processor, conversations, Settings(max_new_tokens=20), load_judges(), 16_000)
+    judged = hold(model, processor, conversations, Settings(max_new_tokens=20))
     for turn, ones in enumerate(judged):
         for one in ones:
             assert [m["role"] for m in one.request.before] == ["user", "assistant"] * turn

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from PIL import Image
 
 from anygpt.commands import CHECKPOINT, new_parser
 from anygpt.errors import InputError, reading
@@ -126,8 +125,7 @@ def run_matrix(options: argparse.Namespace) -> str:
     try:
         report, judged = evaluate(model, processor, samples, settings)
         report["checkpoint"] = str(options.checkpoint)
-        rate = next((d.module.rate for d in model.decoders.values() if d.modality == "audio"), 0)
-        sheet: Image.Image = contact_sheet(judged, samples, report["matrix"], rate)
+        sheet = contact_sheet(judged, samples, report["matrix"])
         write_report(options.output, samples, report, judged, sheet)
     finally:
         shutil.rmtree(samples, ignore_errors=True)

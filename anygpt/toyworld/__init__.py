@@ -8,17 +8,5 @@ from anygpt.parts.source import zoo_part as part_path
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing
 from anygpt.toyworld.zoo import PARTS, write_untrained, zoo  # the function `zoo` replaces the module
 
-__all__ = [
-    "COLOURS",
-    "HELD_OUT",
-    "MODALITIES",
-    "MOTIONS",
-    "PARTS",
-    "SEEN",
-    "SHAPES",
-    "THINGS",
-    "Thing",
-    "part_path",
-    "write_untrained",
-    "zoo",
-]
+__all__ = ["COLOURS", "HELD_OUT", "MODALITIES", "MOTIONS", "PARTS", "SEEN", "SHAPES", "THINGS", "Thing"]
+__all__ += ["part_path", "write_untrained", "zoo"]

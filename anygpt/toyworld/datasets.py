@@ -2,7 +2,7 @@
 
     <output>/<kind>.jsonl            the rows; their paths are relative to <output>
     <output>/<kind>/image/0.png      the media, by kind and row
-    <output>/<kind>/manifest.json    the arguments and the source version
+    <output>/<kind>/manifest.json    the arguments, and a digest of the first rows and their media
 
 Rows are chat messages. User media are inputs; assistant media are targets and have a caption.
 """
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from anygpt.errors import InputError
 from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.toyworld import language
-from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
+from anygpt.toyworld.render import SAMPLING_RATE, render, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 
 KINDS = {  # by kind, a number that is mixed into the seed
@@ -40,10 +40,12 @@ FPS = 8
 """Frame rate of clips, which have 8 frames."""
 _CLIP_SCALE = 2
 """Enlargement of written clips: H.264 halves the resolution of chroma, which would wash out thin shapes."""
+_FIRST_ROWS = 48
+"""Rows that tell whether a dataset on disk is the one that this code writes."""
 SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
-Row = dict[str, Any]
 Part = dict[str, str]
+Rng = np.random.Generator
 Exchange = tuple[list[Part], list[Part]]
 """The user's and the assistant's content."""
 EXCHANGES = {"stage3": (1, 2, 3, 4, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
@@ -93,30 +95,21 @@ def write_dataset(
         )
     output = Path(output)
     rows_path, folder = output / f"{kind}.jsonl", output / kind
-    manifest = {
-        "kind": kind,
-        "num_samples": num_samples,
-        "seed": seed,
-        "things": [str(thing) for thing in things],
-        "source": _source_hash(),
-    }
-    if rows_path.is_file() and _read_manifest(folder) == manifest:
-        return rows_path
-
-    output.mkdir(parents=True, exist_ok=True)
     temporary = output / f".{kind}-{secrets.token_hex(4)}"
-    temporary.mkdir()
+    writer = _RowWriter(temporary, kind, seed, things)
     try:
         for modality in MODALITIES:
-            (temporary / modality).mkdir()
-        writer = _RowWriter(temporary, kind, things)
-        # Paths are relative to `output`, so the rows file can be moved there.
-        with (temporary / "rows.jsonl").open("w", encoding="utf-8") as file:
-            for index in tqdm(range(num_samples), desc=kind, unit="row", disable=not progress):
-                rng = np.random.default_rng([seed, KINDS[kind], index])
-                file.write(json.dumps(writer.row(index, rng)) + "\n")
+            (temporary / modality).mkdir(parents=True)
+        with tqdm(total=num_samples, desc=kind, unit="row", disable=not progress) as bar:
+            first = min(_FIRST_ROWS, num_samples)
+            writer.write(range(first), bar)
+            manifest = {"kind": kind, "num_samples": num_samples, "seed": seed, "things": list(map(str, things))}
+            manifest["begins"] = _digest(temporary)
+            if rows_path.is_file() and _read_manifest(folder) == manifest:
+                return rows_path
+            writer.write(range(first, num_samples), bar)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        # At every moment either the rows are missing or everything exists.
+        # At every moment either the rows are missing or everything exists. Paths are relative to `output`.
         rows_path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -128,20 +121,20 @@ def write_dataset(
 
 def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> None:
     """Render a picture, clip or sound to a file with the modality's `SUFFIX`; only clips use `motion`."""
+    medium = render(modality, thing, motion, rng)
     if modality == "image":
-        write_image(path, render_image(thing, rng))
+        write_image(path, medium)
     elif modality == "video":
-        frames = render_video(thing, motion, rng)
-        write_video(path, frames.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
+        write_video(path, medium.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
     else:
-        write_audio(path, render_audio(thing, rng), SAMPLING_RATE)
+        write_audio(path, medium, SAMPLING_RATE)
 
 
-def _source_hash() -> str:
-    """Hash of the code that determines a dataset's content, so that changed code rewrites the data."""
+def _digest(folder: Path) -> str:
+    """Hash of all files in a folder."""
     digest = hashlib.sha256()
-    for name in ("world.py", "render.py", "language.py", "datasets.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -154,82 +147,85 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class _RowWriter:
-    """Makes the rows of one kind and writes their media to `folder`/<modality>/."""
+    """Writes the rows of one kind to `folder`/rows.jsonl, and their media to `folder`/<modality>/."""
 
-    def __init__(self, folder: Path, kind: str, things: Sequence[Thing]) -> None:
-        self.folder = folder
-        self.kind = kind
-        self.things = things
+    def __init__(self, folder: Path, kind: str, seed: int, things: Sequence[Thing]) -> None:
+        self.folder, self.kind, self.seed, self.things = folder, kind, seed, things
 
-    def row(self, index: int, rng: np.random.Generator) -> Row:
+    def write(self, rows: range, bar: tqdm) -> None:
+        with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+            for index in rows:
+                rng = np.random.default_rng([self.seed, KINDS[self.kind], index])
+                file.write(json.dumps(self._row(index, rng)) + "\n")
+                bar.update()
+
+    def _row(self, index: int, rng: Rng) -> dict[str, Any]:
         """Row number `index`; `rng` determines everything that the index does not."""
-        thing = self.things[int(rng.integers(len(self.things)))]
-        name = f"{self.kind}-{index}"
-        modality = MODALITIES[index % 3]
+        thing, name, modality = self._thing(rng), f"{self.kind}-{index}", MODALITIES[index % 3]
+        later: list[Exchange] = []
         if self.kind == "stage1":
-            return _row(name, self._media_to_text(name, thing, modality, rng))
-        if self.kind in _TOLD:
-            first, told = self._in_words(thing, modality, rng)
-            return _row(name, first, *self._later(name, [thing] if told else [], rng))
-        if self.kind in ("views", "pairs"):
-            if self.kind == "pairs" and index % 2 == 0:
-                user, _ = self._pair_to_text(name, thing, "audio", rng)
-            else:
-                user, _ = self._media_to_text(name, thing, "image" if self.kind == "views" else "audio", rng)
-            return _row(name, (user, [_text(language.plain_caption(thing))]))
-        if self.kind in _SHOWN:
-            user, assistant = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
-            medium = assistant[-1]
+            first = self._media_to_text(name, thing, modality, rng)
+        elif self.kind == "stage2":
+            first = self._to_media(name, thing, None, [modality], rng)
+        elif self.kind in ("views", "pairs"):
+            ask = self._pair_to_text if self.kind == "pairs" and index % 2 == 0 else self._media_to_text
+            user, _ = ask(name, thing, "image" if self.kind == "views" else "audio", rng)
+            first = user, [_text(language.plain_caption(thing))]
+        elif self.kind in _SHOWN:
+            first = self._to_media(name, thing, None, [_SHOWN[self.kind]], rng)
             if rng.integers(2):
+                medium = first[1][-1]
                 moving = medium["caption"].rpartition("moving ")[2] if self.kind == "clips" else None
                 medium["caption"] = language.caption(thing, rng, moving, _SHOWN[self.kind])
-            return _row(name, (user, assistant))
-        if self.kind == "stage2":
-            return _row(name, self._to_media(name, thing, None, [modality], rng))
-        if self.kind == "eval":
+        elif self.kind == "eval":
             ways = ("text", *MODALITIES)
             source, target = ways[index % 16 // 4], ways[index % 4]
             name = f"{name}-{source}-{target}"
             if target != "text":
-                return _row(name, self._to_media(name, thing, None if source == "text" else source, [target], rng))
-            if source == "text":
-                return _row(name, _said(language.text_qa(thing, rng)))
-            return _row(name, self._media_to_text(name, thing, source, rng))
+                first = self._to_media(name, thing, None if source == "text" else source, [target], rng)
+            elif source == "text":
+                first = _said(language.text_qa(thing, rng))
+            else:
+                first = self._media_to_text(name, thing, source, rng)
+        elif self.kind == "joint" and index % 2:
+            first = self._pair_to_text(name, thing, ("video", "audio")[index // 2 % 2], rng)
+        else:
+            if self.kind in _TOLD:
+                first, about = _in_words(thing, modality, rng)
+            else:
+                first, about = self._exchange(name, thing, (index // 2 if self.kind == "joint" else index) % 4, rng)
+            later = self._later(name, [thing] if about else [], rng)
+        roles = ("user", "assistant")
+        messages = [{"role": r, "content": c} for said in (first, *later) for r, c in zip(roles, said, strict=True)]
+        return {"id": name, "messages": messages}
 
-        if self.kind == "joint":
-            if index % 2:
-                return _row(name, self._pair_to_text(name, thing, ("video", "audio")[index // 2 % 2], rng))
-            index //= 2
-        first, told = self._exchange(name, thing, index % 4, rng)
-        return _row(name, first, *self._later(name, [thing] if told else [], rng))
+    def _thing(self, rng: Rng) -> Thing:
+        return language.pick(rng, self.things)
 
-    def _exchange(self, name: str, thing: Thing, way: int, rng: np.random.Generator) -> tuple[Exchange, bool]:
+    def _exchange(self, name: str, thing: Thing, way: int, rng: Rng) -> tuple[Exchange, bool]:
         """An exchange of the type `way` (0 to 3), and whether it is about the thing."""
         modality = language.pick(rng, MODALITIES)
-        if way == 0:  # text only: mostly questions
-            about, said = self._talk(thing, rng)
-            return _said(said), about
+        if way == 0:
+            return _talk(thing, rng)
         if way == 1:
             return self._media_to_text(name, thing, modality, rng), True
         how_many = language.pick(rng, (1, 1, 1, 1, 2, 3))
         targets = [MODALITIES[i] for i in rng.permutation(3)[:how_many]]
         return self._to_media(name, thing, None if way == 2 else modality, targets, rng), True
 
-    def _later(self, name: str, told: list[Thing], rng: np.random.Generator) -> list[Exchange]:
+    def _later(self, name: str, told: list[Thing], rng: Rng) -> list[Exchange]:
         """The exchanges after the first; `told` are the things mentioned so far."""
         exchanges = []
         for turn in range(1, language.pick(rng, EXCHANGES.get(self.kind, (1,)))):
             way = language.pick(rng, ("anew", "anew", "it", "it", "first", "talk"))
-            place = f"{name}-{turn}"
             if way == "talk":
                 exchanges.append(_said(language.pick(rng, (language.small_talk, language.refusal))(rng)))
             elif way == "anew" or not told:
-                thing = self.things[int(rng.integers(len(self.things)))]
-                exchange, about = (
-                    self._in_words(thing, language.pick(rng, MODALITIES), rng)
-                    if self.kind in _TOLD
-                    else self._exchange(place, thing, int(rng.integers(4)), rng)
-                )
+                thing = self._thing(rng)
+                if self.kind in _TOLD:
+                    exchange, about = _in_words(thing, language.pick(rng, MODALITIES), rng)
+                else:
+                    exchange, about = self._exchange(f"{name}-{turn}", thing, int(rng.integers(4)), rng)
                 exchanges.append(exchange)
                 told += [thing] if about else []
             else:
@@ -237,57 +233,24 @@ class _RowWriter:
                 if rng.integers(3) == 0:
                     exchanges.append(_said(language.later_question(it, thing, rng)))
                 else:
-                    exchanges.append(self._to_media(place, thing, None, [language.pick(rng, MODALITIES)], rng, it))
+                    targets = [language.pick(rng, MODALITIES)]
+                    exchanges.append(self._to_media(f"{name}-{turn}", thing, None, targets, rng, it))
                 told.append(thing)  # later turns call it "it"
         return exchanges
 
-    def _talk(self, thing: Thing, rng: np.random.Generator) -> tuple[bool, tuple[str, str]]:
-        """Whether the exchange is about the thing, and its question and answer."""
-        talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
-        said = {
-            "question": lambda: language.text_qa(thing, rng),
-            "small talk": lambda: language.small_talk(rng),
-            "nonsense": lambda: language.refusal(rng),
-        }
-        return talk == "question", said[talk]()
-
-    def _in_words(self, thing: Thing, modality: str, rng: np.random.Generator) -> tuple[Exchange, bool]:
-        """A text-only exchange: talk, or one about a medium described in words; and whether it is about the thing."""
+    def _media_to_text(self, name: str, thing: Thing, modality: str, rng: Rng) -> Exchange:
         motion = language.pick(rng, MOTIONS) if modality == "video" else None
-        way = language.pick(rng, ("talk", "describe", "request", "convert"))
-        if way == "describe":
-            return _said(language.described_question(modality, thing, rng, motion)), True
-        if way == "request":
-            request = language.media_request(modality, thing, rng, motion)
-            return _said((request, language.media_reply(modality, thing, rng, motion))), True
-        if way == "convert":
-            target = language.pick(rng, MODALITIES)
-            moving = language.pick(rng, MOTIONS) if target == "video" else None
-            given = language.caption(thing, rng, motion, modality)
-            request = language.convert_request(target, rng, moving)
-            return _said((f"{given} {request}", language.media_reply(target, thing, rng, moving))), True
-        about, said = self._talk(thing, rng)
-        return _said(said), about
-
-    def _media_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Exchange:
-        motion = language.pick(rng, MOTIONS) if modality == "video" else None
-        medium = self._write(f"{name}-in", thing, modality, motion, rng)
+        medium = self._medium(f"{name}-in", thing, modality, motion, rng)
         question = _text(language.describe_question(modality, rng))
         return [medium, question], [_text(language.caption(thing, rng, motion, modality))]
 
-    def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: np.random.Generator) -> Exchange:
+    def _pair_to_text(self, name: str, thing: Thing, modality: str, rng: Rng) -> Exchange:
         """A question about a picture and another medium of the same thing."""
         user, assistant = self._media_to_text(name, thing, modality, rng)
-        return [self._write(f"{name}-in", thing, "image", None, rng), *user], assistant
+        return [self._medium(f"{name}-in", thing, "image", None, rng), *user], assistant
 
     def _to_media(
-        self,
-        name: str,
-        thing: Thing,
-        source: str | None,
-        targets: list[str],
-        rng: np.random.Generator,
-        it: str | None = None,
+        self, name: str, thing: Thing, source: str | None, targets: list[str], rng: Rng, it: str | None = None
     ) -> Exchange:
         """A request for the `targets`: in words (`source` None), about a given medium, or about an earlier thing that
         is called `it`. The answer has a text before each medium.
@@ -304,16 +267,15 @@ class _RowWriter:
             else:
                 asked.append(language.convert_request(target, rng, moving))
             given.append(_text(language.media_reply(target, thing, rng, moving)))
-            if self.kind in _TOLD:
-                continue
-            medium = self._write(f"{name}-out", thing, target, moving, rng)
-            given.append({**medium, "caption": language.plain_caption(thing, moving)})
+            if self.kind not in _TOLD:
+                medium = self._medium(f"{name}-out", thing, target, moving, rng)
+                given.append({**medium, "caption": language.plain_caption(thing, moving)})
         user = [_text(" ".join(asked))]
         if source is not None:
-            user.insert(0, self._write(f"{name}-in", thing, source, language.pick(rng, MOTIONS), rng))
+            user.insert(0, self._medium(f"{name}-in", thing, source, language.pick(rng, MOTIONS), rng))
         return user, given
 
-    def _write(self, name: str, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> Part:
+    def _medium(self, name: str, thing: Thing, modality: str, motion: str | None, rng: Rng) -> Part:
         path = f"{modality}/{name}.{SUFFIX[modality]}"
         if self.kind == "stills" and rng.integers(2):
             frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
@@ -323,10 +285,29 @@ class _RowWriter:
         return {"type": modality, "path": f"{self.kind}/{path}"}
 
 
-def _row(name: str, *exchanges: Exchange) -> Row:
-    roles = ("user", "assistant")
-    messages = [{"role": r, "content": c} for exchange in exchanges for r, c in zip(roles, exchange, strict=True)]
-    return {"id": name, "messages": messages}
+def _talk(thing: Thing, rng: Rng) -> tuple[Exchange, bool]:
+    """A question about the thing, small talk or nonsense; and whether it is about the thing."""
+    talk = language.pick(rng, ("question", "question", "small talk", "nonsense"))
+    if talk == "question":
+        return _said(language.text_qa(thing, rng)), True
+    return _said(language.small_talk(rng) if talk == "small talk" else language.refusal(rng)), False
+
+
+def _in_words(thing: Thing, modality: str, rng: Rng) -> tuple[Exchange, bool]:
+    """A text-only exchange: talk, or one about a medium described in words; and whether it is about the thing."""
+    motion = language.pick(rng, MOTIONS) if modality == "video" else None
+    way = language.pick(rng, ("talk", "describe", "request", "convert"))
+    if way == "talk":
+        return _talk(thing, rng)
+    if way == "describe":
+        return _said(language.described_question(modality, thing, rng, motion)), True
+    if way == "request":
+        request = language.media_request(modality, thing, rng, motion)
+        return _said((request, language.media_reply(modality, thing, rng, motion))), True
+    target = language.pick(rng, MODALITIES)
+    moving = language.pick(rng, MOTIONS) if target == "video" else None
+    request = f"{language.caption(thing, rng, motion, modality)} {language.convert_request(target, rng, moving)}"
+    return _said((request, language.media_reply(target, thing, rng, moving))), True
 
 
 def _said(said: tuple[str, str]) -> Exchange:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
-import secrets
 import sys
 import tempfile
 import time
@@ -21,37 +19,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from anygpt.evaluation.store import write
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_video
 from anygpt.toyworld.datasets import FPS
 from anygpt.toyworld.judges import NETWORKS, WEIGHTS, Judges, load_judges
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
-from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, THINGS, Thing
+from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, THINGS
 
 STEPS = {"image": 1500, "motion": 300, "audio": 400}
 POOL = {"image": 150, "video": 40, "audio": 120}
 """Training renders per thing, by modality; they are degraded differently each time they are used."""
 FRESH = 100
 """Test renders per thing, from another seed."""
+Wear = Callable[[Tensor, torch.Generator], Tensor]
 _BATCH = 96
 _LEARNING_RATE = 3e-3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m anygpt.toyworld.judge_training",
-        description="Train the judges of ToyWorld on real renders, measure them on fresh ones, and write both.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(prog="python -m anygpt.toyworld.judge_training", description=__doc__)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write to (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0, help="of renders, weights and wear (default: %(default)s)")
     parser.add_argument("--steps", type=float, default=1.0, help="factor on the updates (default: %(default)s)")
     options = parser.parse_args(arguments)
-    train_judges(options.output, options.seed, options.steps)
+    print(json.dumps(train_judges(options.output, options.seed, options.steps), indent=2))
     return 0
 
 
@@ -68,16 +64,13 @@ def train_judges(
         pool: factor on `POOL`.
     """
     began = time.perf_counter()
-    networks = {}
+    updates = {name: math.ceil(count * steps) for name, count in STEPS.items()}
     for index, (name, renders) in enumerate(_pools(seed, pool).items()):
-        wear = _wear_waveforms if name == "audio" else lambda x, generator: _wear_pixels(_to_pixels(x), generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * len(NETWORKS) + index)
-            networks[name] = _train(name, NETWORKS[name](), renders, wear, math.ceil(STEPS[name] * steps), seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, network in networks.items():
+            network = _train(name, NETWORKS[name](), *renders, updates[name], seed)
         half = {key: tensor.half().contiguous() for key, tensor in network.state_dict().items()}
-        _replace(folder / f"{name}.safetensors", lambda path, half=half: save_file(half, path))
+        write(folder / f"{name}.safetensors", save(half))
     # Measure the weights as shipped, in half precision.
     load_judges.cache_clear()
     accuracy = measure(load_judges(folder), seed + 1, fresh)
@@ -86,15 +79,14 @@ def train_judges(
         "data": "renders of all 48 things (anygpt.toyworld.render), worn a little; no generated media",
         "command": "python -m anygpt.toyworld.judge_training",
         "seed": seed,
-        "updates": {name: math.ceil(count * steps) for name, count in STEPS.items()},
+        "updates": updates,
         "batch_size": _BATCH,
         "seconds": round(time.perf_counter() - began),
         "fresh_renders": fresh * len(THINGS),
         "accuracy": accuracy,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    _replace(folder / "card.json", lambda path: Path(path).write_text(json.dumps(card, indent=2) + "\n"))
-    print(json.dumps(accuracy, indent=2))
+    write(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     return accuracy
 
 
@@ -109,54 +101,56 @@ def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
     right = [(thing.shape, thing.colour) for thing in things]
     motions = [MOTIONS[i % len(MOTIONS)] for i in range(len(things))]
     images = [np.asarray(render_image(thing, rng)) for thing in things]
-    worn = _wear_pixels(_to_pixels(torch.from_numpy(np.stack(images))), generator).permute(0, 2, 3, 1)
+    worn = _wear_pixels(torch.from_numpy(np.stack(images)), generator).permute(0, 2, 3, 1)
     videos = [render_video(thing, motion, rng) for thing, motion in zip(things, motions, strict=True)]
     some = slice(None, None, max(1, per_thing // 10) | 1)  # an odd step covers every motion
     coded = [_through_mp4(video) for video in videos[some]]
     sounds = torch.from_numpy(np.stack([render_audio(thing, rng) for thing in things]))
     faint = [_wear_waveforms(sound[None], generator)[0].numpy() for sound in sounds]
+    judged = {
+        "image": (judges.image(images), right),
+        "image_worn": (judges.image((worn * 255).round().to(torch.uint8).numpy()), right),
+        "video": (judges.video(videos), right),
+        "video_mp4": (judges.video(coded), right[some]),
+        "motion": (judges.motion(videos), motions),
+        "motion_mp4": (judges.motion(coded), motions[some]),
+        "audio": (judges.audio(list(sounds.numpy())), right),
+        "audio_worn": (judges.audio(faint), right),
+    }
     return {
-        "image": _share(judges.image(images), right),
-        "image_worn": _share(judges.image((worn * 255).round().to(torch.uint8).numpy()), right),
-        "video": _share(judges.video(videos), right),
-        "video_mp4": _share(judges.video(coded), right[some]),
-        "motion": _share(judges.motion(videos), motions),
-        "motion_mp4": _share(judges.motion(coded), motions[some]),
-        "audio": _share(judges.audio(list(sounds.numpy())), right),
-        "audio_worn": _share(judges.audio(faint), right),
+        name: round(sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected), 4)
+        for name, (found, expected) in judged.items()
     }
 
 
-def _pools(seed: int, factor: float) -> dict[str, tuple[Tensor, list[Tensor]]]:
-    """Training renders and their labels, by network; half of the clips are encoded as MP4 and read back."""
+def _pools(seed: int, factor: float) -> dict[str, tuple[Wear, Tensor, list[Tensor]]]:
+    """By network: how its renders are degraded, the renders and their labels.
+
+    Half of the clips are encoded as MP4 and read back.
+    """
     rng = np.random.default_rng([seed, 0])
     sizes = {modality: math.ceil(count * factor) for modality, count in POOL.items()}
-    images, image_things = [], []
-    clips, clip_things, motions = [], [], []
-    sounds, sound_things = [], []
+    images, clips, sounds = [], [], []
     for thing in tqdm(THINGS, desc="renders", unit="thing", mininterval=1):
         images += [np.asarray(render_image(thing, rng)) for _ in range(sizes["image"])]
-        image_things += [thing] * sizes["image"]
         for index in range(sizes["video"]):
             clip = render_video(thing, MOTIONS[index % 4], rng)
             clips.append(clip if index // 4 % 2 else _through_mp4(clip))
-            motions.append(index % 4)
-        clip_things += [thing] * sizes["video"]
         sounds += [render_audio(thing, rng) for _ in range(sizes["audio"])]
-        sound_things += [thing] * sizes["audio"]
-    frames = torch.from_numpy(np.stack(clips))
-    pictures = torch.cat([torch.from_numpy(np.stack(images)), frames.flatten(0, 1)])
-    shown = image_things + [thing for thing in clip_things for _ in range(frames.shape[1])]
+    pictures, frames, waveforms = (torch.from_numpy(np.stack(made)) for made in (images, clips, sounds))
+    motions = torch.arange(sizes["video"]).remainder(4).repeat(len(THINGS))
+    shown = [a + b for a, b in zip(_labels(sizes["image"]), _labels(sizes["video"] * frames.shape[1]), strict=True)]
     return {
-        "image": (pictures, _labels(shown)),
-        "motion": (frames, [torch.tensor(motions)]),
-        "audio": (torch.from_numpy(np.stack(sounds)), _labels(sound_things)),
+        "image": (_wear_pixels, torch.cat([pictures, frames.flatten(0, 1)]), [torch.tensor(x) for x in shown]),
+        "motion": (_wear_pixels, frames, [motions]),
+        "audio": (_wear_waveforms, waveforms, [torch.tensor(x) for x in _labels(sizes["audio"])]),
     }
 
 
-def _labels(things: list[Thing]) -> list[Tensor]:
-    shapes = torch.tensor([SHAPES.index(thing.shape) for thing in things])
-    return [shapes, torch.tensor([COLOURS.index(thing.colour) for thing in things])]
+def _labels(count: int) -> tuple[list[int], list[int]]:
+    """Shapes and colours of `count` renders of each thing, in turn."""
+    things = [thing for thing in THINGS for _ in range(count)]
+    return [SHAPES.index(thing.shape) for thing in things], [COLOURS.index(thing.colour) for thing in things]
 
 
 def _through_mp4(clip: np.ndarray) -> np.ndarray:
@@ -168,20 +162,13 @@ def _through_mp4(clip: np.ndarray) -> np.ndarray:
 
 
 def _train(
-    name: str,
-    network: nn.Module,
-    pool: tuple[Tensor, list[Tensor]],
-    wear: Callable[[Tensor, torch.Generator], Tensor],
-    steps: int,
-    seed: int,
+    name: str, network: nn.Module, wear: Wear, media: Tensor, labels: list[Tensor], steps: int, seed: int
 ) -> nn.Module:
     """Train with the cross-entropy of all of the network's outputs, AdamW and a one-cycle learning rate."""
-    media, labels = pool
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
-    bar = tqdm(range(steps), desc=name, unit="update", mininterval=1)
-    for step in bar:
+    for _ in tqdm(range(steps), desc=name, unit="update", mininterval=1):
         rows = torch.randint(len(media), (_BATCH,), generator=generator)
         answers = network(wear(media[rows], generator))
         answers = answers if isinstance(answers, tuple) else (answers,)
@@ -190,21 +177,15 @@ def _train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    return network.eval()
+    return network
 
 
-# ---- degradation
+def _wear_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Darken, tint, blur, blotch and add noise to pictures, and coarsen their colours; a fifth is kept.
 
-
-def _to_pixels(images: Tensor) -> Tensor:
-    """uint8 `(…, H, W, 3)` -> float32 `(…, 3, H, W)` in [0, 1]."""
-    return images.movedim(-1, -3).float() / 255
-
-
-def _wear_pixels(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Darken, tint, blur, blotch and add noise to pictures `(…, 3, H, W)`, and coarsen colours; a fifth is kept."""
+    uint8 `(…, H, W, 3)` -> float32 `(…, 3, H, W)` in [0, 1].
+    """
+    pixels = images.movedim(-1, -3).float() / 255
     flat = pixels.flatten(0, -4)
     batch, _, height, width = flat.shape
 
@@ -251,24 +232,6 @@ def _wear_waveforms(waveforms: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(worn.shape, generator=generator) * worn.std(dim=1, keepdim=True)
     worn = worn + noise * 10 ** (some(-60, -22) / 20)
     return torch.where(some(0, 1) < 0.2, waveforms, worn)
-
-
-# ---- helpers
-
-
-def _share(given: list, right: list) -> float:
-    return round(sum(a == b for a, b in zip(given, right, strict=True)) / len(right), 4)
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        write(str(temporary))
-        temporary.chmod(0o644)  # safetensors makes files readable by their owner only
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ class SoundNet(nn.Module):
         self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
 
     def forward(self, waveforms: Tensor) -> tuple[Tensor, Tensor]:
-        return self.classify(self.spectrogram(waveforms))
+        places = self.trunk(self.spectrogram(waveforms)[:, None] * (2 / _RANGE) + 1)  # (B, 32, frames / 4, 10)
+        return self.heads(torch.cat([places.mean(2), places.amax(2)], dim=1).flatten(1))
 
     def spectrogram(self, waveforms: Tensor) -> Tensor:
         """`(B, N)` -> `(B, 65, 80)` log-mel magnitudes relative to the sound's loudest one, from -5 to 0."""
@@ -104,10 +105,6 @@ class SoundNet(nn.Module):
         mels = bins.transpose(1, 2) @ self.filters
         loudest = mels.amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
         return (mels / loudest).clamp(min=1e-9).log().clamp(min=-_RANGE)
-
-    def classify(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
-        places = self.trunk(spectrogram[:, None] * (2 / _RANGE) + 1)  # (B, 32, frames / 4, 10)
-        return self.heads(torch.cat([places.mean(2), places.amax(2)], dim=1).flatten(1))
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"image": PictureNet, "motion": MotionNet, "audio": SoundNet}
@@ -140,29 +137,26 @@ class Judges:
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> list[Verdict]:
         """Judge PIL images or uint8 `(B, H, W, 3)`: (shape, colour) of each."""
-        if len(images) == 0:
-            return []
-        return _verdicts(*self._run("image", [_pixels(image) for image in images]))
+        return self._classify("image", [_pixels(image) for image in images])
 
     @torch.inference_mode()
     def video(self, videos: Sequence[np.ndarray]) -> list[Verdict]:
         """Judge clips, uint8 `(F, H, W, 3)` each: (shape, colour) from probabilities averaged over frames."""
         verdicts = []
         for video in videos:
-            shapes, colours = self.networks["image"](torch.stack([_pixels(frame) for frame in video]))
-            verdicts += _verdicts(*(x.softmax(-1).mean(0, keepdim=True) for x in (shapes, colours)))
+            logits = self.networks["image"](torch.stack([_pixels(frame) for frame in video]))
+            verdicts += _verdicts(*(one.softmax(-1).mean(0, keepdim=True) for one in logits))
         return verdicts
 
     @torch.inference_mode()
     def motion(self, videos: Sequence[np.ndarray]) -> list[str]:
         """Judge the motion of clips, uint8 `(F, H, W, 3)` each: one of `MOTIONS` each."""
-        if len(videos) == 0:
-            return []
-        clips = []
+        motions = []
         for video in videos:
             chosen = np.linspace(0, len(video) - 1, FRAMES).round().astype(int)
-            clips.append(torch.stack([_pixels(video[i]) for i in chosen]))
-        return [MOTIONS[i] for i in self._run("motion", clips)[0].argmax(-1)]
+            clip = torch.stack([_pixels(video[i]) for i in chosen])
+            motions.append(MOTIONS[int(self.networks["motion"](clip[None]).argmax())])
+        return motions
 
     @torch.inference_mode()
     def audio(self, sounds: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[Verdict]:
@@ -170,23 +164,20 @@ class Judges:
 
         Only the first 0.64 s count; shorter waveforms are padded with silence.
         """
-        if len(sounds) == 0:
-            return []
         heard = []
         for sound in sounds:
             sound = resample(to_mono(np.asarray(sound, dtype=np.float32)), sampling_rate, SAMPLING_RATE)[:_SAMPLES]
             heard.append(torch.from_numpy(np.nan_to_num(np.pad(sound, (0, _SAMPLES - len(sound))))))
-        return _verdicts(*self._run("audio", heard))
+        return self._classify("audio", heard)
 
     def text(self, captions: Sequence[str]) -> list[tuple[str | None, str | None]]:
         """Judge captions: (shape, colour) of each, None unless exactly one is named."""
         return [read_words(caption).thing for caption in captions]
 
-    def _run(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """A network's logits, `(B, …)` each, computed in batches, since spectra take memory."""
-        batches = [torch.stack(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
-        outputs = [self.networks[name](batch) for batch in batches]
-        return [torch.cat(parts) for parts in zip(*(o if isinstance(o, tuple) else (o,) for o in outputs), strict=True)]
+    def _classify(self, name: str, inputs: list[Tensor]) -> list[Verdict]:
+        """Shapes and colours by a network, in batches, since spectra take memory."""
+        batches = (torch.stack(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH))
+        return [verdict for batch in batches for verdict in _verdicts(*self.networks[name](batch))]
 
 
 def read_words(text: str) -> Words:

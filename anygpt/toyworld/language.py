@@ -1,18 +1,18 @@
 """The sentences of ToyWorld: captions, questions, requests, small talk and refusals.
 
 Every function draws from a `numpy.random.Generator`. Sentences that name a thing take it as an argument, so a
-split by things also splits the sentences. `sentences()` is the tokenizers' corpus.
+split by things also splits the sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from anygpt.errors import InputError
-from anygpt.toyworld.world import COLOURS, MODALITIES, MOTIONS, SHAPES, THINGS, Thing
+from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 
 T = TypeVar("T")
 
@@ -203,22 +203,6 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
 def refusal(rng: np.random.Generator) -> tuple[str, str]:
     """A request for something that does not exist, and a refusal."""
     return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, REFUSALS)
-
-
-def sentences(rng: np.random.Generator, rounds: int = 4) -> Iterator[str]:
-    """Yield a corpus of all kinds of sentences about all things, for training tokenizers."""
-    for thing in [thing for _ in range(rounds) for thing in THINGS]:
-        motion = pick(rng, MOTIONS)
-        for modality in MODALITIES:
-            moving = motion if modality == "video" else None
-            yield caption(thing, rng, moving, modality)
-            yield describe_question(modality, rng)
-            yield media_request(modality, thing, rng, moving)
-            yield convert_request(modality, rng, moving)
-            yield pick(rng, _HERE[modality])
-        for question, answer in (text_qa(thing, rng), small_talk(rng), refusal(rng)):
-            yield question
-            yield answer
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:

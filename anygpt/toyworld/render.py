@@ -7,6 +7,7 @@ Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,9 +34,36 @@ RGB = {
 # vocoder is convolutional in frames, so its output for a constant spectrum repeats with every frame.
 PITCH_HZ = dict(zip(COLOURS, (200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0), strict=True))
 
+# What is drawn of each shape, in units of its radius around its centre; a ring's second ellipse is the hole.
+_FORMS: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
+    "circle": (("ellipse", (-1, -1, 1, 1)),),
+    "square": (("rectangle", (-0.88, -0.88, 0.88, 0.88)),),
+    "triangle": (("polygon", (0, -1, 1, 0.8, -1, 0.8)),),
+    "cross": (("rectangle", (-1, -0.3, 1, 0.3)), ("rectangle", (-0.3, -1, 0.3, 1))),
+    "ring": (("ellipse", (-1, -1, 1, 1)), ("ellipse", (-0.55, -0.55, 0.55, 0.55))),
+    "diamond": (("polygon", (0, -1, 0.75, 0, 0, 1, -0.75, 0)),),
+}
+# (frequency as a multiple of the pitch, amplitude); the pitch itself is always included.
+_PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": ((1, 1.0),),  # a pure tone
+    "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),  # a square wave
+    "triangle": ((1, 1.0), (2, 0.9), (4, 0.8), (8, 0.5)),  # octaves
+    "cross": tuple((n, 1.0) for n in (1, 2, 3, 4, 5, 6)),  # bright: every harmonic
+    "ring": ((1, 1.0), (3, 0.9), (8, 0.7)),  # a bell: few partials, far apart
+    "diamond": ((1, 0.7), (4, 0.6), (5, 0.8), (6, 0.8)),  # a hollow, glassy tone
+}
+_DECAY = {"triangle": 5.0, "cross": 9.0, "ring": 1.5}
+"""How fast a note dies away: plucked, struck, and ringing on."""
 _SUPERSAMPLING = 8
 _MAX_HZ = 7_600.0
 """Partials above this frequency are omitted: they would alias, or fall outside the mel scale."""
+
+
+def render(modality: str, thing: Thing, motion: str | None, rng: np.random.Generator) -> Any:
+    """Render a picture, clip or sound with the sizes of the zoo; only clips use `motion`."""
+    if modality == "video":
+        return render_video(thing, motion, rng)
+    return render_image(thing, rng) if modality == "image" else render_audio(thing, rng)
 
 
 def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Image.Image:
@@ -46,12 +74,11 @@ def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Imag
     radius = size * rng.uniform(0.20, 0.36)
     room = size / 2 - radius - size / 32  # leaves a border of one pixel (at size 32)
     centre = size / 2 + rng.uniform(-room, room, size=2)
-    foreground, background = _colours(thing, rng)
-    return _draw(thing.shape, size, centre, radius, foreground, background)
+    return _draw(thing.shape, size, centre, radius, *_colours(thing, rng))
 
 
 def render_video(
-    thing: Thing, motion: str, rng: np.random.Generator, size: int = 32, num_frames: int = 8
+    thing: Thing, motion: str | None, rng: np.random.Generator, size: int = 32, num_frames: int = 8
 ) -> np.ndarray:
     """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`.
 
@@ -77,10 +104,9 @@ def render_video(
     if motion in ("left", "up"):  # image rows grow downwards
         along = along[::-1]
     x, y = (along, across) if motion in ("left", "right") else (across, along)
-    foreground, background = _colours(thing, rng)
+    colours = _colours(thing, rng)
     centres = np.stack([x, y], axis=1) + size / 2
-    frames = [_draw(thing.shape, size, centre, radius, foreground, background) for centre in centres]
-    return np.stack([np.asarray(frame) for frame in frames])
+    return np.stack([np.asarray(_draw(thing.shape, size, centre, radius, *colours)) for centre in centres])
 
 
 def render_audio(
@@ -109,31 +135,16 @@ def render_audio(
     return (wave / np.abs(wave).max() * rng.uniform(0.4, 0.9)).astype(np.float32)
 
 
-# (frequency as a multiple of the pitch, amplitude); the pitch itself is always included.
-_PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
-    "circle": ((1, 1.0),),  # a pure tone
-    "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),  # a square wave
-    "triangle": ((1, 1.0), (2, 0.9), (4, 0.8), (8, 0.5)),  # octaves
-    "cross": tuple((n, 1.0) for n in (1, 2, 3, 4, 5, 6)),  # bright: every harmonic
-    "ring": ((1, 1.0), (3, 0.9), (8, 0.7)),  # a bell: few partials, far apart
-    "diamond": ((1, 0.7), (4, 0.6), (5, 0.8), (6, 0.8)),  # a hollow, glassy tone
-}
-
-
 def _envelope(shape: str, beat: np.ndarray) -> np.ndarray:
     """Loudness as a function of the position in the note: `beat` (N,) in [0, 1) -> (N,) in [0, 1]."""
     if shape == "circle":  # held
         return np.ones_like(beat)
-    edges = np.clip(np.minimum(beat, 1 - beat) / 0.06, 0, 1)  # soft onsets and ends, against clicks between notes
     if shape == "square":  # on and off
         return np.clip(12 * (0.35 - np.abs(beat - 0.4)), 0.02, 1.0)
-    if shape == "triangle":  # plucked
-        return edges * np.exp(-5 * beat)
-    if shape == "cross":  # struck
-        return edges * np.exp(-9 * beat)
-    if shape == "ring":  # rings on
-        return edges * np.exp(-1.5 * beat)
-    return edges * (0.05 + 0.95 * beat**2)  # diamond: swells
+    edges = np.clip(np.minimum(beat, 1 - beat) / 0.06, 0, 1)  # soft onsets and ends, against clicks between notes
+    if shape == "diamond":  # swells
+        return edges * (0.05 + 0.95 * beat**2)
+    return edges * np.exp(-_DECAY[shape] * beat)
 
 
 def _colours(thing: Thing, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -144,35 +155,15 @@ def _colours(thing: Thing, rng: np.random.Generator) -> tuple[tuple[int, ...], t
 
 
 def _draw(
-    shape: str,
-    size: int,
-    centre: np.ndarray,
-    radius: float,
-    foreground: tuple[int, ...],
-    background: tuple[int, ...],
+    shape: str, size: int, centre: np.ndarray, radius: float, colour: tuple[int, ...], background: tuple[int, ...]
 ) -> Image.Image:
     """Draw an anti-aliased shape: `_SUPERSAMPLING` times as large, then averaged down."""
+    if shape not in _FORMS:
+        raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
     large = size * _SUPERSAMPLING
-    x, y = centre * _SUPERSAMPLING
-    r = radius * _SUPERSAMPLING
     image = Image.new("RGB", (large, large), background)
     draw = ImageDraw.Draw(image)
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=foreground)
-    elif shape == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=foreground)
-        draw.ellipse((x - 0.55 * r, y - 0.55 * r, x + 0.55 * r, y + 0.55 * r), fill=background)
-    elif shape == "square":
-        s = 0.88 * r
-        draw.rectangle((x - s, y - s, x + s, y + s), fill=foreground)
-    elif shape == "cross":
-        w = 0.30 * r
-        draw.rectangle((x - r, y - w, x + r, y + w), fill=foreground)
-        draw.rectangle((x - w, y - r, x + w, y + r), fill=foreground)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=foreground)
-    elif shape == "diamond":
-        draw.polygon([(x, y - r), (x + 0.75 * r, y), (x, y + r), (x - 0.75 * r, y)], fill=foreground)
-    else:
-        raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
+    for fill, (form, corners) in zip((colour, background if shape == "ring" else colour), _FORMS[shape], strict=False):
+        places = np.array(corners).reshape(-1, 2) * (radius * _SUPERSAMPLING) + centre * _SUPERSAMPLING
+        getattr(draw, form)(places.ravel().tolist(), fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)

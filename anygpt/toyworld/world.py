@@ -25,18 +25,28 @@ class Thing:
 
 THINGS = tuple(Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS))
 
+
+def _things(**colours: str) -> tuple[Thing, ...]:
+    return tuple(Thing(shape, colour) for shape, several in colours.items() for colour in several.split())
+
+
 # Each shape and each colour is held out once or twice, so that every shape is seen in at least six colours and every
 # colour on at least four shapes: only combinations are unseen.
-HELD_OUT = (
-    Thing("circle", "green"),
-    Thing("circle", "orange"),
-    Thing("square", "red"),
-    Thing("square", "cyan"),
-    Thing("triangle", "blue"),
-    Thing("triangle", "white"),
-    Thing("cross", "yellow"),
-    Thing("cross", "green"),
-    Thing("ring", "purple"),
-    Thing("diamond", "red"),
+HELD_OUT = _things(
+    circle="green orange",
+    square="red cyan",
+    triangle="blue white",
+    cross="yellow green",
+    ring="purple",
+    diamond="red",
 )
 SEEN = tuple(thing for thing in THINGS if thing not in HELD_OUT)
+VALIDATION = _things(
+    circle="cyan",
+    square="yellow",
+    triangle="red",
+    cross="purple",
+    ring="white green",
+    diamond="orange blue",
+)
+"""A subset of the seen things, which is left out of training for choosing settings."""

@@ -26,8 +26,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor, StableDiffusionDecoder
 from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import TARGET_IDS, Collator, move
+from anygpt.model.language_models import load_tokenizer
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.toyworld.tokenizers import llm_tokenizer
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import make_generators, make_loader, take_updates, use_cache, use_frames_of
@@ -161,7 +161,7 @@ def compose(case: str, options: argparse.Namespace) -> tuple[MultimodalModel, An
             tie_word_embeddings=True,
         )
     )
-    tokenizer = llm_tokenizer()
+    tokenizer = load_tokenizer("zoo:language_model")
     if CASES[case] is ENCODER_LLM:
         vision = CLIPVisionConfig(
             hidden_size=768,

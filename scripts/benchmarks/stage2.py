@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaForCausalLM
 
 from anygpt import ModalDecoderModule, MultimodalModel, StableDiffusionDecoder
-from anygpt.toyworld.tokenizers import clip_tokenizer
+from anygpt.toyworld import part_path
 from anygpt.training.cli import quiet_libraries
 from anygpt.training.config import Config
 from anygpt.training.stages import LLM_DECODER, prepare_stage
@@ -91,7 +91,7 @@ def make_model(latents: int, num_signal_tokens: int = 4) -> MultimodalModel:
 
 
 def make_pipeline(latents: int) -> StableDiffusionPipeline:
-    tokenizer = clip_tokenizer(model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(part_path("image_decoder") / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=768,

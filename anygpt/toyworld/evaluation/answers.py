@@ -13,8 +13,11 @@ from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld.evaluation.requests import WAYS, Request
-from anygpt.toyworld.judges import Judges, answers_question, read_words
-from anygpt.toyworld.world import Thing
+from anygpt.toyworld.judges import answers_question, load_judges, read_words
+from anygpt.toyworld.render import SAMPLING_RATE
+
+Verdict = tuple[str | None, str | None]
+"""(shape, colour), each None if it is not clear."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Judged:
         request: that was answered.
         text: all text of the answer.
         medium: the first medium of the requested type; None if it is missing, and for text.
+        rate: of the medium, in frames or samples per second.
         verdict: (shape, colour) found by the judge; None if there is nothing to judge.
         right: whether shape and colour are both right, or, for a question in words, whether the answer is.
         motion: direction in which the clip moves, or in which the text says that it moves.
@@ -76,7 +80,8 @@ class Judged:
     request: Request
     text: str
     medium: Any = None
-    verdict: tuple[str | None, str | None] | None = None
+    rate: float | None = None
+    verdict: Verdict | None = None
     right: bool = False
     motion: str | None = None
     missing: bool = False
@@ -123,44 +128,41 @@ def ask(
         progress(len(batch))
 
 
-def judge(request: Request, answer: Answer, judges: Judges, sampling_rate: int) -> Judged:
-    """Judge an answer; `sampling_rate` is that of generated audio, in Hz."""
-    media = {way: [s.content for s in answer.segments if s.type == way] for way in WAYS[1:]}
+def judge(request: Request, answer: Answer) -> Judged:
+    """Judge an answer."""
+    media = {way: [segment for segment in answer.segments if segment.type == way] for way in WAYS[1:]}
     unasked = tuple(way for way, found in media.items() if len(found) > (way == request.target))
     judged = Judged(request, answer.text, unasked=unasked)
-    if request.target == "text":
-        judged.missing = not answer.text.strip()
-        words = read_words(answer.text)
-        judged.verdict = words.thing
-        judged.motion = words.motion
-        if request.source != "text":
-            judged.right = is_thing(judged.verdict, request.thing)
-        elif request.thing is not None:
-            judged.right = answers_question(answer.text, request.reference[0], request.thing)
-        else:
-            judged.right = answer.text.strip() in request.reference
+    if request.target != "text":
+        judged.missing = not media[request.target]
+        if not judged.missing:
+            first = media[request.target][0]
+            judged.medium, judged.rate = first.content, first.rate
+            ((judged.verdict, judged.motion),) = judge_media(request.target, [first.content], first.rate)
+            judged.right = judged.shape_right and judged.colour_right
         return judged
-    judged.missing = not media[request.target]
-    if not judged.missing:
-        judged.medium = media[request.target][0]
-        judged.verdict = judge_media(request.target, [judged.medium], judges, sampling_rate)[0]
-        judged.right = is_thing(judged.verdict, request.thing)
-        if request.target == "video":
-            judged.motion = judges.motion([judged.medium])[0]
+    judged.missing = not answer.text.strip()
+    words = read_words(answer.text)
+    judged.verdict, judged.motion = words.thing, words.motion
+    if request.thing is None:
+        judged.right = answer.text.strip() in request.reference
+    elif request.source == "text":
+        judged.right = answers_question(answer.text, request.reference[0], request.thing)
+    else:
+        judged.right = judged.shape_right and judged.colour_right
     return judged
 
 
-def judge_media(
-    modality: str, media: Sequence[Any], judges: Judges, sampling_rate: int
-) -> list[tuple[str | None, str | None]]:
-    """Judge (shape, colour) of decoders' outputs."""
-    if modality == "audio":
-        return judges.audio([np.nan_to_num(sound) for sound in media], sampling_rate)
-    return {"image": judges.image, "video": judges.video}[modality](media)
-
-
-def is_thing(verdict: tuple[str | None, str | None], thing: Thing) -> bool:
-    return verdict == (thing.shape, thing.colour)
+def judge_media(modality: str, media: Sequence[Any], rate: float | None) -> list[tuple[Verdict, str | None]]:
+    """Judge decoders' outputs: shape and colour, and the motion of clips."""
+    judges = load_judges()
+    if modality == "video":
+        return list(zip(judges.video(media), judges.motion(media), strict=True))
+    if modality == "image":
+        verdicts = judges.image(media)
+    else:
+        verdicts = judges.audio([np.nan_to_num(sound) for sound in media], round(rate or SAMPLING_RATE))
+    return [(verdict, None) for verdict in verdicts]
 
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -15,42 +15,36 @@ import numpy as np
 import torch
 
 from anygpt.decoders.conditions import Condition
+from anygpt.decoders.module import ModalDecoderModule
 from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.toyworld import language
-from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, is_thing, judge_media
-from anygpt.toyworld.judges import Judges
+from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, judge_media
 from anygpt.toyworld.world import MOTIONS, Thing
 
 _MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
 
+Drawn = tuple[str, Thing, str | None]
+"""A caption, and the thing and motion that it should give."""
+
 
 def upper_bound(
-    model: MultimodalModel,
-    things: Sequence[Thing],
-    settings: Settings,
-    judges: Judges,
-    sampling_rate: int,
-    progress: Callable[[int], object],
+    model: MultimodalModel, things: Sequence[Thing], settings: Settings, progress: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
     """`{output modality: share}` of right media for plain true captions; for clips also the share of right motions."""
     result = {}
-    for modality in (decoder.modality for decoder in model.decoders.values()):
-        rng = np.random.default_rng([settings.seed, 77])
-        shown = [things[i % len(things)] for i in range(settings.samples)]
-        motions = [language.pick(rng, MOTIONS) if modality == "video" else None for _ in shown]
-        captions = [language.plain_caption(thing, motion) for thing, motion in zip(shown, motions, strict=True)]
-        result[modality] = _judged(model, modality, captions, shown, motions, settings, judges, sampling_rate, progress)
+    for decoder in model.decoders.values():
+        rng, drawn = np.random.default_rng([settings.seed, 77]), []
+        for number in range(settings.samples):
+            thing = things[number % len(things)]
+            motion = language.pick(rng, MOTIONS) if decoder.modality == "video" else None
+            drawn.append((language.plain_caption(thing, motion), thing, motion))
+        result[decoder.modality] = _draw(decoder, drawn, settings, progress)
     return result
 
 
 def caption_baseline(
-    model: MultimodalModel,
-    judged: Sequence[Judged],
-    settings: Settings,
-    judges: Judges,
-    sampling_rate: int,
-    progress: Callable[[int], object],
+    model: MultimodalModel, judged: Sequence[Judged], settings: Settings, progress: Callable[[int], object]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """`{input modality: {output modality: share}}` of right media, for the same requests as the matrix.
 
@@ -61,19 +55,15 @@ def caption_baseline(
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for source in dict.fromkeys(one.request.source for one in judged):
         result[source] = {}
-        for modality in (decoder.modality for decoder in model.decoders.values()):
-            requests = [o.request for o in judged if (o.request.source, o.request.target) == (source, modality)]
-            captions = []
-            for request in requests:
-                if source == "text":
-                    captions.append(request.prompt)
-                else:
+        for decoder in model.decoders.values():
+            drawn, modality = [], decoder.modality
+            for request in (o.request for o in judged if (o.request.source, o.request.target) == (source, modality)):
+                caption = request.prompt
+                if source != "text":
                     said = by_id[request.id.replace(f"-{modality}-", "-text-")].text
-                    captions.append(moving_caption(said, request.motion))
-            shown, motions = [r.thing for r in requests], [r.motion for r in requests]
-            result[source][modality] = _judged(
-                model, modality, captions, shown, motions, settings, judges, sampling_rate, progress
-            )
+                    caption = moving_caption(said, request.motion)
+                drawn.append((caption, request.thing, request.motion))
+            result[source][modality] = _draw(decoder, drawn, settings, progress)
     return result
 
 
@@ -87,29 +77,18 @@ def moving_caption(caption: str, motion: str | None) -> str:
     return words + (f" moving {motion}" if motion else "") + still[len(words) :]
 
 
-def _judged(
-    model: MultimodalModel,
-    modality: str,
-    captions: Sequence[str],
-    things: Sequence[Thing],
-    motions: Sequence[str | None],
-    settings: Settings,
-    judges: Judges,
-    sampling_rate: int,
-    progress: Callable[[int], object],
+def _draw(
+    outer: ModalDecoderModule, drawn: Sequence[Drawn], settings: Settings, progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """Share of right media that a decoder generates from captions through its own text encoder."""
-    outer = next(d for d in model.decoders.values() if d.modality == modality)
-    decoder = outer.module
-    generator = torch.Generator().manual_seed(settings.seed)
-    media: list[Any] = []
-    for batch in batches(captions, settings.batch_size):
-        condition = Condition.of(decoder.encode_text(list(batch)))
-        options = outer.options({"generator": generator, **settings.sampling(modality)})
+    decoder, generator, media = outer.module, torch.Generator().manual_seed(settings.seed), []
+    for batch in batches(drawn, settings.batch_size):
+        condition = Condition.of(decoder.encode_text([caption for caption, _, _ in batch]))
+        options = outer.options({"generator": generator, **settings.sampling(outer.modality)})
         media += decoder.sample(condition, **decoder.sampling_arguments(options, [0] * len(batch)))
         progress(len(batch))
-    verdicts = judge_media(modality, media, judges, sampling_rate)
-    result = share(is_thing(verdict, thing) for verdict, thing in zip(verdicts, things, strict=True))
-    if modality == "video":
-        result["motion"] = share(a == b for a, b in zip(judges.motion(media), motions, strict=True))
+    found = list(zip(judge_media(outer.modality, media, decoder.rate), drawn, strict=True))
+    result = share(verdict == (thing.shape, thing.colour) for (verdict, _), (_, thing, _) in found)
+    if outer.modality == "video":
+        result["motion"] = share(moves == motion for (_, moves), (_, _, motion) in found)
     return result

@@ -18,8 +18,7 @@ from anygpt.processing.chat_template import answer_message
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
-from anygpt.toyworld.evaluation.requests import Request, matrix_requests, shuffled
-from anygpt.toyworld.judges import Judges
+from anygpt.toyworld.evaluation.requests import TALK, Request, matrix_requests, shuffled, talk_request
 from anygpt.toyworld.world import MOTIONS, Thing
 
 TURNS = 4
@@ -54,10 +53,8 @@ def conversation_requests(
                 turns.append(replace(request, id=name, path=path))
                 told.append(thing)
             elif way == "talk":
-                kind = language.pick(rng, ("small talk", "nonsense"))
-                prompt, answer = language.small_talk(rng) if kind == "small talk" else language.refusal(rng)
-                reference = (answer,) if kind == "small talk" else language.REFUSALS
-                turns.append(Request(name, "text", "text", prompt, reference=reference))
+                kind = language.pick(rng, TALK[1:])
+                turns.append(talk_request(name, kind, None, rng))
             else:
                 it, thing = (language.LATEST, told[-1]) if way == "it" else (language.FIRST, told[0])
                 told.append(thing)
@@ -78,11 +75,9 @@ def hold(
     processor: MultimodalProcessor,
     conversations: Sequence[Sequence[Request]],
     settings: Settings,
-    judges: Judges,
-    sampling_rate: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[Judged]]:
-    """Hold all conversations and judge the answers, `[turn][conversation]`; `sampling_rate` of audio is in Hz."""
+    """Hold all conversations and judge the answers, `[turn][conversation]`."""
     said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
     judged = []
     for turn in range(TURNS):
@@ -90,7 +85,7 @@ def hold(
         found = {}
         for request, answer in ask(model, processor, requests, settings, progress):
             said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
-            found[request.id] = judge(request, answer, judges, sampling_rate)
+            found[request.id] = judge(request, answer)
         judged.append([found[turns[turn].id] for turns in conversations])
     return judged
 

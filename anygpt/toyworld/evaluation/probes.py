@@ -1,4 +1,4 @@
-"""Tests of the unconnected parts: linear probes of encoders, and text questions to the language model.
+"""Linear probes of encoders.
 
 Shapes: `M` media, `D` width of an encoder's features.
 """
@@ -18,12 +18,9 @@ from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld import language
-from anygpt.toyworld.evaluation.answers import Settings, ask, batches, judge
-from anygpt.toyworld.evaluation.matrix import THINGS, talk_table
-from anygpt.toyworld.evaluation.requests import talk_requests
-from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video
-from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, Thing
+from anygpt.toyworld.evaluation.answers import batches
+from anygpt.toyworld.render import SAMPLING_RATE, render
+from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES
 
 PROPERTIES = {"shape": SHAPES, "colour": COLOURS}
 _BATCH = 128
@@ -51,7 +48,11 @@ def probe_encoders(
         for number, (things, count) in enumerate(((SEEN, renders), (HELD_OUT, fresh))):
             rng = np.random.default_rng([seed, 4, MODALITIES.index(modality), number])
             shown = [thing for thing in things for _ in range(count)]
-            sets.append((pooled_features(model, processor, key, [render(modality, t, rng) for t in shown]), shown))
+            media = []
+            for thing in shown:
+                medium = render(modality, thing, language.pick(rng, MOTIONS) if modality == "video" else None, rng)
+                media.append((medium, SAMPLING_RATE) if modality == "audio" else medium)
+            sets.append((pooled_features(model, processor, key, media), shown))
         (features, seen), (new_features, held_out) = sets
         found[key] = {}
         for name, values in PROPERTIES.items():
@@ -63,22 +64,12 @@ def probe_encoders(
     return found
 
 
-def render(modality: str, thing: Thing, rng: np.random.Generator) -> Any:
-    """Render a medium in the form that the processors take."""
-    if modality == "image":
-        return render_image(thing, rng)
-    if modality == "video":
-        return render_video(thing, language.pick(rng, MOTIONS), rng)
-    return render_audio(thing, rng), SAMPLING_RATE
-
-
 @torch.inference_mode()
 def pooled_features(model: MultimodalModel, processor: MultimodalProcessor, key: str, media: Sequence[Any]) -> Tensor:
     """The mean of the features of each medium that an encoder's projector gets, `(M, D)`."""
     encoder, pooled = model.encoders[key], []
     for batch in batches(media, _BATCH):
-        inputs = processor.arrange_media((encoder.modality, medium) for medium in batch)
-        data = processor.process_media(inputs)[0]
+        data = processor.process_media(processor.arrange_media((encoder.modality, one) for one in batch))[0]
         own = {name.removeprefix(f"{key}."): value for name, value in data.items()}
         moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in own.items()}
         pooled += [features.float().mean(0).cpu() for features in encoder.encode(moved)]
@@ -96,8 +87,7 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        penalty = decay * line.weight.square().sum()
-        loss = F.cross_entropy(line((features - mean) / std), labels) + penalty
+        loss = F.cross_entropy(line((features - mean) / std), labels) + decay * line.weight.square().sum()
         loss.backward()
         return loss
 
@@ -106,10 +96,3 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-
         line.weight /= std
         line.bias -= line.weight @ mean
     return line.requires_grad_(False)
-
-
-def question_accuracy(model: MultimodalModel, processor: MultimodalProcessor, settings: Settings) -> dict[str, Any]:
-    """Shares of right answers to questions in words, small talk and nonsense (see `talk_table`)."""
-    requests = talk_requests(THINGS[settings.things], settings.talk_samples, settings.seed)
-    judges = load_judges()
-    return talk_table([judge(*pair, judges, 0) for pair in ask(model, processor, requests, settings)])

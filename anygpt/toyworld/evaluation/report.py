@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -13,29 +14,26 @@ from typing import Any
 from PIL import Image
 
 from anygpt.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
+from anygpt.evaluation.report import page_template
 from anygpt.evaluation.store import write
+from anygpt.media.types import media_type
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.page import html_page
+from anygpt.toyworld.evaluation.matrix import sample_path
+from anygpt.toyworld.evaluation.requests import WAYS
 
 
 def text_table(report: dict[str, Any]) -> str:
     """Format the matrix with its intervals and baselines for the terminal."""
-    targets = outputs_of(report)
-    lines = [f"{'in / out':<18}" + "".join(f"{target:>18}" for target in targets)]
+    targets, talk = outputs_of(report), report["text_only"]
+    shown = {"in / out": dict(zip(targets, targets, strict=True))}
     for source, row in report["matrix"].items():
-        cells = (f"{percent(row[t])} ({interval(report['intervals'][source][t])})" for t in targets)
-        lines.append(f"{source:<18}" + "".join(f"{cell:>18}" for cell in cells))
-    if report["upper_bound"]:
-        lines.append(f"{'upper bound':<18}" + "".join(f"{percent(report['upper_bound'].get(t)):>18}" for t in targets))
-        for source, row in report["caption_baseline"].items():
-            lines.append(f"{f'caption, {source}':<18}" + "".join(f"{percent(row.get(t)):>18}" for t in targets))
-    motion = report["motion"]
-    for source, row in motion.items():
-        lines.append(
-            f"{f'motion, {source}':<18}"
-            + "".join(f"{percent(row[t]['rate'] if t in row else None):>18}" for t in targets)
-        )
-    talk = report["text_only"]
+        bounds = report["intervals"][source]
+        shown[source] = {target: f"{percent(one)} ({interval(bounds[target])})" for target, one in row.items()}
+    beside = {"upper bound": report["upper_bound"]} if report["upper_bound"] else {}
+    beside |= {f"caption, {source}": row for source, row in report["caption_baseline"].items()}
+    beside |= {f"motion, {source}": row for source, row in motion_rates(report).items()}
+    shown |= {name: {target: percent(row.get(target)) for target in targets} for name, row in beside.items()}
+    lines = [f"{name:<18}" + "".join(f"{row[target]:>18}" for target in targets) for name, row in shown.items()]
     lines += [
         "",
         f"mean {percent(report['mean'])}, least {percent(report['min'])}; {report['samples']} samples a cell, in "
@@ -46,6 +44,10 @@ def text_table(report: dict[str, Any]) -> str:
         *turn_lines(report["turns"]),
     ]
     return "\n".join(lines)
+
+
+def motion_rates(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {source: {o: found["rate"] for o, found in row.items()} for source, row in report["motion"].items()}
 
 
 def tracked_values(report: dict[str, Any]) -> dict[str, float]:
@@ -69,11 +71,31 @@ def write_report(
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "matrix.json").unlink(missing_ok=True)
-    page = html_page(report, judged, samples, sheet)
-    shutil.rmtree(output / "samples", ignore_errors=True)
-    os.rename(samples, output / "samples")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
+    page = html_page(report, judged, samples, buffer.getvalue())
+    shutil.rmtree(output / "samples", ignore_errors=True)
+    os.rename(samples, output / "samples")
     write(output / "contact_sheet.png", buffer.getvalue())
     write(output / "report.html", page.encode())
     write(output / "matrix.json", (json.dumps(report, indent=1) + "\n").encode())
+
+
+def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, sheet: bytes) -> str:
+    """Render matrix, baselines, contact sheet (PNG), playable samples and settings as one self-contained HTML file."""
+    first: dict[str, dict[str, Judged]] = {}
+    for one in judged:
+        first.setdefault(one.request.source, {}).setdefault(one.request.target, one)
+    return page_template("anygpt.toyworld.evaluation", "matrix.html.jinja").render(
+        report=report,
+        targets=outputs_of(report),
+        motion=motion_rates(report),
+        turns=turn_lines(report["turns"]),
+        sheet=base64.b64encode(sheet).decode(),
+        ways=WAYS,
+        samples=first,
+        settings=json.dumps({name: report[name] for name in ("settings", "versions", "seconds")}, indent=1),
+        read=lambda path: base64.b64encode((samples / path).read_bytes()).decode(),
+        mime=lambda modality: media_type(modality).mime,
+        **{tool.__name__: tool for tool in (interval, percent, rate, sample_path)},
+    )

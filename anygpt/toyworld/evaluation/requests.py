@@ -94,21 +94,21 @@ def matrix_requests(
 def talk_requests(things: Sequence[Thing], samples: int, seed: int) -> list[Request]:
     """Make `samples` requests of each kind of `TALK`; ids begin with the kind."""
     requests, things = [], shuffled(things, seed)
-    for kind in TALK:
+    for index, kind in enumerate(TALK):
         for number in range(samples):
-            rng = np.random.default_rng([seed, _STREAM, 9, TALK.index(kind), number])
-            thing = things[number % len(things)] if kind == "question" else None
-            if kind == "question":
-                prompt, answer = language.text_qa(thing, rng)
-                reference: tuple[str, ...] = (answer,)
-            elif kind == "small talk":
-                prompt, answer = language.small_talk(rng)
-                reference = (answer,)
-            else:
-                prompt, _ = language.refusal(rng)
-                reference = language.REFUSALS
-            requests.append(Request(f"{kind}-{number:04d}", "text", "text", prompt, thing, reference=reference))
+            rng = np.random.default_rng([seed, _STREAM, 9, index, number])
+            requests.append(talk_request(f"{kind}-{number:04d}", kind, things[number % len(things)], rng))
     return requests
+
+
+def talk_request(name: str, kind: str, thing: Thing | None, rng: np.random.Generator) -> Request:
+    """A request of a kind of `TALK`; only a question is about the thing."""
+    if kind == "question":
+        assert thing is not None
+        prompt, answer = language.text_qa(thing, rng)
+        return Request(name, "text", "text", prompt, thing, reference=(answer,))
+    prompt, answer = language.small_talk(rng) if kind == "small talk" else language.refusal(rng)
+    return Request(name, "text", "text", prompt, reference=(answer,) if kind == "small talk" else language.REFUSALS)
 
 
 def shuffled(things: Sequence[Thing], seed: int) -> list[Thing]:
