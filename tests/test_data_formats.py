@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from anygpt.data import ContentPart, Message, Sample, read_samples
-from anygpt.data.formats import json_files
 from anygpt.errors import InputError
 
 
@@ -323,10 +322,8 @@ def test_files_that_are_not_nextgpt(tmp_path, content, message):
         read_samples(tmp_path / "rows.json")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_lists_are_read_in_pieces(folder, monkeypatch, chunk):
-    """Whatever the pieces: characters of several bytes, rows longer than a piece, faults after good rows."""
-    monkeypatch.setattr(json_files, "CHUNK", chunk)
+def test_lists_are_read_row_by_row(folder):
+    """Characters of several bytes, brackets and escapes in strings, faults after good rows."""
     rows = [talk(f"Größe 漢字 {i}" * (i + 1), "ja {[,]} \\") for i in range(4)]
     path = folder / "rows.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, ensure_ascii=False, indent=1).encode() + b"\n")

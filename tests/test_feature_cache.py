@@ -34,9 +34,9 @@ from training_utils import (
 
 from anygpt import InputError, ModalEncoderModule
 from anygpt.cache.keys import Entry, entries
-from anygpt.cache.reading import CachedFeatures, open_cache
+from anygpt.cache.reading import Cached, open_cache
 from anygpt.cache.store import Store, StoreWriter, create_store
-from anygpt.data.caching import CacheWriter, Preparation
+from anygpt.data.caching import CacheWriter, Preparation, Prepared
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
@@ -495,11 +495,13 @@ def test_pieces_of_a_long_sound_are_kept_apart(parts, media, tmp_path, accelerat
     model, processor = compose(clap, LLAMA, parts.tokenizer(), init_projector_type=projection)
     entry = Entry("audio_encoder", "features", "audio", "audio", None)
     short, long = ((media.audio(seconds=seconds), 16_000) for seconds in (0.5, 2.5))
-    found = Preparation(entry, processor)([("a", short), ("b", long)])
-    assert found.pieces == [1, 3] and not found.faults
+    data, pieces = Preparation(entry, {}, processor, Collator(processor)).inputs([short, long])
+    assert pieces == [1, 3]
+    found = Prepared(["a", "b"], data, pieces)
     kept = CacheWriter(tmp_path, model, processor, [], accelerator).outputs(entry, found)
+    kept = [tensors["features"] for tensors in kept]
     assert [item.ndim for item in kept] == [2, 3]
-    loaded = LoadedSample(None, inputs={"audio": [CachedFeatures(item) for item in kept]})
+    loaded = LoadedSample(None, inputs={"audio": [Cached(item) for item in kept]})
     data, counts = Collator(processor).encoder_inputs([loaded])
     fresh = model.audio_encoder(model.assign_inputs(found.data)["audio"])
     torch.testing.assert_close(model.audio_encoder({"features": data["audio.features"]}), fresh)

@@ -53,7 +53,7 @@ def test_ids_are_labels(tmp_path):
     for faults in (None, []):
         samples = read_samples(tmp_path / "d.json", "llava", faults=faults)
         assert [sample.id for sample in samples] == ["7", "7-3", "7-2", "7-4", "7-5", "8"] and not faults
-    report = validate(tmp_path / "d.json", "llava")
+    report = validate(DataSource(tmp_path / "d.json", "llava"))
     assert (report.samples, report.repeated_ids, report.faults) == (6, 3, {})
     sources = [DataSource(str(tmp_path / "d.json"), "llava")] * 2
     names = [sample.id for sample in ConversationDataset.from_files(sources, on_bad_sample="skip").samples]
@@ -137,7 +137,7 @@ def test_links_are_followed_where_that_is_asked_for(tmp_path):
         read_samples(folder / "d.jsonl")
     dataset = ConversationDataset.from_files([DataSource(str(folder / "d.jsonl"), follow_links=True)])
     assert dataset[0].inputs["image"][0].getpixel((0, 0)) == (255, 0, 0)
-    assert validate(folder / "d.jsonl", follow_links=True, deep=True).samples == 1
+    assert validate(DataSource(folder / "d.jsonl", follow_links=True), deep=True).samples == 1
     for name in ("../../blobs/0a1b", str(tmp_path / "blobs/0a1b"), "images/../../../blobs/0a1b"):
         with pytest.raises(InputError, match="not inside the media root"):
             read_samples(lines(folder / "bad.jsonl", asked(image(name))), follow_links=True)
@@ -264,7 +264,7 @@ def test_what_a_processor_refuses_is_its_rows_fault(tmp_path, parts, label):
     alone = Collator(processor)([dataset[0], dataset[2]])
     assert torch.equal(batch["input_ids"], alone["input_ids"])
     faults = []
-    assert validate(path, deep=True, lengths=Lengths(processor), on_fault=faults.append).samples == 2
+    assert validate(DataSource(path), deep=True, lengths=Lengths(processor), on_fault=faults.append).samples == 2
     assert f"{path}:2 (sample 'd-1'): the 'image' encoder's" in str(faults[0])
     content = [{"type": "image", "image": Image.open(tmp_path / "thin.png")}, {"type": "text", "text": "What?"}]
     with pytest.raises(InputError, match=r"the 'image' encoder's .* refuses it"):

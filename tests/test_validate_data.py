@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from training_utils import load_script
 
-from anygpt.data import write_image
+from anygpt.data import DataSource, write_image
 from anygpt.data.rows import SampleRow
 from anygpt.data.validation import validate
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_checked_at_all(folder, main, capsys):
 
 def test_no_fault_is_kept(folder):
     faults = []
-    report = validate(write(folder, *[row("x.png")] * 5), on_fault=faults.append)
+    report = validate(DataSource(write(folder, *[row("x.png")] * 5)), on_fault=faults.append)
     assert (report.rows, report.samples, len(faults), report.repeated) == (5, 0, 5, 4)
 
 
@@ -141,12 +141,12 @@ def test_workers_end_with_a_parent_that_is_killed(folder):
     path = write(folder, *(row(id=str(i)) for i in range(5)))
     code = (
         "import os, sys, time, multiprocessing as mp\n"
-        "from anygpt.data.validation import validate\n"
+        "from anygpt.data import DataSource\nfrom anygpt.data.validation import validate\n"
         "def slow(rows):\n"
         "    for i, row in enumerate(rows):\n"
         "        print(*(p.pid for p in mp.active_children()), flush=True)\n"
         "        os.kill(os.getpid(), 9)\n"
-        f"validate({str(path)!r}, num_workers=2, progress=slow)\n"
+        f"validate(DataSource({str(path)!r}), num_workers=2, progress=slow)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     workers = [int(pid) for pid in done.stdout.split()]

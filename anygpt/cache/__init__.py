@@ -3,8 +3,3 @@
 `keys` defines what a store depends on, `store` keeps tensors on disk, `reading` serves them to a dataset, and
 `anygpt.data.caching` fills the stores.
 """
-
-from anygpt.cache.reading import CachedFeatures, CachedLatents, FeatureCache, StaleCache
-from anygpt.cache.text_states import TextStates
-
-__all__ = ["CachedFeatures", "CachedLatents", "FeatureCache", "StaleCache", "TextStates"]

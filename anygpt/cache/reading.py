@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,31 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from anygpt.cache.keys import CAPTIONS, FEATURES, KINDS, LATENTS, STATES, entries, store_key
+from anygpt.cache.keys import KINDS, entries, store_key
 from anygpt.cache.store import Store
 from anygpt.composition import Composition
-from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
-from anygpt.media.files import StoredMedium
+from anygpt.media.files import Place
 
 CHUNK = 1024**2
 
+Content = Place | str | tuple[list[int], list[int]]
+"""What a store holds tensors for: a medium, a caption, or the ids and labels of a row without input media."""
+
 
 class StaleCache(InputError):
-    """The feature cache lacks a medium or a caption; a dataset never skips the sample for this."""
+    """The feature cache lacks a medium, a caption or a row; a dataset never skips the sample for this."""
 
 
 @dataclass(frozen=True)
-class CachedFeatures:
-    """An encoder's features of one medium, `(n, features)`: its projector's input."""
+class Cached:
+    """A medium's replacement.
 
-    features: Tensor
+    values: an encoder's features, its projector's input, `(n, features)`; or mean and standard deviation of a VAE's
+        posterior, `(2, C, …)`.
+    """
 
-
-@dataclass(frozen=True)
-class CachedLatents:
-    """Mean and standard deviation of a VAE's posterior for one medium, `(2, C, …)`."""
-
-    posterior: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -49,59 +47,28 @@ class FeatureCache:
     stores: dict[str, dict[str, Store]]
     notes: list[str] = field(default_factory=list)
 
-    def medium(self, role: str, media_type: str, place: Path | StoredMedium) -> CachedFeatures | CachedLatents | None:
-        """Cached features of a user's medium or latents of an assistant's; None if nothing is cached for its type.
+    def get(self, kind: str, modality: str, content: Content) -> dict[str, Tensor] | None:
+        """The tensors of one content, by name; None if nothing of the kind is cached for its media type.
 
         Raises:
-            StaleCache: the store has no entry for the file's content.
-            OSError: the file cannot be read.
+            StaleCache: the store has no entry for it.
+            OSError: the medium's file cannot be read.
         """
-        kind = LATENTS if role == "assistant" else FEATURES
-        store = self.stores[kind].get(media_type)
+        store = self.stores[kind].get(modality)
         if store is None:
             return None
-        fingerprint = fingerprint_medium(place)
-        if fingerprint not in store:
-            raise StaleCache(
-                f"the feature cache {store.folder} has nothing for {place}: the file changed, or came later; run "
-                "scripts/cache_features.py again"
-            )
-        found = store.get(fingerprint)
-        return CachedLatents(found[LATENTS]) if kind == LATENTS else CachedFeatures(found[FEATURES])
-
-    def caption(self, media_type: str, caption: str) -> Condition | None:
-        """A caption's encoding, without the batch axis; None if captions are not cached for this type.
-
-        Raises:
-            StaleCache: the store has no entry for this caption.
-        """
-        store = self.stores[CAPTIONS].get(media_type)
-        if store is None:
-            return None
-        fingerprint = fingerprint_caption(caption)
-        if fingerprint not in store:
-            raise StaleCache(
-                f"the feature cache {store.folder} has nothing for the caption {caption[:80]!r}; run "
-                "scripts/cache_features.py again"
-            )
-        return Condition(**store.get(fingerprint))
-
-    def states(self, ids: Sequence[int], labels: Sequence[int]) -> dict[str, Tensor] | None:
-        """The states of one row without input media (see `read_text`); None if states are not cached.
-
-        Raises:
-            StaleCache: the store has no entry for these tokens.
-        """
-        store = self.stores[STATES].get("text")
-        if store is None:
-            return None
-        fingerprint = fingerprint_row(ids, labels)
-        if fingerprint not in store:
-            raise StaleCache(
-                f"the feature cache {store.folder} has nothing for a row of these {len(ids)} tokens: the text, the "
-                "template or data.max_length changed; run scripts/cache_features.py again"
-            )
-        return store.get(fingerprint)
+        name = fingerprint(content)
+        if name in store:
+            return store.get(name)
+        if isinstance(content, str):
+            said = f"the caption {content[:80]!r}: it changed"
+        elif isinstance(content, tuple):
+            said = f"a row of these {len(content[0])} tokens: the text, the template or data.max_length changed"
+        else:
+            said = f"{content}: the file changed, or came later"
+        raise StaleCache(
+            f"the feature cache {store.folder} has nothing for {said}; run scripts/cache_features.py again"
+        )
 
 
 def open_cache(
@@ -141,18 +108,14 @@ def open_cache(
     return cache
 
 
-def fingerprint_medium(place: Path | StoredMedium) -> str:
-    """XXH3 hash of a medium's bytes."""
+def fingerprint(content: Content) -> str:
+    """XXH3 hash of a medium's bytes, a caption, or a row's tokens."""
+    if isinstance(content, str):
+        return xxhash.xxh3_128_hexdigest(content.encode())
+    if isinstance(content, tuple):
+        return xxhash.xxh3_128_hexdigest(np.asarray(content, dtype=np.int64).tobytes())
     digest = xxhash.xxh3_128()
-    with place.open("rb") as file:
+    with content.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def fingerprint_caption(caption: str) -> str:
-    return xxhash.xxh3_128_hexdigest(caption.encode())
-
-
-def fingerprint_row(ids: Sequence[int], labels: Sequence[int]) -> str:
-    return xxhash.xxh3_128_hexdigest(np.asarray([ids, labels], dtype=np.int64).tobytes())

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from anygpt.commands import new_parser
 from anygpt.data.formats import FORMATS
+from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.pairs import TASKS
 from anygpt.data.lengths import Lengths
 from anygpt.data.validation import Report, validate
@@ -53,12 +54,9 @@ def main(arguments: list[str]) -> int:
 
         lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
         report = validate(
-            args.file,
-            args.format,
-            args.media_root,
-            columns,
-            args.task,
-            args.follow_links,
+            DataSource(
+                args.file, args.format, args.media_root, columns=columns, task=args.task, follow_links=args.follow_links
+            ),
             deep=args.deep,
             lengths=lengths,
             max_tokens=args.max_tokens,

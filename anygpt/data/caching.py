@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, store_key
-from anygpt.cache.reading import fingerprint_caption, fingerprint_medium, fingerprint_row
+from anygpt.cache.reading import fingerprint
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
@@ -77,11 +77,12 @@ class CacheWriter:
             raise InputError(f"there is no store {unknown[0]!r} to leave out; this model has {names}")
         counts: Counter = Counter()
         for entry in wanted:
-            obstacle = entry.obstacle or self.no_use(entry)
+            contents = self.contents(entry)
+            obstacle = entry.obstacle or self.no_use(entry) or (None if contents else "the data has nothing for it")
             if obstacle:
                 self.say(f"{entry.name}: left out: {obstacle}")
                 continue
-            found = self.write_store(entry)
+            found = self.write_store(entry, contents)
             self.say(f"{entry.name}: " + ", ".join(f"{n:,} {what}" for what, n in found.items()))
             counts.update(found)
         return counts
@@ -89,20 +90,36 @@ class CacheWriter:
     def no_use(self, entry: Entry) -> str | None:
         """The reason not to write a store that could be written, or None."""
         weights = self.model.loss_weights
-        sub = "alignment" if entry.kind == CAPTIONS else "denoising"
         if entry.name in self.leave_out:
             return "as asked"
         if entry.kind == STATES:
-            if not weights.wants_language_model:
-                return "no loss looks at it"
-            return None if self.text_rows() else "the data has nothing for it"
-        if not (entry.kind == FEATURES or weights.wants(sub, entry.part) or weights.decoder):
-            return "no loss looks at it"
-        answered = entry.kind != FEATURES
-        there = any((role == "assistant") == answered for _, _, role, _ in self.uses(entry.modality))
-        return None if there else "the data has nothing for it"
+            used = weights.wants_language_model
+        else:
+            term = "alignment" if entry.kind == CAPTIONS else "denoising"
+            used = entry.kind == FEATURES or weights.wants(term, entry.part) or weights.decoder
+        return None if used else "no loss looks at it"
 
-    def write_store(self, entry: Entry) -> Counter:
+    def contents(self, entry: Entry) -> list:
+        """What an entry stores tensors for: captions, samples without input media (in each wording), or media as
+        `(dataset, sample, role, part)`."""
+        samples = [(data, sample) for data in self.datasets for sample in data.samples]
+        if entry.kind == STATES:
+            worded = (sample.worded(i) for _, sample in samples for i in range(sample.wordings))
+            return [sample for sample in worded if not any(role == "user" for role, _ in sample.media())]
+        uses = [
+            (data, sample, role, part)
+            for data, sample in samples
+            for role, part in sample.media()
+            if part.type == entry.modality and (role == "assistant") == (entry.kind != FEATURES)
+        ]
+        if entry.kind == CAPTIONS:
+            return list(dict.fromkeys(text for *_, part in uses for text in (part.caption, *part.others)))
+        first: dict[Any, tuple] = {}
+        for use in uses:
+            first.setdefault(use[3].path, use)
+        return list(first.values())
+
+    def write_store(self, entry: Entry, contents: list) -> Counter:
         """Add this process's share of the missing entries to one store."""
         key = store_key(entry, self.model, self.processor, self.datasets[0].num_video_frames, self.precision)
         place = entry.place(Path(self.folder), key)
@@ -111,166 +128,122 @@ class CacheWriter:
         self.accelerator.wait_for_everyone()
         store, writer = Store(place, key), StoreWriter(place)
         self.accelerator.wait_for_everyone()  # every process must list the same shards before any is added
+        counts, done = Counter(written=0, known=0), set()
+        batches = DataLoader(
+            contents[self.accelerator.process_index :: self.accelerator.num_processes],
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=Preparation(entry, store, self.processor, self.collator or Collator(self.processor)),
+        )
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                writers = {CAPTIONS: self.write_captions, STATES: self.write_states}
-                return writers.get(entry.kind, self.write_media)(entry, store, writer)
+                for batch in self.progress(batches, entry.name):
+                    if batch.faults and entry.kind != STATES and self.on_bad_sample == "error":
+                        raise InputError(batch.faults[0])
+                    for fault in batch.faults:
+                        self.say(f"left out: {fault}")
+                    counts.update(known=batch.known, unreadable=len(batch.faults))
+                    if batch.names and not done.issuperset(batch.names):
+                        for name, tensors in zip(batch.names, self.outputs(entry, batch), strict=True):
+                            if name not in done:  # the same content may occur in several batches
+                                writer.add(name, tensors)
+                                counts["written"] += 1
+                            done.add(name)
         finally:
             writer.flush()
-
-    def write_captions(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
-        targets = (part for _, _, role, part in self.uses(entry.modality) if role == "assistant")
-        captions = dict.fromkeys(caption for part in targets for caption in (part.caption, *part.others))
-        mine = self.share(list(captions))
-        lacking = [caption for caption in mine if fingerprint_caption(caption) not in store]
-        batches = [lacking[i : i + self.batch_size] for i in range(0, len(lacking), self.batch_size)]
-        for batch in self.progress(batches, entry.name):
-            encoding = Condition.of(self.model.decoders[entry.part].module.encode_text(batch))
-            parts = {name: value for name, value in vars(encoding).items() if value is not None}
-            for i, caption in enumerate(batch):
-                writer.add(fingerprint_caption(caption), {name: value[i] for name, value in parts.items()})
-        return Counter(written=len(lacking), known=len(mine) - len(lacking))
-
-    def write_states(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
-        loader = DataLoader(
-            [LoadedSample(sample) for sample in self.share(self.text_rows())],
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self.collator or Collator(self.processor),
-        )
-        counts: Counter = Counter(written=0, known=0)
-        done: set[str] = set()
-        for batch in self.progress(loader, entry.name):
-            for fault in batch[BAD]:
-                self.say(f"left out: {fault.reason}")
-            if not batch[SAMPLE_IDS]:
-                continue
-            rows = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
-            ids, labels = ([x[held].tolist() for x, held in zip(y, rows[1].bool(), strict=True)] for y in rows[::2])
-            by_name = {fingerprint_row(*row): i for i, row in enumerate(zip(ids, labels, strict=True))}
-            fresh = {name: i for name, i in by_name.items() if name not in store and name not in done}
-            counts.update(written=len(fresh), known=len(ids) - len(fresh), unreadable=len(batch[BAD]))
-            if fresh:
-                states = read_text(self.model, *(move(x[list(fresh.values())], self.model.device) for x in rows))
-                for name, tensors in zip(fresh, states, strict=True):
-                    writer.add(name, tensors)
-            done.update(fresh)
         return counts
 
-    def write_media(self, entry: Entry, store: Store, writer: StoreWriter) -> Counter:
-        by_place: dict[Any, tuple] = {}
-        for use in self.uses(entry.modality):
-            if (use[2] == "assistant") == (entry.kind == LATENTS):
-                by_place.setdefault(use[3].path, use)
-        loader = DataLoader(
-            MediaOf(self.share(list(by_place.values())), store),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=Preparation(entry, self.processor),
-        )
-        counts: Counter = Counter(written=0, known=0)
-        done: set[str] = set()
-        for batch in self.progress(loader, entry.name):
-            if batch.faults and self.on_bad_sample == "error":
-                raise InputError(batch.faults[0])
-            for fault in batch.faults:
-                self.say(f"left out: {fault}")
-            counts.update(known=batch.known, unreadable=len(batch.faults))
-            outputs = self.outputs(entry, batch) if batch.fingerprints else ()
-            for fingerprint, output in zip(batch.fingerprints, outputs, strict=True):
-                if fingerprint not in done:  # the same bytes under two names
-                    writer.add(fingerprint, {entry.kind: output})
-                    counts["written"] += 1
-                done.add(fingerprint)
-        return counts
-
-    def outputs(self, entry: Entry, batch: Prepared) -> Iterable[Tensor]:
-        """Features or latents, one tensor per medium; `(pieces, n, features)` if it has several pieces."""
+    def outputs(self, entry: Entry, batch: Prepared) -> Iterator[dict[str, Tensor]]:
+        """Yield the tensors to store for each content of a batch; features have a first axis of pieces if several."""
         data = move(batch.data, self.model.device)
-        if entry.kind == FEATURES:
+        if entry.kind == STATES:
+            yield from read_text(self.model, *data)
+        elif entry.kind == FEATURES:
             found = iter(self.model.encoders[entry.part].encode(self.model.assign_inputs(data)[entry.part]))
-            grouped = ([next(found) for _ in range(count)] for count in batch.pieces)
-            return [_joined(pieces) for pieces in grouped]
-        decoder = self.model.decoders[entry.part].module
-        return torch.stack(decoder.posterior(data.to(decoder.device, decoder.vae.dtype)), dim=1)
-
-    def uses(self, modality: str) -> Iterator[tuple]:
-        """Yield (dataset, sample, role, part) for every medium of a type."""
-        for data in self.datasets:
-            for sample in data.samples:
-                yield from ((data, sample, role, part) for role, part in sample.media() if part.type == modality)
-
-    def text_rows(self) -> list[Sample]:
-        """Samples without input media, one per wording."""
-        samples = (s.worded(i) for data in self.datasets for s in data.samples for i in range(s.wordings))
-        return [sample for sample in samples if not any(role == "user" for role, _ in sample.media())]
-
-    def share(self, items: list) -> list:
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+            for count in batch.pieces:
+                yield {FEATURES: _joined([next(found) for _ in range(count)])}
+        elif entry.kind == CAPTIONS:
+            encoding = vars(Condition.of(self.model.decoders[entry.part].module.encode_text(data)))
+            for i in range(len(data)):
+                yield {name: value[i] for name, value in encoding.items() if value is not None}
+        else:
+            decoder = self.model.decoders[entry.part].module
+            posterior = torch.stack(decoder.posterior(data.to(decoder.device, decoder.vae.dtype)), dim=1)
+            yield from ({LATENTS: one} for one in posterior)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """A batch of media prepared by a data worker.
+    """A batch prepared by a data worker.
 
-    fingerprints: of the media to compute. data: their part's input. pieces: pieces per medium. known: media already in
-    the store. faults: messages about unreadable media.
+    names: fingerprints of what to compute. data: its part's input. pieces: of each medium, where it can have several.
+    known: number of contents already in the store. faults: messages about those that cannot be read.
     """
 
-    fingerprints: list[str]
-    data: Any
-    pieces: list[int]
-    known: int
-    faults: list[str]
+    names: list[str]
+    data: Any = None
+    pieces: list[int] = field(default_factory=list)
+    known: int = 0
+    faults: list[str] = field(default_factory=list)
 
 
-class MediaOf(Dataset):
-    """Decodes media (see `CacheWriter.uses`) that the store does not have yet."""
-
-    def __init__(self, uses: Sequence[tuple], store: Store):
-        self.uses = uses
-        self.store = store
-
-    def __len__(self) -> int:
-        return len(self.uses)
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:
-        """Fingerprint and medium; the medium is None if already stored, an `InputError` if unreadable."""
-        data, sample, role, part = self.uses[index]
-        try:
-            fingerprint = fingerprint_medium(part.path)
-            return fingerprint, None if fingerprint in self.store else data.decode(sample, role, part.type, part.path)
-        except OSError as error:
-            reason = f"{part.path} cannot be read: {error.strerror or error}"
-            return "", InputError(f"{sample.source} (sample {sample.id!r}): {reason}")
-        except InputError as error:
-            return "", error
-
-
+@dataclass
 class Preparation:
-    """Collate function that preprocesses media in the workers."""
+    """Collate function that reads, decodes and preprocesses contents that the store does not have yet."""
 
-    def __init__(self, entry: Entry, processor: Any):
-        self.entry = entry
-        self.processor = processor
+    entry: Entry
+    store: Store
+    processor: Any
+    collator: Collator
 
-    def __call__(self, items: Sequence[tuple[str, Any]]) -> Prepared:
-        faults = [str(medium) for _, medium in items if isinstance(medium, InputError)]
-        known = sum(medium is None for _, medium in items)
-        fresh = {name: medium for name, medium in items if medium is not None and not isinstance(medium, InputError)}
-        if not fresh:
-            return Prepared([], None, [], known, faults)
-        data, pieces = self.prepare(list(fresh.values()))
-        return Prepared(list(fresh), data, pieces, known, faults)
+    def __call__(self, contents: Sequence[Any]) -> Prepared:
+        if self.entry.kind == STATES:
+            return self.rows(contents)
+        fresh: dict[str, Any] = {}
+        faults = []
+        for content in contents:
+            try:
+                name = fingerprint(content if self.entry.kind == CAPTIONS else content[3].path)
+                if name not in self.store and name not in fresh:
+                    fresh[name] = content if self.entry.kind == CAPTIONS else _decoded(*content)
+            except OSError as error:
+                _, sample, _, part = content
+                reason = f"{part.path} cannot be read: {error.strerror or error}"
+                faults.append(f"{sample.source} (sample {sample.id!r}): {reason}")
+            except InputError as error:
+                faults.append(str(error))
+        data, pieces = self.inputs(list(fresh.values())) if fresh else (None, [])
+        return Prepared(list(fresh), data, pieces, len(contents) - len(faults) - len(fresh), faults)
 
-    def prepare(self, media: list[Any]) -> tuple[Any, list[int]]:
+    def rows(self, samples: Sequence[Sample]) -> Prepared:
+        """Ids, mask and labels of rows without input media."""
+        batch = self.collator([LoadedSample(sample) for sample in samples])
+        faults = [fault.reason for fault in batch[BAD]]
+        if not batch[SAMPLE_IDS]:
+            return Prepared([], faults=faults)
+        rows = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+        fresh = {}
+        for i, (ids, mask, labels) in enumerate(zip(*rows, strict=True)):
+            name = fingerprint((ids[mask.bool()].tolist(), labels[mask.bool()].tolist()))
+            if name not in self.store:
+                fresh[name] = i
+        data = [tensor[list(fresh.values())] for tensor in rows]
+        return Prepared(list(fresh), data, known=len(batch[SAMPLE_IDS]) - len(fresh), faults=faults)
+
+    def inputs(self, contents: list[Any]) -> tuple[Any, list[int]]:
         """Input of the part, and the number of pieces per medium."""
-        kind, part = media_type(self.entry.modality), self.entry.part
+        kind, part = self.entry.modality, self.entry.part
+        if self.entry.kind == CAPTIONS:
+            return contents, []
         if self.entry.kind == LATENTS:
-            return self.processor.targets[part]([kind.to_target(medium) for medium in media]), [1] * len(media)
-        arranged = self.processor.arrange_media((kind.name, medium) for medium in media)
-        pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in media]
+            return self.processor.targets[part]([media_type(kind).to_target(medium) for medium in contents]), []
+        arranged = self.processor.arrange_media((kind, medium) for medium in contents)
+        pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in contents]
         return self.processor.process_media(arranged)[0], [len(found) for found in pieces]
+
+
+def _decoded(data: ConversationDataset, sample: Sample, role: str, part: Any) -> Any:
+    return data.decode(sample, role, part.type, part.path)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anygpt.cache import CachedFeatures, CachedLatents, FeatureCache, StaleCache, TextStates
+from anygpt.cache.keys import STATES
+from anygpt.cache.reading import Cached, FeatureCache, StaleCache
+from anygpt.cache.text_states import TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import refuse_reserved, reserved_tokens, sample_messages
 from anygpt.decoders.conditions import Condition
@@ -51,54 +53,46 @@ class Collator:
     def __call__(self, items: Sequence[LoadedSample | BadSample]) -> dict[str, Any]:
         """Batch with `(B, S)` ids, mask and labels, padded on the right; encoder inputs and targets in row order."""
         bad = [item for item in items if isinstance(item, BadSample)]
-        good: list[LoadedSample] = []
-        for item in items:
-            if isinstance(item, LoadedSample):
-                try:
-                    refuse_reserved(reserved_tokens(self.processor), item.sample)
-                    good.append(item)
-                except InputError as error:
-                    bad.append(BadSample(item.sample.id, str(error)))
-        batch: dict[str, Any] = {SAMPLE_IDS: [item.sample.id for item in good], BAD: bad}
-        batch[CUT] = [item.sample.id for item in good if item.cut]
-        if not good:
-            return batch | self.nothing()
+        good = [item for item in items if isinstance(item, LoadedSample)]
+        found = self.arguments(good) if good else self.nothing()
+        if isinstance(found, list):
+            return self([*bad, *found])
+        ids = {SAMPLE_IDS: [item.sample.id for item in good], CUT: [item.sample.id for item in good if item.cut]}
+        return ids | {BAD: bad} | found
+
+    def arguments(self, items: Sequence[LoadedSample]) -> dict[str, Any] | list[LoadedSample | BadSample]:
+        """Arguments of the model, and target ids; or the samples anew where any has to be cut or left out."""
         try:
-            data, counts = self.encoder_inputs(good)
-            targets, batch[TARGET_IDS] = self.decoder_targets(good)
+            for item in items:
+                refuse_reserved(reserved_tokens(self.processor), item.sample)
+            data, counts = self.encoder_inputs(items)
+            targets, target_ids = self.decoder_targets(items)
         except InputError as error:
-            if len(good) == 1:
-                sample = good[0].sample
-                reason = f"{sample.source} (sample {sample.id!r}): {error}"
-                return self([*bad, BadSample(sample.id, reason)])
-            alone = [self([item])[BAD] for item in good]
-            if not any(alone):
+            if len(items) == 1:
+                return [BadSample.of(items[0].sample, error)]
+            alone = [self.arguments([item]) for item in items]
+            if all(isinstance(found, dict) for found in alone):
                 raise
-            return self([*bad, *(found[0] if found else item for found, item in zip(alone, good, strict=True))])
-        conversations = [sample_messages(self.processor, item.sample) for item in good]
-        contents = self.processor.expand([m["content"] for messages in conversations for m in messages], counts)
-        expanded = iter(contents)
-        conversations = [[m | {"content": next(expanded)} for m in messages] for messages in conversations]
+            return [item if isinstance(found, dict) else found[0] for item, found in zip(items, alone, strict=True)]
+        conversations = [sample_messages(self.processor, item.sample) for item in items]
+        contents = iter(self.processor.expand([m["content"] for messages in conversations for m in messages], counts))
+        conversations = [[m | {"content": next(contents)} for m in messages] for messages in conversations]
         found = tokenize_many(self.processor.llm_tokenizer, conversations)
-        rows = [self.fit(*row) for row in zip(good, conversations, found, strict=True)]
+        rows = [self.fit(*row) for row in zip(items, conversations, found, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
-            fitted = [item if isinstance(row, tuple) else row for item, row in zip(good, rows, strict=True)]
-            return self([*bad, *fitted])  # again, without the rows and media that do not fit
-        states = [self.cached_states(item, *row) for item, row in zip(good, rows, strict=True)]
+            return [item if isinstance(row, tuple) else row for item, row in zip(items, rows, strict=True)]
+        states = [self.cached_states(item, *row) for item, row in zip(items, rows, strict=True)]
         if any(isinstance(found, BadSample) for found in states):
-            left = [found if isinstance(found, BadSample) else item for item, found in zip(good, states, strict=True)]
-            return self([*bad, *left])
-        if None not in states:
-            batch["text_states"] = TextStates.join(states)
-        ids = [row for row, _ in rows]
+            return [found if isinstance(found, BadSample) else item for item, found in zip(items, states, strict=True)]
         return (
-            batch
+            ({} if None in states else {"text_states": TextStates.join(states)})
             | data
             | {
-                "input_ids": stack_rows(ids, self.pad_id),
-                "attention_mask": stack_rows([[1] * len(row) for row in ids], 0),
+                "input_ids": stack_rows([ids for ids, _ in rows], self.pad_id),
+                "attention_mask": stack_rows([[1] * len(ids) for ids, _ in rows], 0),
                 "labels": stack_rows([labels for _, labels in rows], IGNORE),
                 "decoder_targets": targets,
+                TARGET_IDS: target_ids,
             }
         )
 
@@ -120,7 +114,7 @@ class Collator:
             found: ids and labels of the messages, or the error from tokenizing them.
         """
         if isinstance(found, InputError):
-            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {found}")
+            return BadSample.of(item.sample, found)
         ids, labels = found
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, labels
@@ -130,7 +124,7 @@ class Collator:
                 return item.first_messages(end)
         but = " and its first turn does not fit either" if self.cut else ""
         reason = (
-            f"{item.sample.source} (sample {item.sample.id!r}) has {len(ids):,} tokens with its media's, more than "
+            f"{item.sample.name} has {len(ids):,} tokens with its media's, more than "
             f"data.max_length = {self.max_length:,}{but}: shorten it, raise the limit, or set data.on_long_sample"
         )
         return BadSample(item.sample.id, reason, "long")
@@ -142,24 +136,23 @@ class Collator:
         if self.cache is None or item.inputs:
             return None
         try:
-            return self.cache.states(ids, labels)
+            return self.cache.get(STATES, "text", (ids, labels))
         except StaleCache as error:
-            if item.cut:  # the cache holds whole rows; this one may have lost its input media by the cut
-                return None
-            return BadSample(item.sample.id, f"{item.sample.source} (sample {item.sample.id!r}): {error}", "stale")
+            # the cache holds whole rows; a cut one may have lost its input media
+            return None if item.cut else BadSample.of(item.sample, error, "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
         """Encoder arguments (features where cached), and the number of features of each input."""
         media = [(kind, medium) for item in items for kind, media in item.inputs.items() for medium in media]
-        cached: dict[str, list[Tensor]] = {}
-        for kind, medium in media:
-            if isinstance(medium, CachedFeatures):
-                cached.setdefault(self.processor.encoder_key(kind), []).append(medium.features)
-        fresh = (pair for pair in media if not isinstance(pair[1], CachedFeatures))
+        fresh = (pair for pair in media if not isinstance(pair[1], Cached))
         data, counts, _ = self.processor.process_media(self.processor.arrange_media(fresh))
-        for key, media in cached.items():
+        cached: dict[str, list[list[Tensor]]] = {}
+        for kind, medium in media:
+            if isinstance(medium, Cached):
+                pieces = list(medium.values) if medium.values.ndim == 3 else [medium.values]
+                cached.setdefault(self.processor.encoder_key(kind), []).append(pieces)
+        for key, pieces in cached.items():
             assert key not in counts, f"only some of the {key} inputs come from the cache"
-            pieces = [list(item) if item.ndim == 3 else [item] for item in media]
             features = [piece for item in pieces for piece in item]
             same = len({len(piece) for piece in features}) == 1
             data[f"{key}.{FEATURES}"] = torch.stack(features) if same else features
@@ -174,18 +167,16 @@ class Collator:
         ids: dict[str, list[str]] = {}
         for item in items:
             for modality, captions in item.captions.items():
-                key = self.processor.decoder_key(modality)
-                target = raw.setdefault(key, {"captions": []})
+                key, kind = self.processor.decoder_key(modality), media_type(modality)
+                target, stored = raw.setdefault(key, {"captions": []}), cached.setdefault(key, {})
                 target["captions"] += captions
-                if modality in item.targets:  # absent if the dataset does not decode targets
-                    for medium in item.targets[modality]:
-                        if isinstance(medium, CachedLatents):
-                            cached.setdefault(key, {}).setdefault("posterior", []).append(medium.posterior)
-                        else:
-                            kind = media_type(modality)
-                            target.setdefault(kind.plural, []).append(kind.to_target(medium))
+                for medium in item.targets.get(modality, ()):  # none if the dataset does not decode targets
+                    if isinstance(medium, Cached):
+                        stored.setdefault("posterior", []).append(medium.values)
+                    else:
+                        target.setdefault(kind.plural, []).append(kind.to_target(medium))
                 if modality in item.conditions:
-                    cached.setdefault(key, {}).setdefault("conditions", []).extend(item.conditions[modality])
+                    stored.setdefault("conditions", []).extend(item.conditions[modality])
                 ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
         targets = self.processor.process_targets(raw)
         for key, found in cached.items():

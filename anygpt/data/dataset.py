@@ -6,46 +6,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
-from pydantic import Field
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from anygpt.cache import FeatureCache, StaleCache
-from anygpt.data.formats import read_samples, with_unique_ids
+from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS
+from anygpt.cache.reading import Cached, FeatureCache, StaleCache
+from anygpt.data.formats.base import DataSource
+from anygpt.data.formats.reading import read_samples, with_unique_ids
 from anygpt.data.formats.tables import ROWS_OF_BLOCK
-from anygpt.data.schema import Sample
+from anygpt.data.schema import ContentPart, Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
-from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, StoredMedium, Video
+from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video
 from anygpt.media.types import read_media
 
 Media = Image.Image | Video | Audio
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One data file of a run.
-
-    path, format, media_root: see `anygpt.data.formats.read_samples`.
-    weight: passes over the file per epoch: 1 is once, 0.5 half of it, 2 twice (see `UpdateSampler`).
-    columns: columns of a table (format "datasets"): `{image: <image column>, text: <caption column>}`, or video or
-        audio.
-    task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
-        input and learns the caption, "generation" the reverse.
-    streaming: stream a table (format "datasets"); its rows come in order, shuffled within blocks.
-    follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.
-    """
-
-    path: str
-    format: str | None = None
-    media_root: str | None = None
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    columns: dict[str, str] | None = None
-    task: Literal["comprehension", "generation"] | None = None
-    streaming: bool = False
-    follow_links: bool = False
 
 
 @dataclass
@@ -94,6 +72,11 @@ class BadSample:
     reason: str
     kind: Literal["bad", "long", "stale"] = "bad"
 
+    @classmethod
+    def of(cls, sample: Sample, error: InputError, kind: Literal["bad", "long", "stale"] = "bad") -> BadSample:
+        """A sample for which an error was raised that does not name it."""
+        return cls(sample.id, f"{sample.name}: {error}", kind)
+
 
 class ConversationDataset(Dataset):
     """Samples by index, in the order given, in their first wording or the one that the sampler's `Place` draws.
@@ -132,7 +115,7 @@ class ConversationDataset(Dataset):
         self.decode_targets = True
         self.cache: FeatureCache | None = None
         self.in_memory = False
-        self._kept: dict[tuple[str, Path | StoredMedium], Media] = {}
+        self._kept: dict[tuple[str, Place], Media] = {}
         self.on_bad_sample = on_bad_sample
         self.limits = limits
         self.lengths: list[int] = [len(self.samples)]
@@ -159,12 +142,11 @@ class ConversationDataset(Dataset):
         faults: list[InputError] = []
         by_source = []
         for source in sources:
-            found: list[InputError] | None = [] if on_bad_sample == "skip" else None
-            options = {k: v for k, v in vars(source).items() if k != "weight"}
-            by_source.append(read_samples(faults=found, **options))
+            options = {name: value for name, value in vars(source).items() if name != "weight"}
+            before = len(faults)
+            by_source.append(read_samples(faults=faults if on_bad_sample == "skip" else None, **options))
             if not by_source[-1]:
-                raise InputError(f"{source.path} has no usable row, and the first fault is: {found[0]}")
-            faults += found or []
+                raise InputError(f"{source.path} has no usable row, and the first fault is: {faults[before]}")
         dataset = cls(_with_unique_ids(sources, by_source), num_video_frames, on_bad_sample, limits)
         dataset.lengths = [len(samples) for samples in by_source]
         dataset.weights = [source.weight for source in sources]
@@ -192,45 +174,41 @@ class ConversationDataset(Dataset):
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
-        decoded: dict[tuple[bool, str, Path | StoredMedium], Any] = {}  # each file is decoded once
+        decoded: dict[tuple[bool, str, Place], Any] = {}  # each file is decoded once
         for role, part in sample.media():
-            # Inputs and targets differ only in a cache: features of the former, latents of the latter.
-            key = (self.cache is not None and role == "assistant", part.type, part.path)
-            if role == "assistant":
+            answered = role == "assistant"
+            if answered:
                 loaded.captions.setdefault(part.type, []).append(part.caption)
-                condition = self._cached_caption(sample, part.type, part.caption)
-                if condition is not None:
-                    loaded.conditions.setdefault(part.type, []).append(condition)
+                if (found := self._cached(sample, CAPTIONS, part.type, part.caption)) is not None:
+                    loaded.conditions.setdefault(part.type, []).append(Condition(**found))
                 if not self.decode_targets:
                     continue
+            # Inputs and targets differ only in a cache: features of the former, latents of the latter.
+            key = (self.cache is not None and answered, part.type, part.path)
             if key not in decoded:
-                found = self._cached_medium(sample, role, part.type, part.path)
-                decoded[key] = self.decode(sample, role, part.type, part.path) if found is None else found
-            if role == "assistant":
-                loaded.targets.setdefault(part.type, []).append(decoded[key])
-            else:
-                loaded.inputs.setdefault(part.type, []).append(decoded[key])
+                decoded[key] = self._medium(sample, role, part)
+            (loaded.targets if answered else loaded.inputs).setdefault(part.type, []).append(decoded[key])
         return loaded
 
-    def _cached_caption(self, sample: Sample, media_type: str, caption: str) -> Condition | None:
+    def _medium(self, sample: Sample, role: str, part: ContentPart) -> Any:
+        kind = LATENTS if role == "assistant" else FEATURES
         try:
-            return self.cache.caption(media_type, caption) if self.cache else None
-        except StaleCache as error:
-            raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
-
-    def _cached_medium(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Any:
-        """The cache's replacement for a medium; None if it must be decoded."""
-        if self.cache is None:
-            return None
-        try:
-            return self.cache.medium(role, media_type, path)
+            if (found := self._cached(sample, kind, part.type, part.path)) is not None:
+                return Cached(found[kind])
         except OSError:
-            return None  # decoding raises the proper error
-        except StaleCache as error:
-            self.decode(sample, role, media_type, path)  # unreadable media are not cached: raise their own error
-            raise StaleCache(f"{sample.source} (sample {sample.id!r}): {error}") from error
+            pass  # decoding raises the proper error
+        except StaleCache:
+            self.decode(sample, role, part.type, part.path)  # unreadable media are not cached: raise their own error
+            raise
+        return self.decode(sample, role, part.type, part.path)
 
-    def decode(self, sample: Sample, role: str, media_type: str, path: Path | StoredMedium) -> Media:
+    def _cached(self, sample: Sample, kind: str, modality: str, content: Place | str) -> dict[str, Tensor] | None:
+        try:
+            return self.cache.get(kind, modality, content) if self.cache else None
+        except StaleCache as error:
+            raise StaleCache(f"{sample.name}: {error}") from error
+
+    def decode(self, sample: Sample, role: str, media_type: str, path: Place) -> Media:
         """Decode one medium of a sample; an `InputError` names the sample and the medium."""
         if (media_type, path) in self._kept:
             return self._kept[media_type, path]
@@ -241,7 +219,7 @@ class ConversationDataset(Dataset):
             return medium
         except InputError as error:
             use = "target" if role == "assistant" else "input"
-            raise InputError(f"{sample.source} (sample {sample.id!r}), {use} {media_type}: {error}") from error
+            raise InputError(f"{sample.name}, {use} {media_type}: {error}") from error
 
 
 def _with_unique_ids(sources: Sequence[DataSource], by_source: list[list[Sample]]) -> list[Sample]:

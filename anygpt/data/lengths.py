@@ -49,16 +49,19 @@ class Lengths:
             InputError: text with a reserved token; media without an encoder or decoder, or that cannot be decoded;
                 a conversation that the chat template rejects.
         """
-        refuse_reserved(reserved_tokens(self.processor), sample)
         counts: dict[str, list[int]] = {}
-        for role, part in sample.media():
-            if role != "assistant":
-                key = self.processor.encoder_key(part.type)
-                counts.setdefault(key, []).append(self.features(part.type, part.path))
-        messages = sample_messages(self.processor, sample)
-        contents = self.processor.expand([message["content"] for message in messages], counts)
-        messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
-        ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
+        try:
+            refuse_reserved(reserved_tokens(self.processor), sample)
+            for role, part in sample.media():
+                if role != "assistant":
+                    key = self.processor.encoder_key(part.type)
+                    counts.setdefault(key, []).append(self.features(part.type, part.path))
+            messages = sample_messages(self.processor, sample)
+            contents = self.processor.expand([message["content"] for message in messages], counts)
+            messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+            ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
+        except InputError as error:
+            raise InputError(f"{sample.name}: {error}") from error
         return len(ids), sum(label != IGNORE for label in labels)
 
     def features(self, modality: str, place: Path | StoredMedium) -> int:
@@ -134,13 +137,13 @@ def usual_reserved_tokens() -> list[str]:
 
 def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
     """Raise `InputError` if a text contains a placeholder or signal token, which would be taken for one."""
-    for message in sample.messages:
-        for text in (text for part in message.content if part.text for text in (part.text, *part.others)):
-            if found := next((token for token in reserved if token in text), None):
-                raise InputError(
-                    f"{sample.source} (sample {sample.id!r}): the text contains {found!r}, which is a reserved token; "
-                    "write media as content parts, and leave the token out of the text"
-                )
+    parts = (part for message in sample.messages for part in message.content if part.text)
+    for text in (text for part in parts for text in (part.text, *part.others)):
+        if found := next((token for token in reserved if token in text), None):
+            raise InputError(
+                f"the text contains {found!r}, which is a reserved token; write media as content parts, and leave the "
+                "token out of the text"
+            )
 
 
 def sample_messages(processor: Any, sample: Sample) -> list[dict[str, str]]:

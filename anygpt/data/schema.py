@@ -65,6 +65,11 @@ class Sample:
         return [(message.role, part) for message in self.messages for part in message.content if part.path is not None]
 
     @property
+    def name(self) -> str:
+        """Its source and id, for messages."""
+        return f"{self.source} (sample {self.id!r})"
+
+    @property
     def wordings(self) -> int:
         """Number of wordings: 1 unless texts or captions are lists."""
         return 1 + max((len(part.others) for message in self.messages for part in message.content), default=0)

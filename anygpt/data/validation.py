@@ -10,17 +10,17 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from anygpt.data.collation import BAD, Collator
 from anygpt.data.dataset import ConversationDataset
-from anygpt.data.formats import iterate_samples, missing_error
+from anygpt.data.formats.base import DataSource
+from anygpt.data.formats.reading import iterate_samples, missing_error
 from anygpt.data.lengths import Lengths, refuse_reserved, usual_reserved_tokens
 from anygpt.data.schema import DataError, Sample
 from anygpt.errors import InputError
@@ -51,12 +51,7 @@ class Report:
 
 
 def validate(
-    path: str | Path,
-    format: str | None = None,
-    media_root: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    task: str | None = None,
-    follow_links: bool = False,
+    source: DataSource,
     *,
     deep: bool = False,
     limits: MediaLimits = DEFAULT_LIMITS,
@@ -69,7 +64,7 @@ def validate(
     """Validate a data file: structure, media files, captions, placeholders.
 
     Args:
-        path, format, media_root, columns, task, follow_links: see `anygpt.data.formats.iterate_samples`.
+        source: see `DataSource`.
         deep: also decode every medium and reject reserved tokens in texts; with `lengths`, also collate each row with
             the processors of the parts, as training does.
         limits: see `MediaLimits`.
@@ -89,7 +84,7 @@ def validate(
         report.faults[fault.kind if isinstance(fault, DataError) else "structure"] += 1
         on_fault(fault)
 
-    rows = _until_broken(iterate_samples(path, format, media_root, columns, task, follow_links=follow_links))
+    rows = _until_broken(iterate_samples(source))
     check = SampleCheck(deep, limits, lengths, max_tokens)
     for sample, (faults, tokens) in progress(_in_parallel(check, rows, num_workers)):
         report.rows += 1
@@ -136,19 +131,16 @@ class SampleCheck:
         """Faults of a sample and its number of tokens (0 if not counted); nothing for a row that is itself a fault."""
         if isinstance(sample, InputError):
             return [], 0
-        faults = list(self.media_faults(sample))
-        tokens = 0
-        if not faults:
-            try:
-                for number in range(sample.wordings):
-                    tokens = max(tokens, self.usable(sample.worded(number)))
-            except InputError as error:
-                named = str(error).startswith(sample.source)
-                text = str(error) if named else f"{sample.source} (sample {sample.id!r}): {error}"
-                faults.append(DataError(text, "not usable"))
-            if self.max_tokens is not None and tokens > self.max_tokens:
-                text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
-                faults.append(DataError(f"{sample.source} (sample {sample.id!r}) has {text}: shorten it.", "too long"))
+        faults, tokens = list(self.media_faults(sample)), 0
+        if faults:
+            return faults, tokens
+        try:
+            tokens = max(self.usable(sample.worded(number)) for number in range(sample.wordings))
+        except InputError as error:
+            faults.append(DataError(str(error), "not usable"))
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
+            faults.append(DataError(f"{sample.name} has {text}: shorten it.", "too long"))
         return faults, tokens
 
     def usable(self, sample: Sample) -> int:
@@ -157,14 +149,17 @@ class SampleCheck:
         Raises:
             InputError: training would reject the sample.
         """
-        if self.lengths is None:
-            if self.deep:
-                refuse_reserved(usual_reserved_tokens(), sample)
-            return 0
-        if not self.deep:
+        if self.lengths is not None and not self.deep:
             return self.lengths.of(sample)
-        loaded = ConversationDataset([sample], self.lengths.num_frames, limits=self.limits)[0]
-        batch = Collator(self.lengths.processor)([loaded])
+        try:
+            if self.lengths is None:
+                refuse_reserved(usual_reserved_tokens() if self.deep else (), sample)
+                return 0
+        except InputError as error:
+            raise InputError(f"{sample.name}: {error}") from error
+        batch = Collator(self.lengths.processor)(
+            [ConversationDataset([sample], self.lengths.num_frames, limits=self.limits)[0]]
+        )
         for bad in batch[BAD]:
             raise InputError(bad.reason)
         return int(batch["attention_mask"].sum())
@@ -179,7 +174,7 @@ class SampleCheck:
             try:
                 read_media(part.type, part.path, num_frames=1, limits=self.limits, whole=True)
             except InputError as error:
-                yield DataError(f"{sample.source} (sample {sample.id!r}), {role} {part.type}: {error}", "not decodable")
+                yield DataError(f"{sample.name}, {role} {part.type}: {error}", "not decodable")
 
 
 Checked = tuple[Sample | InputError, tuple[list[InputError], int]]
@@ -206,7 +201,7 @@ def _result(row: Sample | InputError, future: Future) -> Checked:
     try:
         return row, future.result()
     except BrokenProcessPool as error:
-        place = row if isinstance(row, InputError) else f"{row.source} (sample {row.id!r})"
+        place = row if isinstance(row, InputError) else f"{row.name}"
         raise InputError(
             f"{place}, or one of the rows behind it, ended the process that decoded it (its decoder crashed, or memory "
             "was full): check the rows from there on with --num-workers 0"

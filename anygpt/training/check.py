@@ -179,11 +179,8 @@ def check_data(
     found: Findings,
 ) -> None:
     """Check the form, media, kind and tokens of a data file's first rows."""
-    rows = islice(
-        iterate_samples(file.path, file.format, file.media_root, file.columns, file.task, file.streaming), ROWS
-    )
     lengths = []
-    for sample in rows:
+    for sample in islice(iterate_samples(file), ROWS):
         if isinstance(sample, InputError):
             raise sample
         missing = [(sample, path) for path in sample.missing_files()]
@@ -201,7 +198,7 @@ def check_data(
         found.kinds[kind] = (max(before[0], min(tokens, most)), max(before[1], min(labels, most)))
         if config.data.max_length and tokens > config.data.max_length and config.data.on_long_sample == "error":
             raise InputError(
-                f"{sample.source} (sample {sample.id!r}) has {tokens:,} tokens, more than data.max_length = "
+                f"{sample.name} has {tokens:,} tokens, more than data.max_length = "
                 f"{config.data.max_length:,}; raise it, or set data.on_long_sample"
             )
     if lengths:

@@ -1,7 +1,7 @@
 """Data files of several formats, read into `Sample`s without a conversion step.
 
-A format is one entry of `FORMATS` and one file here: a reader of rows, and a function that converts one row to the
-project's own JSON form, which `anygpt.data.schema.parse_sample` checks.
+A format is one entry of `reading.FORMATS`: a reader of rows, and a function that converts one row to the project's own
+JSON form, which `anygpt.data.schema.parse_sample` checks.
 """
 
 from anygpt.data.formats.reading import FORMATS, iterate_samples, missing_error, read_samples, with_unique_ids

@@ -1,14 +1,16 @@
-"""Building blocks of the formats: raw rows, and the files that a path stands for."""
+"""Building blocks of the formats: a data source, raw rows, and the files that a path stands for."""
 
 import glob
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from braceexpand import braceexpand
+from pydantic import Field
 
 from anygpt.data.rows import RowModel
 from anygpt.errors import InputError
@@ -18,6 +20,37 @@ from anygpt.media.files import StoredMedium
 MAX_ROW_BYTES = 16 * 1024**2
 MAX_FILES = 100_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data file.
+
+    path: the file. For "webdataset" and "datasets" also a glob or braces (see `find_files`); for "datasets" also a
+        folder.
+    format: a key of `FORMATS`; by default by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`: "webdataset",
+        `.parquet` and `.arrow`: "datasets").
+    media_root: folder that media paths are relative to and may not leave; by default the folder of `path`. For
+        "nextgpt", "llava" and "videochat", names missing there are looked up in its `images`, `videos` and `audios`
+        (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
+    weight: passes over the file per epoch: 1 is once, 0.5 half of it, 2 twice (see `UpdateSampler`).
+    columns: columns of a table (format "datasets"): `{image: <image column>, text: <caption column>}`, or video or
+        audio; see `tables.table_rows`.
+    task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
+        input and learns the caption, "generation" the reverse.
+    streaming: for "datasets": fetch media block by block without a copy of the table; `path` may be a Hub id. Rows
+        come in order, shuffled within blocks.
+    follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.
+    """
+
+    path: str
+    format: str | None = None
+    media_root: str | None = None
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    columns: dict[str, str] | None = None
+    task: Literal["comprehension", "generation"] | None = None
+    streaming: bool = False
+    follow_links: bool = False
 
 
 class Row(NamedTuple):
@@ -47,8 +80,8 @@ class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
     rows: `rows(path)`, or `rows(path, columns, streaming)` if `takes_columns`.
-    model: row model; None for `Pair`s and the project's own form.
-    convert: `convert(row, where)` for a row of `model`; `where` is its name in messages. None if `model` is None.
+    model, convert: the row model, and `convert(row, where)`, where `where` is the row's name in messages; None for
+        `Pair`s and the project's own form.
     suffixes: file suffixes that imply this format.
     media_by_type: also look for media in images/, videos/ and audios/ (see `MediaRoot`).
     pairs: rows are `Pair`s, which need a task.
@@ -84,14 +117,11 @@ def find_files(path: str | Path) -> list[Path]:
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not matches:
             raise InputError(f"No file matches {name}: check the pattern.")
-        found += [_readable(Path(match)) for match in matches]
+        found += map(Path, matches)
+    for file in found:
+        if not os.path.isfile(file):
+            state = "is not a file" if os.path.exists(file) else "does not exist"
+            raise InputError(f"The data file {file} {state}: check the path.")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"The data file {file} may not be read: change its permissions.")
     return found
-
-
-def _readable(path: Path) -> Path:
-    if not os.path.isfile(path):
-        state = "is not a file" if os.path.exists(path) else "does not exist"
-        raise InputError(f"The data file {path} {state}: check the path.")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"The data file {path} may not be read: change its permissions.")
-    return path

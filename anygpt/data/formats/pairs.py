@@ -1,7 +1,7 @@
 """Conversion of pairs of a medium and a caption, from shards and tables, to conversations of one turn."""
 
 from anygpt.data.formats.base import Pair
-from anygpt.data.formats.turns import split_markers
+from anygpt.data.formats.dialects import split_markers
 from anygpt.data.schema import DataError, checked_text
 from anygpt.errors import InputError
 

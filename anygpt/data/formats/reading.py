@@ -2,12 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from anygpt.data.formats import alpaca, llava, nextgpt, videochat
-from anygpt.data.formats.base import Format, Row, find_files
+from anygpt.data.formats import dialects
+from anygpt.data.formats.base import DataSource, Format, Row, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.pairs import check_task, convert_pair
 from anygpt.data.formats.tables import is_hub_id, table_rows
@@ -19,10 +20,10 @@ from anygpt.media.types import MEDIA
 
 FORMATS: dict[str, Format] = {
     "jsonl": Format(line_rows, suffixes=(".jsonl",)),
-    "nextgpt": Format(json_rows, nextgpt.NextGptRow, nextgpt.convert, (".json",), media_by_type=True),
-    "llava": Format(json_rows, llava.LlavaRow, llava.convert, media_by_type=True),
-    "alpaca": Format(json_rows, alpaca.AlpacaRow, alpaca.convert),
-    "videochat": Format(json_rows, videochat.VideoChatRow, videochat.convert, media_by_type=True),
+    "nextgpt": Format(json_rows, dialects.NextGptRow, dialects.convert_nextgpt, (".json",), media_by_type=True),
+    "llava": Format(json_rows, dialects.LlavaRow, dialects.convert_llava, media_by_type=True),
+    "alpaca": Format(json_rows, dialects.AlpacaRow, dialects.convert_alpaca),
+    "videochat": Format(json_rows, dialects.VideoChatRow, dialects.convert_videochat, media_by_type=True),
     "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True),
     "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
 }
@@ -33,14 +34,12 @@ def read_samples(
     format: str | None = None,
     media_root: str | Path | None = None,
     faults: list[InputError] | None = None,
-    columns: Mapping[str, str] | None = None,
-    task: str | None = None,
-    **options: bool,
+    **options: Any,
 ) -> list[Sample]:
     """Read one data file, validate every row, and check that every media file exists.
 
     Args:
-        path, format, media_root, columns, task, options: see `iterate_samples`.
+        path, format, media_root, options: see `DataSource`.
         faults: None raises the first fault. A list collects the faults instead, and their rows are left out.
 
     Returns:
@@ -53,21 +52,20 @@ def read_samples(
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
-    for sample in iterate_samples(path, format, media_root, columns, task, **options):
-        try:
-            if isinstance(sample, InputError):
-                raise sample
-            absent = [(sample, file) for file in sample.missing_files()]
-            missing += absent
-            if absent and faults is not None:
-                raise missing_error(absent)
-        except InputError as fault:
+    for sample in iterate_samples(
+        DataSource(str(path), format, None if media_root is None else str(media_root), **options)
+    ):
+        absent = [] if isinstance(sample, InputError) else [(sample, file) for file in sample.missing_files()]
+        if isinstance(sample, InputError):
             if faults is None:
-                raise
-            faults.append(fault)
+                raise sample
+            faults.append(sample)
+        elif absent and faults is not None:
+            faults.append(missing_error(absent))
         else:
             samples.append(sample)
-    if missing and faults is None:
+            missing += absent
+    if missing:
         raise missing_error(missing)
     return with_unique_ids(samples)
 
@@ -75,11 +73,9 @@ def read_samples(
 def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
     """The samples, with a number appended to repeated ids: `7`, `7-2`, `7-3`."""
     taken, uses, found = {sample.id for sample in samples}, Counter(), []
-    if len(taken) == len(samples):
-        return list(samples)
     for sample in samples:
-        uses[sample.id] += 1
         name = sample.id
+        uses[name] += 1
         if uses[name] > 1:
             while (name := f"{sample.id}-{uses[sample.id]}") in taken:
                 uses[sample.id] += 1
@@ -88,58 +84,39 @@ def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
     return found
 
 
-def iterate_samples(
-    path: str | Path,
-    format: str | None = None,
-    media_root: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    task: str | None = None,
-    streaming: bool = False,
-    follow_links: bool = False,
-) -> Iterator[Sample | InputError]:
+def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     """Yield the samples of a data file, with a fault in place of each invalid row.
 
     Repeated ids and missing media are left to `read_samples`.
 
-    Args:
-        path: the data file. For "webdataset" and "datasets" also a glob or braces (see `base.find_files`); for
-            "datasets" also a folder.
-        format: a key of `FORMATS`; None chooses by suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`:
-            "webdataset", `.parquet` and `.arrow`: "datasets").
-        media_root: folder that media paths are relative to and may not leave; None is the folder of `path`. For
-            "nextgpt", "llava" and "videochat", names missing there are looked up in its `images`, `videos` and
-            `audios` (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
-        columns: required for "datasets": see `tables.table_rows`.
-        task: "comprehension" or "generation", required for pairs of a medium and a caption: see `pairs`.
-        follow_links: allow links below the media root to lead out of it (see `MediaRoot`).
-        streaming: for "datasets": fetch media block by block without a copy of the table; `path` may be a Hub id.
-
     Raises:
         InputError: an unreadable or empty file, an unknown format, an invalid JSON list (after the rows before that
-            place), `columns` or `task` with a format that does not use them.
+            place), a setting that the format does not use.
     """
-    path = Path(path)
-    remote = streaming and format == "datasets" and is_hub_id(path)
-    name = "datasets" if remote else _format_of(path, format)
+    path = Path(source.path)
+    remote = source.streaming and source.format == "datasets" and is_hub_id(path)
+    name = "datasets" if remote else _format_of(path, source.format)
     chosen = FORMATS[name]
-    if streaming and not chosen.takes_columns:
-        raise InputError(f"streaming is set for {path}, but the format {name!r} is read as it lies: leave it out.")
-    if columns is not None and not chosen.takes_columns:
-        raise InputError(f"columns is given for {path}, whose format {name!r} has none: leave it out.")
-    if task is not None and not chosen.pairs:
-        raise InputError(f"task is given for {path}, whose format {name!r} holds conversations: leave it out.")
-    rows = chosen.rows(path, columns, streaming) if chosen.takes_columns else chosen.rows(path)
-    if chosen.pairs and not (columns and not set(MEDIA) & set(columns)):  # a table may hold only text
-        check_task(task, str(path))
-    if media_root is None:
-        folder = Path() if remote else path.parent  # a dataset on the Hub has no media beside it
-        media_root = folder if path.exists() or remote else find_files(path)[0].parent
-    root = MediaRoot(media_root, by_type=chosen.media_by_type, follow_links=follow_links)
+    for setting, value, used in (
+        ("streaming", source.streaming, chosen.takes_columns),
+        ("columns", source.columns is not None, chosen.takes_columns),
+        ("task", source.task is not None, chosen.pairs),
+    ):
+        if value and not used:
+            verb = "set" if setting == "streaming" else "given"
+            raise InputError(f"{setting} is {verb} for {path}, whose format {name!r} has no use for it: leave it out.")
+    rows = chosen.rows(path, source.columns, source.streaming) if chosen.takes_columns else chosen.rows(path)
+    if chosen.pairs and not (source.columns and not set(MEDIA) & set(source.columns)):  # a table may hold only text
+        check_task(source.task, str(path))
+    folder = source.media_root
+    if folder is None:  # a dataset on the Hub has no media beside it
+        folder = Path() if remote else path.parent if path.exists() else find_files(path)[0].parent
+    root = MediaRoot(folder, by_type=chosen.media_by_type, follow_links=source.follow_links)
     empty = True
     for row in rows:
         empty = False
         try:
-            yield _sample(row, chosen, task, root)
+            yield _sample(row, chosen, source.task, root)
         except InputError as fault:
             yield fault
     if empty:
@@ -179,7 +156,6 @@ def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
     count = len({file for _, file in missing})
     total = "1 media file is missing" if count == 1 else f"{count} media files are missing in all"
     return DataError(
-        f"{sample.source} (sample {sample.id!r}): {file} does not exist or is not a file ({total}): "
-        "put the files there, or set media_root.",
+        f"{sample.name}: {file} does not exist or is not a file ({total}): put the files there, or set media_root.",
         "missing media",
     )

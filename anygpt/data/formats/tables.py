@@ -73,16 +73,15 @@ class Cell(StoredMedium):
 
     table: Table
     name: str  # column
-    block: int
-    row: int  # index within the block
-    place: str
+    row: int
     item: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.place}, column {self.name!r}"
+        return f"{self.table.place}[{self.row}], column {self.name!r}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        value = self.table.block(self.block)[self.name][self.row]
+        block, row = divmod(self.row, ROWS_OF_BLOCK)
+        value = self.table.block(block)[self.name][row]
         if self.item is not None:
             value = value.values[self.item] if value.is_valid and self.item < len(value.values) else pa.NULL
         if pa.types.is_struct(value.type) and value.is_valid:
@@ -111,56 +110,53 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
         if name not in first.column_names:
             known = ", ".join(first.column_names)
             raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}.")
-    stored = kind is not None and any(_STORED in _listed(one) for one in _media(first[columns[kind]], path))
-    if kind is not None and not stored and is_hub_id(path):
+    column = columns[kind] if kind is not None else None
+    stored = column is not None and any(_STORED in _listed(one) for one in _media(first[column], path))
+    if column is not None and not stored and is_hub_id(path):
         raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
     # Media bytes of a stream are not read here; paths are, and lists for their length.
-    unseen = streaming and stored and not _is_list(first[columns[kind]].type)
-    wanted = [name for key, name in columns.items() if not (unseen and key == kind)]
-    start = 0
-    for number, block in enumerate(table.blocks(list(dict.fromkeys(wanted)))):
-        for row, part in _whole_rows(block):
-            if isinstance(part, str):
-                fault = InputError(f"{path}[{start + row}] is damaged: {part}: write it again.")
-                yield Row(f"{path}[{start + row}]", f"{path.stem}-{start + row}", fault)
+    unseen = streaming and stored and not _is_list(first[column].type)
+    wanted = [name for name in columns.values() if not (unseen and name == column)]
+    row = 0
+    for block in table.blocks(list(dict.fromkeys(wanted))):
+        left = [block]
+        while left:
+            part = left.pop(0)
+            damage = _damage(part)
+            if damage and len(part) > 1:
+                left[:0] = [part.slice(i, 1) for i in range(len(part))]
+                continue
+            if damage:
+                fault = InputError(f"{path}[{row}] is damaged: {damage}: write it again.")
+                yield Row(f"{path}[{row}]", f"{path.stem}-{row}", fault)
+                row += 1
                 continue
             values = {key: part[name].to_pylist() for key, name in columns.items() if key != kind}
-            media = [_STORED if unseen else None] * len(part)
-            media = media if unseen or kind is None else _media(part[columns[kind]], path)
+            seen = column is not None and not unseen
+            media = _media(part[column], path) if seen else [_STORED if unseen else None] * len(part)
             for i, medium in enumerate(media):
-                source = f"{path}[{start + row + i}]"
                 items = [
-                    Cell(table, columns[kind], number, row + i, source, j if isinstance(medium, list) else None)
-                    if item is _STORED
-                    else item
+                    Cell(table, column, row, j if isinstance(medium, list) else None) if item is _STORED else item
                     for j, item in enumerate(_listed(medium))
                 ]
-                found = {key: column[i] for key, column in values.items()}
+                found = {key: texts[i] for key, texts in values.items()}
                 pair = Pair(kind, items if isinstance(medium, list) else items[0], found["text"], found.get("prompt"))
-                name = f"{path.stem}-{start + row + i}" if found.get("id") is None else str(found["id"])
-                yield Row(source, name, pair)
-        start += len(block)
+                name = f"{path.stem}-{row}" if found.get("id") is None else str(found["id"])
+                yield Row(f"{path}[{row}]", name, pair)
+                row += 1
 
 
 def _listed(medium: Any) -> list[Any]:
     return medium if isinstance(medium, list) else [medium]
 
 
-def _whole_rows(block: pa.Table, first: int = 0) -> Iterator[tuple[int, pa.Table | str]]:
-    """Yield (row number, block) for a valid block, else row by row with the error of damaged rows.
-
-    Arrow itself does not validate what it reads. `first` is the number of the first row.
-    """
+def _damage(part: pa.Table) -> str | None:
+    """What is invalid in it, if anything: Arrow itself does not validate what it reads."""
     try:
-        block.validate(full=True)
+        part.validate(full=True)
     except pa.ArrowException as error:
-        if len(block) > 1:
-            for i in range(len(block)):
-                yield from _whole_rows(block.slice(i, 1), first + i)
-        else:
-            yield first, str(error).splitlines()[0][:200]
-    else:
-        yield first, block
+        return str(error).splitlines()[0][:200]
+    return None
 
 
 def _checked_columns(path: Path, columns: Mapping[str, str] | None) -> Mapping[str, str]:

@@ -48,105 +48,90 @@ class TarMember(StoredMedium):
 def shard_rows(path: Path) -> Iterator[Row]:
     """Pairs of all shards that `path` stands for, named `00000.tar[000012]`, with ids such as `00000/000012`."""
     for shard in find_files(path):
+        samples: list[tuple[str, dict[str, Any]]] = []
+        fault = None
         try:
-            with shard.open("rb") as file:
-                samples, fault = _index(shard, file)
-                for key, members in samples:
-                    source = f"{shard}[{_printable(key)}]"
-                    try:
-                        value: Pair | InputError = _pair(members, key, source, file)
-                    except InputError as error:
-                        value = error
-                    yield Row(source, f"{shard.stem}/{_printable(key)}", value)
+            _index(shard, samples)
         except OSError as error:
             fault = InputError(f"{shard} cannot be read: {error.strerror}.")
+        except InputError as error:
+            fault = error
+        for key, members in samples:
+            source = f"{shard}[{_printable(key)}]"
+            try:
+                value: Pair | InputError = _pair(members, key, source)
+            except InputError as error:
+                value = error
+            yield Row(source, f"{shard.stem}/{_printable(key)}", value)
         if fault:  # the shard itself is damaged; the pairs before that place have been yielded
             yield Row(str(shard), shard.stem, fault)
 
 
-def _index(shard: Path, file: BinaryIO) -> tuple[list[tuple[str, dict[str, Any]]], InputError | None]:
-    """Each key with `{suffix: member or fault}` in the shard's order, and the error that ended reading, if any.
+def _index(shard: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
+    """Fill in each key with `{suffix: member or fault}`, in the shard's order.
 
     Members of a sample need not be adjacent, unless its key occurs again with the same suffixes.
     """
-    samples: list[tuple[str, dict[str, Any]]] = []
     latest: dict[str, dict[str, Any]] = {}
-    try:
-        for info in _headers(shard, file):
-            name = NAME.fullmatch(info.name)
-            if not info.isreg() or META.match(info.name) or not name:
-                continue
-            key, suffix = name[1].removeprefix("./"), name[2].lower()
-            again = suffix in latest.get(key, ())
-            if key not in latest or (again and samples[-1][0] != key):
-                latest[key] = {}
-                samples.append((key, latest[key]))
-            problem = None
-            if info.issparse():
-                problem = f"the member {_printable(info.name)} is a sparse file"
-            elif suffix in latest[key]:
-                problem = f"there are two members {_printable(info.name)}"
-            latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
-    except InputError as error:
-        return samples, error
-    return samples, None
+    for info in _headers(shard):
+        name = NAME.fullmatch(info.name)
+        if not info.isreg() or META.match(info.name) or not name:
+            continue
+        key, suffix = name[1].removeprefix("./"), name[2].lower()
+        again = suffix in latest.get(key, ())
+        if key not in latest or (again and samples[-1][0] != key):
+            latest[key] = {}
+            samples.append((key, latest[key]))
+        problem = None
+        if info.issparse():
+            problem = f"the member {_printable(info.name)} is a sparse file"
+        elif suffix in latest[key]:
+            problem = f"there are two members {_printable(info.name)}"
+        latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
 
 
-def _headers(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
     """Headers of all members; raises `InputError` for an invalid one, which tarfile would take for the end."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
+    size = shard.stat().st_size
     try:
-        guarded = _Guarded(file, size)
-        tar = tarfile.open(fileobj=guarded, mode="r:")  # noqa: SIM115 (the file is closed by its opener)
-        end = 0
-        while info := guarded.next_header(tar):
-            tar.members = []  # tarfile would keep them all
-            if info.size < 0 or info.offset < end:
-                raise tarfile.ReadError("a member has a negative size")
-            end = info.offset_data + (info.size + BLOCK - 1) // BLOCK * BLOCK if info.isreg() else info.offset_data
-            if end > size and info.offset_data + info.size > size:
-                raise tarfile.ReadError(f"it ends within {_printable(info.name)}")
-            yield info
-        file.seek(end)
-        if file.read(BLOCK).strip(b"\0"):
-            raise tarfile.ReadError(f"there is no header at byte {end:,}")
+        with _Guarded(shard) as file:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its opener)
+            end = 0
+            while info := file.next_header(tar):
+                tar.members = []  # tarfile would keep them all
+                if info.size < 0 or info.offset < end:
+                    raise tarfile.ReadError("a member has a negative size")
+                end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
+                if end > size and info.offset_data + info.size > size:
+                    raise tarfile.ReadError(f"it ends within {_printable(info.name)}")
+                yield info
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(BLOCK).strip(b"\0"):
+                raise tarfile.ReadError(f"there is no header at byte {end:,}")
     except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, EOFError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{shard} is not a whole, uncompressed tar file, and only what comes before the fault is read: {error}."
         ) from error
 
 
-class _Guarded:
-    """File wrapper for tarfile that limits the size of a header with its extensions."""
+class _Guarded(io.FileIO):
+    """A file for tarfile that limits the size of a header with its extensions."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self.file = file
-        self.size = size
-        self.left = MAX_HEADER_BYTES
+    left = MAX_HEADER_BYTES
 
     def next_header(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         self.left = MAX_HEADER_BYTES
         return tar.next()
 
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= self.left:
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:
             raise tarfile.ReadError(f"a header claims more than {MAX_HEADER_BYTES:,} bytes")
-        self.left -= count
-        return self.file.read(count)
-
-    def seek(self, position: int) -> int:
-        if position > self.size:
-            raise tarfile.ReadError("it is truncated")
-        return self.file.seek(position)
-
-    def tell(self) -> int:
-        return self.file.tell()
+        self.left -= size
+        return super().read(size)
 
 
-def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair:
+def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
     problem = next((member for member in members.values() if isinstance(member, str)), None)
     if problem:
         raise InputError(f"{where}: {problem}: pack the shard again, or leave the sample out.")
@@ -163,13 +148,12 @@ def _pair(members: dict[str, Any], key: str, where: str, file: BinaryIO) -> Pair
         raise InputError(text)
     caption = None
     if name := _ending_in(members, TEXTS):
-        content = _read(members[name], where, file)
         try:
-            caption = content.decode("utf-8")
+            caption = _read(members[name], where).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8.") from error
     elif name := _ending_in(members, JSONS):
-        row = parse_json(_read(members[name], where, file), f"{where}: the member .{name}")
+        row = parse_json(_read(members[name], where), f"{where}: the member .{name}")
         caption = row.get("caption") if isinstance(row, dict) else None
     return Pair(kind=kinds[media[0]].name, medium=members[media[0]], text=caption)
 
@@ -180,11 +164,10 @@ def _ending_in(members: dict[str, Any], endings: tuple[str, ...]) -> str | None:
     return next(iter(whole or [suffix for suffix in members if suffix.rpartition(".")[2] in endings]), None)
 
 
-def _read(member: TarMember, where: str, file: BinaryIO) -> bytes:
+def _read(member: TarMember, where: str) -> bytes:
     if member.size > MAX_ROW_BYTES:
         raise InputError(f"{where}: {_printable(member.name)} has {member.size:,} bytes, which no caption has.")
-    file.seek(member.offset)
-    return file.read(member.size)
+    return member.open().read()
 
 
 def _printable(name: str) -> str:

@@ -1,0 +1,211 @@
+"""JSON of other projects (NExT-GPT, LLaVA, Alpaca, VideoChat): row models, and conversion to the project's own form."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from anygpt.data.rows import DataError, Id, RowModel, Text, Texts, at_least_one, fault
+from anygpt.errors import InputError
+from anygpt.media.types import MEDIA
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class Turn(RowModel):
+    """Speaker and text of one turn; `caption` belongs to its medium (NExT-GPT)."""
+
+    speaker: Literal["human", "gpt", "system"] = Field(alias="from")
+    value: Text
+    caption: Text | None = None
+    input_modality: Any = None
+    output_modality: Any = None
+
+
+class TurnsRow(RowModel):
+    """A conversation, whose media stand under a key for each type, a string or a list."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Texts | None]
+    media_keys: ClassVar[tuple[str, ...]]
+
+    conversations: Annotated[list[Turn], at_least_one("turn")]
+    id: Id = ""
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        return super().keys() | {form.format(kind) for form in cls.media_keys for kind in MEDIA}
+
+    def listed(self, key: str) -> list[str]:
+        """Strings under a media type's key; empty if it is absent."""
+        value = self.__pydantic_extra__.get(key)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    def markers(self, speaker: str, kind: str) -> int:
+        """Number of markers of a media type in a speaker's turns."""
+        return sum(turn.value.count(f"<{kind}>") for turn in self.conversations if turn.speaker == speaker)
+
+    def inputs(self, key: str, kind: str, where: str) -> list[dict]:
+        """Input parts of one media type; their number must match that of the markers, unless there are none."""
+        files, markers = self.listed(key), self.markers("human", kind)
+        if markers not in (len(files), 0) or (
+            files and not any(turn.speaker == "human" for turn in self.conversations)
+        ):
+            raise _count_error(where, "human", kind, markers, key, files)
+        return [{"type": kind, "path": file} for file in files]
+
+    def in_place(self, media: dict[str, dict[str, list[dict]]]) -> dict:
+        """The conversation with each marker replaced by the next medium of its speaker and type.
+
+        `media`: `{speaker: {type: parts}}`. Inputs of a type without markers open the first human turn.
+        """
+        unmarked = [part for kind, parts in media["human"].items() if not self.markers("human", kind) for part in parts]
+        left = {speaker: {kind: iter(parts) for kind, parts in kinds.items()} for speaker, kinds in media.items()}
+        messages = []
+        for turn in self.conversations:
+            content = split_markers(turn.value, left.get(turn.speaker, {}))
+            if turn.speaker == "human":
+                content, unmarked = unmarked + content, []
+            messages.append({"role": ROLES[turn.speaker], "content": content})
+        return {"messages": messages}
+
+
+def split_markers(text: str, left: Mapping) -> list[dict]:
+    """Content parts of a text, each marker replaced by the next part of its type in `left`, if any.
+
+    One line break between a marker and the text belongs to the marker; other white space is text.
+    """
+    if not left:
+        return [{"type": "text", "text": text}]
+    pieces = re.split(rf"\n?<({'|'.join(map(re.escape, left))})>\n?", text)
+    parts = [next(left[piece]) if i % 2 else {"type": "text", "text": piece} for i, piece in enumerate(pieces)]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _count_error(where: str, speaker: str, kind: str, markers: int, key: str, files: list[str]) -> DataError:
+    text = f"hold {markers} '<{kind}>' marker(s), but {key!r} names {len(files)} file(s): give one marker a file."
+    return DataError(f"{where}: its {speaker} turns {text}", "placeholders")
+
+
+class LlavaRow(TurnsRow):
+    """LLaVA's row; the last five keys, its origin and image sizes, are ignored."""
+
+    media_keys = ("{}",)
+
+    model: Any = None
+    source: Any = None
+    data_source: Any = None
+    width: Any = None
+    height: Any = None
+
+
+def convert_llava(row: LlavaRow, where: str) -> dict:
+    """Convert one row.
+
+    `image` (and `video`, `audio`, as in LLaVA's successors) names one file or a list. `<image>` in the human turns
+    marks their places; without markers they open the first human turn. Rows without media are text.
+    """
+    # Markers in answers stay text: LLaVA's assistant produces nothing else.
+    return row.in_place({"human": {kind: row.inputs(kind, kind, where) for kind in MEDIA}})
+
+
+class NextGptRow(TurnsRow):
+    """NExT-GPT's row; `*_caption_embeddings` (pickled arrays) and `source_data` are ignored."""
+
+    media_keys = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
+
+    source_data: Any = None
+
+
+def convert_nextgpt(row: NextGptRow, where: str) -> dict:
+    """Convert one row.
+
+    `<image>`, `<video>` and `<audio>` in the turns mark the places of the media: in a human turn the next of
+    `input_<type>`, in a gpt turn the next of `output_<type>` with the next of `<type>_captions` (each a string or a
+    list). Inputs of a type without markers open the first human turn, as in LLaVA. A turn's own `caption` is used if
+    the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely on precomputed
+    encodings) is an error, as it has no target to decode.
+    """
+    human = {kind: row.inputs(f"input_{kind}", kind, where) for kind in MEDIA}
+    return row.in_place({"human": human, "gpt": {kind: _targets(row, kind, where) for kind in MEDIA}})
+
+
+def _targets(row: NextGptRow, kind: str, where: str) -> list[dict]:
+    files, captions = row.listed(f"output_{kind}"), row.listed(f"{kind}_captions")
+    if captions and not files:
+        raise InputError(
+            f"{where} has '{kind}_captions' but no 'output_{kind}': a target is a {kind} file with its caption; "
+            f"add the file names, or take the '<{kind}>' markers and captions out."
+        )
+    if (markers := row.markers("gpt", kind)) != len(files):
+        raise _count_error(where, "gpt", kind, markers, f"output_{kind}", files)
+    if not captions:
+        turns = (turn for turn in row.conversations if turn.speaker == "gpt" and turn.output_modality == kind)
+        captions = [turn.caption for turn in turns if turn.caption]
+    if len(captions) != len(files):
+        raise DataError(
+            f"{where}: 'output_{kind}' names {len(files)} file(s) and '{kind}_captions' holds {len(captions)} "
+            "caption(s): give one caption a file.",
+            "caption",
+        )
+    return [{"type": kind, "path": f, "caption": c} for f, c in zip(files, captions, strict=True)]
+
+
+class AlpacaRow(RowModel):
+    """An instruction with its answer; `text`, the whole prompt in one string, is ignored."""
+
+    instruction: Text
+    output: Text
+    input: Text | None = None
+    text: Any = None
+    id: Id = ""
+
+
+def convert_alpaca(row: AlpacaRow, where: str) -> dict:
+    """Convert one row; a non-empty input follows the instruction after a blank line."""
+    asked = "\n\n".join(filter(None, (row.instruction, row.input)))
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]}
+
+
+class Question(RowModel):
+    """An instruction, a question and its answer."""
+
+    a: Text
+    q: Text
+    i: Text | None = None
+
+
+class VideoChatRow(RowModel):
+    """One medium, and questions about it (VideoChat2-IT)."""
+
+    QA: Annotated[list[Question], at_least_one("pair of question and answer")]
+    video: Text | None = None
+    image: Text | None = None
+    start: Any = None
+    end: Any = None
+    id: Id = ""
+
+    @model_validator(mode="after")
+    def _has_one_whole_medium(self) -> "VideoChatRow":
+        if (self.video is None) == (self.image is None):
+            raise fault(f"must have either 'video' or 'image', and has {'neither' if self.video is None else 'both'}.")
+        if self.start is not None or self.end is not None:
+            raise fault("means a part of its video, from 'start' to 'end': cut that part out beforehand.")
+        return self
+
+
+def convert_videochat(row: VideoChatRow, where: str) -> dict:
+    """Convert one row.
+
+    The medium opens the first user turn, whose question may be empty (captions). The first question's instruction `i`
+    becomes a system message, and the others are ignored, as in VideoChat2's own loader; questions keep their order.
+    """
+    kind = "image" if row.video is None else "video"
+    messages: list[dict] = [{"role": "system", "content": row.QA[0].i}] if row.QA[0].i else []
+    medium = [{"type": kind, "path": getattr(row, kind)}]
+    for pair in row.QA:
+        said = [*medium, *([{"type": "text", "text": pair.q}] if pair.q else [])]
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": pair.a}]
+        medium = []
+    return {"messages": messages}
