@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import enlarge
@@ -9,6 +12,7 @@ from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.cache.text_states import TextStates, read_text
+from anygpt.sequence import head
 
 TEXTS = ("<image> and <image> say", "then <image>", "nothing at all")
 SEEDS = (0, 1, 2)
@@ -89,6 +93,58 @@ def test_states_of_text_stand_for_the_layers(composed, side, monkeypatch):
         step(text_states=TextStates(states | {"head": states["head"][1:]}))
     with pytest.raises(AssertionError, match="the layers ran"):
         step()
+
+
+def test_chunks_of_the_head_change_nothing(composed, monkeypatch):
+    """Loss and gradients, of the head and the new rows too, where the logits of few labels are computed at a time."""
+    model, processor = composed
+    span = "".join(processor.signal_tokens["image"])
+    batch = make_batch(processor, [TEXTS[0] + span, TEXTS[1], TEXTS[2] + span])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def step():
+        model.zero_grad()
+        output = model(**batch, labels=labels)
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return output.losses, gradients
+
+    (losses, gradients), run_head, chunks = step(), head.run_head, []
+
+    def noting(language_model, signal_tokens, states):
+        chunks.append(len(states))
+        return run_head(language_model, signal_tokens, states)
+
+    monkeypatch.setattr(head, "CHUNK", 5)
+    monkeypatch.setattr(head, "run_head", noting)
+    chunked = step()
+    assert max(chunks) == 5 and sum(chunks) == 2 * sum(term.count for term in losses.values()), "and again backward"
+    for name, term in losses.items():
+        torch.testing.assert_close(chunked[0][name].total, term.total, rtol=1e-6, atol=1e-6)
+    assert any(name.startswith("signal_tokens.output_rows") for name in gradients)
+    torch.testing.assert_close(chunked[1], gradients, rtol=1e-5, atol=1e-6)
+
+
+PEAK = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from anygpt import MultimodalModel
+
+sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+model = MultimodalModel({}, LlamaForCausalLM(LlamaConfig(vocab_size=131072, tie_word_embeddings=True, **sizes)))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before, ids = peak(), torch.randint(131072, (int(sys.argv[1]) // 256, 257))
+model(ids, labels=ids).loss.backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_the_head_does_not_grow_with_the_labels():
+    """At a vocabulary of 128k, a step on 4,096 labels takes at most 1.2 times the memory of one on 512."""
+    runs = [subprocess.run([sys.executable, "-c", PEAK, n], capture_output=True, text=True) for n in ("512", "4096")]
+    few, many = (float(run.stdout) for run in runs)
+    assert many <= 1.2 * few, f"{few:.0f} and {many:.0f} MiB"
 
 
 def test_answers_in_text_and_images(composed):

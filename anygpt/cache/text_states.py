@@ -7,18 +7,16 @@ projectors' inputs. Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch import Tensor
 
 from anygpt.composition import Composition, Reading
 from anygpt.errors import InputError
 from anygpt.losses.batch import find_losses
+from anygpt.sequence.head import run_layers_output, trunk_of
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap
 
@@ -94,33 +92,5 @@ class TextStates(dict[str, Tensor]):
             raise InputError(f"text_states has {lengths}, but the batch needs {wanted}; they are of other rows")
         states, tap.select, logits = self[HEAD][None], None, None
         if labels:
-            with replaced(trunk_of(model.language_model), lambda: LayersOutput(last_hidden_state=states)):
-                logits = model.language_model(inputs_embeds=states, use_cache=False, return_dict=True).logits
+            logits = run_layers_output(model.language_model, states)
         return Reading(logits, {key: self[f"{key}_decoder"] for key, found in spans.items() if len(found)})
-
-
-@dataclass
-class LayersOutput(BaseModelOutputWithPast):
-    """The last hidden states; any other output of a model's layers (router logits, cross attentions) is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-
-def trunk_of(language_model: nn.Module) -> nn.Module:
-    """A language model's layers, without its head."""
-    return language_model.get_decoder()
-
-
-@contextmanager
-def replaced(module: nn.Module, result: Callable[[], Any]) -> Iterator[None]:
-    """Make the module return a given result inside the block, without computing."""
-    before = vars(module).get("forward")  # accelerate's hooks set it
-    module.forward = lambda *args, **kwargs: result()
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -6,19 +6,21 @@ Shape legend: `anygpt.outputs`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
-from anygpt.composition import Composition
+from anygpt.composition import Composition, Reading
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
 from anygpt.losses.formulas import TEXT, LossWeights, caption_alignment, route, token_nll
+from anygpt.sequence import head
 from anygpt.sequence.merging import IGNORE, Merged
 from anygpt.sequence.signal_tokens import Spans
 
@@ -30,28 +32,39 @@ class Labels:
     Attributes:
         rows, positions: `(M,)` int64, where the state predicts a label.
         values: `(M,)` int64, the labels.
-        logits: `(M, V')`; None while losses are only counted.
+        reading: the language model's outputs; None while losses are only counted.
     """
 
+    model: Composition
     rows: Tensor
     positions: Tensor
     values: Tensor
-    has: frozenset[str] = frozenset()
-    logits: Tensor | None = None
+    has: ClassVar[frozenset[str]] = frozenset()
+    reading: Reading | None = None
 
     def nll(self) -> Tensor:
-        return token_nll(self.logits, self.values)
+        """`(M,)`; where there are no logits, of `head.CHUNK` labels at a time, whose logits the backward pass recomputes."""
+        places = self.rows, self.positions
+        logits = self.reading.logits_at(places)
+        if len(logits) == len(self.values):
+            return token_nll(logits, self.values)
+
+        def nll(states: Tensor, values: Tensor) -> Tensor:
+            return token_nll(head.run_head(self.model.language_model, self.model.signal_tokens, states), values)
+
+        chunks = zip(self.reading.hidden[places].split(head.CHUNK), self.values.split(head.CHUNK), strict=True)
+        return torch.cat([checkpoint(nll, states, values, use_reentrant=False) for states, values in chunks])
 
 
 @dataclass
 class Pairs:
     """Rows `(P,)` that hold both an encoder's features and the features or text they are contrasted with."""
 
-    key: str
-    rows: Tensor
     model: Composition
     merged: Merged
-    has: frozenset[str] = frozenset()
+    key: str
+    rows: Tensor
+    has: ClassVar[frozenset[str]] = frozenset()
 
     def info_nce(self) -> Tensor:
         # Training gathers over all processes, including those without pairs. In evaluation the number of batches may
@@ -62,8 +75,7 @@ class Pairs:
 
     def _pool(self, key: str) -> Tensor:
         """Mean-pool each row's features of an encoder, or its answer's embeddings (detached), to `(P, H)`."""
-        labels = None if self.merged.labels is None else self.merged.labels[self.rows]
-        held = _features_in(self.model, self.merged.input_ids[self.rows], labels, key)[..., None]
+        held = _features_in(self.model, self.merged, key)[self.rows, :, None]
         features = self.merged.inputs_embeds[self.rows].float()
         features = features if key in (self.model.token_ids or {}) else features.detach()
         return (features * held).sum(dim=1) / held.sum(dim=1)
@@ -74,7 +86,6 @@ class Target:
     """The `K` targets of one decoder. Captions and media may each be missing or already encoded.
 
     Attributes:
-        key: the decoder key.
         rows: `(K,)` int64.
         given: the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`.
         condition, generator: the projected condition, and one generator a target; None while losses are only counted.
@@ -129,9 +140,6 @@ class Target:
         pooled = (self.condition.pooled[:, None], self.encoding.pooled[:, None])
         return caption_alignment(*pooled, self.weights.alignment_kind)
 
-    def reconstruction(self, network: str) -> Tensor:
-        return self.reconstructions[network]
-
     def denoising(self, condition: Condition) -> Tensor:
         gamma = self.weights.snr_gamma
         return self.decoder.denoising_loss(condition, self.latents, generator=self.generator, snr_gamma=gamma)
@@ -145,15 +153,14 @@ class LossBatch:
         terms: the term of each row.
         labels: the label tokens with an NLL.
         spans: the signal spans by decoder.
-        pairs: the contrastive pairs by encoder.
-        targets: the generation targets by decoder.
+        pairs, targets: the contrastive pairs by encoder, and the generation targets by decoder.
     """
 
     terms: list[str]
     labels: Labels
     spans: dict[str, Spans]
-    pairs: dict[str, Pairs]
-    targets: dict[str, Target]
+    pairs: dict[str, Pairs] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)
 
     @property
     def nll(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +179,8 @@ def find_losses(
 ) -> LossBatch:
     """Find labels, spans, pairs and targets in a merged batch without computing any loss.
 
-    Labels on learned queries are left out, since the model never emits them.
+    Labels on learned queries are left out, since the model never emits them, and so is a row's first token: padding
+    predicts nothing.
 
     Raises:
         InputError: unknown decoder, or a number of targets that differs from that of signal spans.
@@ -184,49 +192,42 @@ def find_losses(
         media_out[found.rows] = True
     if labels is None or not weights.wants("nll"):
         labels = torch.full_like(ids, IGNORE)
-    queries = torch.tensor(signals.query_ids, device=ids.device, dtype=ids.dtype)
-    at = label_positions(labels.masked_fill(torch.isin(ids, queries), IGNORE), merged.attention_mask)
-    return LossBatch(
-        route(merged.media_in, media_out),
-        Labels(*at, labels[at[0], at[1] + 1]),
-        spans,
-        {key: Pairs(key, rows, model, merged) for key, rows in _bound_pairs(model, ids, merged.labels).items()},
-        {key: _make_target(model, key, target, spans) for key, target in (targets or {}).items()},
-    )
+    labelled = (labels != IGNORE) & ~_is_one_of(ids, signals.query_ids)
+    rows, positions = (labelled[:, 1:] & merged.attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+    values = labels[rows, positions + 1]
+    batch = LossBatch(route(merged.media_in, media_out), Labels(model, rows, positions, values), spans)
+    if weights.encoder and model.token_ids is not None:
+        known = (*model.token_ids, TEXT)
+        if weights.binding not in known:
+            raise InputError(
+                f"loss.binding is {weights.binding!r}, which is no encoder; expected one of {', '.join(known)}"
+            )
+        bound = _features_in(model, merged, weights.binding).any(dim=1)
+        for key, token in model.token_ids.items():
+            if key != weights.binding:
+                rows = (bound & (ids == token).any(dim=1)).nonzero()[:, 0]
+                batch.pairs[key] = Pairs(model, merged, key, rows)
+    for key, given in (targets or {}).items():
+        _check_target(model, key, given, spans)
+        batch.targets[key] = Target(key, spans[key].rows, given, model.decoders[key].module, weights)
+    return batch
 
 
-def label_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and positions `(M,)` whose state predicts a label: position `s` predicts the label at `s + 1`.
-
-    Padding predicts nothing, so a row's first token never has a loss.
-    """
-    return ((labels[:, 1:] != IGNORE) & attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+def _is_one_of(input_ids: Tensor, ids: list[int]) -> Tensor:
+    return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device, dtype=input_ids.dtype))
 
 
-def _bound_pairs(model: Composition, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Rows, by encoder, that hold its features and those of `binding`; empty unless the `encoder` term has a weight."""
-    binding = model.loss_weights.binding
-    if not model.loss_weights.encoder or model.token_ids is None:
-        return {}
-    known = (*model.token_ids, TEXT)
-    if binding not in known:
-        raise InputError(f"loss.binding is {binding!r}, which is no encoder; expected one of {', '.join(known)}")
-    bound = _features_in(model, input_ids, labels, binding).any(dim=1)
-    others = {key: token for key, token in model.token_ids.items() if key != binding}
-    return {key: (bound & (input_ids == token).any(dim=1)).nonzero()[:, 0] for key, token in others.items()}
-
-
-def _features_in(model: Composition, input_ids: Tensor, labels: Tensor | None, key: str) -> Tensor:
+def _features_in(model: Composition, merged: Merged, key: str) -> Tensor:
     """`(B, S)` bool mask of an encoder's features or, for `text`, of all labelled tokens but signal tokens."""
     if key in (model.token_ids or {}):
-        return input_ids == model.token_ids[key]
-    if labels is None:
-        return torch.zeros_like(input_ids, dtype=torch.bool)
+        return merged.input_ids == model.token_ids[key]
+    if merged.labels is None:
+        return torch.zeros_like(merged.input_ids, dtype=torch.bool)
     signals = [i for span in model.signal_tokens.ids.values() for i in span]
-    return (labels != IGNORE) & ~torch.isin(input_ids, torch.tensor(signals, device=input_ids.device))
+    return (merged.labels != IGNORE) & ~_is_one_of(merged.input_ids, signals)
 
 
-def _make_target(model: Composition, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> Target:
+def _check_target(model: Composition, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
     """Check that the decoder is known and has one target for each signal span."""
     if key not in model.decoder_keys:
         raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")
@@ -241,7 +242,6 @@ def _make_target(model: Composition, key: str, given: Mapping[str, Any], spans: 
                 f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
                 "one, in the order of the batch"
             )
-    return Target(key, spans[key].rows, given, model.decoders[key].module, model.loss_weights)
 
 
 def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:

@@ -26,7 +26,7 @@ terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -38,7 +38,8 @@ from torch import Tensor
 from anygpt.errors import InputError
 from anygpt.outputs import LossTerm
 
-TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")  # terms that rows are routed to
+TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
+"""Terms that rows are routed to: without media, media in, media out, both."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ALIGNMENTS = ("l2", "mse", "cosine")
 TEXT = "text"  # value of `binding` that stands for no encoder
@@ -129,13 +130,7 @@ def route(media_in: Tensor, media_out: Tensor) -> list[str]:
         media_in: `(B,)` bool, whether the row holds encoder features.
         media_out: `(B,)` bool, whether the row holds a signal span.
     """
-    names = {
-        (False, False): "llm",
-        (True, False): "encoder_llm",
-        (False, True): "llm_decoder",
-        (True, True): "encoder_decoder",
-    }
-    return [names[pair] for pair in zip(media_in.tolist(), media_out.tolist(), strict=True)]
+    return [TERMS[given + 2 * made] for given, made in zip(media_in.tolist(), media_out.tolist(), strict=True)]
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -170,7 +165,9 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Te
     raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
 
 
-def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> dict[str, LossTerm]:
+def sum_by_term(
+    values: Tensor, rows: Tensor, terms: list[str], suffix: str, known: Sequence[str] = TERMS
+) -> dict[str, LossTerm]:
     """Sum per-token or per-sample values by the term of their row.
 
     Args:
@@ -178,13 +175,14 @@ def sum_by_term(values: Tensor, rows: Tensor, terms: list[str], suffix: str) -> 
         rows: `(M,)` int64, the batch row of each value.
         terms: the term of each row.
         suffix: the rest of the name, such as `nll` or `alignment/image`.
+        known: the terms to sum by; if empty, all values are summed under `suffix` alone.
     """
+    groups = {f"{term}/{suffix}": [name == term for name in terms] for term in known} or {suffix: [True] * len(terms)}
     sums: dict[str, LossTerm] = {}
-    for term in TERMS:
-        members = torch.tensor([name == term for name in terms], device=values.device)[rows]
-        count = int(members.sum())
-        if count:
-            sums[f"{term}/{suffix}"] = LossTerm(values[members].sum(), count)
+    for name, members in groups.items():
+        chosen = values[torch.tensor(members, device=values.device)[rows]]
+        if len(chosen):
+            sums[name] = LossTerm(chosen.sum(), len(chosen))
     return sums
 
 

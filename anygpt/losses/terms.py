@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,16 +41,12 @@ class SubTerm:
     needs: tuple[str, ...] = ()
     everywhere: bool = False
 
-    def names(self, key: str) -> list[str]:
-        """The full names for the key of an encoder or decoder, or for text (`""`)."""
-        own = f"{self.name}/{key}" if key else self.name
-        return [f"{term}/{own}" for term in self.terms] or [own]
+    def suffix(self, key: str) -> str:
+        """The name with the key of an encoder or decoder, or without for text (`""`)."""
+        return f"{self.name}/{key}" if key else self.name
 
-    def sums(self, values: Tensor, rows: Tensor, terms: list[str], key: str) -> dict[str, LossTerm]:
-        """Sum values, one a row, by full name."""
-        if self.terms:
-            return sum_by_term(values, rows, terms, f"{self.name}/{key}" if key else self.name)
-        return {self.names(key)[0]: LossTerm(values.sum(), len(values))} if len(values) else {}
+    def names(self, key: str) -> list[str]:
+        return [f"{term}/{self.suffix(key)}" for term in self.terms] or [self.suffix(key)]
 
 
 MEDIA_OUT = ("llm_decoder", "encoder_decoder")
@@ -60,9 +55,9 @@ SUB_TERMS = (
     SubTerm("encoder/info_nce", Pairs, Pairs.info_nce, everywhere=True),
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
     SubTerm("pooled_alignment", Target, Target.pooled_alignment, MEDIA_OUT, needs=("captions", "pooled")),
-    *(
-        SubTerm(f"reconstruction/{name}", Target, partial(Target.reconstruction, network=name), needs=("media", name))
-        for name in ("vae", "vocoder")
+    SubTerm("reconstruction/vae", Target, lambda target: target.reconstructions["vae"], needs=("media", "vae")),
+    SubTerm(
+        "reconstruction/vocoder", Target, lambda target: target.reconstructions["vocoder"], needs=("media", "vocoder")
     ),
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
@@ -97,13 +92,13 @@ def compute_losses(
         conditions: the projected condition of each decoder's spans.
         generators: `{decoder key: one generator a target}`.
     """
-    batch.labels.logits = reading.logits_at(batch.nll)
+    batch.labels.reading = reading
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)
         _ = target.captions  # caption dropout is the first draw from the generators
     losses: dict[str, LossTerm] = {}
     for sub, key, thing in wanted(batch, model.loss_weights):
-        losses |= sub.sums(sub.values(thing), thing.rows, batch.terms, key)
+        losses |= sum_by_term(sub.values(thing), thing.rows, batch.terms, sub.suffix(key), sub.terms)
     return losses
 
 
@@ -121,7 +116,8 @@ def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]
     counts: dict[str, int] = {}
     for sub, key, thing in wanted(found, model.loss_weights):
         nothing = torch.zeros(len(thing.rows), device=thing.rows.device)
-        counts |= {name: term.count for name, term in sub.sums(nothing, thing.rows, found.terms, key).items()}
+        sums = sum_by_term(nothing, thing.rows, found.terms, sub.suffix(key), sub.terms)
+        counts |= {name: term.count for name, term in sums.items()}
     return counts
 
 

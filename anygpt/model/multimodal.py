@@ -27,6 +27,7 @@ from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.packing import read_packed
 from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
+from anygpt.sequence import head
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
@@ -214,7 +215,7 @@ class MultimodalModel(Composition):
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
             batch = find_losses(self, merged, decoder_targets)
-            tap.select = None if full else batch.nll
+            tap.select, tap.most = None if full else batch.nll, head.CHUNK
             read = text_states or MultimodalModel.read
             needed = full or self.loss_weights.wants_language_model
             reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()
@@ -253,6 +254,6 @@ class MultimodalModel(Composition):
         with self.signal_tokens.attached(self.language_model) as tap:
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
             batch = find_losses(self, merged)
-            tap.select = batch.nll
+            tap.select, tap.most = batch.nll, 0
             read = text_states or MultimodalModel.read
             return read(self, merged, batch.spans, tap, inputs).states

@@ -57,10 +57,19 @@ class Spans:
 
 @dataclass
 class Tap:
-    """The input of a language model's head in the last forward pass inside `SignalTokens.attached`."""
+    """What a language model's head reads inside `SignalTokens.attached`.
 
-    hidden: Tensor | None = None  # (B, S, H)
-    select: tuple[Tensor, Tensor] | None = None  # rows and positions (M,) to compute logits at; None: all
+    Attributes:
+        hidden: `(B, S, H)`, its input in the last forward pass.
+        select: rows and positions `(M,)` to compute logits at; None for all.
+        most: with more positions than this, logits are computed nowhere; None for any number.
+        given: input of the head in place of the layers' states.
+    """
+
+    hidden: Tensor | None = None
+    select: tuple[Tensor, Tensor] | None = None
+    most: int | None = None
+    given: Tensor | None = None
 
 
 class SignalTokens(nn.Module):
@@ -197,7 +206,7 @@ class SignalTokens(nn.Module):
         """Make `language_model` handle signal tokens inside the block, and record its head's input.
 
         The yielded `Tap` holds that input after each forward pass; `tap.select` restricts the head, and whatever
-        follows it, to some positions: logits are then `(1, M, V')`.
+        follows it, to some positions: logits are then `(1, M, V')`, or `(1, 0, V')` beyond `tap.most`.
         """
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         tap = Tap()
@@ -211,9 +220,13 @@ class SignalTokens(nn.Module):
             return self.fill_embeddings(output, ids[0], getattr(module, "embed_scale", 1.0))
 
         def read(module: nn.Module, args: tuple) -> tuple:
-            tap.hidden = args[0]
-            chosen = tap.hidden if tap.select is None else tap.hidden[tap.select][None]
-            return (chosen, *args[1:])
+            tap.hidden = args[0] if tap.given is None else tap.given
+            if tap.select is None:
+                return (tap.hidden, *args[1:])
+            count = len(tap.select[0])
+            end = count if tap.most is None or count <= tap.most else 0
+            rows, positions = tap.select
+            return (tap.hidden[rows[:end], positions[:end]][None], *args[1:])
 
         def extend(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self.extend_logits(output, args[0])
