@@ -24,6 +24,7 @@ from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
 from anygpt.media.types import media_type
 from anygpt.model.multimodal import MultimodalModel
+from anygpt.sequence.head import CHUNK
 from anygpt.training.config import Config
 
 ADAM_BYTES = 8  # two fp32 moments
@@ -223,7 +224,7 @@ def run_update(
     if model.loss_weights.wants_language_model:
         mask = torch.ones(rows, tokens, dtype=torch.long)
         states = language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
-        said = states[:, : max(1, min(labels, tokens))].flatten(0, 1)
+        said = states[:, : max(1, min(labels, tokens))].flatten(0, 1)[:CHUNK]
         logits = language_model.get_output_embeddings()(said).float()
         signals = [model.signal_tokens.output_rows] if isinstance(model.signal_tokens.output_rows, Tensor) else []
         signals += list(model.signal_tokens.output_rows.parameters()) if not signals else []
