@@ -43,7 +43,7 @@ class Labels:
     reading: Reading | None = None
 
     def nll(self) -> Tensor:
-        """`(M,)`; where there are no logits, of `head.CHUNK` labels at a time, whose logits the backward pass recomputes."""
+        """`(M,)`; without logits, of `head.CHUNK` labels at a time, whose logits the backward pass computes again."""
         places = self.rows, self.positions
         logits = self.reading.logits_at(places)
         if len(logits) == len(self.values):
