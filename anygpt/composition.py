@@ -59,7 +59,6 @@ class Composition(PreTrainedModel):
     tokenizer: PreTrainedTokenizerBase | None
     preprocess_llm_callback: Any
     frozen: set[str]
-    sources: Any
 
     @property
     def encoders(self) -> dict[str, ModalEncoderModule]:

@@ -17,15 +17,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from anygpt.model.parts import (
-    Source,
+from anygpt import (
+    InputError,
+    ModalDecoderModule,
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
     load_decoder,
     load_encoder,
     load_encoder_processor,
     load_language_model,
     load_tokenizer,
 )
+from anygpt.parts.source import Source
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import upper_bound
 from anygpt.toyworld.evaluation.matrix import talk_table

@@ -14,15 +14,18 @@ import torch
 from PIL import Image
 from training_utils import shared
 
-from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from anygpt.model.parts import (
-    Source,
+from anygpt import (
+    ModalDecoderModule,
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
     load_decoder,
     load_encoder,
     load_encoder_processor,
     load_language_model,
     load_tokenizer,
 )
+from anygpt.parts.source import Source
 from anygpt.toyworld import write_untrained
 
 SIGNAL_TOKENS = {"image": 4, "video": 3, "audio": 2}

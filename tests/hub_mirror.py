@@ -219,7 +219,7 @@ CHATML = (
 
 
 def smollm_tokenizer(repository: Repository) -> int:
-    from anygpt.model.parts import Source  # the zoo's tokenizer under other special tokens
+    from anygpt.parts.source import Source  # the zoo's tokenizer under other special tokens
 
     tokenizer = AutoTokenizer.from_pretrained(Source("zoo:language_model").folder)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})

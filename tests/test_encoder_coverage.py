@@ -8,10 +8,10 @@ import transformers
 from conftest import enlarge
 from tiny_parts import CLIP, ENCODERS, LANGUAGE_MODELS, LLAMA, VISION
 
-from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor, load_encoder
 from anygpt.encoders import FAMILIES, VideoEncoder
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.model.parts import Source, load_encoder
+from anygpt.parts.source import Source
 
 
 def by_label(part):

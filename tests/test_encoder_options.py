@@ -14,7 +14,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor, load_encoder
 from anygpt.cache import keys
+from anygpt.encoders import fitting
 from anygpt.encoders.loading import load_encoder_processor
+from anygpt.media.types import MEDIA
 
 TINY = {encoder.label: encoder for encoder in ENCODERS}
 
@@ -84,11 +86,13 @@ def test_processor_settings_replace_those_of_the_folder(clip):
         clip, "image", processor={"do_center_crop": False, "size": {"height": 8, "width": 8}}
     )
     assert changed(picture(), return_tensors="pt")["pixel_values"].shape == (1, 3, 8, 8)
-    square = load_encoder_processor(clip, "image", processor={"pad_to_square": True})
-    expected = LlavaImageProcessorPil.from_pretrained(clip, do_pad=True)
-    torch.testing.assert_close(
-        square(picture(), return_tensors="pt")["pixel_values"], expected(picture(), return_tensors="pt")["pixel_values"]
-    )
+
+
+def test_pictures_are_padded_to_a_square_as_in_llava(clip):
+    processor, square = load_encoder_processor(clip, "image"), LlavaImageProcessorPil.from_pretrained(clip, do_pad=True)
+    [[padded]] = fitting.pieces(MEDIA["image"], [picture()], processor, "pad")
+    found, expected = (p(image, return_tensors="pt") for p, image in ((processor, padded), (square, picture())))
+    torch.testing.assert_close(found["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from anygpt import MultimodalModel
+from anygpt import MultimodalModel, load_decoder, load_encoder
 from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
-from anygpt.model.parts import Source, load_decoder, load_encoder
+from anygpt.parts.source import Source
 from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training.config import parse_config

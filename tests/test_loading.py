@@ -17,8 +17,7 @@ from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
 from tiny_pipelines import audioldm, stable_diffusion, stable_diffusion_3, zeroscope
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from anygpt import InputError
-from anygpt.model.parts import load_decoder, load_encoder, load_language_model, load_tokenizer
+from anygpt import InputError, load_decoder, load_encoder, load_language_model, load_tokenizer
 
 
 @pytest.fixture

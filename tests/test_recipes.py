@@ -16,9 +16,8 @@ from PIL import Image
 from test_check import run_check
 from training_utils import REPOSITORY, load_script, shared, train_here, trained_tensors
 
-from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt import MultimodalModel, MultimodalProcessor, load_encoder
 from anygpt.media.writing import write_audio, write_video
-from anygpt.model.parts import load_encoder
 
 RECIPES = {"small": (1, 2, 3), "nextgpt": (1, 2, 3), "llava": (1, 3)}
 SHORT = (

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from tiny_parts import IMAGEBIND
 from whole_models import MROPE, WHOLE_MODELS, rewrite
 
-from anygpt import InputError
+from anygpt import InputError, load_encoder, load_encoder_processor, load_language_model
 from anygpt.encoders import FAMILIES
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
-from anygpt.model.parts import load_encoder, load_encoder_processor, load_language_model
 
 
 def by_label(whole):

@@ -22,7 +22,8 @@ from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.media.types import is_timed
-from anygpt.model.parts import callback_dict, class_name, fingerprint_tensors, is_peft
+from anygpt.model.parts import callback_dict, class_name, is_peft
+from anygpt.parts.manifest import fingerprint_tensors
 
 VERSION = 3  # of the stored format and of the decoding of media
 FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"

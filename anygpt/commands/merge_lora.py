@@ -16,8 +16,7 @@ import torch
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.commands import new_parser
 from anygpt.errors import InputError, reading
-from anygpt.model.loading import part_modules
-from anygpt.model.parts import is_peft
+from anygpt.model.parts import is_peft, part_modules
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -39,8 +39,8 @@ class EncoderFamily:
         optional: constructor arguments by tensor name prefix, applied if the checkpoint has no such tensors.
     """
 
-    main_input: str
-    count: Callable[[PreTrainedConfig, Mapping[str, Any]], list[int]]
+    main_input: str | None
+    count: Callable[[PreTrainedConfig, Mapping[str, Any]], list[int]] | None
     encoder_class: str | None = None
     arguments: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] | None = None
@@ -92,10 +92,7 @@ FAMILIES: dict[str, EncoderFamily] = {
         names=_OLD_VISION,
     ),
     "siglip_vision_model": EncoderFamily(
-        "pixel_values",
-        features.count_patches(),
-        "transformers.SiglipVisionModel",
-        names=_OLD_VISION,
+        "pixel_values", features.count_patches(), "transformers.SiglipVisionModel", names=_OLD_VISION
     ),
     "siglip2_vision_model": EncoderFamily(
         "pixel_values",
@@ -112,10 +109,7 @@ FAMILIES: dict[str, EncoderFamily] = {
         optional=_NO_POOLER,
     ),
     "dinov2": EncoderFamily(
-        "pixel_values",
-        features.count_patches(prefix=1),
-        class_token=True,
-        names=_under("dinov2", "classifier."),
+        "pixel_values", features.count_patches(prefix=1), class_token=True, names=_under("dinov2", "classifier.")
     ),
     "dinov2_with_registers": EncoderFamily(
         "pixel_values",
@@ -208,3 +202,5 @@ FAMILIES: dict[str, EncoderFamily] = {
     ),
     "anygpt_video_encoder": EncoderFamily("pixel_values_videos", count_frames, "anygpt.encoders.video.VideoEncoder"),
 }
+UNKNOWN = EncoderFamily(None, None)
+"""For encoders of other families, whose first output is taken as `(items, n, features)`."""

@@ -28,10 +28,7 @@ FITS: dict[type[MediaType], dict[str, str]] = {
         "pad": "are padded to the encoder's shape",
         "stretch": "are stretched to the encoder's shape",
     },
-    Sound: {
-        "split": "are split into windows of {window:g} s",
-        "refuse": "(of more than {window:g} s) are refused",
-    },
+    Sound: {"split": "are split into windows of {window:g} s", "refuse": "(of more than {window:g} s) are refused"},
 }
 """Ways to fit media, by their class; the first is the default."""
 

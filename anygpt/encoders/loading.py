@@ -15,7 +15,6 @@ from transformers import (
     AutoModel,
     PreTrainedConfig,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -135,8 +134,6 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
 
 def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
     whole = WHOLE_MODELS.get(config.model_type)
-    given = dict(source.processor or {})
-    square = given.pop("pad_to_square", False)
     if whole is not None and whole.processor is not None:
         processor = whole.processor(modality)
     elif is_heard(modality):
@@ -144,14 +141,9 @@ def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
     else:
         replacement: Any = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
         processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.where)
+    if not source.processor:
+        return processor
     settings = processor.to_dict()
-    if unknown := sorted(set(given) - set(settings)):
+    if unknown := sorted(set(source.processor) - set(settings)):
         raise InputError(f"processor has the unknown setting {unknown[0]!r}; known are {', '.join(sorted(settings))}")
-    if given or square:
-        cls = type(processor)
-        if square:
-            if not {"image_mean", "do_center_crop"} <= set(settings):
-                raise InputError(f"pad_to_square is for images that are resized and cropped; {cls.__name__} does not")
-            cls = LlavaImageProcessorPil
-        processor = cls.from_dict({**settings, **given, **({"do_pad": True} if square else {})})
-    return processor
+    return type(processor).from_dict({**settings, **source.processor})

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from anygpt.encoders.callbacks import EncoderCallbacks, with_features
-from anygpt.encoders.families import FAMILIES, EncoderFamily
-from anygpt.encoders.projector import (
-    FIXED_LAYOUT_ONLY,
-    MultimodalProjector,
-    MultimodalProjectorConfig,
-    hidden_size_of,
-)
+from anygpt.encoders.families import FAMILIES, UNKNOWN, EncoderFamily
+from anygpt.encoders.projector import FIXED_LAYOUT_ONLY, MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
 from anygpt.errors import InputError
 
 FEATURES = "features"
@@ -85,7 +80,12 @@ class ModalEncoderModule(nn.Module):
         if callbacks is not None and any(function is not None for function in functions):
             raise InputError("ModalEncoderModule takes callbacks= or single callback functions, not both")
         self.module = model if model is not None else module
-        _check_encoder(self.module)
+        if tokens := sorted(argument_names(self.module) & {"input_ids", "decoder_input_ids"}):
+            raise InputError(
+                f"{type(base_model(self.module)).__name__} reads {tokens[0]}, so it is no encoder of media; give its "
+                "media part alone (CLIPVisionModel in place of CLIPModel, whisper.get_encoder() in place of "
+                "WhisperModel, …)"
+            )
         if callbacks is None and not any(functions):
             callbacks = getattr(base_model(self.module), "anygpt_callbacks", None)
         self.projector = projector
@@ -102,15 +102,15 @@ class ModalEncoderModule(nn.Module):
         return base_model(self.module).config
 
     @property
-    def family(self) -> EncoderFamily | None:
-        """The encoder's entry in `FAMILIES`, or None."""
-        return FAMILIES.get(self.config.model_type)
+    def family(self) -> EncoderFamily:
+        """The encoder's entry in `FAMILIES`."""
+        return FAMILIES.get(self.config.model_type, UNKNOWN)
 
     @property
     def input_names(self) -> set[str]:
         """Names of all accepted inputs: the encoder's arguments, the processor's names for them, the callbacks' own."""
-        names = argument_names(self.module) | set(self.additional_args) | {FEATURES}
-        return names | {*self.family.arguments, *self.family.counted_by} if self.family else names
+        names = argument_names(self.module) | {*self.additional_args, FEATURES}
+        return names | {*self.family.arguments, *self.family.counted_by}
 
     @property
     def own_functions(self) -> list[str]:
@@ -124,14 +124,13 @@ class ModalEncoderModule(nn.Module):
         Raises:
             InputError: the config does not state it.
         """
-        family_size = self.family.feature_size if self.family else None
-        size = family_size(self.config) if family_size else hidden_size_of(self.config)
+        size = (self.family.feature_size or hidden_size_of)(self.config)
         return self.callbacks.feature_size(size) if self.callbacks else size
 
     @property
     def projector_sizes(self) -> dict[str, int | None]:
         """Arguments of `MultimodalProjectorConfig` that the encoder determines."""
-        pool = self.family.pool_size if self.family else None
+        pool = self.family.pool_size
         return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
 
     def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
@@ -145,14 +144,9 @@ class ModalEncoderModule(nn.Module):
             InputError: a given projector does not fit; both sizes are named.
         """
         if self.projector is None:
-            self.projector = MultimodalProjector(
-                MultimodalProjectorConfig(
-                    **dict[str, Any](self.projector_sizes),
-                    out_features=out_features,
-                    projection_type=projection_type,
-                    activation=activation,
-                )
-            )
+            built: dict[str, Any] = {"projection_type": projection_type, "activation": activation}
+            built |= self.projector_sizes | {"out_features": out_features}
+            self.projector = MultimodalProjector(MultimodalProjectorConfig(**built))
         config = self.projector.config
         if config.out_features not in (None, out_features):
             raise InputError(
@@ -166,7 +160,7 @@ class ModalEncoderModule(nn.Module):
                 f"the encoder gives features of size {self.feature_size}, but its projector expects "
                 f"{config.in_features}"
             )
-        if config.projection_type in FIXED_LAYOUT_ONLY and self.family and self.family.layout != "fixed":
+        if config.projection_type in FIXED_LAYOUT_ONLY and self.family.layout != "fixed":
             raise InputError(
                 f"a {config.projection_type} projector needs inputs of one size, but {self.config.model_type!r} gives "
                 "each input features of its own number; use 'linear' or 'mlp'"
@@ -187,32 +181,24 @@ class ModalEncoderModule(nn.Module):
             if len(inputs) > 1:
                 raise InputError(f"features stand in place of all inputs, but there are {', '.join(inputs)} as well")
             return self._project(inputs[FEATURES])
-        if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs)
-        output = self._encode(inputs)
-        if self.postprocess_module_callback is not None:
-            output = self.postprocess_module_callback(inputs, output)
+        inputs, output = self._encode(inputs)
         output = self.projector(output)
-        if self.family is not None and self.family.layout != "fixed":
+        if self.family.layout != "fixed":
             counts = map(self.projector.config.features_after, self.family.count(self.config, inputs))
             output = with_features(output, self._split(output, list(counts)))
         if self.postprocess_projector_callback is not None:
             output = self.postprocess_projector_callback(inputs, output)
-        return output if isinstance(output, (Tensor, list)) else output[0]
+        return output if isinstance(output, list) else _first(output)
 
     def encode(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Input of the projector for each input, `(n, features)`, without padding.
 
         `forward(inputs)` equals `forward({"features": encode(inputs)})` if no callback follows the projector.
         """
-        if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs)
-        output = self._encode(inputs)
-        if self.postprocess_module_callback is not None:
-            output = self.postprocess_module_callback(inputs, output)
-        if self.family is not None and self.family.layout != "fixed":
+        inputs, output = self._encode(inputs)
+        if self.family.layout != "fixed":
             return self._split(output, self.family.count(self.config, inputs))
-        return list(output if isinstance(output, Tensor) else output[0])
+        return list(_first(output))
 
     def _project(self, features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(features, Tensor):
@@ -222,23 +208,30 @@ class ModalEncoderModule(nn.Module):
         counts = [self.projector.config.features_after(len(item)) for item in features]
         return list(self.projector(torch.cat(features)).split(counts))
 
-    def _encode(self, inputs: dict[str, Any]) -> Any:
-        """Run the encoder on its own arguments; returns its output with the features first."""
-        family, known = self.family, argument_names(self.module)
-        names = family.arguments if family else {}
-        known |= {"output_hidden_states", "return_dict"}  # accepted even if not in the signature
-        arguments = {names.get(name, name): value for name, value in inputs.items()}
-        arguments = {name: value for name, value in arguments.items() if name in known}
-        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
-        arguments = {name: _cast(value, dtype) for name, value in arguments.items()}
-        if family and family.prepare:
+    def _encode(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The inputs and the encoder's output, with the features first, after the callbacks around the encoder."""
+        family, dtype = self.family, next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        if self.preprocess_callback is not None:
+            inputs = self.preprocess_callback(inputs)
+        known = argument_names(self.module) | {"output_hidden_states", "return_dict"}  # often not in the signature
+        arguments = {family.arguments.get(name, name): value for name, value in inputs.items()}
+        arguments = {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in arguments.items()
+            if name in known
+        }
+        if family.prepare:
             arguments = family.prepare(self.config, arguments)
         output = self.module(**arguments)
-        return with_features(output, family.select(self.config, output)) if family and family.select else output
+        if family.select:
+            output = with_features(output, family.select(self.config, output))
+        if self.postprocess_module_callback is not None:
+            output = self.postprocess_module_callback(inputs, output)
+        return inputs, output
 
     def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
         """Features of each input, `(n, …)`, from padded or packed ones."""
-        features = output if isinstance(output, Tensor) else output[0]
+        features = _first(output)
         if self.family.layout == "packed":
             return list(features.split(counts))
         return [item[:count] for item, count in zip(features, counts, strict=True)]
@@ -251,23 +244,12 @@ def count_features(
     inputs: Mapping[str, Any],
 ) -> list[int] | None:
     """See `ModalEncoderModule.count_features`; a function, since a saved processor has no encoder."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
+    if config.model_type not in FAMILIES:
         return None
-    counts = callbacks.count(config, inputs) if callbacks else family.count(config, inputs)
+    counts = callbacks.count(config, inputs) if callbacks else FAMILIES[config.model_type].count(config, inputs)
     return [projector.features_after(count) for count in counts]
 
 
-def _check_encoder(module: nn.Module) -> None:
-    """Reject models that need text input; the message suggests a replacement."""
-    tokens = sorted(argument_names(module) & {"input_ids", "decoder_input_ids"})
-    if tokens:
-        raise InputError(
-            f"{type(base_model(module)).__name__} reads {tokens[0]}, so it is no encoder of media; give its media part "
-            "alone (CLIPVisionModel in place of CLIPModel, whisper.get_encoder() in place of WhisperModel, …)"
-        )
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Cast floating-point inputs to the encoder's dtype; other values are unchanged."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None else value
+def _first(output: Any) -> Tensor:
+    """The features: the output itself, or its first entry."""
+    return output if isinstance(output, Tensor) else output[0]

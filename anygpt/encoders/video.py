@@ -11,44 +11,31 @@ from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.families import FAMILIES, UNKNOWN
 from anygpt.encoders.projector import hidden_size_of
 from anygpt.errors import InputError
 
 
 class VideoEncoderConfig(PreTrainedConfig):
-    """Config of a `VideoEncoder`.
-
-    Args:
-        image_encoder: config of the image encoder, or its dict.
-        num_frames: frames sampled from a clip.
-        pool_frames, feature_layer, drop_cls: see `VideoEncoder`.
-    """
+    """Config of a `VideoEncoder`: the image encoder's config or its dict, and how frames are read (see there)."""
 
     model_type = "anygpt_video_encoder"
 
-    def __init__(
-        self,
-        image_encoder: PreTrainedConfig | dict | None = None,
-        num_frames: int = 8,
-        pool_frames: bool = True,
-        feature_layer: int | None = None,
-        drop_cls: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        if isinstance(image_encoder, dict):
-            image_encoder = AutoConfig.for_model(**image_encoder)
-        self.image_encoder: Any = image_encoder
-        self.num_frames = num_frames
-        self.pool_frames = pool_frames
-        self.feature_layer = feature_layer
-        self.drop_cls = drop_cls
+    image_encoder: Any = None
+    num_frames: int = 8
+    pool_frames: bool = True
+    feature_layer: int | None = None
+    drop_cls: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if isinstance(self.image_encoder, dict):
+            self.image_encoder = AutoConfig.for_model(**self.image_encoder)
 
     @property
     def hidden_size(self) -> int:
-        family = FAMILIES.get(self.image_encoder.model_type)
-        return ((family and family.feature_size) or hidden_size_of)(self.image_encoder)
+        family = FAMILIES.get(self.image_encoder.model_type, UNKNOWN)
+        return (family.feature_size or hidden_size_of)(self.image_encoder)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}
@@ -64,9 +51,8 @@ class VideoEncoder(PreTrainedModel):
     Args:
         image_encoder: any encoder whose first output is `(items, n, features)`.
         num_frames: frames sampled from a clip.
-        pool_frames: one feature per frame instead of all.
-        feature_layer: index of the hidden states to read; the encoder's output if None.
-        drop_cls: drop the class token of each frame.
+        settings: `pool_frames`: one feature per frame instead of all; `feature_layer`: index of the hidden states to
+            read instead of the encoder's output; `drop_cls`: drop the class token of each frame.
     """
 
     settings = ("num_frames", "pool_frames", "feature_layer", "drop_cls")
@@ -74,21 +60,14 @@ class VideoEncoder(PreTrainedModel):
     main_input_name = "pixel_values_videos"
     base_model_prefix = "image_encoder"
 
-    def __init__(
-        self,
-        image_encoder: PreTrainedModel,
-        num_frames: int = 8,
-        pool_frames: bool = True,
-        feature_layer: int | None = None,
-        drop_cls: bool = False,
-    ):
+    def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8, **settings: Any):
         family = FAMILIES.get(image_encoder.config.model_type)
         if family is not None and (family.layout != "fixed" or family.main_input != "pixel_values"):
             raise InputError(
                 f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
                 "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"
             )
-        super().__init__(VideoEncoderConfig(image_encoder.config, num_frames, pool_frames, feature_layer, drop_cls))
+        super().__init__(VideoEncoderConfig(image_encoder=image_encoder.config, num_frames=num_frames, **settings))
         self.image_encoder = image_encoder
         self.post_init()
 

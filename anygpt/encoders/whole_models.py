@@ -77,10 +77,7 @@ WHOLE_MODELS: dict[str, Whole] = {
     "vit_mae": Whole(_vit_of_mae, {"vit.": "", "decoder.": None}),
     "clap": Whole(
         _audio,
-        {
-            "audio_model.": "",
-            **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_")),
-        },
+        {"audio_model.": "", **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_"))},
         heard=True,
     ),
     "qwen2_audio": Whole(_audio, _tower("audio_tower"), heard=True),

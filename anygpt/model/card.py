@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from anygpt.errors import InputError
-from anygpt.model.loading import part_entries, read_config
+from anygpt.model.loading import read_config
 from anygpt.parts.source import Source
 
 _TEXT = """---
@@ -18,7 +17,7 @@ _TEXT = """---
 
 # {title}
 
-An any-to-any composition of pretrained parts, made with AnyGPT: it reads {inputs} and answers with {outputs}.
+An any-to-any composition of pretrained parts, made with AnyGPT: it reads {reads} and answers with {makes}.
 
 | part | class | from | revision | licence |
 |---|---|---|---|---|
@@ -41,32 +40,33 @@ def write_card(folder: Path, repo_id: str) -> None:
     """Write the card of a saved composition as its `README.md`."""
     config = read_config(folder)
     rows, bases = [], []
-    for name, entry in part_entries(config).items():
-        source = Source(**entry["source"]) if entry["source"] else None
-        origin, revision, licence = f"this repository, `parts/{name}`", "", "see its origin"
-        if source is not None:
+    for name, entry in config.parts.items():
+        row = [f"this repository, `parts/{name}`", "", "see its origin"]
+        if entry["source"]:
+            source = Source(**entry["source"])
             bases.append(source.path)
-            origin, revision = f"[{source.path}](https://huggingface.co/{source.path})", source.revision or "main"
-            licence = _licence(source)
-        adapter = " and an adapter" if entry["adapter"] else ""
-        rows.append(f"| {name} | {entry['class'].rpartition('.')[2]}{adapter} | {origin} | {revision} | {licence} |")
+            origin = f"[{source.path}](https://huggingface.co/{source.path})"
+            row = [origin, source.revision or "main", _licence(source)]
+        kind = entry["class"].rpartition(".")[2] + (" and an adapter" if entry["adapter"] else "")
+        rows.append(f"| {' | '.join([name, kind, *row])} |")
+    reads, makes = (
+        ", ".join(["text", *dict.fromkeys(entry["modality"] for entry in entries.values())])
+        for entries in (config.encoders, config.decoders)
+    )
     data = ModelCardData(library_name="anygpt", pipeline_tag="any-to-any", base_model=bases or None)
-    media = [[entry["modality"] for entry in entries.values()] for entries in (config.encoders, config.decoders)]
+    trained = "Nothing is noted of its training."
+    if notes := config.trained:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in notes["losses"].items())
+        trained = (
+            f"Trained in {notes['stage']} for {notes['updates']} updates: {', '.join(notes['parts'])}. "
+            f"At the end: {losses or 'no loss was taken'}."
+        )
+    title, parts = repo_id.rpartition("/")[2], "\n".join(rows)
     (folder / "README.md").write_text(
         _TEXT.format(
-            data=data.to_yaml(),
-            title=repo_id.rpartition("/")[2],
-            inputs=_listed(media[0]),
-            outputs=_listed(media[1]),
-            parts="\n".join(rows),
-            trained=_trained(config.trained),
-            repo_id=repo_id,
+            data=data.to_yaml(), title=title, reads=reads, makes=makes, parts=parts, trained=trained, repo_id=repo_id
         )
     )
-
-
-def _listed(media: list[str]) -> str:
-    return ", ".join(["text", *dict.fromkeys(media)])
 
 
 def _licence(source: Source) -> str:
@@ -75,13 +75,3 @@ def _licence(source: Source) -> str:
         return str((metadata_load(card) or {}).get("license", "unknown")) if card else "unknown"
     except (InputError, OSError, ValueError):
         return "unknown"
-
-
-def _trained(notes: dict[str, Any] | None) -> str:
-    if not notes:
-        return "Nothing is noted of its training."
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in notes["losses"].items())
-    return (
-        f"Trained in {notes['stage']} for {notes['updates']} updates: {', '.join(notes['parts'])}. "
-        f"At the end: {losses or 'no loss was taken'}."
-    )

@@ -20,27 +20,21 @@ from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, load
 
-# Prefixes of tensor names in whole models' files, and what replaces them in the language model; None for tensors of
-# other parts. As in `anygpt.encoders.whole_models`.
-_REST = ("model.multi_modal_projector.", "model.vision_tower.", "model.audio_tower.", "model.image_newline")
-_BESIDE = {
+WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
+_OTHERS = ("multi_modal_projector.", "vision_tower.", "audio_tower.", "image_newline", "visual.")
+# Prefixes of tensor names in their files, and what replaces them, as in `anygpt.encoders.whole_models`.
+_NAMES: dict[str, str | None] = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
-    **dict.fromkeys(_REST),
-    **dict.fromkeys(name.removeprefix("model.") for name in _REST),
-}
-_QWEN2_VL = {"model.language_model.": "model.", "model.visual.": None, "visual.": None}
-WHOLE_MODELS: dict[str, dict[str, str | None]] = {
-    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio"), _BESIDE),
-    "qwen2_vl": _QWEN2_VL,
+    **{prefix + name: None for prefix in ("model.", "") for name in _OTHERS},
 }
 
 
 def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
     """A causal language model with its head, loaded strictly.
 
-    From a whole multimodal model (LLaVA, Qwen2-VL, …: `WHOLE_MODELS`) only the language model's tensors are read.
+    From a whole multimodal model (`WHOLE_MODELS`) only the language model's tensors are read.
 
     Args:
         path: folder, hub id or `zoo:<name>`.
@@ -52,33 +46,23 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
     source = Source.of(path, options)
 
     def build() -> nn.Module:
+        given = source.model_options()
         if source.gguf_file is not None:
-            return AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                gguf_file=source.gguf_file,
-                dtype=source.torch_dtype or "auto",
-                **source.where,
-                **source.model_options(),
-            )
+            dtype = source.torch_dtype or "auto"
+            given |= {"gguf_file": source.gguf_file, "dtype": dtype, **source.where}
+            return AutoModelForCausalLM.from_pretrained(source.folder, **given)
         source.place.config()
-        config = AutoConfig.from_pretrained(source.folder, **source.where)
-        names = WHOLE_MODELS.get(config.model_type, {})
-        own = config
-        if names:
+        config = own = AutoConfig.from_pretrained(source.folder, **source.where)
+        whole = config.model_type in WHOLE_MODELS
+        if whole:
             own = copy.deepcopy(config.get_text_config())
             own.tie_word_embeddings = config.tie_word_embeddings  # only the whole model's setting is reliable
-        ours = {Qwen2VLForCausalLM.config_class: Qwen2VLForCausalLM}
-        if type(own) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(own) not in ours:
+        is_qwen2_vl = type(own) is Qwen2VLForCausalLM.config_class
+        cls = Qwen2VLForCausalLM if is_qwen2_vl else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(own), None)
+        if cls is None:
             raise InputError(f"a {config.model_type!r} model is no causal language model")
-        return load_network(
-            ours.get(type(own)) or MODEL_FOR_CAUSAL_LM_MAPPING[type(own)],
-            own,
-            source.place,
-            names=names,
-            dtype=source.torch_dtype,
-            fallback_dtype=config.dtype,
-            **source.model_options(),
-        )
+        given |= {"dtype": source.torch_dtype, "fallback_dtype": config.dtype}
+        return load_network(cls, own, source.place, names=_NAMES if whole else {}, **given)
 
     return load(source, "language model", build)
 

@@ -117,7 +117,6 @@ class MultimodalModel(Composition):
             for key, decoder in decoders.items()
             if not any(p.requires_grad for p in decoder.module.parameters())
         }
-        self.sources = saving.KnownSources(self)
         self.config = MultimodalConfig.of(self)
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Module:
@@ -243,11 +242,7 @@ class MultimodalModel(Composition):
 
     @torch.no_grad()
     def read_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        text_states: Reader | None = None,
-        **inputs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, text_states: Reader | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
         """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}

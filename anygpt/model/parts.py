@@ -1,41 +1,43 @@
-"""Pretrained parts: their sources, loaders and fingerprints.
-
-A part is an encoder, a language model or a diffusion pipeline, named by a hub id, a folder, or `zoo:<name>` for one of
-the tiny parts of `anygpt.toyworld`.
-"""
+"""Pretrained parts in memory: their names, sources, tensors and callbacks, as a saved composition describes them."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import xxhash
 from peft import PeftModel
 from torch import nn
 
+from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
-from anygpt.decoders.loading import load_decoder
 from anygpt.encoders.callbacks import SavedCallback
-from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
-from anygpt.model.language_models import load_language_model, load_tokenizer
+from anygpt.parts.manifest import fingerprint_tensors
 from anygpt.parts.source import Source
-
-__all__ = [
-    "Source",
-    "load_decoder",
-    "load_encoder",
-    "load_encoder_processor",
-    "load_language_model",
-    "load_tokenizer",
-]
 
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
+
+
+def part_modules(model: Composition) -> dict[str, nn.Module]:
+    return {
+        **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},
+        "language_model": model.language_model,
+        **{f"{key}_decoder": decoder.module for key, decoder in model.decoders.items()},
+    }
+
+
+def own_tensors(model: Composition) -> dict[str, torch.Tensor]:
+    """Tensors that belong to no pretrained part: projectors, signal tokens, layer mixes."""
+    prefixes = tuple(f"{name}." if name == "language_model" else f"{name}.module." for name in part_modules(model))
+    return {n: tensor.detach() for n, tensor in model.state_dict().items() if not n.startswith(prefixes)}
+
+
+def is_peft(part: Any) -> bool:
+    return isinstance(part, PeftModel)
 
 
 def source_of(part: nn.Module) -> Source | None:
@@ -46,38 +48,30 @@ def source_of(part: nn.Module) -> Source | None:
     path = part.pipeline.name_or_path if isinstance(part, DiffusionDecoder) else part.name_or_path
     if not path:
         return None
-    is_video = isinstance(part, VideoEncoder)
-    frames = {name: getattr(part.config, name) for name in VideoEncoder.settings} if is_video else {}
-    dtype = next(part.parameters()).dtype
+    frames = VideoEncoder.settings if isinstance(part, VideoEncoder) else ()
     revision = getattr(getattr(part, "config", None), "_commit_hash", None)
-    return Source(str(path), revision=revision, dtype=str(dtype).removeprefix("torch."), **frames)
+    options = {name: getattr(part.config, name) for name in frames}
+    return Source(str(path), revision=revision, dtype=next(part.parameters()).dtype, **options)
 
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:
     """A part's tensors under their original names, without PEFT's adapters and wrappers."""
     adapters = set(part.peft_config) if is_peft(part) else set()
-    state = {}
-    for name, tensor in base_model(part).state_dict().items():
-        if adapters.isdisjoint(name.split(".")):
-            state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-    return state
+    return {
+        unwrapped(name): tensor
+        for name, tensor in base_model(part).state_dict().items()
+        if adapters.isdisjoint(name.split("."))
+    }
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without PEFT's wrappers."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def fingerprint(part: nn.Module) -> str:
-    """The xxh3 hash of all parameters and buffers of a part without its adapters.
-
-    It detects that a frozen part is not the one the rest was trained with; it is not cryptographic.
-    """
+    """Hash of all parameters and buffers of a part without its adapters."""
     return fingerprint_tensors(own_state(part))
-
-
-def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The xxh3 hash of tensors' names, shapes, dtypes and bytes."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def class_name(part: nn.Module) -> str:
@@ -106,11 +100,3 @@ def build_callback(entry: dict[str, Any] | None) -> Any:
     if not issubclass(cls, SavedCallback):
         raise InputError(f"the checkpoint names {entry['class']!r} as a callback, which it is not")
     return cls(**entry["settings"])
-
-
-def is_peft(part: nn.Module) -> bool:
-    return isinstance(part, PeftModel)
-
-
-def source_dict(source: Source | None) -> dict[str, Any] | None:
-    return None if source is None else source.to_dict()

@@ -14,13 +14,17 @@ own matrices hold the signal tokens' rows.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
@@ -29,40 +33,13 @@ from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.model.card import write_card
 from anygpt.model.configuration import MultimodalConfig
-from anygpt.model.loading import load_source, own_tensors, part_entries, part_modules
-from anygpt.model.parts import Source, fingerprint, is_peft, own_state, source_of
-from anygpt.model.standalone import merge_adapter, write_signal_rows
+from anygpt.model.loading import load_source
+from anygpt.model.parts import fingerprint, is_peft, own_state, own_tensors, part_modules, source_of, unwrapped
 from anygpt.parts.manifest import MANIFEST
-from anygpt.parts.publishing import let_umask_decide, push
+from anygpt.parts.publishing import PUSH_ARGUMENTS, let_umask_decide, push
+from anygpt.sequence.signal_tokens import SignalTokens
 
 SHARD = "50GB"
-
-
-class KnownSources:
-    """Fingerprints of parts at construction, which tell whether their sources still supply them."""
-
-    def __init__(self, model: Composition):
-        self.fingerprints = {
-            name: getattr(base_model(part), "anygpt_fingerprint", None) or fingerprint(part)
-            for name, part in part_modules(model).items()
-            if source_of(part) is not None
-        }
-        self._same: dict[str, bool] = {}
-
-    def supply(self, name: str, part: nn.Module, entry: dict[str, Any]) -> bool:
-        """Whether loading the part's source again would give the part in its current state."""
-        if entry["fingerprint"] != self.fingerprints.get(name):
-            return False
-        if name not in self._same:
-            # A part that the caller loaded may have been changed before (resized embeddings, a merged adapter), or be
-            # of another class than ours, so compare it once with its source.
-            ours = hasattr(base_model(part), "anygpt_source")
-            try:
-                same = ours or fingerprint(load_source(Source(**entry["source"]), entry)) == entry["fingerprint"]
-            except InputError:
-                same = False
-            self._same[name] = same
-        return self._same[name]
 
 
 def save_pretrained(
@@ -80,8 +57,8 @@ def save_pretrained(
 ) -> None:
     """Write the composition into `folder`.
 
-    A part with a source is saved as a reference to it if its tensors are unchanged since the model was made; other
-    parts are written whole under `parts/`. File permissions follow the umask.
+    A part with a source is saved as a reference to it if its tensors are those of the source; other parts are written
+    whole under `parts/`. File permissions follow the umask.
 
     Args:
         folder: created if missing.
@@ -98,7 +75,7 @@ def save_pretrained(
     Raises:
         InputError: an unknown argument.
     """
-    if unknown := sorted(set(hub) - set(PUSH_ARGUMENTS if push_to_hub else ())):
+    if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
         raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
     if not safe_serialization:
         raise InputError("safe_serialization can only be True: nothing is ever pickled")
@@ -108,21 +85,19 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous content
     config = MultimodalConfig.of(model)
-    modules = part_modules(model)
-    if merge:
-        modules = {name: merge_adapter(part) for name, part in modules.items()}
-    for name, entry in part_entries(config).items():
-        part = modules[name]
+    for name, part in part_modules(model).items():
+        entry = config.parts[name]
+        if merge:
+            part = _merge_adapter(part)
         entry["adapter"] = is_peft(part)
         if merge and name == "language_model" and model.signal_tokens.ids:
             entry["vocab_size"] = part.get_input_embeddings().weight.shape[0]
-            part = write_signal_rows(part, model.signal_tokens, (model.token_ids or {}).values())
+            part = _write_signal_rows(part, model.signal_tokens, (model.token_ids or {}).values())
         entry["fingerprint"] = fingerprint(part)
         source = source_of(part)
         whole = standalone or source is None or (portable and not source.is_hub_id)
-        if whole or not model.sources.supply(name, part_modules(model)[name], entry):
-            entry["source"] = None
-            entry["dtypes"] = _dtypes(part)
+        if whole or not _supplies(part, entry):
+            entry["source"], entry["dtypes"] = None, _dtypes(part)
             _save_part(part, folder / "parts" / name, max_shard_size)
         if entry["adapter"]:
             part.save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
@@ -140,9 +115,6 @@ def save_pretrained(
     let_umask_decide(folder)
     if push_to_hub:
         push(folder, **{"repo_id": folder.name} | hub)
-
-
-PUSH_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 def push_to_hub(
@@ -164,14 +136,26 @@ def push_to_hub(
         return push(folder, repo_id, **options)
 
 
+def _supplies(part: nn.Module, entry: dict[str, Any]) -> bool:
+    """Whether loading the part's source again would give the part in its current state."""
+    inner = base_model(part)
+    if not hasattr(inner, "anygpt_fingerprint"):
+        # A part that the caller loaded may have been changed before (resized embeddings, a merged adapter), or be of
+        # another class than ours, so compare it once with its source.
+        try:
+            inner.anygpt_fingerprint = load_source(entry).anygpt_fingerprint
+        except InputError:
+            return False
+    return inner.anygpt_fingerprint == entry["fingerprint"]
+
+
 def _dtypes(part: nn.Module) -> dict[str, list[str]]:
     """Names of a part's floating-point tensors by dtype; an empty list if there is only one dtype."""
     inner = base_model(part)
     found: dict[str, list[str]] = {}
     for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:
         if tensor.is_floating_point():
-            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-            found.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
+            found.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(unwrapped(name))
     return found if len(found) > 1 else {dtype: [] for dtype in found}
 
 
@@ -184,3 +168,47 @@ def _save_part(part: nn.Module, folder: Path, max_shard_size: int | str) -> None
         prefix = f"{VideoEncoder.base_model_prefix}."
         inner, state = inner.image_encoder, {name.removeprefix(prefix): t for name, t in state.items()}
     inner.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+
+def _merge_adapter(part: nn.Module) -> nn.Module:
+    """A copy of a part with its adapter merged into its weights; the part itself if it has no adapter."""
+    if not is_peft(part):
+        return part
+    merged = copy.deepcopy(part).merge_and_unload()
+    merged.anygpt_source = None  # its source has other weights
+    return merged
+
+
+@torch.no_grad()
+def _write_signal_rows(
+    language_model: PreTrainedModel, signal: SignalTokens, other_ids: Iterable[int]
+) -> PreTrainedModel:
+    """A copy of a language model whose matrices hold the signal tokens' rows, so that it needs no `SignalTokens`.
+
+    Logits equal those inside `SignalTokens.attached`, except for tokens that are never generated (the encoders'
+    placeholders `other_ids`, learned queries), whose output rows are zero and which the generation config suppresses.
+    Embedding and head are no longer tied.
+    """
+    model = copy.deepcopy(language_model)
+    model.anygpt_source = None
+    before = model.get_input_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    unsaid = sorted({*other_ids, *signal.query_ids})
+    size = max([before - 1, *unsaid, *(i for ids in signal.ids.values() for i in ids)]) + 1
+    if size > before:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.weight[before:] = 0
+    head.weight[before:] = 0
+    for key, ids in signal.ids.items():
+        said = ids[: len(signal.output_rows[key])]
+        embedding.weight[ids] = signal.input_rows[key].to(embedding.weight)
+        head.weight[said] = signal.output_rows[key].to(head.weight)
+        if getattr(head, "bias", None) is not None:
+            head.bias[said] = 0
+    if model.generation_config is not None and unsaid:
+        model.generation_config.suppress_tokens = unsaid
+    return model

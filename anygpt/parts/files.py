@@ -57,9 +57,13 @@ class Place:
     def __str__(self) -> str:
         return f"{self.path}/{self.subfolder}" if self.subfolder else str(self.path)
 
+    @property
+    def taken_for(self) -> str:
+        """What an error about a path that is no folder adds."""
+        return "" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)"
+
     def inside(self, subfolder: str) -> Place:
-        joined = f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder
-        return replace(self, subfolder=joined)
+        return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
 
     def file(self, name: str) -> Path | None:
         """Path of a file, downloaded if necessary; None if it does not exist."""
@@ -74,17 +78,15 @@ class Place:
                 **self.hub,
             )
         except OSError as error:
-            if isinstance(error.__cause__, GatedRepoError):
-                raise InputError(
-                    f"{self.path!r} is gated: accept its terms at {ENDPOINT}/{self.path}, then run `hf auth login` or "
-                    "set HF_TOKEN"
-                ) from error
-            if isinstance(error.__cause__, RepositoryNotFoundError):
-                raise InputError(
-                    f"there is no {self.path!r} at the hub, or it is private: look at its spelling, or run `hf auth "
-                    "login`"
-                ) from error
-            raise
+            if not isinstance(error.__cause__, RepositoryNotFoundError):
+                raise
+            raise InputError(
+                f"{self.path!r} is gated: accept its terms at {ENDPOINT}/{self.path}, then run `hf auth login` or set "
+                "HF_TOKEN"
+                if isinstance(error.__cause__, GatedRepoError)
+                else f"there is no {self.path!r} at the hub, or it is private: look at its spelling, or run `hf auth "
+                "login`"
+            ) from error
         return Path(found) if found else None
 
     def config(self) -> dict[str, Any]:
@@ -96,11 +98,8 @@ class Place:
         content = self.json("config.json")
         if content is None:
             pipeline = self.file("model_index.json") is not None
-            raise InputError(
-                f"{self} has no config.json"
-                + ("; it holds a diffusers pipeline, which is a decoder" if pipeline else ", or cannot be reached")
-                + ("" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)")
-            )
+            hint = "; it holds a diffusers pipeline, which is a decoder" if pipeline else ", or cannot be reached"
+            raise InputError(f"{self} has no config.json{hint}{self.taken_for}")
         if "model_type" not in content:
             raise InputError(f"{self}/config.json names no model_type; expected a model that transformers saved")
         return content
@@ -110,11 +109,10 @@ class Place:
         if Path(self.path).is_dir():
             return Path(self.path, self.subfolder)
         formats = [".msgpack", ".onnx", ".h5", ".ckpt", *PICKLES, *([] if weights else SAFETENSORS)]
-        inside = f"{self.subfolder}/" if self.subfolder else ""
         folder = snapshot_download(
             self.path,
             revision=self.revision,
-            allow_patterns=[f"{inside}*"],
+            allow_patterns=[f"{self.subfolder}/*" if self.subfolder else "*"],
             ignore_patterns=[f"*{suffix}" for suffix in formats],
             **self.hub,
         )
@@ -136,35 +134,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a network by name.
+    """The weight files of a network.
 
     Attributes:
-        place: folder of the files.
-        entry: the weight file, or the index of shards.
-        files: file of each tensor.
+        entry: the file, or the index of its shards.
+        files: the opened files by path.
         variant: variant of the files.
     """
 
-    place: Place
     entry: Path
-    files: Mapping[str, Path]
+    files: Mapping[Path, Any]
     variant: str | None = None
-    _opened: dict[Path, Any] = field(default_factory=dict)
 
     @property
     def pickled(self) -> bool:
-        return next(iter(self.files.values())).suffix in PICKLES
+        return any(path.suffix in PICKLES for path in self.files)
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Yield names and lazy tensors: slices of safetensors, or tensors mapped from disk."""
-        for name, path in self.files.items():
-            handle = self._open(path)
-            yield name, handle[name] if isinstance(handle, Mapping) else handle.get_slice(name)
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._opened:
-            self._opened[path] = _read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
-        return self._opened[path]
+        for file in self.files.values():
+            for name in file.keys():  # noqa: SIM118 (safetensors' files cannot be iterated)
+                yield name, file[name] if isinstance(file, Mapping) else file.get_slice(name)
 
 
 def open_composition(path: str | Path, **hub: Any) -> Path:
@@ -177,16 +167,16 @@ def open_composition(path: str | Path, **hub: Any) -> Path:
     Raises:
         InputError: missing, or a file differs from the manifest.
     """
-    where = {name: hub.pop(name) for name in ("revision", "subfolder") if hub.get(name)}
     hub = {name: value for name, value in hub.items() if value is not None}
+    where = {name: hub.pop(name) for name in ("revision", "subfolder") if name in hub}
     place = Place(str(path), **where, hub=hub)
-    is_path = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if is_path and not Path(path).is_dir():
-        raise InputError(f"{path} does not exist; expected a run's final/ folder")
-    if not Path(path).is_dir() and place.file("config.json") is None and place.file("processor_config.json") is None:
-        raise InputError(
-            f"{path} does not exist: there is no such folder, and no composition of that id can be reached"
-        )
+    if not Path(path).is_dir():
+        if isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise InputError(f"{path} does not exist; expected a run's final/ folder")
+        if place.file("config.json") is None and place.file("processor_config.json") is None:
+            raise InputError(
+                f"{path} does not exist: there is no such folder, and no composition of that id can be reached"
+            )
     folder = place.download()
     if (folder / MANIFEST).is_file() and (fault := find_fault(folder)) is not None:
         raise InputError(f"{folder} is damaged, or was changed since it was written: {fault}; copy it again")
@@ -220,7 +210,7 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
                 _say_once(f"{place} has no files of variant {place.variant!r}; those without a variant are read")
             if suffixes is PICKLES:
                 _say_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
-            return Weights(place, entry, _files_of(place, entry, names or {}), variant)
+            return Weights(entry, _open_all(place, entry, names or {}), variant)
     if place.weights != "any" and (found := _first(place, PICKLES, place.variant) or _first(place, PICKLES, None)):
         raise InputError(
             f"{place} has its weights as {found.name} only, and pickled weights are refused by default; set weights: "
@@ -248,28 +238,28 @@ def _here(place: Place, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix in suffixes) if folder.is_dir() else []
 
 
-def _files_of(place: Place, entry: Path, names: Mapping[str, str | None]) -> dict[str, Path]:
+def _open_all(place: Place, entry: Path, names: Mapping[str, str | None]) -> dict[Path, Any]:
+    """Open the file, or the shards of an index that hold tensors of this network."""
     if entry.suffix != ".json":
-        return dict.fromkeys(_names_in(entry), entry)
+        return {entry: _open(entry)}
     index = (place.json(entry.name) or {}).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise InputError(f"{entry} is no index of shards: it has no weight_map")
-    files: dict[str, Path] = {}
+    files: dict[Path, Any] = {}
     for shard in sorted({shard for name, shard in index.items() if rename(names, name) is not None}):
         if Path(shard).name != shard or Path(shard).suffix not in SAFETENSORS + PICKLES:
             raise InputError(f"{entry} names the shard {shard!r}, which is no file of tensors beside it")
         path = place.file(shard)
         if path is None:
             raise InputError(f"{entry} names the shard {shard}, which is not there; download it again")
-        held = _names_in(path)
-        if lacking := sorted(name for name, of in index.items() if of == shard and name not in held):
-            raise InputError(f"{path} lacks {_some(lacking)}, which {entry.name} says is there")
-        files |= dict.fromkeys(held, path)
+        files[path] = _open(path)
+        if lacking := sorted({name for name, of in index.items() if of == shard} - set(files[path].keys())):
+            raise InputError(f"{path} lacks {some(lacking)}, which {entry.name} says is there")
     return files
 
 
-def _names_in(path: Path) -> set[str]:
-    return set(_read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path).keys())
+def _open(path: Path) -> Any:
+    return _read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -315,7 +305,7 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
     """The first names of a list and the number of others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,14 +1,15 @@
-"""`manifest.json`: size and digest of every file of a folder, to detect damaged or changed files."""
+"""Hashes: `manifest.json`, the digests of a folder's files, and fingerprints of a part's tensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import xxhash
 
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
 
 
 def write_manifest(folder: Path) -> None:
@@ -43,6 +44,18 @@ def find_fault(folder: Path) -> str | None:
 def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The xxh3 hash of tensors' names, shapes, dtypes and bytes.
+
+    It detects that a part is not the one the rest was trained with; it is not cryptographic.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, _some, dtype_of, find_weights, rename, shape_of
+from anygpt.parts.files import Place, Weights, dtype_of, find_weights, rename, shape_of, some
 
-NOTHING: Mapping[str, str | None] = {}
 _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
 
 
@@ -29,9 +29,8 @@ def shapes_only() -> Iterator[None]:
         _SHAPES_ONLY.reset(token)
 
 
-def wants_shapes_only() -> bool:
-    """Whether the caller is within `shapes_only`."""
-    return _SHAPES_ONLY.get()
+wants_shapes_only = _SHAPES_ONLY.get
+"""Whether the caller is within `shapes_only`."""
 
 
 def load_network(
@@ -39,7 +38,7 @@ def load_network(
     config: PreTrainedConfig,
     place: Place,
     *,
-    names: Mapping[str, str | None] = NOTHING,
+    names: Mapping[str, str | None] = {},
     optional: Mapping[str, Mapping[str, Any]] = {},
     dtype: torch.dtype | None = None,
     fallback_dtype: Any = None,
@@ -86,7 +85,8 @@ def load_network(
             ignore_mismatched_sizes=True,
             **options,
         )
-    integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and _is_float(network, name)]
+    floats = {name for name, parameter in network.named_parameters() if parameter.is_floating_point()}
+    integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and name in floats]
     faults = {
         "lacks": [_name_in_file(network, name, origin) for name in info["missing_keys"]],
         "has in another shape": [
@@ -107,10 +107,9 @@ def load_network(
 
 def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[str]]) -> None:
     """Raise one `InputError` that names the file and the tensors."""
-    found = [f"{verb} {_some(sorted(names))}" for verb, names in faults.items() if names]
+    found = [f"{verb} {some(sorted(names))}" for verb, names in faults.items() if names]
     if found:
-        files = sorted({path.name for path in weights.files.values()})
-        where = weights.entry if len(files) == 1 else f"{weights.entry} ({len(files)} shards)"
+        where = weights.entry if len(weights.files) == 1 else f"{weights.entry} ({len(weights.files)} shards)"
         raise InputError(
             f"{where} is not what a {cls.__name__} needs: it {'; it '.join(found)}. Nothing is filled with random "
             "numbers: download it again, or name the model that these weights are of"
@@ -132,13 +131,6 @@ def _without_their_report() -> Iterator[None]:
         reports.removeFilter(keep)
 
 
-def _is_float(network: torch.nn.Module, name: str) -> bool:
-    try:
-        return network.get_parameter(name).is_floating_point()
-    except AttributeError:
-        return False
-
-
 def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]) -> str:
     """Name that a missing tensor would have in the files, judged by the most similar tensor there."""
     try:
@@ -146,13 +138,14 @@ def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]
     except Exception:  # a tensor that the library splits or fuses: keep the model's name
         saved = []
     candidates = [name, *(saved if len(saved) == 1 else [])]
-    name, near = max(((one, other) for one in candidates for other in origin), key=lambda pair: _alike(*pair))
+    pairs = [(one, other) for one in candidates for other in origin]
+    name, near = max(pairs, key=_alike, default=(name, ""))
     there = origin.get(near, near)
-    kept = _alike(near[::-1], there[::-1])
+    kept = _alike((near[::-1], there[::-1]))
     before, after = near[: len(near) - kept], there[: len(there) - kept]
     return after + name.removeprefix(before) if name.startswith(before) else name
 
 
-def _alike(one: str, other: str) -> int:
+def _alike(names: tuple[str, str]) -> int:
     """Length of the common prefix."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return len(commonprefix(names))  # noqa: RUF071 (of characters, which is meant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,38 +21,29 @@ def let_umask_decide(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    create_pr: bool = False,
-) -> str:
+PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "commit_description", "create_pr")
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: Any = None, **commit: Any) -> str:
     """Upload a folder to a model repository, created if necessary; returns the URL of the commit.
 
+    Args:
+        private, token: of the repository and the Hub.
+        commit: `revision`, `commit_message`, `commit_description`, `create_pr`, as in `HfApi.upload_folder`.
+
     Raises:
-        InputError: the Hub rejects the upload.
+        InputError: an unknown argument, or the Hub rejects the upload.
     """
-    api = HfApi(token=token)
+    if unknown := sorted(set(commit) - set(PUSH_ARGUMENTS)):
+        raise InputError(f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(PUSH_ARGUMENTS)}")
+    api, commit = HfApi(token=token), {"commit_message": "Upload composition"} | commit
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload composition",
-            commit_description=commit_description,
-            create_pr=create_pr,
-        )
+        if commit.get("revision") is not None and not commit.get("create_pr"):
+            api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit).commit_url)
     except (HfHubHTTPError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"{repo_id!r} cannot be written at the hub: {reason}; run `hf auth login`, or give token="
         ) from error
-    return str(commit.commit_url)

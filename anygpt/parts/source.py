@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,11 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from anygpt.errors import InputError
 from anygpt.parts.files import WEIGHTS, Place
+from anygpt.parts.manifest import fingerprint_tensors
 
 ZOO_PREFIX = "zoo:"
 ZOO = Path(__file__).parents[1] / "toyworld" / "weights" / "zoo"
@@ -71,8 +73,7 @@ class EncoderSettings(PartSettings):
         feature_layer: index of the hidden states to read (-2 in LLaVA); by default as its whole model does, or the
             encoder's output.
         drop_cls: drop the class token.
-        processor: settings of its image processor or feature extractor (`do_center_crop: false`, `size: …`), and
-            `pad_to_square: true`, as in LLaVA 1.5.
+        processor: settings of its image processor or feature extractor (`do_center_crop: false`, `size: …`).
     """
 
     num_frames: Tokens | None = None
@@ -103,12 +104,10 @@ class Source(EncoderSettings):
     @classmethod
     def of(cls, path: str | Path | Source, options: dict[str, Any]) -> Source:
         """Build a source from a path and options as in YAML; raises `InputError` for an unknown option."""
-        if isinstance(path, Source):
-            path, options = path.path, {k: v for k, v in vars(path).items() if k != "path"} | options
         known = [field.name for field in fields(cls) if field.name != "path"]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"a part has no option {unknown[0]!r}; known are {', '.join(known)}")
-        return cls(str(path), **options)
+        return replace(path, **options) if isinstance(path, Source) else cls(str(path), **options)
 
     @property
     def folder(self) -> str:
@@ -143,8 +142,6 @@ class Source(EncoderSettings):
         if self.quantization_config:
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise InputError("quantization_config needs the package bitsandbytes, which is not installed")
-            from transformers import BitsAndBytesConfig
-
             options["quantization_config"] = BitsAndBytesConfig(**self.quantization_config)
         return options
 
@@ -163,9 +160,10 @@ def load(source: Source, kind: str, loader: Callable[[], Any]) -> Any:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load the {kind} {source.path!r}: a package is missing: {reason}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
-        where = "" if Path(source.folder).is_dir() else " (there is no such folder, so it is taken for a hub id)"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot load the {kind} {source.path!r}{where}: {reason}") from error
+        raise InputError(f"cannot load the {kind} {source.path!r}{source.place.taken_for}: {reason}") from error
     if isinstance(part, nn.Module):
         part.anygpt_source = source
+        if not any(parameter.is_meta for parameter in part.parameters()):
+            part.anygpt_fingerprint = fingerprint_tensors(part.state_dict())
     return part

@@ -22,9 +22,9 @@ from anygpt.data.lengths import Lengths
 from anygpt.decoders.projector import OutputProjectorConfig
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
+from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.model.parts import load_language_model, load_tokenizer
 from anygpt.parts.networks import shapes_only
 from anygpt.parts.source import PartSettings
 from anygpt.processing.processor import MultimodalProcessor
@@ -162,9 +162,6 @@ def compose(config: Config, found: Findings) -> tuple[MultimodalModel | None, Mu
             decoders[key].defaults = settings.defaults
     if language_model is None or tokenizer is None or len(found.faults) > faults:
         return None, None
-    parts: list[Any] = [language_model, *(e.module for e in encoders.values()), *(d.module for d in decoders.values())]
-    for part in parts:
-        part.anygpt_fingerprint = "unread"
     model = MultimodalModel(encoders, language_model, decoders)
     fit = {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
     return model, MultimodalProcessor(processors, tokenizer, model=model, fit=fit)

@@ -20,24 +20,19 @@ from torch import nn
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.schema import Sample
+from anygpt.decoders.loading import load_decoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
 from anygpt.evaluation.suite import read_suite
 from anygpt.media.types import is_timed
+from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.model.parts import (
-    Source,
-    load_decoder,
-    load_encoder,
-    load_encoder_processor,
-    load_language_model,
-    load_tokenizer,
-)
-from anygpt.parts.source import PartSettings
+from anygpt.parts.source import PartSettings, Source
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, check_values
 from anygpt.training.folder import GIB, MAX

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anygpt.model.parts import Source, load_tokenizer
+from anygpt import load_tokenizer
+from anygpt.parts.source import Source
 from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.training import trainer

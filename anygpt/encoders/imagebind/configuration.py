@@ -22,67 +22,63 @@ FEATURES = ("embedding", "tokens")
 
 
 class ImageBindConfig(PreTrainedConfig):
-    """Sizes of ImageBind; the defaults are those of the published "huge" model.
+    """Sizes of ImageBind by the original's names; the defaults are those of the published "huge" model.
+
+    Each tower has a width (`vision_embed_dim`), blocks and heads. The other arguments of the original, its drop path
+    rates, have no effect.
 
     Args:
         video_frames: frames per clip.
         kernel_size: kernel of the vision stem: frames, rows, columns.
-        audio_kernel_size, audio_stride: kernel size and stride of the audio stem.
         out_embed_dim: width of the embeddings of all modalities.
-        vision_embed_dim, vision_num_blocks, vision_num_heads: width, blocks and heads of a tower; likewise the others.
         audio_num_mel_bins, audio_target_len: mels and frames of a spectrogram.
         depth_kernel_size, thermal_kernel_size: kernel sizes of their stems, which take single-channel images.
         imu_kernel_size: time steps per token.
         modalities: the model's towers.
         feature: output of an `ImageBindEncoder` for each clip: its `embedding`, or the trunk's `tokens`.
-        kwargs: the original's drop path rates, which have no effect, and the arguments of every config.
     """
 
     model_type = "imagebind"
 
-    def __init__(
-        self,
-        video_frames: int = 2,
-        kernel_size: Sequence[int] = (2, 14, 14),
-        audio_kernel_size: int = 16,
-        audio_stride: int = 10,
-        out_embed_dim: int = 1024,
-        vision_embed_dim: int = 1280,
-        vision_num_blocks: int = 32,
-        vision_num_heads: int = 16,
-        text_embed_dim: int = 1024,
-        text_num_blocks: int = 24,
-        text_num_heads: int = 16,
-        audio_embed_dim: int = 768,
-        audio_num_blocks: int = 12,
-        audio_num_heads: int = 12,
-        audio_num_mel_bins: int = 128,
-        audio_target_len: int = 204,
-        depth_embed_dim: int = 384,
-        depth_kernel_size: int = 16,
-        depth_num_blocks: int = 12,
-        depth_num_heads: int = 8,
-        thermal_embed_dim: int = 768,
-        thermal_kernel_size: int = 16,
-        thermal_num_blocks: int = 12,
-        thermal_num_heads: int = 12,
-        imu_embed_dim: int = 512,
-        imu_kernel_size: int = 8,
-        imu_num_blocks: int = 6,
-        imu_num_heads: int = 8,
-        modalities: Sequence[str] = TOWERS,
-        feature: str = "embedding",
-        **kwargs: Any,
-    ):
-        settings = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
-        super().__init__(**kwargs)
-        unknown = sorted(set(modalities) - set(TOWERS))
-        if unknown or not modalities:
+    video_frames: int = 2
+    kernel_size: Sequence[int] = (2, 14, 14)
+    audio_kernel_size: int = 16
+    audio_stride: int = 10
+    out_embed_dim: int = 1024
+    vision_embed_dim: int = 1280
+    vision_num_blocks: int = 32
+    vision_num_heads: int = 16
+    text_embed_dim: int = 1024
+    text_num_blocks: int = 24
+    text_num_heads: int = 16
+    audio_embed_dim: int = 768
+    audio_num_blocks: int = 12
+    audio_num_heads: int = 12
+    audio_num_mel_bins: int = 128
+    audio_target_len: int = 204
+    depth_embed_dim: int = 384
+    depth_kernel_size: int = 16
+    depth_num_blocks: int = 12
+    depth_num_heads: int = 8
+    thermal_embed_dim: int = 768
+    thermal_kernel_size: int = 16
+    thermal_num_blocks: int = 12
+    thermal_num_heads: int = 12
+    imu_embed_dim: int = 512
+    imu_kernel_size: int = 8
+    imu_num_blocks: int = 6
+    imu_num_heads: int = 8
+    modalities: Sequence[str] = TOWERS
+    feature: str = "embedding"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.kernel_size, self.modalities = list(self.kernel_size), list(self.modalities)
+        unknown = sorted(set(self.modalities) - set(TOWERS))
+        if unknown or not self.modalities:
             raise InputError(f"ImageBind has no tower for {unknown or 'nothing'}; it has {', '.join(TOWERS)}")
-        if feature not in FEATURES:
-            raise InputError(f"ImageBind's feature is {feature!r}; expected {' or '.join(FEATURES)}")
-        for name, value in settings.items():
-            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
+        if self.feature not in FEATURES:
+            raise InputError(f"ImageBind's feature is {self.feature!r}; expected {' or '.join(FEATURES)}")
         for tower in self.modalities:
             width, heads = self.of(tower, "embed_dim"), self.of(tower, "num_heads")
             if width % heads:

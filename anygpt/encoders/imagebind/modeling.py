@@ -55,19 +55,17 @@ class Stem(nn.Module):
         super().__init__()
         width = config.of(tower, "embed_dim")
         self.steps = config.imu_kernel_size if tower == "imu" else None
+        self.norm_layer = nn.Identity() if tower == "vision" else nn.LayerNorm(width)
         if tower == "vision":
             kernel = tuple(config.kernel_size)
             # as in the original, whose stem is a Sequential with a first entry without weights
             self.proj = nn.Sequential(nn.Identity(), nn.Conv3d(3, width, kernel, kernel, bias=False))
-            self.norm_layer = nn.Identity()
-            return
-        if tower == "imu":
+        elif tower == "imu":
             self.proj = nn.Linear(MOTION_CHANNELS * self.steps, width, bias=False)
         else:
             kernel = config.of(tower, "kernel_size")
             stride = config.audio_stride if tower == "audio" else kernel
             self.proj = nn.Conv2d(1, width, kernel, stride, bias=False)
-        self.norm_layer = nn.LayerNorm(width)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.steps:
@@ -77,30 +75,22 @@ class Stem(nn.Module):
         return self.norm_layer(tokens)
 
 
-class Positions(nn.Module):
-    """Holds the learned positions under the original's name."""
-
-    def __init__(self, count: int, width: int):
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, count, width))
-
-
 class Tokens(nn.Module):
     """Input of the trunk for a clip: class token, patches, positions."""
 
     def __init__(self, config: ImageBindConfig, tower: str):
         super().__init__()
-        width, count = config.of(tower, "embed_dim"), config.num_tokens(tower)
-        self.stem_name = STEMS.get(tower)
+        width, self.stem_name = config.of(tower, "embed_dim"), STEMS.get(tower)
         if self.stem_name:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.add_module(self.stem_name, Stem(config, tower))
         else:
             self.token_embedding = nn.Embedding(VOCABULARY, width)
+        positions = nn.Parameter(torch.zeros(1, config.num_tokens(tower), width))
         if tower in ("text", "imu"):
-            self.pos_embed = nn.Parameter(torch.zeros(1, count, width))
-        else:
-            self.pos_embedding_helper = Positions(count, width)
+            self.pos_embed = positions
+        else:  # the original's name has a module between
+            self.pos_embedding_helper = nn.ParameterDict({"pos_embed": positions})
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Single clips `(B, …)` to `(B, n, F)`."""
@@ -109,7 +99,7 @@ class Tokens(nn.Module):
             tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         else:
             tokens = self.token_embedding(inputs)
-        positions = self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper.pos_embed
+        positions = self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper["pos_embed"]
         if tokens.shape[1] != positions.shape[1]:
             raise InputError(
                 f"ImageBind's positions are for {positions.shape[1]} tokens, but inputs of shape "
@@ -217,10 +207,10 @@ class ImageBindModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize class tokens and positions as in ViT; other modules keep their constructors' initialization."""
-        if isinstance(module, (Tokens, Positions)):
-            for name in ("cls_token", "pos_embed"):
-                if hasattr(module, name):
-                    nn.init.normal_(getattr(module, name), std=0.02)
+        if isinstance(module, Tokens):
+            for name, parameter in module.named_parameters():
+                if name.endswith(("cls_token", "pos_embed")):
+                    nn.init.normal_(parameter, std=0.02)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ImageBindModel:
@@ -235,9 +225,11 @@ class ImageBindModel(PreTrainedModel):
         """
         say_licence()
         given = {name: tensor for name, tensor in tensors.items() if name != MASK}
-        for tower, name in ((tower, f"modality_postprocessors.{tower}.1.log_logit_scale") for tower in WITH_BIAS_KV):
-            if name in given and given[name].numel() == 1 and abs(given[name].item() - math.log(SCALES[tower])) > 0.02:
-                raise InputError(f"{name} is {given[name].item():.4f}; this ImageBind multiplies by {SCALES[tower]:g}")
+        for tower in WITH_BIAS_KV:
+            name = f"modality_postprocessors.{tower}.1.log_logit_scale"
+            scale = given[name].item() if name in given else math.log(SCALES[tower])
+            if abs(scale - math.log(SCALES[tower])) > 0.02:
+                raise InputError(f"{name} is {scale:.4f}; this ImageBind multiplies by {SCALES[tower]:g}")
         try:
             self.load_state_dict(given, assign=self.device.type == "meta")
         except RuntimeError as error:
