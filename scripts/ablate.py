@@ -18,85 +18,80 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel, ValidationError, model_validator
 
+from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.world import SEEN, VALIDATION
-from anygpt.toyworld.zoo import zoo
-from anygpt.training.cli import MISTAKE
+from anygpt.toyworld.zoo import digest, zoo
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "stage1": "stages/stage1_encoder_llm.py",
     "stage2": "stages/stage2_llm_decoder.py",
     "stage3": "stages/stage3_instruction_tuning.py",
 }
 TRAINING_THINGS = {"validation": tuple(thing for thing in SEEN if thing not in VALIDATION), "held_out": SEEN}
+Report = Mapping[str, Any]
+"""Content of a `matrix.json`."""
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """A name, overrides by stage, and skipped stages."""
+class Ablation(BaseModel, extra="forbid"):
+    """Overrides by stage, and skipped stages."""
 
-    name: str
-    overrides: Mapping[str, Mapping[str, Any]]
-    skip: tuple[str, ...] = ()
+    stage1: dict[str, Any] = {}
+    stage2: dict[str, Any] = {}
+    stage3: dict[str, Any] = {}
+    skip: tuple[Literal["stage1", "stage2"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, body: Any) -> Any:
+        """Give settings under `stage1, stage2` to both stages."""
+        found: dict[str, Any] = {}
+        for key, value in body.items() if isinstance(body, dict) else ():
+            for name in key.replace(",", " ").split():
+                found[name] = found.get(name, {}) | value if isinstance(value, dict) else value
+        return found if isinstance(body, dict | None) else body
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The YAML file's content: config files by stage, rows per dataset, evaluation arguments, ablations."""
+class Stages(BaseModel, extra="forbid"):
+    """Config files."""
 
-    configs: Mapping[str, str]
+    stage1: str
+    stage2: str
+    stage3: str
+
+
+class Plan(BaseModel, extra="forbid"):
+    """The YAML file's content: config files by stage, rows per dataset, evaluation arguments, ablations by name."""
+
+    stages: Stages
     rows: int
-    evaluate: Mapping[str, Any]
-    ablations: tuple[Ablation, ...]
+    evaluate: dict[str, Any]
+    ablations: dict[str, Ablation]
 
 
 def read_plan(path: Path) -> Plan:
     """Read and check the list of ablations.
 
     Raises:
-        InputError: no such file, or unknown keys.
+        InputError: it is unreadable, or has unknown keys.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        return Plan.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise InputError(f"{path} is no list of ablations: {'; '.join(faults)}") from error
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    expected = {"stages", "rows", "evaluate", "ablations"}
-    if not isinstance(content, dict) or set(content) != expected or set(content["stages"] or {}) != set(SCRIPTS):
-        raise InputError(f"{path} must have the keys {', '.join(sorted(expected))}, and stages {', '.join(SCRIPTS)}")
-    if not isinstance(content["ablations"], dict):
-        raise InputError(f"{path}: ablations must be a mapping of names to overrides")
-    ablations = []
-    for name, body in content["ablations"].items():
-        if not isinstance(body or {}, dict):
-            raise InputError(f"{path}, ablation {name!r} must be a mapping of stages to overrides, but is {body!r}")
-        overrides: dict[str, dict[str, Any]] = {stage: {} for stage in SCRIPTS}
-        skip: tuple[str, ...] = ()
-        for key, value in (body or {}).items():
-            if key == "skip":
-                skip = tuple(value)
-                continue
-            for stage in key.replace(",", " ").split():
-                if stage not in SCRIPTS:
-                    raise InputError(
-                        f"{path}, ablation {name!r}: {stage!r} is no stage; those are {', '.join(SCRIPTS)}"
-                    )
-                if not isinstance(value, dict):
-                    raise InputError(f"{path}, ablation {name!r}: {key} must be a mapping of settings, not {value!r}")
-                overrides[stage] |= value
-        if "stage3" in skip or set(skip) - set(SCRIPTS):
-            raise InputError(f"{path}, ablation {name!r}: skip is {list(skip)}; it can name stage1 and stage2")
-        ablations.append(Ablation(str(name), overrides, skip))
-    return Plan(content["stages"], content["rows"], content["evaluate"] or {}, tuple(ablations))
 
 
 def expand(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,15 +99,12 @@ def expand(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     expanded: dict[str, Any] = {}
     for key, value in overrides.items():
         head, star, tail = key.partition(".*.")
-        if not star:
-            expanded[key] = value
-            continue
         section: Any = config
-        for part in head.split("."):
+        for part in head.split(".") if star else ():
             section = section.get(part, {})
         if not section:
             raise InputError(f"the override {key!r} finds nothing under {head} in the stage's config")
-        expanded |= {f"{head}.{name}.{tail}": value for name in section}
+        expanded |= {f"{head}.{name}.{tail}": value for name in section} if star else {key: value}
     return expanded
 
 
@@ -121,119 +113,70 @@ def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path
     start: Path | None = None
     inherited: dict[str, Any] = {}
     for stage, script in SCRIPTS.items():
-        config = yaml.safe_load((REPOSITORY / plan.configs[stage]).read_text())
-        parts = {k: v for k, v in config.get("model", {}).items() if k != "init_from"}
+        config = yaml.safe_load((REPOSITORY / getattr(plan.stages, stage)).read_text())
         if stage in ablation.skip:
-            inherited = parts  # the next stage makes the parts that this one would have made
+            # The next stage makes the parts that this one would have made.
+            inherited = {f"model.{k}": v for k, v in config.get("model", {}).items() if k != "init_from"}
             continue
-        settings = {f"model.{name}": part for name, part in inherited.items()}
-        settings |= {"data.train": [{"path": str(data / f"{stage}.jsonl")}], "run.seed": seed}
+        settings = inherited | {"data.train": [{"path": str(data / f"{stage}.jsonl")}], "run.seed": seed}
         settings["model.init_from"] = None if start is None else str(start / "final")
-        settings |= expand(ablation.overrides[stage], config)
+        settings |= expand(getattr(ablation, stage), config)
         manifest = (data / stage / "manifest.json").read_text()
-        decides = json.dumps([config, settings, manifest, zoo_digest()], sort_keys=True)
-        start = folder / f"{stage}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
-        arguments = [sys.executable, script, "--config", plan.configs[stage], "--run.output_dir", str(start)]
+        start = folder / f"{stage}-{short_hash([config, settings, manifest, digest(zoo())])}"
+        arguments = [sys.executable, script, "--config", getattr(plan.stages, stage), "--run.output_dir", str(start)]
         yield start, arguments + [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
         inherited = {}
 
 
-@cache
-def zoo_digest() -> str:
-    """Hash of the tiny parts, without their model cards."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in zoo().rglob("*") if path.is_file() and path.suffix != ".md"):
-        digest.update(str(path.relative_to(zoo())).encode() + path.read_bytes())
-    return digest.hexdigest()
+def short_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run(plan: Plan, ablation: Ablation, seed: int, things: str, output: Path) -> dict[str, Any]:
+def run(plan: Plan, name: str, seed: int, things: str, output: Path) -> Report:
     """Train and evaluate whatever is not done yet, and return the content of `matrix.json`."""
-    data = output / f"data-{things}"
+    data, final = output / f"data-{things}", output
     for stage in SCRIPTS:
         write_dataset(data, stage, plan.rows, seed=0, things=TRAINING_THINGS[things], progress=True)
-    final = output
-    for final, command in commands(plan, ablation, seed, data, output / "runs"):
+    for final, command in commands(plan, plan.ablations[name], seed, data, output / "runs"):
         if not (final / "final").is_dir():
             call(command, final.name)
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in plan.evaluate.items()]
-    decides = json.dumps([final.name, things, options, asdict(Settings())])
-    report = output / "reports" / f"{slug(ablation.name)}-{seed}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
+    options = ["--things", things, "--seed", str(seed)]
+    options += [f"--{key.replace('_', '-')}={value}" for key, value in plan.evaluate.items()]
+    slug = "".join(c if c.isalnum() else "-" for c in name).strip("-")
+    report = output / "reports" / f"{slug}-{seed}-{short_hash([final.name, options, asdict(Settings())])}"
     if not (report / "matrix.json").is_file():
         command = [sys.executable, "scripts/evaluate.py", "--checkpoint", str(final / "final"), "--output", str(report)]
-        call([*command, "--things", things, "--seed", str(seed), *options], report.name)
+        call([*command, *options], report.name)
     return json.loads((report / "matrix.json").read_text())
 
 
 def call(command: Sequence[str], name: str) -> None:
     """Run a command in the repository, with its output on the terminal; raises `InputError` if it fails."""
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
-    code = subprocess.run(command, cwd=REPOSITORY).returncode
-    if code:
-        raise InputError(
-            f"{name} ended with exit code {code}, see above; mend it and start again, what is done is kept"
-        )
+    if code := subprocess.run(command, cwd=REPOSITORY).returncode:
+        raise InputError(f"{name} ended with exit code {code}, see above; start again: what is done is kept")
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
-
-
-def columns(report: Mapping[str, Any]) -> dict[str, float]:
-    """The table's columns for a report."""
-    matrix = report["matrix"]
-    shown = {"mean": report["mean"], "least": report["min"]}
-    shown |= {f"to {o}": statistics.mean(row[o] for row in matrix.values()) for o in next(iter(matrix.values()))}
-    return shown | {
-        "unasked": report["unasked"]["rate"],
-        "missing": report["missing"]["rate"],
-        "questions": report["text_only"]["question"]["rate"],
-    }
-
-
-def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def table(results: Mapping[str, Sequence[Report]]) -> str:
     """Format results as Markdown, one line per ablation; with several seeds mean ± standard deviation."""
-    rows = {name: [columns(report) for report in reports] for name, reports in results.items() if reports}
-    names = list(next(iter(rows.values()))[0])
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for name, found in rows.items():
-        shown = []
-        for column in names:
-            shown.append(spread([one[column] for one in found]))
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+
+    def shown(values: Sequence[float]) -> str:
+        deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+    lines = []
+    for name, reports in results.items():
+        found: dict[str, list[float]] = {"mean": [r["mean"] for r in reports], "least": [r["min"] for r in reports]}
+        for target in next(iter(reports[0]["matrix"].values())):
+            found[f"to {target}"] = [statistics.mean(row[target] for row in r["matrix"].values()) for r in reports]
+        found |= {name: [r[name]["rate"] for r in reports] for name in ("unasked", "missing")}
+        found["questions"] = [r["text_only"]["question"]["rate"] for r in reports]
+        lines = lines or [f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+        lines.append(f"| {name} | {' | '.join(map(shown, found.values()))} |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Format as a percentage; several values as mean ± standard deviation."""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
-
-
-def cells(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Format the matrix and its baselines over the seeds as Markdown, followed by counts over all answers."""
-    matrices = {source: [report["matrix"][source] for report in reports] for source in reports[0]["matrix"]}
-    matrices["upper bound"] = [report["upper_bound"] for report in reports]
-    for source in reports[0]["caption_baseline"]:
-        matrices[f"caption baseline, from {source}"] = [report["caption_baseline"][source] for report in reports]
-    targets = list(next(iter(reports[0]["matrix"].values())))
-    lines = [f"| in \\ out | {' | '.join(targets)} |", f"|---|{'---|' * len(targets)}"]
-    for name, rows in matrices.items():
-        shown = (spread([row[target] for row in rows]) if target in rows[0] else "–" for target in targets)
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-
-    def total(name: str, shares: Sequence[Mapping[str, Any]]) -> str:
-        return f"{name} {sum(one['right'] for one in shares)} of {sum(one['n'] for one in shares)}"
-
-    counts = [total(name, [report[name] for report in reports]) for name in ("unasked", "missing")]
-    counts.append(total("questions", [report["text_only"]["question"] for report in reports]))
-    for source, row in reports[0]["motion"].items():
-        counts += [total(f"motion {source} → {o}", [report["motion"][source][o] for report in reports]) for o in row]
-    each = ", ".join(f"{100 * report['mean']:.1f} ({100 * report['min']:.1f})" for report in reports)
-    return "\n".join([*lines, "", f"mean (least cell) by seed: {each}; {'; '.join(counts)}"])
-
-
-def main(arguments: list[str] | None = None) -> int:
+def ablate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -243,30 +186,18 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", nargs="*", default=[], metavar="NAME", help="run these alone")
     add("--seeds", nargs="+", type=int, default=[0], help="train and measure with each of them (default: 0)")
     add("--things", choices=sorted(TRAINING_THINGS), default="validation", help="to measure on (default: %(default)s)")
-    add("--cells", action="store_true", help="also print every cell of each matrix, and the counts beside it")
     options = parser.parse_args(arguments)
-    results: dict[str, list[dict[str, Any]]] = {}
-    try:
-        plan = read_plan(options.config)
-        known = [ablation.name for ablation in plan.ablations]
-        if unknown := sorted(set(options.only) - set(known)):
-            raise InputError(f"--only names {', '.join(unknown)}; the ablations are {', '.join(known)}")
-        output = options.output.resolve()
-        for ablation in plan.ablations:
-            if options.only and ablation.name not in options.only:
-                continue
-            reports = results.setdefault(ablation.name, [])
-            reports += [run(plan, ablation, seed, options.things, output) for seed in options.seeds]
-            text = table(results)
-            if options.cells:
-                text = "\n\n".join([text, *(f"{name}:\n\n{cells(found)}" for name, found in results.items())])
-            (output / f"table-{options.things}.md").write_text(text + "\n")
-            print(text, flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    return 0
+    plan, results = read_plan(options.config), dict[str, list[Report]]()
+    if unknown := sorted(set(options.only) - set(plan.ablations)):
+        raise InputError(f"--only names {', '.join(unknown)}; the ablations are {', '.join(plan.ablations)}")
+    output = options.output.resolve()
+    for name in (name for name in plan.ablations if name in options.only or not options.only):
+        results[name] = [run(plan, name, seed, options.things, output) for seed in options.seeds]
+        (output / f"table-{options.things}.md").write_text(table(results) + "\n")
+        print(table(results), flush=True)
 
+
+main = partial(execute, ablate)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

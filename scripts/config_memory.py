@@ -3,12 +3,8 @@
     python tests/hub_mirror.py runs/shapes --real --hollow
     HF_HUB_CACHE=runs/shapes HF_HUB_OFFLINE=1 python scripts/config_memory.py
 
-Rows are as long as `data.max_length` allows; the time is for all updates on eight cards at `--teraflops` each.
+Rows are as long as `data.max_length` allows; the time is for all updates on eight cards at 125 teraflops each.
 """
-
-from __future__ import annotations
-
-import argparse
 
 from anygpt.training.check import check
 from anygpt.training.cli import quiet_libraries
@@ -23,26 +19,21 @@ COLUMNS = ("config", "weights, GiB", "training, GiB", "card, GB", "PFLOP an upda
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teraflops", type=float, default=125, help="a second and card (default: %(default)s)")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="folders of configs/ (default: all)")
-    options = parser.parse_args()
     quiet_libraries()
     print("|", " | ".join(COLUMNS), f"|\n{'|---' * len(COLUMNS)}|", flush=True)
-    for recipe in options.recipes:
-        for stage in RECIPES[recipe]:
-            config = parse_config(["--config", f"configs/{recipe}/stage{stage}.yaml"])
-            config.data.train = []  # rows of maximal length
-            found = check(config, STAGES[stage])
-            assert found.plan is not None, found.faults
-            plan, train = found.plan, config.train
-            total = plan.total / GIB
-            card = next((str(size) for size in CARDS if total < 0.95 * size), f"over {CARDS[-1]}")
-            update = sum(plan.flops.values()) / len(plan.flops) * train.gradient_accumulation_steps
-            hours = train.max_steps * update / options.teraflops / 1e12 / 3600
-            numbers = (f"{plan.weights / GIB:.1f}", f"{total:.1f}", card, f"{update / 1e15:.3f}", f"{hours:.1f}")
-            generation = f"{plan.weights / GIB:.1f} ({plan.offloaded / GIB:.1f})"
-            print("|", " | ".join((f"{recipe}/stage{stage}", *numbers, generation)), "|", flush=True)
+    for recipe, stage in ((recipe, stage) for recipe, stages in RECIPES.items() for stage in stages):
+        config = parse_config(["--config", f"configs/{recipe}/stage{stage}.yaml"])
+        config.data.train = []  # rows of maximal length
+        found = check(config, STAGES[stage])
+        assert found.plan is not None, found.faults
+        plan, train = found.plan, config.train
+        total = plan.total / GIB
+        card = next((str(size) for size in CARDS if total < 0.95 * size), f"over {CARDS[-1]}")
+        update = sum(plan.flops.values()) / len(plan.flops) * train.gradient_accumulation_steps
+        hours = train.max_steps * update / 125e12 / 3600
+        numbers = (f"{plan.weights / GIB:.1f}", f"{total:.1f}", card, f"{update / 1e15:.3f}", f"{hours:.1f}")
+        generation = f"{plan.weights / GIB:.1f} ({plan.offloaded / GIB:.1f})"
+        print("|", " | ".join((f"{recipe}/stage{stage}", *numbers, generation)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,26 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from anygpt.commands import execute
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
 from anygpt.encoders.imagebind.modeling import CARD
 from anygpt.errors import InputError
-from anygpt.training.cli import MISTAKE, quiet_libraries
 
 
-def convert(file: Path, output: Path, config: ImageBindConfig) -> None:
-    """Write the folder, completely or not at all.
-
-    Raises:
-        InputError: the file is no state dict of this ImageBind, or the output exists.
-    """
+def convert(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="imagebind_huge.pth, or its tensors as .safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--config", type=Path, help="JSON of an ImageBindConfig, of a model that is not the huge one")
+    options = parser.parse_args(arguments)
+    file, output = options.file, options.output
     if output.exists():
         raise InputError(f"--output {output} is there already; choose another folder")
     try:
@@ -44,10 +45,9 @@ def convert(file: Path, output: Path, config: ImageBindConfig) -> None:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"{file} holds no tensors by name; expected imagebind_huge.pth as it was published")
     with torch.device("meta"):
-        model = ImageBindModel(config)
+        model = ImageBindModel(ImageBindConfig.from_json_file(options.config) if options.config else ImageBindConfig())
     model.load_original_state_dict(tensors)
-    temporary = output.parent / f".{output.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = output.with_name(f".{output.name}.incomplete")
     try:
         model.save_pretrained(temporary)
         (temporary / "README.md").write_text(CARD)
@@ -56,26 +56,10 @@ def convert(file: Path, output: Path, config: ImageBindConfig) -> None:
         raise InputError(f"--output {output} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    print(output)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("file", type=Path, help="imagebind_huge.pth, or its tensors as .safetensors")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--config", type=Path, help="JSON of an ImageBindConfig, of a model that is not the huge one")
-    options = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
-        config = ImageBindConfig.from_json_file(options.config) if options.config else ImageBindConfig()
-        convert(options.file, options.output, config)
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return MISTAKE
-    print(options.output)
-    return 0
-
+main = partial(execute, convert)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

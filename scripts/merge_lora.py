@@ -1,6 +1,5 @@
 """`anygpt merge-lora` from a checkout (`--help` says what it does)."""
 
-import sys
 from functools import partial
 
 from anygpt.commands import run
@@ -8,4 +7,4 @@ from anygpt.commands import run
 main = partial(run, "merge-lora")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

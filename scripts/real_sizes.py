@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 SCRIPTS = ("stages/stage1_encoder_llm.py", "stages/stage2_llm_decoder.py", "stages/stage3_instruction_tuning.py")
 KINDS = {"cc3m": "images", "webvid": "videos", "audiocap": "audios"}
 GENERATE = """
@@ -35,22 +37,15 @@ print("made", answer.images[0].size, answer.videos[0].shape, answer.audios[0].sh
 """
 
 
-def anonymous_bytes(pid: int) -> int:
-    """Memory of a process without mapped files; 0 if it has ended."""
-    try:
-        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-    except (OSError, TypeError):
-        return 0
-
-
 def run(command: list[str], hub: Path) -> dict[str, float | str]:
-    """Run a command; returns its output, seconds, and peak memory in GiB."""
+    """Run a command; returns its output, seconds, and peak memory without mapped files in GiB."""
     start, peak = time.monotonic(), 0
     environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=environment, text=True, stdout=said, stderr=subprocess.STDOUT)
+        process = psutil.Popen(command, env=environment, text=True, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
+            memory = process.memory_info()
+            peak = max(peak, memory.rss - memory.shared)
             time.sleep(0.1)
         said.seek(0)
         output = said.read()
@@ -69,20 +64,16 @@ def main() -> None:
     options = parser.parse_args()
     found = {}
     for stage in options.stages:
-        task = "comprehension" if stage == 1 else "generation"
-        files = [
-            {
-                "path": str(options.data / name / f"{name}_{task}.json"),
-                "format": "nextgpt",
-                "media_root": str(options.data / name / media),
-            }
-            for name, media in KINDS.items()
-        ]
+        files = []
+        for name, media in KINDS.items():
+            folder, task = options.data / name, "comprehension" if stage == 1 else "generation"
+            place = {"path": str(folder / f"{name}_{task}.json"), "media_root": str(folder / media)}
+            files.append(place | {"format": "nextgpt"})
         command = [sys.executable, SCRIPTS[stage - 1], "--config", f"configs/{options.recipe}/stage{stage}.yaml"]
-        command += ["--run.output_dir", str(options.output / f"stage{stage}"), "--run.device", "cpu"]
-        command += ["--run.resume", "never", "--run.tracker", "none", "--data.train", json.dumps(files)]
-        command += ["--data.num_workers", "0", "--train.max_steps", "2", "--train.batch_size", "1"]
-        command += ["--train.gradient_accumulation_steps", "1", "--train.warmup_steps", "0", "--train.log_steps", "1"]
+        command += ["--run.output_dir", str(options.output / f"stage{stage}"), "--data.train", json.dumps(files)]
+        command += ["--run.device=cpu", "--run.resume=never", "--run.tracker=none", "--data.num_workers=0"]
+        command += ["--train.max_steps=2", "--train.batch_size=1", "--train.gradient_accumulation_steps=1"]
+        command += ["--train.warmup_steps=0", "--train.log_steps=1"]
         start = options.output / f"stage{stage - 1}" / "final"
         command += ["--model.init_from", str(start) if stage > 1 else "null"]
         planned = re.search(r"computed, not measured: .*", run([*command, "--check"], options.hub)["output"])[0]

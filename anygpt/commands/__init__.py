@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anygpt.errors import InputError
@@ -44,11 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 2 after a user error, which is printed as one line."""
-    command = importlib.import_module(f"anygpt.commands.{name.replace('-', '_')}")
+    """Run one command; returns its exit code (see `execute`)."""
+    return execute(importlib.import_module(f"anygpt.commands.{name.replace('-', '_')}").main, arguments)
+
+
+def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
+    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one line.
+
+    Args:
+        arguments: those of the command line if None.
+    """
     quiet_libraries()
     try:
-        return command.main(list(sys.argv[1:] if arguments is None else arguments)) or 0
+        return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print("error:", " ".join(str(error).split()), file=sys.stderr)

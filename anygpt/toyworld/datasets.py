@@ -9,7 +9,6 @@ Rows are chat messages. User media are inputs; assistant media are targets and h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render, render_video
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
+from anygpt.toyworld.zoo import digest
 
 KINDS = {  # by kind, a number that is mixed into the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
@@ -104,7 +104,7 @@ def write_dataset(
             first = min(_FIRST_ROWS, num_samples)
             writer.write(range(first), bar)
             manifest = {"kind": kind, "num_samples": num_samples, "seed": seed, "things": list(map(str, things))}
-            manifest["begins"] = _digest(temporary)
+            manifest["begins"] = digest(temporary)
             if rows_path.is_file() and _read_manifest(folder) == manifest:
                 return rows_path
             writer.write(range(first, num_samples), bar)
@@ -128,14 +128,6 @@ def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rn
         write_video(path, medium.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
     else:
         write_audio(path, medium, SAMPLING_RATE)
-
-
-def _digest(folder: Path) -> str:
-    """Hash of all files in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ Their configs and tokenizers define the untrained parts, too, which training sta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -48,6 +49,14 @@ the largest one."""
 def zoo() -> Path:
     """The folder of the tiny pretrained parts that are shipped with the package."""
     return ZOO
+
+
+def digest(folder: Path) -> str:
+    """Hash of the files in a folder, without model cards."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def write_untrained(folder: Path, seed: int = 0) -> Path:
