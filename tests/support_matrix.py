@@ -1,7 +1,8 @@
-"""Print the README's table of supported encoders and language models, from the lists that the tests run through."""
+"""Print the README's table of supported parts, from the lists that the tests run through."""
 
 from __future__ import annotations
 
+from decoder_families import FAMILIES
 from tiny_parts import ENCODERS, LANGUAGE_MODELS
 
 
@@ -12,6 +13,8 @@ def table() -> str:
         for modality in ("image", "video", "audio")
     ]
     rows.append(("language models", [language_model.label for language_model in LANGUAGE_MODELS]))
+    first = ["Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Zeroscope", "AudioLDM"]
+    rows.append(("decoders", [*first, *(family.label for family in FAMILIES.values())]))
     lines = [f"| {what} | {', '.join(labels)} |" for what, labels in rows]
     return "\n".join(["| parts | tested in every combination |", "|---|---|", *lines])
 

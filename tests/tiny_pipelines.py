@@ -4,13 +4,20 @@ No two sizes are alike where they could be mixed up, and none is that of the rea
 """
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import (
     AudioLDMPipeline,
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -26,6 +33,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -35,6 +45,7 @@ from transformers import (
 )
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
+PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
 
 
 def stable_diffusion(
@@ -97,9 +108,7 @@ def stable_diffusion_xl(force_zeros: bool = True, vae_levels: int = 2) -> Stable
 
 def stable_diffusion_3(with_t5: bool = True) -> StableDiffusion3Pipeline:
     """16 × 16 images, conditions (12 + T5's, 64), pooled (20 + 28)."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
     with _seeded():
-        t5 = T5Config(vocab_size=len(pieces), d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -121,8 +130,8 @@ def stable_diffusion_3(with_t5: bool = True) -> StableDiffusion3Pipeline:
             tokenizer=_clip_tokenizer(length=12),
             text_encoder_2=_clip_text_encoder(hidden_size=32, length=12, projection_dim=28),
             tokenizer_2=_clip_tokenizer(length=12),
-            text_encoder_3=T5EncoderModel(t5).eval() if with_t5 else None,
-            tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[]) if with_t5 else None,
+            text_encoder_3=_t5(width=64) if with_t5 else None,
+            tokenizer_3=_t5_tokenizer() if with_t5 else None,
         )
 
 
@@ -203,6 +212,90 @@ def audioldm() -> AudioLDMPipeline:
         )
 
 
+def sana() -> SanaPipeline:
+    """32 × 32 images, conditions (T, 24) with masks."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *CHARACTERS]
+    with _seeded():
+        gemma = Gemma2Config(
+            vocab_size=len(words),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=0,
+        )
+        vae = AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.37,
+        )
+        transformer = SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=24,
+            sample_size=16,
+        )
+        return SanaPipeline(
+            tokenizer=GemmaTokenizer(vocab=_ids(words), merges=[]),
+            text_encoder=Gemma2Model(gemma).eval(),
+            vae=vae.eval(),
+            transformer=transformer.eval(),
+            scheduler=DPMSolverMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+        )
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    """Conditions (T, 40), pooled (32); 8 pixels a latent as the real one's, which reads latents in pairs."""
+    with _seeded():
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=40,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=guidance_embeds,
+        )
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=_vae(channels=3, levels=3, shift_factor=0.2),
+            text_encoder=_clip_text_encoder(hidden_size=32, length=12),
+            tokenizer=_clip_tokenizer(length=12),
+            text_encoder_2=_t5(width=40),
+            tokenizer_2=_t5_tokenizer(),
+            transformer=transformer.eval(),
+        )
+        pipeline.default_sample_size = 8
+        return pipeline
+
+
 @contextmanager
 def _seeded():
     with torch.random.fork_rng(devices=[]):
@@ -252,6 +345,15 @@ def _clip_text_encoder(
         projection_dim=projection_dim,
     )
     return (CLIPTextModel if projection_dim is None else CLIPTextModelWithProjection)(config).eval()
+
+
+def _t5(width: int) -> T5EncoderModel:
+    config = T5Config(vocab_size=len(PIECES), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
+def _t5_tokenizer(**options: Any) -> T5Tokenizer:
+    return T5Tokenizer(vocab=PIECES, extra_ids=0, additional_special_tokens=[], **options)
 
 
 def _clip_tokenizer(length: int) -> CLIPTokenizer:

@@ -3,8 +3,10 @@
 from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
+from anygpt.decoders.flux import FluxDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.decoders.sana import SanaDecoder
 from anygpt.decoders.sd3 import StableDiffusion3Decoder
 from anygpt.decoders.sdxl import StableDiffusionXLDecoder
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
@@ -22,10 +24,12 @@ __all__ = [
     "AudioTargets",
     "Condition",
     "DiffusionDecoder",
+    "FluxDecoder",
     "ImageTargets",
     "ModalDecoderModule",
     "OutputProjector",
     "OutputProjectorConfig",
+    "SanaDecoder",
     "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",

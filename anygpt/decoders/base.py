@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -35,6 +36,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     modality: ClassVar[str]
     size_names: ClassVar[tuple[str, ...]]
     """Size arguments of the pipeline's call; an attribute of the same name holds the default."""
+
+    masked: ClassVar[bool] = False
+    """Whether conditions have padding (`Condition.mask`)."""
+    mask_argument: ClassVar[str | None] = None
+    """Name of the mask in the pipeline's call."""
 
     # ---- what a family defines
 
@@ -66,11 +72,15 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     # ---- conditions and latents
 
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
-        """The pipeline's own encoding of `B` captions: `(B, T, D)`, or a `Condition` if it has a pooled part.
+        """The pipeline's own encoding of `B` captions: `(B, T, D)`, or a `Condition` if it has a pooled part or a mask.
 
         Differentiable only if the text encoder trains.
         """
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
+
+    def encode_negative(self, prompts: list[str]) -> Tensor | Condition:
+        """The pipeline's own encoding of `B` negative prompts."""
+        return self.encode_text(prompts)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
         """Normalise a projected condition as the text encoder's output is (idempotent); loss and sampling apply it."""
@@ -118,6 +128,10 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             return DiffusionSchedule(self.pipeline.scheduler)
         return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
 
+    def count_tokens(self, latents: Tensor) -> int:
+        """Tokens of the denoiser's sequence for latents `(B, C, …)`, on which a flow's shift may depend."""
+        return math.prod(latents.shape[2:]) // self.denoiser.config.get("patch_size", 1) ** 2
+
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The network's prediction, of the shape of `noisy`."""
         return self.denoiser(noisy, timesteps, encoder_hidden_states=condition.embeds).sample
@@ -155,6 +169,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
         if timesteps is None:
             timesteps = self.schedule.draw(len(latents), generator, self.device)
+            timesteps = self.schedule.shift(timesteps, self.count_tokens(latents))
         elif timesteps.shape != (len(latents),):
             raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one a sample: ({len(latents)},).")
         timesteps = timesteps.to(self.device)
@@ -209,18 +224,22 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""
-        parts = {"prompt_embeds": "embeds"} | ({} if self.pooled_dim is None else {"pooled_prompt_embeds": "pooled"})
-        arguments = {}
-        for name, part in parts.items():
-            arguments[name] = getattr(condition, part)
-            arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
+        names = {"embeds": "prompt_embeds", "mask": self.mask_argument}
+        names["pooled"] = None if self.pooled_dim is None else "pooled_prompt_embeds"
+        arguments: dict[str, Any] = {}
+        for part, name in names.items():
+            if name is not None:
+                arguments[name] = getattr(condition, part)
+                arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
         return arguments
 
     def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
         """Check a condition, normalise it, and move it to the decoder's device and dtype."""
         condition = Condition.of(condition)
-        check_condition(condition, type(self).__name__, batch_size, self.condition_shape, self.pooled_dim)
-        return Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
+        sizes = self.condition_shape, self.pooled_dim, self.masked
+        check_condition(condition, type(self).__name__, batch_size, *sizes)
+        condition = Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
+        return replace(condition, mask=condition.real) if self.masked else condition
 
     # ---- the options of generation
 
@@ -257,7 +276,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         arguments = {name: value for name, value in options.items() if value is not None}
         prompt, seed = arguments.pop("negative_prompt", None), arguments.pop("seed", None)
         if prompt is not None:
-            arguments["negative_condition"] = Condition.of(self.encode_text([prompt]))[[0] * len(places)]
+            arguments["negative_condition"] = Condition.of(self.encode_negative([prompt]))[[0] * len(places)]
         if seed is not None:
             arguments["generator"] = seeded(seed, places)
         return arguments

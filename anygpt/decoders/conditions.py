@@ -6,7 +6,7 @@ Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -19,7 +19,11 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 @dataclass(eq=False)
 class Condition:
-    """What a decoder is conditioned on: embeds `(B, T, D)` and, if it has them, pooled `(B, P)` and mask `(B, T)`."""
+    """What a decoder is conditioned on: embeds `(B, T, D)` and, if it has them, pooled `(B, P)` and mask `(B, T)`.
+
+    The mask of an encoding is bool, True for real tokens, False for padding. That of an output projector, which always
+    predicts `T` tokens, is logits: how sure it is that a token is real.
+    """
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -29,6 +33,19 @@ class Condition:
     def of(cls, condition: Condition | Tensor) -> Condition:
         """Wrap a plain tensor as `Condition(embeds=tensor)`."""
         return condition if isinstance(condition, cls) else cls(embeds=condition)
+
+    @property
+    def real(self) -> Tensor:
+        """`(B, T)` bool, at least one a row: all without a mask, the likeliest if logits name none."""
+        if self.mask is None:
+            return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
+        if not self.mask.is_floating_point():
+            return self.mask.bool()
+        return self.mask >= self.mask.amax(dim=1, keepdim=True).clamp(max=0)
+
+    def without_padding(self) -> Condition:
+        """The condition with zeros in place of padding."""
+        return replace(self, embeds=self.embeds * self.real[..., None])
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -52,9 +69,14 @@ def check_generators(generator: Generators, batch_size: int) -> None:
 
 
 def check_condition(
-    condition: Condition, decoder: str, batch_size: int | None, shape: tuple[int, int], pooled_dim: int | None
+    condition: Condition,
+    decoder: str,
+    batch_size: int | None,
+    shape: tuple[int, int],
+    pooled_dim: int | None,
+    masked: bool,
 ) -> None:
-    """Raise an `InputError` for a condition that is not `(B, T, D)`, or whose pooled part is not `(B, P)`."""
+    """Raise an `InputError` for a condition whose embeds, pooled part or mask do not fit the decoder."""
     given, expected = tuple(condition.embeds.shape), (batch_size or len(condition), *shape)
     if given != expected:
         raise InputError(
@@ -66,4 +88,10 @@ def check_condition(
         raise InputError(
             f"The pooled condition of {decoder} is {pooled}, expected (batch, dim) = {(expected[0], pooled_dim)}: give "
             "Condition(embeds, pooled)."
+        )
+    mask = None if condition.mask is None else tuple(condition.mask.shape)
+    if mask not in ((given[:2], None) if masked else (None,)):
+        raise InputError(
+            f"The mask of a condition of {decoder} is {mask}, expected "
+            + (f"(batch, tokens) = {given[:2]}, or none." if masked else "none: this decoder attends to every token.")
         )

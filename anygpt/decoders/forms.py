@@ -29,6 +29,7 @@ class ImageDecoder(DiffusionDecoder):
         native_height, native_width = self.native_size
         self.height = height or native_height
         self.width = width or native_width
+        self.check_options({"height": self.height, "width": self.width})
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -68,6 +69,7 @@ class VideoDecoder(ImageDecoder):
     ):
         super().__init__(pipeline, **settings)
         self.num_frames = num_frames or self.call_default("num_frames")
+        self.check_options({"num_frames": self.num_frames})
         self.frame_rate = frame_rate
 
     @property

@@ -98,6 +98,7 @@ class ModalDecoderModule(nn.Module):
             "num_signal_tokens": self.num_signal_tokens,
             "condition_shape": list(self.module.condition_shape),
             "pooled_dim": self.module.pooled_dim,
+            "masked": self.module.masked,
         }
 
     def init_projector(self, in_features: int, num_layers: int, projection_type: str) -> None:

@@ -25,6 +25,7 @@ class OutputProjectorConfig(PreTrainedConfig):
         num_signal_tokens: `N`.
         condition_shape: `(T, D)` of the decoder.
         pooled_dim: `P` if the decoder has a pooled condition, computed by a second head.
+        masked: whether a third head computes the mask's logits (see `Condition`); at first all tokens are real.
         activation: any name in `transformers.activations.ACT2FN`.
         d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: sizes; the paper's by default.
         linear_path: for `transformer`: add the output of a Linear, which a ridge solution can set. The transformer's
@@ -38,6 +39,7 @@ class OutputProjectorConfig(PreTrainedConfig):
     num_signal_tokens: int | None = None
     condition_shape: list[int] | tuple[int, ...] | None = None
     pooled_dim: int | None = None
+    masked: bool = False
     activation: str = "gelu"
     d_model: int = 512
     num_encoder_layers: int = 4
@@ -57,7 +59,7 @@ class OutputProjectorConfig(PreTrainedConfig):
 
 
 class OutputProjector(PreTrainedModel):
-    """Maps `(K, N, H)` states at signal spans to a `Condition`: embeds `(K, T, D)` and, with `pooled_dim`, `(K, P)`.
+    """Maps `(K, N, H)` states at signal spans to a `Condition`: embeds `(K, T, D)`, and pooled part and mask if any.
 
     Args:
         config: sizes and type.
@@ -79,6 +81,10 @@ class OutputProjector(PreTrainedModel):
         self.wraps_own_module = projection is not None
         flat = config.num_signal_tokens * config.in_features
         self.pooled_head = nn.Linear(flat, config.pooled_dim) if config.pooled_dim is not None else None
+        self.mask_head = nn.Linear(flat, config.condition_shape[0]) if config.masked else None
+        if self.mask_head is not None:
+            nn.init.zeros_(self.mask_head.weight)
+            nn.init.zeros_(self.mask_head.bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -95,7 +101,8 @@ class OutputProjector(PreTrainedModel):
         """Project `(K, N, H)` of any float dtype, in the dtype of the projector's parameters."""
         states = states.to(next(self.parameters()).dtype)
         pooled = None if self.pooled_head is None else self.pooled_head(states.flatten(1))
-        return Condition(self.projection(states), pooled=pooled)
+        mask = None if self.mask_head is None else self.mask_head(states.flatten(1))
+        return Condition(self.projection(states), pooled, mask)
 
 
 class FlatProjection(nn.Module):

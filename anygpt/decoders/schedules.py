@@ -35,6 +35,10 @@ class TrainingSchedule(ABC):
             return torch.cat([self.draw(1, g, device) for g in generator])
         return self.density(batch_size, generator, device if generator is None else generator.device).to(device)
 
+    def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
+        """Shift drawn timesteps as the schedule does for a sequence of `tokens`; nothing by default."""
+        return timesteps
+
     @abstractmethod
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Draw timesteps `(B,)` on `device`."""
@@ -123,7 +127,8 @@ class FlowSchedule(TrainingSchedule):
                 f"the decoder trains by flow matching, but the pipeline's {type(scheduler).__name__} is not configured "
                 "for it: give it the flow's scheduler."
             )
-        dynamic = config.get("use_dynamic_shifting", False)  # if so, training levels are unshifted, as in the script
+        dynamic = config.get("use_dynamic_shifting", False)  # if so, the levels are unshifted, and `shift` shifts them
+        self.config = config
         self.scheduler = FlowMatchEulerDiscreteScheduler(
             config.num_train_timesteps, shift, use_dynamic_shifting=dynamic
         )
@@ -135,6 +140,15 @@ class FlowSchedule(TrainingSchedule):
             self.scheme, batch_size, 0.0, 1.0, 1.29, device=device, generator=generator
         )
         return steps[(u * len(steps)).long().clamp(max=len(steps) - 1).cpu()]
+
+    def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
+        """σ → e^μ / (e^μ + 1/σ − 1) with μ linear in the number of tokens, where the pipelines do so for sampling."""
+        if not self.config.get("use_dynamic_shifting", False):
+            return timesteps
+        names = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+        least, most, low, high = (self.config.get(name, default) for name, default in names)
+        mu = low + (high - low) * (tokens - least) / (most - least)
+        return self.scheduler.time_shift(mu, 1.0, self._sigmas(timesteps)) * self.config.num_train_timesteps
 
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigmas = self._sigmas(timesteps).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -88,7 +88,7 @@ class WrappedPipeline(nn.Module):
         return None if parameter is None else parameter.default
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> Self:
+    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> Any:
         """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
 
         `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
@@ -102,7 +102,8 @@ class WrappedPipeline(nn.Module):
             raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
 
         def taken(*names: str) -> dict[str, Any]:
-            return {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+            found = {name: kwargs.pop(name, None) for name in names}
+            return {name: value for name, value in found.items() if value is not None}
 
         hub = taken("cache_dir", "token", "local_files_only", "force_download")
         place = Place(str(path_or_id), **taken("revision", "subfolder", "variant", "weights"), hub=hub)
@@ -147,7 +148,7 @@ class WrappedPipeline(nn.Module):
             raise InputError(f"the decoder has no network {unknown[0]!r}; it has {', '.join(known)}")
         self.trains = tuple(names)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> WrappedPipeline:
         """Set torch's mode on the networks that train; the others stay in eval mode for repeatable encodings."""
         super().train(False)
         for name in self.trains:
@@ -155,7 +156,7 @@ class WrappedPipeline(nn.Module):
         self.training = mode
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self, requires_grad: bool = True) -> WrappedPipeline:
         """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
         super().requires_grad_(False)
         for name in self.trains:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -101,10 +102,11 @@ class Target:
 
     @cached_property
     def has(self) -> frozenset[str]:
-        """Names of what sub-terms can use: `captions`, `media`, `pooled`, and the names of networks that train."""
+        """What sub-terms can use: `captions`, `media`, `pooled`, `mask`, and the names of networks that train."""
         kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
         found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
-        return frozenset(found | set(self.decoder.trains) | ({"pooled"} if self.decoder.pooled_dim else set()))
+        parts = {"pooled": self.decoder.pooled_dim, "mask": self.decoder.masked}
+        return frozenset(found | set(self.decoder.trains) | {name for name, there in parts.items() if there})
 
     @cached_property
     def encoding(self) -> Condition:
@@ -134,7 +136,13 @@ class Target:
         return self.decoder.encode_media(self.given["media"], generator=self.generator)
 
     def alignment(self) -> Tensor:
-        return caption_alignment(self.condition.embeds, self.encoding.embeds, self.weights.alignment_kind)
+        real = self.encoding.real if self.decoder.masked else None
+        return caption_alignment(self.condition.embeds, self.encoding.embeds, self.weights.alignment_kind, real)
+
+    def mask_alignment(self) -> Tensor:
+        """Binary cross-entropy of the projected mask, averaged over the tokens."""
+        real = self.encoding.real.float()
+        return F.binary_cross_entropy_with_logits(self.condition.mask.float(), real, reduction="none").mean(dim=-1)
 
     def pooled_alignment(self) -> Tensor:
         pooled = (self.condition.pooled[:, None], self.encoding.pooled[:, None])

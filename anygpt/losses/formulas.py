@@ -19,7 +19,8 @@ Two terms train parts that stages 1 to 3 freeze; their weight is zero by default
 
 Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
 
-Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, with the same weight.
+Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, and those whose conditions have
+padding `mask_alignment/<decoder>`, with the same weight.
 Denominators: label tokens for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four
 terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
 """
@@ -105,6 +106,11 @@ class LossWeights:
         return self.alignment
 
     @property
+    def mask_alignment(self) -> float:
+        """The weight of `alignment`, which the mask shares."""
+        return self.alignment
+
+    @property
     def wants_media(self) -> bool:
         """Whether any sub-term reads the target media, not only their captions."""
         return bool(
@@ -138,14 +144,16 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
+def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real: Tensor | None = None) -> Tensor:
     """Distance of each sample's projected condition from the decoder's text encoding, in fp32.
 
     `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean
-    squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos.
+    squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos. Padding of the target is left out: with
+    dₜ the distance at token t and mₜ = 1 for real tokens, 0 for padding, the loss is Σₜ mₜ·dₜ / Σₜ mₜ.
 
     Args:
         condition, target: `(K, T, D)`.
+        real: `(K, T)`, mₜ; all ones by default.
 
     Returns:
         `(K,)` float32. `torch.linalg.vector_norm` is used because √Σx² has a NaN gradient at zero.
@@ -157,12 +165,16 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2") -> Te
         )
     condition, target = condition.float(), target.float()
     if kind == "l2":
-        return torch.linalg.vector_norm(condition - target, dim=-1).mean(dim=-1)
-    if kind == "mse":
-        return (condition - target).square().mean(dim=(-2, -1))
-    if kind == "cosine":
-        return (1 - F.cosine_similarity(condition, target, dim=-1)).mean(dim=-1)
-    raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
+        distance = torch.linalg.vector_norm(condition - target, dim=-1)
+    elif kind == "mse":
+        distance = (condition - target).square().mean(dim=-1)
+    elif kind == "cosine":
+        distance = 1 - F.cosine_similarity(condition, target, dim=-1)
+    else:
+        raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
+    if real is None:
+        return distance.mean(dim=-1)
+    return distance.masked_fill(~real, 0).sum(dim=-1) / real.sum(dim=-1)
 
 
 def sum_by_term(

@@ -55,6 +55,7 @@ SUB_TERMS = (
     SubTerm("encoder/info_nce", Pairs, Pairs.info_nce, everywhere=True),
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
     SubTerm("pooled_alignment", Target, Target.pooled_alignment, MEDIA_OUT, needs=("captions", "pooled")),
+    SubTerm("mask_alignment", Target, Target.mask_alignment, MEDIA_OUT, needs=("captions", "mask")),
     SubTerm("reconstruction/vae", Target, lambda target: target.reconstructions["vae"], needs=("media", "vae")),
     SubTerm(
         "reconstruction/vocoder", Target, lambda target: target.reconstructions["vocoder"], needs=("media", "vocoder")

@@ -246,8 +246,7 @@ def decoder_losses(model: MultimodalModel, key: str, states: Tensor, target: tup
     signals = module.projector.config.num_signal_tokens
     condition = Condition.of(module.condition(states[:, :1].expand(-1, signals, -1)))
     losses.append((condition.embeds.float() ** 2).mean())
-    if condition.pooled is not None:
-        losses.append((condition.pooled.float() ** 2).mean())
+    losses += [(part.float() ** 2).mean() for part in (condition.pooled, condition.mask) if part is not None]
     if weights.wants("denoising", key) or weights.decoder:
         latents = decoder.encode_media(torch.zeros(target, dtype=decoder.vae.dtype))
         losses.append(decoder.denoising_loss(condition, latents).mean())

@@ -1,0 +1,103 @@
+"""Images from FLUX.1: a transformer of image and text tokens, with the guidance distilled into it or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.forms import ImageDecoder
+from anygpt.decoders.options import is_number
+from anygpt.errors import InputError
+
+
+class FluxDecoder(ImageDecoder):
+    """Conditions of T5, embeds `(B, T, D)`, and CLIP, pooled `(B, P)` -> PIL images. Padding counts as text.
+
+    A model with `guidance_embeds` (FLUX.1 dev) is told the guidance as a number: `guidance_scale`, in training the
+    pipeline's default. Others (schnell) take none. Real guidance away from a negative condition, by a second pass, is
+    `true_cfg_scale`.
+    """
+
+    pipeline_name = "FluxPipeline"
+    weighting_scheme = "none"
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's factor times 2, since 2 × 2 latents are a token."""
+        return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        return self.max_sequence_length, self.transformer.config.joint_attention_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """`P`, the width of CLIP's pooled output."""
+        return self.transformer.config.pooled_projection_dim
+
+    def encode_text(self, captions: list[str]) -> Condition:
+        """The pipeline's embeds `(B, T, D)` and pooled `(B, P)`."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            captions, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return Condition(embeds, pooled)
+
+    def count_tokens(self, latents: Tensor) -> int:
+        return super().count_tokens(latents) // 4
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The transformer's velocity prediction, of packed latents."""
+        rows, channels, height, width = noisy.shape
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = timesteps.new_full((rows,), self.call_default("guidance_scale"), dtype=noisy.dtype)
+        ids = self.pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, noisy.device, noisy.dtype)
+        prediction = self.denoiser(
+            self.pipeline._pack_latents(noisy, rows, channels, height, width),
+            encoder_hidden_states=condition.embeds,
+            pooled_projections=condition.pooled,
+            timestep=timesteps.to(noisy.dtype) / 1000,
+            img_ids=ids,
+            txt_ids=ids.new_zeros(condition.embeds.shape[1], 3),
+            guidance=guidance,
+        ).sample
+        return self.pipeline._unpack_latents(prediction, height, width, vae_scale_factor=1)
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        return (*super().option_names, "true_cfg_scale")
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        found = super().pipeline_options
+        return found if self.transformer.config.guidance_embeds else found | {"guidance_scale": None}
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """Also refuses a guidance that the model would ignore."""
+        if name == "true_cfg_scale":
+            return None if is_number(value) and value > 1 else "a number above 1"
+        expected = super().expected_of(name, value)
+        if name == "guidance_scale" and not expected and value > 1 and not self.transformer.config.guidance_embeds:
+            return "none: this FLUX has no guidance_embeds; true_cfg_scale guides away from a negative_prompt"
+        return expected
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Also refuses a negative that the model would ignore, and `true_cfg_scale` without one."""
+        super().check_options(options)
+        scaled = options.get("true_cfg_scale") is not None
+        negative = any(options.get(name) is not None for name in ("negative_prompt", "negative_condition"))
+        if scaled != negative:
+            lacking = "no true_cfg_scale, without which FLUX ignores it" if negative else "no negative_prompt"
+            given = "a negative prompt" if negative else "a true_cfg_scale"
+            raise InputError(f"the {self.modality} decoder is given {given} but {lacking}: give both, or neither.")
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}

@@ -1,0 +1,128 @@
+"""The decoder families added after the first five: what their pipelines do, written out apart from our code.
+
+`velocity` and `unscale` repeat lines of diffusers' pipelines and training examples, for one family each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tiny_pipelines
+import torch
+from torch import Tensor
+
+from anygpt.decoders import Condition, DiffusionDecoder, FluxDecoder, SanaDecoder
+
+CAPTIONS = ["a red ring", "two dogs, and rather more words than fit", ""]
+
+
+@dataclass
+class Family:
+    """One family.
+
+    Attributes:
+        label: in the README's table.
+        make: its tiny pipeline.
+        shape, pooled_dim, latents: `(T, D)`, `P` and a sample's latents, of the tiny one with `settings`.
+        encode: `(pipeline, captions)` to the pipeline's own encoding.
+        predict: `(pipeline, noisy, timestep, condition)` of one sample to the network's prediction.
+        unscale: `(pipeline, latents)` to what the pipeline would give the VAE.
+        settings: of the decoder.
+        call: of the pipeline, for every sampling.
+        guidance: the names under which this pipeline takes a scale, and those with a negative prompt.
+    """
+
+    label: str
+    kind: type[DiffusionDecoder]
+    make: Callable[[], Any]
+    shape: tuple[int, int]
+    pooled_dim: int | None
+    latents: tuple[int, ...]
+    encode: Callable[[Any, list[str]], Condition]
+    predict: Callable[[Any, Tensor, Tensor, Condition], Tensor]
+    unscale: Callable[[Any, Tensor], Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    guidance: str | None = "guidance_scale"
+    negative: str | None = "guidance_scale"
+
+    def decoder(self) -> DiffusionDecoder:
+        return self.kind(self.make(), **self.settings)
+
+
+def _sana_encode(pipeline: Any, captions: list[str]) -> Condition:
+    instruction = pipeline.__call__.__wrapped__.__defaults__[-1]  # the last parameter of the call
+    embeds, mask, _, _ = pipeline.encode_prompt(
+        captions, False, max_sequence_length=TOKENS, complex_human_instruction=instruction
+    )
+    return Condition(embeds, mask=mask)
+
+
+def _sana_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    mask = condition.mask.to(noisy.dtype)
+    return pipeline.transformer(
+        noisy, encoder_hidden_states=condition.embeds, encoder_attention_mask=mask, timestep=t
+    ).sample
+
+
+def _flux_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    _, channels, height, width = noisy.shape
+    blocks = noisy.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # B C h 2 w 2
+    packed = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    places = torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), dim=-1)
+    ids = torch.cat([torch.zeros(height // 2, width // 2, 1), places], dim=-1).flatten(0, 1).to(noisy)
+    guidance = torch.tensor([3.5], dtype=noisy.dtype) if pipeline.transformer.config.guidance_embeds else None
+    made = pipeline.transformer(
+        packed,
+        timestep=t / 1000,
+        guidance=guidance,
+        pooled_projections=condition.pooled,
+        encoder_hidden_states=condition.embeds,
+        txt_ids=torch.zeros(condition.embeds.shape[1], 3, dtype=noisy.dtype),
+        img_ids=ids,
+    ).sample
+    blocks = made.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2))  # B h w C 2 2
+    return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _flux_encode(pipeline: Any, captions: list[str]) -> Condition:
+    return Condition(*pipeline.encode_prompt(captions, max_sequence_length=TOKENS)[:2])
+
+
+TOKENS = 24
+_FLUX = {
+    "kind": FluxDecoder,
+    "shape": (TOKENS, 40),
+    "pooled_dim": 32,
+    "latents": (4, 8, 8),
+    "encode": _flux_encode,
+    "predict": _flux_predict,
+    "unscale": lambda pipeline, latents: latents / 0.37 + 0.2,
+    "settings": {"max_sequence_length": TOKENS},
+    "call": {"max_sequence_length": TOKENS},
+}
+FAMILIES = {
+    "sana": Family(
+        "SANA",
+        SanaDecoder,
+        tiny_pipelines.sana,
+        (TOKENS, 24),
+        None,
+        (4, 16, 16),
+        _sana_encode,
+        _sana_predict,
+        lambda pipeline, latents: latents / 0.37,
+        settings={"max_sequence_length": TOKENS},
+        call={"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": TOKENS},
+    ),
+    "flux-dev": Family("FLUX.1 (guidance-distilled)", make=tiny_pipelines.flux, negative="true_cfg_scale", **_FLUX),
+    "flux": Family(
+        "FLUX.1 (without embedded guidance)",
+        make=lambda: tiny_pipelines.flux(guidance_embeds=False),
+        guidance=None,
+        negative="true_cfg_scale",
+        **_FLUX,
+    ),
+}
