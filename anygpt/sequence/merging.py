@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from anygpt.errors import InputError
 
@@ -73,9 +74,10 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
         per_row = held.sum(dim=1).tolist()
         given = features.get(key)
         if isinstance(given, list):
-            _check_whole_inputs(key, per_row, [len(item) for item in given])
-            given = torch.cat(given)
-        _check_counts(key, per_row, given)
+            lengths, given = [len(item) for item in given], torch.cat(given)
+        else:
+            lengths = [] if given is None or given.dim() == 2 else [given.shape[1]] * len(given)
+        _check_counts(key, per_row, lengths, 0 if given is None else given.numel() // given.shape[-1])
         if given is None:
             continue
         embeds = embeds.masked_scatter(held[..., None], given.reshape(-1, given.shape[-1]).to(embeds.dtype))
@@ -93,46 +95,35 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
     return Merged(embeds, text.input_ids, text.attention_mask, labels, media_in)
 
 
-def _check_whole_inputs(key: str, per_row: list[int], lengths: list[int]) -> None:
-    """Raise `InputError` if a row's placeholders end inside an input."""
-    ends, place = {0, *itertools.accumulate(lengths)}, 0
-    for row, count in enumerate(per_row):
-        place += count
-        if place not in ends and sum(per_row) == sum(lengths):
-            raise InputError(
-                f"{key!r}: row {row} has {count} placeholder tokens, which end inside an input; the inputs have "
-                f"{lengths} features"
-            )
+def _check_counts(key: str, per_row: list[int], lengths: list[int], available: int) -> None:
+    """Check that an encoder's placeholders are as many as its features, and that no row's end inside an input.
 
-
-def _check_counts(key: str, per_row: list[int], features: Tensor | None) -> None:
-    available = 0 if features is None else features.numel() // features.shape[-1]
-    if available == sum(per_row):
-        # The totals agree; an input split between rows would still put features in the wrong row.
-        if features is None or features.dim() == 2:
-            return
-        bad = next((row for row, count in enumerate(per_row) if count % features.shape[1]), None)
-        if bad is None:
-            return
+    Args:
+        per_row: placeholders of each row.
+        lengths: features of each input; empty for packed ones, whose bounds are not known.
+        available: features in all.
+    """
+    if available != sum(per_row):
+        bad = max((row for row, count in enumerate(per_row) if count), default=0)
+        bad = next((row for row, seen in enumerate(itertools.accumulate(per_row)) if seen > available), bad)
         raise InputError(
-            f"{key!r}: row {bad} has {per_row[bad]} placeholder tokens, which is no multiple of the "
-            f"{features.shape[1]} features of each input"
+            f"{key!r}: the batch has {sum(per_row)} placeholder tokens but {available} features; the counts part in "
+            f"row {bad}, which has {per_row[bad]} placeholders. Each input needs exactly as many placeholders as it "
+            "has features (MultimodalProcessor writes them)"
         )
-    seen, bad = 0, max((row for row, count in enumerate(per_row) if count), default=0)
-    for row, count in enumerate(per_row):
-        seen += count
-        if seen > available:
-            bad = row
-            break
-    raise InputError(
-        f"{key!r}: the batch has {sum(per_row)} placeholder tokens but {available} features; the counts part in row "
-        f"{bad}, which has {per_row[bad]} placeholders. Each input needs exactly as many placeholders as it has "
-        "features (MultimodalProcessor writes them)"
-    )
+    ends = {0, *itertools.accumulate(lengths)}
+    bad = next((row for row, seen in enumerate(itertools.accumulate(per_row)) if lengths and seen not in ends), None)
+    if bad is not None:
+        raise InputError(
+            f"{key!r}: row {bad} has {per_row[bad]} placeholder tokens, which end inside an input; the inputs have "
+            f"{lengths} features"
+        )
 
 
 def prepend(
-    text: Merged, features: Mapping[str, Tensor | list[Tensor]], items_per_row: Mapping[str, list[int]] | None = None
+    text: Merged,
+    features: Mapping[str, Tensor | list[Tensor]],
+    items_per_row: Mapping[str, list[int]] | None = None,
 ) -> Merged:
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 
@@ -148,8 +139,9 @@ def prepend(
     """
     if not features:
         return text
-    rows = text.input_ids.shape[0]
-    by_row: list[list[Tensor]] = [[] for _ in range(rows)]
+    embeds, mask = text.inputs_embeds, text.attention_mask
+    rows, length = text.input_ids.shape
+    by_row: list[list[Tensor]] = [[embeds.new_zeros(0, embeds.shape[-1])] for _ in range(rows)]
     for key, values in features.items():
         counts = (items_per_row or {}).get(key) or ([1] * rows if len(values) == rows else [len(values)] * (rows == 1))
         packed = isinstance(values, Tensor) and values.dim() != 3
@@ -161,50 +153,36 @@ def prepend(
         items = iter(values)
         for row, count in enumerate(counts):
             by_row[row] += itertools.islice(items, count)
-    lengths = [sum(len(part) for part in parts) for parts in by_row]
-    total = text.input_ids.shape[1] + max(lengths)
-    left_padded = bool((text.attention_mask[:, 0] == 0).any())
-
-    def build(row: int, values: Tensor, media: Tensor | None, fill: float) -> Tensor:
-        """One row of the result: padding, features and text."""
-        start = int(text.attention_mask[row].argmax()) if left_padded else 0
-        media = values.new_full((lengths[row], *values.shape[1:]), FEATURE_ID) if media is None else media
-        out = values.new_full((total, *values.shape[1:]), fill)
-        body = torch.cat([values[:start], media, values[start:]])
-        return torch.cat([out[: total - len(body)], body] if left_padded else [body, out[: total - len(body)]])
-
-    def rows_of(values: Tensor, media: float, fill: float) -> Tensor:
-        parts = [values.new_full((n,), media) for n in lengths]
-        return torch.stack([build(row, values[row], parts[row], fill) for row in range(rows)])
-
-    embeds = torch.stack(
-        [
-            build(row, text.inputs_embeds[row], torch.cat(parts).to(text.inputs_embeds) if parts else None, 0)
-            for row, parts in enumerate(by_row)
-        ]
+    media = [torch.cat(parts).to(embeds) for parts in by_row]
+    counts = torch.tensor([len(values) for values in media], device=embeds.device)
+    media = pad_sequence(media, batch_first=True)  # (B, M, H)
+    present = torch.arange(media.shape[1], device=embeds.device) < counts[:, None]
+    left_padded = bool((mask[:, 0] == 0).any())
+    start = mask.argmax(dim=1, keepdim=True) * left_padded
+    before = torch.arange(length, device=embeds.device) < start
+    # in this order: padding at the left, features, text, padding at the right
+    places = torch.cat([torch.where(present, 1, 0 if left_padded else 3), torch.where(before, 0, 2)], dim=1)
+    new = torch.full_like(present, FEATURE_ID, dtype=text.input_ids.dtype)
+    labels = None if text.labels is None else torch.cat([torch.full_like(new, IGNORE), text.labels], dim=1)
+    joined = Merged(
+        torch.cat([media, embeds], dim=1),
+        torch.cat([new, text.input_ids], dim=1),
+        torch.cat([present.to(mask.dtype), mask], dim=1),
+        labels,
+        text.media_in | (counts > 0),
     )
-    return Merged(
-        inputs_embeds=embeds,
-        input_ids=rows_of(text.input_ids, FEATURE_ID, FEATURE_ID),
-        attention_mask=rows_of(text.attention_mask, 1, 0),
-        labels=None if text.labels is None else rows_of(text.labels, IGNORE, IGNORE),
-        media_in=text.media_in | torch.tensor([n > 0 for n in lengths], device=text.media_in.device),
-    )
+    return _sorted(joined, places)
+
+
+def _sorted(merged: Merged, places: Tensor) -> Merged:
+    """The batch with each row's positions in the order of `places` `(B, S)`, equal ones as they were."""
+    order = places.argsort(dim=1, stable=True)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    labels = None if merged.labels is None else merged.labels[rows, order]
+    embeds, ids, mask = (v[rows, order] for v in (merged.inputs_embeds, merged.input_ids, merged.attention_mask))
+    return Merged(embeds, ids, mask, labels, merged.media_in)
 
 
 def pad_left(merged: Merged) -> Merged:
     """Move every row's padding to its left, as generation needs it."""
-    if bool((merged.attention_mask[:, -1] == 1).all()):
-        return merged
-    length = merged.attention_mask.shape[1]
-    # a stable sort by the mask moves padding to the front and keeps the order of the tokens
-    order = merged.attention_mask.to(torch.int8).argsort(dim=1, stable=True)
-    rows = torch.arange(len(order), device=order.device)[:, None].expand(-1, length)
-    labels = None if merged.labels is None else merged.labels[rows, order]
-    return Merged(
-        merged.inputs_embeds[rows, order],
-        merged.input_ids[rows, order],
-        merged.attention_mask[rows, order],
-        labels,
-        merged.media_in,
-    )
+    return merged if bool((merged.attention_mask[:, -1] == 1).all()) else _sorted(merged, merged.attention_mask)
