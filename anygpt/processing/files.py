@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from anygpt.composition import Composition
-from anygpt.decoders.targets import TargetProcessor, target_processor_from_dict
+from anygpt.decoders.targets import target_processor_from_dict
 from anygpt.encoders import fitting
-from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
@@ -22,31 +21,14 @@ from anygpt.model.parts import build_callback, callback_dict, import_class
 from anygpt.parts.files import open_composition
 from anygpt.parts.manifest import MANIFEST
 from anygpt.parts.publishing import push
-from anygpt.processing.conversations import Processor
+from anygpt.processing.conversations import ConversationProcessor, FeatureCounter
 
 CONFIG = "processor_config.json"
-FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
-
-
-class SavedProcessor(Processor, Protocol):
-    """The members of `MultimodalProcessor` that are saved."""
-
-    num_feature_funcs: dict[str, FeatureCounter]
-    encoder_configs: dict[str, PreTrainedConfig]
-    encoder_callbacks: dict[str, EncoderCallbacks | None]
-    projector_configs: dict[str, MultimodalProjectorConfig]
-    fit: dict[str, str | None]
-    injects: bool
-    targets: dict[str, TargetProcessor]
-
-    def register(self, model: Composition) -> None: ...
-
-
-P = TypeVar("P", bound=SavedProcessor)
+P = TypeVar("P", bound=ConversationProcessor)
 
 
 def save_pretrained(
-    processor: SavedProcessor, folder: str | Path, *, push_to_hub: bool = False, **options: Any
+    processor: ConversationProcessor, folder: str | Path, *, push_to_hub: bool = False, **options: Any
 ) -> None:
     """Write tokenizer, encoder processors (under `processors/<key>/`) and `processor_config.json`.
 
@@ -79,18 +61,14 @@ def save_pretrained(
         key: {"tokens": processor.signal_tokens[key], "targets": targets.to_dict(), "modality": processor.makes[key]}
         for key, targets in processor.targets.items()
     }
-    content = {
-        "processor_class": type(processor).__name__,
-        "injects": processor.injects,
-        "encoders": encoders,
-        "decoders": decoders,
-    }
+    name, injects = type(processor).__name__, processor.injects
+    content = {"processor_class": name, "injects": injects, "encoders": encoders, "decoders": decoders}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     if push_to_hub:
         push(folder, **{"repo_id": folder.name} | options)
 
 
-def push_to_hub(processor: SavedProcessor, repo_id: str, **options: Any) -> str:
+def push_to_hub(processor: ConversationProcessor, repo_id: str, **options: Any) -> str:
     """Upload the processor; options as in `MultimodalModel.push_to_hub`."""
     with TemporaryDirectory() as folder:
         save_pretrained(processor, folder)
@@ -114,39 +92,33 @@ def from_pretrained(
     if not path.is_file():
         raise InputError(f"{folder} holds no saved processor: there is no {CONFIG}; expected a run's final/ folder")
     content = json.loads(path.read_text())
+    encoders, decoders = content["encoders"], content["decoders"]
     functions = dict(num_feature_calculation_funcs or {})
-    lacking = [key for key, e in content["encoders"].items() if e["own_feature_function"] and key not in functions]
+    lacking = [key for key, entry in encoders.items() if entry["own_feature_function"] and key not in functions]
     if lacking:
         raise InputError(
             f"the processor in {folder} was saved with feature functions of your own for {lacking}, which cannot "
             "be saved; give them again with num_feature_calculation_funcs="
         )
-    processors = {}
-    for key, entry in content["encoders"].items():
+    processor = cls.__new__(cls)
+    processor.encoder_processors = {}
+    for key, entry in encoders.items():
         inner = import_class(entry["class"]).from_pretrained(folder / "processors" / key)
         frames = entry["num_frames"]
-        processors[key] = VideoFrameProcessor(inner, frames) if frames else inner
-    processor = cls.__new__(cls)
-    processor.encoder_processors = processors
+        processor.encoder_processors[key] = VideoFrameProcessor(inner, frames) if frames else inner
     processor.llm_tokenizer = AutoTokenizer.from_pretrained(folder)
     processor.num_feature_funcs = functions
-    processor.tokens = {key: entry["token"] for key, entry in content["encoders"].items()}
-    processor.modalities = {key: entry["modality"] for key, entry in content["encoders"].items()}
-    fits = {key: entry.get("fit") for key, entry in content["encoders"].items()}
+    processor.tokens = {key: entry["token"] for key, entry in encoders.items()}
+    processor.modalities = {key: entry["modality"] for key, entry in encoders.items()}
+    fits = {key: entry.get("fit") for key, entry in encoders.items()}
     processor.fit = fitting.checked(processor.modalities, fits)
-    processor.encoder_configs = {
-        key: AutoConfig.for_model(**entry["encoder_config"])
-        for key, entry in content["encoders"].items()
-        if entry["encoder_config"] is not None
-    }
-    processor.encoder_callbacks = {key: build_callback(e["callbacks"]) for key, e in content["encoders"].items()}
-    processor.projector_configs = {
-        key: MultimodalProjectorConfig(**content["encoders"][key]["projector"]) for key in processor.encoder_configs
-    }
-    processor.signal_tokens = {key: entry["tokens"] for key, entry in content["decoders"].items()}
-    processor.targets = {key: target_processor_from_dict(e["targets"]) for key, e in content["decoders"].items()}
-    decoders = content["decoders"].items()
-    processor.makes = {key: entry.get("modality", processor.targets[key].modality) for key, entry in decoders}
+    known = {key: entry for key, entry in encoders.items() if entry["encoder_config"] is not None}
+    processor.encoder_configs = {key: AutoConfig.for_model(**entry["encoder_config"]) for key, entry in known.items()}
+    processor.projector_configs = {key: MultimodalProjectorConfig(**e["projector"]) for key, e in known.items()}
+    processor.encoder_callbacks = {key: build_callback(entry["callbacks"]) for key, entry in encoders.items()}
+    processor.signal_tokens = {key: entry["tokens"] for key, entry in decoders.items()}
+    processor.targets = {key: target_processor_from_dict(entry["targets"]) for key, entry in decoders.items()}
+    processor.makes = {key: e.get("modality", processor.targets[key].modality) for key, e in decoders.items()}
     processor.injects = content["injects"]
     if model is not None:
         processor.register(model)

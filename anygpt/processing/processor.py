@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from anygpt.composition import Composition
-from anygpt.decoders.targets import TargetProcessor
 from anygpt.encoders import fitting
-from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import count_features
-from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
 from anygpt.media.types import AUDIO, IMAGE, MEDIA, VIDEO, media_type
-from anygpt.processing import conversations, files, repeatable
+from anygpt.processing import files, repeatable
 from anygpt.processing.chat_template import has_special_tokens
-from anygpt.processing.files import FeatureCounter
+from anygpt.processing.conversations import ConversationProcessor, FeatureCounter
 
 
-class MultimodalProcessor(ProcessorMixin):
+class MultimodalProcessor(ConversationProcessor):
     """The processors of all encoders and the tokenizer, combined.
 
     Args:
@@ -48,11 +45,6 @@ class MultimodalProcessor(ProcessorMixin):
     save_pretrained = files.save_pretrained
     push_to_hub = files.push_to_hub
     from_pretrained = classmethod(files.from_pretrained)  # type: ignore[var-annotated]
-    apply_chat_template = conversations.apply_chat_template
-    flatten_messages = conversations.flatten_messages
-    arrange_media = conversations.arrange_media
-    encoder_key = conversations.encoder_key
-    decoder_key = conversations.decoder_key
 
     def __init__(
         self,
@@ -78,58 +70,32 @@ class MultimodalProcessor(ProcessorMixin):
             if unknown := sorted(set(names) - set(self.encoder_processors)):
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
-        self.encoder_configs: dict[str, PreTrainedConfig] = {}
-        self.encoder_callbacks: dict[str, EncoderCallbacks | None] = {}
-        self.projector_configs: dict[str, MultimodalProjectorConfig] = {}
-        self.signal_tokens: dict[str, list[str]] = {}
-        self.makes: dict[str, str] = {}
-        self.targets: dict[str, TargetProcessor] = {}
+        self.encoder_configs, self.encoder_callbacks, self.projector_configs = {}, {}, {}
+        self.signal_tokens, self.makes, self.targets = {}, {}, {}
         self.injects = model is not None
         if model is not None:
-            self._describe(model)
+            if set(model.encoder_keys) != set(self.encoder_processors):
+                raise InputError(
+                    f"the model has the encoders {sorted(model.encoder_keys)}, but processors are given for "
+                    f"{sorted(self.encoder_processors)}"
+                )
+            self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
+            self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
+            self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
+            self.projector_configs = {key: encoder.projector.config for key, encoder in model.encoders.items()}
+            self.signal_tokens = model.signal_tokens.names
+            self.describe_targets(model)
         self.fit = fitting.checked(self.modalities, fit or {})
-        self._add_tokens()
+        new = [*self.tokens.values(), *itertools.chain.from_iterable(self.signal_tokens.values())]
+        # With the default, a second call would drop the tokenizer's existing special tokens.
+        self.llm_tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
         if model is not None:
             self.register(model)
-
-    def _describe(self, model: Composition) -> None:
-        if set(model.encoder_keys) != set(self.encoder_processors):
-            raise InputError(
-                f"the model has the encoders {sorted(model.encoder_keys)}, but processors are given for "
-                f"{sorted(self.encoder_processors)}"
-            )
-        self.modalities = {key: encoder.modality for key, encoder in model.encoders.items()}
-        self.encoder_configs = {key: encoder.config for key, encoder in model.encoders.items()}
-        self.encoder_callbacks = {key: encoder.callbacks for key, encoder in model.encoders.items()}
-        self.projector_configs = {key: encoder.projector.config for key, encoder in model.encoders.items()}
-        self.signal_tokens = model.signal_tokens.names
-        self.describe_targets(model)
 
     def describe_targets(self, model: Composition) -> None:
         """Read the decoders' target formats, which depend on what currently trains in them."""
         self.makes = {key: decoder.modality for key, decoder in model.decoders.items()}
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
-
-    def _add_tokens(self) -> None:
-        names = [*self.tokens.values(), *(name for names in self.signal_tokens.values() for name in names)]
-        # With the default, a second call would drop the tokenizer's existing special tokens.
-        self.llm_tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)
-
-    @property
-    def token_ids(self) -> dict[str, int]:
-        """`{encoder key: id of its placeholder}`."""
-        return {key: self.llm_tokenizer.convert_tokens_to_ids(token) for key, token in self.tokens.items()}
-
-    @property
-    def signal_token_ids(self) -> dict[str, list[int]]:
-        """`{decoder key: ids of its signal tokens}`."""
-        return {key: self.llm_tokenizer.convert_tokens_to_ids(names) for key, names in self.signal_tokens.items()}
-
-    def register(self, model: Composition) -> None:
-        """Set the token ids and tokenizer of a model, which then injects features."""
-        model.set_token_ids(self.token_ids)
-        model.signal_tokens.set_ids(self.signal_token_ids)
-        model.tokenizer = self.llm_tokenizer
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
@@ -141,12 +107,6 @@ class MultimodalProcessor(ProcessorMixin):
     @property
     def chat_template(self) -> str | None:
         return self.llm_tokenizer.chat_template
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        return self.llm_tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        return self.llm_tokenizer.batch_decode(*args, **kwargs)
 
     def post_process_multimodal_output(
         self,
@@ -204,7 +164,9 @@ class MultimodalProcessor(ProcessorMixin):
         if text is not None:
             media = {IMAGE.name: images, VIDEO.name: videos, AUDIO.name: audio}
             media |= {kind.name: kwargs.pop(kind.plural) for kind in MEDIA.values() if kind.plural in kwargs}
-            encoder_inputs, llm_inputs = conversations.inputs_by_modality(self, text, media)
+            several = {name: given if isinstance(given, list) else [given] for name, given in media.items()}
+            pairs = [(name, one) for name, given in several.items() for one in given if one is not None]
+            encoder_inputs, llm_inputs = self.arrange_media(pairs), {"text": text}
         llm_inputs = dict(llm_inputs or {})
         data, counts, per_row = self.process_media(encoder_inputs or {}, return_tensors, **kwargs)
         text = llm_inputs.pop("text", None)
@@ -213,15 +175,10 @@ class MultimodalProcessor(ProcessorMixin):
             if all(has_special_tokens(one, self.llm_tokenizer.bos_token) for one in texts):
                 llm_inputs = {"add_special_tokens": False} | llm_inputs
             expanded = self.expand(texts, counts, per_row)
-            options = (
-                repeatable.accepted(self.llm_tokenizer.__call__, kwargs) | {"padding": len(texts) > 1} | llm_inputs
-            )
-            tokens = self.llm_tokenizer(
-                expanded[0] if isinstance(text, str) and return_tensors is None else expanded,
-                return_tensors=return_tensors,
-                **options,
-            )
-            data |= dict(tokens)
+            one = isinstance(text, str) and return_tensors is None
+            options = {"return_tensors": return_tensors, "padding": len(texts) > 1}
+            options |= repeatable.accepted(self.llm_tokenizer.__call__, kwargs) | llm_inputs
+            data |= dict(self.llm_tokenizer(expanded[0] if one else expanded, **options))
         if decoder_targets:
             data["decoder_targets"] = self.process_targets(decoder_targets)
         if per_row and not self.injects:
@@ -257,9 +214,11 @@ class MultimodalProcessor(ProcessorMixin):
             parts = self.pieces(key, inputs)
             if parts is not None:
                 inputs[name] = [piece for pieces in parts for piece in pieces]
-            options = self._family_options(key) | repeatable.accepted(processor.__call__, kwargs) | inputs
+            family = FAMILIES.get(self.encoder_configs[key].model_type) if key in self.encoder_configs else None
+            options = {"return_tensors": return_tensors, **(family.processor_options if family else {})}
+            options |= repeatable.accepted(processor.__call__, kwargs) | inputs
             try:
-                outputs[key] = repeatable.call(processor, {"return_tensors": return_tensors} | options, name)
+                outputs[key] = repeatable.call(processor, options, name)
             except Exception as error:  # processors raise anything for media that they cannot take
                 reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
                 raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
@@ -271,14 +230,12 @@ class MultimodalProcessor(ProcessorMixin):
                 counts[key] = counts[key] and _sums(counts[key], lengths)
                 if key in per_row:
                     per_row[key] = _sums(lengths, per_row[key])
-        names = [name for output in outputs.values() for name in output]
-        data = {}
+        data: dict[str, Any] = {}
         for key, output in outputs.items():
-            others = [set(getattr(p, "model_input_names", ())) for k, p in self.encoder_processors.items() if k != key]
-            others.append(set(self.llm_tokenizer.model_input_names))
-            for name, value in output.items():
-                shared = names.count(name) > 1 or any(name in other for other in others)
-                data[f"{key}.{name}" if shared else name] = value
+            others = [getattr(own, "model_input_names", ()) for k, own in self.encoder_processors.items() if k != key]
+            others += [other for k, other in outputs.items() if k != key]
+            shared = {*self.llm_tokenizer.model_input_names}.union(*others)
+            data |= {f"{key}.{name}" if name in shared else name: value for name, value in output.items()}
         return data, counts, per_row
 
     def pieces(self, key: str, inputs: Mapping[str, Any]) -> list[list[Any]] | None:
@@ -286,10 +243,6 @@ class MultimodalProcessor(ProcessorMixin):
         media = inputs.get(self.media_argument(key))
         kind = MEDIA.get(self.modalities[key])
         return None if media is None else fitting.pieces(kind, media, self.encoder_processors[key], self.fit[key])
-
-    def media_argument(self, key: str) -> str:
-        """The name of the media argument of an encoder's processor (`images`, `raw_speech`, …)."""
-        return next(iter(inspect.signature(self.encoder_processors[key].__call__).parameters))
 
     def count_features(self, key: str, inputs: dict, outputs: dict) -> list[int] | None:
         """The numbers of features of each input; None if neither a function nor a known family can tell."""
@@ -303,15 +256,8 @@ class MultimodalProcessor(ProcessorMixin):
             return [int(c) for row in counts for c in np.atleast_1d(row)]
         if key not in self.encoder_configs:
             return None
-        return count_features(
-            self.encoder_configs[key], self.encoder_callbacks[key], self.projector_configs[key], outputs
-        )
-
-    def _family_options(self, key: str) -> dict[str, Any]:
-        """Processor arguments that an encoder's family needs."""
-        config = self.encoder_configs.get(key)
-        family = FAMILIES.get(config.model_type) if config is not None else None
-        return dict(family.processor_options) if family is not None else {}
+        known = (self.encoder_configs[key], self.encoder_callbacks[key], self.projector_configs[key])
+        return count_features(*known, outputs)
 
     def expand(
         self,
@@ -358,9 +304,7 @@ class MultimodalProcessor(ProcessorMixin):
             captions, media = target.get("captions"), target.get(media_name)
             if captions is not None and media is not None and len(captions) != len(media):
                 raise InputError(f"{key!r} targets have {len(captions)} captions but {len(media)} {media_name}")
-            processed[key] = {}
-            if captions is not None:
-                processed[key]["captions"] = list(captions)
+            processed[key] = {} if captions is None else {"captions": list(captions)}
             if media is not None:
                 processed[key]["media"] = self.targets[key](list(media))
         return processed
@@ -384,9 +328,9 @@ def _sums(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
 def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, rows: list[int] | None) -> None:
     found = None
     if rows is not None and len(rows) == len(in_rows):
-        bad = next((row for row, (have, want) in enumerate(zip(in_rows, rows, strict=True)) if have != want), None)
-        if bad is not None:
-            found = f"row {bad} has {in_rows[bad]} {token} placeholders but {rows[bad]} inputs"
+        pairs = enumerate(zip(in_rows, rows, strict=True))
+        wrong = (f"row {row} has {n} {token} placeholders but {m} inputs" for row, (n, m) in pairs if n != m)
+        found = next(wrong, None)
     elif sum(in_rows) != inputs:
         where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
         found = f"the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given"
