@@ -81,6 +81,22 @@ class Reply:
     complete: bool = True
 
 
+def load_checkpoint(folder: str | Path) -> tuple[MultimodalModel, MultimodalProcessor]:
+    """The model and the processor of a `final/` or `checkpoint-<step>/` folder.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder} does not exist; name a run's final/ folder with --checkpoint, or make the quickstart's with "
+            "bash scripts/quickstart.sh"
+        )
+    with reading(folder):
+        model = MultimodalModel.from_pretrained(folder)
+        return model, MultimodalProcessor.from_pretrained(folder, model=model)
+
+
 class TooLong(InputError):
     """A conversation that leaves no room for an answer in the language model's context."""
 
@@ -99,14 +115,7 @@ class ChatModel:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", offload: bool = False):
         check_device(device, offload)
-        if not Path(checkpoint).is_dir():
-            raise InputError(
-                f"{checkpoint} does not exist; name a run's final/ folder with --checkpoint, or make the quickstart's "
-                "with bash scripts/quickstart.sh"
-            )
-        with reading(checkpoint):
-            self.model = MultimodalModel.from_pretrained(checkpoint)
-            self.processor = MultimodalProcessor.from_pretrained(checkpoint, model=self.model)
+        self.model, self.processor = load_checkpoint(checkpoint)
         self.model.eval()
         place(self.model, device, offload)
 
@@ -323,7 +332,7 @@ def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
     return False
 
 
-def check_device(device: str, offload: bool) -> None:
+def check_device(device: str, offload: bool = False) -> None:
     """Raise `InputError` if a device cannot be used, or cannot be offloaded from."""
     try:
         torch.empty(0, device=device)

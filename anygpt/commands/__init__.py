@@ -13,15 +13,15 @@ from anygpt.errors import InputError
 from anygpt.training.cli import MISTAKE, quiet_libraries
 
 COMMANDS = {
-    "chat": "talk to a trained model in the terminal",
-    "serve": "serve a trained model over HTTP, in the form of OpenAI's chat completions",
-    "demo": "a page to talk to a trained model in a browser",
-    "evaluate": "measure a trained model",
-    "validate-data": "check a data file before a run does",
-    "cache-features": "compute once what the frozen parts of a run make of its data",
+    "chat": "chat with a trained model in the terminal",
+    "serve": "serve a trained model over HTTP with OpenAI's chat completions API",
+    "demo": "serve a page to chat with a trained model in a browser",
+    "evaluate": "evaluate a trained model",
+    "validate-data": "validate a data file ahead of a run",
+    "cache-features": "compute the outputs of a run's frozen parts once, for all its data",
     "merge-lora": "merge adapters and signal tokens into the weights",
-    "trace-shapes": "the tensors of every hop from input to decoder",
-    "benchmark": "time and memory of one thing done in several ways",
+    "trace-shapes": "list the tensors between all parts, from input to decoder",
+    "benchmark": "compare time and memory of alternative ways to do one thing",
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "runs/quickstart/stage3/final"
@@ -35,12 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="anygpt",
         description="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()),
-        epilog="anygpt COMMAND --help says more of one. Training: accelerate launch stages/….py",
+        epilog="anygpt COMMAND --help describes one of them. Training: accelerate launch stages/….py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
-    name = parser.parse_args(arguments[:1]).command
-    return run(name, arguments[1:])
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
+    return run(parser.parse_args(arguments[:1]).command, arguments[1:])
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -73,3 +72,22 @@ def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Parser of a command: keeps the description's layout and allows no abbreviated flags."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     return argparse.ArgumentParser(prog=f"anygpt {name}", description=description, **options)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ChatModel`."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="a run's final/ folder (default: the quickstart's last)")
+    add("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
+    add("--offload", action="store_true", help="keep decoders on the device only while they are used")
+
+
+def check_range(options: argparse.Namespace, least: float, most: float, *names: str) -> None:
+    """Raise `InputError` if one of these options is given and out of range."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            flag = f"--{name.replace('_', '-')}"
+            if most == float("inf"):
+                raise InputError(f"{flag} must be at least {least}, but is {value}")
+            raise InputError(f"{flag} is {value}, expected a whole number from {least} to {most}")

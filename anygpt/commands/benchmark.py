@@ -48,9 +48,10 @@ def names() -> list[str]:
     Raises:
         InputError: none found; they are part of the repository, not of the installed package.
     """
-    if not (HERE / "benchmarks").is_dir():
+    found = sorted(path.stem for path in (HERE / "benchmarks").glob("*.py"))
+    if not found:
         raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")
-    return sorted(path.stem for path in (HERE / "benchmarks").glob("*.py"))
+    return found
 
 
 def load(name: str) -> ModuleType:
@@ -77,19 +78,9 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     print(f"  {side} …", file=sys.stderr)
     command = [sys.executable, "-m", "anygpt", "benchmark", *arguments, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    found = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode or not found:
+    if done.returncode or RESULT not in done.stdout:
         sys.exit(f"error: the side {side} ended with {done.returncode}: {' '.join(command)}\n{done.stdout}")
-    return json.loads(found[-1])
-
-
-def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians of each side's numbers over the rounds."""
-    first = rounds[0]
-    return {
-        side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
-        for side, numbers in first.items()
-    }
+    return json.loads(done.stdout.rpartition(RESULT)[2].splitlines()[0])
 
 
 def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) -> str:
@@ -98,7 +89,8 @@ def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) 
     lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
     for side, numbers in results.items():
         other = results[baseline(side)]
-        cells = [f"{value:.4g} ({value / other[name]:.2f}×)" for name, value in numbers.items()]
+        ratios = {name: value / other[name] if other[name] else float("nan") for name, value in numbers.items()}
+        cells = [f"{value:.4g} ({ratios[name]:.2f}×)" for name, value in numbers.items()]
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -114,24 +106,26 @@ def main(arguments: list[str]) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar=f"{{{','.join(names())}}}")
     for name in names():
         module = load(name)
-        command = commands.add_parser(
-            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        command.add_argument("--rounds", type=int, default=1, help="of measuring every way (default: %(default)s)")
+        layout = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, description=module.__doc__, formatter_class=layout)
+        command.add_argument("--rounds", type=int, default=1, help="measurements of every way (default: %(default)s)")
         module.add_arguments(command)
-        command.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there too, as JSON")
+        command.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this file, as JSON")
         command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     module = load(options.benchmark)
     if options.side is not None:
         print(RESULT + json.dumps(module.measure(options.side, options) | peak_memory()))
         return
-    sides = module.sides(options)
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in module.sides(options)}
     for number in range(1, options.rounds + 1):
         print(f"{options.benchmark}: round {number} of {options.rounds}", file=sys.stderr)
-        rounds.append({side: run_side(arguments, side) for side in sides})
-    results = medians(rounds)
+        for side, measured in rounds.items():
+            measured.append(run_side(arguments, side))
+    results = {
+        side: {name: statistics.median(numbers[name] for numbers in measured) for name in measured[0]}
+        for side, measured in rounds.items()
+    }
     baseline = getattr(module, "baseline", lambda side: next(iter(results)))
     print(f"{options.benchmark} on {machine()}\n\n{table(results, baseline)}")
     if options.output is not None:

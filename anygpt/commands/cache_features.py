@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from anygpt.cache.keys import LANGUAGE_MODEL, entries
 from anygpt.cache.store import KEY
-from anygpt.commands import new_parser
+from anygpt.commands import check_range, new_parser
 from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
@@ -36,42 +36,40 @@ STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
 
 def main(arguments: list[str]) -> None:
     parser = new_parser("cache-features", __doc__)
-    parser.add_argument("--config", required=True, help="the run's YAML; its other settings as in the stages")
-    parser.add_argument(
-        "--stage", type=int, choices=STAGES, help="of the run; the language model's states are left out without it"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="media or captions at once (%(default)s)")
-    parser.add_argument("--num-workers", type=int, help="processes that decode; data.num_workers if not given")
-    parser.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
-    parser.add_argument("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")
+    add = parser.add_argument
+    add("--config", required=True, help="the run's YAML; its other settings as in the stages")
+    add("--stage", type=int, choices=STAGES, help="of the run; without it, language model states are left out")
+    add("--batch-size", type=int, default=8, help="media or captions at once (default: %(default)s)")
+    add("--num-workers", type=int, help="processes that decode (default: data.num_workers)")
+    add("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
+    add("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")
     options, settings = parser.parse_known_args(arguments)
-    if options.batch_size < 1 or (options.num_workers or 0) < 0:
-        raise InputError("--batch-size must be at least 1, and --num-workers at least 0")
+    check_range(options, 1, float("inf"), "batch_size")
+    check_range(options, 0, float("inf"), "num_workers")
     write(parse_config(["--config", options.config, *settings]), options)
 
 
 def write(config: Config, options: argparse.Namespace) -> None:
     """Build the config's model and data, and write the cache."""
-    if config.data.cache_dir is None:
+    data, precision = config.data, config.train.mixed_precision
+    if data.cache_dir is None:
         raise InputError("data.cache_dir is null; name the folder to write, with --data.cache_dir or in the YAML")
-    folder = Path(config.data.cache_dir)
+    folder = Path(data.cache_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"data.cache_dir {folder} is a file; name a folder")
-    accelerator = Accelerator(
-        cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision=config.train.mixed_precision,
-    )
+    on_cpu = config.run.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
     set_seed(config.run.seed)  # gives new signal tokens the same random rows as in the run
     model, processor = build(config)
     if options.stage is None:
         model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
         options.leave_out.append(LANGUAGE_MODEL)
-        accelerator.print(f"{LANGUAGE_MODEL}: --stage was not given, so what trains below its states is not known")
+        accelerator.print(f"{LANGUAGE_MODEL}: left out, since what trains below its states is unknown without --stage")
     else:
         prepare_stage(model, STAGES[options.stage], config)
     datasets = [
-        ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
-        for sources in (config.data.train, config.data.eval)
+        ConversationDataset.from_files(sources, on_bad_sample=data.on_bad_sample)
+        for sources in (data.train, data.eval)
         if sources
     ]
     for dataset in datasets:
@@ -83,20 +81,19 @@ def write(config: Config, options: argparse.Namespace) -> None:
             if (place / KEY).is_file():  # anything else is not a store
                 shutil.rmtree(place)
     accelerator.wait_for_everyone()
+    quiet = None if accelerator.is_main_process else True
     CacheWriter(
         folder,
         model,
         processor,
         datasets,
         accelerator,
-        precision=config.train.mixed_precision,
+        precision=precision,
         batch_size=options.batch_size,
-        num_workers=config.data.num_workers if options.num_workers is None else options.num_workers,
-        on_bad_sample=config.data.on_bad_sample,
+        num_workers=data.num_workers if options.num_workers is None else options.num_workers,
+        on_bad_sample=data.on_bad_sample,
         leave_out=options.leave_out,
-        collator=Collator(processor, config.data.max_length, cut=config.data.on_long_sample == "cut"),
-        progress=lambda batches, name: tqdm(
-            batches, name, unit="batch", disable=None if accelerator.is_main_process else True
-        ),
+        collator=Collator(processor, data.max_length, cut=data.on_long_sample == "cut"),
+        progress=lambda batches, name: tqdm(batches, name, unit="batch", disable=quiet),
         say=accelerator.print,
     ).write()

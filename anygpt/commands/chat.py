@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anygpt.chat.chat_model import ChatModel, Settings, check_device, modality_of, write_segment
-from anygpt.commands import CHECKPOINT, REPOSITORY, new_parser
+from anygpt.chat.chat_model import ChatModel, Settings, modality_of, write_segment
+from anygpt.commands import REPOSITORY, add_model_arguments, check_range, new_parser
 from anygpt.data.schema import checked_text
 from anygpt.decoders.options import MAX_SEED
 from anygpt.errors import InputError
@@ -44,7 +44,6 @@ class Chat:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
         self.chat_model = ChatModel(options.checkpoint, options.device, options.offload)
         kwargs = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
         self.settings = Settings(
@@ -56,22 +55,33 @@ class Chat:
             decoder_kwargs=dict.fromkeys(self.chat_model.makes, kwargs),
         )
         self.chat_model.check(self.settings)
+        self.output: Path = options.output
+        self.turns = last_turn(options.output)
+        self.reset()
+
+    def reset(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []  # the messages with media as paths
-        self.turns = last_turn(options.output)
+        self.files: list[str] = []  # of the next message
 
-    def say(self, text: str, files: list[str], prefix: str = "") -> None:
+    def attach(self, path: str) -> str:
+        """Attach a file, checking that it can be read; returns its media type."""
+        part = self.chat_model.read(modality_of(path), path)
+        self.files.append(path)
+        return part["type"]
+
+    def say(self, text: str, prefix: str = "") -> None:
         """Send the user's text and files and stream the answer; a failed turn is not kept."""
-        parts = [self.chat_model.read(modality_of(path), path) for path in files]
-        shown = [{"type": part["type"], "path": path} for part, path in zip(parts, files, strict=True)]
         said = [{"type": "text", "text": checked_text(text, "what you say")}] if text else []
+        shown = [{"type": modality_of(path), "path": path} for path in self.files]
+        parts = [self.chat_model.read(part["type"], part["path"]) for part in shown]
         messages = [*self.messages, {"role": "user", "content": parts + said}]
-        printer = Printer(self.options.output, self.turns + 1, prefix)
+        printer = Printer(self.output, self.turns + 1, prefix)
         try:
             reply = self.chat_model.answer(messages, self.settings, on_event=printer)
         finally:
             printer.end_line()
-        self.turns += 1
+        self.turns, self.files = self.turns + 1, []
         self.messages = [*messages, answer_message(reply.answer)]
         answered = [
             {"type": s.type, "text": s.content} if s.type == "text" else {"type": s.type, "path": printer.paths[index]}
@@ -86,31 +96,14 @@ class Chat:
                 print("  " + (part["text"] if part["type"] == "text" else f"[{part['type']}: {part['path']}]"))
 
     def save(self, path: str) -> None:
-        """Write the conversation as JSON.
-
-        Raises:
-            InputError: no path, or one that cannot be written.
-        """
-        if not path:
-            raise InputError("/save needs the path of a file")
         content = json.dumps({"messages": self.history}, indent=2, ensure_ascii=False) + "\n"
         try:
             Path(path).write_text(content, encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        print(f"saved: {path}")
-
-    def attach(self, path: str, files: list[str]) -> None:
-        """Attach a file, checking that it can be read."""
-        if not path:
-            raise InputError("/attach needs the path of a file")
-        part = self.chat_model.read(modality_of(path), path)
-        files.append(path)
-        print(f"attached {part['type']}: {path}")
 
     def run(self) -> None:
         """Read turns from the terminal until the end of input."""
-        files: list[str] = []
         print(f"Say something, or {COMMANDS}.")
         while True:
             try:
@@ -118,37 +111,36 @@ class Chat:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
-            command, _, argument = text.partition(" ")
-            argument = as_path(argument)
+            if text.split(" ")[0] == "/quit":
+                return
             try:
-                if command == "/quit":
-                    return
-                if command == "/reset":
-                    self.messages, self.history, files = [], [], []
-                    print("Everything is forgotten.")
-                elif command == "/history":
-                    self.show_history()
-                elif command == "/save":
-                    self.save(argument)
-                elif command == "/attach":
-                    self.attach(argument, files)
-                elif command.startswith("/"):
-                    raise InputError(f"there is no command {command}; there are {COMMANDS}")
-                elif text or files:
-                    self.say(text, files, prefix="model: ")
-                    files = []
+                self.turn(text)
             except InputError as error:
                 print(f"error: {error}")
             except KeyboardInterrupt:
                 print("\nstopped; this turn is forgotten")
 
-
-def as_path(argument: str) -> str:
-    """Path as typed or dropped into a terminal, possibly quoted or with `~`."""
-    argument = argument.strip()
-    if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
-        argument = argument[1:-1]
-    return os.path.expanduser(argument.replace("\0", ""))
+    def turn(self, text: str) -> None:
+        """Carry out one line of the user: a command or a message."""
+        command, _, argument = text.partition(" ")
+        # as typed or dropped into a terminal
+        path = os.path.expanduser(argument.strip().strip("'\"").replace("\0", ""))
+        if command in ("/attach", "/save") and not path:
+            raise InputError(f"{command} needs the path of a file")
+        if command == "/reset":
+            self.reset()
+            print("Everything is forgotten.")
+        elif command == "/history":
+            self.show_history()
+        elif command == "/save":
+            self.save(path)
+            print(f"saved: {path}")
+        elif command == "/attach":
+            print(f"attached {self.attach(path)}: {path}")
+        elif command.startswith("/"):
+            raise InputError(f"there is no command {command}; there are {COMMANDS}")
+        elif text or self.files:
+            self.say(text, prefix="model: ")
 
 
 def last_turn(folder: Path) -> int:
@@ -169,25 +161,29 @@ class Printer:
     def __init__(self, folder: Path, turn: int, prefix: str = ""):
         self.folder, self.turn = folder, turn
         self.paths: dict[int, str] = {}
-        self.terminal = sys.stdout.isatty()
-        print(prefix, end="", flush=True)
-        self.begun = bool(prefix)  # whether the current line has text
+        self.begun = False  # whether the current line has text
+        self.write(prefix)
+
+    def write(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self.begun = self.begun or bool(text)
+
+    def end_line(self) -> None:
+        if self.begun:
+            print()
+        self.begun = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, TextPiece):
-            print(event.text, end="", flush=True)
-            self.begun = True
+            self.write(event.text)
         elif isinstance(event, MediumCalled):
-            print(f"[{event.type} {event.segment}]", end="", flush=True)
-            self.begun = True
+            self.write(f"[{event.type} {event.segment}]")
         elif isinstance(event, DecodingStarted):
             self.end_line()
-        elif isinstance(event, DecodingStep) and self.terminal:
-            print(f"\r{event.key}: step {event.step} of {event.steps}", end="", flush=True)
-            self.begun = True
+        elif isinstance(event, DecodingStep) and sys.stdout.isatty():
+            self.write(f"\r{event.key}: step {event.step} of {event.steps}")
         elif isinstance(event, MediumDone):
-            if self.terminal:
-                self.end_line()
+            self.end_line()
             try:
                 path = write_segment(event.content, self.folder / f"{self.turn:02d}-{event.segment}")
             except OSError as error:
@@ -195,49 +191,32 @@ class Printer:
             self.paths[event.segment] = str(path)
             print(f"[{event.content.type} {event.segment}: {path}]", flush=True)
 
-    def end_line(self) -> None:
-        if self.begun:
-            print()
-        self.begun = False
-
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, validated before anything is loaded."""
     parser = new_parser("chat", __doc__)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=CHECKPOINT,
-        help="a run's final/ folder (default: the quickstart's last)",
-    )
-    parser.add_argument("--prompt", help="give one answer to this, and end")
-    parser.add_argument("--attach", nargs="*", default=[], metavar="PATH", help="files that stand before the prompt")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs/chat", help="folder for generated media")
-    parser.add_argument("--require", nargs="*", default=[], metavar="KEY", help="decoders that every answer must call")
-    parser.add_argument("--forbid", nargs="*", default=[], metavar="KEY", help="decoders that no answer may call")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="signal tokens included (default: %(default)s)")
-    parser.add_argument("--sample", action="store_true", help="sample text instead of taking the likeliest token")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's own)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the checkpoint's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampled text and media (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
-    parser.add_argument("--offload", action="store_true", help="decoders are on the device only while they are used")
-    return parser.parse_args(arguments)
-
-
-def check(options: argparse.Namespace) -> None:
-    """Validate options before anything is loaded."""
-    for name, least, most in (("max_new_tokens", 1, 2**31), ("steps", 1, 2**31), ("seed", 0, MAX_SEED)):
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is {value}, expected a whole number from {least} to {most}")
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--prompt", help="answer this once, and end")
+    add("--attach", nargs="*", default=[], metavar="PATH", help="files that precede the prompt")
+    add("--output", type=Path, default=REPOSITORY / "runs/chat", help="folder for generated media")
+    add("--require", nargs="*", default=[], metavar="KEY", help="decoders that every answer must call")
+    add("--forbid", nargs="*", default=[], metavar="KEY", help="decoders that no answer may call")
+    add("--max-new-tokens", type=int, default=128, help="including signal tokens (default: %(default)s)")
+    add("--sample", action="store_true", help="sample text instead of choosing the most probable token")
+    add("--steps", type=int, help="denoising steps (default: the checkpoint's own)")
+    add("--guidance", type=float, help="guidance scale (default: the checkpoint's own)")
+    add("--seed", type=int, default=0, help="seed of sampled text and of media (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    check_range(options, 1, 2**31, "max_new_tokens", "steps")
+    check_range(options, 0, MAX_SEED, "seed")
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise InputError(f"--guidance is {options.guidance}, expected a finite number")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output {options.output} is a file; give a folder")
     if options.prompt is not None and not options.prompt.strip() and not options.attach:
         raise InputError("--prompt is empty; say something, or attach a file")
-    check_device(options.device, options.offload)
+    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -245,9 +224,9 @@ def main(arguments: list[str]) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # for terminals without UTF-8
             stream.reconfigure(errors="replace")
-    check(options)
     chat = Chat(options)
     if options.prompt is None and not options.attach:
         chat.run()
-    else:
-        chat.say(options.prompt or "", options.attach)
+        return
+    chat.files = options.attach
+    chat.say(options.prompt or "")

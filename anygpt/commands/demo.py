@@ -8,22 +8,21 @@ no authentication: put a proxy that has it in front before listening on anything
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
-from anygpt.commands import new_parser
-from anygpt.commands.servers import add_arguments, check, end_on_sigterm, listen, load_engine
+from anygpt.commands.serve import listen, load_engine, server_parser
 
 
 def main(arguments: list[str]) -> None:
-    parser = new_parser("demo", __doc__)
-    add_arguments(parser, port=7860)
-    options = parser.parse_args(arguments)
-    check(options)
-    from anygpt.serving.page import make_app  # after the check, which reports missing packages
-
-    end_on_sigterm()
+    options = server_parser("demo", __doc__, port=7860).parse_args(arguments)
+    # raises instead of killing the process, so that uploads are removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     engine = load_engine(options)
+    from anygpt.serving.page import make_app  # after the check for missing packages
+
     with tempfile.TemporaryDirectory(prefix="anygpt-demo-") as folder:
         app = make_app(engine, Path(folder), options.host, options.allow_host)
         print(f"Open http://{options.host}:{options.port}", flush=True)

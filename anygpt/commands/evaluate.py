@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
-from dataclasses import replace
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from anygpt.chat.chat_model import check_device, load_checkpoint
 from anygpt.commands import CHECKPOINT, new_parser
-from anygpt.errors import InputError, reading
+from anygpt.errors import InputError
 from anygpt.evaluation import report as suite_report
 from anygpt.evaluation import run as suite_run
 from anygpt.evaluation.suite import read_suite
-from anygpt.model.multimodal import MultimodalModel
-from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
 from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
@@ -47,24 +46,25 @@ def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--suite", default="toyworld", help="toyworld, or a YAML file as in configs/evaluation/ (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder to write to")
     add("--no-baselines", action="store_true", help="leave out the upper bound and the baselines")
-    add("--device", help="where to run, for example cuda (default: cpu; of a suite file an accelerator)")
+    add("--device", help="where to run, for example cuda (default: cpu; with a suite file an accelerator)")
     add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log the numbers there")
-    add("--answers", type=Path, help="of a suite file: score the finished answers in this folder, without a model")
+    add("--answers", type=Path, help="with a suite file: score the finished answers in this folder, without a model")
     if "--help" not in given and parser.parse_known_args(given)[0].suite != "toyworld":
         return parser.parse_known_args(given)
-    add = parser.add_argument_group("of --suite toyworld").add_argument
-    add("--samples", type=int, default=DEFAULTS.samples, help="a cell of the matrix (default: %(default)s)")
-    add("--talk-samples", type=int, default=DEFAULTS.talk_samples, help="of each kind of talk (default: %(default)s)")
-    add("--conversations", type=int, default=DEFAULTS.conversations, help="of four turns (default: %(default)s)")
-    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="answered at once (default: %(default)s)")
-    add("--things", choices=sorted(THINGS), default=DEFAULTS.things, help="which things (default: %(default)s)")
-    add("--steps", nargs="*", default=[], metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
-    add("--guidance", nargs="*", default=[], metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
-    add("--max-new-tokens", type=int, default=DEFAULTS.max_new_tokens, help="of an answer (default: %(default)s)")
-    add("--seed", type=int, default=DEFAULTS.seed, help="of requests, renders and noise (default: %(default)s)")
+    add = parser.add_argument_group("with --suite toyworld").add_argument
+    add("--samples", type=int, help="requests per cell of the matrix (default: %(default)s)")
+    add("--talk-samples", type=int, help="requests per kind of talk (default: %(default)s)")
+    add("--conversations", type=int, help="number of conversations of four turns (default: %(default)s)")
+    add("--batch-size", type=int, help="number answered at once (default: %(default)s)")
+    add("--things", choices=sorted(THINGS), help="which things (default: %(default)s)")
+    add("--steps", nargs="*", metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
+    add("--guidance", nargs="*", metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
+    add("--max-new-tokens", type=int, help="tokens per answer (default: %(default)s)")
+    add("--seed", type=int, help="seed of requests, renders and noise (default: %(default)s)")
+    parser.set_defaults(**vars(DEFAULTS))
     options = parser.parse_args(given)
     if options.answers is not None:
-        parser.error("--answers goes with a suite file: ToyWorld's requests are made anew each time")
+        parser.error("--answers needs a suite file: ToyWorld's requests are made anew each time")
     options.device = options.device or "cpu"
     return options, []
 
@@ -84,26 +84,18 @@ def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    settings = replace(
-        DEFAULTS,
-        baselines=not options.no_baselines,
-        steps=by_kind("--steps", options.steps, int),
-        guidance=by_kind("--guidance", options.guidance, float),
-        **{
-            name: getattr(options, name)
-            for name in ("samples", "talk_samples", "conversations", "batch_size", "seed", "things", "max_new_tokens")
-        },
-    )
+    """Settings of ToyWorld's evaluation; checks them, the folder and the device."""
+    options.steps = by_kind("--steps", options.steps, int)
+    options.guidance = by_kind("--guidance", options.guidance, float)
+    options.baselines = not options.no_baselines
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     check_settings(settings)
     made, samples = options.output, options.output / "samples"
     if file := next((path for path in (made, *made.parents) if path.exists() and not path.is_dir()), None):
         raise InputError(f"--output {made}: {file} is a file; give a folder")
     if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
         raise InputError(f"--output {made}: {samples} is of no evaluation, and would be replaced; give another folder")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(options.device)
     return settings
 
 
@@ -111,9 +103,8 @@ def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
     """`model` and `processor` of the checkpoint."""
     if not options.checkpoint.is_dir():
         raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
-    with reading(options.checkpoint):
-        model = MultimodalModel.from_pretrained(options.checkpoint).to(device).eval()
-        return {"model": model, "processor": MultimodalProcessor.from_pretrained(options.checkpoint, model=model)}
+    model, processor = load_checkpoint(options.checkpoint)
+    return {"model": model.to(device).eval(), "processor": processor}
 
 
 def run_matrix(options: argparse.Namespace) -> str:
@@ -130,8 +121,7 @@ def run_matrix(options: argparse.Namespace) -> str:
     finally:
         shutil.rmtree(samples, ignore_errors=True)
     suite_report.log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
-    made = "matrix.json, contact_sheet.png, report.html and samples/"
-    return f"{text_table(report)}\n\n{made} are in {options.output}"
+    return f"{text_table(report)}\n\nmatrix.json, contact_sheet.png, report.html and samples/ are in {options.output}"
 
 
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:

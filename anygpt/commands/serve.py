@@ -14,36 +14,79 @@ encrypted: put a proxy with TLS in front before listening on anything but this m
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import socket
+from typing import Any
 
-from anygpt.commands import new_parser
-from anygpt.commands.servers import add_arguments, check, listen, load_engine
+from anygpt.chat.chat_model import ChatModel
+from anygpt.commands import add_model_arguments, check_range, new_parser
+from anygpt.errors import InputError
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = new_parser("serve", __doc__)
-    add_arguments(parser, port=8000)
-    parser.add_argument("--model-name", default="anygpt", help="what requests call the model (default: %(default)s)")
+def main(arguments: list[str]) -> None:
+    parser = server_parser("serve", __doc__, port=8000)
+    parser.add_argument("--model-name", default="anygpt", help="the model's name in requests (default: %(default)s)")
     parser.add_argument(
         "--api-key",
         default=os.environ.get("ANYGPT_API_KEY"),
-        help="what clients must send as their key (default: ANYGPT_API_KEY of the environment, or none)",
+        help="the key that clients must send (default: ANYGPT_API_KEY of the environment, or none)",
     )
     parser.add_argument(
         "--cors-origin",
         nargs="*",
         default=[],
         metavar="ORIGIN",
-        help="sites whose pages may ask, as https://example.com; * for any (default: none)",
+        help="sites whose pages may send requests, as https://example.com; * for any (default: none)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    engine = load_engine(options)
+    from anygpt.serving.http import Interface  # after the check for missing packages
 
-
-def main(arguments: list[str]) -> None:
-    options = parse(arguments)
-    check(options)
-    from anygpt.serving.http import Interface  # after the check, which reports missing packages
-
-    interface = Interface(load_engine(options), options.model_name, key=options.api_key or None)
+    interface = Interface(engine, options.model_name, key=options.api_key or None)
     print(f"Listening on http://{options.host}:{options.port}/v1 as {options.model_name!r}", flush=True)
     listen(interface.app(options.host, options.allow_host, options.cors_origin), options)
+
+
+def server_parser(name: str, description: str | None, port: int) -> argparse.ArgumentParser:
+    """Parser with the arguments of both servers."""
+    parser = new_parser(name, description)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=port, help="0 chooses a free one (default: %(default)s)")
+    add("--max-waiting", type=int, default=64, help="maximum number of waiting requests (default: %(default)s)")
+    add("--max-batch", type=int, default=8, help="maximum number answered together (default: %(default)s)")
+    add("--allow-host", nargs="*", default=[], metavar="NAME", help="further names of this server; * for any")
+    return parser
+
+
+def load_engine(options: argparse.Namespace) -> Any:
+    """The `Engine`: check the options, choose a free port if none was given, and load the model.
+
+    Raises:
+        InputError: an invalid option, or the extra `demo` is not installed.
+    """
+    missing = [name for name in ("gradio", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' installs it")
+    check_range(options, 1, float("inf"), "max_waiting", "max_batch")
+    try:
+        with socket.create_server((options.host, options.port)) as probe:
+            options.port = probe.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; name another --port") from error
+    from anygpt.serving.engine import Engine
+
+    chat_model = ChatModel(options.checkpoint, options.device, options.offload)
+    return Engine(chat_model, options.max_waiting, options.max_batch)
+
+
+def listen(app: Any, options: argparse.Namespace) -> None:
+    """Serve until interrupted or terminated."""
+    import uvicorn  # after the check for missing packages
+
+    from anygpt.serving.connections import allow_open_files, server_config
+
+    allow_open_files()
+    uvicorn.Server(server_config(app, host=options.host, port=options.port)).run()

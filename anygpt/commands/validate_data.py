@@ -15,7 +15,7 @@ import sys
 
 from tqdm import tqdm
 
-from anygpt.commands import new_parser
+from anygpt.commands import check_range, new_parser
 from anygpt.data.formats import FORMATS
 from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.pairs import TASKS
@@ -28,23 +28,23 @@ FAULTY = 1
 
 def main(arguments: list[str]) -> int:
     parser = new_parser("validate-data", __doc__)
-    parser.add_argument("file", help="the data file; for shards and tables also a glob or braces")
-    parser.add_argument("--format", help=f"{', '.join(FORMATS)}; by the suffix if not given")
-    parser.add_argument("--media-root", help="the folder that media paths are relative to; the file's own by default")
-    parser.add_argument("--columns", nargs="+", metavar="KEY=COLUMN", help="of a table: image=…, text=… and so on")
-    parser.add_argument("--task", choices=TASKS, help="what is learned from pairs of media and captions")
-    parser.add_argument("--follow-links", action="store_true", help="links below the media root may lead out of it")
-    parser.add_argument("--deep", action="store_true", help="decode every medium; with --processor, prepare every row")
-    parser.add_argument("--processor", metavar="DIR", help="a run's final/ or checkpoint folder: counts tokens with it")
-    parser.add_argument("--max-tokens", type=int, help="of a row, those of its media included; more are a fault")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode and count (%(default)s)")
+    add = parser.add_argument
+    add("file", help="the data file; for shards and tables also a glob or braces")
+    add("--format", help=f"{', '.join(FORMATS)} (default: by the suffix)")
+    add("--media-root", help="the folder that media paths are relative to (default: that of the file)")
+    add("--columns", nargs="+", default=[], metavar="KEY=COLUMN", help="columns of a table: image=…, text=… and so on")
+    add("--task", choices=TASKS, help="what is learned from pairs of media and captions")
+    add("--follow-links", action="store_true", help="links below the media root may lead out of it")
+    add("--deep", action="store_true", help="decode every medium; with --processor, prepare every row")
+    add("--processor", metavar="DIR", help="a run's final/ or checkpoint folder, to count tokens")
+    add("--max-tokens", type=int, help="maximum tokens of a row, media included; more are a fault")
+    add("--num-workers", type=int, default=0, help="processes that decode and count (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.processor is None:
         parser.error("--max-tokens needs --processor, which knows the tokenizer and the encoders")
-    if args.num_workers < 0:
-        parser.error("--num-workers must be at least 0")
+    check_range(args, 0, float("inf"), "num_workers")
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
-    columns = dict(pair.partition("=")[::2] for pair in args.columns) if args.columns else None
+    lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
     with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
 
         def counted(rows):
@@ -52,10 +52,14 @@ def main(arguments: list[str]) -> int:
                 yield row
                 bar.update()
 
-        lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
         report = validate(
             DataSource(
-                args.file, args.format, args.media_root, columns=columns, task=args.task, follow_links=args.follow_links
+                args.file,
+                args.format,
+                args.media_root,
+                columns=dict(pair.partition("=")[::2] for pair in args.columns) or None,
+                task=args.task,
+                follow_links=args.follow_links,
             ),
             deep=args.deep,
             lengths=lengths,
