@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.generation.events import Closed, Event
 from anygpt.serving.metrics import Metrics
-
-logger = logging.getLogger(__name__)
-
-Deliver = Callable[["Event | Reply | Exception"], None]
 
 
 class Busy(Exception):
@@ -30,23 +25,21 @@ class Job:
         messages, settings: see `ChatModel.answer`.
         deliver: called in the engine's thread with the events, then with the `Reply` or the exception.
         told: whether `deliver` has been called.
+        cancelled: whether the job has been abandoned.
     """
 
     messages: Sequence[Mapping[str, Any]]
     settings: Settings
-    deliver: Deliver
+    deliver: Callable[[Event | Reply | Exception], None]
     told: bool = False
-    _cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
     def cancel(self) -> None:
         """Abandon the job: it ends at the next token or denoising step, or never starts."""
-        self._cancelled.set()
+        self.cancelled = True
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def tell(self, event: Event) -> None:
+    def tell(self, event: Event | Reply | Exception) -> None:
+        """Deliver an event unless the job is cancelled; raises `Closed` then."""
         if self.cancelled:
             raise Closed
         self.told = True
@@ -69,7 +62,7 @@ class Engine:
         self.chat_model, self.max_waiting, self.max_batch = chat_model, max_waiting, max_batch
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: self.waiting)
-        self._jobs: deque[Job] = deque()
+        self._jobs: list[Job] = []
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -79,8 +72,8 @@ class Engine:
         """Approximate number of waiting jobs."""
         return len(self._jobs)
 
-    def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Deliver) -> Job:
-        """Queue a job.
+    def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Callable) -> Job:
+        """Queue a job; see `Job` for the arguments.
 
         Raises:
             Busy: the queue is full.
@@ -109,16 +102,13 @@ class Engine:
         """The job waiting longest and others of its kind; empty on shutdown."""
         with self._changed:
             while True:
-                for job in [job for job in self._jobs if job.cancelled]:
-                    self._jobs.remove(job)
+                self._jobs = [job for job in self._jobs if not job.cancelled]
                 if self._jobs or self._closing:
                     break
                 self._changed.wait()
-            batch: list[Job] = []
-            for job in list(self._jobs):
-                if len(batch) < self.max_batch and (not batch or job.settings.kind == batch[0].settings.kind):
-                    batch.append(job)
-                    self._jobs.remove(job)
+            alike = [job for job in self._jobs if job.settings.kind == self._jobs[0].settings.kind]
+            batch = alike[: self.max_batch]
+            self._jobs = [job for job in self._jobs if job not in batch]
             return batch
 
     def _answer(self, batch: list[Job]) -> None:
@@ -126,21 +116,21 @@ class Engine:
             self.metrics.event(event)
             batch[event.row].tell(event)
 
+        def finish(outcomes: Sequence[Reply | Exception]) -> None:
+            for job, outcome in zip(batch, outcomes, strict=True):
+                with suppress(Closed):
+                    job.tell(outcome)
+
         try:
             conversations, settings = [job.messages for job in batch], [job.settings for job in batch]
             replies = self.chat_model.answer_together(conversations, settings, tell)
-            self.metrics.batch.observe(len(batch))
-            for job, reply in zip(batch, replies, strict=True):
-                self.metrics.reply(reply)
-                if not job.cancelled:
-                    job.deliver(reply)
+            self.metrics.answered(replies)
+            finish(replies)
         except Closed:
             pass
         except Exception as error:  # delivered to the listener; other jobs continue
-            if len(batch) > 1 and not any(job.told for job in batch):
-                for job in batch:  # one is faulty, or the batch does not fit into memory
-                    self._answer([job])
-            else:
-                for job in batch:
-                    if not job.cancelled:
-                        job.deliver(error)
+            if len(batch) == 1 or any(job.told for job in batch):
+                finish([error] * len(batch))
+                return
+            for job in batch:  # one is faulty, or the batch does not fit into memory
+                self._answer([job])

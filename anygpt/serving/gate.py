@@ -1,4 +1,4 @@
-"""Middleware of both servers that rejects requests from other sites' pages, and too many at once.
+"""Middleware of both servers: rejects requests from other sites' pages and too many at once; drops unread bodies.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -10,9 +10,10 @@ import ipaddress
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
@@ -23,6 +24,8 @@ UNCOUNTED = ("/health", "/metrics")
 
 class Gate:
     """ASGI middleware.
+
+    Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine".
 
     Args:
         app: the wrapped application.
@@ -46,55 +49,83 @@ class Gate:
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":  # no WebSockets
+        counted = scope["type"] == "http" and scope["path"] not in UNCOUNTED
+        if scope["type"] == "websocket":  # neither server uses them
             await send({"type": "websocket.close", "code": 1008})
-            return
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._knows(host):
-            reason = f"this server does not answer to the name {host[:80]!r}; allow it with --allow-host"
+        elif scope["type"] == "http" and (reason := self._foreign(Headers(scope=scope))):
             await self.refuse(403, reason)(scope, receive, send)
-        elif origin is not None and not self._welcomes(origin, host):
-            reason = f"pages of {origin[:80]!r} may not ask this server; allow them with --cors-origin"
-            await self.refuse(403, reason)(scope, receive, send)
-        elif scope["path"] in UNCOUNTED:
-            await self.app(scope, receive, send)
-        elif self._running >= MAX_REQUESTS:
-            await self.refuse(503, f"{MAX_REQUESTS} requests are open already; try again in a while")(
-                scope, receive, send
-            )
+        elif counted and self._running >= MAX_REQUESTS:
+            reason = f"{MAX_REQUESTS} requests are open already; try again in a while"
+            await self.refuse(503, reason)(scope, receive, send)
         else:
-            self._running += 1
+            self._running += counted
             try:
                 await self.app(scope, receive, send)
             finally:
-                self._running -= 1
+                self._running -= counted
 
-    def _knows(self, host: str) -> bool:
-        if not host or "*" in self.hosts:  # browsers always send a host
-            return True
-        name = _hostname(f"//{host}")
-        return name in self.hosts or (self.everywhere and _is_address(name))
-
-    def _welcomes(self, origin: str, host: str) -> bool:
-        if "*" in self.origins or origin in self.origins:
-            return True
-        return origin.partition("://")[2] == host != ""
+    def _foreign(self, headers: Headers) -> str | None:
+        """The reason to refuse a request by its `Host` and `Origin`."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if host and not {"*", _hostname(host)} & self.hosts and not (self.everywhere and _is_address(host)):
+            return f"this server does not answer to the name {host[:80]!r}; allow it with --allow-host"
+        if origin is not None and not {"*", origin} & self.origins and origin.partition("://")[2] != (host or None):
+            return f"pages of {origin[:80]!r} may not ask this server; allow them with --cors-origin"
+        return None
 
 
-def _hostname(url: str) -> str:
+class Unread:
+    """ASGI middleware that closes a connection if its request is answered before the body has been read.
+
+    uvicorn would read and discard the rest of a body without limit. Here such an answer has `Connection: close`. Some
+    of the body is still read, since a client that sends everything before it reads the answer would otherwise lose it.
+
+    Args:
+        app: the wrapped application.
+        more_bytes, more_seconds: limits of the data read and discarded after the answer.
+    """
+
+    def __init__(self, app: ASGIApp, more_bytes: int = 64 * 1024**2, more_seconds: float = 3.0):
+        self.app, self.more_bytes, self.more_seconds = app, more_bytes, more_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        closing = False
+
+        async def receiving() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start" and unread:
+                closing = True
+                MutableHeaders(scope=message)["Connection"] = "close"
+            if closing and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send(message | {"more_body": True})
+                size = 0
+                with anyio.move_on_after(self.more_seconds):
+                    while unread and size <= self.more_bytes:
+                        size += len((await receiving()).get("body", b""))
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self.app(scope, receiving, sending)
+
+
+def _hostname(host: str) -> str:
+    """The name in a `Host` header."""
     try:
-        return urlsplit(url).hostname or ""
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-def _is_address(name: str) -> bool:
+def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(name)
+        return bool(ipaddress.ip_address(_hostname(host)))
     except ValueError:
         return False
-    return True

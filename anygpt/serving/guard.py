@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
@@ -32,15 +33,11 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+# Routes that the page does not use.
 CLOSED = (
-    *("run/", "api/", "call/"),
-    "proxy=",
-    "stream/",
-    "deep_link",
-    "runs",
-    "component_server",
-    "monitoring",
-)  # routes that the page does not use
+    *("run/", "api/", "call/", "proxy=", "stream/"),
+    *("deep_link", "runs", "component_server", "monitoring"),
+)
 
 
 class Guard:
@@ -62,7 +59,6 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-
         started = False
 
         async def with_headers(message: Message) -> None:
@@ -72,65 +68,58 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        status, reason = self._look_at(scope)
-        if status is None and scope["method"] not in ("GET", "HEAD") and not _is_upload(scope):
-            try:
-                status, reason, receive = await self._look_into(scope, receive)
-            except ClientDisconnect:
-                return
-        if status is not None:
-            await refuse(status, reason)(scope, receive, with_headers)
-        else:
-            try:
-                await self.app(scope, receive, with_headers)
-            except Exception as error:  # gradio failed on a request that its page would not send
-                logger.warning("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
-                if not started:
-                    await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
+        try:
+            await self.app(scope, await self._checked(scope, receive), with_headers)
+        except ClientDisconnect:
+            pass
+        except HTTPException as refused:
+            await refuse(refused.status_code, refused.detail)(scope, receive, with_headers)
+        except Exception as error:  # gradio failed on a request that its page would not send
+            logger.warning("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
+            if not started:
+                await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
 
-    def _look_at(self, scope: Scope) -> tuple[int | None, str]:
-        """Status (or None) and reason to reject a request by its head."""
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """A `receive` of the request, whose body has been read and checked, except for uploads.
+
+        Raises:
+            HTTPException: the request is rejected.
+        """
         route = scope["path"].partition("/gradio_api/")[2]
+        is_upload = route.rstrip("/") == "upload"
         if route.startswith(CLOSED):
-            return 404, "there is nothing here"
+            raise HTTPException(404, "there is nothing here")
         if route.startswith("file=") and not self._uploaded(route.removeprefix("file=")):
-            return 403, "only what was uploaded or made here can be read"
+            raise HTTPException(403, "only what was uploaded or made here can be read")
         stated = Headers(scope=scope).get("content-length", "")
-        limit = self.upload_bytes if _is_upload(scope) else self.event_bytes
+        limit = self.upload_bytes if is_upload else self.event_bytes
+        too_large = HTTPException(413, f"this has more than the {limit:,} bytes that are allowed")
         if stated.isdigit() and int(stated) > limit:
-            return 413, f"this has {int(stated):,} bytes, more than the {limit:,} that are allowed"
-        if _is_upload(scope) and not stated.isdigit():
-            return 411, "an upload must say how long it is"
-        return None, ""
-
-    async def _look_into(self, scope: Scope, receive: Receive) -> tuple[int | None, str, Receive]:
-        """Status (or None) and reason to reject a request by its body, and a `receive` that replays the body."""
+            raise too_large
+        if is_upload and not stated.isdigit():
+            raise HTTPException(411, "an upload must say how long it is")
+        if is_upload or scope["method"] in ("GET", "HEAD"):
+            return receive
         body = bytearray()
         async for piece in HTTPRequest(scope, receive).stream():
             body += piece
-            if len(body) > self.event_bytes:
-                return 413, f"an event has more than the {self.event_bytes:,} bytes that are allowed", receive
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
-
+            if len(body) > limit:
+                raise too_large
         try:
             paths = list(_paths(parse_json(bytes(body)))) if body else []
         except (InputError, RecursionError) as error:
-            return 400, str(error) or "the body is nested too deeply", again
+            raise HTTPException(400, str(error)) from error
         if not all(isinstance(path, str) and self._uploaded(path) for path in paths):
-            return 400, "a file that was not uploaded here is named", again
-        return None, "", again
+            raise HTTPException(400, "a file that was not uploaded here is named")
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return again
 
     def _uploaded(self, path: str) -> bool:
-        if "\0" in path:
-            return False
-        return os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
+        return "\0" not in path and os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
 
 
 def one_line(error: BaseException | None) -> str:
@@ -152,10 +141,6 @@ class QuietTraceback:
 def refuse(status: int, reason: str) -> JSONResponse:
     """Error response in gradio's format."""
     return JSONResponse({"detail": reason}, status)
-
-
-def _is_upload(scope: Scope) -> bool:
-    return scope["path"].rstrip("/").endswith("/gradio_api/upload")
 
 
 def _paths(content: Any) -> Iterator[Any]:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import anyio
@@ -26,15 +25,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anygpt.chat.chat_model import Reply, TooLong
 from anygpt.errors import InputError
-from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumDone, TextPiece
+from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import UNCOUNTED, Gate
-from anygpt.serving.unread import Unread
+from anygpt.serving.gate import UNCOUNTED, Gate, Unread
 
 logger = logging.getLogger(__name__)
 
 FAULT = "something went wrong here; the server's log says what"
+HEADERS = {429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class Refused(Exception):
         self.status, self.body = status, form.error_body(message, kind, code)
 
     def response(self) -> Response:
-        headers = {429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
-        return JSONResponse(self.body, self.status, headers=headers.get(self.status))
+        return JSONResponse(self.body, self.status, headers=HEADERS.get(self.status))
 
 
 class Interface:
@@ -91,7 +89,7 @@ class Interface:
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
         ]
-        handlers = {HTTPException: self._http_error, Exception: self._fault}
+        handlers = {Refused: self._refused, HTTPException: self._http_error, Exception: self._fault}
         app: ASGIApp = self._counted(Starlette(routes=routes, exception_handlers=handlers))
         if origins:
             app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -130,137 +128,111 @@ class Interface:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
 
     async def models(self, request: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [self._card(self.model)]})
 
     async def one_model(self, request: HTTPRequest) -> Response:
-        if request.path_params["name"] != self.model:
-            return self._unknown_model(request.path_params["name"]).response()
-        return JSONResponse(self._card())
+        return JSONResponse(self._card(request.path_params["name"]))
+
+    def _card(self, model: Any) -> dict[str, Any]:
+        if model != self.model:
+            raise Refused(404, f"there is no model {model!r:.80}; there is {self.model!r}", code="model_not_found")
+        return {"id": model, "object": "model", "created": 0, "owned_by": "anygpt"}
 
     async def chat_completions(self, request: HTTPRequest) -> Response:
+        listening = None
         try:
-            wanted, job, events = await self._accept(request)
-        except Refused as refused:
-            return refused.response()
+            wanted = await self._accept(request)
+            listening = Listening(self.engine, wanted, request)
+            event = await listening.next()
+            if wanted.stream:
+                stream, listening = self._stream(wanted, listening, event), None
+                return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            while not isinstance(event, Reply):
+                event = await listening.next()
+            return JSONResponse(await self._in_thread(wanted.completion, event))
         except ClientDisconnect:
             return Response(status_code=499)  # the client has gone
-        listening = Listening(job, events, request)
-        streams = False
-        try:
-            event = await listening.next()
-            while not (wanted.stream or isinstance(event, Reply | Exception)):
-                event = await listening.next()
-            if isinstance(event, Exception):
-                return self._refusal(event).response()
-            if streams := wanted.stream:
-                body = self._stream(wanted, listening, event)
-                return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            return JSONResponse(await self._in_thread(form.completion, wanted, self.model, event))
-        except ClientDisconnect:
-            return Response(status_code=499)
+        except Exception as error:
+            raise self._refusal(error) from error
         finally:
-            if not streams:
+            if listening is not None:
                 listening.end()
 
-    async def _accept(self, request: HTTPRequest) -> tuple[form.Request, Job, asyncio.Queue]:
-        """Read, parse and queue a request."""
+    async def _accept(self, request: HTTPRequest) -> form.Request:
+        """Read and parse a request."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {kind!r:.60}; expected application/json")
-        size = 0
-
-        def hold(count: int) -> None:
-            nonlocal size
-            size += count
-            self._held += count
-            if size > self.bodies.bytes:
-                raise Refused(413, f"the body has more than the {self.bodies.bytes:,} bytes that this server allows")
-            if self._held > self.bodies.all_bytes:
-                raise Refused(429, "too many requests with large bodies are being read; try again in a while", "busy")
-
-        try:
-            body = await self._read(request, hold)
-            wanted, messages = await self._in_thread(self._understand, body)
-        except InputError as error:
-            raise Refused(400, str(error)) from error
-        finally:
-            self._held -= size
-        loop, events = asyncio.get_running_loop(), asyncio.Queue()
-
-        def deliver(event: Event | Reply | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the server has shut down
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        try:
-            return wanted, self.engine.submit(messages, wanted.settings, deliver), events
-        except Busy as error:
-            raise Refused(429, str(error), "busy") from error
-
-    async def _read(self, request: HTTPRequest, hold) -> bytes:
+        body, limits = bytearray(), self.bodies
         stated = request.headers.get("content-length", "")
-        if stated.isdigit() and int(stated) > self.bodies.bytes:
-            raise Refused(413, f"the body has {int(stated):,} bytes; this server allows {self.bodies.bytes:,}")
-        body = bytearray()
+        too_large = Refused(413, f"the body has more than the {limits.bytes:,} bytes that this server allows")
+        if stated.isdigit() and int(stated) > limits.bytes:
+            raise too_large
         try:
-            with anyio.fail_after(self.bodies.seconds):
+            with anyio.fail_after(limits.seconds):
                 async for piece in request.stream():
-                    hold(len(piece))
                     body += piece
+                    self._held += len(piece)
+                    if len(body) > limits.bytes:
+                        raise too_large
+                    if self._held > limits.all_bytes:
+                        raise Refused(429, "too many large requests are being read; try again in a while", "busy")
+            return await self._in_thread(self._understand, bytes(body))
         except TimeoutError:
-            raise Refused(408, f"the body was not there after {self.bodies.seconds:g} seconds") from None
-        return bytes(body)
+            raise Refused(408, f"the body was not there after {limits.seconds:g} seconds") from None
+        finally:
+            self._held -= len(body)
 
-    def _understand(self, body: bytes) -> tuple[form.Request, list[dict[str, Any]]]:
+    def _understand(self, body: bytes) -> form.Request:
         content = parse_json(body)
-        wanted = form.parse_request(content, self.engine.chat_model, self.limits)
-        name = content.get("model")
-        if name != self.model:
-            raise self._unknown_model(name)
-        return wanted, wanted.decode(self.engine.chat_model)
+        if not isinstance(content, dict):
+            raise InputError(f"the body is a JSON {type(content).__name__}; expected an object with model and messages")
+        self._card(content.get("model"))
+        return form.parse_request(content, self.engine.chat_model, self.limits)
 
     async def _stream(self, wanted: form.Request, listening: Listening, event: Any) -> AsyncIterator[str]:
         """Yield server-sent events until the answer is complete."""
-        chunk = partial(form.chunk, wanted, self.model)
         try:
-            yield _sse(chunk({"role": "assistant", "content": ""}))
-            while not isinstance(event, Reply | Exception):
+            yield _sse(wanted.chunk({"role": "assistant", "content": ""}))
+            while not isinstance(event, Reply):
                 if isinstance(event, TextPiece):
-                    yield _sse(chunk({"content": event.text}))
+                    yield _sse(wanted.chunk({"content": event.text}))
                 elif isinstance(event, DecodingStarted):
-                    yield _sse(chunk({}, progress={"decoder": event.key, "step": 0}))
+                    yield _sse(wanted.chunk({}, progress={"decoder": event.key, "step": 0}))
                 elif isinstance(event, DecodingStep):
                     progress = {"decoder": event.key, "step": event.step, "steps": event.steps}
-                    yield _sse(chunk({}, progress=progress))
+                    yield _sse(wanted.chunk({}, progress=progress))
                 elif isinstance(event, MediumDone):
                     part = await self._in_thread(form.part_of, event.content)
-                    yield _sse(chunk({"parts": [part | {"index": event.segment}]}))
+                    yield _sse(wanted.chunk({"parts": [part | {"index": event.segment}]}))
                 event = await listening.next()
-            if isinstance(event, Exception):
-                yield _sse(self._refusal(event).body)
-                return
-            yield _sse(chunk({}, form.finish_reason(event)))
+            yield _sse(wanted.chunk({}, form.finish_reason(event)))
             if wanted.include_usage:
-                yield _sse(form.usage_chunk(wanted, self.model, event))
+                yield _sse(wanted.usage_chunk(event))
             yield "data: [DONE]\n\n"
         except ClientDisconnect:
             return
+        except Exception as error:
+            yield _sse(self._refusal(error).body)
         finally:
             listening.end()
 
     def _refusal(self, error: Exception) -> Refused:
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, Busy):
+            return Refused(429, str(error), "busy")
         if isinstance(error, InputError):
             return Refused(400, str(error), code="context_length_exceeded" if isinstance(error, TooLong) else None)
         logger.error("a request failed", exc_info=error)
         return Refused(500, FAULT, "server_error")
 
-    def _unknown_model(self, name: Any) -> Refused:
-        return Refused(404, f"there is no model {name!r:.80}; there is {self.model!r}", code="model_not_found")
-
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": 0, "owned_by": "anygpt"}
-
     async def _in_thread(self, function, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, function, *arguments)
+
+    @staticmethod
+    async def _refused(request: HTTPRequest, refused: Refused) -> Response:
+        return refused.response()
 
     @staticmethod
     async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
@@ -269,20 +241,27 @@ class Interface:
 
     @staticmethod
     async def _fault(request: HTTPRequest, error: Exception) -> Response:
-        return JSONResponse(form.error_body(FAULT, "server_error"), 500)
+        return Refused(500, FAULT, "server_error").response()
 
 
 class Listening:
-    """The events of a job, until its client disconnects.
+    """A queued request and its events, until its client disconnects.
 
     Args:
-        job: cancelled when the client disconnects.
-        events: queue of the job's events.
-        request: the request, its body read completely.
+        request: the HTTP request, its body read completely.
+
+    Raises:
+        Busy: the queue is full.
     """
 
-    def __init__(self, job: Job, events: asyncio.Queue, request: HTTPRequest):
-        self.job, self.events = job, events
+    def __init__(self, engine: Engine, wanted: form.Request, request: HTTPRequest):
+        loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(event: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has shut down
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._job: Job = engine.submit(wanted.messages, wanted.settings, deliver)
         self._gone = asyncio.create_task(self._wait_until_gone(request))
 
     async def next(self) -> Any:
@@ -290,26 +269,23 @@ class Listening:
 
         Raises:
             ClientDisconnect: the client has disconnected.
+            Exception: the answer has failed.
         """
-        event = asyncio.create_task(self.events.get())
-        try:
-            await asyncio.wait({event, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not event.done():
-                event.cancel()
-        if self._gone.done():
-            raise ClientDisconnect
-        return event.result()
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
 
     def end(self) -> None:
         """Stop listening."""
         self._gone.cancel()
-        self.job.cancel()  # no effect on a finished job
+        self._job.cancel()  # no effect on a finished job
 
     async def _wait_until_gone(self, request: HTTPRequest) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.job.cancel()  # immediately, even if nobody awaits an event
+        self._job.cancel()  # immediately, even if nobody awaits an event
+        self._events.put_nowait(ClientDisconnect())
 
 
 def parse_json(body: bytes) -> Any:

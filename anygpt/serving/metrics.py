@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
@@ -39,9 +40,11 @@ class Metrics:
         elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
             self.decoder.labels(event.content.key).observe(time.perf_counter() - begun)
 
-    def reply(self, reply: Reply) -> None:
-        self.tokens.labels("prompt").inc(reply.prompt_tokens)
-        self.tokens.labels("generated").inc(reply.new_tokens)
+    def answered(self, replies: Sequence[Reply]) -> None:
+        """Record the replies of a batch."""
+        self.batch.observe(len(replies))
+        self.tokens.labels("prompt").inc(sum(reply.prompt_tokens for reply in replies))
+        self.tokens.labels("generated").inc(sum(reply.new_tokens for reply in replies))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -7,28 +7,29 @@ text and media in order, as such content parts, in `parts`; clients may send bot
 
 from __future__ import annotations
 
+import base64
+import io
 import secrets
+import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+from urllib.parse import unquote
 
-from anygpt.chat.chat_model import ChatModel, Reply, Settings
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from anygpt.chat.chat_model import ChatModel, Reply, Settings, write_segment
 from anygpt.data.schema import checked_text
-from anygpt.decoders.options import MAX_SEED, is_integer, is_number
+from anygpt.decoders.options import MAX_SEED
 from anygpt.errors import InputError
+from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA, media_type
-from anygpt.outputs import Answer, Segment
-from anygpt.serving.media import from_base64, from_data_url, to_base64, to_data_url
+from anygpt.outputs import Segment
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-OWN_FIELDS = ("require", "forbid", "decoders")
-FIELDS = (
-    *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream"),
-    *("stream_options", "n", "modalities", "stop"),
-    *OWN_FIELDS,
-)
 # Fields that do not affect an answer.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -61,11 +62,56 @@ class Limits:
         if amount > limit:
             raise InputError(f"{what} is {amount!s:.40}, more than the {limit} that this server allows")
 
+    def check_decoder(self, key: str, options: dict[str, Any]) -> None:
+        """Check the sizes that are given among a decoder's options."""
+        most = {"num_inference_steps": self.steps, "height": self.side, "width": self.side, "num_frames": self.frames}
+        for name, limit in (most | {"audio_length_in_s": self.seconds}).items():
+            self.check(f"decoders.{key}.{name}", options.get(name) or 0, limit)
+        self.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
+
+
+Tokens = Annotated[int | None, Field(ge=1, description="is {}; expected a whole number from 1")]
+Names = Annotated[list[str], Field(description="is {}; expected a list of names")]
+Share = Annotated[float, Field(ge=0, le=1, description="is {}; expected a number from 0 to 1")]
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+
+
+class Fields(BaseModel):
+    """The fields that affect an answer; the descriptions say what is wrong with other values."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: Any = None
+    messages: Any = None
+    max_tokens: Tokens = None
+    max_completion_tokens: Tokens = None
+    temperature: float = Field(0.0, ge=0, le=2, description="is {}; expected a number from 0 to 2")
+    top_p: Share = 1.0
+    seed: int = Field(
+        default_factory=lambda: secrets.randbelow(2**32),  # random unless given, as in OpenAI's API
+        ge=-MAX_SEED - 1,
+        le=MAX_SEED,
+        description="is {}; expected a whole number of 64 bits",
+    )
+    stream: bool = Field(False, description="must be true or false")
+    stream_options: dict[str, Any] = Field({}, description="must be an object")
+    n: Literal[1] = Field(1, description="is not 1; one answer is given to a request")
+    modalities: Names | None = None
+    stop: Annotated[Stop, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
+        [], description=f"is {{}}; expected a text, or a list of up to {MAX_STOPS} texts"
+    )
+    require: Names = []
+    forbid: Names = []
+    decoders: dict[str, dict[str, Any]] = Field(
+        {}, description="must be an object of objects, as {{'image': {{'num_inference_steps': 25}}}}"
+    )
+
 
 @dataclass
 class Request:
-    """A parsed request; the media in `messages` are not decoded yet (see `decode`)."""
+    """A parsed request, and the form of its answers."""
 
+    model: str
     messages: list[dict[str, Any]]
     settings: Settings
     stream: bool = False
@@ -73,110 +119,90 @@ class Request:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def decode(self, chat_model: ChatModel) -> list[dict[str, Any]]:
-        """The conversation with its media decoded; slow.
+    def completion(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+        parts = [part_of(segment) for segment in reply.answer.segments]
+        message = {"role": "assistant", "content": reply.answer.text, "refusal": None, "parts": parts}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
+        return self._body("chat.completion", [choice]) | {"usage": usage(reply)}
 
-        Raises:
-            InputError: a medium that is damaged, over a limit, or without an encoder.
-        """
-        messages = []
-        for message in self.messages:
-            parts = [
-                part if part["type"] == "text" else chat_model.read(part["type"], part["medium"])
-                for part in message["content"]
-            ]
-            messages.append({"role": message["role"], "content": parts})
-        return messages
+    def chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
+        """A piece of a streamed answer; `more` are extension fields."""
+        more |= {"usage": None} if self.include_usage else {}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return self._body("chat.completion.chunk", [choice]) | more
+
+    def usage_chunk(self, reply: Reply) -> dict[str, Any]:
+        return self._body("chat.completion.chunk", []) | {"usage": usage(reply)}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def parse_request(body: Any, chat_model: ChatModel, limits: Limits) -> Request:
-    """Parse a request's JSON.
+# ------------------------------------------------------------------------------------------------------ requests
+
+
+def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -> Request:
+    """Parse a request's JSON and decode its media; slow.
 
     Raises:
-        InputError: a field or value that the server does not support.
+        InputError: a field, value or medium that the server does not support.
     """
-    if not isinstance(body, dict):
-        raise InputError(f"the body is a JSON {type(body).__name__}; expected an object with model and messages")
     for name, value in body.items():
-        known = name in FIELDS or name in IGNORED or value is None or value in NEUTRAL.get(name, [])
+        known = name in Fields.model_fields or name in IGNORED or value is None or value in NEUTRAL.get(name, [])
         if not known and body.get(TOOLS.get(name, "")) != "none":
-            raise InputError(f"{name!r:.60} is not supported here; leave it out. Known are {', '.join(FIELDS)}")
-    given = {name: value for name, value in body.items() if value is not None}
-    if given.get("n", 1) != 1:
-        raise InputError("n is not 1; one answer is given to a request")
-    stream_options = given.get("stream_options", {})
-    if not isinstance(stream_options, dict) or not isinstance(given.get("stream", False), bool):
-        raise InputError("stream must be true or false, and stream_options an object")
-    return Request(
-        _messages(given.get("messages"), limits),
-        _settings(given, chat_model, limits),
-        given.get("stream", False),
-        bool(stream_options.get("include_usage", False)),
-    )
+            raise InputError(
+                f"{name!r:.60} is not supported here; leave it out. Known are {', '.join(Fields.model_fields)}"
+            )
+    try:
+        given = Fields.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        wrong = (Fields.model_fields[name].description or "is {}").format(f"{body[name]!r:.80}")
+        raise InputError(f"{name} {wrong}") from None
+    messages = _messages(given.messages, limits)
+    settings = _settings(given, chat_model, limits)
+    for message in messages:
+        message["content"] = [
+            chat_model.read(part["type"], part["medium"]) if "medium" in part else part for part in message["content"]
+        ]
+    return Request(given.model, messages, settings, given.stream, bool(given.stream_options.get("include_usage")))
 
 
-def _settings(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -> Settings:
-    tokens = given.get("max_completion_tokens", given.get("max_tokens", Settings.max_new_tokens))
-    if not is_integer(tokens) or tokens < 1:
-        raise InputError(f"max_tokens is {tokens!r:.40}; expected a whole number from 1")
+def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
+    tokens = given.max_completion_tokens or given.max_tokens or Settings.max_new_tokens
     limits.check("max_tokens", tokens, limits.new_tokens)
-    temperature, top_p = given.get("temperature", 0.0), given.get("top_p", 1.0)
-    if not is_number(temperature) or not 0 <= temperature <= 2:
-        raise InputError(f"temperature is {temperature!r:.40}; expected a number from 0 to 2")
-    if not is_number(top_p) or not 0 <= top_p <= 1:
-        raise InputError(f"top_p is {top_p!r:.40}; expected a number from 0 to 1")
-    if top_p == 0:  # greedy decoding
-        temperature, top_p = 0.0, 1.0
-    seed = given.get("seed", secrets.randbelow(2**32))  # random unless given, as in OpenAI's API
-    if not is_integer(seed) or not -MAX_SEED - 1 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed!r:.40}; expected a whole number of 64 bits")
-    require, forbid = (_keys(name, given.get(name, []), chat_model) for name in ("require", "forbid"))
-    modalities = given.get("modalities")
-    if modalities is not None:
-        known = ["text", *chat_model.makes.values()]
-        if not isinstance(modalities, list) or not all(m in known for m in modalities):
-            raise InputError(f"modalities is {modalities!r:.80}; expected a list of {', '.join(dict.fromkeys(known))}")
-        forbid += tuple(key for key, modality in chat_model.makes.items() if modality not in modalities)
-    decoders = _decoders(given, chat_model, limits)
-    return Settings(
-        tokens, temperature, top_p, seed & MAX_SEED, require, forbid, decoders, _stop(given.get("stop", []))
-    )
-
-
-def _stop(stop: Any) -> tuple[str, ...]:
-    texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or len(texts) > MAX_STOPS or not all(isinstance(t, str) and t for t in texts):
-        raise InputError(f"stop is {stop!r:.80}; expected a text, or a list of up to {MAX_STOPS} texts")
-    return tuple(checked_text(text, "stop") for text in texts)
-
-
-def _keys(name: str, keys: Any, chat_model: ChatModel) -> tuple[str, ...]:
-    if not isinstance(keys, list) or not all(key in chat_model.makes for key in map(str, keys)):
-        raise InputError(f"{name} is {keys!r:.80}; expected a list of {', '.join(chat_model.makes)}")
-    return tuple(map(str, keys))
-
-
-def _decoders(given: Mapping[str, Any], chat_model: ChatModel, limits: Limits) -> dict[str, dict[str, Any]]:
-    decoders = given.get("decoders", {})
-    if not isinstance(decoders, dict) or not all(isinstance(options, dict) for options in decoders.values()):
-        raise InputError("decoders must be an object of objects, as {'image': {'num_inference_steps': 25}}")
-    _keys("decoders", list(decoders), chat_model)
-    for key, options in decoders.items():
+    makes, forbid = chat_model.makes, given.forbid
+    for name, keys in (("require", given.require), ("forbid", forbid), ("decoders", given.decoders)):
+        _check_names(name, keys, makes)
+    if given.modalities is not None:
+        _check_names("modalities", given.modalities, {"text": None} | dict.fromkeys(makes.values()))
+        forbid = forbid + [key for key, modality in makes.items() if modality not in given.modalities]
+    for key, options in given.decoders.items():
         for name in ("generator", "negative_condition"):  # not representable in JSON
             if name in options:
                 raise InputError(f"decoders.{key}.{name} cannot be given here")
         chat_model.model.decoders[key].module.check_options(options)
-        sizes = {
-            **{"num_inference_steps": limits.steps, "height": limits.side, "width": limits.side},
-            **{"num_frames": limits.frames, "audio_length_in_s": limits.seconds},
-        }
-        for name in sizes.keys() & {name for name, value in options.items() if value is not None}:
-            limits.check(f"decoders.{key}.{name}", options[name], sizes[name])
-        limits.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
-    return decoders
+        limits.check_decoder(key, options)
+    return Settings(
+        max_new_tokens=tokens,
+        temperature=given.temperature if given.top_p else 0.0,  # no probability mass is the most probable token
+        top_p=given.top_p or 1.0,
+        seed=given.seed & MAX_SEED,
+        require=tuple(given.require),
+        forbid=tuple(forbid),
+        decoder_kwargs=given.decoders,
+        stop=tuple(checked_text(text, "stop") for text in given.stop),
+    )
+
+
+def _check_names(field: str, names: Collection[str], known: Collection[str]) -> None:
+    if not all(name in known for name in names):
+        raise InputError(f"{field} is {list(names)!r:.80}; expected a list of {', '.join(known)}")
 
 
 def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
+    """The messages with media parts as `{"type", "medium"}`, not yet decoded."""
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list of at least one message")
     limits.check("the number of messages", len(messages), limits.messages)
@@ -184,9 +210,8 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     if parsed[-1]["role"] != "user":
         raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected the user's, which is answered")
     parts = [part for message in parsed for part in message["content"]]
-    limits.check("the number of media", sum(part["type"] != "text" for part in parts), limits.media)
-    text = sum(len(part["text"]) for part in parts if part["type"] == "text")
-    limits.check("the number of characters", text, limits.characters)
+    limits.check("the number of media", sum("medium" in part for part in parts), limits.media)
+    limits.check("the number of characters", sum(len(part.get("text", "")) for part in parts), limits.characters)
     return parsed
 
 
@@ -204,7 +229,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, list):
         raise InputError(f"{where}: content must be a text or a list of parts")
     parts = [_part(part, ROLES[role], f"{where}.content[{index}]") for index, part in enumerate(content)]
-    if role == "user" and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+    if role == "user" and not any("medium" in part or part["text"].strip() for part in parts):
         raise InputError(f"{where} is empty; give it text or media")
     return {"role": ROLES[role], "content": parts}
 
@@ -221,45 +246,58 @@ def _part(part: Any, role: str, where: str) -> dict[str, Any]:
     held, name = part.get(kind), f"{where}.{kind}"
     if not isinstance(held, dict):
         raise InputError(f"{name} must be an object")
-    if kind.endswith("_url"):
-        return {"type": known[kind], "medium": from_data_url(held.get("url"), name)}
-    return {"type": known[kind], "medium": from_base64(held.get("data"), name)}
+    data = _data_of(held.get("url"), name) if kind.endswith("_url") else held.get("data")
+    if not isinstance(data, str) or not data:
+        raise InputError(f"{name} has no data; expected the file's bytes in base64")
+    try:
+        # data URLs may be percent-encoded, and many encoders wrap lines
+        content = base64.b64decode("".join(unquote(data).split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"{name} is not base64: {error}") from error
+    return {"type": known[kind], "medium": SentMedium(name, content)}
+
+
+def _data_of(url: Any, name: str) -> str:
+    """The base64 in a data URL; other URLs are never fetched."""
+    if not isinstance(url, str) or not url:
+        raise InputError(f"{name} has no url; expected a data URL, data:<type>;base64,<data>")
+    head, comma, data = url.partition(",")
+    if not head.lower().startswith("data:"):
+        raise InputError(f"{name} is {url[:60]!r}, and URLs are not fetched; send the file itself as a data URL")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InputError(f"{name} is not a data URL in base64; expected data:<type>;base64,<data>")
+    return data
+
+
+@dataclass(frozen=True)
+class SentMedium(StoredMedium):
+    """Bytes of a medium in a request; `name` is for messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 # ------------------------------------------------------------------------------------------------------- answers
 
 
 def part_of(segment: Segment) -> dict[str, Any]:
-    """A segment of an answer as a content part."""
+    """A segment of an answer as a content part, media as PNG, MP4 or WAV files."""
     if segment.type == "text":
         return {"type": "text", "text": segment.content}
     medium = media_type(segment.type)
-    kind = medium.content_part
-    if kind.endswith("_url"):
-        return {"type": kind, kind: {"url": to_data_url(segment)}}
-    return {"type": kind, kind: {"data": to_base64(segment), "format": medium.suffixes[0].removeprefix(".")}}
-
-
-def completion(request: Request, model: str, reply: Reply) -> dict[str, Any]:
-    """The whole answer."""
-    message = {"role": "assistant", "content": reply.answer.text, "refusal": None, "parts": parts_of(reply.answer)}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
-    return _head(request, model, "chat.completion") | {"choices": [choice], "usage": usage(reply)}
-
-
-def parts_of(answer: Answer) -> list[dict[str, Any]]:
-    return [part_of(segment) for segment in answer.segments]
-
-
-def chunk(request: Request, model: str, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict:
-    """A piece of a streamed answer; `more` are extension fields."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-    more |= {"usage": None} if request.include_usage else {}
-    return _head(request, model, "chat.completion.chunk") | {"choices": [choice]} | more
-
-
-def usage_chunk(request: Request, model: str, reply: Reply) -> dict[str, Any]:
-    return _head(request, model, "chat.completion.chunk") | {"choices": [], "usage": usage(reply)}
+    with tempfile.TemporaryDirectory() as folder:
+        data = base64.b64encode(write_segment(segment, Path(folder, "medium")).read_bytes()).decode()
+    if medium.content_part.endswith("_url"):
+        content = {"url": f"data:{medium.mime};base64,{data}"}
+    else:
+        content = {"data": data, "format": medium.suffixes[0].removeprefix(".")}
+    return {"type": medium.content_part, medium.content_part: content}
 
 
 def usage(reply: Reply) -> dict[str, int]:
@@ -269,10 +307,6 @@ def usage(reply: Reply) -> dict[str, int]:
 
 def finish_reason(reply: Reply) -> str:
     return "stop" if reply.complete else "length"
-
-
-def _head(request: Request, model: str, kind: str) -> dict[str, Any]:
-    return {"id": request.id, "object": kind, "created": request.created, "model": model}
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:

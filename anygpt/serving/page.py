@@ -26,10 +26,9 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.gate import Gate
+from anygpt.serving.gate import Gate, Unread
 from anygpt.serving.guard import Guard, QuietTraceback, refuse
 from anygpt.serving.http import FAULT, logger
-from anygpt.serving.unread import Unread
 
 MAX_FILES = 8
 MAX_CHARACTERS = 4000
