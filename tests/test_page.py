@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -124,6 +124,15 @@ def say(browser, text, files=()):
     box.send_keys(Keys.ENTER)
 
 
+def clicked(element):
+    """Click an element; false while another one still slides over it."""
+    try:
+        element.click()
+    except ElementClickInterceptedException:
+        return False
+    return True
+
+
 def shot(browser, folder, name):
     """Kept where pytest keeps its files, for people to look at."""
     browser.save_screenshot(str(folder / f"{name}.png"))
@@ -197,9 +206,8 @@ def test_what_a_visitor_expects(browser, address, tmp_path):
 
     find(browser, "button.toggle-button")[0].click()
     boxes = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")
-    wait(browser, boxes[0].is_displayed, "the settings did not open")
     for box in boxes[:2]:  # an image and a video
-        box.click()
+        wait(browser, lambda box=box: clicked(box), "the settings did not open")
     for key in ("image", "video"):
         find(browser, f"#decoder-{key} button")[0].click()
         steps = wait(browser, lambda k=key: find(browser, f"#steps-{k} input[type=number]"), "no slider")[0]
@@ -216,6 +224,17 @@ def test_what_a_visitor_expects(browser, address, tmp_path):
     video = find(browser, "#chat .bot video")[0]
     assert video.get_attribute("loop") and video.get_attribute("autoplay")
     wait(browser, lambda: not browser.execute_script("return arguments[0].paused", video), "the clip does not play")
+
+    say(browser, "<b>no</b> <img src=x onerror=alert(1)>")
+    wait(browser, lambda: stops() or len(find(browser, "#chat .user.message")) == 2, "the second message is not sent")
+    wait(browser, lambda: not stops(), "the stop button stays")
+    users = lambda: [e.text for e in find(browser, "#chat .user.message")]  # noqa: E731
+    assert users()[-1] == "<b>no</b> <img src=x onerror=alert(1)>" and not find(browser, "#chat .user b, .user img")
+    before = users(), bot_says(browser), pictures(browser, ".bot")
+    browser.refresh()
+    wait(browser, lambda: (users(), bot_says(browser), pictures(browser, ".bot")) == before, "the chat is lost")
+    next(b for b in find(browser, "button") if b.text == "New conversation").click()
+    wait(browser, lambda: not bot_says(browser), "the conversation is not forgotten")
 
 
 # ---------------------------------------------------------------------------------------- hostile visitors

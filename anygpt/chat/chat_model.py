@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -209,7 +209,7 @@ class ChatModel:
             sampling["seeds"] = [one.seed for one in settings]
         if shared.stop:
             sampling["stopping_criteria"] = StoppingCriteriaList([StopTexts(self, shared.stop)])
-            on_event = on_event and ByRow(lambda listener=on_event: StopFilter(shared.stop, listener))
+            on_event = on_event and StopFilter(shared.stop, on_event)
         decoder_kwargs = {}
         for key in self.model.decoder_keys:
             own = dict(shared.decoder_kwargs.get(key, {}))
@@ -269,20 +269,8 @@ class StopTexts(StoppingCriteria):
         return torch.tensor([first_stop(self.decode(ids[begin:]), self.stop) is not None])
 
 
-class ByRow:
-    """A listener that passes each row's events to a separate listener, created with the first event."""
-
-    def __init__(self, make: Callable[[], Listener]):
-        self.make, self.listeners = make, {}
-
-    def __call__(self, event: Event) -> None:
-        if event.row not in self.listeners:
-            self.listeners[event.row] = self.make()
-        self.listeners[event.row](event)
-
-
 class StopFilter:
-    """A listener that holds back text that may begin a stop text, and drops everything from a stop text on.
+    """A listener that holds back text that may begin a stop text, and drops a row's text from a stop text on.
 
     Args:
         stop: the stop texts.
@@ -291,24 +279,24 @@ class StopFilter:
 
     def __init__(self, stop: Sequence[str], listener: Listener):
         self.stop, self.listener = stop, listener
-        self._held, self._segment, self._over = "", 0, False
+        self._held: dict[int, TextPiece] = {}  # by row
+        self._over: set[int] = set()  # rows with a stop text
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, TextPiece):
-            if self._over:
-                return
-            text, self._segment = self._held + event.text, event.segment
+        held = self._held.pop(event.row, None)
+        if not isinstance(event, TextPiece):
+            if held:
+                self.listener(held)
+            self.listener(event)
+        elif event.row not in self._over:
+            text = (held.text if held else "") + event.text
             end = first_stop(text, self.stop)
-            self._over = end is not None
-            ready = len(text) - self._beginning(text) if end is None else end
-            self._held = "" if self._over else text[ready:]
-            if ready:
-                self.listener(replace(event, text=text[:ready]))
-            return
-        if self._held:
-            held, self._held = self._held, ""
-            self.listener(TextPiece(self._segment, held, event.row))
-        self.listener(event)
+            if end is not None:
+                self._over.add(event.row)
+            elif (end := len(text) - self._beginning(text)) < len(text):
+                self._held[event.row] = replace(event, text=text[end:])
+            if end:
+                self.listener(replace(event, text=text[:end]))
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of a text that begins a stop text."""
@@ -326,8 +314,7 @@ def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
     for index, segment in enumerate(answer.segments):
         end = first_stop(segment.content, stop) if segment.type == "text" else None
         if end is not None:
-            kept = [replace(segment, content=segment.content[:end])] if end else []
-            answer.segments[index:] = kept
+            answer.segments[index:] = [replace(segment, content=segment.content[:end])] if end else []
             return True
     return False
 

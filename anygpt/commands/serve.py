@@ -86,7 +86,6 @@ def listen(app: Any, options: argparse.Namespace) -> None:
     """Serve until interrupted or terminated."""
     import uvicorn  # after the check for missing packages
 
-    from anygpt.serving.connections import allow_open_files, server_config
+    from anygpt.serving.connections import server_config
 
-    allow_open_files()
     uvicorn.Server(server_config(app, host=options.host, port=options.port)).run()

@@ -255,12 +255,13 @@ class Listening:
     """
 
     def __init__(self, engine: Engine, wanted: form.Request, request: HTTPRequest):
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver(event: Any) -> None:
+        def deliver(event: Any) -> None:  # without `self`: a cycle would keep the media
             with contextlib.suppress(RuntimeError):  # the server has shut down
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
+        self._events: asyncio.Queue[Any] = events
         self._job: Job = engine.submit(wanted.messages, wanted.settings, deliver)
         self._gone = asyncio.create_task(self._wait_until_gone(request))
 

@@ -19,6 +19,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 import gradio.queueing
 from fastapi import FastAPI
+from gradio.components import Component
 
 from anygpt.chat.chat_model import Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
@@ -78,7 +79,7 @@ class Conversation:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)
-    used: float = field(default_factory=time.monotonic)
+    used: float = 0.0
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Page:
     Attributes:
         engine: answers the requests.
         folder: folder of uploads and generated media, used by this page only.
+        conversations: by token, the least recently used first.
     """
 
     engine: Engine
@@ -96,45 +98,24 @@ class Page:
 
     def conversation(self, token: str | None) -> tuple[str, Conversation]:
         """The token and conversation of a visitor, new ones if the token is unknown; removes old conversations."""
-        now = time.monotonic()
-        for old in [one for one, held in self.conversations.items() if now - held.used > KEPT_SECONDS]:
-            del self.conversations[old]
-        if not isinstance(token, str) or token not in self.conversations:
+        now, kept = time.monotonic(), self.conversations
+        for old in [one for one, held in kept.items() if now - held.used > KEPT_SECONDS]:
+            del kept[old]
+        if not isinstance(token, str) or token not in kept:
             token = secrets.token_urlsafe()
-            self.conversations[token] = Conversation()
-        while len(self.conversations) > MAX_CONVERSATIONS:
-            del self.conversations[min(self.conversations, key=lambda one: self.conversations[one].used)]
-        found = self.conversations.setdefault(token, Conversation())
+        found = kept[token] = kept.pop(token, None) or Conversation()
         found.used = now
+        while len(kept) > MAX_CONVERSATIONS:
+            del kept[next(iter(kept))]
         return token, found
 
     def build(self) -> gr.Blocks:
-        makes = list(self.engine.chat_model.makes)
-        with gr.Blocks(
-            title="AnyGPT", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_height=True
-        ) as page:
+        cache = (600, KEPT_SECONDS)
+        with gr.Blocks(title="AnyGPT", analytics_enabled=False, delete_cache=cache, fill_height=True) as page:
             gr.Markdown("# AnyGPT\nText, pictures, clips and sounds, in and out.")
             token = gr.BrowserState(None, storage_key="anygpt-conversation")
             with gr.Sidebar(label="Settings", position="right", open=False):
-                gr.Markdown("## Settings")
-                settings = [
-                    gr.CheckboxGroup(makes, label="The answer must contain", elem_id="require"),
-                    gr.CheckboxGroup(makes, label="The answer must not contain"),
-                    gr.Slider(8, 512, 128, step=1, label="Tokens of an answer, at most"),
-                    gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest)"),
-                    gr.Number(0, label="Seed", precision=0, minimum=0),
-                ]
-                for key in makes:
-                    own = self.engine.chat_model.options(key)
-                    steps, guidance = own["num_inference_steps"], own["guidance_scale"]
-                    with gr.Accordion(f"Decoder: {key}", open=False, elem_id=f"decoder-{key}"):
-                        settings += [
-                            gr.Slider(
-                                1, max(100, steps), steps, step=1, label="Denoising steps", elem_id=f"steps-{key}"
-                            ),
-                            gr.Slider(0, max(20, guidance), guidance, step=0.5, label="Guidance"),
-                            gr.Textbox(own.get("negative_prompt", ""), label="Negative prompt", max_length=500),
-                        ]
+                settings = self._build_settings()
             chat = gr.Chatbot(
                 [],
                 elem_id="chat",
@@ -155,29 +136,44 @@ class Page:
                 max_plain_text_length=MAX_CHARACTERS,
             )
             new = gr.Button("New conversation", size="sm", variant="secondary")
-            examples = gr.Examples(
-                [[{"text": text, "files": []}] for text in EXAMPLES], box, label="For example", cache_examples=False
+            examples = gr.Dataset(
+                components=[gr.Textbox(visible=False)], samples=[[text] for text in EXAMPLES], label="For example"
             )
-            private = {"api_visibility": "private"}
+            # All events are queued: gradio sends others to `run/`, which bypasses the queue and is closed by `Guard`.
+            private: dict[str, Any] = {"api_visibility": "private"}
+            one_by_one = {"concurrency_limit": 1, "concurrency_id": "answer", "show_progress": "hidden"}
             answering = [
-                begin(
-                    self.answer,
-                    [box, token, *settings],
-                    [chat, box, token],
-                    concurrency_limit=1,
-                    concurrency_id="answer",
-                    show_progress="hidden",
-                    **private,
-                )
-                for begin in (box.submit, examples.load_input_event.then)
+                begin(self.answer, [given, token, *settings], [chat, box, token], **one_by_one, **private)
+                for begin, given in ((box.submit, box), (examples.click, examples))
             ]
             box.stop(idle_box, None, box, cancels=answering, **private)
-            private["queue"] = False
             for forget in (new.click, chat.clear):
                 forget(lambda: ([], idle_box(), None), None, [chat, box, token], cancels=answering, **private)
             page.load(None, None, None, js=DESCRIBE_PICTURES, **private)
             page.load(self.restore, token, [chat, token], show_progress="hidden", **private)
         return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
+
+    def _build_settings(self) -> list[Component]:
+        """The inputs that `_settings` reads, in its order."""
+        makes = list(self.engine.chat_model.makes)
+        gr.Markdown("## Settings")
+        settings = [
+            gr.CheckboxGroup(makes, label="The answer must contain", elem_id="require"),
+            gr.CheckboxGroup(makes, label="The answer must not contain"),
+            gr.Slider(8, 512, 128, step=1, label="Maximum number of tokens"),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the most probable token)"),
+            gr.Number(0, label="Seed", precision=0, minimum=0),
+        ]
+        for key in makes:
+            own = self.engine.chat_model.options(key)
+            steps, guidance = own["num_inference_steps"], own["guidance_scale"]
+            with gr.Accordion(f"Decoder: {key}", open=False, elem_id=f"decoder-{key}"):
+                settings += [
+                    gr.Slider(1, max(100, steps), steps, step=1, label="Denoising steps", elem_id=f"steps-{key}"),
+                    gr.Slider(0, max(20, guidance), guidance, step=0.5, label="Guidance"),
+                    gr.Textbox(own.get("negative_prompt", ""), label="Negative prompt", max_length=500),
+                ]
+        return settings
 
     def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
         """Messages and token for a reloaded page."""
@@ -185,32 +181,34 @@ class Page:
         return conversation.shown, token
 
     def answer(
-        self, message: dict[str, Any], token: str | None, *values: Any
+        self, message: dict[str, Any] | list[str], token: str | None, *values: Any
     ) -> Iterator[tuple[list[dict[str, Any]], Any, str]]:
-        """Yield, while a turn is answered, the messages to show, the input box, and the conversation's token."""
+        """Answer a message of the box, or the text of an example.
+
+        Yields:
+            Messages to show, the input box, and the conversation's token.
+        """
         token, conversation = self.conversation(token)
+        message = {"text": message[0]} if isinstance(message, list) else message
         text, files = _whole(message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
             yield conversation.shown, gr.skip(), token
             return
-        said = [{"role": "user", "content": shown_file(path, "attached")} for path in files]
-        said += [{"role": "user", "content": text}] if text else []
-        before = conversation.shown
-        conversation.shown = [*before, *said]
-        waiting = {"role": "assistant", "content": "…"}
+        conversation.shown = [
+            *conversation.shown,
+            *({"role": "user", "content": shown_file(path, "attached")} for path in files),
+            *([{"role": "user", "content": text}] if text else []),
+        ]
         busy = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
-        yield [*conversation.shown, waiting], busy, token
+        yield [*conversation.shown, {"role": "assistant", "content": "…"}], busy, token
         drawn = Drawing(self.folder)
         try:
-            reply = None
-            parts = self._read(text, files)
-            messages = [*conversation.messages, {"role": "user", "content": parts}]
+            messages = [*conversation.messages, {"role": "user", "content": self._read(text, files)}]
             for event in self._events(messages, self._settings(values)):
                 if isinstance(event, Reply):
-                    reply = event
+                    conversation.messages = [*messages, answer_message(event.answer)]
                 elif drawn.draw(event):
                     yield [*conversation.shown, *drawn.messages()], gr.skip(), token
-            conversation.messages = [*messages, answer_message(reply.answer)]
             conversation.shown = [*conversation.shown, *drawn.messages()]
         except (InputError, Busy) as error:
             conversation.shown = [*conversation.shown, _said_error(str(error))]
@@ -253,12 +251,11 @@ class Page:
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         job = self.engine.submit(messages, settings, events.put)
         try:
-            event = None
-            while not isinstance(event, Reply):
-                event = events.get()
+            while not isinstance(event := events.get(), Reply):
                 if isinstance(event, Exception):
                     raise event
                 yield event
+            yield event
         finally:
             job.cancel()  # no effect on a finished job
 
