@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import queue
 import secrets
@@ -121,7 +122,7 @@ class Page:
                 elem_id="chat",
                 label="Conversation",
                 height="60vh",
-                render_markdown=False,
+                render_markdown=False,  # but HTML would be rendered, so texts are escaped
                 buttons=["copy"],
                 feedback_options=None,
                 layout="bubble",
@@ -197,7 +198,7 @@ class Page:
         conversation.shown = [
             *conversation.shown,
             *({"role": "user", "content": shown_file(path, "attached")} for path in files),
-            *([{"role": "user", "content": text}] if text else []),
+            *([{"role": "user", "content": html.escape(text)}] if text else []),
         ]
         busy = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
         yield [*conversation.shown, {"role": "assistant", "content": "…"}], busy, token
@@ -291,7 +292,8 @@ class Drawing:
         return False
 
     def messages(self) -> list[dict[str, Any]]:
-        return [{"role": "assistant", "content": self.contents[index]} for index in sorted(self.contents)]
+        shown = {i: html.escape(what) if isinstance(what, str) else what for i, what in self.contents.items()}
+        return [{"role": "assistant", "content": shown[index]} for index in sorted(shown)]
 
 
 def idle_box() -> gr.MultimodalTextbox:
@@ -313,7 +315,7 @@ def _whole(text: str) -> str:
 
 
 def _said_error(sentence: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": sentence, "metadata": {"title": "This did not work"}}
+    return {"role": "assistant", "content": html.escape(sentence), "metadata": {"title": "This did not work"}}
 
 
 def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Unread:
