@@ -75,14 +75,6 @@ def write_dataset(
 
     Row i depends on (kind, seed, things, i) only. The JSONL file appears last, when all media files exist.
 
-    Args:
-        output: folder for this and other kinds.
-        kind: one of `KINDS`.
-        num_samples: rows, at least 1.
-        seed: at least 0.
-        things: subjects of the rows.
-        progress: show a progress bar.
-
     Raises:
         InputError: an unknown kind, or nothing to write.
     """
@@ -103,12 +95,13 @@ def write_dataset(
         with tqdm(total=num_samples, desc=kind, unit="row", disable=not progress) as bar:
             first = min(_FIRST_ROWS, num_samples)
             writer.write(range(first), bar)
-            manifest = {"kind": kind, "num_samples": num_samples, "seed": seed, "things": list(map(str, things))}
-            manifest["begins"] = digest(temporary)
-            if rows_path.is_file() and _read_manifest(folder) == manifest:
+            made = {"kind": kind, "num_samples": num_samples, "seed": seed, "begins": digest(temporary)}
+            manifest = json.dumps(made | {"things": list(map(str, things))}, indent=1) + "\n"
+            known = folder / "manifest.json"
+            if rows_path.is_file() and known.is_file() and known.read_bytes() == manifest.encode():
                 return rows_path
             writer.write(range(first, num_samples), bar)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (temporary / "manifest.json").write_text(manifest)
         # At every moment either the rows are missing or everything exists. Paths are relative to `output`.
         rows_path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,14 +121,6 @@ def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rn
         write_video(path, medium.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
     else:
         write_audio(path, medium, SAMPLING_RATE)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a dataset's folder; None if it is missing or unreadable."""
-    try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 class _RowWriter:
@@ -292,7 +277,8 @@ def _in_words(thing: Thing, modality: str, rng: Rng) -> tuple[Exchange, bool]:
     if way == "talk":
         return _talk(thing, rng)
     if way == "describe":
-        return _said(language.described_question(modality, thing, rng, motion)), True
+        question = f"{language.caption(thing, rng, motion, modality)} {language.describe_question(modality, rng)}"
+        return _said((question, language.caption(thing, rng, motion, modality))), True
     if way == "request":
         request = language.media_request(modality, thing, rng, motion)
         return _said((request, language.media_reply(modality, thing, rng, motion))), True

@@ -77,7 +77,6 @@ def train_judges(
     card = {
         "what": "judges of ToyWorld: picture -> shape and colour, clip -> motion, sound -> shape and colour",
         "data": "renders of all 48 things (anygpt.toyworld.render), worn a little; no generated media",
-        "command": "python -m anygpt.toyworld.judge_training",
         "seed": seed,
         "updates": updates,
         "batch_size": _BATCH,
@@ -91,31 +90,19 @@ def train_judges(
 
 
 def measure(judges: Judges, seed: int, per_thing: int) -> dict[str, float]:
-    """Accuracy on fresh renders (all properties right): `{judge: accuracy}`.
-
-    `…_worn` are renders degraded as in training; `video_mp4` and `motion_mp4` are clips read back from MP4.
-    """
+    """Accuracy on fresh renders (all properties right): `{judge: accuracy}`; `video_mp4` are read back from MP4."""
     rng = np.random.default_rng([seed, 1])
-    generator = torch.Generator().manual_seed(seed)
     things = [thing for thing in THINGS for _ in range(per_thing)]
     right = [(thing.shape, thing.colour) for thing in things]
     motions = [MOTIONS[i % len(MOTIONS)] for i in range(len(things))]
-    images = [np.asarray(render_image(thing, rng)) for thing in things]
-    worn = _wear_pixels(torch.from_numpy(np.stack(images)), generator).permute(0, 2, 3, 1)
     videos = [render_video(thing, motion, rng) for thing, motion in zip(things, motions, strict=True)]
-    some = slice(None, None, max(1, per_thing // 10) | 1)  # an odd step covers every motion
-    coded = [_through_mp4(video) for video in videos[some]]
-    sounds = torch.from_numpy(np.stack([render_audio(thing, rng) for thing in things]))
-    faint = [_wear_waveforms(sound[None], generator)[0].numpy() for sound in sounds]
+    some = slice(None, None, max(1, per_thing // 10) | 1)
     judged = {
-        "image": (judges.image(images), right),
-        "image_worn": (judges.image((worn * 255).round().to(torch.uint8).numpy()), right),
+        "image": (judges.image([render_image(thing, rng) for thing in things]), right),
         "video": (judges.video(videos), right),
-        "video_mp4": (judges.video(coded), right[some]),
+        "video_mp4": (judges.video([_through_mp4(video) for video in videos[some]]), right[some]),
         "motion": (judges.motion(videos), motions),
-        "motion_mp4": (judges.motion(coded), motions[some]),
-        "audio": (judges.audio(list(sounds.numpy())), right),
-        "audio_worn": (judges.audio(faint), right),
+        "audio": (judges.audio([render_audio(thing, rng) for thing in things]), right),
     }
     return {
         name: round(sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected), 4)

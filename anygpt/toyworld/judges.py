@@ -129,7 +129,7 @@ class Words:
 
 
 class Judges:
-    """The four judges: three networks (by name, as in `NETWORKS`) and the reading of words."""
+    """The three networks, by name as in `NETWORKS`."""
 
     def __init__(self, networks: dict[str, nn.Module]):
         self.networks = {name: network.eval() for name, network in networks.items()}
@@ -169,10 +169,6 @@ class Judges:
             sound = resample(to_mono(np.asarray(sound, dtype=np.float32)), sampling_rate, SAMPLING_RATE)[:_SAMPLES]
             heard.append(torch.from_numpy(np.nan_to_num(np.pad(sound, (0, _SAMPLES - len(sound))))))
         return self._classify("audio", heard)
-
-    def text(self, captions: Sequence[str]) -> list[tuple[str | None, str | None]]:
-        """Judge captions: (shape, colour) of each, None unless exactly one is named."""
-        return [read_words(caption).thing for caption in captions]
 
     def _classify(self, name: str, inputs: list[Tensor]) -> list[Verdict]:
         """Shapes and colours by a network, in batches, since spectra take memory."""

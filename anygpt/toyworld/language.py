@@ -107,11 +107,7 @@ def plain_caption(thing: Thing, motion: str | None = None) -> str:
 def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
     """A sentence or phrase that names the thing (and its motion).
 
-    Args:
-        thing: shown or heard.
-        rng: picks the paraphrase.
-        motion: one of `MOTIONS`, or None if nothing moves.
-        modality: one of `MODALITIES`; if given, the sentence may mention "the picture", "the sound" and so on.
+    With a `modality` it may mention "the picture", "the sound" and so on.
     """
     what = plain_caption(thing)
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
@@ -125,14 +121,6 @@ def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, m
 def describe_question(modality: str, rng: np.random.Generator) -> str:
     """A question about a given medium, whose answer is a caption."""
     return pick(rng, _of(_QUESTIONS, modality))
-
-
-def described_question(
-    modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None
-) -> tuple[str, str]:
-    """A question about a medium described in words, and its answer, a caption."""
-    given = caption(thing, rng, motion, modality)
-    return f"{given} {describe_question(modality, rng)}", caption(thing, rng, motion, modality)
 
 
 def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:

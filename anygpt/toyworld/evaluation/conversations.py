@@ -92,11 +92,8 @@ def hold(
 
 def turn_table(judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
     """For each turn, the shares of right answers, of missing media and of unrequested media."""
-    return [
-        {
-            "right": share(one.right for one in ones),
-            "missing": share(one.missing for one in ones),
-            "unasked": share(bool(one.unasked) for one in ones),
-        }
-        for ones in judged
-    ]
+    table = []
+    for ones in judged:
+        found = {"right": share(one.right for one in ones), "missing": share(one.missing for one in ones)}
+        table.append(found | {"unasked": share(bool(one.unasked) for one in ones)})
+    return table

@@ -134,21 +134,10 @@ def write_samples(folder: Path, judged: Sequence[Judged]) -> None:
     with (folder / "index.jsonl").open("w", encoding="utf-8") as index:
         for one in judged:
             request = one.request
-            line = {
-                "id": request.id,
-                "input": request.source,
-                "output": request.target,
-                "thing": str(request.thing),
-                "prompt": request.prompt,
-                "input_path": request.path,
-                "text": one.text,
-                "judged": one.verdict and dict(zip(("shape", "colour"), one.verdict, strict=True)),
-                "right": one.right,
-                "motion": request.motion,
-                "judged_motion": one.motion,
-                "missing": one.missing,
-                "unasked": one.unasked,
-            }
+            line = {"id": request.id, "input": request.source, "output": request.target, "thing": str(request.thing)}
+            line |= {"prompt": request.prompt, "input_path": request.path, "motion": request.motion, "text": one.text}
+            line |= {"right": one.right, "missing": one.missing, "unasked": one.unasked, "judged_motion": one.motion}
+            line["judged"] = one.verdict and dict(zip(("shape", "colour"), one.verdict, strict=True))
             if one.medium is not None:
                 line["path"] = sample_path(one)
                 medium = np.nan_to_num(one.medium) if request.target == "audio" else one.medium

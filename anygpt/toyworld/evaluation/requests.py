@@ -76,18 +76,17 @@ def matrix_requests(
             for target in targets:
                 rng = np.random.default_rng([seed, _STREAM, WAYS.index(source), 1 + WAYS.index(target), number])
                 name = f"{source}-{target}-{number:04d}"
+                if source == target == "text":
+                    requests.append(talk_request(name, "question", thing, rng))
+                    continue
                 motion = language.pick(rng, MOTIONS) if target == "video" else None
-                reference: tuple[str, ...] = ()
-                if source == "text" and target == "text":
-                    prompt, answer = language.text_qa(thing, rng)
-                    reference = (answer,)
-                elif target == "text":
+                if target == "text":
                     prompt, motion = language.describe_question(source, rng), shown
                 elif source == "text":
                     prompt = language.media_request(target, thing, rng, motion)
                 else:
                     prompt = language.convert_request(target, rng, motion)
-                requests.append(Request(name, source, target, prompt, thing, motion, path, medium, reference))
+                requests.append(Request(name, source, target, prompt, thing, motion, path, medium))
     return requests
 
 
