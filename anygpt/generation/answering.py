@@ -114,19 +114,12 @@ def _decode_media(
 
 def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
     answer, position = Answer(), 0
-    text: list[int] = []
-    while position <= len(ids):
-        segment = media.get((row, position))
-        if (segment or position == len(ids)) and text:
-            said = text_of(model, text)
-            answer.segments += [Segment("text", said)] if said else []
-            text = []
-        if segment:
+    for start in [*sorted(start for one, start in media if one == row), len(ids)]:
+        if said := text_of(model, ids[position:start]):
+            answer.segments.append(Segment("text", said))
+        if segment := media.get((row, start)):
             answer.segments.append(segment)
-            position += len(model.signal_tokens.ids[segment.key])
-            continue
-        text += ids[position : position + 1]
-        position += 1
+            position = start + len(model.signal_tokens.ids[segment.key])
     return answer
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
@@ -34,28 +35,70 @@ BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass
+class Row:
+    """The answer of one row so far.
+
+    Attributes:
+        rules: constraints on its next token.
+        emitter, generator: of its events and its draws; None for no events, and for torch's default generator.
+        answer: its tokens.
+        waiting, fed: chosen tokens that the language model has yet to read, and those that it reads now.
+        running: whether another token will be chosen.
+        begun: key, index in the answer, and states so far of the span that is read.
+    """
+
+    rules: SpanRules
+    emitter: EventEmitter | None = None
+    generator: torch.Generator | None = None
+    answer: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)
+    running: bool = True
+    begun: tuple[str, int, list[Tensor]] | None = None
+
+    def choose(self, score: Tensor, process: Callable, stops: Callable, config: GenerationConfig) -> None:
+        """Choose the next token from its `(1, V')` scores, or the whole span that it begins."""
+        rules, said = self.rules, torch.tensor([self.answer], dtype=torch.long, device=score.device)
+        score[:, rules.banned(self.answer)] = -torch.inf
+        score = process(said, score)
+        if config.do_sample:
+            token = int(torch.multinomial(score.softmax(dim=-1), 1, generator=self.generator))
+        else:
+            token = int(score.argmax(dim=-1))
+        eos = config._eos_token_tensor
+        token = rules.forced(self.answer, token, ends=eos is not None and token in eos.flatten().tolist())
+        key = rules.key_of_first.get(token)
+        new = rules.ids[key] if key else [token]
+        self.answer += new
+        said = torch.tensor([self.answer], dtype=torch.long, device=score.device)
+        self.running = len(self.answer) < rules.budget and not bool(stops(said, None).any())
+        # A span that ends the answer is still fed, because its states condition the decoder.
+        self.waiting = list(new) if self.running or key else []
+        if self.emitter is not None:
+            self.emitter.said(new, key)
+            if not self.running:
+                self.emitter.end_text()
+            if self.emitter.closed:
+                self.running, self.waiting = False, []
+
+
+@dataclass
 class SpanDecoder:
     """The decoding loop that transformers' `generate(custom_generate=…)` calls, for greedy search and sampling.
 
     Attributes:
         model: the `MultimodalModel`, its signal tokens attached to the language model.
         tap: records the states that the language model's head reads.
-        rules: constraints on the next token, by row.
+        rows: one a row of the batch.
         prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
-        emitters: event emitters by row, or none.
-        generators: random generators by row; torch's default one if empty.
-        spans, lengths: results: the generated spans, and the number of tokens of each row.
+        spans: result: the generated spans.
     """
 
     model: Composition = field(repr=False)
     tap: Tap
-    rules: Sequence[SpanRules]
+    rows: list[Row]
     prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    emitters: Sequence[EventEmitter] = ()
-    generators: Sequence[torch.Generator] = ()
     spans: list[SpanStates] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    _begun: dict[int, tuple[str, int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def __call__(
@@ -78,66 +121,40 @@ class SpanDecoder:
         """
         chunk, mask = model_kwargs["inputs_embeds"], model_kwargs.get("attention_mask")
         past_key_values = model_kwargs.get("past_key_values")
-        rows, device = chunk.shape[0], chunk.device
         # transformers drops an all-ones mask
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.long) if mask is None else mask
-        embedding = language_model.get_input_embeddings()
-        eos = generation_config._eos_token_tensor
-        eos = set() if eos is None else set(eos.flatten().tolist())
         pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad.flatten()[0])
         for processor in logits_processor:
             # the length of each prompt's padding, which is not in the answers that processors get here
             if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
                 processor.prompt_ignore_length = 0
-        answers: list[list[int]] = [[] for _ in range(rows)]
-        running = [True] * rows
-        fed: list[list[int]] = [[] for _ in range(rows)]
-        waiting: list[list[int]] = [[] for _ in range(rows)]  # chosen tokens that are not fed yet
         at_once = all(type(layer) is DynamicLayer for layer in past_key_values.layers)
-        while True:
-            outputs = self._forward(language_model, chunk, mask, past_key_values)
-            past_key_values = outputs.past_key_values
-            self._collect(answers, fed, chunk, outputs.hidden_states)
-            scores = outputs.logits[0].float()  # (B, V'): the head ran only on the last position of each row
-            for row in (row for row in range(rows) if running[row] and not waiting[row]):
-                answer = torch.tensor([answers[row]], dtype=torch.long, device=device)
-                score = scores[row : row + 1]
-                rules = self.rules[row]
-                score[:, rules.banned(answers[row])] = -torch.inf
-                # row by row, because spans make the rows' lengths differ
-                score = logits_processor(answer, score)
-                if generation_config.do_sample:
-                    generator = self.generators[row] if self.generators else None
-                    token = int(torch.multinomial(score.softmax(dim=-1), 1, generator=generator))
-                else:
-                    token = int(score.argmax(dim=-1))
-                token = rules.forced(answers[row], token, ends=token in eos)
-                key = rules.key_of_first.get(token)
-                new = rules.ids[key] if key else [token]
-                answers[row] += new
-                said = torch.tensor([answers[row]], dtype=torch.long, device=device)
-                running[row] = len(answers[row]) < rules.budget and not bool(stopping_criteria(said, None).any())
-                # A span that ends the answer is still fed, because its states condition the decoder.
-                waiting[row] = list(new) if running[row] or key else []
-                if self.emitters:
-                    emitter = self.emitters[row]
-                    emitter.said(new, key)
-                    if not running[row]:
-                        emitter.end_text()
-                    if emitter.closed:
-                        running[row], waiting[row] = False, []
-            end_where_all_are_closed(self.emitters)
-            fed = [tokens if at_once else tokens[:1] for tokens in waiting]
-            waiting = [[] if at_once else tokens[1:] for tokens in waiting]
-            if not any(fed):
-                self.lengths = [len(answer) for answer in answers]
-                return _pad_right(answers, pad, device)
-            tokens, chunk_mask = _align_right(fed, pad, device)
-            chunk = embedding(tokens)
-            mask = torch.cat([mask, chunk_mask], dim=1)
 
-    def _forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
+        def padded(rows: list[list[int]], fill: int, side: str) -> Tensor:
+            tensors = [torch.tensor(row, dtype=torch.long, device=chunk.device) for row in rows]
+            return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
+
+        while True:
+            outputs = self.forward(language_model, chunk, mask, past_key_values)
+            past_key_values = outputs.past_key_values
+            self._collect(chunk, outputs.hidden_states)
+            scores = outputs.logits[0].float()  # (B, V'): the head ran only on the last position of each row
+            for index, row in enumerate(self.rows):
+                if row.running and not row.waiting:  # row by row, because spans make the rows' lengths differ
+                    row.choose(scores[index : index + 1], logits_processor, stopping_criteria, generation_config)
+            end_where_all_are_closed([row.emitter for row in self.rows if row.emitter is not None])
+            for row in self.rows:
+                count = len(row.waiting) if at_once else 1
+                row.fed, row.waiting = row.waiting[:count], row.waiting[count:]
+            fed = [row.fed for row in self.rows]
+            if not any(fed):
+                return padded([row.answer for row in self.rows], pad, "right")
+            chunk = language_model.get_input_embeddings()(padded(fed, pad, "left"))
+            mask = torch.cat([mask, padded([[1] * len(tokens) for tokens in fed], 0, "left")], dim=1)
+
+    def forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
+        """Run the language model on embeddings `(B, length, H)`, its head on the last of each row."""
         rows, length = chunk.shape[:2]
         last = torch.full((rows,), length - 1, device=chunk.device)
         self.tap.select = (torch.arange(rows, device=chunk.device), last)
@@ -167,24 +184,23 @@ class SpanDecoder:
         shift = largest + 1 - mask[:, : prompt.shape[-1]].sum(dim=1)
         return (positions + shift[:, None]).expand(*prompt.shape[:-1], length)
 
-    def _collect(
-        self, answers: list[list[int]], fed: list[list[int]], chunk: Tensor, all_states: tuple[Tensor, ...] | None
-    ) -> None:
+    def _collect(self, chunk: Tensor, all_states: tuple[Tensor, ...] | None) -> None:
         """Collect the states of span tokens that the last forward ran."""
-        for row, new in enumerate(fed):
-            key = self.rules[row].key_of_first.get(new[0]) if new else None
+        for index, row in enumerate(self.rows):
+            count = len(row.fed)
+            key = row.rules.key_of_first.get(row.fed[0]) if count else None
             if key is not None:
-                self._begun[row] = (key, len(answers[row]) - len(self.rules[row].ids[key]), [])
-            if not new or row not in self._begun:
+                row.begun = (key, len(row.answer) - len(row.rules.ids[key]), [])
+            if not count or row.begun is None:
                 continue
-            key, start, found = self._begun[row]
+            key, start, found = row.begun
             decoder = self.model.decoders[key]
-            states = decoder.select_states(self.tap.hidden, all_states)[row, -len(new) :]
-            found.append(states + chunk[row, -len(new) :])
-            if sum(map(len, found)) == len(self.rules[row].ids[key]):
+            states = decoder.select_states(self.tap.hidden, all_states)[index, -count:]
+            found.append(states + chunk[index, -count:])
+            if sum(map(len, found)) == len(row.rules.ids[key]):
                 # without the trigger that precedes queries
-                self.spans.append(SpanStates(row, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
-                del self._begun[row]
+                self.spans.append(SpanStates(index, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
+                row.begun = None
 
 
 @torch.no_grad()
@@ -262,16 +278,22 @@ def generate(
         with model.signal_tokens.attached(model.language_model) as tap:
             merged = model.merge(model.embed(input_ids, attention_mask, None), model.encode(inputs), items_per_row)
             merged = pad_left(merged)
+            prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
+            added = model.preprocess_llm(merged, inputs, prompt)
+            lengths = None
             if mode in OWN_MODES:
-                by_row = [replace(rules, budget=own) for own in budgets or [budget] * len(input_ids)]
-                device = merged.inputs_embeds.device
-                generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
-                decoder = SpanDecoder(model, tap, by_row, emitters=emitters, generators=generators)
-                sequences, spans = _decode_stepwise(decoder, merged, inputs, options), decoder.spans
-                lengths = decoder.lengths
+                rows = [Row(replace(rules, budget=own)) for own in budgets or [budget] * len(input_ids)]
+                for index, row in enumerate(rows):
+                    row.emitter = emitters[index] if emitters else None
+                    row.generator = (
+                        torch.Generator(merged.inputs_embeds.device).manual_seed(seeds[index]) if seeds else None
+                    )
+                decoder = SpanDecoder(model, tap, rows, added)
+                sequences = model.language_model.generate(**prompt | added, custom_generate=decoder, **options)
+                spans, lengths = decoder.spans, [len(row.answer) for row in rows]
             else:
+                options |= prompt | added
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
-                lengths = None
         answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters)
         return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
     finally:
@@ -302,24 +324,14 @@ def check_request(
     return require, forbid
 
 
-def _decode_stepwise(
-    decoder: SpanDecoder, merged: Merged, inputs: Mapping[str, Any], options: dict[str, Any]
-) -> Tensor:
-    prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-    decoder.prompt = decoder.model.preprocess_llm(merged, inputs, prompt)
-    return decoder.model.language_model.generate(**prompt | decoder.prompt, custom_generate=decoder, **options)
-
-
 def _decode_with_beams(
     model: Composition, merged: Merged, inputs: Mapping[str, Any], tap: Tap, rules: SpanRules, options: dict[str, Any]
-):
+) -> tuple[Tensor, list[SpanStates]]:
     """Run transformers' beam search with `SpanForcing`, then one forward over the result for the spans' states."""
-    prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
-    prompt |= model.preprocess_llm(merged, inputs, prompt)
     eos = options.get("eos_token_id")
     eos = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
     processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SpanForcing(rules, eos)])
-    sequences = model.language_model.generate(**prompt, logits_processor=processors, **options)
+    sequences = model.language_model.generate(logits_processor=processors, **options)
     embeds = model.language_model.get_input_embeddings()(sequences)
     whole = Merged(
         torch.cat([merged.inputs_embeds, embeds], dim=1),
@@ -368,23 +380,6 @@ def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, A
 def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split into encoder inputs and generation options, without what only training uses."""
     names = {name for encoder in model.encoders.values() for name in encoder.input_names}
-    inputs: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in ("labels", "decoder_targets"):
-            continue
-        (inputs if name in names or "." in name else options)[name] = value
-    return inputs, options
-
-
-def _align_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `(B, longest)`, padded on the left."""
-    length = max(map(len, rows))
-    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _pad_right(rows: list[list[int]], pad: int, device: torch.device) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [pad] * (length - len(row)) for row in rows], dtype=torch.long, device=device)
+    inputs = {name: value for name, value in kwargs.items() if name in names or "." in name}
+    left_out = {"labels", "decoder_targets", *inputs}
+    return inputs, {name: value for name, value in kwargs.items() if name not in left_out}

@@ -25,7 +25,7 @@ from benchmarks.stage2 import clock, make_model
 from anygpt import MultimodalModel
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.commands import CHECKPOINT
-from anygpt.generation.decoding import SpanDecoder
+from anygpt.generation.decoding import Row, SpanDecoder
 from anygpt.generation.span_rules import SpanRules
 
 ONE, SPAN, STEPWISE = "one token", "span of 24, one forward", "span of 24, token by token"
@@ -86,7 +86,7 @@ def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, dev
     prompt = torch.randint(49152, (1, options.prompt), device=device)
     span = torch.tensor([model.signal_tokens.ids["image"]], device=device)
     with model.signal_tokens.attached(llm) as tap:
-        decoder = SpanDecoder(model, tap, [SpanRules(model.signal_tokens.ids, budget=options.tokens)])
+        decoder = SpanDecoder(model, tap, [Row(SpanRules(model.signal_tokens.ids, budget=options.tokens))])
         cache = llm(prompt, use_cache=True).past_key_values
         embeds = llm.get_input_embeddings()(span[:, :1] if kind == ONE else span)
         chunks = embeds.split(1, dim=1) if kind == STEPWISE else [embeds]
@@ -97,7 +97,7 @@ def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, dev
             for chunk in chunks:
                 length += chunk.shape[1]
                 mask = torch.ones(1, length, dtype=torch.long, device=device)
-                decoder._forward(llm, chunk, mask, cache)
+                decoder.forward(llm, chunk, mask, cache)
 
         return median(work, options.repeats, device)
 
