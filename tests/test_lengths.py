@@ -53,7 +53,9 @@ def test_lengths_are_those_of_the_collators_rows(world):
     batch = Collator(processor)(items)
     lengths = [Lengths(processor).of(sample) for sample in samples]
     assert lengths == batch["attention_mask"].sum(dim=1).tolist()
-    short, turns, wordy = Lengths(processor).estimate(samples)
+    estimated = Lengths(processor).estimate(samples)
+    assert estimated.tolist() == lengths  # three rows, three coefficients
+    short, turns, wordy = Lengths(processor).estimate(samples, measured=0)
     assert short < turns and short < wordy and 3 * (17 + 4) < turns < lengths[1]
 
 

@@ -119,7 +119,7 @@ def test_the_json_schema_of_a_row():
     """For editors: the same keys that are checked."""
     schema = SampleRow.model_json_schema()
     assert set(schema["properties"]) == {"id", "messages"} and schema["additionalProperties"] is False
-    assert schema["$defs"]["MediaRow"]["properties"]["path"]["type"] == "string"
+    assert schema["$defs"]["PartRow"]["properties"]["path"]["type"] == "string"
     assert schema["$defs"]["MessageRow"]["required"] == ["role", "content"]
 
 
@@ -151,7 +151,7 @@ def test_workers_end_with_a_parent_that_is_killed(folder):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     workers = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == -9 and workers
-    for _ in range(100):
+    for _ in range(300):
         if not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers):
             return
         time.sleep(0.1)

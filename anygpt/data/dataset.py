@@ -74,8 +74,8 @@ class BadSample:
 
     @classmethod
     def of(cls, sample: Sample, error: InputError, kind: Literal["bad", "long", "stale"] = "bad") -> BadSample:
-        """A sample for which an error was raised that does not name it."""
-        return cls(sample.id, f"{sample.name}: {error}", kind)
+        """A sample for which an error was raised."""
+        return cls(sample.id, sample.naming(error), kind)
 
 
 class ConversationDataset(Dataset):

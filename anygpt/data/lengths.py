@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from anygpt.data.schema import Sample
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.fitting import varies
 from anygpt.errors import InputError
-from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, StoredMedium
+from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, Place
 from anygpt.media.types import MEDIA, media_type, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
 from anygpt.sequence.merging import IGNORE
@@ -61,21 +60,16 @@ class Lengths:
             messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
             ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
         except InputError as error:
-            raise InputError(f"{sample.name}: {error}") from error
+            raise InputError(sample.naming(error)) from error
         return len(ids), sum(label != IGNORE for label in labels)
 
-    def features(self, modality: str, place: Path | StoredMedium) -> int:
-        """Number of features of a medium."""
-        key = self.processor.encoder_key(modality)
-        if not self.is_fixed(key):
-            return self._count(modality, read_media(modality, place, self.num_frames, self.limits))
-        return self.features_of_any(modality)
-
-    def features_of_any(self, modality: str) -> int:
-        """Number of features of a blank medium."""
-        if modality not in self._same:
-            self._same[modality] = self._count(modality, media_type(modality).blank(self.num_frames))
-        return self._same[modality]
+    def features(self, modality: str, place: Place | None = None) -> int:
+        """Number of features of a medium; of a blank one if it is not given."""
+        if place is None or self.is_fixed(self.processor.encoder_key(modality)):
+            if modality not in self._same:
+                self._same[modality] = self._count(modality, media_type(modality).blank(self.num_frames))
+            return self._same[modality]
+        return self._count(modality, read_media(modality, place, self.num_frames, self.limits))
 
     def is_fixed(self, key: str) -> bool:
         """Whether an encoder returns the same number of features for every input."""
@@ -93,34 +87,26 @@ class Lengths:
         ((count,),) = counts.values()
         return count
 
-    def predict(self, samples: Sequence[Sample], measured: int = 256) -> np.ndarray:
-        """Refine `estimate` by a least-squares fit of tokens per character and message on `measured` counted rows."""
-        rough = self.estimate(samples)
-        characters = np.array([sum(len(p.text or "") for m in s.messages for p in m.content) for s in samples])
-        media = rough - characters // CHARACTERS_PER_TOKEN
-        known = np.stack([characters, [len(sample.messages) for sample in samples], np.ones(len(samples))], axis=1)
+    def estimate(self, samples: Sequence[Sample], measured: int = 256) -> np.ndarray:
+        """Approximate token counts, `(samples,)` int64: those of blank media, and of texts by a least-squares fit of
+        tokens per character and message to `measured` counted rows."""
+        media, known = np.zeros(len(samples), np.int64), np.ones((len(samples), 3))
+        for i, sample in enumerate(samples):
+            known[i, 0] = sum(len(p.text or "") for m in sample.messages for p in m.content)
+            known[i, 1] = len(sample.messages)
+            for role, part in sample.media():
+                answered = role == "assistant"
+                key = self.processor.decoder_key(part.type) if answered else None
+                media[i] += len(self.processor.signal_tokens[key]) if answered else self.features(part.type)
         counted = {}
         for i in np.random.default_rng(0).permutation(len(samples))[:measured]:
             with suppress(InputError):  # training handles such rows itself
                 counted[i] = self.of(samples[i]) - media[i]
         rows = list(counted)
-        if not rows:
-            return rough
-        fitted, *_ = np.linalg.lstsq(known[rows].astype(float), np.array(list(counted.values()), float))
-        return np.maximum(1, np.rint(media + known @ fitted)).astype(np.int64)
-
-    def estimate(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Approximate token counts, `(samples,)` int64, from numbers of characters: good enough for grouping."""
-        tokens = np.zeros(len(samples), np.int64)
-        for i, sample in enumerate(samples):
-            characters = sum(len(p.text) for message in sample.messages for p in message.content if p.text)
-            tokens[i] = characters // CHARACTERS_PER_TOKEN
-            for role, part in sample.media():
-                if role == "assistant":
-                    tokens[i] += len(self.processor.signal_tokens[self.processor.decoder_key(part.type)])
-                else:
-                    tokens[i] += self.features_of_any(part.type)
-        return tokens
+        tokens = known[:, 0] / CHARACTERS_PER_TOKEN
+        if rows:
+            tokens = known @ np.linalg.lstsq(known[rows], np.array(list(counted.values()), float), rcond=None)[0]
+        return np.maximum(1, np.rint(media + tokens)).astype(np.int64)
 
 
 def reserved_tokens(processor: Any) -> list[str]:
@@ -136,7 +122,8 @@ def usual_reserved_tokens() -> list[str]:
 
 
 def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
-    """Raise `InputError` if a text contains a placeholder or signal token, which would be taken for one."""
+    """Raise `InputError`, without the sample's name, if a text contains a placeholder or signal token: it would be
+    taken for one."""
     parts = (part for message in sample.messages for part in message.content if part.text)
     for text in (text for part in parts for text in (part.text, *part.others)):
         if found := next((token for token in reserved if token in text), None):

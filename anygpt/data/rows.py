@@ -106,16 +106,18 @@ class RowModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
     @classmethod
-    def keys(cls) -> set[str]:
+    def keys(cls, value: Mapping[str, Any]) -> set[str]:
         """Keys that a row may have."""
         return {field.alias or name for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, value: Any) -> Any:
-        known = cls.keys()
         if not isinstance(value, Mapping):
-            raise fault(f"must be a JSON object with the keys {', '.join(sorted(known))}, and is {shown(value)}.")
+            raise fault(
+                f"must be a JSON object with the keys {', '.join(sorted(cls.model_fields))}, and is {shown(value)}."
+            )
+        known = cls.keys(value)
         for key in value:
             if key not in known:
                 raise fault(f"the key {shown(key)} is not known{nearest(key, known)}.")
@@ -158,49 +160,43 @@ Texts = Annotated[
 """A string or a list of wordings. Each epoch draws one of them; an evaluation uses all as references."""
 
 
-class TextRow(RowModel):
-    """Text of a message."""
-
-    type: Literal["text"]
-    text: Texts
-
-
 def _place(value: Any) -> Any:
     if not isinstance(value, str | StoredMedium | None):
         raise fault(f"must be a string, and is {shown(value)}.")
     return _encodable(value) if isinstance(value, str) else value
 
 
-class MediaRow(RowModel):
-    """A medium: an input in a user's turn, a target in an assistant's turn, where it needs a caption.
+class PartRow(RowModel):
+    """Text, or a medium: an input in a user's turn, a target in an assistant's, where it needs a caption.
 
     `path` is relative to the media root and must stay inside it; readers of shards and tables set a `StoredMedium`.
     """
 
     type: str
+    text: Texts | None = None
     path: Annotated[Any, AfterValidator(_place), WithJsonSchema({"type": "string"})] = None
     caption: Texts | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _known_type(cls, value: Mapping[str, Any]) -> Any:
-        kind = value.get("type") if isinstance(value, Mapping) else None
-        if not isinstance(kind, str) or kind not in MEDIA:
+    def keys(cls, value: Mapping[str, Any]) -> set[str]:
+        kind = value.get("type")
+        if not isinstance(kind, str) or kind not in ("text", *MEDIA):
             raise fault(f"the part type {shown(kind)} is not known{nearest(kind, ('text', *MEDIA))}.")
-        return value
+        return {"type", "text"} if kind == "text" else {"type", "path", "caption"}
 
     @model_validator(mode="after")
-    def _has_path(self) -> MediaRow:
-        if self.path is None:
+    def _has_content(self) -> PartRow:
+        if self.type == "text" and self.text is None:
+            raise fault("'text' must be a string, and is missing.")
+        if self.type != "text" and self.path is None:
             raise fault(f"this {self.type} has no 'path': give the file, relative to the media root.")
         return self
 
-
-def _tag(part: Any) -> str:
-    return "<text>" if isinstance(part, Mapping) and part.get("type") == "text" else "<medium>"
-
-
-Part = Annotated[Annotated[TextRow, Tag("<text>")] | Annotated[MediaRow, Tag("<medium>")], Discriminator(_tag)]
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Wordings of the text or caption; `("",)` if there is none."""
+        value = self.text if self.type == "text" else self.caption
+        return tuple(value) if isinstance(value, list) and value else (value or "",)
 
 
 def _text_as_parts(value: Any) -> Any:
@@ -213,22 +209,20 @@ class MessageRow(RowModel):
     """One turn; `content` may be a string."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_text_as_parts)]
+    content: Annotated[list[PartRow], BeforeValidator(_text_as_parts)]
 
     @model_validator(mode="after")
     def _suits_its_role(self) -> MessageRow:
         for i, part in enumerate(self.content):
-            if isinstance(part, TextRow):
-                continue
-            if self.role == "system":
+            if part.type != "text" and self.role == "system":
                 raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
-            if self.role == "assistant" and not all(map(str.strip, wordings(part.caption))):
+            if part.type != "text" and self.role == "assistant" and not all(map(str.strip, part.wordings)):
                 raise fault(
                     f"content[{i}]: this {part.type} is a target and has no 'caption', which its decoder is aligned "
                     "with: add one.",
                     "caption",
                 )
-        if not any(isinstance(part, MediaRow) or all(wordings(part.text)) for part in self.content):
+        if not any(part.type != "text" or all(part.wordings) for part in self.content):
             raise fault("is empty: give it text or media, or leave the message out.")
         return self
 
@@ -243,17 +237,10 @@ class SampleRow(RowModel):
     def _can_be_learnt(self) -> SampleRow:
         if not any(message.role == "assistant" for message in self.messages):
             raise fault("has no assistant message, so there is nothing to learn from it: add the answer.")
-        parts = [part for message in self.messages for part in message.content]
-        lists = [part.text if isinstance(part, TextRow) else part.caption for part in parts]
-        counts = {len(one) for one in lists if isinstance(one, list) and len(one) > 1}
+        counts = {len(part.wordings) for message in self.messages for part in message.content} - {1}
         if len(counts) > 1:
             raise fault(
                 f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, of which one place is "
                 "drawn for all: give each as many."
             )
         return self
-
-
-def wordings(value: str | list[str] | None) -> tuple[str, ...]:
-    """Wordings of a text or caption as a tuple; `("",)` if there is none."""
-    return tuple(value) if isinstance(value, list) and value else (value or "",)

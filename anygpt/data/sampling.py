@@ -98,28 +98,35 @@ class UpdateSampler(Sampler[list[int]]):
         self.sizes = None if sizes is None else np.asarray(sizes)
         self.max_tokens = max_tokens
         self.packed = packed
-        self._check_sizes()
+        self._check()
         self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
         self.epoch_size = sum(self.draws)
-        self._cached_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return (self.num_updates - self.start_update) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.groups is not None or self.sizes is not None:
-            first = self.start_update * self.gradient_accumulation_steps
-            batches = itertools.islice(self._grouped(), first, first + len(self))
-            yield from ([Place(index, int(draws[index])) for index in shares[self.rank]] for draws, shares in batches)
-            return
-        micro = self.batch_size * self.world_size
-        for update in range(self.start_update, self.num_updates):
-            for step in range(self.gradient_accumulation_steps):
-                first = (update * self.gradient_accumulation_steps + step) * micro + self.rank * self.batch_size
-                yield [self._index_at(position) for position in range(first, first + self.batch_size)]
+        first = self.start_update * self.gradient_accumulation_steps
+        batches = self._ungrouped(first) if self.groups is None and self.sizes is None else self._grouped(first)
+        for draws, indices in itertools.islice(batches, len(self)):
+            yield [Place(index, int(draw)) for index, draw in zip(indices, draws, strict=True)]
 
-    def _grouped(self) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Yield, endlessly, the epoch's draws and one micro-batch per rank."""
+    def _ungrouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield, from micro-batch `first` on and endlessly, the draws and the indices of this rank."""
+        epoch, order, draws = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        for micro in itertools.count(first):
+            start = (micro * self.world_size + self.rank) * self.batch_size
+            epochs, offsets = np.divmod(np.arange(start, start + self.batch_size), self.epoch_size)
+            indices, drawn = np.empty_like(offsets), np.empty_like(offsets)
+            for number in np.unique(epochs):
+                if number != epoch:
+                    epoch, order, draws = number, self._epoch_order(number), self._draws(number)
+                indices[epochs == number] = order[offsets[epochs == number]]
+                drawn[epochs == number] = draws[indices[epochs == number]]
+            yield drawn, indices
+
+    def _grouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `_ungrouped`, of micro-batches with one group or similar sizes."""
         micro = self.batch_size * self.world_size
         if self.max_tokens is not None:
             micro = max(1, self.max_tokens * self.world_size // max(1, int(self.sizes.mean())))
@@ -139,8 +146,11 @@ class UpdateSampler(Sampler[list[int]]):
                 split = self._by_tokens(members)
                 split += [members[:0]] * (-len(split) % self.world_size)
                 batches += [split[i : i + self.world_size] for i in range(0, len(split), self.world_size)]
-            for place in np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches)):
-                yield draws, batches[place]
+            shuffled = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
+            for place in shuffled[first:]:
+                indices = batches[place][self.rank]
+                yield draws[indices], indices
+            first = max(0, first - len(batches))
 
     def _by_tokens(self, members: np.ndarray) -> list[np.ndarray]:
         """Split the samples, in order, into micro-batches of at most `max_tokens`."""
@@ -152,13 +162,6 @@ class UpdateSampler(Sampler[list[int]]):
                 first, held, longest = i, size, size
         return np.split(members, cuts)
 
-    def _index_at(self, position: int) -> Place:
-        epoch, offset = divmod(position, self.epoch_size)
-        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
-            self._cached_epoch = (epoch, self._epoch_order(epoch), self._draws(epoch))
-        _, order, draws = self._cached_epoch
-        return Place(order[offset], int(draws[order[offset]]))
-
     def _draws(self, epoch: int) -> np.ndarray:
         """Random numbers that select wordings, int64 (samples,)."""
         return np.random.default_rng([self.seed, epoch, 2]).integers(2**31, size=sum(self.lengths))
@@ -166,39 +169,33 @@ class UpdateSampler(Sampler[list[int]]):
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Dataset indices of one epoch in order, int64 (epoch_size,)."""
         generator = np.random.default_rng([self.seed, epoch])
-        parts, first = [], 0
-        for length, draws in zip(self.lengths, self.draws, strict=True):
+        firsts = np.cumsum([0, *self.lengths[:-1]]).tolist()
+        parts = []
+        for first, length, draws in zip(firsts, self.lengths, self.draws, strict=True):
             copies, rest = divmod(draws, length)
             parts += [np.arange(first, first + length)] * copies
             parts.append(first + generator.permutation(length)[:rest])
-            first += length
         order = generator.permutation(np.concatenate(parts))
-        first = 0
-        for length, block in zip(self.lengths, self.blocks, strict=True):
+        for first, length, block in zip(firsts, self.lengths, self.blocks, strict=True):
             if block is not None:
                 mine = (order >= first) & (order < first + length)
                 drawn = order[mine]
                 order[mine] = drawn[np.argsort((drawn - first) // block, kind="stable")]
-            first += length
         return order
 
-    def _check_sizes(self) -> None:
-        sizes = {
-            "batch_size": self.batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "world_size": self.world_size,
-            "num_updates": self.num_updates,
-            **{f"lengths[{i}]": length for i, length in enumerate(self.lengths)},
-        }
+    def _check(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("batch_size", "gradient_accumulation_steps", "world_size")}
+        sizes |= {"num_updates": self.num_updates} | {f"lengths[{i}]": n for i, n in enumerate(self.lengths)}
         for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} is {value}, and must be at least 1.")
-        if not 0 <= self.rank < self.world_size:
-            raise InputError(f"rank is {self.rank}, and must be at least 0 and below world_size = {self.world_size}.")
-        if not 0 <= self.start_update <= self.num_updates:
-            raise InputError(
-                f"start_update is {self.start_update}, and must be from 0 to num_updates = {self.num_updates}."
-            )
+        for name, value, most in (
+            ("seed", self.seed, math.inf),
+            ("rank", self.rank, self.world_size - 1),
+            ("start_update", self.start_update, self.num_updates),
+        ):
+            if not 0 <= value <= most:
+                raise InputError(f"{name} is {value}, and must be from 0 to {most}.")
         if any(self.blocks) and (self.groups is not None or self.sizes is not None):
             raise InputError("Streamed data comes in its own order, so its batches cannot be grouped: leave out one.")
         for name, values in (("groups", self.groups), ("sizes", self.sizes)):
@@ -206,13 +203,11 @@ class UpdateSampler(Sampler[list[int]]):
                 raise InputError(f"There are {sum(self.lengths)} samples and {len(values)} {name}: give one a sample.")
         if self.batch_size * self.world_size > MAX_ROWS:
             raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows.")
-        if self.max_tokens is not None and (self.sizes is None or self.sizes.max() > self.max_tokens):
-            longest = "unknown sizes" if self.sizes is None else f"about {self.sizes.max():,} tokens"
+        if self.max_tokens is not None and self.sizes.max() > self.max_tokens:
             raise InputError(
-                f"max_batch_tokens is {self.max_tokens:,}, and a row has {longest}: raise it, or set max_length."
+                f"max_batch_tokens is {self.max_tokens:,}, and a row has about {self.sizes.max():,} tokens: raise it, "
+                "or set max_length."
             )
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}, and must be at least 0.")
 
 
 def _draws(lengths: list[int], weights: list[float]) -> list[int]:

@@ -11,21 +11,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
-from anygpt.data.rows import DataError, MediaRow, SampleRow, Text, TextRow, checked, shown, wordings
+from anygpt.data.rows import PartRow, SampleRow, Text, checked, shown
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA
-
-__all__ = [
-    "ContentPart",
-    "DataError",
-    "MediaRoot",
-    "Message",
-    "Sample",
-    "checked_text",
-    "parse_sample",
-    "row_name",
-]
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,11 @@ class Sample:
     def name(self) -> str:
         """Its source and id, for messages."""
         return f"{self.source} (sample {self.id!r})"
+
+    def naming(self, error: Exception) -> str:
+        """The message of an error, with the sample's name."""
+        text = str(error)
+        return text if text.startswith(self.name) else f"{self.name}: {text}"
 
     @property
     def wordings(self) -> int:
@@ -202,9 +196,9 @@ def row_name(row: Any, source: str, default_id: str) -> str:
     return f"{source} (sample {shown(given if isinstance(given, str | int) else default_id)})"
 
 
-def _part(row: TextRow | MediaRow, where: str, media_root: MediaRoot) -> ContentPart:
-    first, *others = wordings(row.text if isinstance(row, TextRow) else row.caption)
-    if isinstance(row, TextRow):
+def _part(row: PartRow, where: str, media_root: MediaRoot) -> ContentPart:
+    first, *others = row.wordings
+    if row.type == "text":
         return ContentPart("text", text=first, others=tuple(others))
     path = row.path if isinstance(row.path, StoredMedium) else media_root.resolve(row.path, row.type, where)
     return ContentPart(row.type, path=path, caption=first or None, others=tuple(others))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
-from anygpt.data.schema import ContentPart, Message, Sample, StoredMedium
+from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.errors import InputError
 from anygpt.evaluation.grammar import compose
 from anygpt.evaluation.suite import Ask, Suite
+from anygpt.media.files import StoredMedium
 
 _CHOICE = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.+?)\s*$", re.MULTILINE)
 Place = Path | StoredMedium

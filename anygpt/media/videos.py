@@ -11,8 +11,8 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -39,20 +39,14 @@ TIMED = {"mov", "matroska", "mpegts"}
 _IN_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 # Most pixels of all frames of an animation together: half a minute of decoding.
 ANIMATION_PIXELS = 2**32
-# The frames of a file in order: a function that returns the frame as uint8 RGB (H, W, 3), its presentation time (None
-# if the file does not state it) and its duration, in seconds.
-Frames = Iterator[tuple[Callable[[], np.ndarray], Fraction | None, Fraction]]
-# Selects frame indices, given each frame's presentation time and the end of the last frame.
-Choice = Callable[[Sequence[Fraction], Fraction], Sequence[int]]
 
 
-@dataclass
-class Header:
+class Header(NamedTuple):
     """Properties of a video known before decoding.
 
-    pixels: per frame. starts: presentation time of each frame, in seconds from the first one. end: end of the last
-    frame, in seconds. times: the presentation times in the stream's time base, and keys: those of keyframes; both empty
-    if the container does not state them.
+    pixels: per frame. starts: presentation time of each frame, in seconds from the first one. end: of the last frame,
+    in seconds. times, keys: of each frame, its own presentation time and that of the keyframe before it, in the
+    stream's time base; empty if the container does not state them.
     """
 
     pixels: int
@@ -60,6 +54,15 @@ class Header:
     end: Fraction
     times: Sequence[int] = ()
     keys: Sequence[int] = ()
+
+
+class Frame(NamedTuple):
+    """A decoded frame: `to_array` gives it as uint8 RGB (H, W, 3); its start (None if not stated) and duration in
+    seconds."""
+
+    to_array: Callable[[], np.ndarray]
+    start: Fraction | None
+    duration: Fraction
 
 
 def read_video(
@@ -104,13 +107,17 @@ def read_video(
             limits.check(path, bytes=times * header.pixels * 3)
             return [bisect_right(starts, i / Fraction(fps)) - 1 for i in range(times)]
 
-        picked = None
+        starts, seconds, kept, chosen = header.starts, header.end, None, []
         if header.times and not whole and (num_frames is not None or fps is not None):
-            picked = _seek_frames(path, header, choose, limits)
-        chosen, seconds = picked or _decode_all(
-            _animation_frames if animated else _video_frames, path, header, choose, limits
-        )
-        return Video(frames=np.stack(chosen), fps=float(len(chosen) / seconds if fps is None else fps))
+            chosen = choose(starts, seconds)
+            kept = _seek_frames(path, header, chosen, limits)
+        while kept is None or not kept.keys() >= set(chosen):  # decoded again if the header was wrong
+            wanted = set(choose(starts, seconds)) if starts else set()
+            frames = (_animation_frames if animated else _video_frames)(path, limits)
+            kept, starts, seconds = _in_order(frames, wanted, path, limits)
+            chosen = choose(starts, seconds)
+        rate = float(len(chosen) / seconds if fps is None else fps)
+        return Video(frames=np.stack([kept[i] for i in chosen]), fps=rate)
 
 
 def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
@@ -128,39 +135,28 @@ def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
 # -- in order --------------------------------------------------------------------------------------------
 
 
-def _decode_all(
-    frames: Callable[[Place, MediaLimits], Frames], path: Place, header: Header, choose: Choice, limits: MediaLimits
-) -> tuple[list[np.ndarray], Fraction]:
-    """The chosen frames and the video's length in seconds; decodes all frames, twice if the header was wrong."""
-    starts, end = header.starts, header.end
-    while True:
-        kept: dict[int, np.ndarray | None] = dict.fromkeys(choose(starts, end) if starts else ())
-        starts, end = _keep(frames(path, limits), kept, path, limits)
-        chosen = choose(starts, end)
-        if kept.keys() >= set(chosen):
-            return [kept[i] for i in chosen], end
-
-
-def _keep(
-    frames: Frames, kept: dict[int, np.ndarray | None], path: Place, limits: MediaLimits
-) -> tuple[list[Fraction], Fraction]:
-    """Decode all frames and fill in those whose index is in `kept`; returns each frame's start, and the end."""
+def _in_order(
+    frames: Iterator[Frame], wanted: set[int], path: Place, limits: MediaLimits
+) -> tuple[dict[int, np.ndarray], list[Fraction], Fraction]:
+    """Decode all frames and keep some, by index; also returns each frame's start, and the end."""
+    kept: dict[int, np.ndarray] = {}
     said: list[Fraction | None] = []
-    lengths: list[Fraction] = []
+    ends: list[Fraction] = []
     size = 0
-    for index, (to_array, start, length) in enumerate(frames):
-        if index in kept:
-            kept[index] = to_array()
+    for index, frame in enumerate(frames):
+        if index in wanted:
+            kept[index] = frame.to_array()
             size += kept[index].nbytes
-        said.append(start)
-        lengths.append(length)
+        said.append(frame.start)
+        ends.append(frame.duration + (ends[-1] if ends else 0))
         limits.check(path, frames=len(said), bytes=size)
     if not said:
         raise ValueError("it holds no frames")
+    length = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
     if None in said or any(after <= before for before, after in itertools.pairwise(said)):
-        said = [Fraction(0), *itertools.accumulate(lengths[:-1])]
+        said = [Fraction(0), *ends[:-1]]
     starts = [start - said[0] for start in said]
-    return starts, starts[-1] + lengths[-1]
+    return kept, starts, starts[-1] + length
 
 
 def _is_animation(path: Place) -> bool:
@@ -179,14 +175,14 @@ def _animation_header(path: Place, limits: MediaLimits) -> Header:
         return Header(image.width * image.height, [Fraction(i, 10) for i in range(count)], Fraction(count, 10))
 
 
-def _animation_frames(path: Place, limits: MediaLimits) -> Frames:
+def _animation_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
     with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
             milliseconds = image.info.get("duration") or 100  # the default of browsers
-            yield lambda: np.asarray(to_rgb(image)), None, Fraction(milliseconds) / 1000
+            yield Frame(lambda: np.asarray(to_rgb(image)), None, Fraction(milliseconds) / 1000)
 
 
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
@@ -198,14 +194,15 @@ def _picture_stream(container: av.container.InputContainer, path: Place) -> av.V
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
 
 
-def _video_frames(path: Place, limits: MediaLimits) -> Frames:
+def _video_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
     with open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
         unit, rate = Fraction(stream.time_base), _rate(stream)
         for frame in decoded(container, stream, ending):
             limits.check(path, pixels=_square_width(frame.width, stream) * frame.height)  # a later frame may be larger
             start = None if frame.pts is None else frame.pts * unit
-            yield lambda frame=frame: _to_array(frame, stream), start, (frame.duration or 0) * unit or 1 / rate
+            length = (frame.duration or 0) * unit or 1 / rate
+            yield Frame(lambda frame=frame: _to_array(frame, stream), start, length)
 
 
 def _rate(stream: av.VideoStream) -> Fraction:
@@ -256,22 +253,22 @@ def _video_header(path: Place, limits: MediaLimits) -> Header:
         if not timed or len({time for time, _ in shown}) < len(shown) or min(keys, default=math.inf) > min(shown)[0]:
             return Header(pixels, [i / rate for i in range(len(shown))], len(shown) / rate)
         shown.sort()
-        times = [time for time, _ in shown]
+        times, keys = [time for time, _ in shown], sorted(keys)
         starts = [(time - times[0]) * unit for time in times]
-        return Header(pixels, starts, starts[-1] + ((shown[-1][1] or 0) * unit or 1 / rate), times, sorted(keys))
+        end = starts[-1] + ((shown[-1][1] or 0) * unit or 1 / rate)
+        return Header(pixels, starts, end, times, [keys[bisect_right(keys, time) - 1] for time in times])
 
 
 def _seek_frames(
-    path: Place, header: Header, choose: Choice, limits: MediaLimits
-) -> tuple[list[np.ndarray], Fraction] | None:
-    """Decode only the frames needed, else like `_decode_all`; None if frames contradict packets."""
-    chosen = choose(header.starts, header.end)
+    path: Place, header: Header, chosen: Sequence[int], limits: MediaLimits
+) -> dict[int, np.ndarray] | None:
+    """Decode only the chosen frames, by index; None if frames contradict packets."""
     kept: dict[int, np.ndarray] = {}
     size = 0
     try:
         with open_container(path, limits) as (container, _):
             stream = _picture_stream(container, path)
-            for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: _key_before(header, i)):
+            for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: header.keys[i]):
                 left = {header.times[i]: i for i in indices}
                 container.seek(key, stream=stream)
                 for frame in _frames_from_keyframe(container, stream):
@@ -279,27 +276,19 @@ def _seek_frames(
                     if frame.is_corrupt or frame.pts is None or frame.pts > max(left):
                         return None
                     if frame.pts in left:
-                        kept[left[frame.pts]] = array = _to_array(frame, stream)
+                        array = kept[left.pop(frame.pts)] = _to_array(frame, stream)
                         size += array.nbytes
                         limits.check(path, bytes=size)
-                        del left[frame.pts]
                     if not left:
                         break
                 if left:
                     return None
     except av.FFmpegError:
         return None  # decoding in order reports the error
-    return [kept[i] for i in chosen], header.end
-
-
-def _key_before(header: Header, index: int) -> int:
-    return header.keys[bisect_right(header.keys, header.times[index]) - 1]
+    return kept
 
 
 def _frames_from_keyframe(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Decode from the container's position, skipping packets before a keyframe, which would give broken frames."""
-    started = False
-    for packet in container.demux(stream):
-        started = started or packet.is_keyframe
-        if started:
-            yield from packet.decode()
+    for packet in itertools.dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream)):
+        yield from packet.decode()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
@@ -69,11 +70,8 @@ def make_loader(
 ) -> DataLoader:
     """Loader of this process's micro-batches from update `start` on; accelerate must not shard them again."""
     data, sizes, lengths = config.data, None, Lengths(collator.processor, dataset.num_video_frames)
-    if data.max_batch_tokens is not None:
-        sizes = lengths.predict(dataset.samples)
-        sizes = sizes if data.max_length is None else sizes.clip(max=data.max_length)
-    elif data.group_by_length:
-        sizes = lengths.estimate(dataset.samples)
+    if data.max_batch_tokens is not None or data.group_by_length:
+        sizes = np.minimum(lengths.estimate(dataset.samples), data.max_length or sys.maxsize)
     sampler = UpdateSampler(
         dataset.lengths,
         weights=dataset.weights,

@@ -34,8 +34,8 @@ class TurnsRow(RowModel):
     id: Id = ""
 
     @classmethod
-    def keys(cls) -> set[str]:
-        return super().keys() | {form.format(kind) for form in cls.media_keys for kind in MEDIA}
+    def keys(cls, value: Mapping) -> set[str]:
+        return super().keys(value) | {form.format(kind) for form in cls.media_keys for kind in MEDIA}
 
     def listed(self, key: str) -> list[str]:
         """Strings under a media type's key; empty if it is absent."""

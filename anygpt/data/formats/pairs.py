@@ -2,7 +2,8 @@
 
 from anygpt.data.formats.base import Pair
 from anygpt.data.formats.dialects import split_markers
-from anygpt.data.schema import DataError, checked_text
+from anygpt.data.rows import DataError
+from anygpt.data.schema import checked_text
 from anygpt.errors import InputError
 
 TASKS = ("comprehension", "generation")

@@ -13,8 +13,8 @@ from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.pairs import check_task, convert_pair
 from anygpt.data.formats.tables import is_hub_id, table_rows
 from anygpt.data.formats.webdataset import shard_rows
-from anygpt.data.rows import checked, nearest
-from anygpt.data.schema import DataError, MediaRoot, Sample, parse_sample, row_name
+from anygpt.data.rows import DataError, checked, nearest
+from anygpt.data.schema import MediaRoot, Sample, parse_sample, row_name
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 
