@@ -26,13 +26,9 @@ from transformers.modeling_outputs import ModelOutput
 
 
 class LossTerm(NamedTuple):
-    """One sub-term of the loss as a sum and a count, never as a mean.
+    """One sub-term of the loss: the sum over label tokens or samples (float32 scalar), and the number of summands.
 
     A mean of means over micro-batches or ranks is wrong as soon as their counts differ, so the division comes last.
-
-    Attributes:
-        total: float32 scalar, the sum over label tokens (NLL) or samples (alignment, denoising).
-        count: number of summands.
     """
 
     total: Tensor
@@ -55,8 +51,7 @@ class MultimodalOutput(ModelOutput):
             holds both the model's own vocabulary and the signal tokens.
         hidden_states: `(B, S, H)`, the inputs of the language model's head.
         conditions: `{decoder key: (K, T, D)}`, the projected conditions of the batch's signal spans.
-        labels: `(B, S)` int64, the labels after merging.
-        attention_mask: `(B, S)` int64, the mask after merging.
+        labels, attention_mask: `(B, S)` int64, after merging.
         places: number of tokens that the language model ran on, padding included.
     """
 
@@ -78,11 +73,11 @@ class Segment:
         type: `"text"`, or the modality of a decoder (`"image"`, `"video"`, `"audio"`).
         content: `str`; a `PIL.Image`; a video as uint8 `(frames, height, width, 3)`; a waveform as float32
             `(samples,)`.
-        key: of the decoder that made it; None for text.
-        condition: `(T, D)`, the decoder's condition; None for text.
+        key: of the decoder that made it; None for text, as are the following.
+        condition: `(T, D)`, the decoder's condition.
         states: `(N, H)`, the output projector's input: the sum of the language model's states and the token
-            embeddings at the span; None for text.
-        rate: samples (Hz) or frames per second; None for text and images.
+            embeddings at the span.
+        rate: samples (Hz) or frames per second; None for images too.
     """
 
     type: str
@@ -103,21 +98,10 @@ class Answer:
         """The content of all segments of a type."""
         return [segment.content for segment in self.segments if segment.type == type]
 
-    @property
-    def text(self) -> str:
-        return "".join(self.of("text"))
-
-    @property
-    def images(self) -> list[Any]:
-        return self.of("image")
-
-    @property
-    def videos(self) -> list[Any]:
-        return self.of("video")
-
-    @property
-    def audios(self) -> list[Any]:
-        return self.of("audio")
+    text = property(lambda self: "".join(self.of("text")))
+    images = property(lambda self: self.of("image"))
+    videos = property(lambda self: self.of("video"))
+    audios = property(lambda self: self.of("audio"))
 
 
 @dataclass
@@ -126,7 +110,7 @@ class GenerationOutput(ModelOutput):
 
     Attributes:
         sequences: `(B, new tokens)` int64, right-padded with the pad token, without the prompt.
-        answers: one `Answer` per row.
+        answers: one `Answer` per row; `text`, `segments`, `images`, `videos` and `audios` list theirs.
         lengths: of the rows of `sequences` without padding; None for beam search.
     """
 
@@ -134,22 +118,8 @@ class GenerationOutput(ModelOutput):
     answers: list[Answer] | None = None
     lengths: list[int] | None = None
 
-    @property
-    def text(self) -> list[str]:
-        return [answer.text for answer in self.answers]
-
-    @property
-    def segments(self) -> list[list[Segment]]:
-        return [answer.segments for answer in self.answers]
-
-    @property
-    def images(self) -> list[list[Any]]:
-        return [answer.images for answer in self.answers]
-
-    @property
-    def videos(self) -> list[list[Any]]:
-        return [answer.videos for answer in self.answers]
-
-    @property
-    def audios(self) -> list[list[Any]]:
-        return [answer.audios for answer in self.answers]
+    text = property(lambda self: [answer.text for answer in self.answers])
+    segments = property(lambda self: [answer.segments for answer in self.answers])
+    images = property(lambda self: [answer.images for answer in self.answers])
+    videos = property(lambda self: [answer.videos for answer in self.answers])
+    audios = property(lambda self: [answer.audios for answer in self.answers])

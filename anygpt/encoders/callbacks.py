@@ -26,9 +26,7 @@ class EncoderCallbacks(SavedCallback, nn.Module):
     """The three callbacks of an encoder as one object, which also counts the resulting features.
 
     Subclasses override what they need. Their parameters are saved with the projectors and train with `<key>_projector`.
-
-    Args:
-        settings: JSON values; the constructor's keyword arguments.
+    `settings` are JSON values.
     """
 
     additional_args: tuple[str, ...] = ()

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
-from anygpt.encoders import features
 from anygpt.encoders.imagebind import configuration as imagebind
+
+Inputs = Mapping[str, Any]
+Count = Callable[[PreTrainedConfig, Inputs], list[int]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class EncoderFamily:
     """
 
     main_input: str | None
-    count: Callable[[PreTrainedConfig, Mapping[str, Any]], list[int]] | None
+    count: Count | None
     encoder_class: str | None = None
     arguments: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] | None = None
@@ -62,17 +65,86 @@ class EncoderFamily:
         return getattr(importlib.import_module(module), name)
 
 
-def _under(model: str, *heads: str) -> dict[str, str | None]:
-    """Names for a model with heads beside its trunk `model`."""
-    return {f"{model}.": "", **dict.fromkeys(heads)}
+# ------------------------------------------------------------------------------------------------ numbers of features
 
 
-_OLD_VISION = {"vision_model.": "", "visual_projection.": None}
-_NO_POOLER = {"pooler.": {"add_pooling_layer": False}}
-_QWEN_ARGUMENTS = {"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"}
+def same(name: str, count: Callable[[PreTrainedConfig, Inputs], int]) -> Count:
+    """Counts the same number of features for each of the inputs `name`."""
+    return lambda config, inputs: [count(config, inputs)] * len(inputs[name])
 
 
-def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]:
+def patches(config: PreTrainedConfig, inputs: Inputs) -> int:
+    """Patches of each image; the image size is that of the pixels."""
+    height, width = inputs["pixel_values"][0].shape[-2:]
+    down, across = _pair(config.patch_size)
+    return (height // down) * (width // across)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def convnext_cells(config: PreTrainedConfig, inputs: Inputs) -> int:
+    """DINOv3's ConvNeXt: the mean, and the cells after a stem of stride 4 and one halving per later stage."""
+    height, width = inputs["pixel_values"][0].shape[-2:]
+    stride = 4 * 2 ** (len(config.hidden_sizes) - 1)
+    return 1 + (height // stride) * (width // stride)
+
+
+def clap_cells(config: PreTrainedConfig, inputs: Inputs) -> int:
+    """Cells of a spectrogram folded to a square of patches, halved both ways after each stage but the last."""
+    down, across = _pair(config.patch_stride)
+    side = config.spec_size // 2 ** (len(config.depths) - 1)
+    return (side // down) * (side // across)
+
+
+def count_tubelets(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """Patches of `tubelet_size` frames in `(items, frames, 3, height, width)` pixels."""
+    clips = inputs["pixel_values_videos" if "pixel_values_videos" in inputs else "pixel_values"]
+    return [len(clips[0]) // config.tubelet_size * patches(config, {"pixel_values": clips})] * len(clips)
+
+
+def products(name: str) -> Count:
+    """Counts the cells of grids, `(items, axes)`."""
+    return lambda config, inputs: torch.as_tensor(inputs[name]).prod(dim=-1).tolist()
+
+
+def count_pixtral_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """Patches of images with their own aspect ratios, from `image_sizes (items, 2)` in pixels, if given."""
+    if inputs.get("image_sizes") is None:
+        return [patches(config, inputs)] * len(inputs["pixel_values"])
+    return (torch.as_tensor(inputs["image_sizes"]) // config.patch_size).prod(dim=-1).tolist()
+
+
+def count_merged_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """Patches of `image_grid_thw (items, 3)`, where `spatial_merge_size²` patches become one feature."""
+    return [n // config.spatial_merge_size**2 for n in products("image_grid_thw")(config, inputs)]
+
+
+def count_qwen2_audio_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """Whisper's frames pooled in pairs, without padding if a mask `(items, frames)` marks it."""
+    # only the model's own processor calls the mask feature_attention_mask
+    mask = inputs.get("feature_attention_mask", inputs.get("attention_mask"))
+    if mask is None:
+        return [config.max_source_positions // 2] * len(inputs["input_features"])
+    halved = (torch.as_tensor(mask).sum(dim=-1) - 1) // 2 + 1
+    return ((halved - 2) // 2 + 1).tolist()
+
+
+def mask_qwen2_audio_frames(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Convert the mask `(items, frames)` to `(items, 1, n, n)`, which the encoder adds to the attention scores."""
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return arguments
+    features = arguments["input_features"]
+    lengths = (mask.sum(dim=-1) - 1) // 2 + 1
+    kept = torch.arange(features.shape[-1] // 2, device=features.device) < lengths[:, None]
+    scores = torch.zeros(kept.shape, dtype=features.dtype, device=features.device)
+    scores = scores.masked_fill(~kept, torch.finfo(features.dtype).min)
+    return arguments | {"attention_mask": scores[:, None, None].expand(-1, 1, kept.shape[1], -1)}
+
+
+def count_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
     """Features of each clip: one per frame, or all image features of each frame."""
     clips = inputs["pixel_values_videos"]
     if config.pool_frames:
@@ -82,69 +154,77 @@ def count_frames(config: PreTrainedConfig, inputs: features.Inputs) -> list[int]
     return [sum(frames) - bool(config.drop_cls) * len(frames) for frames in counts]
 
 
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def _under(model: str, *heads: str) -> dict[str, str | None]:
+    """Names for a model with heads beside its trunk `model`."""
+    return {f"{model}.": "", **dict.fromkeys(heads)}
+
+
+_OLD_VISION = {"vision_model.": "", "visual_projection.": None}
+_QWEN_ARGUMENTS = {"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"}
+_PATCHES = same("pixel_values", patches)
+_CLASS_AND_PATCHES = same("pixel_values", lambda config, inputs: 1 + patches(config, inputs))
+_WITH_REGISTERS = same(  # arXiv 2309.16588
+    "pixel_values", lambda config, inputs: 1 + config.num_register_tokens + patches(config, inputs)
+)
+_MODELS = "transformers.models."
+
 FAMILIES: dict[str, EncoderFamily] = {
     # images
     "clip_vision_model": EncoderFamily(
-        "pixel_values",
-        features.count_patches(prefix=1),
-        "transformers.CLIPVisionModel",
-        class_token=True,
-        names=_OLD_VISION,
+        "pixel_values", _CLASS_AND_PATCHES, "transformers.CLIPVisionModel", class_token=True, names=_OLD_VISION
     ),
-    "siglip_vision_model": EncoderFamily(
-        "pixel_values", features.count_patches(), "transformers.SiglipVisionModel", names=_OLD_VISION
-    ),
+    "siglip_vision_model": EncoderFamily("pixel_values", _PATCHES, "transformers.SiglipVisionModel", names=_OLD_VISION),
     "siglip2_vision_model": EncoderFamily(
         "pixel_values",
-        features.count_siglip2_patches,
+        products("spatial_shapes"),
         "transformers.Siglip2VisionModel",
         layout="padded",
         names=_OLD_VISION,
     ),
     "vit": EncoderFamily(
         "pixel_values",
-        features.count_patches(prefix=1),
+        _CLASS_AND_PATCHES,
         class_token=True,
         names=_under("vit", "classifier.", "decoder.", "vit.embeddings.mask_token", "embeddings.mask_token"),
-        optional=_NO_POOLER,
+        optional={"pooler.": {"add_pooling_layer": False}},
     ),
     "dinov2": EncoderFamily(
-        "pixel_values", features.count_patches(prefix=1), class_token=True, names=_under("dinov2", "classifier.")
+        "pixel_values", _CLASS_AND_PATCHES, class_token=True, names=_under("dinov2", "classifier.")
     ),
     "dinov2_with_registers": EncoderFamily(
-        "pixel_values",
-        features.count_patches_and_registers,
-        class_token=True,
-        names=_under("dinov2_with_registers", "classifier."),
+        "pixel_values", _WITH_REGISTERS, class_token=True, names=_under("dinov2_with_registers", "classifier.")
     ),
-    "dinov3_vit": EncoderFamily("pixel_values", features.count_patches_and_registers, class_token=True),
+    "dinov3_vit": EncoderFamily("pixel_values", _WITH_REGISTERS, class_token=True),
     "dinov3_convnext": EncoderFamily(
-        "pixel_values", features.count_convnext_cells, feature_size=lambda config: config.hidden_sizes[-1]
+        "pixel_values", same("pixel_values", convnext_cells), feature_size=lambda config: config.hidden_sizes[-1]
     ),
-    "internvl_vision": EncoderFamily("pixel_values", features.count_patches(prefix=1), class_token=True),
-    "pixtral": EncoderFamily(
-        "pixel_values", features.count_pixtral_patches, select=features.unpack_single_row, layout="packed"
+    "internvl_vision": EncoderFamily("pixel_values", _CLASS_AND_PATCHES, class_token=True),
+    "pixtral": EncoderFamily(  # a single row of all images
+        "pixel_values", count_pixtral_patches, select=lambda config, output: output[0][0], layout="packed"
     ),
-    "qwen2_vl_vision": EncoderFamily(
+    "qwen2_vl_vision": EncoderFamily(  # the second entry holds the merged patches
         "pixel_values",
-        features.count_merged_patches,
-        "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+        count_merged_patches,
+        f"{_MODELS}qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
         arguments=_QWEN_ARGUMENTS,
-        select=features.pooler_output,
+        select=lambda config, output: output[1],
         layout="packed",
     ),
     "qwen2_5_vl_vision": EncoderFamily(
         "pixel_values",
-        features.count_merged_patches,
-        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+        count_merged_patches,
+        f"{_MODELS}qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
         arguments=_QWEN_ARGUMENTS,
-        select=features.pooler_output,
+        select=lambda config, output: output[1],
         feature_size=lambda config: config.out_hidden_size,
         layout="packed",
     ),
     "anygpt_qwen2_vl_patches": EncoderFamily(
         "pixel_values",
-        features.count_patches_of_grids,
+        products("image_grid_thw"),
         "anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
         arguments=_QWEN_ARGUMENTS,
         feature_size=lambda config: config.embed_dim,
@@ -153,8 +233,8 @@ FAMILIES: dict[str, EncoderFamily] = {
     # audio
     "whisper": EncoderFamily(
         "input_features",
-        features.count_whisper_frames,
-        "transformers.models.whisper.modeling_whisper.WhisperEncoder",
+        same("input_features", lambda config, inputs: config.max_source_positions),
+        f"{_MODELS}whisper.modeling_whisper.WhisperEncoder",
         names={
             "model.encoder.": "",
             "encoder.": "",
@@ -163,36 +243,39 @@ FAMILIES: dict[str, EncoderFamily] = {
     ),
     "qwen2_audio_encoder": EncoderFamily(
         "input_features",
-        features.count_qwen2_audio_frames,
+        count_qwen2_audio_frames,
         arguments={"feature_attention_mask": "attention_mask"},
-        prepare=features.mask_qwen2_audio_frames,
+        prepare=mask_qwen2_audio_frames,
         layout="padded",
         processor_options={"return_attention_mask": True, "padding": "max_length"},
     ),
     "clap_audio_model": EncoderFamily(
         "input_features",
-        features.count_clap_cells,
+        same("input_features", clap_cells),
         "transformers.ClapAudioModel",
-        select=features.flatten_clap_cells,
-        feature_size=features.clap_feature_size,
+        # (items, features, frequencies, times) in time order
+        select=lambda config, output: output[0].permute(0, 3, 2, 1).flatten(1, 2),
+        feature_size=lambda config: config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1),
         names={"audio_model.": "", "audio_projection.": None},
     ),
     "phi4_multimodal_audio": EncoderFamily(
         "audio_input_features",
-        features.count_phi4_frames,
-        "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAudioModel",
+        lambda config, inputs: torch.as_tensor(inputs["audio_embed_sizes"]).tolist(),
+        f"{_MODELS}phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAudioModel",
         arguments={"audio_input_features": "hidden_states", "audio_attention_mask": "mask"},
-        prepare=features.name_phi4_mask,
+        # the encoder has no default for the mask, and a single sound comes without one
+        prepare=lambda config, arguments: {"mask": None} | arguments,
         layout="padded",
         counted_by=("audio_embed_sizes",),
     ),
     # video
     "videomae": EncoderFamily(
         "pixel_values_videos",
-        features.count_tubelets,
+        count_tubelets,
         arguments={"pixel_values_videos": "pixel_values"},
         names=_under("videomae", "classifier.", "fc_norm.", "decoder.", "encoder_to_decoder.", "mask_token"),
     ),
+    "anygpt_video_encoder": EncoderFamily("pixel_values_videos", count_frames, "anygpt.encoders.video.VideoEncoder"),
     # one tower of several
     "imagebind": EncoderFamily(
         imagebind.MAIN_INPUT,
@@ -200,7 +283,6 @@ FAMILIES: dict[str, EncoderFamily] = {
         "anygpt.encoders.imagebind.ImageBindEncoder",
         pool_size=lambda config: config.features_per_clip,
     ),
-    "anygpt_video_encoder": EncoderFamily("pixel_values_videos", count_frames, "anygpt.encoders.video.VideoEncoder"),
 }
 UNKNOWN = EncoderFamily(None, None)
 """For encoders of other families, whose first output is taken as `(items, n, features)`."""

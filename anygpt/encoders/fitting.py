@@ -16,18 +16,14 @@ from anygpt.errors import InputError
 from anygpt.media.files import to_rgb
 from anygpt.media.types import MEDIA, Clip, MediaType, Picture, Sound
 
+_SHAPES = {
+    "crop": "are cropped to the centre",
+    "pad": "are padded to the encoder's shape",
+    "stretch": "are stretched to the encoder's shape",
+}
 FITS: dict[type[MediaType], dict[str, str]] = {
-    Picture: {
-        "crop": "are cropped to the centre",
-        "pad": "are padded to the encoder's shape",
-        "stretch": "are stretched to the encoder's shape",
-        "tile": "become as many tiles as cover them",
-    },
-    Clip: {
-        "crop": "are cropped to the centre",
-        "pad": "are padded to the encoder's shape",
-        "stretch": "are stretched to the encoder's shape",
-    },
+    Picture: {**_SHAPES, "tile": "become as many tiles as cover them"},
+    Clip: _SHAPES,
     Sound: {"split": "are split into windows of {window:g} s", "refuse": "(of more than {window:g} s) are refused"},
 }
 """Ways to fit media, by their class; the first is the default."""
@@ -94,30 +90,24 @@ def pieces(kind: MediaType | None, media: Any, processor: Any, fit: str | None) 
         InputError: a sound without samples, or one that is too long if `fit` is "refuse".
     """
     if isinstance(kind, Sound) and (window := window_of(processor)):
-        sounds = _sounds(media)
+        sounds = [np.asarray(sound) for sound in ([media] if not len(media) or np.ndim(media[0]) == 0 else media)]
         if all(0 < len(sound) <= window for sound in sounds):
             return None
         for sound in sounds:
             if not len(sound) or (len(sound) > window and fit == "refuse"):
-                seconds = f"{len(sound) / processor.sampling_rate:g} s"
                 raise InputError(
-                    f"a sound of {seconds} is given to an encoder of {window / processor.sampling_rate:g} s; cut it, "
-                    "or set the encoder's fit to split"
+                    f"a sound of {len(sound) / processor.sampling_rate:g} s is given to an encoder of "
+                    f"{window / processor.sampling_rate:g} s; cut it, or set the encoder's fit to split"
                 )
         return [[sound[start : start + window] for start in range(0, len(sound), window)] for sound in sounds]
-    shape = shape_of(processor) if isinstance(kind, (Picture, Clip)) and fit != "crop" else None
-    if shape is None:
+    shape = shape_of(processor)
+    if shape is None or fit == "crop" or not isinstance(kind, (Picture, Clip)):
         return None
+    several = isinstance(media, (list, tuple)) or np.ndim(media) == (5 if isinstance(kind, Clip) else 4)
+    items = list(media) if several else [media]
     if isinstance(kind, Clip):
-        clips = list(media) if isinstance(media, (list, tuple)) or np.ndim(media) == 5 else [media]
-        return [[np.stack([np.asarray(_fitted(frame, shape, processor, fit)[0]) for frame in clip])] for clip in clips]
-    pictures = list(media) if isinstance(media, (list, tuple)) or np.ndim(media) == 4 else [media]
-    return [_fitted(picture, shape, processor, fit) for picture in pictures]
-
-
-def _sounds(media: Any) -> list[np.ndarray]:
-    one = np.ndim(media[0]) == 0 if len(media) else True
-    return [np.asarray(sound) for sound in ([media] if one else media)]
+        return [[np.stack([np.asarray(_fitted(frame, shape, processor, fit)[0]) for frame in clip])] for clip in items]
+    return [_fitted(picture, shape, processor, fit) for picture in items]
 
 
 def _fitted(picture: Any, shape: tuple[int, int], processor: Any, fit: str) -> list[Image.Image]:
@@ -136,10 +126,9 @@ def _fitted(picture: Any, shape: tuple[int, int], processor: Any, fit: str) -> l
         return [canvas]
     across = min(image.width, math.ceil(image.height * width / height))
     down = min(image.height, math.ceil(image.width * height / width))
-    boxes = [(x, y, x + across, y + down) for y in _starts(image.height, down) for x in _starts(image.width, across)]
-    return [image.crop(box) for box in boxes]
-
-
-def _starts(length: int, tile: int) -> list[int]:
-    """Starts of the fewest tiles that cover a length, evenly spaced."""
-    return np.linspace(0, length - tile, math.ceil(length / tile)).round().astype(int).tolist()
+    # the starts of the fewest tiles that cover the image, evenly spaced
+    lefts, tops = (
+        np.linspace(0, length - part, math.ceil(length / part)).round().astype(int).tolist()
+        for length, part in ((image.width, across), (image.height, down))
+    )
+    return [image.crop((x, y, x + across, y + down)) for y in tops for x in lefts]

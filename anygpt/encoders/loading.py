@@ -64,20 +64,19 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             fallback_dtype=whole.dtype,
             **source.model_options(),
         )
+        check_selection(config, source.feature_layer, source.drop_cls)
+        # What the whole model chooses is followed: LLaVA leaves out the first feature whatever its encoder is.
         layer, drop = source.feature_layer, source.drop_cls
         if layer is None:
             layer = getattr(whole, "vision_feature_layer", None)
         if drop is None:
             drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
-        # What the whole model chooses is followed: LLaVA leaves out the first feature whatever its encoder is.
-        check_selection(config, source.feature_layer, source.drop_cls)
+        frames = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
+        frames = {name: value for name, value in frames.items() if value is not None}
         if is_timed(modality) and family.main_input == "pixel_values":
-            given: dict[str, Any] = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
-            given |= {"feature_layer": layer, "drop_cls": drop}
-            return VideoEncoder(encoder, **{name: value for name, value in given.items() if value is not None})
-        for name in ("num_frames", "pool_frames"):
-            if getattr(source, name) is not None and not is_timed(modality):
-                raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
+            return VideoEncoder(encoder, feature_layer=layer, drop_cls=drop, **frames)
+        if frames and not is_timed(modality):
+            raise InputError(f"{next(iter(frames))} is set, but an encoder of {modality} reads no clips; leave it out")
         if layer is not None or drop:
             encoder.anygpt_callbacks = LlavaCallbacks(layer, "default" if drop else "full")
         return encoder

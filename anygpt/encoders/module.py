@@ -40,21 +40,16 @@ class ModalEncoderModule(nn.Module):
 
     Args:
         model: the encoder, a `PreTrainedModel` of a known family or one whose first output is `(items, n, features)`,
-            possibly PEFT-wrapped. `module` is an alias.
+            possibly PEFT-wrapped; the attribute `module`, which is also an alias.
         projector: if None, built by `MultimodalModel` with sizes from the two configs.
         additional_args: names of inputs for the callbacks alone; not passed to the encoder.
         preprocess_callback: `(inputs: dict) -> dict`, before the encoder.
-        postprocess_module_callback: `(inputs, output) -> output`, after the encoder. Outputs are a `ModelOutput` or
-            a tuple.
+        postprocess_module_callback: `(inputs, output) -> output`, a `ModelOutput` or a tuple, after the encoder.
         postprocess_projector_callback: `(inputs, output) -> output`, after the projector. Its first entry is what
             is merged: `(items, n, H)`, a list of `(n, H)`, or `(features, H)` packed in order.
         modality: media type in the data (`image`, `video`, `audio`); if None, the module's key in `MultimodalModel`.
         callbacks: the three callbacks in serializable form, in place of functions. Without either, those set by
             `load_encoder` from `feature_layer`, `drop_cls` or the whole model's config.
-
-    Attributes:
-        module: the encoder.
-        projector: the `MultimodalProjector`.
 
     Raises:
         InputError: the model is not a media encoder, or two models or two kinds of callbacks are given.
@@ -119,11 +114,7 @@ class ModalEncoderModule(nn.Module):
 
     @property
     def feature_size(self) -> int:
-        """Input width of the projector, unless callback functions change it.
-
-        Raises:
-            InputError: the config does not state it.
-        """
+        """Input width of the projector, unless callback functions change it; an `InputError` if it is unknown."""
         size = (self.family.feature_size or hidden_size_of)(self.config)
         return self.callbacks.feature_size(size) if self.callbacks else size
 

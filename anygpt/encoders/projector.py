@@ -97,9 +97,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
 class MultimodalProjector(PreTrainedModel):
     """Maps features `(items, n, in_features)` to `(items, n', out_features)`; see `features_after` for n'.
 
-    Args:
-        config: sizes and type.
-        projection: custom module to wrap, called with the features; built from the config if None.
+    Wraps `projection`, which is called with the features, or a module built from the config.
 
     Raises:
         InputError: sizes are missing, or the width of the features in a call is not `in_features`.
@@ -122,8 +120,7 @@ class MultimodalProjector(PreTrainedModel):
         if isinstance(features, Tensor):
             return self._project(features)
         if isinstance(features, ModelOutput):
-            projected = self._project(features[0])
-            return type(features)(**{next(iter(features.keys())): projected})
+            return type(features)(**{next(iter(features.keys())): self._project(features[0])})
         return (self._project(features[0]), *features[1:])
 
     def _project(self, features: Tensor) -> Tensor:

@@ -10,14 +10,8 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 class QFormerProjection(nn.Module):
     """`num_queries` learned queries that attend to the features of each input (arXiv 2301.12597), then one Linear.
 
-    Wraps transformers' `Blip2QFormerModel`. Queries are initialized randomly: identical ones would stay identical.
-
-    Args:
-        in_features: width of the features.
-        width: width of the queries.
-        out_features: width of the result.
-        num_queries: length of the result.
-        num_layers, num_heads, ffn_dim: sizes of the Q-Former.
+    Wraps transformers' `Blip2QFormerModel`, of `num_layers` layers of `width`. Queries are initialized randomly:
+    identical ones would stay identical.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from anygpt.losses.terms import compute_losses, count_losses, loss_names
 from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.packing import read_packed
-from anygpt.model.vlm import take_apart
+from anygpt.model.vlm.take_apart import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence import head
 from anygpt.sequence.merging import Merged
@@ -139,17 +139,11 @@ class MultimodalModel(Composition):
     ) -> MultimodalModel:
         """Compose the parts of an existing multimodal model, with the same placeholders and the same logits.
 
-        Args:
-            model: hub id, folder, or the model itself: LLaVA, LLaVA-NeXT, Qwen2-VL (images) or Qwen2-Audio. The parts
-                share its tensors.
-            decoders: output modules to add.
-            loading_options: of transformers' `from_pretrained`.
-
-        Raises:
-            InputError: an unsupported kind of model, or one that cannot be loaded.
+        Arguments and errors as in `take_apart`; `decoders` are added.
         """
         pieces = take_apart(model, **loading_options)
-        composed = cls(pieces.encoders, pieces.language_model, decoders, **pieces.options)
+        callback = pieces.preprocess_llm_callback
+        composed = cls(pieces.encoders, pieces.language_model, decoders, preprocess_llm_callback=callback)
         composed.set_token_ids(pieces.token_ids)
         return composed.train(pieces.language_model.training)
 
@@ -191,18 +185,15 @@ class MultimodalModel(Composition):
             attention_mask: `(B, S)`, padded on either side; ones by default.
             labels: `(B, S)` int64, not shifted, `-100` where no loss is taken.
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
-                spans, as `MultimodalProcessor` returns them. Without captions there is no alignment, without media no
-                denoising. Precomputed `"conditions"` (from the decoder's `encode_text`) may replace captions, and
-                `"posterior"` (mean and deviation from its `posterior`, `(K, 2, C, …)`) the media.
+                spans. Without captions there is no alignment, without media no denoising. `"conditions"` of the
+                decoder's `encode_text` may replace captions, and its `"posterior"`, `(K, 2, C, …)`, the media.
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
             return_logits: return full logits `(B, S, V')`; by default only if there are no labels.
             loss_counts: denominators by term instead of this batch's own (see `losses.formulas.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
-            text_states: replaces the language model, as `cache.TextStates` does; there are then neither full logits
-                nor hidden states.
+            text_states: replaces the language model, as `cache.TextStates` does; gives no full logits or hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) if only one encoder takes it, or as
-                `<key>.<name>` (`**{"image.pixel_values": …}`); `<key>.features` replaces all others of an encoder
-                (see `ModalEncoderModule.encode`).
+                `<key>.<name>`; `<key>.features` replaces all others of an encoder (see `ModalEncoderModule.encode`).
 
         Raises:
             InputError: an input that no encoder or several encoders take; numbers of placeholders and features, or of

@@ -36,14 +36,10 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Place:
-    """A local folder, or a folder of a Hub repository.
+    """A local folder, or a folder of a Hub repository; fields as in `PartSettings`.
 
     Attributes:
-        path: folder or Hub id.
-        revision: branch, tag or commit of a Hub id.
-        subfolder: folder of the network within it; "" for the folder itself.
-        variant: as in `model.fp16.safetensors`; falls back to files without a variant.
-        weights: `safetensors`, or `any` to read pickled tensors if there are no safetensors.
+        subfolder: folder of the network within `path`; "" for the folder itself.
         hub: `cache_dir`, `token`, … for a Hub id.
     """
 
@@ -191,11 +187,7 @@ def dtype_of(tensor: Any) -> torch.dtype | None:
 
 
 def find_weights(place: Place, names: Mapping[str, str | None] | None = None) -> Weights:
-    """Find the weight files of the network at `place`.
-
-    Args:
-        place: folder of the network.
-        names: as in `rename`; shards without tensors of this network are not downloaded.
+    """Find the weight files of the network at `place`; shards without tensors of it (see `rename`) are left out.
 
     Raises:
         InputError: no weights, none that `place.weights` allows, a missing shard, or a truncated file.
@@ -314,12 +306,8 @@ def some(names: list[str], most: int = 5) -> str:
 def rename(names: Mapping[str, str | None], name: str) -> str | None:
     """New name of a tensor by its longest matching prefix; None if it belongs to another part.
 
-    Args:
-        names: `{prefix in the file: new prefix}`; None for tensors of other parts.
-        name: the name in the file.
+    `names` is `{prefix in the file: new prefix}`, with None for tensors of other parts.
     """
-    prefix = max((p for p in names if name.startswith(p)), key=len, default=None)
-    if prefix is None:
-        return name
-    new = names[prefix]
+    prefix = max((p for p in names if name.startswith(p)), key=len, default="")
+    new = names.get(prefix, "")
     return None if new is None else new + name.removeprefix(prefix)

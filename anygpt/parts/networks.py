@@ -47,13 +47,11 @@ def load_network(
     """Load a transformers network, taking every tensor from the files at `place`.
 
     Args:
-        cls: the network's class.
-        config: its config.
+        cls, config: the network's class and config.
         place: folder of the files, which may also hold other networks.
         names: `{prefix in the files: new prefix}`; None for tensors of other networks.
         optional: constructor arguments by tensor name prefix, applied if the files have no such tensors.
-        dtype: if None, the config's, else `fallback_dtype`, else that of the files.
-        fallback_dtype: dtype of the enclosing model's config.
+        dtype: if None, the config's, else `fallback_dtype` (of the enclosing model), else that of the files.
         options: passed to transformers' `from_pretrained`.
 
     Raises:

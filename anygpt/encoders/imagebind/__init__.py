@@ -8,20 +8,10 @@ from anygpt.encoders.imagebind.modeling import ImageBindEncoder, ImageBindModel
 from anygpt.encoders.imagebind.processing import (
     ImageBindAudioProcessor,
     ImageBindImageProcessor,
-    ImageBindMotionProcessor,
     ImageBindTextProcessor,
     ImageBindVideoProcessor,
     processor_for,
 )
 
-__all__ = [
-    "ImageBindAudioProcessor",
-    "ImageBindConfig",
-    "ImageBindEncoder",
-    "ImageBindImageProcessor",
-    "ImageBindModel",
-    "ImageBindMotionProcessor",
-    "ImageBindTextProcessor",
-    "ImageBindVideoProcessor",
-    "processor_for",
-]
+__all__ = ["ImageBindAudioProcessor", "ImageBindConfig", "ImageBindEncoder", "ImageBindImageProcessor"]
+__all__ += ["ImageBindModel", "ImageBindTextProcessor", "ImageBindVideoProcessor", "processor_for"]

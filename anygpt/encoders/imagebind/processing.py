@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,18 @@ MEAN, DEVIATION = -4.268, 9.138  # log-mel energies
 
 
 class ImageBindProcessor(FeatureExtractionMixin):
-    """Base of the processors: converts media to one tensor."""
+    """Base of the processors: converts one medium, of `ndim` dimensions as an array, or a list to one tensor."""
 
     model_input_names = (MAIN_INPUT,)
+    ndim: int
 
-    def batch(self, items: Sequence[Any], convert: Callable[[Any], np.ndarray], return_tensors: str) -> BatchFeature:
-        return BatchFeature({MAIN_INPUT: np.stack([convert(item) for item in items])}, tensor_type=return_tensors)
+    def convert(self, item: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def batch(self, items: Any, return_tensors: str) -> BatchFeature:
+        several = isinstance(items, (list, tuple)) or getattr(items, "ndim", 0) > self.ndim
+        values = np.stack([self.convert(item) for item in (items if several else [items])])
+        return BatchFeature({MAIN_INPUT: values}, tensor_type=return_tensors)
 
 
 class ImageBindImageProcessor(ImageBindProcessor):
@@ -42,19 +48,19 @@ class ImageBindImageProcessor(ImageBindProcessor):
             (8-bit values are scaled to 0 to 1).
     """
 
-    do_center_crop = True
-
-    @property
-    def crop_size(self) -> dict[str, int]:
-        return {"width": self.size, "height": self.size}
+    ndim, do_center_crop = 3, True
 
     def __init__(self, size: int = IMAGE_SIZE, channels: int = 3, **kwargs: Any):
         super().__init__(**kwargs)
         self.size, self.channels = size, channels
 
+    @property
+    def crop_size(self) -> dict[str, int]:
+        return {"width": self.size, "height": self.size}
+
     def __call__(self, images: Any, return_tensors: str = "pt") -> BatchFeature:
         """`media_values (B, channels, size, size)` of one image or a list, PIL or arrays `(H, W[, 3])`."""
-        return self.batch(images if isinstance(images, (list, tuple)) else [images], self.convert, return_tensors)
+        return self.batch(images, return_tensors)
 
     def convert(self, image: Any) -> np.ndarray:
         if not isinstance(image, Image.Image):
@@ -80,7 +86,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
         num_frames: frames sampled from a video when it is read; clips use those nearest in time.
     """
 
-    reads_times = True
+    ndim, reads_times = 4, True
 
     def __init__(
         self,
@@ -100,8 +106,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
 
     def __call__(self, videos: Any, return_tensors: str = "pt") -> BatchFeature:
         """`media_values (B, 3 · clips, 3, frames, size, size)` of `Video`s or uint8 arrays `(n, H, W, 3)`."""
-        one = isinstance(videos, Video) or (isinstance(videos, np.ndarray) and videos.ndim == 4)
-        return self.batch([videos] if one else videos, self.convert, return_tensors)
+        return self.batch(videos, return_tensors)
 
     def convert(self, video: Video | np.ndarray) -> np.ndarray:
         frames = video.frames if isinstance(video, Video) else np.asarray(video)
@@ -132,6 +137,8 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         clips, seconds: see above.
     """
 
+    ndim = 1
+
     def __init__(
         self,
         sampling_rate: int = 16000,
@@ -157,40 +164,37 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise InputError(f"ImageBind reads sounds at {self.sampling_rate} Hz, not {sampling_rate}; resample them")
-        one = isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1
-        banks = filter_banks(self.num_mel_bins, self.sampling_rate, self.target_length)
+        return self.batch(raw_speech, return_tensors)
 
-        def convert(waveform: Any) -> np.ndarray:
-            waveform = np.asarray(waveform, np.float32)
-            if waveform.ndim != 1:
-                raise InputError(f"a waveform is (samples,), but this one is {waveform.shape}")
-            rate = self.sampling_rate
-            length, window = int(self.seconds * rate), int(0.025 * rate)
-            clips = []
-            for start in clip_starts(len(waveform) / rate, self.seconds, self.clips):
-                clip = waveform[int(start * rate) :][:length]
-                clip = np.pad(clip - clip.mean() if len(clip) else clip, (0, max(0, window - len(clip))))
-                clips.append(banks(clip, sampling_rate=rate, return_tensors="np")["input_values"][0].T[None])
-            return np.stack(clips)
-
-        return self.batch([raw_speech] if one else raw_speech, convert, return_tensors)
+    def convert(self, waveform: Any) -> np.ndarray:
+        waveform, rate = np.asarray(waveform, np.float32), self.sampling_rate
+        if waveform.ndim != 1:
+            raise InputError(f"a waveform is (samples,), but this one is {waveform.shape}")
+        banks = filter_banks(self.num_mel_bins, rate, self.target_length)
+        length, window = int(self.seconds * rate), int(0.025 * rate)
+        clips = []
+        for start in clip_starts(len(waveform) / rate, self.seconds, self.clips):
+            clip = waveform[int(start * rate) :][:length]
+            clip = np.pad(clip - clip.mean() if len(clip) else clip, (0, max(0, window - len(clip))))
+            clips.append(banks(clip, sampling_rate=rate, return_tensors="np")["input_values"][0].T[None])
+        return np.stack(clips)
 
 
 class ImageBindMotionProcessor(ImageBindProcessor):
     """Truncates or zero-pads readings of an inertial measurement unit, `(6, N)`, to 2,000 steps."""
 
+    ndim = 2
+
     def __call__(self, motions: Any, return_tensors: str = "pt") -> BatchFeature:
         """`media_values (B, 6, 2000)` of one reading or a list."""
+        return self.batch(motions, return_tensors)
 
-        def convert(motion: Any) -> np.ndarray:
-            motion = np.asarray(motion, np.float32)
-            if motion.ndim != 2 or len(motion) != MOTION_CHANNELS:
-                raise InputError(f"readings have shape {motion.shape}; expected ({MOTION_CHANNELS}, steps)")
-            motion = motion[:, :MOTION_LENGTH]
-            return np.pad(motion, ((0, 0), (0, MOTION_LENGTH - motion.shape[1])))
-
-        one = isinstance(motions, np.ndarray) and motions.ndim == 2
-        return self.batch([motions] if one else motions, convert, return_tensors)
+    def convert(self, motion: Any) -> np.ndarray:
+        motion = np.asarray(motion, np.float32)
+        if motion.ndim != 2 or len(motion) != MOTION_CHANNELS:
+            raise InputError(f"readings have shape {motion.shape}; expected ({MOTION_CHANNELS}, steps)")
+        motion = motion[:, :MOTION_LENGTH]
+        return np.pad(motion, ((0, 0), (0, MOTION_LENGTH - motion.shape[1])))
 
 
 class ImageBindTextProcessor:
@@ -201,10 +205,8 @@ class ImageBindTextProcessor:
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         rows = self.tokenizer([texts] if isinstance(texts, str) else texts, truncation=True, max_length=TEXT_LENGTH)
-        ids = torch.zeros(len(rows["input_ids"]), TEXT_LENGTH, dtype=torch.long)
-        for place, row in zip(ids, rows["input_ids"], strict=True):
-            place[: len(row)] = torch.tensor(row)
-        return ids
+        padded = [[*row, *[0] * (TEXT_LENGTH - len(row))] for row in rows["input_ids"]]
+        return torch.tensor(padded, dtype=torch.long)
 
 
 PROCESSORS: dict[str, Callable[[], ImageBindProcessor]] = {

@@ -23,9 +23,8 @@ class LlavaNextCallbacks(LlavaCallbacks):
 
     Args:
         feature_layer, select_strategy: as in `LlavaCallbacks`.
-        grid_pinpoints: resolutions `[[height, width], …]` that an image is fitted into, in pixels.
-        tile_size, patch_size: of the vision tower, in pixels.
-        hidden_size: width of the language model.
+        settings: `grid_pinpoints`, the resolutions `[[height, width], …]` that an image is fitted into, in pixels;
+            `tile_size` and `patch_size` of the vision tower, in pixels; `hidden_size` of the language model.
 
     Attributes:
         image_newline: `(H,)`, ends each row of features.
@@ -33,27 +32,11 @@ class LlavaNextCallbacks(LlavaCallbacks):
 
     additional_args = ("image_sizes",)
 
-    def __init__(
-        self,
-        feature_layer: int | list[int] = -2,
-        select_strategy: str = "default",
-        *,
-        grid_pinpoints: list[list[int]],
-        tile_size: int,
-        patch_size: int,
-        hidden_size: int,
-    ):
-        super().__init__(
-            feature_layer,
-            select_strategy,
-            grid_pinpoints=grid_pinpoints,
-            tile_size=tile_size,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-        )
-        self.grid_pinpoints, self.tile_size = grid_pinpoints, tile_size
-        self.side = tile_size // patch_size
-        self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
+    def __init__(self, feature_layer: int | list[int] = -2, select_strategy: str = "default", **settings: Any):
+        super().__init__(feature_layer, select_strategy, **settings)
+        self.grid_pinpoints, self.tile_size = settings["grid_pinpoints"], settings["tile_size"]
+        self.side, width = self.tile_size // settings["patch_size"], settings["hidden_size"]
+        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
 
     def num_tiles(self, image_size: Any) -> int:
         """The number of tiles of an image of `(height, width)`, the whole image included."""
