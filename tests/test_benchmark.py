@@ -42,14 +42,18 @@ def test_every_benchmark_can_be_run(script):
         assert module.__doc__ and all(callable(getattr(module, f)) for f in ("add_arguments", "sides", "measure"))
 
 
-def test_table_gives_ratios_to_the_baseline(script):
-    results = {"both": {"step_s": 2.0, "peak_gib": 4.0}, "none": {"step_s": 0.5, "peak_gib": 3.0}}
-    text = script.table(results, baseline=lambda side: "both")
-    assert text.splitlines() == [
-        "| | step_s | peak_gib |",
+def test_table_gives_medians_and_ratios_within_groups_and_rounds(script):
+    rounds = [
+        {"a: both": {"step_s": 2.0, "share": 4.0}, "a: none": {"step_s": 0.5, "share": 3.0}, "b: x": {"step_s": 7.0}},
+        {"a: both": {"step_s": 4.0, "share": 4.0}, "a: none": {"step_s": 1.0, "share": 3.0}, "b: x": {"step_s": 7.0}},
+        {"a: both": {"step_s": 9.0, "share": 4.0}, "a: none": {"step_s": 0.6, "share": 3.0}, "b: x": {"step_s": 7.0}},
+    ]
+    assert script.table(rounds).splitlines() == [
+        "| | step_s | share |",
         "|---|---|---|",
-        "| both | 2 (1.00×) | 4 (1.00×) |",
-        "| none | 0.5 (0.25×) | 3 (0.75×) |",
+        "| a: both | 4 (1.00×) | 4 |",
+        "| a: none | 0.6 (0.25×) | 3 |",
+        "| b: x | 7 (1.00×) |  |",
     ]
 
 
@@ -62,7 +66,7 @@ def test_rounds_are_taken_in_turn_and_their_medians_shown(script, monkeypatch, c
     monkeypatch.setattr(script, "run_side", lambda arguments, side: order.append(side) or {"step_s": next(times)})
     script.main(["stage2"])
     assert order == ["a", "b"] * 3
-    assert "| b | 1.5 (0.38×) |" in capsys.readouterr().out.splitlines()
+    assert "| b | 1.5 (0.25×) |" in capsys.readouterr().out.splitlines()
 
 
 def test_peak_memory_counts_what_was_held(script):

@@ -7,14 +7,13 @@ Each way runs in its own process, so that peak memories are separate. A benchmar
 with a docstring and three functions:
 
     add_arguments(parser)          its settings
-    sides(options) -> list[str]    the ways to compare
+    sides(options) -> list[str]    the ways to compare, as "group: way"; the first of a group is what the others are
+                                   compared with
     measure(side, options) -> dict numbers by name, measured in a fresh process: times in seconds have names ending in
                                    `_s`; peak memory is added automatically
 
-and optionally `baseline(side) -> str`, the way to compare `side` with, if that is not always the first one.
-
-With `--rounds N` all ways are measured N times in turn, so that slow phases of the machine affect all of them, and
-medians are shown.
+Modules that start with `_` are shared by benchmarks. With `--rounds N` all ways are measured N times in turn, so that
+slow phases of the machine affect all of them; medians are shown, of ratios those within rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +41,8 @@ HERE = REPOSITORY / "scripts"
 RESULT = "benchmark result: "
 GIB = 2**30
 
+Numbers = dict[str, dict[str, float]]  # by side and name
+
 
 def names() -> list[str]:
     """Names of the benchmarks.
@@ -48,7 +50,7 @@ def names() -> list[str]:
     Raises:
         InputError: none found; they are part of the repository, not of the installed package.
     """
-    found = sorted(path.stem for path in (HERE / "benchmarks").glob("*.py"))
+    found = sorted(path.stem for path in (HERE / "benchmarks").glob("[!_]*.py"))
     if not found:
         raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")
     return found
@@ -83,14 +85,31 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     return json.loads(done.stdout.rpartition(RESULT)[2].splitlines()[0])
 
 
-def table(results: dict[str, dict[str, float]], baseline: Callable[[str], str]) -> str:
-    """Markdown table with a line per side, a column per number, and ratios to the baseline in brackets."""
-    first = next(iter(results.values()))
-    lines = ["| | " + " | ".join(first) + " |", "|---" * (len(first) + 1) + "|"]
+def medians(rounds: list[Numbers]) -> Numbers:
+    """Medians of each side's numbers over the rounds."""
+    return {
+        side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
+        for side, numbers in rounds[0].items()
+    }
+
+
+def baseline(side: str, sides: Iterable[str]) -> str:
+    """The first side of the same group."""
+    group = side.rpartition(": ")[0]
+    return next(other for other in sides if other.rpartition(": ")[0] == group)
+
+
+def table(rounds: list[Numbers]) -> str:
+    """Markdown table of medians: a line per side, a column per number; ratios of times and memory in brackets."""
+    results = medians(rounds)
+    names = list(dict.fromkeys(name for numbers in results.values() for name in numbers))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for side, numbers in results.items():
-        other = results[baseline(side)]
-        ratios = {name: value / other[name] if other[name] else float("nan") for name, value in numbers.items()}
-        cells = [f"{value:.4g} ({ratios[name]:.2f}×)" for name, value in numbers.items()]
+        cells = [f"{numbers[name]:.4g}" if name in numbers else "" for name in names]
+        for i, name in enumerate(names):
+            if name.endswith(("_s", "_gib")) and name in numbers:
+                ratios = [found[side][name] / found[baseline(side, found)][name] for found in rounds]
+                cells[i] += f" ({statistics.median(ratios):.2f}×)"
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -110,23 +129,24 @@ def main(arguments: list[str]) -> None:
         command = commands.add_parser(name, description=module.__doc__, formatter_class=layout)
         command.add_argument("--rounds", type=int, default=1, help="measurements of every way (default: %(default)s)")
         module.add_arguments(command)
+        command.add_argument("--only", metavar="TEXT", default="", help="only the ways whose names contain this")
+        command.add_argument("--cpu-seconds", action="store_true", help="of the process, for a machine that is busy")
         command.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this file, as JSON")
         command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     module = load(options.benchmark)
     if options.side is not None:
+        if options.cpu_seconds:
+            load("_shared").timer = time.process_time
         print(RESULT + json.dumps(module.measure(options.side, options) | peak_memory()))
         return
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in module.sides(options)}
+    sides = [side for side in module.sides(options) if options.only in side]
+    if not sides:
+        raise InputError(f"--only {options.only!r} is in none of {', '.join(module.sides(options))}")
+    rounds: list[Numbers] = []
     for number in range(1, options.rounds + 1):
         print(f"{options.benchmark}: round {number} of {options.rounds}", file=sys.stderr)
-        for side, measured in rounds.items():
-            measured.append(run_side(arguments, side))
-    results = {
-        side: {name: statistics.median(numbers[name] for numbers in measured) for name in measured[0]}
-        for side, measured in rounds.items()
-    }
-    baseline = getattr(module, "baseline", lambda side: next(iter(results)))
-    print(f"{options.benchmark} on {machine()}\n\n{table(results, baseline)}")
+        rounds.append({side: run_side(arguments, side) for side in sides})
+    print(f"{options.benchmark} on {machine()}\n\n{table(rounds)}")
     if options.output is not None:
-        options.output.write_text(json.dumps({"machine": machine(), "sides": results}, indent=1) + "\n")
+        options.output.write_text(json.dumps({"machine": machine(), "sides": medians(rounds)}, indent=1) + "\n")

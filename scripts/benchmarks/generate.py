@@ -5,24 +5,22 @@ one token and against the span token by token, in bf16 and fp32, at SmolLM2-135M
 picture, against the language model's own `generate` (with as many forward passes) followed by the bare pipeline. The
 weights are random; the pipeline is that of the benchmark `stage2`.
 
-With `--busy` an answer of a trained model with a picture, on a quiet machine and while another program keeps one
+`--busy` measures an answer of a trained model with a picture, on a quiet machine and while another program keeps one
 core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from benchmarks.stage2 import clock, make_model
+from benchmarks._shared import DEVICE, make_pipeline, seconds, smollm2
+from transformers import LlamaForCausalLM
 
-from anygpt import MultimodalModel
+from anygpt import ModalDecoderModule, MultimodalModel, StableDiffusionDecoder
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.commands import CHECKPOINT
 from anygpt.generation.decoding import Row, SpanDecoder
@@ -49,42 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def sides(options: argparse.Namespace) -> list[str]:
     if options.busy:
         return [QUIET, BUSY]
-    return [f"{kind}, {dtype}" for dtype in DTYPES for kind in (ONE, SPAN, STEPWISE)] + [APART, TOGETHER]
-
-
-def baseline(side: str) -> str:
-    if side in (QUIET, BUSY):
-        return QUIET
-    return APART if side in (APART, TOGETHER) else f"{ONE}, {side.rpartition(', ')[2]}"
+    spans = [f"{dtype}: {kind}" for dtype in DTYPES for kind in (ONE, SPAN, STEPWISE)]
+    return spans + [f"answer: {way}" for way in (APART, TOGETHER)]
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if side in (QUIET, BUSY):
+    group, _, way = side.rpartition(": ")
+    if not group:
         return {"median_s": measure_busy(side, options)}
-    if side in (APART, TOGETHER):
-        return {"median_s": measure_answer(side, options, device)}
-    kind, _, dtype = side.rpartition(", ")
-    return {"median_s": measure_span(kind, DTYPES[dtype], options, device)}
-
-
-def median(work: Callable[[], Any], repeats: int, device: str) -> float:
-    """Median seconds of `work`, after one warm-up call."""
-    times = []
-    for _ in range(repeats + 1):
-        begin = clock(device)
-        work()
-        times.append(clock(device) - begin)
-    return statistics.median(times[1:])
+    if group == "answer":
+        return {"median_s": measure_answer(way, options)}
+    return {"median_s": measure_span(way, DTYPES[group], options)}
 
 
 @torch.no_grad()
-def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, device: str) -> float:
-    model = prepare(make_model(8, VIDEO_TOKENS), dtype, device)
+def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> float:
+    model = make_model(8, VIDEO_TOKENS, dtype)
     llm = model.language_model
-    prompt = torch.randint(49152, (1, options.prompt), device=device)
-    span = torch.tensor([model.signal_tokens.ids["image"]], device=device)
+    prompt = torch.randint(49152, (1, options.prompt), device=DEVICE)
+    span = torch.tensor([model.signal_tokens.ids["image"]], device=DEVICE)
     with model.signal_tokens.attached(llm) as tap:
         decoder = SpanDecoder(model, tap, [Row(SpanRules(model.signal_tokens.ids, budget=options.tokens))])
         cache = llm(prompt, use_cache=True).past_key_values
@@ -96,16 +78,16 @@ def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace, dev
             length = options.prompt
             for chunk in chunks:
                 length += chunk.shape[1]
-                mask = torch.ones(1, length, dtype=torch.long, device=device)
+                mask = torch.ones(1, length, dtype=torch.long, device=DEVICE)
                 decoder.forward(llm, chunk, mask, cache)
 
-        return median(work, options.repeats, device)
+        return seconds(work, options.repeats)
 
 
 @torch.no_grad()
-def measure_answer(side: str, options: argparse.Namespace, device: str) -> float:
-    model = prepare(make_model(options.latents, IMAGE_TOKENS), torch.bfloat16, device)
-    prompt = torch.randint(49152, (1, options.prompt), device=device)
+def measure_answer(side: str, options: argparse.Namespace) -> float:
+    model = make_model(options.latents, IMAGE_TOKENS, torch.bfloat16)
+    prompt = torch.randint(49152, (1, options.prompt), device=DEVICE)
     mask, decoder = torch.ones_like(prompt), model.decoders["image"].module
 
     def together() -> None:
@@ -115,7 +97,7 @@ def measure_answer(side: str, options: argparse.Namespace, device: str) -> float
 
     # Forward passes of an answer with one picture: the prompt, each text token, and the span.
     forwards = options.tokens - IMAGE_TOKENS + 2
-    condition = torch.randn(1, *decoder.condition_shape, device=device)
+    condition = torch.randn(1, *decoder.condition_shape, device=DEVICE)
 
     def apart() -> None:
         ids = model.language_model.generate(
@@ -126,7 +108,7 @@ def measure_answer(side: str, options: argparse.Namespace, device: str) -> float
         size = {"height": decoder.height, "width": decoder.width}
         decoder.pipeline(prompt_embeds=condition, num_inference_steps=options.steps, generator=generator, **size)
 
-    return median(together if side == TOGETHER else apart, options.calls, device)
+    return seconds(together if side == TOGETHER else apart, options.calls)
 
 
 def measure_busy(side: str, options: argparse.Namespace) -> float:
@@ -135,16 +117,18 @@ def measure_busy(side: str, options: argparse.Namespace) -> float:
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if side == BUSY else None
     try:
         asked = [{"role": "user", "content": "Draw a red ring."}]
-        return median(lambda: model.answer(asked, settings), options.calls, "cpu")
+        return seconds(lambda: model.answer(asked, settings), options.calls)
     finally:
         if other is not None:
             other.kill()
 
 
-def prepare(model: MultimodalModel, dtype: torch.dtype, device: str) -> MultimodalModel:
-    """Convert the language model to `dtype`, and let answers end by their length alone."""
-    model.language_model.to(dtype)
-    model.language_model.generation_config.eos_token_id = None
-    model.language_model.config.eos_token_id = None
-    model.language_model.generation_config.pad_token_id = 0
-    return model.to(device).eval()
+def make_model(latents: int, num_signal_tokens: int, dtype: torch.dtype) -> MultimodalModel:
+    """A model of SmolLM2-135M's shape in `dtype` and a narrow Stable Diffusion, whose answers end by length alone."""
+    llm = LlamaForCausalLM(smollm2()).to(dtype)
+    llm.generation_config.eos_token_id = llm.config.eos_token_id = None
+    llm.generation_config.pad_token_id = 0
+    decoder = StableDiffusionDecoder(make_pipeline(latents))
+    model = MultimodalModel({}, llm, {"image": ModalDecoderModule(decoder, num_signal_tokens=num_signal_tokens)})
+    model.signal_tokens.set_ids({"image": list(range(49152, 49152 + num_signal_tokens))})
+    return model.to(DEVICE).eval()

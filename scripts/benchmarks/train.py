@@ -1,165 +1,79 @@
-"""The training loop: its overhead beside the model, and its wait for data.
+"""The training loop on stages 1 and 3: its overhead beside the model, its wait for data, the cache, and packing.
 
-Stage 1 as run by a user, on ToyWorld's rows decoded by two workers: `tiny` is the tiny configuration, `135m` the same
-with a language model of SmolLM2-135M's shape (random weights). `stage3` is the tiny configuration of stage 3 with
-padded rows, against rows packed to 512 tokens, or batches of about 3,200. `compute_s` is the time of forward, backward
-and the optimizer per update; `wait_share` is the share of waiting for data, and `loop_share` the rest.
+`tiny` are the parts of configs/tiny on ToyWorld's rows, `135m` the same with a language model of SmolLM2-135M's shape,
+`photographs` that language model and ViT-B/16 on JPEGs of 512 × 384; `pooled` gives one feature a medium. `stage 3` is
+the tiny configuration with padded rows, rows packed to 512 tokens, or batches of about 3,200 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from benchmarks._shared import REPOSITORY, WARM_UP, run_stage, write_parts, write_photographs
 
-from anygpt import load_tokenizer
-from anygpt.parts.source import Source
-from anygpt.sequence.merging import IGNORE
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.training import trainer
-from anygpt.training.cli import quiet_libraries
-from anygpt.training.config import parse_config
-from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SIDES = ["tiny", "135m", "stage3", "stage3_packed", "stage3_tokens"]
-WAYS = {"stage3_packed": ("--data.pack_to", "512"), "stage3_tokens": ("--data.max_batch_tokens", "3200")}
-WARM_UP = 5
+POOLED, CACHED = "{projection_type: pooled}", "cached"
+PADDED, PACKED, TOKENS = "padded", "packed", "batches of tokens"
+WAYS = {PACKED: ["--data.pack_to=512"], TOKENS: ["--data.max_batch_tokens=3200"]}
+STAGE_1 = ("tiny", "tiny pooled", "135m", "photographs", "photographs pooled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=20, help="updates, after five of warm-up (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="timed updates, after two (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"), help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="with train.compile on")
 
 
 def sides(options: argparse.Namespace) -> list[str]:
-    return SIDES
-
-
-def baseline(side: str) -> str:
-    return "stage3" if "stage3" in side else SIDES[0]
-
-
-class Watch:
-    """Timer of updates.
-
-    Attributes:
-        updates: `(whole, compute, wait)` of each update, in seconds.
-        labels: label tokens of each update.
-    """
-
-    def __init__(self):
-        self.updates: list[tuple[float, float, float]] = []
-        self.labels: list[int] = []
-        self.inside = {"compute": 0.0, "wait": 0.0}
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function to add its time to the current update's compute time."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            begin = clock()
-            result = function(*arguments, **options)
-            self.inside[name] += clock() - begin
-            return result
-
-        return timed
-
-    def take(self, updates: Iterable[Any]) -> Iterator[Any]:
-        """Yield the same updates; the time until the next one is requested counts as the update."""
-        iterator = iter(updates)
-        fetch = self.around("wait", lambda: next(iterator, None))
-        begin = clock()
-        while (item := fetch()) is not None:
-            self.labels.append(sum(int((batch["labels"] != IGNORE).sum()) for batch, _ in item))
-            yield item
-            end = clock()
-            self.updates.append((end - begin, self.inside["compute"], self.inside["wait"]))
-            self.inside, begin = dict.fromkeys(self.inside, 0.0), end
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    stage_1 = [f"{size}: {way}" for size in STAGE_1 for way in ("computed", CACHED)]
+    return stage_1 + [f"stage 3: {way}" for way in (PADDED, PACKED, TOKENS)]
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of an update and of its parts, and their shares."""
-    quiet_libraries()
-    watch = Watch()
-
-    class Watched(trainer.Trainer):
-        """A trainer with timers around the model, the optimizer and the data."""
-
-        def run_updates(self, updates: Iterable[Any], *others: Any) -> None:
-            self.wrapped.forward = watch.around("compute", self.wrapped.forward)
-            self.accelerator.backward = watch.around("compute", self.accelerator.backward)
-            self.optimizer.step = watch.around("compute", self.optimizer.step)
-            super().run_updates(watch.take(updates), *others)
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings, stage = command(Path(folder), side, options), INSTRUCTION_TUNING if "stage3" in side else ENCODER_LLM
-        trainer.Trainer = Watched
-        trainer.train(parse_config(settings), stage)
-    timed = watch.updates[WARM_UP:]
-    whole, compute, wait = (sum(times) for times in zip(*timed, strict=True))
-    return {
-        "step_s": statistics.median(times[0] for times in timed),
-        "compute_s": statistics.median(times[1] for times in timed),
-        "loop_share": (whole - compute - wait) / whole,
-        "wait_share": wait / whole,
-        "labels_per_s": sum(watch.labels[WARM_UP : WARM_UP + len(timed)]) / whole,
-    }
+    """Medians of an update's time and shares, and label tokens per second."""
+    size, _, way = side.partition(": ")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common = [f"--data.num_workers={options.workers}", f"--train.batch_size={options.batch_size}"]
+        common += [f"--train.mixed_precision={options.mixed_precision}", f"--train.compile={options.compile}"]
+        if size == "stage 3":
+            settings = [*start_of_stage_3(folder), *WAYS.get(way, []), *common]
+            return run_stage(3, folder, settings, options.steps)
+        settings = [*start_of_stage_1(folder, size, options), *common]
+        if way == CACHED:
+            settings.append(f"--data.cache_dir={folder / 'cache'}")
+        return run_stage(1, folder, settings, options.steps)
 
 
-def command(folder: Path, side: str, options: argparse.Namespace) -> list[str]:
-    """Write the run's data and language model, and return its command line."""
-    name, more = "stage3" if "stage3" in side else "stage1", list(WAYS.get(side, ()))
-    rows = write_dataset(folder, name, 64 if name == "stage1" else 256, seed=0)
-    if name == "stage3":
-        pairs, start = write_dataset(folder, "stage2", 8, seed=0), folder / "start"
-        before = ["--config", str(REPOSITORY / "configs/tiny/stage2.yaml"), "--model.init_from", "null"]
-        before += ["--run.output_dir", str(start), "--data.train", f"[{{path: {pairs}}}]", "--train.warmup_steps", "0"]
-        trainer.train(parse_config([*before, "--train.max_steps", "1", "--train.batch_size", "2"]), LLM_DECODER)
-        more += ["--model.init_from", str(start / "final"), "--data.in_memory", "true"]
-    if side == "135m":
-        more += ["--model.language_model.path", str(write_smollm2(folder / "llm"))]
-    return [
-        *("--config", str(REPOSITORY / f"configs/tiny/{name}.yaml"), *more),
-        *("--run.output_dir", str(folder / "run"), "--data.train", f"[{{path: {rows}}}]"),
-        *("--data.num_workers", str(options.workers), "--train.batch_size", str(options.batch_size)),
-        *(
-            "--train.max_steps",
-            str(options.steps + WARM_UP),
-            "--train.warmup_steps",
-            "0",
-            "--train.mixed_precision",
-            options.mixed_precision,
-        ),
-    ]
+def start_of_stage_1(folder: Path, size: str, options: argparse.Namespace) -> list[str]:
+    """Write parts and data of a size; returns the settings."""
+    rows, pooled = options.batch_size * (options.steps + WARM_UP + 1), size.endswith("pooled")
+    if size.startswith("photographs"):
+        parts = write_parts(folder, "language_model", "encoders")
+        data = write_photographs(folder / "rows.jsonl", rows, asked_for=False)
+        settings, keys = [f"--config={parts}"], ["image"]
+    else:
+        data = write_dataset(folder, "stage1", rows, seed=0)
+        settings, keys = tiny(1), ["image", "video", "audio"]
+    if size == "135m":
+        write_parts(folder, "language_model")
+        settings.append(f"--model.language_model.path={folder / 'language_model'}")
+    settings += [f"--model.encoders.{key}.projector={POOLED}" for key in keys if pooled]
+    return [*settings, f"--data.train=[{{path: {data}}}]"]
 
 
-def write_smollm2(folder: Path) -> Path:
-    """Write a language model of SmolLM2-135M's shape with random weights, and the zoo's tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(Source("zoo:language_model")).save_pretrained(folder)
-    return folder
+def start_of_stage_3(folder: Path) -> list[str]:
+    """Write data and a model that stage 2 has made one update on; returns the settings."""
+    before, rows = write_dataset(folder, "stage2", 8, seed=0), write_dataset(folder, "stage3", 256, seed=0)
+    start = [*tiny(2), f"--data.train=[{{path: {before}}}]", "--train.batch_size=2", "--train.projector_init=random"]
+    run_stage(2, folder / "start", start, 1)
+    return [*tiny(3), f"--model.init_from={folder / 'start/run/final'}", f"--data.train=[{{path: {rows}}}]"]
+
+
+def tiny(stage: int) -> list[str]:
+    return [f"--config={REPOSITORY}/configs/tiny/stage{stage}.yaml", "--model.init_from=null"]

@@ -1,0 +1,205 @@
+"""What benchmarks share: parts of real shapes with random weights, data, the training loop as users run it, a clock.
+
+Parts: SmolLM2-135M, ViT-B/16 at 224, and Stable Diffusion 1.5 with U-Net and VAE at a quarter of the width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from anygpt import load_tokenizer
+from anygpt.commands.cache_features import STAGES
+from anygpt.sequence.merging import IGNORE
+from anygpt.toyworld import part_path
+from anygpt.training import trainer
+from anygpt.training.config import parse_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 2  # steps
+LINE = re.compile(r"update (\d+)  (.*)")
+PREAMBLE = "A person asks for a picture, and the answer is one that shows what was said: its shape and its colour."
+PHASES = ("data_share", "forward_share", "backward_share", "optimizer_share")
+
+
+timer = time.perf_counter  # `--cpu-seconds` makes it `time.process_time`
+
+
+def clock() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return timer()
+
+
+def seconds(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
+    """Median seconds of `work`, after calls that do not count."""
+    times = []
+    for _ in range(warm_up + repeats):
+        begin = clock()
+        work()
+        times.append(clock() - begin)
+    return statistics.median(times[warm_up:])
+
+
+def smollm2(vocabulary: int = 49152) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+def vit() -> CLIPVisionConfig:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return CLIPVisionConfig(**sizes, image_size=224, patch_size=16)
+
+
+def make_pipeline(latents: int) -> StableDiffusionPipeline:
+    """The pipeline, for latents of that height (Stable Diffusion 1.5 has 64)."""
+    tokenizer = CLIPTokenizer.from_pretrained(part_path("image_decoder") / "tokenizer", model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=latents,
+        block_out_channels=(80, 160, 320, 320),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def write_parts(folder: Path, *names: str, latents: int = 16) -> Path:
+    """Write parts among `language_model`, `encoders` and `decoders`, and a configuration of them; returns its path."""
+    torch.manual_seed(0)
+    makers = {
+        "language_model": lambda: (LlamaForCausalLM(smollm2()), load_tokenizer("zoo:language_model")),
+        "encoders": lambda: (CLIPVisionModel(vit()), CLIPImageProcessor()),
+        "decoders": lambda: (make_pipeline(latents),),
+    }
+    sections: dict[str, Any] = {}
+    for name in names:
+        for part in makers[name]():
+            part.save_pretrained(folder / name)
+        entry = {"path": str(folder / name)}
+        sections[name] = entry if name == "language_model" else {"image": entry}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": sections}))
+    return path
+
+
+def write_photographs(path: Path, count: int, asked_for: bool) -> Path:
+    """Write rows with a JPEG of 512 × 384: the target if `asked_for`, else the input.
+
+    A request has about 60 tokens, as many as Vicuna's system prompt, a caption of CC3M and a span have together.
+    """
+    draw, rows = np.random.default_rng(0), []
+    for i in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
+        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(path.parent / f"{i}.jpg", quality=90)
+        picture = {"type": "image", "path": f"{i}.jpg"}
+        caption = f"a {'red' if i % 2 else 'blue'} thing of the kind {i}"
+        asked, said = [picture, {"type": "text", "text": "What is it?"}], [{"type": "text", "text": caption}]
+        if asked_for:
+            asked, said = [{"type": "text", "text": f"{PREAMBLE} Make {caption}"}], [picture | {"caption": caption}]
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_log(folder: Path) -> dict[int, dict[str, float]]:
+    """Logged values of a run by update."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (folder / "log.txt").read_text().splitlines():
+        if match := LINE.fullmatch(line):
+            pairs = (pair.rsplit(" ", 1) for pair in match[2].split("  "))
+            found.setdefault(int(match[1]), {}).update({name: float(value) for name, value in pairs})
+    return found
+
+
+def run_stage(number: int, folder: Path, settings: Sequence[str], steps: int) -> dict[str, float]:
+    """Run a stage as users do, with the feature cache written before if `data.cache_dir` is among the settings.
+
+    Returns medians of an update's time and shares, label tokens per second, and the first loss. `loop_share` is the
+    share of neither data nor model nor optimizer.
+    """
+    starts, labels = [], []
+
+    class Watched(trainer.Trainer):
+        def step(self, micro_batches: list[Any]) -> Any:
+            starts.append(clock())
+            labels.append(sum(int((batch["labels"] != IGNORE).sum()) for batch, _ in micro_batches))
+            return super().step(micro_batches)
+
+    settings = [*settings, f"--run.output_dir={folder / 'run'}", f"--train.max_steps={WARM_UP + steps + 1}"]
+    settings += ["--train.warmup_steps=0", "--train.log_steps=1"]
+    if any(setting.startswith("--data.cache_dir=") for setting in settings):
+        command = [sys.executable, "-m", "anygpt", "cache-features", f"--stage={number}", *settings]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    trainer.Trainer = Watched  # type: ignore[misc]
+    trainer.train(parse_config(settings), STAGES[number])
+    log = list(read_log(folder / "run").values())
+    shares = {name: statistics.median(update[name] for update in log[WARM_UP:]) for name in PHASES}
+    return {
+        "step_s": statistics.median(b - a for a, b in itertools.pairwise(starts[WARM_UP:])),
+        **shares,
+        "loop_share": 1 - sum(shares.values()),
+        "labels/s": sum(labels[WARM_UP:-1]) / (starts[-1] - starts[WARM_UP]),
+        "first loss": log[0]["loss"],
+    }
