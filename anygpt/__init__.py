@@ -20,6 +20,7 @@ from anygpt.decoders import (
     Condition,
     DiffusionDecoder,
     FluxDecoder,
+    LTXDecoder,
     ModalDecoderModule,
     OutputProjector,
     OutputProjectorConfig,
@@ -27,6 +28,7 @@ from anygpt.decoders import (
     StableDiffusion3Decoder,
     StableDiffusionDecoder,
     StableDiffusionXLDecoder,
+    WanDecoder,
     ZeroscopeDecoder,
 )
 from anygpt.decoders.loading import load_decoder
@@ -54,6 +56,7 @@ __all__ = [
     "DiffusionDecoder",
     "FluxDecoder",
     "InputError",
+    "LTXDecoder",
     "LossWeights",
     "ModalDecoderModule",
     "ModalEncoderModule",
@@ -68,6 +71,7 @@ __all__ = [
     "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
+    "WanDecoder",
     "ZeroscopeDecoder",
     "__version__",
     "load_decoder",

@@ -13,7 +13,7 @@ import tiny_pipelines
 import torch
 from torch import Tensor
 
-from anygpt.decoders import Condition, DiffusionDecoder, FluxDecoder, SanaDecoder
+from anygpt.decoders import Condition, DiffusionDecoder, FluxDecoder, LTXDecoder, SanaDecoder, WanDecoder
 
 CAPTIONS = ["a red ring", "two dogs, and rather more words than fit", ""]
 
@@ -91,6 +91,36 @@ def _flux_encode(pipeline: Any, captions: list[str]) -> Condition:
     return Condition(*pipeline.encode_prompt(captions, max_sequence_length=TOKENS)[:2])
 
 
+def _ltx_encode(pipeline: Any, captions: list[str]) -> Condition:
+    embeds, mask, _, _ = pipeline.encode_prompt(captions, None, False, max_sequence_length=TOKENS)
+    return Condition(embeds, mask=mask)
+
+
+def _ltx_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    frames, height, width = noisy.shape[2:]
+    made = pipeline.transformer(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        encoder_hidden_states=condition.embeds,
+        timestep=t,
+        encoder_attention_mask=condition.mask,
+        num_frames=frames,
+        height=height,
+        width=width,
+        rope_interpolation_scale=(2 / 12, 8, 8),
+    ).sample
+    return made.transpose(1, 2).unflatten(2, (frames, height, width))
+
+
+def _wan_encode(pipeline: Any, captions: list[str]) -> Condition:
+    embeds, _ = pipeline.encode_prompt(captions, None, False, max_sequence_length=TOKENS)
+    tokens = pipeline.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return Condition(embeds, mask=tokens.attention_mask)
+
+
+def _column(values: list[float]) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
 TOKENS = 24
 _FLUX = {
     "kind": FluxDecoder,
@@ -116,6 +146,35 @@ FAMILIES = {
         lambda pipeline, latents: latents / 0.37,
         settings={"max_sequence_length": TOKENS},
         call={"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": TOKENS},
+    ),
+    "ltx": Family(
+        "LTX-Video",
+        LTXDecoder,
+        tiny_pipelines.ltx,
+        (TOKENS, 32),
+        None,
+        (6, 3, 4, 8),
+        _ltx_encode,
+        _ltx_predict,
+        lambda pipeline, latents: pipeline._denormalize_latents(
+            latents, torch.linspace(-0.3, 0.4, 6), torch.linspace(0.5, 1.5, 6), 1.0
+        ),
+        settings={"max_sequence_length": TOKENS, "height": 32, "width": 64, "num_frames": 5, "frame_rate": 12},
+        call={"height": 32, "width": 64, "num_frames": 5, "frame_rate": 12, "max_sequence_length": TOKENS}
+        | {"output_type": "np"},
+    ),
+    "wan": Family(
+        "Wan 2.1",
+        WanDecoder,
+        tiny_pipelines.wan,
+        (TOKENS, 24),
+        None,
+        (4, 2, 4, 2),
+        _wan_encode,
+        lambda pipeline, noisy, t, condition: pipeline.transformer(noisy, t, condition.embeds).sample,
+        lambda pipeline, latents: latents * _column([0.5, 1.0, 1.5, 2.0]) + _column([-0.3, 0.1, 0.0, 0.4]),
+        settings={"max_sequence_length": TOKENS, "height": 32, "width": 16, "num_frames": 5},
+        call={"height": 32, "width": 16, "num_frames": 5, "max_sequence_length": TOKENS},
     ),
     "flux-dev": Family("FLUX.1 (guidance-distilled)", make=tiny_pipelines.flux, negative="true_cfg_scale", **_FLUX),
     "flux": Family(

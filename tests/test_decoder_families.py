@@ -327,3 +327,19 @@ def test_guidance_that_flux_would_ignore_is_refused(decoders):
             decoder.check_options({"true_cfg_scale": 3.0})
         with pytest.raises(InputError, match="a number above 1"):
             decoder.check_options({"true_cfg_scale": 0.5, "negative_prompt": "a"})
+
+
+@pytest.mark.parametrize("name", ["ltx", "wan"])
+def test_frames_that_are_not_whole_latent_frames_are_refused(name, decoders):
+    decoder, family = decoders(name), FAMILIES[name]
+    with pytest.raises(InputError, match=f"num_frames .* is 4; expected a multiple of {decoder.frame_multiple}, and"):
+        decoder.sample(decoder.encode_text(CAPTIONS[:1]), num_frames=4)
+    with pytest.raises(InputError, match="num_frames"):
+        family.kind(family.make(), height=32, width=32, num_frames=4)
+
+
+def test_a_wan_of_two_transformers_is_refused():
+    pipeline = FAMILIES["wan"].make()
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    with pytest.raises(InputError, match="this is a Wan 2.2"):
+        FAMILIES["wan"].kind(pipeline)

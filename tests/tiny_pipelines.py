@@ -11,11 +11,15 @@ from diffusers import (
     AudioLDMPipeline,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -25,6 +29,9 @@ from diffusers import (
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     ClapTextConfig,
@@ -42,6 +49,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
@@ -294,6 +303,73 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
         )
         pipeline.default_sample_size = 8
         return pipeline
+
+
+def ltx() -> LTXPipeline:
+    """Conditions (T, 32) with masks; 8 pixels and 2 frames a latent."""
+    with _seeded():
+        vae = AutoencoderKLLTXVideo(
+            latent_channels=6,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, False, False, False),
+            decoder_spatio_temporal_scaling=(True, False, False, False),
+        )
+        vae.latents_mean.copy_(torch.linspace(-0.3, 0.4, 6))
+        vae.latents_std.copy_(torch.linspace(0.5, 1.5, 6))
+        transformer = LTXVideoTransformer3DModel(
+            in_channels=6,
+            out_channels=6,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=1,
+            caption_channels=32,
+        )
+        return LTXPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+            vae=vae.eval(),
+            text_encoder=_t5(width=32),
+            tokenizer=_t5_tokenizer(),
+            transformer=transformer.eval(),
+        )
+
+
+def wan() -> WanPipeline:
+    """Conditions (T, 24), padded with zeros; 8 pixels and 4 frames a latent."""
+    with _seeded():
+        config = UMT5Config(vocab_size=len(PIECES), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        vae = AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[-0.3, 0.1, 0.0, 0.4],
+            latents_std=[0.5, 1.0, 1.5, 2.0],
+        )
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=24,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+            rope_max_seq_len=32,
+        )
+        return WanPipeline(
+            tokenizer=_t5_tokenizer(),
+            text_encoder=UMT5EncoderModel(config).eval(),
+            vae=vae.eval(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+            ),
+            transformer=transformer.eval(),
+        )
 
 
 @contextmanager

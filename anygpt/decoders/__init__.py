@@ -4,6 +4,7 @@ from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.flux import FluxDecoder
+from anygpt.decoders.ltx import LTXDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sana import SanaDecoder
@@ -17,6 +18,7 @@ from anygpt.decoders.targets import (
     VideoTargets,
     target_processor_from_dict,
 )
+from anygpt.decoders.wan import WanDecoder
 from anygpt.decoders.zeroscope import ZeroscopeDecoder
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "DiffusionDecoder",
     "FluxDecoder",
     "ImageTargets",
+    "LTXDecoder",
     "ModalDecoderModule",
     "OutputProjector",
     "OutputProjectorConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "StableDiffusionXLDecoder",
     "TargetProcessor",
     "VideoTargets",
+    "WanDecoder",
     "ZeroscopeDecoder",
     "target_processor_from_dict",
 ]

@@ -115,9 +115,15 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         return distribution.mean, distribution.std
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Shift and scale by the VAE's `shift_factor` (if any) and `scaling_factor`, which the pipeline undoes."""
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * self.vae.config.scaling_factor
+        """Shift and scale by what the VAE has of these, which the pipeline undoes: means and deviations by channel,
+        `shift_factor`, `scaling_factor`."""
+        known = dict(self.vae.config) | dict(self.vae.named_buffers(recurse=False))
+        scale = known.get("scaling_factor") or 1.0
+        mean, std = known.get("latents_mean"), known.get("latents_std")
+        if mean is None or std is None:
+            return (latents - (known.get("shift_factor") or 0.0)) * scale
+        mean, std = (torch.as_tensor(x).to(latents).view(-1, *[1] * (latents.dim() - 2)) for x in (mean, std))
+        return (latents - mean) * scale / std
 
     # ---- the denoising loss
 
@@ -130,7 +136,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def count_tokens(self, latents: Tensor) -> int:
         """Tokens of the denoiser's sequence for latents `(B, C, …)`, on which a flow's shift may depend."""
-        return math.prod(latents.shape[2:]) // self.denoiser.config.get("patch_size", 1) ** 2
+        patch = self.denoiser.config.get("patch_size", 1)
+        return math.prod(latents.shape[2:]) // (patch**2 if isinstance(patch, int) else math.prod(patch))
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The network's prediction, of the shape of `noisy`."""
@@ -220,7 +227,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         arguments |= self.prompt_arguments(condition, negative_condition)
         if on_step is not None:
             arguments |= step_callback(self.pipeline, on_step)
-        return self.collect(self.pipeline(**arguments, generator=generator))
+        return self.collect(self.call_pipeline(**arguments, generator=generator))
+
+    def call_pipeline(self, **arguments: Any) -> Any:
+        """Call the pipeline; a hook for families whose pipelines name arguments otherwise."""
+        return self.pipeline(**arguments)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""

@@ -57,20 +57,41 @@ class ImageDecoder(DiffusionDecoder):
 class VideoDecoder(ImageDecoder):
     """Conditions -> uint8 videos `(F, H, W, 3)`; latents `(B, C, F, h, w)`.
 
-    `num_frames` defaults to the pipeline's own. `frame_rate` (frames/s) is for writing and timing clips; some models
-    also use it.
+    `num_frames` and `frame_rate` (frames/s, for writing and timing clips; some models also use it) default to the
+    pipeline's own, or to 8 frames/s.
     """
 
     modality = "video"
+    native_rate: ClassVar[float] = 8
+    frame_multiple: ClassVar[int] = 1
+    """Frames per latent frame after the first, which stands for one."""
     size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
 
     def __init__(
-        self, pipeline: DiffusionPipeline, *, num_frames: int | None = None, frame_rate: float = 8, **settings: Any
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        num_frames: int | None = None,
+        frame_rate: float | None = None,
+        **settings: Any,
     ):
         super().__init__(pipeline, **settings)
         self.num_frames = num_frames or self.call_default("num_frames")
         self.check_options({"num_frames": self.num_frames})
-        self.frame_rate = frame_rate
+        self.frame_rate = frame_rate or self.call_default("frame_rate") or self.native_rate
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The pipeline's own defaults, if it has any."""
+        height, width = self.call_default("height"), self.call_default("width")
+        return super().native_size if height is None else (height, width)
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """Also refuses frames that would not be whole latent frames."""
+        expected = super().expected_of(name, value)
+        if name == "num_frames" and not expected and (value - 1) % self.frame_multiple:
+            return f"a multiple of {self.frame_multiple}, and one more"
+        return expected
 
     @property
     def rate(self) -> float:

@@ -48,14 +48,6 @@ class StableDiffusionXLDecoder(ImageDecoder):
         finally:
             self.vae.to(torch.float16)
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """Standardise by channel if the VAE has means and deviations (Playground 2.5), which the pipeline undoes."""
-        mean, std = self.vae.config.latents_mean, self.vae.config.latents_std
-        if mean is None or std is None:
-            return super().scale_latents(latents)
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1).to(latents) for x in (mean, std))
-        return (latents - mean) * self.vae.config.scaling_factor / std
-
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The prediction, also conditioned on the pooled encoding and the sizes."""
         height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])

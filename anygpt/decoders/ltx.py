@@ -1,0 +1,63 @@
+"""Video from LTX-Video: a transformer of all of a clip's latents, on a strongly compressing causal VAE."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.forms import VideoDecoder
+
+
+class LTXDecoder(VideoDecoder):
+    """Conditions `(B, T, D)` of T5 with their mask -> uint8 videos `(F, H, W, 3)` (arXiv 2501.00103).
+
+    The transformer knows `frame_rate`. Clips have 8·n + 1 frames (the VAE's factor).
+    """
+
+    pipeline_name = "LTXPipeline"
+    weighting_scheme = "none"
+    masked = True
+    mask_argument = "prompt_attention_mask"
+
+    @property
+    def size_multiple(self) -> int:
+        """What the pipeline demands, 32, and the VAE's factor times the transformer's patch size."""
+        return math.lcm(32, self.vae.spatial_compression_ratio * self.transformer.config.patch_size)
+
+    @property
+    def frame_multiple(self) -> int:  # type: ignore[override]
+        return self.vae.temporal_compression_ratio * self.transformer.config.patch_size_t
+
+    def encode_text(self, captions: list[str]) -> Condition:
+        """The pipeline's embeds `(B, T, D)` and mask."""
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return Condition(embeds, mask=mask)
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        more = {"frame_rate": self.frame_rate, "max_sequence_length": self.max_sequence_length}
+        return super().prompt_arguments(condition, negative) | more
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The transformer's velocity prediction, of packed latents."""
+        frames, height, width = noisy.shape[2:]
+        patches = self.transformer.config.patch_size, self.transformer.config.patch_size_t
+        space = self.vae.spatial_compression_ratio
+        prediction = self.denoiser(
+            self.pipeline._pack_latents(noisy, *patches),
+            encoder_hidden_states=condition.embeds,
+            timestep=timesteps,
+            encoder_attention_mask=condition.mask,
+            num_frames=frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=(self.vae.temporal_compression_ratio / self.frame_rate, space, space),
+        ).sample
+        return self.pipeline._unpack_latents(prediction, frames, height, width, *patches)

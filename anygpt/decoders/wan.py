@@ -1,0 +1,66 @@
+"""Video from Wan 2.1."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.forms import VideoDecoder
+from anygpt.errors import InputError
+
+
+class WanDecoder(VideoDecoder):
+    """Conditions `(B, T, D)` of UMT5 with their mask -> uint8 videos `(F, H, W, 3)` (arXiv 2503.20314).
+
+    The transformer attends to padding, which is zeros: the mask says where a projected condition is set to zero too.
+    Clips have 4·n + 1 frames (the VAE's factor).
+
+    Raises:
+        InputError: a Wan 2.2, with two transformers or a timestep a token.
+    """
+
+    pipeline_name = "WanPipeline"
+    weighting_scheme = "none"
+    masked = True
+    native_rate = 16
+
+    def __init__(self, pipeline: DiffusionPipeline, **settings: Any):
+        parts, config = pipeline.components, pipeline.config
+        later = parts.get("transformer_2") is not None or parts.get("transformer") is None
+        if later or config.get("expand_timesteps"):
+            raise InputError("WanDecoder is for Wan 2.1, with one transformer and one timestep; this is a Wan 2.2")
+        super().__init__(pipeline, **settings)
+
+    @property
+    def size_multiple(self) -> int:
+        """What the pipeline demands, 16, and the VAE's factor times the transformer's patch size."""
+        return math.lcm(16, self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1])
+
+    @property
+    def frame_multiple(self) -> int:  # type: ignore[override]
+        return self.pipeline.vae_scale_factor_temporal
+
+    def encode_text(self, captions: list[str]) -> Condition:
+        """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
+        embeds, _ = self.pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return Condition(embeds, mask=(embeds != 0).any(dim=-1))
+
+    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
+        """Set padding to zero."""
+        return condition if isinstance(condition, Tensor) else condition.without_padding()
+
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
+        return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The transformer's velocity prediction."""
+        return self.denoiser(noisy, timesteps, condition.embeds).sample
