@@ -16,6 +16,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from anygpt.decoders import (
+    AudioLDM2Decoder,
     AudioLDMDecoder,
     Condition,
     DiffusionDecoder,
@@ -25,6 +26,7 @@ from anygpt.decoders import (
     OutputProjector,
     OutputProjectorConfig,
     SanaDecoder,
+    StableAudioDecoder,
     StableDiffusion3Decoder,
     StableDiffusionDecoder,
     StableDiffusionXLDecoder,
@@ -51,6 +53,7 @@ for auto, part in (
     auto.register(MultimodalConfig, part, exist_ok=True)
 
 __all__ = [
+    "AudioLDM2Decoder",
     "AudioLDMDecoder",
     "Condition",
     "DiffusionDecoder",
@@ -68,6 +71,7 @@ __all__ = [
     "OutputProjector",
     "OutputProjectorConfig",
     "SanaDecoder",
+    "StableAudioDecoder",
     "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",

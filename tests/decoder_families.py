@@ -11,9 +11,19 @@ from typing import Any
 
 import tiny_pipelines
 import torch
+from tiny_pipelines import TOKENS
 from torch import Tensor
 
-from anygpt.decoders import Condition, DiffusionDecoder, FluxDecoder, LTXDecoder, SanaDecoder, WanDecoder
+from anygpt.decoders import (
+    AudioLDM2Decoder,
+    Condition,
+    DiffusionDecoder,
+    FluxDecoder,
+    LTXDecoder,
+    SanaDecoder,
+    StableAudioDecoder,
+    WanDecoder,
+)
 
 CAPTIONS = ["a red ring", "two dogs, and rather more words than fit", ""]
 
@@ -113,15 +123,60 @@ def _ltx_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) 
 
 def _wan_encode(pipeline: Any, captions: list[str]) -> Condition:
     embeds, _ = pipeline.encode_prompt(captions, None, False, max_sequence_length=TOKENS)
-    tokens = pipeline.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return Condition(embeds, mask=tokens.attention_mask)
+    return Condition(embeds, mask=_token_mask(pipeline.tokenizer, captions))
+
+
+def _token_mask(tokenizer: Any, captions: list[str]) -> Tensor:
+    tokens = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return tokens.attention_mask
+
+
+def _stable_audio_encode(pipeline: Any, captions: list[str]) -> Condition:
+    embeds = pipeline.encode_prompt(captions, torch.device("cpu"), False)
+    return Condition(embeds, mask=_token_mask(pipeline.tokenizer, captions))
+
+
+def _stable_audio_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    start, end = (
+        conditioner(torch.tensor([seconds], dtype=noisy.dtype))
+        for conditioner, seconds in (
+            (pipeline.projection_model.start_number_conditioner, 0.0),
+            (pipeline.projection_model.end_number_conditioner, 0.03),
+        )
+    )
+    angles = torch.outer(torch.arange(21.0), 10000 ** -(torch.arange(0, 2, 2) / 2.0))  # rotary of width 2
+    angles = torch.cat([angles, angles], dim=1)
+    return pipeline.transformer(
+        noisy,
+        t,
+        encoder_hidden_states=torch.cat([condition.embeds, start, end], dim=1),
+        global_hidden_states=torch.cat([start, end], dim=2),
+        rotary_embedding=(angles.cos(), angles.sin()),
+    ).sample
+
+
+def _audioldm2_encode(pipeline: Any, captions: list[str]) -> Condition:
+    states, mask, generated = pipeline.encode_prompt(captions, torch.device("cpu"), 1, False)
+    embeds, real = torch.zeros(len(captions), 3 + TOKENS, 24), torch.zeros(len(captions), 3 + TOKENS)
+    embeds[:, :3, :16], embeds[:, 3 : 3 + states.shape[1]] = generated, states
+    real[:, :3], real[:, 3 : 3 + states.shape[1]] = 1, mask
+    return Condition(embeds, mask=real)
+
+
+def _audioldm2_predict(pipeline: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    return pipeline.unet(
+        noisy,
+        t,
+        encoder_hidden_states=condition.embeds[:, :3, :16],
+        encoder_hidden_states_1=condition.embeds[:, 3:],
+        encoder_attention_mask_1=condition.mask[:, 3:].long(),
+    ).sample
 
 
 def _column(values: list[float]) -> Tensor:
     return torch.tensor(values).view(-1, 1, 1, 1)
 
 
-TOKENS = 24
 _FLUX = {
     "kind": FluxDecoder,
     "shape": (TOKENS, 40),
@@ -175,6 +230,30 @@ FAMILIES = {
         lambda pipeline, latents: latents * _column([0.5, 1.0, 1.5, 2.0]) + _column([-0.3, 0.1, 0.0, 0.4]),
         settings={"max_sequence_length": TOKENS, "height": 32, "width": 16, "num_frames": 5},
         call={"height": 32, "width": 16, "num_frames": 5, "max_sequence_length": TOKENS},
+    ),
+    "stable-audio": Family(
+        "Stable Audio Open",
+        StableAudioDecoder,
+        tiny_pipelines.stable_audio,
+        (TOKENS, 12),
+        None,
+        (5, 20),
+        _stable_audio_encode,
+        _stable_audio_predict,
+        lambda pipeline, latents: latents,
+        settings={"audio_length_in_s": 0.03},
+        call={"audio_end_in_s": 0.03},
+    ),
+    "audioldm2": Family(
+        "AudioLDM 2",
+        AudioLDM2Decoder,
+        tiny_pipelines.audioldm2,
+        (3 + TOKENS, 24),
+        None,
+        (4, 16, 8),
+        _audioldm2_encode,
+        _audioldm2_predict,
+        lambda pipeline, latents: latents / 0.37,
     ),
     "flux-dev": Family("FLUX.1 (guidance-distilled)", make=tiny_pipelines.flux, negative="true_cfg_scale", **_FLUX),
     "flux": Family(

@@ -70,7 +70,7 @@ def inputs(name: str, decoder, rows: int = 3):
     family, draw = FAMILIES[name], generator(0)
     embeds = torch.randn(rows, *family.shape, generator=draw)
     pooled = None if family.pooled_dim is None else torch.randn(rows, family.pooled_dim, generator=draw)
-    lengths = torch.tensor([family.shape[0] // 2, family.shape[0], 3])[:rows, None]
+    lengths = torch.tensor([family.shape[0] // 2, family.shape[0], 5])[:rows, None]
     mask = torch.arange(family.shape[0]) < lengths if decoder.masked else None
     return Condition(embeds, pooled, mask), torch.randn(rows, *family.latents, generator=draw)
 
@@ -178,6 +178,45 @@ def test_with_a_generator_a_sample_the_split_does_not_matter(name, decoder):
 
     parts = torch.cat([loss(slice(0, 1)), loss(slice(1, 3))])
     torch.testing.assert_close(parts, loss(slice(0, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_of_stable_audio_is_its_formula_in_float64():
+    decoder = FAMILIES["stable-audio"].decoder().double()
+    condition, latents = (x.to(dtype=torch.float64) for x in inputs("stable-audio", decoder))
+    noise = torch.randn(latents.shape, generator=generator(1), dtype=torch.float64)
+    timesteps = torch.tensor([0.9, 0.4315, 0.02], dtype=torch.float64)
+    ours = decoder.denoising_loss(condition, latents, noise=noise, timesteps=timesteps)
+    scheduler, expected = decoder.pipeline.scheduler, []
+    for row in range(3):
+        part = decoder.normalize_condition(condition[[row]])
+        level = torch.tan(timesteps[row] * torch.pi / 2)
+        noisy = latents[[row]] + level * noise[[row]]
+        given = scheduler.precondition_inputs(noisy, level)
+        with torch.no_grad():
+            velocity = FAMILIES["stable-audio"].predict(decoder.pipeline, given, timesteps[[row]], part)
+        # what the scheduler makes of it misses x₀ by sin(πt/2) times the error of the velocity
+        error = scheduler.precondition_outputs(noisy, velocity, level) - latents[[row]]
+        expected.append((error / torch.sin(timesteps[row] * torch.pi / 2)).square().mean())
+        torch.testing.assert_close(scheduler.precondition_noise(level), timesteps[row])
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-6, atol=1e-9)
+    drawn = decoder.schedule.draw(4000, generator(), torch.device("cpu"))
+    assert drawn.min() >= 0 and drawn.max() < 1 and abs(drawn.mean() - 0.5) < 0.02
+
+
+def test_the_loss_of_audioldm2_is_ddpms_formula_in_float64():
+    decoder = FAMILIES["audioldm2"].decoder().double()
+    condition, latents = (x.to(dtype=torch.float64) for x in inputs("audioldm2", decoder))
+    noise = torch.randn(latents.shape, generator=generator(1), dtype=torch.float64)
+    timesteps = torch.tensor([999, 431, 20])
+    ours = decoder.denoising_loss(condition, latents, noise=noise, timesteps=timesteps)
+    betas, expected = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, []
+    for row in range(3):
+        a = torch.prod(1 - betas[: timesteps[row] + 1])
+        noisy = a.sqrt() * latents[[row]] + (1 - a).sqrt() * noise[[row]]
+        with torch.no_grad():
+            made = FAMILIES["audioldm2"].predict(decoder.pipeline, noisy, timesteps[[row]], condition[[row]])
+        expected.append((made - noise[row]).square().mean())
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=0)
 
 
 def test_training_levels_follow_the_resolution_where_sampling_does():
@@ -303,7 +342,7 @@ def test_settings_and_options_that_cannot_be_are_refused(name, decoder):
     with pytest.raises(InputError, match=r"'x': expected logit_normal|has no weighting_scheme"):
         family.kind(family.make(), weighting_scheme="x")
     for size in decoder.size_names:
-        for value in (0, -8, 7.5, "big"):
+        for value in (0, -8, "big", *([7.5] if decoder.modality != "audio" else [])):
             with pytest.raises(InputError, match=f"{size} of the {decoder.modality} decoder is"):
                 decoder.sample(condition, **{size: value})
     with pytest.raises(InputError, match="has no option 'steps'"):

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
     AudioLDMPipeline,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    AutoencoderOobleck,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,6 +28,9 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -34,6 +42,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     ClapTextConfig,
     ClapTextModelWithProjection,
     CLIPTextConfig,
@@ -43,6 +54,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -53,6 +66,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+TOKENS = 24
+"""Of the text encoders whose length the tokenizer alone knows."""
 CHARACTERS = [chr(code) for code in range(33, 127)]
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
 
@@ -199,25 +214,13 @@ def audioldm() -> AudioLDMPipeline:
             class_embeddings_concat=True,
             norm_num_groups=4,
         )
-        vocoder = SpeechT5HifiGan(
-            SpeechT5HifiGanConfig(
-                model_in_dim=16,
-                sampling_rate=16000,
-                upsample_initial_channel=32,
-                upsample_rates=[5, 4, 2, 2, 2],
-                upsample_kernel_sizes=[16, 16, 8, 4, 4],
-                resblock_kernel_sizes=[3],
-                resblock_dilation_sizes=[[1, 3]],
-                normalize_before=False,
-            )
-        )
         return AudioLDMPipeline(
             vae=_vae(channels=1),
             text_encoder=text_encoder.eval(),
             tokenizer=RobertaTokenizer(vocab=_ids(vocabulary), merges=[], model_max_length=18),
             unet=unet.eval(),
             scheduler=_scheduler("epsilon"),
-            vocoder=vocoder.eval(),
+            vocoder=_vocoder(),
         )
 
 
@@ -372,11 +375,102 @@ def wan() -> WanPipeline:
         )
 
 
+def stable_audio() -> StableAudioPipeline:
+    """0.04 s of stereo at 4 kHz (20 latents of 8 samples), conditions (TOKENS, 12), padded with zeros."""
+    with _seeded():
+        vae = AutoencoderOobleck(
+            encoder_hidden_size=10,
+            downsampling_ratios=[2, 4],
+            decoder_channels=3,
+            decoder_input_channels=5,
+            audio_channels=2,
+            channel_multiples=[1, 2],
+            sampling_rate=4000,
+        )
+        transformer = StableAudioDiTModel(
+            sample_size=20,
+            in_channels=5,
+            out_channels=5,
+            num_layers=1,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            num_key_value_attention_heads=1,
+            cross_attention_dim=12,
+            cross_attention_input_dim=12,
+            time_proj_dim=8,
+            global_states_input_dim=24,
+        )
+        return StableAudioPipeline(
+            vae=vae.eval(),
+            text_encoder=_t5(width=20),
+            projection_model=StableAudioProjectionModel(20, 12, min_value=0, max_value=10).eval(),
+            tokenizer=_t5_tokenizer(model_max_length=TOKENS),
+            transformer=transformer.eval(),
+            scheduler=CosineDPMSolverMultistepScheduler(),
+        )
+
+
+def audioldm2() -> AudioLDM2Pipeline:
+    """0.32 s of sound as `audioldm`'s, conditions (3 generated + TOKENS of T5, 24)."""
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", *CHARACTERS]
+    layer = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 40}
+    audio = {"num_mel_bins": 8, "spec_size": 16, "patch_embeds_hidden_size": 8, "depths": [1], "hidden_size": 8}
+    audio |= {"patch_size": 2, "patch_stride": 2, "num_hidden_layers": 1, "num_attention_heads": [2], "window_size": 4}
+    with _seeded():
+        clap = ClapModel(
+            ClapConfig(
+                text_config={**text, **layer, "pad_token_id": 1, "projection_dim": 14},
+                audio_config={**audio, "projection_dim": 14},
+                projection_dim=14,
+            )
+        )
+        language_model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=99, n_positions=99))
+        language_model.config.max_new_tokens = 3
+        unet = AudioLDM2UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=((None, 16, 24), (None, 16, 24)),
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        return AudioLDM2Pipeline(
+            vae=_vae(channels=1),
+            text_encoder=clap.eval(),
+            text_encoder_2=_t5(width=24),
+            projection_model=AudioLDM2ProjectionModel(14, 24, 16).eval(),
+            language_model=language_model.eval(),
+            tokenizer=RobertaTokenizer(vocab=_ids(vocabulary), merges=[], model_max_length=18),
+            tokenizer_2=_t5_tokenizer(model_max_length=TOKENS),
+            feature_extractor=ClapFeatureExtractor(),
+            unet=unet.eval(),
+            scheduler=_scheduler("epsilon"),
+            vocoder=_vocoder(),
+        )
+
+
 @contextmanager
 def _seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+def _vocoder() -> SpeechT5HifiGan:
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=16,
+        sampling_rate=16000,
+        upsample_initial_channel=32,
+        upsample_rates=[5, 4, 2, 2, 2],
+        upsample_kernel_sizes=[16, 16, 8, 4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        normalize_before=False,
+    )
+    return SpeechT5HifiGan(config).eval()
 
 
 def _vae(channels: int, levels: int = 2, shift_factor: float | None = None) -> AutoencoderKL:

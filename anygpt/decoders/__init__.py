@@ -1,6 +1,7 @@
 """Diffusion decoders: frozen diffusers pipelines that turn conditions into images, video and audio."""
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
+from anygpt.decoders.audioldm2 import AudioLDM2Decoder
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.flux import FluxDecoder
@@ -10,18 +11,21 @@ from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sana import SanaDecoder
 from anygpt.decoders.sd3 import StableDiffusion3Decoder
 from anygpt.decoders.sdxl import StableDiffusionXLDecoder
+from anygpt.decoders.stable_audio import StableAudioDecoder
 from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
 from anygpt.decoders.targets import (
     AudioTargets,
     ImageTargets,
     TargetProcessor,
     VideoTargets,
+    WaveformTargets,
     target_processor_from_dict,
 )
 from anygpt.decoders.wan import WanDecoder
 from anygpt.decoders.zeroscope import ZeroscopeDecoder
 
 __all__ = [
+    "AudioLDM2Decoder",
     "AudioLDMDecoder",
     "AudioTargets",
     "Condition",
@@ -33,12 +37,14 @@ __all__ = [
     "OutputProjector",
     "OutputProjectorConfig",
     "SanaDecoder",
+    "StableAudioDecoder",
     "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
     "TargetProcessor",
     "VideoTargets",
     "WanDecoder",
+    "WaveformTargets",
     "ZeroscopeDecoder",
     "target_processor_from_dict",
 ]

@@ -276,7 +276,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     @property
     def size_multiple(self) -> int:
         """What height and width in pixels must be multiples of: the VAE's factor, and 8 as diffusers demands."""
-        return math.lcm(8, self.pipeline.vae_scale_factor)
+        return math.lcm(8, getattr(self.pipeline, "vae_scale_factor", 1))
 
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """Convert checked options of generation to arguments of `sample`.

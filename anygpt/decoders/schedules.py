@@ -1,6 +1,7 @@
 """Training noise schedules of decoders, separate from the pipeline's scheduler, whose tables are set for sampling.
 
-`DiffusionSchedule` is for DDPM, `FlowSchedule` for flow matching. Shapes: `B` batch, `C` latent channels.
+`DiffusionSchedule` is for DDPM, `FlowSchedule` for flow matching, `AngularSchedule` for Stable Audio.
+Shapes: `B` batch, `C` latent channels.
 """
 
 from __future__ import annotations
@@ -162,6 +163,38 @@ class FlowSchedule(TrainingSchedule):
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:
         return timesteps / self.scheduler.config.num_train_timesteps
+
+
+class AngularSchedule(TrainingSchedule):
+    """Continuous time t ~ U(0, 1) with x_t = cos(πt/2)·x₀ + sin(πt/2)·ε and target v = cos(πt/2)·ε − sin(πt/2)·x₀.
+
+    The v-objective of Stable Audio (arXiv 2407.14358). The pipeline's scheduler samples at noise levels tan(πt/2).
+
+    Raises:
+        InputError: a scheduler of another parametrisation.
+    """
+
+    def __init__(self, scheduler: Any):
+        config = scheduler.config
+        if (config.get("prediction_type"), config.get("sigma_data")) != ("v_prediction", 1.0):
+            raise InputError(
+                f"the decoder trains with v-prediction at a data deviation of 1, which the pipeline's "
+                f"{type(scheduler).__name__} is not configured for: give it the scheduler that it was trained with."
+            )
+        self.scheduler = scheduler
+
+    def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return torch.rand(batch_size, generator=generator, device=device)
+
+    def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (timesteps * torch.pi / 2).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))
+        return angles.cos() * latents + angles.sin() * noise, angles.cos() * noise - angles.sin() * latents
+
+    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> float:
+        """1; `snr_gamma` is an `InputError`."""
+        if snr_gamma is not None:
+            raise InputError("the decoder is trained at continuous noise levels, where snr_gamma is not defined.")
+        return 1.0
 
 
 def check_scheme(scheme: str) -> None:

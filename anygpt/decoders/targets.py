@@ -132,6 +132,18 @@ class VideoTargets(TargetProcessor):
         return np.stack(frames, axis=1)
 
 
+def _checked_waveform(item: Any, row: int) -> tuple[np.ndarray, int]:
+    """The item, if it is a pair of finite floating-point samples and a rate."""
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):
+        raise InputError(f"Audio {row} is a {type(item).__name__}, expected a (waveform array, sampling rate) pair.")
+    waveform, rate = item
+    if waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating) or not np.isfinite(waveform).all():
+        raise InputError(
+            f"Audio {row} is {waveform.dtype} {waveform.shape}, expected finite floating-point samples in [-1, 1]."
+        )
+    return waveform, rate
+
+
 @dataclass(frozen=True)
 class AudioTargets(TargetProcessor):
     """Pairs of a float waveform in [-1, 1], `(N,)` or `(C, N)`, and its rate in Hz -> log-mel `(B, 1, frames, mels)`.
@@ -165,15 +177,7 @@ class AudioTargets(TargetProcessor):
         return f"the first {self.num_frames * self.hop_length / self.sampling_rate:g} s of each target"
 
     def one(self, item: tuple[np.ndarray, int], row: int) -> np.ndarray:
-        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):
-            raise InputError(
-                f"Audio {row} is a {type(item).__name__}, expected a (waveform array, sampling rate) pair."
-            )
-        waveform, rate = item
-        if waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating) or not np.isfinite(waveform).all():
-            raise InputError(
-                f"Audio {row} is {waveform.dtype} {waveform.shape}, expected finite floating-point samples in [-1, 1]."
-            )
+        waveform, rate = _checked_waveform(item, row)
         length = self.num_frames * self.hop_length
         waveform = resample(to_mono(waveform), rate, self.sampling_rate)[:length].astype(np.float32)
         if self.normalize:
@@ -195,6 +199,32 @@ class AudioTargets(TargetProcessor):
         if self.waveforms:
             result = np.concatenate([result, waveform.reshape(self.num_frames, self.hop_length)], axis=1)
         return result[None]
+
+
+@dataclass(frozen=True)
+class WaveformTargets(TargetProcessor):
+    """Pairs of a float waveform in [-1, 1], `(N,)` or `(C, N)`, and its rate in Hz -> `(B, channels, num_samples)`.
+
+    Resampled, cut after `length` samples and padded with silence. Mono becomes all channels; other numbers of channels
+    than the decoder's are mixed to mono first.
+    """
+
+    modality: ClassVar[str] = "audio"
+    num_samples: int
+    sampling_rate: int
+    channels: int
+    length: int
+
+    @property
+    def note(self) -> str:
+        return f"the first {self.length / self.sampling_rate:g} s of each target"
+
+    def one(self, item: tuple[np.ndarray, int], row: int) -> np.ndarray:
+        waveform, rate = _checked_waveform(item, row)
+        if waveform.ndim != 2 or len(waveform) != self.channels:
+            waveform = np.tile(to_mono(waveform), (self.channels, 1))
+        waveform = resample(waveform.astype(np.float32), rate, self.sampling_rate)[:, : self.length]
+        return np.pad(waveform, ((0, 0), (0, self.num_samples - waveform.shape[1])))
 
 
 @cache

@@ -144,13 +144,14 @@ class Sound(MediaType):
         return Audio(np.zeros((1, RATE), np.float32), RATE)
 
     def to_input(self, medium: Audio | tuple[np.ndarray, int] | np.ndarray, processor: Any) -> np.ndarray:
-        medium = self.to_target(medium) if isinstance(medium, Audio) else medium
+        medium = (medium.mono(), medium.sampling_rate) if isinstance(medium, Audio) else medium
         # as in transformers' processors, a waveform without a rate is taken to have the encoder's own
         waveform, rate = medium if isinstance(medium, tuple) else (medium, processor.sampling_rate)
         return resample(to_mono(waveform), rate, processor.sampling_rate)
 
     def to_target(self, medium: Audio) -> tuple[np.ndarray, int]:
-        return medium.mono(), medium.sampling_rate
+        """The waveform, `(2, N)` if stereo, else mixed to `(N,)`, and its rate."""
+        return medium.waveform if len(medium.waveform) == 2 else medium.mono(), medium.sampling_rate
 
     def to_part(self, content: np.ndarray, rate: float) -> tuple[np.ndarray, int]:
         return content, int(rate)

@@ -1,0 +1,107 @@
+"""Sound from Stable Audio Open: a transformer on the latents of waveforms."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from torch import Tensor, nn
+
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.options import is_number
+from anygpt.decoders.schedules import AngularSchedule
+from anygpt.decoders.targets import WaveformTargets
+
+
+class StableAudioDecoder(DiffusionDecoder):
+    """Conditions `(B, T, D)` of T5, projected, with their mask -> float32 waveforms `(C, N)` (arXiv 2407.14358).
+
+    The transformer attends to padding, which is zeros, and to the beginning, 0 s, and the end, `audio_length_in_s`
+    (by default all of the model's window). Targets are cut at the end, and latents always span the window.
+    """
+
+    modality = "audio"
+    pipeline_name = "StableAudioPipeline"
+    size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
+    masked = True
+
+    def __init__(self, pipeline: DiffusionPipeline, *, audio_length_in_s: float | None = None, **settings: Any):
+        super().__init__(pipeline, **settings)
+        self.audio_length_in_s = audio_length_in_s or self._window / self.sampling_rate
+        self.check_options({"audio_length_in_s": self.audio_length_in_s})
+
+    @property
+    def sampling_rate(self) -> int:
+        """The VAE's sampling rate, Hz."""
+        return self.vae.config.sampling_rate
+
+    @property
+    def rate(self) -> float:
+        return self.sampling_rate
+
+    @property
+    def _window(self) -> int:
+        """Samples that the latents stand for."""
+        return self.transformer.config.sample_size * self.vae.hop_length
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """Also checks that the length in seconds is within the window."""
+        if name != "audio_length_in_s":
+            return super().expected_of(name, value)
+        most, least = self._window / self.sampling_rate, 1 / self.sampling_rate
+        return None if is_number(value) and least <= value <= most else f"a number of seconds up to {most:.4g}"
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        return self.pipeline.tokenizer.model_max_length, self.projection_model.config.conditioning_dim
+
+    @property
+    def targets(self) -> WaveformTargets:
+        """(waveform, rate) pairs -> waveforms `(B, C, N)` of the window's length."""
+        length = int(self.audio_length_in_s * self.sampling_rate)
+        return WaveformTargets(self._window, self.sampling_rate, self.vae.config.audio_channels, length)
+
+    def encode_text(self, captions: list[str]) -> Condition:
+        """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
+        embeds = self.pipeline.encode_prompt(captions, self.device, False)
+        return Condition(embeds, mask=(embeds != 0).any(dim=-1))
+
+    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
+        """Set padding to zero."""
+        return condition if isinstance(condition, Tensor) else condition.without_padding()
+
+    @cached_property
+    def schedule(self) -> AngularSchedule:
+        return AngularSchedule(self.pipeline.scheduler)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The transformer's v-prediction, also conditioned on the beginning and the end in seconds."""
+        seconds = self.pipeline.encode_duration(0.0, self.audio_length_in_s, self.device, False, len(noisy))
+        places = get_1d_rotary_pos_embed(
+            self.pipeline.rotary_embed_dim, noisy.shape[2] + 1, use_real=True, repeat_interleave_real=False
+        )
+        return self.denoiser(
+            noisy,
+            timesteps.to(noisy.dtype),
+            encoder_hidden_states=torch.cat([condition.embeds, *seconds], dim=1),
+            global_hidden_states=torch.cat(seconds, dim=2),
+            rotary_embedding=[x.to(noisy.device) for x in places],
+        ).sample
+
+    def call_pipeline(self, *, audio_length_in_s: float, **arguments: Any) -> Any:
+        """Call the pipeline with the end in seconds, and without projecting the condition once more."""
+        projection = self.projection_model.text_projection
+        self.projection_model.text_projection = nn.Identity()
+        try:
+            return self.pipeline(audio_end_in_s=audio_length_in_s, output_type="np", **arguments)
+        finally:
+            self.projection_model.text_projection = projection
+
+    def collect(self, output: Any) -> list[np.ndarray]:
+        """float32 waveforms `(C, N)`."""
+        return list(output.audios)
