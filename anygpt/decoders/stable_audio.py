@@ -93,12 +93,12 @@ class StableAudioDecoder(DiffusionDecoder):
             rotary_embedding=[x.to(noisy.device) for x in places],
         ).sample
 
-    def call_pipeline(self, *, audio_length_in_s: float, **arguments: Any) -> Any:
+    def call_pipeline(self, **arguments: Any) -> Any:
         """Call the pipeline with the end in seconds, and without projecting the condition once more."""
         projection = self.projection_model.text_projection
         self.projection_model.text_projection = nn.Identity()
         try:
-            return self.pipeline(audio_end_in_s=audio_length_in_s, output_type="np", **arguments)
+            return self.pipeline(audio_end_in_s=arguments.pop("audio_length_in_s"), output_type="np", **arguments)
         finally:
             self.projection_model.text_projection = projection
 
