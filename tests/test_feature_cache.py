@@ -379,7 +379,7 @@ def test_writing_goes_on_where_it_was(world):
     lost = next(path for path in shards if path.parent.name == "image_encoder")
     (lost.parent / ".shard-x.safetensors.incomplete").write_bytes(b"half")  # of a run that was killed
     before_it = stored(lost.parent)
-    names = load_file(lost)["fingerprints"]
+    names = load_file(lost)
     lost.unlink()
     assert world.write()["written"] == len(names)
     after = sorted(world.folder.rglob("*.safetensors"))
@@ -406,16 +406,12 @@ def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
     assert torch.equal(again.get(names[3])["features"], batch[3])
 
 
-def test_tensors_of_any_length_and_of_other_widths(tmp_path):
-    """Joined where they can be; a tensor of another width or type begins a shard."""
+def test_tensors_of_any_length_width_and_type(tmp_path):
     given = [
         {"a": torch.rand(3, 2), "b": torch.rand(0, 4, 5)},
         {"a": torch.rand(0, 2), "b": torch.rand(2, 4, 5)},
-        {"a": torch.rand(1, 6), "b": torch.rand(1, 4, 5)},
-        {"a": torch.rand(2, 6).bfloat16(), "b": torch.rand(0, 4, 5)},
-        {"c": torch.arange(3)},
-        {"c": torch.arange(2), "d": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)},
-        {"d": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)},
+        {"a": torch.rand(2, 6).bfloat16(), "b": torch.tensor(3)},
+        {"a": torch.arange(3), "b": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)},
     ]
     create_store(tmp_path / "s", {})
     writer = StoreWriter(tmp_path / "s")
@@ -423,7 +419,6 @@ def test_tensors_of_any_length_and_of_other_widths(tmp_path):
         writer.add(f"{i:032x}", tensors)
     writer.flush()
     store = Store(tmp_path / "s", {})
-    assert len(store.shards) == 6
     for i, tensors in enumerate(given):
         found = store.get(f"{i:032x}")
         assert found.keys() == tensors.keys()
@@ -432,31 +427,13 @@ def test_tensors_of_any_length_and_of_other_widths(tmp_path):
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.values())
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"fingerprints": torch.zeros(2, 16)},
-        {"fingerprints": torch.zeros(2, 15, dtype=torch.uint8)},
-        {"edges.features": torch.tensor([0, 9, 2])},
-        {"edges.features": torch.tensor([0, 1, 3])},
-        {"edges.features": torch.tensor([1, 1, 2])},
-        {"edges.features": torch.tensor([0, 2])},
-        {"edges.features": torch.tensor([0.0, 1.0, 2.0])},
-        {"values.features": torch.tensor(1.0)},
-        {"values.other": torch.zeros(2)},
-        {"stray": torch.zeros(2)},
-    ],
-)
-def test_a_shard_whose_tensors_do_not_fit(tmp_path, changed):
+@pytest.mark.parametrize("name", ["features", "0" * 31 + ".features", "0" * 32, "0" * 32 + ".a.b"])
+def test_a_shard_whose_tensors_have_other_names(tmp_path, name):
     create_store(tmp_path / "s", {})
-    good = {
-        "fingerprints": torch.zeros(2, 16, dtype=torch.uint8),
-        "values.features": torch.zeros(2, 3),
-        "edges.features": torch.arange(3),
-    }
+    good = {"0" * 32 + ".features": torch.zeros(1, 3)}
     save_file(good, tmp_path / "s/shard-a.safetensors")
     assert Store(tmp_path / "s", {}).get("0" * 32)["features"].shape == (1, 3)
-    save_file(good | changed, tmp_path / "s/shard-a.safetensors")
+    save_file(good | {name: torch.zeros(2)}, tmp_path / "s/shard-a.safetensors")
     with pytest.raises(InputError, match=r"shard-a\.safetensors is no whole shard"):
         Store(tmp_path / "s", {})
 

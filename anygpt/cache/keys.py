@@ -25,7 +25,7 @@ from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, is_peft
 from anygpt.parts.manifest import fingerprint_tensors
 
-VERSION = 3  # of the stored format and of the decoding of media
+VERSION = 4  # of the stored format and of the decoding of media
 FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
 KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
 LANGUAGE_MODEL = "language_model"
