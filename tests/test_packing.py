@@ -55,7 +55,21 @@ def trained(model, batch):
     return output, gradients
 
 
-def assert_same(model, batch, pack_to):
+def in_float64(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def close(found, expected, name=None):
+    """To 1e-5 of the largest entry."""
+    bound = 1e-5 * float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound, msg=name)
+
+
+def assert_same(model, batch, pack_to, double=True):
+    """In float64, where kernels' rounding does not count; some models compute in part in float32 all the same."""
+    if double:
+        model.double()
+        batch = {name: in_float64(value) for name, value in batch.items()}
     model.pack_to = None
     padded, gradients = trained(model, batch)
     inputs = {name: value for name, value in batch.items() if name != "items_per_row"}
@@ -65,19 +79,19 @@ def assert_same(model, batch, pack_to):
     packed, gradients_packed = trained(model, batch)
     assert set(padded.losses) == set(packed.losses)
     for name, term in padded.losses.items():
-        torch.testing.assert_close(packed.losses[name].total, term.total, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
+        close(packed.losses[name].total, term.total)
+    close(packed.loss, padded.loss)
     assert set(gradients) == set(gradients_packed)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradients_packed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        close(gradients_packed[name], gradient, name)
     if injects:
-        torch.testing.assert_close(model.read_states(**inputs)["image"], states["image"], rtol=1e-5, atol=1e-5)
+        close(model.read_states(**inputs)["image"], states["image"])
     full = {name: value for name, value in batch.items() if name not in ("labels", "decoder_targets")}
     logits = model(**full).logits
     model.pack_to = None
     kept = batch["attention_mask"].bool() if logits.shape[1] == batch["input_ids"].shape[1] else None
     if kept is not None:
-        torch.testing.assert_close(logits[kept], model(**full).logits[kept], rtol=1e-4, atol=1e-4)
+        close(logits[kept], model(**full).logits[kept])
     return padded, packed
 
 
@@ -91,7 +105,8 @@ def test_packed_rows_are_as_padded_ones(parts, language_model):
             check_packing(model)
         return
     check_packing(model)
-    padded, packed = assert_same(model, batch, 45)
+    grouped = language_model.label in ("Mixtral", "Qwen3-MoE")  # torch multiplies their experts in no float64
+    padded, packed = assert_same(model, batch, 45, not grouped)
     tokens = int(batch["attention_mask"].sum())
     assert padded.places == batch["input_ids"].numel() and tokens <= packed.places < padded.places
 
@@ -107,7 +122,8 @@ def test_features_spans_and_labels_keep_their_places(parts, side, prepends, atte
         processor.injects = False
         model.set_token_ids(None)
     for pack_to in (1, 40, 1000):
-        assert_same(model, batch_of(processor, side, prepends), pack_to)
+        # transformers' eager attention turns the mask's least float64 into an infinity of float32 where all is masked
+        assert_same(model, batch_of(processor, side, prepends), pack_to, not (side == "left" and attention == "eager"))
 
 
 def test_where_tokens_go():
