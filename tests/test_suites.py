@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_utils import text, write_medium, write_rows
-from training_utils import argument_maker, toy_data, train_here
+from training_utils import argument_maker, start_process, toy_data, train_here, wait_for
 
 from anygpt import InputError
 from anygpt.data.collation import NOT_FOR_MODEL
@@ -388,6 +390,28 @@ def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
     ):
         assert script.main([*arguments, "--output", str(tmp_path / "other"), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_killed_command_goes_on(draw_suite, drawn, talker, tmp_path):
+    """SIGKILL while it asks: the same command again writes the numbers of a run that was left alone."""
+    draw_suite()
+    talker[0].save_pretrained(tmp_path / "final")
+    talker[1].save_pretrained(tmp_path / "final")
+    arguments = ["--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml"), "--ask.batch_size", "1"]
+    index = tmp_path / "killed/samples/index.jsonl"
+    command = [sys.executable, "scripts/evaluate.py", *arguments, "--output", str(tmp_path / "killed")]
+    process = start_process(*command)
+    wait_for(lambda: index.is_file() and index.read_text().count("\n") >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before, found = index.read_text(), []
+    assert not (tmp_path / "killed/metrics.json").exists()
+    for name in ("killed", "alone"):
+        assert script.main([*arguments, "--output", str(tmp_path / name)]) == 0
+        found.append(json.loads((tmp_path / name / "metrics.json").read_text()) | {"seconds": None})
+    kept, all_lines = ([json.loads(line) for line in text.splitlines()] for text in (before, index.read_text()))
+    assert all(line in all_lines for line in kept[:2]) and len(all_lines) == ROWS
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
