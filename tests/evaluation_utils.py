@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_parts import SIZE, VISION
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -97,6 +98,30 @@ def write_networks(folder, tokenizer_folder):
         network.eval().save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def write_grounding_dino(folder):
+    """A tiny Grounding DINO with random weights, which reads the words of its own vocabulary."""
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "cat", "dog", "couch"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    swin = {"image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 2}
+    bert = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = transformers.GroundingDinoConfig(
+        backbone_config=transformers.SwinConfig(**swin, out_features=["stage2", "stage3", "stage4"]),
+        text_config=transformers.BertConfig(vocab_size=len(words), **bert),
+        num_queries=20,
+        d_model=32,
+        num_feature_levels=3,
+        max_text_len=32,
+        **sizes,
+    )
+    transformers.GroundingDinoForObjectDetection(config).eval().save_pretrained(folder)
+    GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
 
 
 def picture(seed, size=24):

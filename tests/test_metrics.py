@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from evaluation_utils import clip, picture, sound
+from evaluation_utils import clip, picture, sound, write_grounding_dino
 from PIL import Image, ImageFilter
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -462,3 +462,22 @@ def test_composition_score(network, networks, files, monkeypatch):
     found = metric.compute()
     assert found[""]["value"] == 1.0 and found["_counting"]["n"] == 3
     assert metric.colour_of(Image.new("RGB", (20, 20), "red"), "cat") in COLOURS
+
+
+def test_grounding_dino_judges(network, tmp_path):
+    """The boxes of its own processor, of each name by itself, without the full stop that it reads after a name."""
+    folder = write_grounding_dino(tmp_path / "dino")
+    metric = CompositionScore(network("clip", "image"), "image", detector=str(folder), threshold=0.3)
+    model, image = metric.detector.model, picture(0, 96)
+    found = metric.detect(image, ["cat", "dog"])
+    assert set(found) <= {"cat", "dog"} and found
+    for name, boxes in found.items():
+        inputs = AutoTokenizer.from_pretrained(folder)(f"{name}.", return_tensors="pt")
+        pixels = metric.detector.image_processor(images=image, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs, **pixels)
+        scores, centres = output.logits[0].sigmoid().amax(-1), output.pred_boxes[0]
+        x, y, width, height = (float(value) * 96 for value in centres[scores.argmax()])
+        best = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        assert boxes[0] == pytest.approx([min(max(value, 0), 96) for value in best], abs=1)
+        assert all(0 <= left < right <= 96 and 0 <= top < bottom <= 96 for left, top, right, bottom in boxes)
