@@ -23,15 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ValidationError, model_validator
-
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.world import SEEN, VALIDATION
 from anygpt.toyworld.zoo import digest, zoo
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
 
 SCRIPTS = {
     "stage1": "stages/stage1_encoder_llm.py",

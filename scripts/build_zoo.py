@@ -19,16 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, TextToVideoSDPipeline
-from safetensors.torch import load_file, save_file
-
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
 from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.toyworld.zoo import PARTS, digest, write_untrained, zoo
 from anygpt.training.config import parse_config
+
+import torch
+from diffusers import AutoencoderKL, TextToVideoSDPipeline
+from safetensors.torch import load_file, save_file
 
 CONFIGS = REPOSITORY / "configs" / "tiny" / "stage0"
 WORK = REPOSITORY / "runs" / "zoo"

@@ -15,14 +15,14 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from anygpt.commands import execute
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
 from anygpt.encoders.imagebind.modeling import CARD
 from anygpt.errors import InputError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 def convert(arguments: list[str]) -> None:

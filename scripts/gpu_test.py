@@ -26,9 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from anygpt.toyworld.datasets import write_dataset
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = {1: "stage1_encoder_llm", 2: "stage2_llm_decoder", 3: "stage3_instruction_tuning"}

@@ -8,8 +8,8 @@ bash scripts/setup.sh
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 python=.venv/bin/python
-# accelerate's default is one thread; the parts are too small for many.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')}"
+# accelerate's default is one thread; for tiny parts more may be slower, which is measured.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$python" -m anygpt.threads)}"
 out=runs/quickstart
 launch=(.venv/bin/accelerate launch --config_file configs/accelerate/one_process.yaml)
 

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from anygpt import (
     ModalDecoderModule,
     ModalEncoderModule,
@@ -36,6 +34,8 @@ from anygpt.toyworld.evaluation.probes import probe_encoders
 from anygpt.toyworld.evaluation.requests import talk_requests
 from anygpt.toyworld.world import HELD_OUT
 from anygpt.toyworld.zoo import PARTS, zoo
+
+from tqdm import tqdm
 
 ENCODERS = {"image": ("image_encoder", None), "video": ("image_encoder", 8), "audio": ("audio_encoder", None)}
 """Folders and numbers of frames."""

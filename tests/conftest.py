@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test may need the hub
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 
 import numpy as np
 import pytest

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_utils import REPOSITORY, SCRIPTS, cli_here, launch
 
+from anygpt import threads
 from anygpt.training.config import parse_config
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER
 from anygpt.training.tiny import make_data, with_tiny_config
@@ -74,12 +77,13 @@ def test_data_are_made_where_there_are_none(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_three_bare_commands_train_three_stages(tmp_path):
     few = ["--train.max_steps", "2", "--train.warmup_steps", "0", "--train.ridge_captions", "32"]
     accelerate = Path(sys.executable).parent / "accelerate"
     for number in (1, 2, 3):
         command = [accelerate, "launch", REPOSITORY / SCRIPTS[number], *few]
-        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=280)
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("No --config: this is ")
         assert (tmp_path / f"runs/tiny/stage{number}/final/config.json").is_file()
@@ -127,3 +131,25 @@ def test_threads_that_wait_give_their_core_away(given, expected):
     command = [sys.executable, "-c", LOOK]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
     assert done.stderr.splitlines()[0] == expected, done.stderr
+
+
+@pytest.mark.parametrize("path", [p for folder in ("scripts", "stages") for p in (REPOSITORY / folder).rglob("*.py")])
+def test_anygpt_is_imported_before_what_loads_torch(path):
+    modules = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    loads = {"torch", "transformers", "diffusers", "accelerate", "datasets", "peft", "safetensors", "benchmarks"}
+    first = next((name for name in modules if name in {"anygpt", *loads}), "anygpt")
+    assert first == "anygpt", path
+
+
+def test_tiny_models_take_the_fastest_number_of_threads(monkeypatch, parts):
+    model, chosen = parts.language_model(), []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "seconds_of_forward", lambda model: abs(chosen[-1] - 2.2))
+    assert threads.choose_threads(model) == 2 and sorted(chosen[:-1]) == [1, 2, 4, 6] and chosen[-1] == 2
+    monkeypatch.setattr(threads, "TINY", 0)
+    assert threads.choose_threads(model) == 6
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads.choose_threads(model) == torch.get_num_threads()

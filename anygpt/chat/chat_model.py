@@ -25,6 +25,7 @@ from anygpt.media.types import MEDIA, media_type, media_type_of
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer, GenerationOutput, Segment
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.threads import choose_threads
 
 INPUT_LIMITS = MediaLimits(max_pixels=4096 * 4096, max_frames=60 * 60, max_seconds=60.0, max_bytes=128 * 1024**2)
 """Limits of one attached medium."""
@@ -82,7 +83,7 @@ class Reply:
 
 
 def load_checkpoint(folder: str | Path) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """The model and the processor of a `final/` or `checkpoint-<step>/` folder.
+    """The model and the processor of a `final/` or `checkpoint-<step>/` folder; chooses the threads of a tiny one.
 
     Raises:
         InputError: it is missing or damaged.
@@ -94,7 +95,9 @@ def load_checkpoint(folder: str | Path) -> tuple[MultimodalModel, MultimodalProc
         )
     with reading(folder):
         model = MultimodalModel.from_pretrained(folder)
-        return model, MultimodalProcessor.from_pretrained(folder, model=model)
+        processor = MultimodalProcessor.from_pretrained(folder, model=model)
+    choose_threads(model)
+    return model, processor
 
 
 class TooLong(InputError):

@@ -16,6 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from anygpt import load_tokenizer
+from anygpt.commands.cache_features import STAGES
+from anygpt.sequence.merging import IGNORE
+from anygpt.toyworld import part_path
+from anygpt.training import trainer
+from anygpt.training.config import parse_config
+
 import numpy as np
 import torch
 import yaml
@@ -31,13 +38,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-
-from anygpt import load_tokenizer
-from anygpt.commands.cache_features import STAGES
-from anygpt.sequence.merging import IGNORE
-from anygpt.toyworld import part_path
-from anygpt.training import trainer
-from anygpt.training.config import parse_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

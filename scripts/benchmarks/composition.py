@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 
+from anygpt import MultimodalModel
+
 import torch
 from benchmarks._shared import DEVICE, seconds, smollm2, vit
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-from anygpt import MultimodalModel
 
 VOCABULARIES = {"49k": 49152, "128k": 128256}
 IMAGE_TOKEN = 5

@@ -16,15 +16,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from benchmarks._shared import DEVICE, make_pipeline, seconds, smollm2
-from transformers import LlamaForCausalLM
-
 from anygpt import ModalDecoderModule, MultimodalModel, StableDiffusionDecoder
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.commands import CHECKPOINT
 from anygpt.generation.decoding import Row, SpanDecoder
 from anygpt.generation.span_rules import SpanRules
+
+import torch
+from benchmarks._shared import DEVICE, make_pipeline, seconds, smollm2
+from transformers import LlamaForCausalLM
 
 ONE, SPAN, STEPWISE = "one token", "span of 24, one forward", "span of 24, token by token"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -18,15 +18,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
-import psutil
-import uvicorn
-
 from anygpt.chat.chat_model import ChatModel
 from anygpt.commands import CHECKPOINT
 from anygpt.serving.connections import server_config
 from anygpt.serving.engine import Engine
 from anygpt.serving.http import Interface
+
+import httpx
+import psutil
+import uvicorn
 
 HANG_UPS = "hang-ups"
 BATCHES = {"one by one": 1, "together": 8}

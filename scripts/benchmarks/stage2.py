@@ -16,18 +16,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from benchmarks._shared import WARM_UP, run_stage, seconds, write_parts, write_photographs
-from diffusers import DDPMScheduler
-
 from anygpt.data.collation import move
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import parse_config
 from anygpt.training.loading import make_loader, take_updates
 from anygpt.training.setup import build, build_data
 from anygpt.training.stages import LLM_DECODER
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from benchmarks._shared import WARM_UP, run_stage, seconds, write_parts, write_photographs
+from diffusers import DDPMScheduler
 
 CASES = {"denoising": 1, "alignment alone": 0}
 PEER, CACHED = "NExT-GPT's way", "output, cached"
