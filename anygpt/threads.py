@@ -47,7 +47,7 @@ def seconds_of_forward(language_model: nn.Module) -> float:
 
 
 if __name__ == "__main__":
-    from anygpt import load_language_model
+    from anygpt.model.language_models import load_language_model
     from anygpt.training.cli import quiet_libraries
 
     quiet_libraries()
