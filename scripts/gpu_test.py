@@ -151,7 +151,7 @@ def answers(bench: Bench) -> str:
     """Check that training generates sample answers with media."""
     bench.run("answers", 3, "one_process", 1, f"--train.sample_steps={UPDATES}")
     index = bench.folder / f"answers/samples/{UPDATES:06d}/index.jsonl"
-    files = [file for line in index.read_text().splitlines() for file in json.loads(line)["files"]]
+    files = [file["path"] for line in index.read_text().splitlines() for file in json.loads(line)["files"]]
     if not files or any(not (index.parent / file).stat().st_size for file in files):
         raise Failed(f"no media in {index}")
     return f"{len(files)} media were generated"

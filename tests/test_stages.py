@@ -90,6 +90,7 @@ def test_each_stage_says_what_trains_and_what_it_lost(runs):
             assert f"update {STEPS}  loss " in text
         assert (runs / f"stage{stage}/config.yaml").is_file()
         assert (runs / f"stage{stage}.err").read_text() == "" or stage == 1  # nothing but mistakes goes there
+        assert "deprecat" not in out.lower() and "successfully saved" not in out and "Loading" not in out
         left = sorted(path.name for path in (runs / f"stage{stage}").iterdir())
         assert left == ["config.yaml", "environment.json", "final", "log.txt"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import pickle
 import random
@@ -31,15 +30,9 @@ from anygpt.model.multimodal import MultimodalModel
 from anygpt.parts.manifest import find_fault, write_manifest
 from anygpt.settings import flatten
 from anygpt.training.config import Config
-from anygpt.training.folder import (
-    STATE,
-    find_checkpoints,
-    hide,
-    read_state,
-    remove,
-    sync,
-    sync_folder,
-)
+from anygpt.training.folder import STATE, find_checkpoints, hide, read_state, remove, sync
+
+OPTIMIZER = "optimizer.pt"
 
 
 def settings_that_count(config: Config) -> dict[str, Any]:
@@ -62,12 +55,9 @@ def settings_that_count(config: Config) -> dict[str, Any]:
     }.items():
         for name in names:
             settings[section].pop(name)
-    settings["train"]["batch_size (of all processes)"] = settings["train"].pop("batch_size") * world_size()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings["train"]["batch_size (of all processes)"] = settings["train"].pop("batch_size") * processes
     return flatten(settings)
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def data_digests(dataset: ConversationDataset) -> list[str]:
@@ -102,7 +92,7 @@ def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
         with _failing_together(folder, accelerator):
             if main:
                 write_manifest(temporary)
-                sync_folder(temporary)
+                sync(*temporary.rglob("*"), temporary)
                 before = hide(folder)
                 os.rename(temporary, folder)
                 sync(folder.parent)
@@ -123,7 +113,8 @@ def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     failed = torch.tensor(float(failure is not None), device=accelerator.device)
     if not accelerator.reduce(failed, reduction="sum"):
         return
-    if failure is not None and not is_disk_fault(failure):
+    # Rust libraries raise their own types on a full disk, but the message has the errno.
+    if failure is not None and not isinstance(failure, OSError) and "os error" not in str(failure):
         raise failure
     there = find_checkpoints(folder.parent)
     last = f"the last checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
@@ -134,48 +125,7 @@ def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     ) from failure
 
 
-def is_disk_fault(error: BaseException) -> bool:
-    """Whether an error comes from the disk; Rust libraries raise their own types, but the message has the errno."""
-    return isinstance(error, OSError) or "os error" in str(error)
-
-
-def save_model(folder: Path, model: MultimodalModel, processor: Any, accelerator: Accelerator) -> None:
-    """Write a composition and its processor as `final/`."""
-    with written_whole(folder, accelerator) as temporary:
-        if accelerator.is_main_process:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-
-
-def save_checkpoint(
-    folder: Path,
-    model: MultimodalModel,
-    processor: Any,
-    state: dict[str, Any],
-    optimizer_state: dict[str, Any],
-    random_state: dict[str, Any] | None,
-    accelerator: Accelerator,
-    config: Config,
-) -> None:
-    """Write a checkpoint.
-
-    Args:
-        folder: folder of the checkpoint.
-        model, optimizer_state: unsharded, on the main process.
-        state: content of `training_state.json` beside the settings.
-        random_state: an earlier result of `rng_state`; the current state if None.
-    """
-    with written_whole(folder, accelerator) as temporary:
-        if accelerator.is_main_process:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-            _save(optimizer_state, temporary / "optimizer.pt")
-            state = state | {"settings": settings_that_count(config)}
-            (temporary / STATE).write_text(json.dumps(state, default=float, indent=1))
-        _save(random_state or rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
-
-
-def _save(content: Any, path: Path) -> None:
+def save_state(content: Any, path: Path) -> None:
     """`torch.save` through a memory buffer: its own error on a full disk does not mention the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -188,13 +138,12 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     Raises:
         InputError: no intact checkpoint at the given path, or the chosen one has other settings.
     """
-    resume, folder = config.run.resume, Path(config.run.output_dir)
+    resume, passed_over = config.run.resume, []
     if resume == "never":
         return None, []
-    passed_over: list[str] = []
     if resume == "auto":
         checkpoint = None
-        for candidate in reversed(find_checkpoints(folder)):
+        for candidate in reversed(find_checkpoints(Path(config.run.output_dir))):
             fault = find_fault(candidate)
             if fault is None:
                 checkpoint = candidate
@@ -204,24 +153,21 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             return None, passed_over
     else:
         checkpoint = Path(resume)
-        if not checkpoint.is_dir():
-            raise InputError(
-                f"run.resume={resume!r} is no checkpoint: there is no such folder; give a checkpoint-<step> folder, "
-                "auto or never"
-            )
-        fault = find_fault(checkpoint) or (None if (checkpoint / STATE).is_file() else f"it has no {STATE}")
+        fault = find_fault(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+        if fault is None and not (checkpoint / STATE).is_file():
+            fault = f"it has no {STATE}"
         if fault is not None:
             raise InputError(
                 f"run.resume={resume!r} is no checkpoint, or a damaged one: {fault}; give another checkpoint-<step> "
                 "folder, auto or never"
             )
-    state = read_state(checkpoint)
-    if not {"settings", "data"} <= state.keys():
+    state, now = read_state(checkpoint), settings_that_count(config)
+    before = state.get("settings", {})
+    if not before or "data" not in state:
         raise InputError(
             f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so no run can "
             "continue from it; start over with run.resume=never"
         )
-    before, now = state["settings"], settings_that_count(config)
     if before != now:
         named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         others = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in named)
@@ -250,7 +196,7 @@ def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
 def load_training_state(
     checkpoint: Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Restore optimizer, scheduler and random state; returns the `state` given to `save_checkpoint`.
+    """Restore optimizer, scheduler and random state; returns the content of `training_state.json`.
 
     With `optimizer=None` its state is left to `read_optimizer_state`: a sharded optimizer loads it once prepared.
     """
@@ -258,19 +204,23 @@ def load_training_state(
         optimizer.load_state_dict(read_optimizer_state(checkpoint))
     state = read_state(checkpoint)
     scheduler.load_state_dict(state["scheduler"])
-    own = checkpoint / f"rng-{accelerator.process_index}.pt"
+    own = rng_file(checkpoint, accelerator)
     if own.is_file():
         set_rng_state(_load(own))
     return state
 
 
 def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    """The `optimizer_state` given to `save_checkpoint`."""
-    return _load(checkpoint / "optimizer.pt")
+    """Content of `optimizer.pt`: see `sharding.optimizer_state`."""
+    return _load(checkpoint / OPTIMIZER)
+
+
+def rng_file(checkpoint: Path, accelerator: Accelerator) -> Path:
+    return checkpoint / f"rng-{accelerator.process_index}.pt"
 
 
 def _load(path: Path) -> Any:
-    """Content written by `_save`; only tensors and plain types are unpickled."""
+    """Content written by `save_state`; only tensors and plain types are unpickled."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -282,12 +232,9 @@ def _load(path: Path) -> Any:
 
 def rng_state() -> dict[str, Any]:
     """Random state of Python, NumPy, torch and its accelerator, as plain types and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-    }
+    kind, keys, *rest = np.random.get_state()
+    numpy = (kind, np.asarray(keys).tolist(), *rest)
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -295,8 +242,7 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -17,7 +17,7 @@ import psutil
 import transformers.utils.logging
 
 from anygpt.errors import InputError
-from anygpt.training.check import FLAG, Findings, check, report
+from anygpt.training.check import FLAG, check, report
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import BadSampleError
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
@@ -49,7 +49,11 @@ def run_stage(
         settings = with_tiny_config(stage, [a for a in given if a != FLAG], main=rank == 0)
         config = parse_config(settings, f"{description}\n{FLAG}: {check.__doc__}")
         if FLAG in given:
-            sys.exit(say(check(config, stage), config))
+            found = check(config, stage)
+            print(report(found, config))
+            for fault in found.faults:
+                print("error:", fault, file=sys.stderr)
+            sys.exit(MISTAKE if found.faults else 0)
         final = train(config, stage)
         if afterwards is not None and rank == 0:
             afterwards(final, config)
@@ -59,15 +63,14 @@ def run_stage(
         raise
     except Exception as error:
         line = " ".join(str(error).split())
-        mistake = isinstance(error, InputError | NonFiniteLoss | Aborted) or getattr(error, "errno", None) in DISK
-        if not mistake:
+        codes: dict[type, int] = {NonFiniteLoss: NON_FINITE, Aborted: ABORTED}
+        if not isinstance(error, InputError | NonFiniteLoss | Aborted) and getattr(error, "errno", None) not in DISK:
             if launcher is not None:
                 line = f"{type(error).__name__}: {line} (a fault of the program's; its traceback is above)"
                 say_last(f"error: {line}", launcher)
             raise
         if rank == 0 or isinstance(error, BadSampleError):
             say_last(f"error: {line}", launcher)
-        codes: dict[type, int] = {NonFiniteLoss: NON_FINITE, Aborted: ABORTED}
         sys.exit(codes.get(type(error), MISTAKE))
 
 
@@ -103,20 +106,12 @@ def say_last(line: str, launcher: int | None) -> None:
         subprocess.Popen([sys.executable, "-c", _LAST, str(launcher), line], start_new_session=True)
 
 
-def say(found: Findings, config: Config) -> int:
-    """Print the result of a check; returns the exit code."""
-    print(report(found, config))
-    for fault in found.faults:
-        print("error:", fault, file=sys.stderr)
-    return MISTAKE if found.faults else 0
-
-
 def quiet_libraries() -> None:
-    """Show this package's messages at info level, and hide the libraries' progress bars and notes on loading."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for library in ("httpx", "huggingface_hub"):  # it tells of each file that it writes
-        logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # raised by one library about another
+    """Show this package's messages; of the libraries' only what they warn of, and no deprecations or progress bars."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("anygpt").setLevel(logging.INFO)
+    for category in (FutureWarning, DeprecationWarning):  # raised by one library about another
+        warnings.filterwarnings("ignore", category=category)
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()

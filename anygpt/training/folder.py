@@ -27,19 +27,8 @@ FINAL, SAMPLES, LOG = "final", "samples", "log.txt"
 STATE = "training_state.json"
 PREFIX = "checkpoint-"
 STOPPED = "stopped-"  # a checkpoint for inspection, ignored by `run.resume=auto`
+MAX = "max:"  # prefix of metrics whose highest value is best
 GIB = 2**30
-PACKAGES = (
-    "anygpt-link",
-    "torch",
-    "transformers",
-    "diffusers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "datasets",
-    "numpy",
-)
-_NAME = re.compile(rf"{PREFIX}(\d+)")
 
 
 def check_folder(folder: Path, config: Config) -> None:
@@ -62,12 +51,9 @@ def _not_writable(folder: Path, reason: str) -> InputError:
 def prepare_folder(
     folder: Path, config: Config, environment: dict[str, Any], step: int, accelerator: Accelerator
 ) -> list[str]:
-    """Create the run's folder and write its resolved settings and environment.
+    """Create the run's folder and write its resolved settings and environment; returns lines about changed checkpoints.
 
     `run.resume=never` removes the output of an earlier run; otherwise checkpoints beyond `step` are set aside.
-
-    Returns:
-        Lines for the log about changed checkpoints.
     """
     lines: list[str] = []
     if accelerator.is_main_process:
@@ -101,19 +87,14 @@ def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[Non
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's files and directory entries to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Flush one file, or one folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sync(*paths: Path) -> None:
+    """Flush files, or folders' entries, to disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def remove(folder: Path) -> None:
@@ -132,7 +113,7 @@ def hide(folder: Path) -> Path:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run by name, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -146,18 +127,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-MAX = "max:"  # prefix of metrics whose highest value is best
-
-
 def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
     """Checkpoint with the lowest value of a metric (highest for `max:metric`), and the value; None if none has it."""
-    sign, metric = (-1, metric.removeprefix(MAX)) if metric.startswith(MAX) else (1, metric)
-    values = {}
-    for path in find_checkpoints(folder):
-        if (path / STATE).is_file():
-            values[path] = read_state(path)["metrics"].get(metric)
-    values = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
-    return min(values.items(), key=lambda item: sign * item[1], default=None)
+    sign, name = (-1 if metric.startswith(MAX) else 1), metric.removeprefix(MAX)
+    states = {path: read_state(path) for path in find_checkpoints(folder) if (path / STATE).is_file()}
+    values = {path: state["metrics"][name] for path, state in states.items() if state["metrics"].get(name) is not None}
+    finite = [item for item in values.items() if math.isfinite(item[1])]
+    return min(finite, key=lambda item: sign * item[1], default=None)
 
 
 def remove_old(folder: Path, config: Config) -> None:
@@ -185,9 +161,14 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Commit, versions and hardware, for `environment.json` and the tracker."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
     return {
-        "git": git_state(Path(__file__).resolve().parent),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit or None,
+        "packages": {package.name: package.version for package in importlib.metadata.distributions()},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine()},
@@ -196,27 +177,3 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "distributed": str(accelerator.distributed_type.value),
         "processes": accelerator.num_processes,
     }
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and branch of the code, and modified files; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "branch": git("rev-parse", "--abbrev-ref", "HEAD").strip(),
-            "changed": [line[3:] for line in git("status", "--porcelain").splitlines()],
-        }
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -47,8 +47,8 @@ def take_updates(loader: DataLoader, config: Config) -> Generator[list[MicroBatc
 
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
     """Remove and return the entries of a batch that are not for the model; raises for bad samples unless skipped."""
-    ids = {name: batch.pop(name) for name in NOT_FOR_MODEL}
-    policies = {"bad": config.data.on_bad_sample, "long": config.data.on_long_sample, "stale": "error"}
+    ids, data = {name: batch.pop(name) for name in NOT_FOR_MODEL}, config.data
+    policies = {"bad": data.on_bad_sample, "long": data.on_long_sample, "stale": "error"}
     for sample in ids[BAD]:
         if policies[sample.kind] == "error":
             raise BadSampleError(sample.reason)
@@ -69,32 +69,28 @@ def make_loader(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator, start: int
 ) -> DataLoader:
     """Loader of this process's micro-batches from update `start` on; accelerate must not shard them again."""
-    data, sizes, lengths = config.data, None, Lengths(collator.processor, dataset.num_video_frames)
+    data, train, sizes = config.data, config.train, None
+    lengths = Lengths(collator.processor, dataset.num_video_frames)
     if data.max_batch_tokens is not None or data.group_by_length:
         sizes = np.minimum(lengths.estimate(dataset.samples), data.max_length or sys.maxsize)
     sampler = UpdateSampler(
         dataset.lengths,
         weights=dataset.weights,
-        batch_size=config.train.batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        num_updates=config.train.max_steps,
+        batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        num_updates=train.max_steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         seed=config.run.seed,
         start_update=start,
         blocks=dataset.blocks,
-        groups=dataset.output_groups() if config.data.group_by_modality else None,
+        groups=dataset.output_groups() if data.group_by_modality else None,
         sizes=sizes,  # type: ignore[arg-type]  # an array is indexed like a sequence
         max_tokens=data.max_batch_tokens,
         packed=data.pack_to is not None,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collator,
-        pin_memory=accelerator.device.type == "cuda",
-        **loader_options(config),
-    )
+    pinned = accelerator.device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, pin_memory=pinned, **loader_options(config))
 
 
 def loader_options(config: Config) -> dict[str, Any]:
@@ -121,12 +117,8 @@ def ridge_batches(
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
     captions = copy.copy(dataset)
     captions.decode_targets = False
-    loader = DataLoader(
-        Subset(captions, rows[: config.train.ridge_captions]),
-        batch_size=config.train.batch_size,
-        collate_fn=collator,
-        **loader_options(config),
-    )
+    chosen, size = Subset(captions, rows[: config.train.ridge_captions]), config.train.batch_size
+    loader = DataLoader(chosen, batch_size=size, collate_fn=collator, **loader_options(config))
     quiet = None if accelerator.is_main_process else True
     for batch in tqdm(loader, desc="ridge", unit="batch", disable=quiet, mininterval=1):
         take_ids(batch, config)
@@ -155,21 +147,16 @@ def use_cache(
     cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
     for user in (first, *others, *(() if sharded else (collator,))):
         user.cache = cache
-    notes = cache.notes
-    if sharded:
-        # All processes gather each layer together, so none may skip the language model while another needs it.
-        notes = [note for note in notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
-        notes.append(f"{LANGUAGE_MODEL}: computed anew: its layers are sharded")
-    return notes
+    if not sharded:
+        return cache.notes
+    # All processes gather each layer together, so none may skip the language model while another needs it.
+    notes = [note for note in cache.notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
+    return [*notes, f"{LANGUAGE_MODEL}: computed anew: its layers are sharded"]
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
     """Decode only as many frames of a clip as its consumers sample, and leave bad samples to the loop."""
     consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
-    dataset.num_video_frames = max((c.num_frames for c in consumers if _is_video(c)), default=None)
+    timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # a sound's frames are others
+    dataset.num_video_frames = max((c.num_frames for c in timed if hasattr(c, "num_frames")), default=None)
     dataset.on_bad_sample = "skip"
-
-
-def _is_video(consumer: Any) -> bool:
-    """Whether a processor or target samples video frames; those of sounds are something else."""
-    return hasattr(consumer, "num_frames") and is_timed(getattr(consumer, "modality", VIDEO.name))

@@ -7,7 +7,8 @@ tracked while one update, forward and backward, runs on torch's fake tensors.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
@@ -32,7 +33,7 @@ ADAM_BYTES = 8  # two fp32 moments
 
 @dataclass(frozen=True)
 class PartMemory:
-    """Parameters and buffers of a part: how many train, bytes by dtype, and the bytes that training adds."""
+    """Parameters of a part, those that train, bytes of all tensors by dtype, and the bytes that training adds."""
 
     part: str
     parameters: int
@@ -86,7 +87,9 @@ class Plan:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Tracks the bytes of live tensors created within the context; `peak` is their maximum.
+    """Tracks the bytes of live tensors created within the context (`peak` is their maximum), and operations (`flops`).
+
+    torch's `FlopCounterMode` would keep the tensors that gradient checkpointing recomputes alive to the end.
 
     Args:
         held: existing tensors, whose views are not counted.
@@ -94,20 +97,20 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=made)
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 self._note(tensor.untyped_storage())
         return made
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
 
         def gone(_: Any) -> None:
             if self._known.pop(key, None) is not None:
@@ -123,19 +126,15 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
 
     Args:
         model: on the meta device, prepared for the stage; its tensors are replaced by fake ones.
-        processor: its processor.
-        config: the run's settings.
         kinds: for each kind of rows, tokens of a row, and how many of them carry a loss.
     """
     parts = [measure_part(model, name) for name in model.parts]
     activations, flops, left_out = {}, {}, []
-    networks = [list(decoder.module.children()) for decoder in model.decoders.values()]
-    sizes = [sum(tensor.nbytes for tensor in _tensors([network])) for found in networks for network in found]
+    networks = [network for decoder in model.decoders.values() for network in decoder.module.children()]
+    sizes = [sum(tensor.nbytes for tensor in _tensors([network])) for network in networks]
     offloaded = sum(part.weights for part in parts) - sum(sizes) + max(sizes, default=0)
-    rows = config.train.batch_size
-    inputs = {key: blank_inputs(processor, key, rows) for key in model.encoder_keys}
-    targets = {key: target_shape(decoder.module, rows) for key, decoder in model.decoders.items()}
     gradients = sum(part.gradients for part in parts)
+    batch = BlankBatch(model, processor, config.train.batch_size)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     model.train()
@@ -143,25 +142,24 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
         with ExitStack() as stack:
             stack.enter_context(mode)
             live = stack.enter_context(LiveBytes(_tensors([model])))
-            counter = stack.enter_context(FlopCounterMode(display=False))
             if config.train.mixed_precision == "bf16":
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             try:
-                run_update(model, kind, inputs, targets, (rows, tokens, labels))
+                losses = batch.losses(kind, tokens, labels)
+                if any(loss.requires_grad for loss in losses):
+                    torch.stack(losses).sum().backward()
             except Exception as error:  # such as control flow that depends on values
                 left_out.append(f"{kind}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            activations[kind] = max(0, live.peak - gradients)
-            flops[kind] = counter.get_total_flops()
+            losses = []
+            activations[kind], flops[kind] = max(0, live.peak - gradients), live.flops
         model.zero_grad(set_to_none=True)
     return Plan(parts, activations, flops, offloaded, left_out)
 
 
 def measure_part(model: MultimodalModel, name: str) -> PartMemory:
-    found = list(_tensors(model.parts[name]))
-    sizes: dict[str, int] = {}
+    found, sizes = _tensors(model.parts[name]), Counter[str]()
     for tensor in found:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        sizes[dtype] = sizes.get(dtype, 0) + tensor.nbytes
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     trained = [tensor for tensor in found if tensor.requires_grad]
     count = sum(tensor.numel() for tensor in trained)
     parameters = sum(tensor.numel() for tensor in found if isinstance(tensor, nn.Parameter))
@@ -169,100 +167,74 @@ def measure_part(model: MultimodalModel, name: str) -> PartMemory:
     return PartMemory(name, parameters, count, sizes, gradients, ADAM_BYTES * count)
 
 
-def _tensors(pieces: list[nn.Module | nn.Parameter]) -> Iterator[Tensor]:
-    """Yield each parameter and buffer once."""
-    known: set[int] = set()
+def _tensors(pieces: Iterable[nn.Module | nn.Parameter]) -> list[Tensor]:
+    """Each parameter and buffer once."""
+    found: dict[int, Tensor] = {}
     for piece in pieces:
-        found = [piece] if isinstance(piece, nn.Parameter) else [*piece.parameters(), *piece.buffers()]
-        for tensor in found:
-            if id(tensor) not in known:
-                known.add(id(tensor))
-                yield tensor
+        tensors = [piece] if isinstance(piece, nn.Parameter) else [*piece.parameters(), *piece.buffers()]
+        found |= {id(tensor): tensor for tensor in tensors}
+    return list(found.values())
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a module's tensors by fake ones, which hold no data; tied tensors stay tied."""
-    made: dict[int, Tensor] = {}
-    for part in module.modules():
-        for store in (part._parameters, part._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                store[name] = made[id(tensor)]
+    """Replace a module's tensors by fake ones, which hold no data."""
+    module._apply(lambda tensor: FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu")))
 
 
-def run_update(
-    model: MultimodalModel,
-    kind: Rows,
-    inputs: Mapping[str, Mapping[str, Any]],
-    targets: Mapping[str, tuple[int, ...]],
-    sizes: tuple[int, int, int],
-) -> None:
-    """Run forward and backward on a micro-batch of one kind of rows.
+class BlankBatch:
+    """A micro-batch of rows with one blank medium per encoder and one target per decoder of their kind.
 
     Args:
-        model: with fake tensors.
-        kind: each row has one medium per encoder and one target per decoder of the kind.
-        inputs, targets: encoder inputs and shapes of decoder targets of a micro-batch.
-        sizes: rows, tokens per row, and tokens per row that carry a loss.
+        model: not fake yet, since real media are processed here.
+        rows: rows of the micro-batch.
     """
-    rows, tokens, labels = sizes
-    language_model = base_model(model.language_model)
-    embedding = language_model.get_input_embeddings().weight
-    embeds = torch.zeros(rows, tokens, embedding.shape[1], dtype=embedding.dtype)
-    for key in kind.encoders:
-        features = model.encoders[key](tree_map_only(Tensor, torch.zeros_like, dict(inputs[key])))
-        features = features if isinstance(features, Tensor) else torch.stack(list(features))
-        embeds = embeds + features.mean().to(embeds.dtype)  # only connects the graph
-    if any(rows_.requires_grad for rows_ in model.signal_tokens.input_rows.values()):
-        embeds = embeds + sum(row.mean() for row in model.signal_tokens.input_rows.values()).to(embeds.dtype)
-    losses = []
-    if model.loss_weights.wants_language_model:
-        mask = torch.ones(rows, tokens, dtype=torch.long)
-        states = language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
-        said = states[:, : max(1, min(labels, tokens))].flatten(0, 1)[:CHUNK]
-        logits = language_model.get_output_embeddings()(said).float()
-        signals = [model.signal_tokens.output_rows] if isinstance(model.signal_tokens.output_rows, Tensor) else []
-        signals += list(model.signal_tokens.output_rows.parameters()) if not signals else []
-        logits = logits + sum((row.mean().float() for row in signals), torch.zeros(()))
-        losses.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
-    else:
-        states = embeds
-    for key in kind.decoders:
-        losses += decoder_losses(model, key, states, targets[key])
-    loss = sum(losses)
-    if isinstance(loss, Tensor) and loss.requires_grad:
-        loss.backward()
 
+    def __init__(self, model: MultimodalModel, processor: Any, rows: int):
+        self.model, self.rows = model, rows
+        self.inputs: dict[str, dict[str, Any]] = {}
+        for key in model.encoder_keys:
+            modality = processor.modalities[key]
+            medium = media_type(modality).blank(getattr(processor.encoder_processors[key], "num_frames", None))
+            data, _, _ = processor.process_media(processor.arrange_media([(modality, medium)] * rows))
+            self.inputs[key] = {name.removeprefix(f"{key}."): value for name, value in data.items()}
+        self.targets: dict[str, tuple[int, ...]] = {}
+        for key, decoder in model.decoders.items():
+            kind = media_type(decoder.modality)
+            blank = kind.to_target(kind.blank(getattr(decoder.module, "num_frames", None)))
+            self.targets[key] = (rows, *decoder.module.targets([blank]).shape[1:])
 
-def decoder_losses(model: MultimodalModel, key: str, states: Tensor, target: tuple[int, ...]) -> list[Tensor]:
-    """Losses of a decoder's rows, from the language model's states `(B, S, H)`."""
-    module, weights = model.decoders[key], model.loss_weights
-    decoder, losses = module.module, []
-    signals = module.projector.config.num_signal_tokens
-    condition = Condition.of(module.condition(states[:, :1].expand(-1, signals, -1)))
-    losses.append((condition.embeds.float() ** 2).mean())
-    losses += [(part.float() ** 2).mean() for part in (condition.pooled, condition.mask) if part is not None]
-    if weights.wants("denoising", key) or weights.decoder:
-        latents = decoder.encode_media(torch.zeros(target, dtype=decoder.vae.dtype))
-        losses.append(decoder.denoising_loss(condition, latents).mean())
-    return losses
+    def losses(self, kind: Rows, tokens: int, labels: int) -> list[Tensor]:
+        """Losses of rows of `tokens` tokens, `labels` of which carry a loss; the model must be fake by now."""
+        model, losses = self.model, []
+        language_model = base_model(model.language_model)
+        embedding = language_model.get_input_embeddings().weight
+        states = torch.zeros(self.rows, tokens, embedding.shape[1], dtype=embedding.dtype)
+        for key in kind.encoders:
+            features = model.encoders[key](tree_map_only(Tensor, torch.zeros_like, self.inputs[key]))
+            features = features if isinstance(features, Tensor) else torch.stack(list(features))
+            states = states + features.mean().to(states.dtype)  # only connects the graph
+        if any(row.requires_grad for row in model.signal_tokens.input_rows.values()):
+            states = states + sum(row.mean() for row in model.signal_tokens.input_rows.values()).to(states.dtype)
+        if model.loss_weights.wants_language_model:
+            mask = torch.ones(self.rows, tokens, dtype=torch.long)
+            states = language_model.base_model(inputs_embeds=states, attention_mask=mask, use_cache=False)[0]
+            said = states[:, : max(1, min(labels, tokens))].flatten(0, 1)[:CHUNK]
+            logits = language_model.get_output_embeddings()(said).float()
+            output_rows = model.signal_tokens.output_rows
+            signals = [output_rows] if isinstance(output_rows, Tensor) else list(output_rows.parameters())
+            logits = logits + sum((row.mean().float() for row in signals), torch.zeros(()))
+            losses.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
+        for key in kind.decoders:
+            losses += self._decoder_losses(key, states)
+        return losses
 
-
-def target_shape(decoder: Any, rows: int) -> tuple[int, ...]:
-    """Shape of a batch of targets of a decoder."""
-    kind = media_type(decoder.modality)
-    blank = decoder.targets([kind.to_target(kind.blank(getattr(decoder, "num_frames", None)))])
-    return (rows, *blank.shape[1:])
-
-
-def blank_inputs(processor: Any, key: str, rows: int) -> dict[str, Any]:
-    """Processed encoder inputs with one blank medium per row."""
-    modality = processor.modalities[key]
-    medium = media_type(modality).blank(getattr(processor.encoder_processors[key], "num_frames", None))
-    data, _, _ = processor.process_media(processor.arrange_media([(modality, medium)] * rows))
-    return {name.removeprefix(f"{key}."): value for name, value in data.items()}
+    def _decoder_losses(self, key: str, states: Tensor) -> list[Tensor]:
+        module, weights = self.model.decoders[key], self.model.loss_weights
+        signals = module.projector.config.num_signal_tokens
+        condition = Condition.of(module.condition(states[:, :1].expand(-1, signals, -1)))
+        given = (condition.embeds, condition.pooled, condition.mask)
+        losses = [(one.float() ** 2).mean() for one in given if one is not None]
+        if weights.wants("denoising", key) or weights.decoder:
+            latents = module.module.encode_media(torch.zeros(self.targets[key], dtype=module.module.vae.dtype))
+            losses.append(module.module.denoising_loss(condition, latents).mean())
+        return losses

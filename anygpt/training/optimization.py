@@ -14,19 +14,10 @@ from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.sharding import is_sharded
+from anygpt.training.stages import part_kinds
 
 BASE = "learning_rate"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-def part_kinds(model: MultimodalModel) -> dict[str, str]:
-    """Kind of each part, which `train.learning_rates` also accepts as a key."""
-    kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
-    for key in model.encoder_keys:
-        kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
-    for key in model.decoder_keys:
-        kinds |= {f"{key}_decoder": "decoder", f"{key}_output_projector": "output_projector"}
-    return kinds
 
 
 def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[str, Any]]:
@@ -38,27 +29,25 @@ def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[st
     Raises:
         InputError: a rate for a part that does not exist or does not train.
     """
-    kinds, rates = part_kinds(model), train.learning_rates
-    unknown = sorted(set(rates) - {*kinds, *kinds.values()})
-    if unknown:
+    kinds, rates, base = part_kinds(model), train.learning_rates, train.learning_rate
+    if unknown := sorted(set(rates) - {*kinds, *kinds.values()}):
         known = dict.fromkeys([*kinds.values(), *kinds])
         raise InputError(f"train.learning_rates names {', '.join(unknown)}; the parts are {', '.join(known)}")
-    name_of: dict[int, str] = {}
-    for part, kind in kinds.items():
-        name = next((n for n in (part, kind) if n in rates), None)
-        if name is not None:
-            name_of |= {id(p): f"{BASE}/{name}" for p in model.part_parameters(part)}
+    name_of = {
+        id(parameter): next((name for name in (part, kind) if name in rates), "")
+        for part, kind in kinds.items()
+        for parameter in model.part_parameters(part)
+    }
     groups: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault(name_of.get(id(parameter), BASE), []).append(parameter)
-    idle = sorted(name for name in rates if f"{BASE}/{name}" not in groups)
-    if train.signal_rows == "none":  # then a rate for them is no mistake
-        idle = [name for name in idle if name != "signal_tokens"]
+            groups.setdefault(name_of.get(id(parameter), ""), []).append(parameter)
+    # Where no signal rows train, a rate for them is no mistake.
+    idle = sorted(set(rates) - set(groups) - ({"signal_tokens"} if train.signal_rows == "none" else set()))
     if idle:
         raise InputError(f"train.learning_rates names {', '.join(idle)}, of which nothing trains; leave it out")
     return [
-        {"params": groups[name], "lr": rates.get(name.removeprefix(f"{BASE}/"), train.learning_rate), "name": name}
+        {"params": groups[name], "lr": rates.get(name, base), "name": f"{BASE}/{name}" if name else BASE}
         for name in sorted(groups)
     ]
 

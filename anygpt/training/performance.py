@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from anygpt.training.processes import memory_in_use
+from anygpt.training.folder import GIB
 
 PHASES = ("data", "forward", "backward", "optimizer")
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "3090": 71, "L4": 121}
@@ -31,8 +32,7 @@ class Metrics:
         loss: weighted sum of all terms.
         terms: mean of each sub-term.
         gradient_norm: norm before clipping.
-        tokens, samples: numbers of tokens and samples.
-        skipped, cut: numbers of rows left out and shortened.
+        tokens, samples, skipped, cut: numbers of tokens and samples, and of rows left out and shortened.
         places: tokens processed by the language model, including padding, if counted.
     """
 
@@ -65,14 +65,14 @@ class Meter:
         self.left_out: Counter[str] = Counter()  # rows skipped and cut in the whole run
         self.start()
 
-    def count(self, update: Metrics) -> None:
-        self.done.update({"tok": update.tokens, "samples": update.samples})
-        self.left_out.update({"skipped": update.skipped, "cut": update.cut})
-
     def start(self) -> None:
         self.since, self.flops = time.perf_counter(), 0
         self.done: Counter[str] = Counter()
         self.marks: list[tuple[str, Any, Any]] = []
+
+    def count(self, update: Metrics) -> None:
+        self.done.update({"tok": update.tokens, "samples": update.samples})
+        self.left_out.update({"skipped": update.skipped, "cut": update.cut})
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -98,13 +98,12 @@ class Meter:
             passes = 1 + (output.requires_grad and inputs[0].requires_grad) + module.weight.requires_grad
             self.flops += 2 * module.weight.numel() * positions * passes
 
-    def updates(self, updates: Iterable[Any]) -> Iterator[Any]:
+    def updates(self, updates: Iterator[Any]) -> Iterator[Any]:
         """Yield the updates, counting the wait for each as phase `data`."""
-        iterator, end = iter(updates), object()
         while True:
             with self.phase("data"):
-                item = next(iterator, end)
-            if item is end:
+                item = next(updates, None)
+            if item is None:
                 return
             yield item
 
@@ -117,8 +116,10 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Throughput over all processes, shares of time, and memory since the last reading."""
+        memory = psutil.Process().memory_info().rss
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            memory = torch.cuda.max_memory_allocated(self.device)
         seconds = time.perf_counter() - self.since
         phases: Counter[str] = Counter()
         for name, begin, end in self.marks:
@@ -127,7 +128,7 @@ class Meter:
         values = {f"{what}/s": self.done[what] / seconds for what in ("tok", "samples")}
         values |= {"TFLOP/s": rate, "MFU": rate / self.peak / self.processes}
         values |= {f"{name}_share": phases[name] / seconds for name in PHASES}
-        values |= {"memory_gib": memory_in_use(self.device), **{k: n for k, n in self.left_out.items() if n}}
+        values |= {"memory_gib": memory / GIB, **{name: count for name, count in self.left_out.items() if count}}
         self.start()
         return values
 

@@ -7,14 +7,12 @@ import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
-from anygpt.training.folder import GIB
 from anygpt.training.sharding import local
 
 
@@ -35,7 +33,7 @@ class Interrupted(SystemExit):
 
 
 @contextlib.contextmanager
-def processes(config: Config) -> Iterator[Accelerator]:
+def started(config: Config) -> Iterator[Accelerator]:
     """Yield the run's accelerator; at the end, close its trackers and destroy its process group.
 
     All references to the wrapped model must be gone by then, so run the stage in a function of its own: once the group
@@ -111,10 +109,3 @@ class Sums:
     def of_all(self, accelerator: Accelerator) -> dict[str, float]:
         """Sums over all processes; a collective call."""
         return dict(zip(self.places, accelerator.reduce(self.values, reduction="sum").tolist(), strict=True))
-
-
-def memory_in_use(device: torch.device) -> float:
-    """Peak memory of the accelerator, or current memory of the process, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return psutil.Process().memory_info().rss / GIB

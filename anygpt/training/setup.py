@@ -7,8 +7,9 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,14 @@ from anygpt.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
-_BF16, MAX_LAYERS = "bfloat16", 1000
+MAX_LAYERS = 1000
 
 
 def source(part: PartSettings, mixed_precision: str) -> Source:
     """Source of a part; with `bf16`, its dtype is bfloat16 unless the config sets one."""
-    known = {f.name for f in fields(Source)}
-    settings = {name: value for name, value in asdict(part).items() if name in known}
-    if settings["dtype"] is None and mixed_precision == "bf16":
-        settings["dtype"] = _BF16
+    settings = {f.name: getattr(part, f.name) for f in fields(Source) if hasattr(part, f.name)}
+    if part.dtype is None and mixed_precision == "bf16":
+        settings["dtype"] = "bfloat16"
     return Source(**settings)
 
 
@@ -60,12 +60,20 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     Raises:
         InputError: a part cannot be loaded, or differs from that in `init_from`.
     """
+    made = compose(config, lambda where: nullcontext())
+    assert made is not None  # faults were raised
+    return made
+
+
+def compose(
+    config: Config, collected: Callable[[str], AbstractContextManager[None]]
+) -> tuple[MultimodalModel, MultimodalProcessor] | None:
+    """See `build`. Each part is loaded within `collected(<setting>)`; None if that swallowed a fault."""
     check_parts_by_key(config)
-    encoders, decoders, language_model, start = {}, {}, None, None
-    processors: dict[str, Any] = {}
+    precision, ridge = config.train.mixed_precision, config.train.projector_init == "ridge"
+    encoders, decoders, processors = {}, {}, {}
+    language_model = tokenizer = start = None
     fit: dict[str, str | None] = {}
-    tokenizer = None
-    precision = config.train.mixed_precision
     if config.model.init_from is not None:
         folder = Path(config.model.init_from)
         with reading(folder):
@@ -74,28 +82,34 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
             before = MultimodalProcessor.from_pretrained(folder)
         encoders, decoders, language_model = start.encoders, start.decoders, start.language_model
         processors, tokenizer, fit = before.encoder_processors, before.llm_tokenizer, before.fit
-    if language_model is None:
-        part = source(config.model.language_model, precision)
-        language_model, tokenizer = load_language_model(part), load_tokenizer(part)
-        rows = language_model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > rows:
+    part = config.model.language_model
+    if language_model is None and part is not None:
+        with collected("model.language_model"):
+            language_model = load_language_model(source(part, precision))
+        with collected("model.language_model"):
+            tokenizer = load_tokenizer(source(part, precision))
+    width = head = 8  # if the language model is faulty, so that the other parts are looked at
+    if language_model is not None and tokenizer is not None:
+        rows, width = language_model.get_input_embeddings().weight.shape
+        head = language_model.get_output_embeddings().weight.shape[1]
+        if start is None and part is not None and len(tokenizer) > rows:
             raise InputError(
                 f"the tokenizer in {part.path!r} has {len(tokenizer)} tokens, but the language model there only "
                 f"{rows} embeddings; it is another model's"
             )
-    width = language_model.get_input_embeddings().weight.shape[1]
-    head = language_model.get_output_embeddings().weight.shape[1]
-    for key, entry in config.model.encoders.items():
+    for key, encoder in config.model.encoders.items():
         if key not in encoders:
-            encoders[key], processors[key] = new_encoder(key, entry, width, precision)
-    for key, settings in config.model.decoders.items():
-        if key not in decoders:
-            ridge = config.train.projector_init == "ridge"
-            decoders[key] = new_decoder(key, settings, head, precision, ridge)
-        if settings.defaults:
-            decoders[key].defaults = settings.defaults
-    unknown = sorted(set(config.loss.by_modality) - set(decoders))
-    if unknown:
+            with collected(f"model.encoders.{key}"):
+                encoders[key], processors[key] = new_encoder(key, encoder, width, precision)
+    for key, decoder in config.model.decoders.items():
+        with collected(f"model.decoders.{key}"):
+            if key not in decoders:
+                decoders[key] = new_decoder(key, decoder, head, precision, ridge)
+            decoders[key].defaults = decoder.defaults or decoders[key].defaults
+    complete = set(config.model.encoders) <= set(encoders) and set(config.model.decoders) <= set(decoders)
+    if language_model is None or tokenizer is None or not complete:
+        return None
+    if unknown := sorted(set(config.loss.by_modality) - set(decoders)):
         raise InputError(
             f"loss.by_modality names {', '.join(unknown)}; the decoders are {', '.join(decoders) or 'none'}"
         )
@@ -103,102 +117,105 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
     fit |= {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
     processor = MultimodalProcessor(processors, tokenizer, model=model, fit=fit)
     if start is not None:
-        for before, after in ((start.token_ids, model.token_ids), (start.signal_tokens.ids, model.signal_tokens.ids)):
-            moved = [key for key, ids in (before or {}).items() if after.get(key) != ids]
-            if moved:
-                raise InputError(
-                    f"the tokenizer in {config.model.init_from} gives the tokens of {', '.join(moved)} other ids than "
-                    "the model there was trained with; it is another model's"
-                )
-        new = [f"{key}_encoder." for key in encoders if key not in start.encoder_keys]
-        new += [f"{key}_decoder." for key in decoders if key not in start.decoder_keys]
-        new += [
-            f"signal_tokens.{rows}.{key}"
-            for rows in ("input_rows", "output_rows")
-            for key in decoders
-            if key not in start.decoder_keys
-        ]
-        model.load_own_tensors(config.model.init_from, may_lack=tuple(new))
+        load_start(model, start, config.model.init_from)
     model.loss_weights = config.loss
     return model, processor
+
+
+def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
+    """Load the tensors in `model.init_from` that are not a pretrained part's; those of new parts stay as they are."""
+    for before, after in ((start.token_ids, model.token_ids), (start.signal_tokens.ids, model.signal_tokens.ids)):
+        moved = [key for key, ids in (before or {}).items() if after.get(key) != ids]
+        if moved:
+            raise InputError(
+                f"the tokenizer in {folder} gives the tokens of {', '.join(moved)} other ids than the model there was "
+                "trained with; it is another model's"
+            )
+    new = [f"{key}_encoder." for key in model.encoder_keys if key not in start.encoder_keys]
+    for key in model.decoder_keys:
+        if key not in start.decoder_keys:
+            new += [f"{key}_decoder.", f"signal_tokens.input_rows.{key}", f"signal_tokens.output_rows.{key}"]
+    model.load_own_tensors(folder, may_lack=tuple(new))
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
     """An encoder with its projector, and its processor."""
     modality, part = entry.modality or key, source(entry, precision)
-    encoder = load_encoder(part, modality)
-    check_arguments(f"model.encoders.{key}.projector", entry.projector, MultimodalProjectorConfig)
-    module = ModalEncoderModule(encoder, modality=modality)
+    module = ModalEncoderModule(load_encoder(part, modality), modality=modality)
     sizes = module.projector_sizes | {"out_features": width}
-    projector = MultimodalProjectorConfig(**sizes | entry.projector)
-    module.projector = build_projector(f"model.encoders.{key}", MultimodalProjector, projector)
+    module.projector = build_projector(
+        f"model.encoders.{key}.projector", MultimodalProjector, MultimodalProjectorConfig, sizes, entry.projector
+    )
     return module, load_encoder_processor(part, modality)
 
 
 def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool) -> ModalDecoderModule:
     """A decoder with its output projector, which has a linear path if `ridge`."""
-    decoder = load_decoder(source(entry, precision))
     module = ModalDecoderModule(
-        decoder, None, entry.num_signal_tokens, entry.hidden_layer, entry.modality, signal=entry.signal
+        load_decoder(source(entry, precision)),
+        None,
+        entry.num_signal_tokens,
+        entry.hidden_layer,
+        entry.modality,
+        signal=entry.signal,
     )
     if entry.num_frames is not None and not is_timed(module.modality):
         raise InputError(f"model.decoders.{key}.num_frames is {entry.num_frames}, but {module.modality} has no frames")
-    check_arguments(f"model.decoders.{key}.projector", entry.projector, OutputProjectorConfig)
     sizes = module.projector_sizes(width)
-    transformer = entry.projector.get("projection_type", "transformer") == "transformer"
-    line = {"linear_path": True} if ridge and transformer else {}
-    projector = OutputProjectorConfig(**sizes | line | entry.projector)
-    module.projector = build_projector(f"model.decoders.{key}", OutputProjector, projector)
+    if ridge and entry.projector.get("projection_type", "transformer") == "transformer":
+        sizes["linear_path"] = True
+    module.projector = build_projector(
+        f"model.decoders.{key}.projector", OutputProjector, OutputProjectorConfig, sizes, entry.projector
+    )
     return module
 
 
-def build_projector(where: str, kind: type[nn.Module], config: Any) -> nn.Module:
-    """Build a projector; raises `InputError` if it does not fit into the machine's memory."""
+def build_projector(
+    where: str, kind: type[nn.Module], config_class: type, sizes: dict[str, Any], given: dict[str, Any]
+) -> nn.Module:
+    """Build a projector; raises `InputError` for unknown settings, or if the machine's memory cannot hold it."""
+    check_arguments(where, given, config_class)
+    config = config_class(**sizes | given)
     for name, value in config.to_dict().items():
         if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
-            raise InputError(f"{where}.projector.{name} is {value}, expected at most {MAX_LAYERS}")
+            raise InputError(f"{where}.{name} is {value}, expected at most {MAX_LAYERS}")
     with torch.device("meta"):
         size = sum(4 * parameter.numel() for parameter in kind(config).parameters())
     if size > psutil.virtual_memory().total:
-        raise InputError(f"{where}.projector would take {size / GIB:,.0f} GiB, more than there are; make it smaller")
+        raise InputError(f"{where} would take {size / GIB:,.0f} GiB, more than there are; make it smaller")
     return kind(config)
 
 
 def check_parts_by_key(config: Config) -> None:
     """Check that keys are names and that no modality has a second encoder, which would get no input."""
     for section, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
-        bad = [key for key in parts if not key.isidentifier()]
-        if bad:
-            raise InputError(f"model.{section} has the key {bad[0]!r}; expected a name of letters, digits and _")
+        for key in parts:
+            if not key.isidentifier():
+                raise InputError(f"model.{section} has the key {key!r}; expected a name of letters, digits and _")
     modalities = Counter(entry.modality or key for key, entry in config.model.encoders.items())
-    twice = [modality for modality, count in modalities.items() if count > 1]
-    if twice:
-        raise InputError(
-            f"model.encoders has several encoders for {twice[0]!r}, of which only the first would be given media; name "
-            "one, or compose the model in Python"
-        )
+    for modality, count in modalities.items():
+        if count > 1:
+            raise InputError(
+                f"model.encoders has several encoders for {modality!r}, of which only the first would be given media; "
+                "name one, or compose the model in Python"
+            )
 
 
 def check_arguments(where: str, given: dict[str, Any], cls: type) -> None:
     """Reject unknown arguments, which transformers' configs would accept and ignore."""
     known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
+    if unknown := sorted(set(given) - set(known)):
         raise InputError(f"{where} has the unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
 
 
 def check_same_parts(folder: Path, config: Config) -> None:
     """Check that parts named by both the config and `init_from` agree in all settings that the config gives."""
-    saved = read_config(folder)
-    pairs: dict[str, tuple[PartSettings | None, dict[str, Any] | None]] = {
-        **{f"encoders.{k}": (e, saved.encoders.get(k)) for k, e in config.model.encoders.items()},
-        **{f"decoders.{k}": (e, saved.decoders.get(k)) for k, e in config.model.decoders.items()},
-        "language_model": (config.model.language_model, saved.language_model),
-    }
-    for name, (wanted, found) in pairs.items():
-        if wanted is None or found is None:
-            continue
-        for setting, value, before in differences(wanted, found):
+    saved, model = read_config(folder), config.model
+    pairs: list[tuple[str, Any, Any]] = [("language_model", model.language_model, saved.language_model)]
+    pairs += [(f"encoders.{key}", entry, saved.encoders.get(key)) for key, entry in model.encoders.items()]
+    pairs += [(f"decoders.{key}", entry, saved.decoders.get(key)) for key, entry in model.decoders.items()]
+    for name, wanted, found in pairs:
+        for setting, value, before in differences(wanted, found) if wanted and found else ():
             raise InputError(
                 f"model.{name}.{setting} is {value!r}, but {folder} was trained with {before!r}; name the same part, "
                 "leave it out, or start from other weights with model.init_from"
@@ -207,23 +224,20 @@ def check_same_parts(folder: Path, config: Config) -> None:
 
 def differences(wanted: PartSettings, found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield (name, given value, saved value) of settings that differ from those of the saved part."""
-    saved = (
-        found if found["source"] is None else dict.fromkeys(f.name for f in fields(Source)) | found["source"] | found
-    )
+    saved = found if found["source"] is None else {f.name: None for f in fields(Source)} | found["source"] | found
     for setting in fields(wanted):
         value: Any = getattr(wanted, setting.name)
-        value = Source(value).path if setting.name == "path" else value
-        given = setting.name != "defaults" and (setting.default is MISSING or value != setting.default)
         if setting.name == "projector":
             cls = MultimodalProjectorConfig if isinstance(wanted, EncoderConfig) else OutputProjectorConfig
             check_arguments("projector", value, cls)
             before = cls(**found["projector"])
-            yield from (
-                (f"projector.{name}", part, getattr(before, name))
-                for name, part in value.items()
-                if getattr(before, name) != part
-            )
-        elif given and setting.name in saved and saved[setting.name] != value:
+            for name, part in value.items():
+                if getattr(before, name) != part:
+                    yield f"projector.{name}", part, getattr(before, name)
+            continue
+        value = Source(value).path if setting.name == "path" else value
+        given = setting.name != "defaults" and (setting.default is MISSING or value != setting.default)
+        if given and setting.name in saved and saved[setting.name] != value:
             yield setting.name, value, saved[setting.name]
 
 
@@ -265,27 +279,22 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
     Raises:
         InputError: media without encoder or decoder, or a term that the stage does not train on.
     """
-    inputs = {encoder.modality for encoder in model.encoders.values()}
-    outputs = {decoder.modality for decoder in model.decoders.values()}
-    found: dict[str, set[str]] = {"user": set(), "assistant": set()}
-    for role, part in sample.media():
-        found["assistant" if role == "assistant" else "user"].add(part.type)
-    for kinds, known, what in (
-        (found["user"], inputs, "an encoder"),
-        (found["assistant"], outputs, "a decoder"),
-    ):
+    has_media = []
+    for modules, answered, what in ((model.encoders, False, "an encoder"), (model.decoders, True, "a decoder")):
+        known = {module.modality for module in modules.values()}
+        kinds = {part.type for role, part in sample.media() if (role == "assistant") == answered}
         if kinds - known:
             raise InputError(
-                f"{sample.source} (sample {sample.id!r}) needs {what} for {', '.join(sorted(kinds - known))}, but "
+                f"{sample.name} needs {what} for {', '.join(sorted(kinds - known))}, but "
                 f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
                 "such rows out"
             )
-    term = {(0, 0): "llm", (1, 0): "encoder_llm", (0, 1): "llm_decoder", (1, 1): "encoder_decoder"}[
-        bool(found["user"]), bool(found["assistant"])
-    ]
+        has_media.append(bool(kinds))
+    read, made = has_media
+    term = ("encoder_decoder" if read else "llm_decoder") if made else ("encoder_llm" if read else "llm")
     if term not in stage.terms:
         raise InputError(
-            f"{sample.source} (sample {sample.id!r}) is a row of the kind {term}, which {stage.name} does not "
+            f"{sample.name} is a row of the kind {term}, which {stage.name} does not "
             f"train on; it takes {', '.join(stage.terms)}"
         )
     return term

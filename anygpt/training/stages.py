@@ -32,13 +32,8 @@ class Stage:
 
     def parts(self, model: MultimodalModel) -> list[str]:
         """Parts of a model that this stage trains."""
-        keys = {
-            "projector": [f"{key}_projector" for key in model.encoder_keys],
-            "output_projector": [f"{key}_output_projector" for key in model.decoder_keys],
-            "signal_tokens": ["signal_tokens"] if model.decoder_keys else [],
-            "language_model": ["language_model"],
-        }
-        return [part for kind in self.trains for part in keys[kind]]
+        idle = () if model.decoder_keys else ("signal_tokens",)
+        return [part for part, kind in part_kinds(model).items() if kind in self.trains and part not in idle]
 
 
 ENCODER_LLM = Stage("stage 1, encoder-LLM", ("projector",), ("encoder_llm",))
@@ -85,12 +80,22 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small updates would be lost in half precision
-    trainable = model.trainable_names()
-    expected = expected_names(model, parts, rows)
-    assert set(trainable) == expected, f"{stage.name} trains {set(trainable) ^ expected} by mistake, or not"
+    trainable, expected = model.trainable_names(), expected_names(model, parts, rows)
+    if wrong := set(trainable) ^ expected:
+        raise RuntimeError(f"{stage.name} trains what it should not, or the reverse: {', '.join(sorted(wrong))}")
     if not trainable:
         raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
     return trainable
+
+
+def part_kinds(model: MultimodalModel) -> dict[str, str]:
+    """Kind of each part, which `train.learning_rates` also accepts as a key."""
+    kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
+    for key in model.encoder_keys:
+        kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
+    for key in model.decoder_keys:
+        kinds |= {f"{key}_decoder": "decoder", f"{key}_output_projector": "output_projector"}
+    return kinds
 
 
 def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
@@ -98,17 +103,17 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
     networks: dict[str, list[str]] = {}
     for part in parts:
         name, _, network = part.partition(".")
-        if network:
-            networks.setdefault(name, []).append(network)
+        networks.setdefault(name, []).extend([network] if network else [])
     for name, chosen in networks.items():
         key = name.removesuffix("_decoder")
-        if key not in model.decoder_keys or name in parts:
+        if chosen and (key not in model.decoder_keys or name in parts):
             raise InputError(
                 f"train.parts names {name}.{chosen[0]}, which must be a network of a decoder that is not named itself "
                 f"too; the decoders are {', '.join(f'{key}_decoder' for key in model.decoder_keys) or 'none'}"
             )
-        model.decoders[key].module.train_networks(chosen)
-    return list(dict.fromkeys(part.partition(".")[0] for part in parts))
+        if chosen:
+            model.decoders[key].module.train_networks(chosen)
+    return list(networks)
 
 
 def check_adapter(language_model: Any, lora: LoraSettings) -> None:
@@ -130,25 +135,20 @@ def trained_inputs(model: MultimodalModel, signal_rows: str) -> list[str]:
 
 
 def expected_names(model: MultimodalModel, parts: list[str], signal_rows: str) -> set[str]:
-    """Names of the parameters that should train, derived from names alone, not from `requires_grad`."""
-    wanted = []
-    for part in parts:
-        key, _, kind = part.rpartition("_")
-        if part.endswith("_output_projector"):
-            key = part.removesuffix("_output_projector")
-            wanted += [f"{key}_decoder.projector.", f"{key}_decoder.layer_weights"]
-        elif kind == "projector":
-            wanted.append(f"{key}_encoder.projector.")
-        elif kind == "encoder":
-            wanted.append(f"{part}.module.")
-        elif kind == "decoder":
-            wanted += [f"{part}.module.{network}." for network in model.decoders[key].module.trains]
-        elif part == "signal_tokens":
-            wanted += [f"signal_tokens.input_rows.{key}" for key in trained_inputs(model, signal_rows)]
-            wanted += ["signal_tokens.output_rows."] if signal_rows != "none" else []
-    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(wanted or ["\0"]))}
-    if "language_model" in parts:
-        adapted = is_peft(model.language_model)
-        of_llm = {n for n, _ in model.named_parameters() if n.startswith("language_model.")}
-        names |= {n for n in of_llm if ".lora_" in n or not adapted}
-    return names
+    """Names of the parameters that should train, whatever their `requires_grad`."""
+    inputs = {f"signal_tokens.input_rows.{key}" for key in trained_inputs(model, signal_rows)}
+    networks = tuple(
+        f"{key}_decoder.module.{network}." for key, one in model.decoders.items() for network in one.module.trains
+    )
+    adapted = {f"{key}_encoder": is_peft(encoder.module) for key, encoder in model.encoders.items()}
+    adapted["language_model"] = is_peft(model.language_model)
+    own = {id(parameter): part for part in parts for parameter in model.part_parameters(part)}
+
+    def trains(name: str, part: str) -> bool:
+        if part in adapted:
+            return ".lora_" in name or not adapted[part]
+        if part == "signal_tokens":
+            return name in inputs or (signal_rows != "none" and ".output_rows." in name)
+        return not part.endswith("_decoder") or name.startswith(networks)
+
+    return {name for name, p in model.named_parameters() if id(p) in own and trains(name, own[id(p)])}

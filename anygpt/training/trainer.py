@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +28,14 @@ from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.packing import check_packing
 from anygpt.outputs import LossTerm
 from anygpt.training import checkpoint as checkpoints
-from anygpt.training import sharding
+from anygpt.training import folder as folders
+from anygpt.training import loading, processes, sharding
 from anygpt.training.config import Config
-from anygpt.training.folder import (
-    FINAL,
-    MAX,
-    PREFIX,
-    SAMPLES,
-    STOPPED,
-    best_checkpoint,
-    check_folder,
-    environment,
-    prepare_folder,
-    remove_old,
-    written_or_as_before,
-)
-from anygpt.training.loading import (
-    MicroBatch,
-    loader_options,
-    make_generators,
-    make_loader,
-    take_ids,
-    take_updates,
-    use_cache,
-)
+from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
+from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
 from anygpt.training.performance import Meter, Metrics, profiler
-from anygpt.training.processes import (
-    Aborted,
-    Interrupted,
-    NonFiniteLoss,
-    Sums,
-    any_rank,
-    caught_signals,
-    check_finite,
-    processes,
-)
+from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
 from anygpt.training.samples import run_suite, take_samples
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
@@ -82,14 +55,14 @@ def train(config: Config, stage: Stage) -> Path:
     """
     check_tracker(config)
     folder = Path(config.run.output_dir)
-    check_folder(folder, config)
+    folders.check_folder(folder, config)
     checkpoint, passed_over = checkpoints.choose_checkpoint(config)
     if checkpoint is None and config.run.resume == "auto" and (folder / FINAL).exists():
         raise InputError(
             f"{folder / FINAL} is there already, and no checkpoint to continue from; choose another run.output_dir, or "
             "replace it with run.resume=never"
         )
-    with processes(config) as accelerator:
+    with processes.started(config) as accelerator:
         return Trainer(config, stage, accelerator).setup(checkpoint).fit(passed_over)
 
 
@@ -126,30 +99,29 @@ class Trainer:
         Raises:
             InputError: wrong settings, parts or data; nothing has been written.
         """
-        config, accelerator = self.config, self.accelerator
+        config, data, accelerator = self.config, self.config.data, self.accelerator
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
         set_seed(config.run.seed)
         self.model, self.processor = build(config)
         names = prepare_stage(self.model, self.stage, config)
         self.processor.describe_targets(self.model)
         check_metrics(config, self.model)
-        self.model.pack_to = config.data.pack_to
-        self.shows_padding = config.data.pack_to is not None or config.data.max_batch_tokens is not None
-        if config.data.pack_to is not None:
+        self.model.pack_to = data.pack_to
+        if data.pack_to is not None:
             check_packing(self.model)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
-        self.notes.append(f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors")
         self.digests = checkpoints.data_digests(self.dataset)
+        self.notes += [f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
         self.notes += [f"{key}_decoder: {targets.note}" for key, targets in self.processor.targets.items()]
         if checkpoint is not None:
             checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with the tensors
-        data = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
+        datasets = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
         sharded = sharding.is_sharded(accelerator)
-        self.notes += use_cache(data, self.collator, self.model, self.processor, config, sharded)
+        self.notes += loading.use_cache(datasets, self.collator, self.model, self.processor, config, sharded)
         if checkpoint is None:
             self.notes += init_projectors(self.model, self.dataset, self.collator, config, accelerator)
         self.setup_optimizer(checkpoint)
@@ -175,9 +147,9 @@ class Trainer:
             model.to(accelerator.device)
             compile_layers(model)
         self.wrapped, self.optimizer, self.whole = sharding.prepare(model, optimizer, accelerator, config)
-        if checkpoint is not None and sharded:
-            sharding.load_optimizer_state(model, self.optimizer, checkpoints.read_optimizer_state(checkpoint))
         if checkpoint is not None:
+            if sharded:
+                sharding.load_optimizer_state(model, self.optimizer, checkpoints.read_optimizer_state(checkpoint))
             set_rates(self.optimizer, self.scheduler)
         self.wrapped.train()
 
@@ -189,29 +161,31 @@ class Trainer:
             NonFiniteLoss, Aborted, Interrupted: after the state has been written.
         """
         config, accelerator = self.config, self.accelerator
-        loader = make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
-        with contextlib.closing(take_updates(loader, config)) as updates:
+        loader = loading.make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
+        with contextlib.closing(loading.take_updates(loader, config)) as updates, contextlib.ExitStack() as stack:
             first = list(itertools.islice(updates, 1))  # find errors in it before anything is written
-            with written_or_as_before(self.folder, accelerator):
-                facts = {"environment": environment(accelerator)}
-                prepared = prepare_folder(self.folder, config, facts["environment"], self.done, accelerator)
-                parts = self.model.summarize_parts()
-                facts["parameters"] = {p.part: p.parameters for p in parts}
-                facts["trainable"] = {p.part: p.trainable for p in parts if p.trainable}
-                self.log = RunLog(accelerator, config, config.train.max_steps, self.done, facts, self.tracker_run)
-                with contextlib.closing(self.log), caught_signals() as caught:
-                    self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
-                    for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
-                        self.log.say(line)
-                    with profiler(config.train.profile, self.folder / "profile", accelerator.process_index) as trace:
-                        self.run_updates(itertools.chain(first, updates), caught, trace)
-                    self.finish()
+            stack.enter_context(folders.written_or_as_before(self.folder, accelerator))
+            environment = folders.environment(accelerator)
+            prepared = folders.prepare_folder(self.folder, config, environment, self.done, accelerator)
+            parts = self.model.summarize_parts()
+            facts = {"environment": environment, "parameters": {p.part: p.parameters for p in parts}}
+            facts["trainable"] = {p.part: p.trainable for p in parts if p.trainable}
+            self.log = RunLog(accelerator, config, self.done, facts, self.tracker_run)
+            stack.enter_context(contextlib.closing(self.log))
+            caught = stack.enter_context(processes.caught_signals())
+            self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
+            for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
+                self.log.say(line)
+            with profiler(config.train.profile, self.folder / "profile", accelerator.process_index) as trace:
+                self.run_updates(itertools.chain(first, updates), caught, trace)
+            self.finish()
         return self.folder / FINAL
 
-    def run_updates(self, updates: Iterable[list[MicroBatch]], caught: list[int], trace: Any) -> None:
+    def run_updates(self, updates: Iterator[list[MicroBatch]], caught: list[int], trace: Any) -> None:
         """Run the updates, with metrics, evaluation, samples and checkpoints in between; stops on a signal."""
         train, log = self.config.train, self.log
         moved = self.done == train.max_steps
+        self.meter.start()
         for micro_batches in self.meter.updates(updates):
             before = checkpoints.rng_state()
             try:
@@ -224,18 +198,14 @@ class Trainer:
             moved |= update.gradient_norm > 0
             last = self.done == train.max_steps
             self.meter.count(update)
-            log.bar.update()
+            log.advance(update.loss)
             if trace is not None:
                 trace.step()
-            log.bar.set_postfix(loss=f"{update.loss:.4g}", refresh=False)
             if last or self.is_due(train.log_steps):
                 log.metrics(self.done, metrics | self.meter.read())
             with self.meter.paused():
                 if self.is_due(train.eval_steps):
                     found = self.evaluate()
-                    if train.eval_suite:
-                        folder = self.folder / "evaluation" / f"{self.done:06d}"
-                        found |= run_suite(train.eval_suite, folder, self.model, self.processor, self.accelerator)
                     log.metrics(self.done, found)
                     metrics |= found
                 if last:
@@ -243,11 +213,11 @@ class Trainer:
                 if self.is_due(train.sample_steps):
                     self.sample()
                 self.stop_if_above(metrics)
-                interrupted = any_rank(bool(caught), self.accelerator)
+                interrupted = processes.any_rank(bool(caught), self.accelerator)
                 if interrupted or (train.save_steps and (last or self.is_due(train.save_steps))):
                     self.save(PREFIX, metrics)
                     if self.accelerator.is_main_process:
-                        remove_old(self.folder, self.config)
+                        folders.remove_old(self.folder, self.config)
             if interrupted and not last:
                 line = f"interrupted; checkpoint after update {self.done} written, the same command continues from it"
                 log.say(line)
@@ -257,7 +227,7 @@ class Trainer:
                 "no gradient reached anything that trains, in no update: the data has nothing for the parts that "
                 "train, or every sample was skipped"
             )
-        check_finite(self.model, self.accelerator)
+        processes.check_finite(self.model, self.accelerator)
 
     def is_due(self, every: int) -> bool:
         """Whether an action taken every `every` updates (0: never) is due after this one."""
@@ -277,7 +247,7 @@ class Trainer:
         sums = Sums([*names, LOSS, *COUNTED], accelerator.device)
         for index, (batch, ids) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            generators = make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
+            generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 batch = move(batch, accelerator.device)
                 with self.meter.phase("forward"):
@@ -290,10 +260,10 @@ class Trainer:
                         accelerator.backward(loss * accelerator.num_processes)
             for name, term in output.losses.items():
                 assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
-            sums.add_all({name: term.total for name, term in output.losses.items()})
+                sums.add(name, term.total)
             sums.add(LOSS, loss)
             sums.add(TOKENS, int(output.attention_mask.sum()))
-            sums.add(PLACES, output.places if self.shows_padding else 0)
+            sums.add(PLACES, output.places if self.model.pack_to or self.config.data.max_batch_tokens else 0)
             sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
         with self.meter.phase("optimizer"):
             norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
@@ -313,7 +283,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean of every sub-term over `data.eval`, and the weighted loss, with the same noise each time."""
+        """Mean of every sub-term over `data.eval`, the weighted loss, and the metrics of `train.eval_suite`.
+
+        Noise is the same each time.
+        """
         names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
         totals, counts = Sums(names, device), Sums(names, device)
         size, world, rows = self.config.train.batch_size, accelerator.num_processes, range(len(self.held_out))
@@ -322,10 +295,12 @@ class Trainer:
         # Sharded processes must take equally many steps: one without rows computes a row that is not counted.
         order = [chunk or [0] for chunk in chunks]
         self.wrapped.eval()
-        loader = DataLoader(self.held_out, batch_sampler=order, collate_fn=self.collator, **loader_options(self.config))
+        loader = DataLoader(
+            self.held_out, batch_sampler=order, collate_fn=self.collator, **loading.loader_options(self.config)
+        )
         for batch, chunk in zip(loader, chunks, strict=True):
-            ids = take_ids(batch, self.config)
-            generators = make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
+            ids = loading.take_ids(batch, self.config)
+            generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
             losses = self.model(**move(batch, device), generators=generators).losses
             if chunk:
                 totals.add_all({name: term.total for name, term in losses.items()})
@@ -335,7 +310,11 @@ class Trainer:
         means = {name: total[name] / count[name] for name in names if count[name]}
         losses = {name: LossTerm(torch.tensor(total[name]), int(count[name])) for name in means}
         loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
-        return {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
+        found = {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
+        if suite := self.config.train.eval_suite:
+            folder = self.folder / "evaluation" / f"{self.done:06d}"
+            found |= run_suite(suite, folder, self.model, self.processor, accelerator)
+        return found
 
     def sample(self) -> None:
         """Generate answers to the first rows of data.eval, on every process, as a sharded model requires."""
@@ -362,15 +341,29 @@ class Trainer:
             NonFiniteLoss: a trainable parameter is not finite, and the run could not continue from the checkpoint.
         """
         if name == PREFIX:
-            check_finite(self.model, self.accelerator)
+            processes.check_finite(self.model, self.accelerator)
         path = self.folder / f"{name}{self.done}"
         state = {"step": self.done, "max_steps": self.config.train.max_steps, "data": self.digests}
         state |= {"scheduler": self.scheduler.state_dict(), "metrics": metrics, "tracker_run": self.log.run_id}
-        sharding.gather_into(self.whole, self.model)
-        moved = sharding.optimizer_state(self.model, self.optimizer, self.accelerator)
-        what = self.whole, self.processor, state, moved, random_state
-        checkpoints.save_checkpoint(path, *what, self.accelerator, self.config)
+        state |= {"settings": checkpoints.settings_that_count(self.config)}
+        optimizer_state = sharding.optimizer_state(self.model, self.optimizer, self.accelerator)
+        with self.written(path) as folder:
+            if self.accelerator.is_main_process:
+                checkpoints.save_state(optimizer_state, folder / checkpoints.OPTIMIZER)
+                (folder / STATE).write_text(json.dumps(state, default=float, indent=1))
+            own = checkpoints.rng_file(folder, self.accelerator)
+            checkpoints.save_state(random_state or checkpoints.rng_state(), own)
         return path
+
+    @contextlib.contextmanager
+    def written(self, path: Path) -> Iterator[Path]:
+        """Write model and processor to a folder atomically, with what the block adds to it."""
+        sharding.gather_into(self.whole, self.model)
+        with checkpoints.written_whole(path, self.accelerator) as folder:
+            if self.accelerator.is_main_process:
+                self.whole.save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+            yield folder
 
     def describe(self, metrics: dict[str, float]) -> None:
         """Record the training in the model's config, for its card."""
@@ -382,13 +375,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Write `final/`, and say which checkpoint is best."""
-        sharding.gather_into(self.whole, self.model)
-        checkpoints.save_model(self.folder / FINAL, self.whole, self.processor, self.accelerator)
+        with self.written(self.folder / FINAL):
+            pass
         keep = self.config.train.keep_best
-        best = best_checkpoint(self.folder, keep) if keep else None
+        best = folders.best_checkpoint(self.folder, keep) if keep else None
         if best is not None:
-            word = "highest" if keep.startswith(MAX) else "lowest"
-            self.log.say(f"{word} {keep.removeprefix(MAX)}: {best[1]:.4g}, in {best[0]}")
+            word = "highest" if keep.startswith(folders.MAX) else "lowest"
+            self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}")
         self.log.say(f"finished: {self.folder / FINAL}")
 
 
