@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -220,6 +221,7 @@ def test_an_evaluation_has_the_same_numbers_whatever_the_workers(make_arguments,
     extractor = type(bench.trainer.processor.encoder_processors["audio"])
     call, draws = extractor.__call__, []
 
+    @functools.wraps(call)  # its signature is looked at
     def drawing(self, *args, **kwargs):
         found = call(self, *args, **kwargs)
         draws.append(np.random.standard_normal())
