@@ -10,10 +10,10 @@ of ToyWorld if there is no data. The letters of shapes are explained in `anygpt/
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,110 +34,109 @@ from anygpt.training.setup import build
 CONDITION = {".embeds": "(K, T, D)", ".pooled": "(K, P)", ".mask": "(K, T)", "": "(K, T, D)"}
 SEQUENCE = {".inputs_embeds": "(B, S, H)", ".media_in": "(B,)", "": "(B, S)"}
 ENCODED = {".pooler_output": "(items, width)", "": "(items, n, width)"}
-FEATURES, LATENTS = "(items, n, H)", "(K, C, …)"
+FEATURES, STATES, LATENTS = {"": "(items, n, H)"}, {"": "(B, S, H)"}, {"": "(K, C, …)"}
+LOGITS = {"": "(B, S, V') or, at labels, (1, M, V')"}
 COLUMNS = ("hop", "tensor", "shape", "dtype", "device", "in letters")
 
-
-class Trace:
-    """A table of tensors in the order in which they are added."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, ...]] = []
-
-    def add(self, hop: str, name: str, value: Any, letters: str | dict[str, str]) -> None:
-        """Add a tensor, or all in a list, mapping or dataclass, with letters by place in it, `""` for the others."""
-        by_place = letters if isinstance(letters, dict) else {"": letters}
-        for place, tensor in tensors_in(value):
-            facts = (str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."), str(tensor.device))
-            self.rows.append((hop, name + place, *facts, by_place.get(place, by_place[""])))
-
-    def __str__(self) -> str:
-        """Aligned table; each hop is named once."""
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *self.rows, strict=True)]
-        lines, before = [], None
-        for row in [COLUMNS, tuple("─" * width for width in widths), *self.rows]:
-            cells = ("", *row[1:]) if row[0] == before else row
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-            before = row[0]
-        return "\n".join(lines)
+Found = tuple[str, str, Any, dict[str, str]]
+"""Hop, name, tensors, and their shapes in letters by place in the value, `""` for the others."""
+See = Callable[[tuple, Any], Iterable[Found]]
+"""Picks from the arguments and the result of a call."""
 
 
-def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor with its place: `.key` of a mapping or field, `[i]` of a list."""
-    inside: list[tuple[str, Any]] = []
+def rows_of(hop: str, name: str, value: Any, letters: dict[str, str], at: str = "") -> Iterator[tuple[str, ...]]:
+    """Rows of the table for all tensors in a value, with their place: `.key` of a mapping or field, `[i]` of a list."""
+    inside: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Tensor):
-        yield place, value
+        shape, dtype = str(tuple(value.shape)), str(value.dtype).removeprefix("torch.")
+        yield hop, name + at, shape, dtype, str(value.device), letters.get(at, letters[""])
     elif hasattr(value, "keys"):
         inside = [(f".{key}", value[key]) for key in value]
     elif is_dataclass(value):
         inside = [(f".{field.name}", getattr(value, field.name)) for field in fields(value)]
     elif isinstance(value, (list, tuple)):
         inside = [(f"[{index}]", item) for index, item in enumerate(value)]
-    for name, item in inside:
-        yield from tensors_in(item, place + name)
+    for place, item in inside:
+        yield from rows_of(hop, name, item, letters, at + place)
+
+
+def calls(model: MultimodalModel) -> Iterator[tuple[Any, str, See]]:
+    """Yield every hop: the owner of a method, its name, and what to list of each call."""
+
+    def output(hop: str, name: str, letters: dict[str, str]) -> See:
+        return lambda _, result: [(hop, name, result, letters)]
+
+    def states(_: tuple, result: tuple) -> list[Found]:
+        return [("language model", "logits", result[0], LOGITS), ("language model", "hidden_states", result[1], STATES)]
+
+    def spans(arguments: tuple, result: dict[str, Tensor]) -> Iterator[Found]:
+        yield "language model", "last states", arguments[2], STATES
+        for key, state in result.items():
+            yield "signal tokens", f"positions of {key}", arguments[1][key].positions, {"": "(K, N)"}
+            yield "signal tokens", f"states of {key}", state, {"": "(K, N, H)"}
+
+    def noise(hop: str, arguments: tuple, result: Any) -> list[Found]:
+        return [(hop, "noisy latents", arguments[0], LATENTS), (hop, "prediction", result, LATENTS)]
+
+    for key, encoder in model.encoders.items():
+        yield encoder.module, "forward", output(f"{key} encoder", "output", ENCODED)
+        yield encoder.projector, "forward", output(f"{key} projector", "output", FEATURES)
+        yield encoder, "forward", output(f"{key} projector", "features", FEATURES)
+    yield model, "embed", output("token embeddings", "text", SEQUENCE)
+    yield model, "merge", output("merge", "sequence", SEQUENCE)
+    yield model, "run_language_model", states
+    yield model, "read_spans", spans
+    for key, decoder in model.decoders.items():
+        projector, hop = f"{key} output projector", f"{key} decoder"
+        yield decoder.projector, "forward", output(projector, "projected", CONDITION)
+        yield decoder, "condition", output(projector, "condition", CONDITION)
+        yield decoder.module, "encode_text", output(hop, "encoding of captions", CONDITION)
+        yield decoder.module, "encode_media", output(hop, "latents of targets", LATENTS)
+        yield decoder.module.denoiser, "forward", partial(noise, hop)
 
 
 @torch.no_grad()
-def trace(model: MultimodalModel, batch: dict[str, Any]) -> Trace:
-    """Run one forward pass and record the output of every hop."""
-    table, stack = Trace(), ExitStack()
+def trace(model: MultimodalModel, batch: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Run one forward pass and return the rows of the table for every hop."""
+    rows: list[tuple[str, ...]] = []
 
-    def watch(owner: Any, method: str, see: Any) -> None:
-        """Call `see(arguments, result)` after each call of a method of this object."""
-        original = getattr(owner, method)
+    def add(*found: Any) -> None:
+        rows.extend(rows_of(*found))
 
+    def watched(original: Callable, see: See) -> Callable:
         @wraps(original)  # encoders' arguments are chosen by signature
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            see(args, result)
+        def call(*arguments: Any, **kwargs: Any) -> Any:
+            result = original(*arguments, **kwargs)
+            for found in see(arguments, result):
+                add(*found)
             return result
 
-        stack.enter_context(patch.object(owner, method, call))
+        return call
 
-    def list_results(owner: Any, method: str, hop: str, name: str, letters: str | dict[str, str]) -> None:
-        watch(owner, method, lambda _, result: table.add(hop, name, result, letters))
-
-    def list_arguments(owner: Any, method: str, hop: str, name: str, letters: str) -> None:
-        watch(owner, method, lambda arguments, _: table.add(hop, name, arguments[0], letters))
-
-    def language_model(args: tuple, result: tuple) -> None:
-        table.add("language model", "logits", result[0], "(B, S, V') or, at labels, (1, M, V')")
-        table.add("language model", "hidden_states", result[1], "(B, S, H)")
-
-    def spans(args: tuple, result: dict[str, Tensor]) -> None:
-        table.add("language model", "last states", args[2], "(B, S, H)")
-        for key, state in result.items():
-            table.add("signal tokens", f"positions of {key}", args[1][key].positions, "(K, N)")
-            table.add("signal tokens", f"states of {key}", state, "(K, N, H)")
-
-    text = {"input_ids", "attention_mask", "labels"}
     for name, value in batch.items():
         if name != "decoder_targets":
-            table.add("processor", name, value, "(B, S)" if name in text else "(items, …)")
+            text = name in ("input_ids", "attention_mask", "labels")
+            add("processor", name, value, {"": "(B, S)" if text else "(items, …)"})
     for key, target in batch["decoder_targets"].items():
-        table.add("processor", f"targets of {key}", target.get("media"), "(K, …)")
-    with stack:
-        for key, encoder in model.encoders.items():
-            list_results(encoder.module, "forward", f"{key} encoder", "output", ENCODED)
-            list_results(encoder.projector, "forward", f"{key} projector", "output", FEATURES)
-            list_results(encoder, "forward", f"{key} projector", "features", FEATURES)
-        list_results(model, "embed", "token embeddings", "text", SEQUENCE)
-        list_results(model, "merge", "merge", "sequence", SEQUENCE)
-        watch(model, "run_language_model", language_model)
-        watch(model, "read_spans", spans)
-        for key, decoder in model.decoders.items():
-            hop = f"{key} output projector"
-            list_results(decoder.projector, "forward", hop, "projected", CONDITION)
-            list_results(decoder, "condition", hop, "condition", CONDITION)
-            hop = f"{key} decoder"
-            list_results(decoder.module, "encode_text", hop, "encoding of captions", CONDITION)
-            list_results(decoder.module, "encode_media", hop, "latents of targets", LATENTS)
-            list_arguments(decoder.module.denoiser, "forward", hop, "noisy latents", LATENTS)
-            list_results(decoder.module.denoiser, "forward", hop, "prediction", LATENTS)
+        add("processor", f"targets of {key}", target.get("media"), {"": "(K, …)"})
+    with ExitStack() as stack:
+        for owner, method, see in calls(model):
+            stack.enter_context(patch.object(owner, method, watched(getattr(owner, method), see)))
         output = model(**batch)
-    table.add("losses", "sum", {name: term.total for name, term in (output.losses or {}).items()}, "()")
-    table.add("losses", "loss", output.loss, "()")
-    return table
+    add("losses", "sum", {name: term.total for name, term in (output.losses or {}).items()}, {"": "()"})
+    add("losses", "loss", output.loss, {"": "()"})
+    return rows
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned table; each hop is named once."""
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines, before = [], None
+    for row in [COLUMNS, tuple("─" * width for width in widths), *rows]:
+        cells = ("", *row[1:]) if row[0] == before else row
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+        before = row[0]
+    return "\n".join(lines)
 
 
 def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: list[DataSource]) -> dict[str, Any]:
@@ -179,4 +178,4 @@ def main(arguments: list[str]) -> None:
     else:
         model, processor = load_checkpoint(options.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    print(trace(model, move(make_batch(model, processor, sources), model.device)))
+    print(table(trace(model, move(make_batch(model, processor, sources), model.device))))

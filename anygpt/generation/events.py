@@ -1,7 +1,7 @@
 """The events of `MultimodalModel.generate(on_event=…)` and `generate_stream`.
 
 Text is streamed first, with a `MediumCalled` where a medium belongs; then each called decoder runs once for all its
-media. `row` is the index in the batch, `segment` the index into that row's `Answer.segments`.
+media. `segment` is the index into the row's `Answer.segments`.
 """
 
 from __future__ import annotations
@@ -14,61 +14,61 @@ from anygpt.outputs import Answer, Segment
 
 
 @dataclass(frozen=True)
-class TextPiece:
+class Event:
+    """Base of the events; `row` is the index in the batch."""
+
+    row: int = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TextPiece(Event):
     """The next piece of a text segment's content."""
 
     segment: int
     text: str
-    row: int = 0
 
 
 @dataclass(frozen=True)
-class MediumCalled:
+class MediumCalled(Event):
     """A signal span was generated: this segment will be a medium of `type`, made by the decoder `key`."""
 
     segment: int
     type: str
     key: str
-    row: int = 0
 
 
 @dataclass(frozen=True)
-class DecodingStarted:
+class DecodingStarted(Event):
     """The decoder `key` starts generating the media of these segments."""
 
     key: str
     segments: tuple[int, ...]
-    row: int = 0
 
 
 @dataclass(frozen=True)
-class DecodingStep:
+class DecodingStep(Event):
     """The decoder `key` has finished `step` of `steps` denoising steps."""
 
     key: str
     step: int
     steps: int
-    row: int = 0
 
 
 @dataclass(frozen=True)
-class MediumDone:
+class MediumDone(Event):
     """The medium of a segment is finished."""
 
     segment: int
     content: Segment
-    row: int = 0
 
 
 @dataclass(frozen=True)
-class AnswerDone:
+class AnswerDone(Event):
     """The whole answer, as `generate` returns it."""
 
     answer: Answer
-    row: int = 0
 
 
-Event = TextPiece | MediumCalled | DecodingStarted | DecodingStep | MediumDone | AnswerDone
 Listener = Callable[[Event], None]
 
 

@@ -50,7 +50,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
-        self.status, self.body = status, form.error_body(message, kind, code)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
     def response(self) -> Response:
         return JSONResponse(self.body, self.status, headers=HEADERS.get(self.status))
@@ -89,7 +90,7 @@ class Interface:
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
         ]
-        handlers = {Refused: self._refused, HTTPException: self._http_error, Exception: self._fault}
+        handlers = dict.fromkeys((Refused, HTTPException, Exception), self._respond)
         app: ASGIApp = self._counted(Starlette(routes=routes, exception_handlers=handlers))
         if origins:
             app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -230,18 +231,12 @@ class Interface:
     async def _in_thread(self, function, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, function, *arguments)
 
-    @staticmethod
-    async def _refused(request: HTTPRequest, refused: Refused) -> Response:
-        return refused.response()
-
-    @staticmethod
-    async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return JSONResponse(form.error_body(message), error.status_code, headers=error.headers)
-
-    @staticmethod
-    async def _fault(request: HTTPRequest, error: Exception) -> Response:
-        return Refused(500, FAULT, "server_error").response()
+    async def _respond(self, request: HTTPRequest, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return self._refusal(error).response()
+        response = Refused(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response()
+        response.headers.update(error.headers or {})  # such as `Allow`
+        return response
 
 
 class Listening:

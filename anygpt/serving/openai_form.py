@@ -307,7 +307,3 @@ def usage(reply: Reply) -> dict[str, int]:
 
 def finish_reason(reply: Reply) -> str:
     return "stop" if reply.complete else "length"
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
