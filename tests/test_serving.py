@@ -4,6 +4,7 @@ import base64
 import ctypes
 import gc
 import http.client
+import importlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ import openai
 import pytest
 from PIL import Image
 from serving_utils import send_without_end, serving
-from training_utils import load_script
+from training_utils import REPOSITORY, load_script
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong, place
 from anygpt.generation.events import TextPiece
@@ -410,7 +411,7 @@ def test_an_answer_ends_when_its_client_is_gone(address, engine, stream):
         engine.submit(HELLO, Settings(max_new_tokens=1), (done := queue.SimpleQueue()).put)
         while not isinstance(done.get(timeout=60), Reply):
             pass
-        assert time.monotonic() - gone < 0.5
+        assert time.monotonic() - gone < 1.5  # seconds it would go on otherwise; a busy machine needs one
 
 
 def test_connections_that_say_nothing_shut_nobody_out(address):
@@ -556,6 +557,18 @@ def test_32_clients_at_once(client, address, engine):
     assert engine.waiting == 0
     assert not [found for found in gc.get_objects() if type(found) is Job]  # isinstance would touch dead weak proxies
     assert after < before + 48 * 1024**2, f"{(after - before) / 1024**2:.0f} MiB more than before"
+
+
+def test_clients_that_hang_up_and_ask_again(address, engine, monkeypatch):
+    """`anygpt benchmark serving --sides hang-ups`, which takes minutes, for some seconds."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    hang_ups = importlib.import_module("benchmarks.serving").hang_ups
+    found = hang_ups(f"{address}/v1/chat/completions", 8)
+    assert min(found["answered"], found["hung_up"], found["refused"]) > 0
+    deadline = time.monotonic() + 60
+    while engine.waiting:  # those that hung up last are still in the queue
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_requests_that_wait_are_answered_together_each_as_alone(engine):

@@ -152,8 +152,8 @@ class ChatModel:
             width, height = size
             if max(size) > MAX_ASPECT * min(size):
                 raise InputError(
-                    f"{place} has {width} × {height} pixels; a {modality} may be {MAX_ASPECT} times as long as broad, "
-                    "so cut a piece out of it"
+                    f"{place} has {width} × {height} pixels; the longer side of a {modality} may be at most "
+                    f"{MAX_ASPECT} times the shorter one, so crop it"
                 )
         return {"type": modality, modality: medium}
 

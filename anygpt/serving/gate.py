@@ -70,7 +70,7 @@ class Gate:
         if host and not {"*", _hostname(host)} & self.hosts and not (self.everywhere and _is_address(host)):
             return f"this server does not answer to the name {host[:80]!r}; allow it with --allow-host"
         if origin is not None and not {"*", origin} & self.origins and origin.partition("://")[2] != (host or None):
-            return f"pages of {origin[:80]!r} may not ask this server; allow them with --cors-origin"
+            return f"pages of {origin[:80]!r} may not send requests to this server; allow them with --cors-origin"
         return None
 
 

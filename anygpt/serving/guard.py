@@ -90,14 +90,14 @@ class Guard:
         if route.startswith(CLOSED):
             raise HTTPException(404, "there is nothing here")
         if route.startswith("file=") and not self._uploaded(route.removeprefix("file=")):
-            raise HTTPException(403, "only what was uploaded or made here can be read")
+            raise HTTPException(403, "only uploaded and generated files can be read")
         stated = Headers(scope=scope).get("content-length", "")
         limit = self.upload_bytes if is_upload else self.event_bytes
         too_large = HTTPException(413, f"this has more than the {limit:,} bytes that are allowed")
         if stated.isdigit() and int(stated) > limit:
             raise too_large
         if is_upload and not stated.isdigit():
-            raise HTTPException(411, "an upload must say how long it is")
+            raise HTTPException(411, "an upload needs a Content-Length header")
         if is_upload or scope["method"] in ("GET", "HEAD"):
             return receive
         body = bytearray()
@@ -110,7 +110,7 @@ class Guard:
         except (InputError, RecursionError) as error:
             raise HTTPException(400, str(error)) from error
         if not all(isinstance(path, str) and self._uploaded(path) for path in paths):
-            raise HTTPException(400, "a file that was not uploaded here is named")
+            raise HTTPException(400, "this names a file that was not uploaded here")
         messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def again() -> Message:

@@ -180,7 +180,7 @@ class Interface:
                         raise Refused(429, "too many large requests are being read; try again in a while", "busy")
             return await self._in_thread(self._understand, bytes(body))
         except TimeoutError:
-            raise Refused(408, f"the body was not there after {limits.seconds:g} seconds") from None
+            raise Refused(408, f"the body had not arrived after {limits.seconds:g} seconds") from None
         finally:
             self._held -= len(body)
 

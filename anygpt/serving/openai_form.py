@@ -95,7 +95,7 @@ class Fields(BaseModel):
     )
     stream: bool = Field(False, description="must be true or false")
     stream_options: dict[str, Any] = Field({}, description="must be an object")
-    n: Literal[1] = Field(1, description="is not 1; one answer is given to a request")
+    n: Literal[1] = Field(1, description="is not 1; a request gets one answer")
     modalities: Names | None = None
     stop: Annotated[Stop, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
         [], description=f"is {{}}; expected a text, or a list of up to {MAX_STOPS} texts"

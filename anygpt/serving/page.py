@@ -220,9 +220,9 @@ class Page:
 
     def _read(self, text: str, files: list[str]) -> list[dict[str, Any]]:
         if len(files) > MAX_FILES:
-            raise InputError(f"these are {len(files)} files; attach {MAX_FILES} at most")
+            raise InputError(f"{len(files)} files are attached; attach at most {MAX_FILES}")
         if len(text) > MAX_CHARACTERS:
-            raise InputError(f"this has {len(text)} characters; write {MAX_CHARACTERS} at most")
+            raise InputError(f"the message has {len(text)} characters; write at most {MAX_CHARACTERS}")
         parts = []
         for path in files:
             try:

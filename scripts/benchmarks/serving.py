@@ -4,7 +4,7 @@
     anygpt benchmark serving --sides hang-ups --seconds 300      # 32 clients that disconnect and ask again
 
 `hang-ups` fails if a request is lost or an error is not in OpenAI's form; `grown_mib` is the growth of resident memory
-during the last two thirds of the time.
+from the second to the last third of the time, by medians.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import random
 import socket
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -103,5 +104,6 @@ def hang_ups(url: str, seconds: float, clients: int = 32) -> dict[str, float]:
             time.sleep(seconds / 30)
             memory.append(process.memory_info().rss)
         counts = [sum(kind) for kind in zip(*(one.result() for one in running), strict=True)]
-    grown = memory[-1] - memory[len(memory) // 3]
+    third = len(memory) // 3
+    grown = statistics.median(memory[-third:]) - statistics.median(memory[third : 2 * third])
     return dict(zip(("answered", "hung_up", "refused"), counts, strict=True)) | {"grown_mib": grown / 2**20}
