@@ -1,7 +1,7 @@
 """Loss formulas and weights, and the routing of rows to the terms.
 
 A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). Each row of a
-batch feeds exactly one NLL term, depending on its content:
+batch feeds exactly one NLL term:
 
 =================  ===================  =======================================================
 term               rows                 sub-terms
@@ -12,17 +12,12 @@ term               rows                 sub-terms
 `encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
 =================  ===================  =======================================================
 
-Two terms train parts that stages 1 to 3 freeze; their weight is zero by default:
-
-- `encoder`: `info_nce/<encoder>`, over rows that hold that encoder's input and the one it is bound to;
-- `decoder`: `denoising/<decoder>`, for every target, conditioned on the decoder's own encoding of its caption.
-
-Stage 0, which makes parts, has a seventh: `reconstruction/<network>/<decoder>`, of VAEs and vocoders.
-
-Decoders with a pooled condition have `pooled_alignment/<decoder>` beside `alignment`, and those whose conditions have
-padding `mask_alignment/<decoder>`, with the same weight.
-Denominators: label tokens for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four
-terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
+Three more train parts, with weight 0 by default: `encoder` (`info_nce/<encoder>`, over rows that hold that encoder's
+input and the one it is bound to), `decoder` (`denoising/<decoder>` under the decoder's own encoding of the caption) and
+stage 0's `reconstruction/<network>/<decoder>`. Decoders with a pooled condition, or with padding in it, also have
+`pooled_alignment/<decoder>` or `mask_alignment/<decoder>`, with the weight of `alignment`. Denominators: label tokens
+for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four terms; logs show each term's
+own mean. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -41,8 +36,8 @@ from anygpt.outputs import LossTerm
 
 TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
 """Terms that rows are routed to: without media, media in, media out, both."""
+MEDIA_OUT = TERMS[2:]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ALIGNMENTS = ("l2", "mse", "cosine")
 TEXT = "text"  # value of `binding` that stands for no encoder
 
 
@@ -55,13 +50,10 @@ class LossWeights:
     Attributes:
         llm: NLL of rows without media.
         encoder_llm: NLL of the answer given the media (stage 1).
-        llm_decoder: all sub-terms of rows that turn text into media (stage 2).
-        encoder_decoder: all sub-terms of rows that turn media into media (stage 3).
+        llm_decoder, encoder_decoder: all sub-terms of rows that turn text (stage 2), or media (stage 3), into media.
         encoder: InfoNCE between the encoders' pooled features and those of `binding`.
         decoder: denoising under the decoder's own text encoding.
         reconstruction: of the decoders' VAEs and vocoders, where they train (stage 0).
-        caption_dropout: share of captions that `decoder` replaces by the empty one, for classifier-free guidance
-            (arXiv 2207.12598).
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
@@ -69,6 +61,8 @@ class LossWeights:
         by_modality: factor on the sub-terms of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
+        caption_dropout: share of captions that `decoder` replaces by the empty one, for classifier-free guidance
+            (arXiv 2207.12598).
         binding: what the other encoders are contrasted with: an encoder key, as images in ImageBind (arXiv 2305.05665),
             or `text`, the mean token embedding of the answer (labelled tokens other than signal tokens).
         temperature: of InfoNCE; the default is ImageBind's.
@@ -97,25 +91,15 @@ class LossWeights:
         term, sub, *modality = name.split("/")
         weight = getattr(self, term)
         if term in TERMS:
+            sub = "alignment" if sub.endswith("_alignment") else sub  # of a pooled condition, or a mask
             weight *= getattr(self, sub) if hasattr(self, sub) else self.others.get(sub, 0.0)
         return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
 
     @property
-    def pooled_alignment(self) -> float:
-        """The weight of `alignment`, which the pooled condition shares."""
-        return self.alignment
-
-    @property
-    def mask_alignment(self) -> float:
-        """The weight of `alignment`, which the mask shares."""
-        return self.alignment
-
-    @property
     def wants_media(self) -> bool:
         """Whether any sub-term reads the target media, not only their captions."""
-        return bool(
-            self.decoder or self.reconstruction or (self.denoising and (self.llm_decoder or self.encoder_decoder))
-        )
+        conditional = self.denoising and (self.llm_decoder or self.encoder_decoder)
+        return bool(self.decoder or self.reconstruction or conditional)
 
     @property
     def wants_language_model(self) -> bool:
@@ -124,9 +108,8 @@ class LossWeights:
 
     def wants(self, sub: str, modality: str | None = None) -> bool:
         """Whether any term gives this sub-term a weight; only terms with media out have sub-terms by modality."""
-        if modality is None:
-            return any(self.of(f"{term}/{sub}") for term in TERMS)
-        return any(self.of(f"{term}/{sub}/{modality}") for term in ("llm_decoder", "encoder_decoder"))
+        terms, suffix = (TERMS, sub) if modality is None else (MEDIA_OUT, f"{sub}/{modality}")
+        return any(self.of(f"{term}/{suffix}") for term in terms)
 
 
 def route(media_in: Tensor, media_out: Tensor) -> list[str]:
@@ -145,18 +128,14 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real: Tensor | None = None) -> Tensor:
-    """Distance of each sample's projected condition from the decoder's text encoding, in fp32.
+    """Distance `(K,)` of each sample's projected condition from the decoder's text encoding, `(K, T, D)` each, in fp32.
 
     `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean
     squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos. Padding of the target is left out: with
-    dₜ the distance at token t and mₜ = 1 for real tokens, 0 for padding, the loss is Σₜ mₜ·dₜ / Σₜ mₜ.
+    dₜ the distance at token t and mₜ = 1 for `real` tokens `(K, T)`, 0 for padding, the loss is Σₜ mₜ·dₜ / Σₜ mₜ.
 
-    Args:
-        condition, target: `(K, T, D)`.
-        real: `(K, T)`, mₜ; all ones by default.
-
-    Returns:
-        `(K,)` float32. `torch.linalg.vector_norm` is used because √Σx² has a NaN gradient at zero.
+    Raises:
+        InputError: shapes that differ, or another `kind`.
     """
     if condition.shape != target.shape:
         raise InputError(
@@ -164,14 +143,14 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real:
             f"{tuple(target.shape)}; the output projector must be built for this decoder's condition_shape"
         )
     condition, target = condition.float(), target.float()
-    if kind == "l2":
+    if kind == "l2":  # √Σx² would have a NaN gradient at zero
         distance = torch.linalg.vector_norm(condition - target, dim=-1)
     elif kind == "mse":
         distance = (condition - target).square().mean(dim=-1)
     elif kind == "cosine":
         distance = 1 - F.cosine_similarity(condition, target, dim=-1)
     else:
-        raise InputError(f"unknown caption alignment {kind!r}; expected one of {', '.join(ALIGNMENTS)}")
+        raise InputError(f"unknown caption alignment {kind!r}; expected one of l2, mse, cosine")
     if real is None:
         return distance.mean(dim=-1)
     return distance.masked_fill(~real, 0).sum(dim=-1) / real.sum(dim=-1)
@@ -204,20 +183,18 @@ def denominators(counts: Mapping[str, float]) -> dict[str, float]:
     So the NLL is one mean over all label tokens, as in transformers, and one short row of text does not weigh as much
     as all rows with media together.
     """
-    kinds = {name: name.partition("/")[2] if name.partition("/")[0] in TERMS else name for name in counts}
+    parted = {name: name.partition("/") for name in counts}
+    kinds = {name: sub if term in TERMS else name for name, (term, _, sub) in parted.items()}
     return {name: sum(n for other, n in counts.items() if kinds[other] == kind) for name, kind in kinds.items()}
 
 
 def weighted_total(
     losses: Mapping[str, LossTerm], weights: LossWeights, counts: Mapping[str, float] | None = None
 ) -> Tensor | None:
-    """`Σ w · sum / denominator`, or None if no term has a weight.
+    """`Σ w · sum / denominator` of a micro-batch's terms, or None if no term has a weight.
 
-    Args:
-        losses: the terms of this micro-batch.
-        weights: their weights.
-        counts: counts of the whole update, over all micro-batches and ranks, which make the value independent of how
-            the update is split; by default the micro-batch's own.
+    With the `counts` of the whole update, over all micro-batches and ranks, in place of the micro-batch's own, the
+    value does not depend on how the update is split.
     """
     divisors = denominators({name: term.count for name, term in losses.items()} | dict(counts or {}))
     parts = [weights.of(name) * term.total / divisors[name] for name, term in losses.items() if weights.of(name)]

@@ -1,7 +1,7 @@
 """The sub-terms of the loss, each declared once in `SUB_TERMS` with its name, rows, requirements and formula.
 
-Counting (`count_losses`), naming (`loss_names`), weighting and computing (`compute_losses`) all iterate over that list.
-Formulas, weights and the table of terms: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
+Counting, naming, weighting and computing all iterate over that list. Formulas, weights and the table of terms:
+`anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from anygpt.composition import Composition, Reading
 from anygpt.decoders.conditions import Condition
 from anygpt.losses.batch import Labels, LossBatch, Pairs, Target, find_losses
-from anygpt.losses.formulas import TERMS, LossWeights, sum_by_term
+from anygpt.losses.formulas import MEDIA_OUT, TERMS, LossWeights, sum_by_term
 from anygpt.outputs import LossTerm
 from anygpt.sequence.merging import IGNORE, Merged
 
@@ -49,7 +49,6 @@ class SubTerm:
         return [f"{term}/{self.suffix(key)}" for term in self.terms] or [self.suffix(key)]
 
 
-MEDIA_OUT = ("llm_decoder", "encoder_decoder")
 SUB_TERMS = (
     SubTerm("nll", Labels, Labels.nll, TERMS),
     SubTerm("encoder/info_nce", Pairs, Pairs.info_nce, everywhere=True),
@@ -87,9 +86,7 @@ def compute_losses(
     """Compute every sub-term that has a weight, by full name.
 
     Args:
-        model: supplies the loss weights.
-        batch: what `find_losses` found.
-        reading: the language model's output for the batch.
+        batch, reading: what `find_losses` found, and the language model's output for it.
         conditions: the projected condition of each decoder's spans.
         generators: `{decoder key: one generator a target}`.
     """

@@ -88,17 +88,12 @@ class SignalTokens(nn.Module):
     """
 
     def __init__(
-        self,
-        counts: Mapping[str, int],
-        embedding: nn.Module,
-        head: nn.Module,
-        signals: Mapping[str, str] | None = None,
+        self, counts: Mapping[str, int], embedding: nn.Module, head: nn.Module, signals: Mapping[str, str] | None = None
     ):
         super().__init__()
         self.counts = dict(counts)
         self.signals = {key: (signals or {}).get(key, "tokens") for key in counts}
-        self.input_rows = nn.ParameterDict()
-        self.output_rows = nn.ParameterDict()
+        self.input_rows, self.output_rows = nn.ParameterDict(), nn.ParameterDict()
         self.ids: dict[str, list[int]] = {}
         for key, count in counts.items():
             if count < 1:
@@ -111,7 +106,7 @@ class SignalTokens(nn.Module):
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """The tokens of each decoder's span, to be added to the tokenizer."""
+        """The tokens of each decoder's span."""
         return {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
 
     @property
@@ -168,12 +163,9 @@ class SignalTokens(nn.Module):
         return Spans(rows, positions[:, -self.counts[key] :])
 
     def fill_embeddings(self, embeds: Tensor, input_ids: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Replace the embeddings of signal tokens by the input rows.
+        """Replace the embeddings `(…, H)` of signal tokens among the ids `(…,)` by the input rows.
 
-        Args:
-            embeds: `(…, H)`, the embedding's output.
-            input_ids: `(…,)`, the embedding's input.
-            scale: factor that the embedding applies to its own rows, as Gemma's does.
+        `scale` is the factor that the embedding applies to its own rows, as Gemma's does.
         """
         row = self.row_of(input_ids)
         held = row >= 0
@@ -191,15 +183,12 @@ class SignalTokens(nn.Module):
         if not self.ids:
             return logits
         said = [i for key, rows in self.output_rows.items() for i in self.ids[key][: len(rows)]]
-        ids = torch.tensor(said, device=logits.device)
-        rows = torch.cat(list(self.output_rows.values()))
-        signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
+        rows, least = torch.cat(list(self.output_rows.values())), torch.finfo(logits.dtype).min
         extra = max(0, len(self._row_of_id) - logits.shape[-1])
-        wide = F.pad(logits, (0, extra), value=torch.finfo(logits.dtype).min) if extra else logits.clone()
-        if self.query_ids:
-            unsaid = torch.tensor(self.query_ids, device=logits.device)
-            wide = wide.index_fill_(-1, unsaid, torch.finfo(logits.dtype).min)
-        return wide.index_copy_(-1, ids, signal)
+        wide = F.pad(logits, (0, extra), value=least) if extra else logits.clone()
+        wide = wide.index_fill_(-1, torch.tensor(self.query_ids, device=logits.device, dtype=torch.long), least)
+        signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
+        return wide.index_copy_(-1, torch.tensor(said, device=logits.device), signal)
 
     @contextmanager
     def attached(self, language_model: nn.Module) -> Iterator[Tap]:
@@ -223,10 +212,9 @@ class SignalTokens(nn.Module):
             tap.hidden = args[0] if tap.given is None else tap.given
             if tap.select is None:
                 return (tap.hidden, *args[1:])
-            count = len(tap.select[0])
-            end = count if tap.most is None or count <= tap.most else 0
-            rows, positions = tap.select
-            return (tap.hidden[rows[:end], positions[:end]][None], *args[1:])
+            beyond = tap.most is not None and len(tap.select[0]) > tap.most
+            rows, positions = (places[:0] if beyond else places for places in tap.select)
+            return (tap.hidden[rows, positions][None], *args[1:])
 
         def extend(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self.extend_logits(output, args[0])
