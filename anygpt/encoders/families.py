@@ -34,7 +34,7 @@ class EncoderFamily:
         feature_size: `config -> int`, where it is not `hidden_size`.
         layout: `fixed`, the same number of features for each input; `padded`, `(items, n, features)` with the first
             `count` valid; `packed`, `(total, features)` with inputs concatenated.
-        counted_by: inputs that only `count` reads, not the encoder.
+        counted_by: outputs of the processor that the encoder does not take (that only `count` reads, if any).
         pool_size: `config -> int`, features per clip, which a pooled projector averages; all of the input's if None.
         processor_options: processor arguments needed to obtain everything that `count` and `prepare` read.
         class_token: whether the first feature is a class token.
@@ -176,7 +176,9 @@ FAMILIES: dict[str, EncoderFamily] = {
     "clip_vision_model": EncoderFamily(
         "pixel_values", _CLASS_AND_PATCHES, "transformers.CLIPVisionModel", class_token=True, names=_OLD_VISION
     ),
-    "siglip_vision_model": EncoderFamily("pixel_values", _PATCHES, "transformers.SiglipVisionModel", names=_OLD_VISION),
+    "siglip_vision_model": EncoderFamily(
+        "pixel_values", _PATCHES, "transformers.SiglipVisionModel", counted_by=("num_crops",), names=_OLD_VISION
+    ),
     "siglip2_vision_model": EncoderFamily(
         "pixel_values",
         products("spatial_shapes"),
@@ -201,7 +203,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     "dinov3_convnext": EncoderFamily(
         "pixel_values", same("pixel_values", convnext_cells), feature_size=lambda config: config.hidden_sizes[-1]
     ),
-    "internvl_vision": EncoderFamily("pixel_values", _CLASS_AND_PATCHES, class_token=True),
+    "internvl_vision": EncoderFamily("pixel_values", _CLASS_AND_PATCHES, class_token=True, counted_by=("num_patches",)),
     "pixtral": EncoderFamily(  # a single row of all images
         "pixel_values", count_pixtral_patches, select=lambda config, output: output[0][0], layout="packed"
     ),

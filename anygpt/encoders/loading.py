@@ -89,7 +89,7 @@ def _read_config(source: Source) -> PreTrainedConfig:
     if "model_type" not in content and "imu_embed_dim" in content:  # original ImageBind saved with the Hub's mixin
         return ImageBindConfig(**content)
     source.place.config()
-    return AutoConfig.from_pretrained(source.folder, **source.where)
+    return AutoConfig.from_pretrained(source.folder, **source.auto)
 
 
 def _find_encoder(
@@ -97,11 +97,7 @@ def _find_encoder(
 ) -> tuple[PreTrainedConfig, EncoderFamily, Mapping[str, str | None]]:
     """Config and family of an encoder, and its tensor name prefixes in the files."""
     whole = WHOLE_MODELS.get(config.model_type)
-    own = config
-    if whole is not None:
-        if whole.heard is not None and whole.heard != is_heard(modality):
-            raise InputError(f"the encoder in a {config.model_type!r} model does not read {modality}")
-        own = whole.config(config, modality)
+    own = whole.config(config, modality) if whole is not None else config
     if feature is not None:
         if not hasattr(own, "feature"):
             raise InputError(f"feature is {feature!r}, but a {own.model_type!r} encoder has no such choice")
@@ -112,6 +108,10 @@ def _find_encoder(
             f"{own.model_type!r} is no supported encoder family; expected one of {', '.join(sorted(FAMILIES))}, or "
             f"a whole model with one in it: {', '.join(sorted(WHOLE_MODELS))}"
         )
+    heard, timed = is_heard(modality), is_timed(modality)
+    reads = {"pixel_values": not heard, "pixel_values_videos": timed, "input_features": heard}
+    if not reads.get(family.main_input.removeprefix("audio_"), True):
+        raise InputError(f"the encoder in a {config.model_type!r} model does not read {modality}")
     if whole is None:
         return own, family, family.names
     names = whole.names(own) if callable(whole.names) else whole.names
@@ -136,10 +136,10 @@ def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
     if whole is not None and whole.processor is not None:
         processor = whole.processor(modality)
     elif is_heard(modality):
-        processor = AutoFeatureExtractor.from_pretrained(source.folder, **source.where)
+        processor = AutoFeatureExtractor.from_pretrained(source.folder, **source.auto)
     else:
         replacement: Any = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
-        processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.where)
+        processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.auto)
     if not source.processor:
         return processor
     settings = processor.to_dict()

@@ -25,7 +25,6 @@ class Whole:
         config: extracts the encoder's config from the whole model's, for a modality.
         names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
             A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
-        heard: whether the encoder reads sounds (None: one encoder per modality).
         processor: builds the processor of a modality if the folder has none.
         image_processor: class for the folder's processor settings, where the model's own produces tiles, which the
             tower does not take.
@@ -33,7 +32,6 @@ class Whole:
 
     config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
     names: Mapping[str, str | None] | Callable[[PreTrainedConfig], Mapping[str, str | None]]
-    heard: bool | None = False
     processor: Callable[[str], Any] | None = None
     image_processor: type | None = None
 
@@ -78,18 +76,15 @@ WHOLE_MODELS: dict[str, Whole] = {
     "clap": Whole(
         _audio,
         {"audio_model.": "", **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_"))},
-        heard=True,
     ),
-    "qwen2_audio": Whole(_audio, _tower("audio_tower"), heard=True),
+    "qwen2_audio": Whole(_audio, _tower("audio_tower")),
     "phi4_multimodal": Whole(
         _audio,
         {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))},
-        heard=True,
     ),
     "imagebind": Whole(
         lambda config, modality: config.encoder_of(modality),
         lambda config: config.left_out(),
-        heard=None,
         processor=processor_for,
     ),
 }

@@ -17,7 +17,8 @@ from transformers import (
 
 from anygpt.errors import InputError
 from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
-from anygpt.parts.networks import load_network
+from anygpt.parts.files import Weights
+from anygpt.parts.networks import check_report, load_network
 from anygpt.parts.source import Source, load
 
 WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
@@ -48,11 +49,13 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
     def build() -> nn.Module:
         given = source.model_options()
         if source.gguf_file is not None:
-            dtype = source.torch_dtype or "auto"
-            given |= {"gguf_file": source.gguf_file, "dtype": dtype, **source.where}
-            return AutoModelForCausalLM.from_pretrained(source.folder, **given)
+            given |= {"gguf_file": source.gguf_file, "dtype": source.torch_dtype or "auto", **source.auto}
+            model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **given)
+            faults = {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]}
+            check_report(Weights(Path(source.path, source.gguf_file), {}), type(model), faults)
+            return model
         source.place.config()
-        config = own = AutoConfig.from_pretrained(source.folder, **source.where)
+        config = own = AutoConfig.from_pretrained(source.folder, **source.auto)
         whole = config.model_type in WHOLE_MODELS
         if whole:
             own = copy.deepcopy(config.get_text_config())
@@ -71,4 +74,13 @@ def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedToken
     """The tokenizer of a folder, hub id or `zoo:` part; options as in `load_language_model`."""
     source = Source.of(path, options)
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    return load(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.folder, **source.where, **gguf))
+
+    def build() -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(source.folder, **source.auto, **gguf)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            raise InputError("it has no tokenizer.json, tokenizer.model or other file of a tokenizer") from error
+
+    return load(source, "tokenizer", build)

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, __version__
 from transformers.utils import cached_file
 
 from anygpt.errors import InputError
@@ -98,6 +99,12 @@ class Place:
             raise InputError(f"{self} has no config.json{hint}{self.taken_for}")
         if "model_type" not in content:
             raise InputError(f"{self}/config.json names no model_type; expected a model that transformers saved")
+        if content["model_type"] not in CONFIG_MAPPING:
+            code = "; code of its repository is never run" if "auto_map" in content else ""
+            raise InputError(
+                f"{self}/config.json describes a {content['model_type']!r} model, which transformers {__version__} "
+                f"does not have{code}: name a repository or revision of a model that it has"
+            )
         return content
 
     def download(self, weights: bool = True) -> Path:

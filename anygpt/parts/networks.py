@@ -107,7 +107,7 @@ def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[st
     """Raise one `InputError` that names the file and the tensors."""
     found = [f"{verb} {some(sorted(names))}" for verb, names in faults.items() if names]
     if found:
-        where = weights.entry if len(weights.files) == 1 else f"{weights.entry} ({len(weights.files)} shards)"
+        where = weights.entry if len(weights.files) < 2 else f"{weights.entry} ({len(weights.files)} shards)"
         raise InputError(
             f"{where} is not what a {cls.__name__} needs: it {'; it '.join(found)}. Nothing is filled with random "
             "numbers: download it again, or name the model that these weights are of"

@@ -134,6 +134,11 @@ class Source(EncoderSettings):
         """Arguments of `from_pretrained` that locate the part in a repository."""
         return {"revision": self.revision, "subfolder": self.subfolder or ""}
 
+    @property
+    def auto(self) -> dict[str, Any]:
+        """The same for transformers' auto classes, which would otherwise ask whether to run a repository's code."""
+        return self.where | {"trust_remote_code": False}
+
     def model_options(self) -> dict[str, Any]:
         """Further arguments of transformers' `from_pretrained` for a model."""
         options: dict[str, Any] = {}
