@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
+from anygpt.errors import InputError
+
 
 class LossTerm(NamedTuple):
     """One sub-term of the loss: the sum over label tokens or samples (float32 scalar), and the number of summands.
@@ -90,15 +92,27 @@ class Segment:
 
 @dataclass
 class Answer:
-    """One row of `MultimodalModel.generate`: its segments in the order of generation."""
+    """One row of `MultimodalModel.generate`: its segments in the order of generation.
+
+    `undecoded` says that the model has no tokenizer; `text` then raises an `InputError` instead of being empty.
+    """
 
     segments: list[Segment] = field(default_factory=list)
+    undecoded: bool = False
 
     def of(self, type: str) -> list[Any]:
         """The content of all segments of a type."""
         return [segment.content for segment in self.segments if segment.type == type]
 
-    text = property(lambda self: "".join(self.of("text")))
+    @property
+    def text(self) -> str:
+        if self.undecoded:
+            raise InputError(
+                "there is no text, as the model has no tokenizer: build MultimodalProcessor(model=model), or set "
+                "model.tokenizer; the ids are in the output's sequences"
+            )
+        return "".join(self.of("text"))
+
     images = property(lambda self: self.of("image"))
     videos = property(lambda self: self.of("video"))
     audios = property(lambda self: self.of("audio"))

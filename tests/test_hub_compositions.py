@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from anygpt import InputError, MultimodalModel, MultimodalProcessor
+from anygpt import InputError, MultimodalModel, MultimodalProcessor, load_language_model
 from anygpt.parts.manifest import write_manifest
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -212,6 +212,19 @@ def test_text_without_a_saved_processor(composed, tmp_path):
     batch = batch_of(processor)
     again = MultimodalModel.from_pretrained(tmp_path).generate(**batch, max_new_tokens=4)
     assert again.text == model.generate(**batch, max_new_tokens=4).text and again.text[0]
+
+
+def test_text_of_a_model_that_never_had_a_processor(parts, tmp_path):
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 4}
+    MultimodalModel({}, load_language_model("zoo:language_model")).save_pretrained(tmp_path / "with a source")
+    assert MultimodalModel.from_pretrained(tmp_path / "with a source").generate(**batch).text[0]
+    MultimodalModel({}, parts.language_model()).save_pretrained(tmp_path / "alone", standalone=True)
+    output = MultimodalModel.from_pretrained(tmp_path / "alone").generate(**batch)
+    assert output.sequences.shape == (1, 4)
+    with pytest.raises(InputError, match="the model has no tokenizer: build MultimodalProcessor"):
+        print(output.text)
+    with pytest.raises(InputError, match=r"no saved processor: there is no processor_config\.json"):
+        MultimodalProcessor.from_pretrained(tmp_path / "alone")
 
 
 def change(path, function):

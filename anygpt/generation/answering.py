@@ -113,7 +113,7 @@ def _decode_media(
 
 
 def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
-    answer, position = Answer(), 0
+    answer, position = Answer(undecoded=model.tokenizer is None), 0
     for start in [*sorted(start for one, start in media if one == row), len(ids)]:
         if said := text_of(model, ids[position:start]):
             answer.segments.append(Segment("text", said))

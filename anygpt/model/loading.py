@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,8 @@ from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorCo
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.model.configuration import FORMAT_VERSION, MultimodalConfig
-from anygpt.model.language_models import load_language_model
-from anygpt.model.parts import build_callback, fingerprint, import_class, own_tensors
+from anygpt.model.language_models import load_language_model, load_tokenizer
+from anygpt.model.parts import build_callback, fingerprint, import_class, own_tensors, source_of
 from anygpt.parts.files import Place, find_weights, open_composition
 from anygpt.parts.networks import load_network, wants_shapes_only
 from anygpt.parts.source import Source
@@ -107,8 +108,12 @@ def from_pretrained(
     if config.signal_token_ids:
         model.signal_tokens.set_ids(config.signal_token_ids)
     model.set_token_ids(config.token_ids)
+    source = source_of(model.language_model)
     if (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(folder)
+    elif source is not None:  # saved without its processor
+        with suppress(InputError):  # nothing needs it but text, which then says so
+            model.tokenizer = load_tokenizer(source)
     model.config.trained = config.trained
     model = model.eval().to(device=device, dtype=dtype)
     info: dict[str, Any] = {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
