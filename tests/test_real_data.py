@@ -271,6 +271,17 @@ def test_what_a_processor_refuses_is_its_rows_fault(tmp_path, parts, label):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
 
 
+def test_what_an_encoders_forward_refuses_is_one_line_in_chat(parts):
+    """A picture that is left at another size than the encoder's."""
+    model, processor = reader(parts, "CLIP")
+    for step in ("do_resize", "do_center_crop"):
+        setattr(processor.encoder_processors["image"], step, False)
+    content = [{"type": "image", "image": Image.new("RGB", (48, 24))}, {"type": "text", "text": "What?"}]
+    batch = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    with pytest.raises(InputError, match=r"the 'image' encoder's CLIPVisionModel refuses it: Input image size"):
+        model.generate(**batch, max_new_tokens=1)
+
+
 # --------------------------------------------------------------------------------------------------- repeatable draws
 
 

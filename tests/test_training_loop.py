@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_utils import (
     Bench,
     argument_maker,
@@ -25,7 +27,7 @@ from training_utils import (
 )
 
 from anygpt.data.collation import TARGET_IDS, move
-from anygpt.training.loading import make_generators
+from anygpt.training.loading import BadSampleError, make_generators
 
 BOARD = ("--run.tracker", "tensorboard")
 
@@ -237,6 +239,24 @@ def test_an_evaluation_has_the_same_numbers_whatever_the_workers(make_arguments,
         evaluations.append(bench.trainer.evaluate())
     assert draws and len(evaluations[0]) > 5
     assert all(evaluation == evaluations[0] for evaluation in evaluations)
+
+
+@pytest.mark.parametrize("kind", ["data.train", "data.eval"])
+def test_what_an_encoders_forward_refuses_is_its_rows_fault(make_arguments, data, tmp_path, kind):
+    """Pictures as they are, of which one has another size than the encoder's position embeddings."""
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data/stage1.jsonl"
+    row = next(json.loads(line) for line in path.open() if '"image"' in line)
+    (medium,) = (part for part in row["messages"][0]["content"] if part["type"] == "image")
+    Image.open(path.parent / medium["path"]).resize((48, 32)).save(path.parent / "wide.png")
+    wide = json.loads(json.dumps(row).replace(medium["path"], "wide.png")) | {"id": "wide"}
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, wide)))
+    whole = [{"path": str(data / "stage1.jsonl")}]
+    files = {"data.train": whole, "data.eval": whole, kind: [{"path": str(path)}]}
+    more = [option for name, value in files.items() for option in (f"--{name}", json.dumps(value))]
+    more += ["--model.encoders.image.processor", "{do_resize: false, do_center_crop: false}", "--train.eval_steps=1"]
+    with pytest.raises(BadSampleError, match=rf"{path}:2 \(sample 'wide'\): the 'image' encoder's \w+ refuses it"):
+        train_here(1, make_arguments(1, tmp_path / "run", *more, batch_size=1, steps=2))
 
 
 def test_bf16_keeps_trained_tensors_in_float32(make_arguments, data, tmp_path):

@@ -21,6 +21,10 @@ FEATURES = "features"
 CALLBACKS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
+class EncoderRefusal(InputError):
+    """An encoder's forward refuses its inputs."""
+
+
 def base_model(module: nn.Module) -> nn.Module:
     """The module without its PEFT wrapper, which hides the real signature and config."""
     return module.get_base_model() if isinstance(module, PeftModel) else module
@@ -213,7 +217,14 @@ class ModalEncoderModule(nn.Module):
         }
         if family.prepare:
             arguments = family.prepare(self.config, arguments)
-        output = self.module(**arguments)
+        try:
+            output = self.module(**arguments)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:  # of another size, too short, …
+            reason = str(error).strip().split("\n")[0][:300]
+            name = type(base_model(self.module)).__name__
+            raise EncoderRefusal(f"the {self.modality!r} encoder's {name} refuses it: {reason}") from error
         if family.select:
             output = with_features(output, family.select(self.config, output))
         if self.postprocess_module_callback is not None:

@@ -223,7 +223,7 @@ class MultimodalProcessor(ConversationProcessor):
                 reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
                 raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
             counts[key] = self.count_features(key, inputs, outputs[key])
-            if counts[key] is not None and 0 in counts[key]:
+            if counts[key] is not None and min(counts[key], default=1) < 1:
                 raise InputError(f"the {key!r} encoder gives no features of it: it is too small or too thin")
             if parts is not None:
                 lengths = [len(pieces) for pieces in parts]

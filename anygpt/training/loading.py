@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from tqdm.auto import tqdm
 
 from anygpt.cache.keys import LANGUAGE_MODEL
 from anygpt.cache.reading import open_cache
-from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
-from anygpt.data.dataset import ConversationDataset
+from anygpt.data.collation import BAD, NOT_FOR_MODEL, SAMPLE_IDS, Collator, move
+from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.lengths import Lengths
 from anygpt.data.sampling import UpdateSampler
+from anygpt.encoders.module import EncoderRefusal
 from anygpt.errors import InputError
 from anygpt.media.types import VIDEO, is_timed
 from anygpt.model.multimodal import MultimodalModel
@@ -53,6 +55,24 @@ def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
         if policies[sample.kind] == "error":
             raise BadSampleError(sample.reason)
     return ids
+
+
+@contextmanager
+def naming_rows(
+    dataset: ConversationDataset, collator: Collator, model: MultimodalModel, ids: dict[str, Any]
+) -> Iterator[None]:
+    """Turn what an encoder refuses in a batch into an error that names the row: the first that is refused alone."""
+    try:
+        yield
+    except EncoderRefusal as refusal:
+        for index, sample in enumerate(dataset.samples):
+            if sample.id in ids[SAMPLE_IDS] and isinstance(loaded := dataset[index], LoadedSample):
+                try:
+                    with torch.no_grad():
+                        model.encode(move(collator.encoder_inputs([loaded])[0], model.device))
+                except InputError as error:
+                    raise BadSampleError(sample.naming(error)) from error
+        raise BadSampleError(f"one of the rows {', '.join(ids[SAMPLE_IDS])}: {refusal}") from refusal
 
 
 def make_generators(target_ids: dict[str, list[str]], seed: int, step: int) -> dict[str, list[torch.Generator]]:

@@ -250,7 +250,8 @@ class Trainer:
             generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 batch = move(batch, accelerator.device)
-                with self.meter.phase("forward"):
+                named = loading.naming_rows(self.dataset, self.collator, self.model, ids)
+                with self.meter.phase("forward"), named:
                     output = self.wrapped(**batch, loss_counts=denominators, generators=generators)
                 # Without a loss, the other processes still wait for these gradients.
                 loss = nothing(self.model, output) if output.loss is None else output.loss
@@ -301,7 +302,8 @@ class Trainer:
         for batch, chunk in zip(loader, chunks, strict=True):
             ids = loading.take_ids(batch, self.config)
             generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
-            losses = self.model(**move(batch, device), generators=generators).losses
+            with loading.naming_rows(self.held_out, self.collator, self.model, ids):
+                losses = self.model(**move(batch, device), generators=generators).losses
             if chunk:
                 totals.add_all({name: term.total for name, term in losses.items()})
                 counts.add_all({name: term.count for name, term in losses.items()})
