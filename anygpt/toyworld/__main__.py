@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from anygpt.errors import InputError
@@ -33,13 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--components", action="store_true", help=f"the data of stage 0, about all {len(THINGS)} things")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
+    samples = SAMPLES if options.samples is None else dict.fromkeys(KINDS, options.samples)
+    samples = samples | {"eval": options.eval_samples}
+    kinds = COMPONENT_KINDS if options.components else options.kinds
     try:
-        for kind in COMPONENT_KINDS if options.components else options.kinds:
-            samples, things = SAMPLES[kind] if options.samples is None else options.samples, SEEN
-            if kind == "eval":
-                samples, things = options.eval_samples, HELD_OUT
-            things = THINGS if options.components else things
-            print(write_dataset(options.output, kind, samples, options.seed, things, progress=True))
+        with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
+            written = {}
+            for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
+                things = THINGS if options.components else HELD_OUT if kind == "eval" else SEEN
+                written[kind] = pool.submit(write_dataset, options.output, kind, samples[kind], options.seed, things)
+            for kind in kinds:
+                print(written[kind].result(), flush=True)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
