@@ -127,10 +127,10 @@ def test_features_spans_and_labels_keep_their_places(parts, side, prepends, atte
 
 
 def test_where_tokens_go():
-    """First fit, longest first; a row beyond the limit is a sequence of its own; holes in a mask are left out."""
+    """First fit, longest first; a row beyond the limit is the limit; holes in a mask are left out."""
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 0, 1, 1, 0]])
     packing = Packing.of(mask, 4)
-    assert packing.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]
+    assert packing.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     values = torch.arange(20).view(4, 5)
     assert torch.equal(packing.unpack(packing.pack(values))[mask.bool()], values[mask.bool()])
     rows, places = packing.places((torch.tensor([2]), torch.tensor([4])))

@@ -37,8 +37,9 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: Tensor, pack_to: int) -> Packing:
-        """Pack rows into sequences of `pack_to` tokens by first-fit decreasing; longer rows get their own sequence."""
+        """Pack rows by first-fit decreasing into sequences of `pack_to` tokens, or of the longest row if it has more."""
         lengths = attention_mask.sum(dim=1).tolist()
+        pack_to = max(pack_to, *lengths)
         sequences: list[list[int]] = []
         used: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

@@ -126,7 +126,8 @@ class DataConfig:
             its first turn is too long); the last two are counted.
         group_by_modality: form batches of rows with the same kind of answer: text only, images, ….
         group_by_length: form batches of rows of similar length, to reduce padding.
-        pack_to: tokens of a sequence into which the language model packs several rows; null for one row per sequence.
+        pack_to: tokens of a sequence into which the language model packs several rows (or the longest row's, if it has
+            more); null for one row per sequence.
         max_batch_tokens: approximate tokens per micro-batch and process, including padding, in place of
             train.batch_size; null to use train.batch_size.
     """
