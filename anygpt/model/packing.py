@@ -37,7 +37,7 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: Tensor, pack_to: int) -> Packing:
-        """Pack rows by first-fit decreasing into sequences of `pack_to` tokens, or of the longest row if it has more."""
+        """Pack rows by first-fit decreasing into sequences of `pack_to` tokens, or as many as the longest row has."""
         lengths = attention_mask.sum(dim=1).tolist()
         pack_to = max(pack_to, *lengths)
         sequences: list[list[int]] = []
