@@ -5,20 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
-from anygpt.generation.answering import text_of
-from anygpt.generation.events import Event, Listener, TextPiece
+from anygpt.generation.events import Listener, first_stop
 from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place
 from anygpt.media.types import MEDIA, media_type, media_type_of
@@ -210,9 +207,6 @@ class ChatModel:
         if shared.temperature >= LEAST_TEMPERATURE:
             sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p}
             sampling["seeds"] = [one.seed for one in settings]
-        if shared.stop:
-            sampling["stopping_criteria"] = StoppingCriteriaList([StopTexts(self, shared.stop)])
-            on_event = on_event and StopFilter(shared.stop, on_event)
         decoder_kwargs = {}
         for key in self.model.decoder_keys:
             own = dict(shared.decoder_kwargs.get(key, {}))
@@ -227,6 +221,7 @@ class ChatModel:
             forbid=shared.forbid,
             decoder_kwargs=decoder_kwargs,
             on_event=on_event,
+            stop=shared.stop,
             **sampling,
         )
         replies = []
@@ -254,62 +249,6 @@ class ChatModel:
         ends = base_model(self.model.language_model).generation_config.eos_token_id
         ends = self.processor.llm_tokenizer.eos_token_id if ends is None else ends
         return set(ends if isinstance(ends, list) else [ends])
-
-
-class StopTexts(StoppingCriteria):
-    """Ends an answer once its text contains a stop text.
-
-    transformers' `StopStringCriteria` joins the vocabulary's strings, which for some tokenizers differs from decoding.
-    """
-
-    def __init__(self, chat_model: ChatModel, stop: Sequence[str]):
-        self.decode, self.stop = partial(text_of, chat_model.model), stop
-        self.signals = {i for ids in chat_model.model.signal_tokens.ids.values() for i in ids}
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ids = input_ids[0].tolist()  # the decoding loop calls it for each row
-        begin = max((place + 1 for place, i in enumerate(ids) if i in self.signals), default=0)
-        return torch.tensor([first_stop(self.decode(ids[begin:]), self.stop) is not None])
-
-
-class StopFilter:
-    """A listener that holds back text that may begin a stop text, and drops a row's text from a stop text on.
-
-    Args:
-        stop: the stop texts.
-        listener: receives the other events.
-    """
-
-    def __init__(self, stop: Sequence[str], listener: Listener):
-        self.stop, self.listener = stop, listener
-        self._held: dict[int, TextPiece] = {}  # by row
-        self._over: set[int] = set()  # rows with a stop text
-
-    def __call__(self, event: Event) -> None:
-        held = self._held.pop(event.row, None)
-        if not isinstance(event, TextPiece):
-            if held:
-                self.listener(held)
-            self.listener(event)
-        elif event.row not in self._over:
-            text = (held.text if held else "") + event.text
-            end = first_stop(text, self.stop)
-            if end is not None:
-                self._over.add(event.row)
-            elif (end := len(text) - self._beginning(text)) < len(text):
-                self._held[event.row] = replace(event, text=text[end:])
-            if end:
-                self.listener(replace(event, text=text[:end]))
-
-    def _beginning(self, text: str) -> int:
-        """Length of the longest end of a text that begins a stop text."""
-        lengths = range(min(len(text), max(map(len, self.stop)) - 1), 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.stop)), 0)
-
-
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Index of the first stop text in a text, or None."""
-    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:

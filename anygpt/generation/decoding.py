@@ -76,6 +76,8 @@ class Row:
         self.waiting = list(new) if self.running or key else []
         if self.emitter is not None:
             self.emitter.said(new, key)
+            if self.emitter.stopped:
+                self.running, self.waiting = False, []
             if not self.running:
                 self.emitter.end_text()
             if self.emitter.closed:
@@ -215,6 +217,7 @@ def generate(
     decoder_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     generation_config: GenerationConfig | None = None,
     on_event: Listener | None = None,
+    stop: Sequence[str] = (),
     budgets: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
     **kwargs: Any,
@@ -233,6 +236,7 @@ def generate(
         generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
         on_event: called with each `Event` (see `generate_stream` for an iterator); not with beam search. If it raises
             `Closed`, the event's row ends; any other exception ends the generation.
+        stop: texts that end a row's text (which still holds them; its events do not); not with beam search.
         budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
         seeds: one a row, which makes sampled text independent of the other rows; not with beam search.
         kwargs: encoder inputs, as in `forward`, and generation options.
@@ -242,7 +246,7 @@ def generate(
 
     Raises:
         InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam search;
-            `on_event`, `budgets` or `seeds` with beam search.
+            `on_event`, `stop`, `budgets` or `seeds` with beam search.
         Closed: the listener has closed every row.
     """
     require, forbid = check_request(model, require, forbid, decoder_kwargs)
@@ -259,13 +263,13 @@ def generate(
             f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
             "supported; use greedy search, sampling or beam search, one answer a row"
         )
-    if mode in BEAM_MODES and (on_event or budgets or seeds):
+    if mode in BEAM_MODES and (on_event or stop or budgets or seeds):
         raise InputError(
-            f"on_event, budgets and seeds are for greedy search and sampling, not for {mode.value}; leave them out, or "
-            "set num_beams=1"
+            f"on_event, stop, budgets and seeds are not for {mode.value}; leave them out, or set num_beams=1"
         )
     types, decode = {key: decoder.modality for key, decoder in model.decoders.items()}, partial(text_of, model)
-    emitters = [EventEmitter(on_event, decode, types, row) for row in range(len(input_ids) if on_event else 0)]
+    listener, count = on_event or (lambda event: None), len(input_ids) if on_event or stop else 0
+    emitters = [EventEmitter(listener, decode, types, row, stop) for row in range(count)]
     budget = config.max_new_tokens
     if budget is None:
         raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")

@@ -85,16 +85,19 @@ class EventEmitter:
         decode: ids to text, as for the finished answer.
         types: `{decoder key: modality}`.
         row: index of the row in the batch.
+        stop: texts that end the answer, which excludes them.
         segments: `{index of a span's first token in the answer: index of its segment}`.
-        closed: whether the listener has ended this row.
+        closed, stopped: whether the listener, or a stop text, has ended this row.
     """
 
     listener: Listener
     decode: Callable[[list[int]], str]
     types: Mapping[str, str]
     row: int = 0
+    stop: Sequence[str] = ()
     segments: dict[int, int] = field(default_factory=dict)
     closed: bool = False
+    stopped: bool = False
     _begun: int = 0  # finished segments
     _length: int = 0  # tokens so far
     _run: list[int] = field(default_factory=list)  # tokens since the last span
@@ -127,8 +130,12 @@ class EventEmitter:
 
     def _emit_text(self, final: bool) -> None:
         text = self.decode(self._run)
-        if not final:
+        end = first_stop(text, self.stop)
+        if end is not None:
+            text, self.stopped = text[:end], True
+        elif not final:
             text = text.rstrip("\ufffd")  # a character with bytes still to come
+            text = text[: len(text) - _beginning(text, self.stop)]
         if text.startswith(self._told) and len(text) > len(self._told):
             piece, self._told = text[len(self._told) :], text
             self.emit(TextPiece, self._begun, piece)
@@ -138,3 +145,14 @@ def end_where_all_are_closed(emitters: Sequence[EventEmitter]) -> None:
     """Raise `Closed` if there are emitters and all are closed."""
     if emitters and all(emitter.closed for emitter in emitters):
         raise Closed
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Index of the first stop text in a text, or None."""
+    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
+
+
+def _beginning(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of a text that begins a stop text."""
+    lengths = range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
