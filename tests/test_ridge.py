@@ -13,7 +13,15 @@ from anygpt.losses.formulas import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
 from anygpt.training.config import parse_config
-from anygpt.training.ridge import HOLD_BACK_EVERY, MAX_HELD_BACK, STRENGTHS, TOLERANCE, RidgeRegression, set_by_ridge
+from anygpt.training.ridge import (
+    HOLD_BACK_EVERY,
+    MAX_HELD_BACK,
+    STRENGTHS,
+    TOLERANCE,
+    RidgeRegression,
+    check_room,
+    set_by_ridge,
+)
 from anygpt.training.stages import LLM_DECODER
 from anygpt.training.trainer import train
 
@@ -270,3 +278,9 @@ def test_stage_2_starts_at_the_line(tmp_path, capsys):
     encodings = model.decoders["image"].module.encode_text(CAPTIONS)
     constant = caption_alignment(encodings.mean(dim=0).expand_as(encodings), encodings, "mse").mean()
     assert alignment < 0.5 * constant
+
+
+def test_matrices_that_do_not_fit_are_refused_before_anything_is_computed():
+    check_room({"image": (64, 924)})
+    with pytest.raises(InputError, match=r"image: 16,384 × 1,048,576\) take .* GiB, and .* are free; use fewer signal"):
+        check_room({"image": (4 * 4096, 512 * 2048)})

@@ -20,7 +20,9 @@ class OutputProjectorConfig(PreTrainedConfig):
     Args:
         projection_type: `linear` (one Linear on the flattened span), `mlp` (two, with `activation` between them),
             `transformer` (the paper's: in-projection, encoder and decoder layers, one learned query a condition
-            token; arXiv 2309.05519, §3 and its code) or `qformer` (BLIP-2's, without the encoder layers).
+            token; arXiv 2309.05519, §3 and its code), `qformer` (BLIP-2's, without the encoder layers) or `perceiver`
+            (one layer, in which a query a condition token attends to the states and the others, `num_decoder_layers`
+            times with the same weights, as in arXiv 2103.03206: small for wide conditions).
         in_features: `H`, width of the language model's states.
         num_signal_tokens: `N`.
         condition_shape: `(T, D)` of the decoder.
@@ -133,21 +135,9 @@ class TransformerProjection(nn.Module):
     def __init__(self, config: OutputProjectorConfig):
         super().__init__()
         tokens, width = config.condition_shape
-        if config.d_model % config.num_attention_heads:
-            raise InputError(
-                f"an output projector has d_model={config.d_model}, expected a multiple of num_attention_heads, "
-                f"{config.num_attention_heads}"
-            )
         self.input = nn.Linear(config.in_features, config.d_model)
         self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
-        layer = {
-            "d_model": config.d_model,
-            "nhead": config.num_attention_heads,
-            "dim_feedforward": config.ffn_dim,
-            "dropout": 0.0,
-            "batch_first": True,
-            "norm_first": True,
-        }
+        layer = _layer_sizes(config) | {"dropout": 0.0}
         # Built here because nn.Transformer's own encoder warns that pre-norm has no fast path.
         encoder = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(**layer),
@@ -169,6 +159,38 @@ class TransformerProjection(nn.Module):
         return output if self.line is None else output + self.line(states)
 
 
+class PerceiverProjection(nn.Module):
+    """A learned query for each condition token, refined by repetitions of one layer that attends to the states."""
+
+    def __init__(self, config: OutputProjectorConfig):
+        super().__init__()
+        tokens, width = config.condition_shape
+        self.input = nn.Linear(config.in_features, config.d_model)
+        self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
+        self.layer = nn.TransformerDecoderLayer(dropout=0.0, **_layer_sizes(config))
+        self.repetitions = config.num_decoder_layers
+        self.norm = nn.LayerNorm(config.d_model)
+        self.output = nn.Linear(config.d_model, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = self.input(states)
+        queries = self.queries.expand(len(states), -1, -1)
+        for _ in range(self.repetitions):
+            queries = self.layer(queries, states)
+        return self.output(self.norm(queries))
+
+
+def _layer_sizes(config: OutputProjectorConfig) -> dict[str, Any]:
+    """Arguments of torch's pre-norm transformer layers."""
+    if config.d_model % config.num_attention_heads:
+        raise InputError(
+            f"an output projector has d_model={config.d_model}, expected a multiple of num_attention_heads, "
+            f"{config.num_attention_heads}"
+        )
+    sizes = {"d_model": config.d_model, "nhead": config.num_attention_heads, "dim_feedforward": config.ffn_dim}
+    return sizes | {"batch_first": True, "norm_first": True}
+
+
 def _qformer(config: OutputProjectorConfig) -> nn.Module:
     tokens, width = config.condition_shape
     return QFormerProjection(
@@ -187,4 +209,5 @@ _BUILDERS = {
     "mlp": FlatProjection,
     "transformer": TransformerProjection,
     "qformer": _qformer,
+    "perceiver": PerceiverProjection,
 }

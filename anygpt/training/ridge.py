@@ -7,9 +7,10 @@ regularization strength is chosen on held-out training captions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
@@ -112,6 +113,21 @@ class RidgeRegression:
         return max(s for s, error in zip(strengths, errors, strict=True) if error <= TOLERANCE * min(errors))
 
 
+def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise an `InputError` if XᵀX and XᵀY of `{decoder key: (inputs, outputs)}` do not fit into memory.
+
+    In float64, XᵀX is there four times while it is decomposed, XᵀY three times.
+    """
+    needed = sum(8 * (4 * inputs**2 + 3 * inputs * outputs) for inputs, outputs in sizes.values())
+    if needed > psutil.virtual_memory().available:
+        widths = ", ".join(f"{key}: {inputs:,} × {outputs:,}" for key, (inputs, outputs) in sizes.items())
+        raise InputError(
+            f"train.projector_init is ridge, but XᵀX and XᵀY (inputs × outputs: {widths}) take {needed / 2**30:,.0f} "
+            f"GiB, and {psutil.virtual_memory().available / 2**30:,.0f} GiB are free; use fewer signal tokens, or "
+            "projector_init random with projection_type perceiver"
+        )
+
+
 @torch.no_grad()
 def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
@@ -136,6 +152,7 @@ def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[
                 f"train.projector_init is ridge, but the {key!r} output projector ({kind}) has no linear path; use "
                 "projection_type linear, or transformer with linear_path true"
             )
+    check_room({key: (line.in_features, line.out_features) for key, line in lines.items()})
     fits = {key: RidgeRegression(line.in_features, line.out_features) for key, line in lines.items()}
     training = model.training
     model.eval()
