@@ -50,7 +50,7 @@ def settings_that_count(config: Config) -> dict[str, Any]:
         "data": ("cache_dir", "num_workers", "in_memory", "eval"),
         "train": (
             *("max_steps", "num_epochs", "save_steps", "keep_checkpoints", "keep_best", "abort_above"),
-            *("eval_steps", "log_steps", "sample_steps", "sample_rows", "profile"),
+            *("eval_steps", "log_steps", "sample_steps", "sample_rows", "profile", "ema_for"),
         ),
     }.items():
         for name in names:
@@ -168,8 +168,8 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so no run can "
             "continue from it; start over with run.resume=never"
         )
-    if before != now:
-        named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if named:
         others = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in named)
         raise InputError(
             f"{checkpoint} was written with other settings: {others}; give them as they were, give this run its own "

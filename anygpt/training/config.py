@@ -181,6 +181,8 @@ class TrainConfig:
         ridge_captions: maximum number of captions for ridge.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
             joint configuration.
+        ema_decay: decay of the exponential moving averages of what trains (see `Averages`), as 0.999; None for none.
+        ema_for: where the averages stand in for the weights: in `evaluation` (samples too), in `final`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile: apply torch.compile to the layers of encoders, language model and denoisers.
         profile: updates to trace with torch's profiler into `profile/`, after two others; 0 for none.
@@ -210,6 +212,8 @@ class TrainConfig:
     projector_init: Literal["random", "ridge"] = "random"
     ridge_captions: PositiveInt = 10_000
     parts: list[str] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_for: list[Literal["evaluation", "final"]] = field(default_factory=lambda: ["evaluation", "final"])
     gradient_checkpointing: bool = False
     compile: bool = False
     profile: Annotated[int, Field(ge=0, le=1000)] = 0

@@ -39,6 +39,10 @@ def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> N
     train, faults = config.train, []
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
+    if train.ema_decay is not None and (
+        is_sharded(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
+    ):
+        faults.append("train.ema_decay needs whole parameters on every process: use DDP, or leave it out")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if train.gradient_accumulation_steps != 1:
             faults.append("train.gradient_accumulation_steps must be 1 under DeepSpeed, which would average its parts")

@@ -30,6 +30,7 @@ from anygpt.outputs import LossTerm
 from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
 from anygpt.training import loading, processes, sharding
+from anygpt.training.averages import Averages
 from anygpt.training.config import Config
 from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
@@ -151,6 +152,7 @@ class Trainer:
             if sharded:
                 sharding.load_optimizer_state(model, self.optimizer, checkpoints.read_optimizer_state(checkpoint))
             set_rates(self.optimizer, self.scheduler)
+        self.averages = Averages(model, config.train, checkpoint)
         self.wrapped.train()
 
     def fit(self, warnings: Iterable[str] = ()) -> Path:
@@ -204,14 +206,15 @@ class Trainer:
             if last or self.is_due(train.log_steps):
                 log.metrics(self.done, metrics | self.meter.read())
             with self.meter.paused():
-                if self.is_due(train.eval_steps):
-                    found = self.evaluate()
-                    log.metrics(self.done, found)
-                    metrics |= found
+                with self.averages.instead("evaluation"):
+                    if self.is_due(train.eval_steps):
+                        found = self.evaluate()
+                        log.metrics(self.done, found)
+                        metrics |= found
+                    if self.is_due(train.sample_steps):
+                        self.sample()
                 if last:
                     self.describe(metrics)
-                if self.is_due(train.sample_steps):
-                    self.sample()
                 self.stop_if_above(metrics)
                 interrupted = processes.any_rank(bool(caught), self.accelerator)
                 if interrupted or (train.save_steps and (last or self.is_due(train.save_steps))):
@@ -278,6 +281,7 @@ class Trainer:
             )
         with self.meter.phase("optimizer"):
             self.optimizer.step()
+            self.averages.step()
             self.optimizer.zero_grad(set_to_none=True)
         means = {name: totals[name] / denominators[name] for name in names if denominators[name]}
         return Metrics(totals[LOSS], means, norm, *(int(totals[name]) for name in COUNTED))
@@ -348,7 +352,7 @@ class Trainer:
         state = {"step": self.done, "max_steps": self.config.train.max_steps, "data": self.digests}
         state |= {"scheduler": self.scheduler.state_dict(), "metrics": metrics, "tracker_run": self.log.run_id}
         state |= {"settings": checkpoints.settings_that_count(self.config)}
-        optimizer_state = sharding.optimizer_state(self.model, self.optimizer, self.accelerator)
+        optimizer_state = sharding.optimizer_state(self.model, self.optimizer, self.accelerator) | self.averages.state()
         with self.written(path) as folder:
             if self.accelerator.is_main_process:
                 checkpoints.save_state(optimizer_state, folder / checkpoints.OPTIMIZER)
@@ -377,7 +381,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Write `final/`, and say which checkpoint is best."""
-        with self.written(self.folder / FINAL):
+        with self.averages.instead("final"), self.written(self.folder / FINAL):
             pass
         keep = self.config.train.keep_best
         best = folders.best_checkpoint(self.folder, keep) if keep else None
