@@ -14,12 +14,15 @@ out=runs/quickstart
 launch=(.venv/bin/accelerate launch --config_file configs/accelerate/one_process.yaml)
 
 echo "== Data: pictures, clips, sounds and words about coloured shapes"
-"$python" -m anygpt.toyworld --output runs/toyworld --kinds stage1 stage2 stage3 eval
+"$python" -m anygpt.toyworld --output runs/toyworld --kinds stage1 eval
+"$python" -m anygpt.toyworld --output runs/toyworld --kinds stage2 stage3 &  # while stage 1 trains
+data=$!
 
 echo "== Stage 1, encoder–LLM"
 "${launch[@]}" stages/stage1_encoder_llm.py --config configs/tiny/stage1.yaml \
     --run.output_dir "$out/stage1" --run.resume never
 
+wait "$data"
 echo "== Stage 2, LLM–decoder"
 "${launch[@]}" stages/stage2_llm_decoder.py --config configs/tiny/stage2.yaml \
     --run.output_dir "$out/stage2" --run.resume never --model.init_from "$out/stage1/final"
@@ -28,16 +31,21 @@ echo "== Stage 3, instruction tuning"
 "${launch[@]}" stages/stage3_instruction_tuning.py --config configs/tiny/stage3.yaml \
     --run.output_dir "$out/stage3" --run.resume never --model.init_from "$out/stage2/final"
 
-echo "== A mixed prompt"
 rm -rf "$out/report"
-pictures=(runs/toyworld/eval/image/*)
 mkdir -p "$out/report/answer"
+pictures=(runs/toyworld/eval/image/*)
 "$python" scripts/chat.py --checkpoint "$out/stage3/final" --output "$out/report/answer" --attach "${pictures[0]}" \
     --prompt "What is this? Answer with a picture, a clip and a sound." \
-    --require image video audio --max-new-tokens 96 | tee "$out/report/answer/answer.txt"
+    --require image video audio --max-new-tokens 96 > "$out/report/answer/answer.txt" &  # while the model is evaluated
+answer=$!
 
 echo "== The any-to-any matrix, on things that stages 1 to 3 never saw"
 "$python" scripts/evaluate.py --checkpoint "$out/stage3/final" --suite toyworld --output "$out/report" --samples 20
+
+wait "$answer"
+echo
+echo "== A mixed prompt: what is in ${pictures[0]}? Answer with a picture, a clip and a sound."
+cat "$out/report/answer/answer.txt"
 
 echo
 echo "The report: $out/report/report.html (the numbers: matrix.json, the samples: contact_sheet.png and samples/)"

@@ -146,7 +146,7 @@ def test_tiny_models_take_the_fastest_number_of_threads(monkeypatch, parts):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(threads, "seconds_of_forward", lambda model: abs(chosen[-1] - 2.2))
+    monkeypatch.setattr(threads, "seconds_of_forward", lambda model, rows: abs(chosen[-1] - 2.2))
     assert threads.choose_threads(model) == 2 and sorted(chosen[:-1]) == [1, 2, 4, 6] and chosen[-1] == 2
     monkeypatch.setattr(threads, "TINY", 0)
     assert threads.choose_threads(model) == 6
