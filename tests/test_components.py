@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from anygpt.decoders.reconstruction import KL_WEIGHT, autoencoder_loss, vocoder_loss
 from anygpt.errors import InputError
-from anygpt.losses.batch import drop_captions
 from anygpt.losses.formulas import LossWeights
+from anygpt.losses.terms import drop_captions
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.training.components import write_components

@@ -12,7 +12,7 @@ from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.cache.text_states import TextStates, read_text
-from anygpt.sequence import head
+from anygpt.sequence import signal_tokens
 
 TEXTS = ("<image> and <image> say", "then <image>", "nothing at all")
 SEEDS = (0, 1, 2)
@@ -109,14 +109,14 @@ def test_chunks_of_the_head_change_nothing(composed, monkeypatch):
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return output.losses, gradients
 
-    (losses, gradients), run_head, chunks = step(), head.run_head, []
+    (losses, gradients), run_head, chunks = step(), signal_tokens.SignalTokens.run_head, []
 
-    def noting(language_model, signal_tokens, states):
+    def noting(self, language_model, states):
         chunks.append(len(states))
-        return run_head(language_model, signal_tokens, states)
+        return run_head(self, language_model, states)
 
-    monkeypatch.setattr(head, "CHUNK", 5)
-    monkeypatch.setattr(head, "run_head", noting)
+    monkeypatch.setattr(signal_tokens, "CHUNK", 5)
+    monkeypatch.setattr(signal_tokens.SignalTokens, "run_head", noting)
     chunked = step()
     assert max(chunks) == 5 and sum(chunks) == 2 * sum(term.count for term in losses.values()), "and again backward"
     for name, term in losses.items():

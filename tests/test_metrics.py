@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, CLIPModel
 from anygpt import InputError
 from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.evaluation.grammar import CATEGORIES, COLOURS, compose
-from anygpt.evaluation.metrics import METRICS, distances
+from anygpt.evaluation.metrics import METRICS, base
 from anygpt.evaluation.metrics.base import Batch, Item
 from anygpt.evaluation.metrics.composition import CompositionScore, is_composed, overlap, related
 from anygpt.evaluation.metrics.features import PretrainedNetwork
@@ -79,7 +79,7 @@ def gaussians(number=4000, width=6, seed=0):
 def test_frechet_distance_of_known_gaussians(size):
     (x, mean, scale), (y, other_mean, other_scale) = gaussians()
     expected = ((mean - other_mean) ** 2).sum() + ((scale - other_scale) ** 2).sum()
-    found = distance_of(distances.Frechet(Vectors(), "image"), x, y, size)
+    found = distance_of(base.Frechet(Vectors(), "image"), x, y, size)
     assert found["value"] == pytest.approx(expected, rel=1e-6) and found["n"] == 4000 and "note" not in found
 
 
@@ -93,8 +93,8 @@ def test_fid_and_kid_are_those_of_torchmetrics():
     for metric in (fid, kid):
         metric.update(torch.as_tensor(y), real=True)
         metric.update(torch.as_tensor(x), real=False)
-    assert distance_of(distances.Frechet(Vectors(), "image"), x, y)["value"] == pytest.approx(float(fid.compute()))
-    assert distance_of(distances.Kid(Vectors(), "image"), x, y)["value"] == pytest.approx(float(kid.compute()[0]))
+    assert distance_of(base.Frechet(Vectors(), "image"), x, y)["value"] == pytest.approx(float(fid.compute()))
+    assert distance_of(base.Kid(Vectors(), "image"), x, y)["value"] == pytest.approx(float(kid.compute()[0]))
 
 
 def test_kid_is_the_mean_of_its_blocks():
@@ -108,12 +108,12 @@ def test_kid_is_the_mean_of_its_blocks():
         return inside - 2 * np.mean([[kernel(u, v) for u in a] for v in b])
 
     blocks = [unbiased(x[i : i + 20], y[i : i + 20]) for i in (0, 20)]
-    found = distance_of(distances.Kid(Vectors(), "image", subset_size=20), x, y, size=16)
+    found = distance_of(base.Kid(Vectors(), "image", subset_size=20), x, y, size=16)
     assert found["value"] == pytest.approx(np.mean(blocks)) and found["std"] == pytest.approx(np.std(blocks))
 
 
 def test_cmmd_is_the_naive_one(monkeypatch):
-    monkeypatch.setattr(distances, "BLOCK", 7)
+    monkeypatch.setattr(base, "BLOCK", 7)
     generator = np.random.default_rng(3)
     x, y = generator.standard_normal((2, 30, 5))
     u, v = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
@@ -122,19 +122,19 @@ def test_cmmd_is_the_naive_one(monkeypatch):
         return np.mean([[np.exp(-((p - q) ** 2).sum() / 200) for p in a] for q in b])
 
     expected = 1000 * (kernel(u, u) + kernel(v, v) - 2 * kernel(u, v))
-    assert distance_of(distances.Cmmd(Vectors(), "image"), x, y)["value"] == pytest.approx(expected, rel=1e-9)
+    assert distance_of(base.Cmmd(Vectors(), "image"), x, y)["value"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_too_few_samples_are_said():
     x, y = np.random.default_rng(4).standard_normal((2, 5, 8))
-    found = distance_of(distances.Frechet(Vectors(), "image"), x, y)
+    found = distance_of(base.Frechet(Vectors(), "image"), x, y)
     assert "singular" in found["note"] and "at least 9 samples" in found["note"]
-    for cls in (distances.Frechet, distances.Kid):
+    for cls in (base.Frechet, base.Kid):
         with pytest.raises(InputError, match="at least two"):
             distance_of(cls(Vectors(), "image"), x[:1], y[:1])
 
 
-@pytest.mark.parametrize("cls", [distances.Frechet, distances.Kid, distances.Cmmd])
+@pytest.mark.parametrize("cls", [base.Frechet, base.Kid, base.Cmmd])
 def test_memory_does_not_grow_with_the_samples(cls):
     generator = np.random.default_rng(5)
 
@@ -322,7 +322,7 @@ def test_distances_grow_with_noise(name, kind, frames, network, files):
     targets, values = [write(x) for x in originals], []
     for level in (0, 40, 160):
         noisy = [np.clip(x + level * generator.standard_normal(x.shape), 0, 255).astype(np.uint8) for x in originals]
-        metric = distances.Frechet(network(name, kind), kind, by_frame=frames)
+        metric = base.Frechet(network(name, kind), kind, by_frame=frames)
         metric.update(Batch(items(kind, [write(x) for x in noisy], targets=targets)))
         values.append(metric.compute()[""]["value"])
     assert values[0] == pytest.approx(0, abs=1e-3) and values[0] < values[1] < values[2]
@@ -336,7 +336,7 @@ def test_sounds_drift_apart_with_noise(network, files):
     classifier = network("ast", "audio", classify=True)
     for level in (0, 0.002, 0.02):
         answers = [write(x + level * generator.standard_normal(x.shape)) for x in originals]
-        fad = distances.Frechet(network("clap", "audio"), "audio")
+        fad = base.Frechet(network("clap", "audio"), "audio")
         fad.update(Batch(items("audio", answers, targets=targets)))
         kl = score_of(partial(METRICS["kl"].make, classifier, "audio"), "audio", answers, targets=targets)
         found.append((fad.compute()[""]["value"], kl))

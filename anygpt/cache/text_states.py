@@ -15,10 +15,9 @@ from torch import Tensor
 
 from anygpt.composition import Composition, Reading
 from anygpt.errors import InputError
-from anygpt.losses.batch import find_losses
-from anygpt.sequence.head import run_layers_output, trunk_of
+from anygpt.losses.terms import find_losses
 from anygpt.sequence.merging import Merged
-from anygpt.sequence.signal_tokens import Spans, Tap
+from anygpt.sequence.signal_tokens import Spans, Tap, run_after_layers
 
 HEAD = "head"
 """Name of the states that labels are predicted from; a decoder's are named `<key>_decoder`."""
@@ -38,7 +37,7 @@ def read_text(
         decoder `<key>_decoder`, `(K, N, H)`, its projector's input at the row's spans.
     """
     ends: list[Tensor] = []
-    handle = trunk_of(model.language_model).register_forward_hook(lambda module, args, output: ends.append(output[0]))
+    handle = model.language_model.get_decoder().register_forward_hook(lambda *given: ends.append(given[-1][0]))
     try:
         with model.signal_tokens.attached(model.language_model) as tap:
             merged = model.merge(model.embed(input_ids, attention_mask, labels), {})
@@ -92,5 +91,5 @@ class TextStates(dict[str, Tensor]):
             raise InputError(f"text_states has {lengths}, but the batch needs {wanted}; they are of other rows")
         states, tap.select, logits = self[HEAD][None], None, None
         if labels:
-            logits = run_layers_output(model.language_model, states)
+            logits = run_after_layers(model.language_model, states)
         return Reading(logits, {key: self[f"{key}_decoder"] for key, found in spans.items() if len(found)})

@@ -1,4 +1,4 @@
-"""The sub-terms of the loss, each declared once in `SUB_TERMS` with its name, rows, requirements and formula.
+"""What the losses of a batch are computed from, and its sub-terms, each declared once in `SUB_TERMS`.
 
 Counting, naming, weighting and computing all iterate over that list. Formulas, weights and the table of terms:
 `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
@@ -7,18 +7,261 @@ Counting, naming, weighting and computing all iterate over that list. Formulas, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from anygpt.composition import Composition, Reading
+from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.losses.batch import Labels, LossBatch, Pairs, Target, find_losses
-from anygpt.losses.formulas import MEDIA_OUT, TERMS, LossWeights, sum_by_term
+from anygpt.encoders.contrast import info_nce
+from anygpt.errors import InputError
+from anygpt.losses.formulas import MEDIA_OUT, TERMS, TEXT, LossWeights, caption_alignment, route, sum_by_term, token_nll
 from anygpt.outputs import LossTerm
+from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import IGNORE, Merged
+from anygpt.sequence.signal_tokens import Spans
+
+
+@dataclass
+class Labels:
+    """The label tokens of a batch.
+
+    Attributes:
+        rows, positions: `(M,)` int64, where the state predicts a label.
+        values: `(M,)` int64, the labels.
+        reading: the language model's outputs; None while losses are only counted.
+    """
+
+    model: Composition
+    rows: Tensor
+    positions: Tensor
+    values: Tensor
+    has: ClassVar[frozenset[str]] = frozenset()
+    reading: Reading | None = None
+
+    def nll(self) -> Tensor:
+        """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
+        places = self.rows, self.positions
+        logits = self.reading.logits_at(places)
+        if len(logits) == len(self.values):
+            return token_nll(logits, self.values)
+
+        def nll(states: Tensor, values: Tensor) -> Tensor:
+            return token_nll(self.model.signal_tokens.run_head(self.model.language_model, states), values)
+
+        chunks = zip(
+            self.reading.hidden[places].split(signal_tokens.CHUNK), self.values.split(signal_tokens.CHUNK), strict=True
+        )
+        return torch.cat([checkpoint(nll, states, values, use_reentrant=False) for states, values in chunks])
+
+
+@dataclass
+class Pairs:
+    """Rows `(P,)` that hold both an encoder's features and the features or text they are contrasted with."""
+
+    model: Composition
+    merged: Merged
+    key: str
+    rows: Tensor
+    has: ClassVar[frozenset[str]] = frozenset()
+
+    def info_nce(self) -> Tensor:
+        # Training gathers over all processes, including those without pairs. In evaluation the number of batches may
+        # differ by process, so nothing is gathered.
+        weights = self.model.loss_weights
+        ours, bound = self._pool(self.key), self._pool(weights.binding)
+        return info_nce(ours, bound, weights.temperature, gather=self.model.training)
+
+    def _pool(self, key: str) -> Tensor:
+        """Mean-pool each row's features of an encoder, or its answer's embeddings (detached), to `(P, H)`."""
+        held = _features_in(self.model, self.merged, key)[self.rows, :, None]
+        features = self.merged.inputs_embeds[self.rows].float()
+        features = features if key in (self.model.token_ids or {}) else features.detach()
+        return (features * held).sum(dim=1) / held.sum(dim=1)
+
+
+@dataclass
+class Target:
+    """The `K` targets of one decoder. Captions and media may each be missing or already encoded.
+
+    Attributes:
+        rows: `(K,)` int64.
+        given: the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`.
+        condition, generator: the projected condition, and one generator a target; None while losses are only counted.
+    """
+
+    key: str
+    rows: Tensor
+    given: Mapping[str, Any]
+    decoder: DiffusionDecoder
+    weights: LossWeights
+    condition: Condition | None = None
+    generator: list[Generator] | None = None
+
+    @cached_property
+    def has(self) -> frozenset[str]:
+        """What sub-terms can use: `captions`, `media`, `pooled`, `mask`, and the names of networks that train."""
+        kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
+        found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
+        parts = {"pooled": self.decoder.pooled_dim, "mask": self.decoder.masked}
+        return frozenset(found | set(self.decoder.trains) | {name for name, there in parts.items() if there})
+
+    @cached_property
+    def encoding(self) -> Condition:
+        """The decoder's own encoding of the captions."""
+        given = self.given.get("conditions")
+        encoding = Condition.of(self.decoder.encode_text(self.captions) if given is None else given)
+        return encoding if self.condition is None else encoding.to(self.condition.embeds.device)
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """The captions, some replaced by the empty one where only the decoder's own training uses them."""
+        captions = self.given.get("captions")
+        dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
+        if captions is None or not dropped or self.weights.wants("alignment", self.key):
+            return captions
+        return drop_captions(captions, self.weights, self.generator)
+
+    @cached_property
+    def reconstructions(self) -> dict[str, Tensor]:
+        return self.decoder.reconstruction_losses(self.given["media"], self.generator)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        if self.given.get("posterior") is not None:
+            mean, std = self.given["posterior"].to(self.decoder.device).unbind(1)
+            return self.decoder.sample_posterior(mean, std, self.generator)
+        return self.decoder.encode_media(self.given["media"], generator=self.generator)
+
+    def alignment(self) -> Tensor:
+        real = self.encoding.real if self.decoder.masked else None
+        return caption_alignment(self.condition.embeds, self.encoding.embeds, self.weights.alignment_kind, real)
+
+    def mask_alignment(self) -> Tensor:
+        """Binary cross-entropy of the projected mask, averaged over the tokens."""
+        real = self.encoding.real.float()
+        return F.binary_cross_entropy_with_logits(self.condition.mask.float(), real, reduction="none").mean(dim=-1)
+
+    def pooled_alignment(self) -> Tensor:
+        pooled = (self.condition.pooled[:, None], self.encoding.pooled[:, None])
+        return caption_alignment(*pooled, self.weights.alignment_kind)
+
+    def denoising(self, condition: Condition) -> Tensor:
+        gamma = self.weights.snr_gamma
+        return self.decoder.denoising_loss(condition, self.latents, generator=self.generator, snr_gamma=gamma)
+
+
+@dataclass
+class LossBatch:
+    """Everything in a batch that has a loss.
+
+    Attributes:
+        terms: the term of each row.
+        labels: the label tokens with an NLL.
+        spans: the signal spans by decoder.
+        pairs, targets: the contrastive pairs by encoder, and the generation targets by decoder.
+    """
+
+    terms: list[str]
+    labels: Labels
+    spans: dict[str, Spans]
+    pairs: dict[str, Pairs] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)
+
+    @property
+    def nll(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions `(M,)` where logits are needed."""
+        return self.labels.rows, self.labels.positions
+
+    def __iter__(self) -> Iterator[tuple[str, Labels | Pairs | Target]]:
+        """Yield the labels (with an empty key), then pairs and targets with their keys."""
+        yield "", self.labels
+        yield from self.pairs.items()
+        yield from self.targets.items()
+
+
+def find_losses(
+    model: Composition, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
+) -> LossBatch:
+    """Find labels, spans, pairs and targets in a merged batch without computing any loss.
+
+    Labels on learned queries are left out, since the model never emits them, and so is a row's first token: padding
+    predicts nothing.
+
+    Raises:
+        InputError: unknown decoder, or a number of targets that differs from that of signal spans.
+    """
+    ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
+    spans = {key: signals.find_spans(ids, key) for key in signals.ids}
+    media_out = torch.zeros_like(merged.media_in)
+    for found in spans.values():
+        media_out[found.rows] = True
+    if labels is None or not weights.wants("nll"):
+        labels = torch.full_like(ids, IGNORE)
+    labelled = (labels != IGNORE) & ~_is_one_of(ids, signals.query_ids)
+    rows, positions = (labelled[:, 1:] & merged.attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
+    values = labels[rows, positions + 1]
+    batch = LossBatch(route(merged.media_in, media_out), Labels(model, rows, positions, values), spans)
+    if weights.encoder and model.token_ids is not None:
+        known = (*model.token_ids, TEXT)
+        if weights.binding not in known:
+            raise InputError(
+                f"loss.binding is {weights.binding!r}, which is no encoder; expected one of {', '.join(known)}"
+            )
+        bound = _features_in(model, merged, weights.binding).any(dim=1)
+        for key, token in model.token_ids.items():
+            if key != weights.binding:
+                rows = (bound & (ids == token).any(dim=1)).nonzero()[:, 0]
+                batch.pairs[key] = Pairs(model, merged, key, rows)
+    for key, given in (targets or {}).items():
+        _check_target(model, key, given, spans)
+        batch.targets[key] = Target(key, spans[key].rows, given, model.decoders[key].module, weights)
+    return batch
+
+
+def _is_one_of(input_ids: Tensor, ids: list[int]) -> Tensor:
+    return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device, dtype=input_ids.dtype))
+
+
+def _features_in(model: Composition, merged: Merged, key: str) -> Tensor:
+    """`(B, S)` bool mask of an encoder's features or, for `text`, of all labelled tokens but signal tokens."""
+    if key in (model.token_ids or {}):
+        return merged.input_ids == model.token_ids[key]
+    if merged.labels is None:
+        return torch.zeros_like(merged.input_ids, dtype=torch.bool)
+    signals = [i for span in model.signal_tokens.ids.values() for i in span]
+    return (merged.labels != IGNORE) & ~_is_one_of(merged.input_ids, signals)
+
+
+def _check_target(model: Composition, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
+    """Check that the decoder is known and has one target for each signal span."""
+    if key not in model.decoder_keys:
+        raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")
+    if key not in spans:
+        raise InputError(
+            f"there are targets for {key!r}, but the model does not know its signal tokens' ids; build the "
+            "MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
+        )
+    for name, values in given.items():
+        if values is not None and len(values) != len(spans[key]):
+            raise InputError(
+                f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
+                "one, in the order of the batch"
+            )
+
+
+def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:
+    """Empty each caption with probability `weights.caption_dropout`, drawn from its target's generator."""
+    if not weights.caption_dropout:
+        return captions
+    draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]
+    return ["" if draw < weights.caption_dropout else text for text, draw in zip(captions, draws, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,14 @@ from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
 from anygpt.generation.decoding import check_request, generate
 from anygpt.generation.streaming import generate_stream
-from anygpt.losses.batch import find_losses
 from anygpt.losses.formulas import LossWeights, weighted_total
-from anygpt.losses.terms import compute_losses, count_losses, loss_names
+from anygpt.losses.terms import compute_losses, count_losses, find_losses, loss_names
 from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.packing import read_packed
 from anygpt.model.vlm.take_apart import take_apart
 from anygpt.outputs import MultimodalOutput
-from anygpt.sequence import head
+from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
 
@@ -205,7 +204,7 @@ class MultimodalModel(Composition):
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
             batch = find_losses(self, merged, decoder_targets)
-            tap.select, tap.most = None if full else batch.nll, head.CHUNK
+            tap.select, tap.most = None if full else batch.nll, signal_tokens.CHUNK
             read = text_states or MultimodalModel.read
             needed = full or self.loss_weights.wants_language_model
             reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()

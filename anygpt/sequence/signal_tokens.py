@@ -19,11 +19,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 
 SIGNALS = ("tokens", "queries")
+CHUNK = 512
+"""Positions whose logits are computed at once where labels need more: logits of all would take the most memory."""
 
 
 def token_names(key: str, count: int, signal: str = "tokens") -> list[str]:
@@ -230,6 +233,37 @@ class SignalTokens(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def run_head(self, language_model: nn.Module, states: Tensor) -> Tensor:
+        """Logits `(M, V')` of the head's inputs `(M, H)`, outside `attached`."""
+        with self.attached(language_model) as tap:
+            tap.given = states[None]
+            return run_after_layers(language_model, tap.given)[0]
+
+
+@dataclass
+class LayersOutput(BaseModelOutputWithPast):
+    """The last hidden states; any other output of a model's layers (router logits, cross attentions) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def run_after_layers(language_model: nn.Module, states: Tensor) -> Tensor:
+    """Logits `(1, M, V')` of the layers' last states `(1, M, H)`, inside `SignalTokens.attached`.
+
+    The model's own `forward` runs, so whatever it does after its layers is done, but these return the states at once.
+    """
+    layers = language_model.get_decoder()
+    before = vars(layers).get("forward")  # accelerate's hooks set it
+    layers.forward = lambda *args, **kwargs: LayersOutput(last_hidden_state=states)
+    try:
+        return language_model(inputs_embeds=states, use_cache=False, return_dict=True).logits
+    finally:
+        del layers.forward
+        if before is not None:
+            layers.forward = before
 
 
 def _rows_like(matrix: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
 from anygpt.media.types import media_type
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.sequence.head import CHUNK
+from anygpt.sequence.signal_tokens import CHUNK
 from anygpt.training.config import Config
 
 ADAM_BYTES = 8  # two fp32 moments

@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
-from anygpt.evaluation.metrics.base import Batch, Item, Mean, Metric, Value
+from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
 from anygpt.evaluation.metrics.composition import CompositionScore
-from anygpt.evaluation.metrics.distances import Cmmd, Frechet, Kid
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA

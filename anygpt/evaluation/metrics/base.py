@@ -1,4 +1,4 @@
-"""Batches of answers with their references, and metrics that are means of one number per answer.
+"""Batches of answers with their references, metrics that are means of one number per answer, and distances.
 
 Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's features.
 """
@@ -6,19 +6,26 @@ Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's fea
 from __future__ import annotations
 
 import functools
+import itertools
+import tempfile
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
+from anygpt.errors import InputError
 from anygpt.evaluation.rows import Place, Row
 from anygpt.evaluation.statistics import bootstrap_interval
 from anygpt.media.types import read_media
 
+SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # CMMD: kernel width, scale, rows per block
 Value = dict[str, Any]
 """`value`, `n` (number of samples), and optionally `interval` (95%), `std`, `note`."""
 
@@ -121,3 +128,104 @@ def label_divergence(metric: Metric, batch: Batch) -> list[float]:
     """KL(labels of the reference sound ‖ labels of the answer) of a classifier's softmax, in nats."""
     answers, targets = (metric.features(batch, role).double().log_softmax(-1) for role in ("answer", "target"))
     return F.kl_div(answers, targets, reduction="none", log_target=True).sum(-1).tolist()
+
+
+class Distance(Metric):
+    """Passes float64 features `(M, D)` of answers and targets (of each frame if `by_frame`) to a subclass's `add`."""
+
+    def __init__(self, *arguments: Any, by_frame: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.by_frame, self.count = by_frame, 0
+
+    def update(self, batch: Batch) -> None:
+        self.count += len(batch.items)
+        read = (lambda batch, role: torch.cat(self.frames(batch, role))) if self.by_frame else self.features
+        self.add(read(batch, "answer").double(), read(batch, "target").double())
+
+
+class Frechet(Distance):
+    """‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two Gaussians (FID, arXiv 1706.08500), from running float64 moments."""
+
+    moments: Any = None
+
+    def add(self, answers: Tensor, targets: Tensor) -> None:
+        if self.moments is None:
+            identity = nn.Identity()
+            identity.num_features = answers.shape[1]
+            # one process scores: torchmetrics must not wait for the others
+            self.moments = FrechetInceptionDistance(feature=identity, sync_on_compute=False).to(answers.device)
+        self.moments.update(answers, real=False)
+        self.moments.update(targets, real=True)
+
+    def compute(self) -> dict[str, Value]:
+        number, width = int(self.moments.fake_features_num_samples), len(self.moments.real_features_sum)
+        if number < 2:
+            raise InputError("a Fréchet distance needs at least two answers and two true media; this suite has one")
+        value: Value = {"value": float(self.moments.compute()), "n": self.count}
+        if number <= width:
+            value["note"] = (
+                f"{number} samples of {width} features have a singular covariance, so the distance is far off; at "
+                f"least {width + 1} samples are needed, and some thousands are usual"
+            )
+        return {"": value}
+
+
+class Kid(Distance):
+    """Unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), averaged over blocks of samples.
+
+    Blocks are consecutive samples, where the paper draws random subsets: the expectation is the same, and only one
+    block is held in memory.
+    """
+
+    def __init__(self, *arguments: Any, subset_size: int = 1000, **options: Any):
+        super().__init__(*arguments, **options)
+        self.size = subset_size
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.values: list[float] = []
+
+    def add(self, answers: Tensor, targets: Tensor) -> None:
+        new = (targets, answers)
+        held = new if self.waiting is None else tuple(map(torch.cat, zip(self.waiting, new, strict=True)))
+        while len(held[0]) >= self.size:
+            self.values.append(float(poly_mmd(*(features[: self.size] for features in held))))
+            held = tuple(features[self.size :] for features in held)
+        self.waiting = held
+
+    def compute(self) -> dict[str, Value]:
+        if not self.values and len(self.waiting[0]) < 2:
+            raise InputError("KID needs at least two answers and two true media; this suite has one")
+        values = self.values or [float(poly_mmd(*self.waiting))]
+        return {"": {"value": float(np.mean(values)), "n": self.count, "std": float(np.std(values))}}
+
+
+class Cmmd(Distance):
+    """Squared MMD under a Gaussian kernel on normalized CLIP features (arXiv 2401.09603), times 1000.
+
+    Runs over all pairs; features are kept in temporary files, two blocks at a time in memory.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.files = tuple(tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (it is gone when closed)
+        self.width = 0
+
+    def add(self, answers: Tensor, targets: Tensor) -> None:
+        self.width = answers.shape[1]
+        for file, features in zip(self.files, (answers, targets), strict=True):
+            file.write(F.normalize(features, dim=-1).cpu().numpy().tobytes())
+            file.flush()
+
+    def compute(self) -> dict[str, Value]:
+        x, y = (np.memmap(file, np.float64, "r").reshape(-1, self.width) for file in self.files)
+        value = _mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)
+        return {"": {"value": SCALE * value, "n": self.count}}
+
+
+def _mean_kernel(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean of exp(−‖x − y‖² / 2σ²) over all pairs, block by block."""
+    total = 0.0
+    for i, j in itertools.product(range(0, len(first), BLOCK), range(0, len(second), BLOCK)):
+        x, y = first[i : i + BLOCK], second[j : j + BLOCK]
+        squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
+        total += float(np.exp(-squares / (2 * SIGMA**2)).sum())
+    return total / (len(first) * len(second))
