@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from anygpt.data import BadSample, ConversationDataset, DataSource, read_media, read_samples, write_audio, write_image
-from anygpt.data.formats.parquet import check_row_groups
+from anygpt.data.formats.tables import check_row_groups
 from anygpt.errors import InputError
 from anygpt.media.writing import write_video
 
@@ -486,7 +486,7 @@ def test_row_groups_that_are_far_larger_in_memory(tmp_path, what, streaming):
 
 def test_row_groups_that_are_as_large_in_the_file(tmp_path, monkeypatch):
     """A few values are repeated, many are not, and of the lengths nothing is known before they are decoded."""
-    monkeypatch.setattr("anygpt.data.formats.parquet.MAX_ROW_GROUP", 2**20)
+    monkeypatch.setattr("anygpt.data.formats.tables.MAX_ROW_GROUP", 2**20)
     texts = [random.Random(i).randbytes(2000).hex() for i in range(1000)] + ["a caption"] * 1000
     pa.parquet.write_table(pa.table({"said": texts, "more": [[text] * 2 for text in texts]}), tmp_path / "t.parquet")
     check_row_groups(tmp_path / "t.parquet")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from anygpt import InputError
-from anygpt.media.reading import read_audio
+from anygpt.media.files import read_audio
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_video
 from anygpt.toyworld import COLOURS, MOTIONS, SHAPES, THINGS, Thing

@@ -11,7 +11,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from anygpt.data.schema import MediaRoot, parse_sample
 from anygpt.errors import InputError
-from anygpt.media.reading import read_audio, read_image
+from anygpt.media.files import read_audio, read_image
 from anygpt.media.videos import read_video
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
 from anygpt.toyworld.__main__ import main

@@ -28,11 +28,8 @@ class StaleCache(InputError):
 
 @dataclass(frozen=True)
 class Cached:
-    """A medium's replacement.
-
-    values: an encoder's features, its projector's input, `(n, features)`; or mean and standard deviation of a VAE's
-        posterior, `(2, C, …)`.
-    """
+    """A medium's replacement: an encoder's features, its projector's input, `(n, features)`; or mean and standard
+    deviation of a VAE's posterior, `(2, C, …)`."""
 
     values: Tensor
 
@@ -76,11 +73,7 @@ def open_cache(
 ) -> FeatureCache:
     """Open the stores that can serve a model's parts; the notes give the reason for each part that is computed instead.
 
-    Args:
-        folder: `data.cache_dir`.
-        model: its `requires_grad` flags are final.
-        processor: the model's.
-        num_frames, precision: see `store_key`.
+    Args: see `store_key`; the model's `requires_grad` flags are final.
 
     Raises:
         InputError: there is no cache, or it is stale: the message names the changes.

@@ -4,8 +4,7 @@ from anygpt.data.dataset import BadSample, ConversationDataset, DataSource, Load
 from anygpt.data.formats import FORMATS, read_samples
 from anygpt.data.sampling import UpdateSampler
 from anygpt.data.schema import ContentPart, MediaRoot, Message, Sample, parse_sample
-from anygpt.media.files import Audio, MediaLimits, Video
-from anygpt.media.reading import read_audio, read_image
+from anygpt.media.files import Audio, MediaLimits, Video, read_audio, read_image
 from anygpt.media.types import read_media
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_image, write_video

@@ -33,14 +33,10 @@ class CacheWriter:
     """Creates or completes the stores that a training run on these datasets can use.
 
     Attributes:
-        folder: `data.cache_dir`.
-        model: on its device, in eval mode, with `requires_grad` set as in the run.
-        processor: the model's.
+        folder, precision: `data.cache_dir` and `train.mixed_precision`.
+        model, processor: the model on its device, in eval mode, with `requires_grad` set as in the run.
         datasets: with the run's number of video frames.
-        accelerator: provides the processes and the precision.
-        precision: `train.mixed_precision`.
-        batch_size: media or captions per batch.
-        num_workers: decoding workers per process.
+        batch_size, num_workers: media or captions per batch, and decoding workers per process.
         on_bad_sample: "error" raises on unreadable media, "skip" counts them.
         leave_out: names of stores not to write.
         collator: the run's, for text rows; the default one drops no row.

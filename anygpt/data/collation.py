@@ -106,12 +106,8 @@ class Collator:
     ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
         """Ids and labels of a row; if it is too long, the sample without its last turns, or a bad sample.
 
-        Rows are cut after an assistant turn only, never within a signal span or a run of placeholders.
-
-        Args:
-            item: the row.
-            messages: its messages with placeholders expanded.
-            found: ids and labels of the messages, or the error from tokenizing them.
+        `messages` have their placeholders expanded; `found` are their ids and labels, or the error from tokenizing
+        them. Rows are cut after an assistant turn only, never within a signal span or a run of placeholders.
         """
         if isinstance(found, InputError):
             return BadSample.of(item.sample, found)

@@ -31,8 +31,8 @@ class LoadedSample:
     """A sample with its decoded media by media type, in order of appearance.
 
     inputs: media of the user. targets: media of the assistant. captions: one per target. conditions: cached encodings
-    of the captions. cut: number of messages dropped at the end. Types that do not occur are not keys. A file that
-    occurs twice is the same object twice: do not modify it in place. Cached features and latents replace the media.
+    of the captions. cut: number of messages dropped at the end. A file that occurs twice is the same object twice: do
+    not modify it in place. A `Cached` replaces a cached medium.
     """
 
     sample: Sample
@@ -133,8 +133,7 @@ class ConversationDataset(Dataset):
     ) -> ConversationDataset:
         """Build a dataset from the samples of all files, one file after the other.
 
-        Ids that occur in several files are prefixed with the file's stem (`cc3m-7`), which makes them unique and
-        independent of the order of the files; equal stems get a number.
+        Ids that occur in several files are prefixed with the file's stem (`cc3m-7`); equal stems get a number.
 
         Raises:
             InputError: see `read_samples` (with "skip", bad rows go to `faults` instead); a file without a usable row.

@@ -30,37 +30,25 @@ class Place(int):
 class UpdateSampler(Sampler[list[int]]):
     """A batch sampler that yields the micro-batches of one rank, lists of `batch_size` dataset indices.
 
-    Epochs, each in its own order, form one endless sequence; update u takes the u-th run of
-    `batch_size · gradient_accumulation_steps · world_size` positions (so an update may span two epochs, and no sample
-    is left out). Its m-th micro-batch is the m-th slice of `batch_size · world_size`, and rank r takes the r-th part of
-    the slice: one process with batch size 2b and two with b see the same samples in the same micro-batches.
-
+    Epochs, each in its own order, form one endless sequence, which micro-batches of all ranks together cut in turn, so
+    that none is left out: one process with batch size 2b and two with b see the same samples in the same micro-batches.
     An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and the remainder at
-    random without repetition. With weights of 1 it visits every sample once.
+    random without repetition. Order and wordings (indices are `Place`s) depend on `(seed, epoch)` alone, so starting at
+    update k continues as the uninterrupted run would. Do not let accelerate shard the batches again.
 
-    With `groups` or `sizes`, micro-batches (of all ranks together) are formed within an epoch, from one group or from
-    similar sizes within a window of `SORTED_BATCHES` micro-batches, and shuffled. The last one of a group may be
-    shorter. Each sample is visited as often as before, and ranks share each micro-batch.
-
-    With `max_tokens`, the micro-batch of a rank holds as many rows as fit, in place of `batch_size`: counted as rows
-    times the longest row, or as the sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
-
-    Indices are `Place`s: a sample's wording is drawn by `(seed, epoch)` as well.
-
-    The order depends on `(seed, epoch)` alone, so starting at update k continues exactly as the uninterrupted run
-    would. Batches are already specific to the rank: do not let accelerate shard them again.
+    With `groups` or `sizes`, micro-batches are formed within an epoch, from one group or from similar sizes within a
+    window of `SORTED_BATCHES` micro-batches, and shuffled; the last one of a group may be shorter. With `max_tokens`,
+    that of a rank holds as many rows as fit, in place of `batch_size`: counted as rows times the longest row, or as the
+    sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
 
     Args:
         lengths: numbers of samples of the concatenated datasets, or a single number.
         weights: one per dataset, at least 0; None means 1 for each.
         batch_size: samples per micro-batch and rank.
         gradient_accumulation_steps: micro-batches per update and rank.
-        num_updates: updates of the whole run, including those before `start_update`.
-        start_update: first update to yield, counted from 0.
+        num_updates: of the whole run, including those before `start_update`, the first to yield, counted from 0.
         blocks: one per dataset: keep its order and shuffle only within blocks of this many samples; None shuffles all.
-        groups: group number of each sample; a micro-batch holds one group.
-        sizes: size of each sample; a micro-batch holds similar sizes.
-        max_tokens, packed: see above; sizes are then numbers of tokens.
+        groups, sizes: group number, and size (with `max_tokens` in tokens), of each sample.
 
     Raises:
         InputError: a size that is not positive; a rank or start out of range; a wrong number or value of weights; a

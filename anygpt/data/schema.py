@@ -84,19 +84,14 @@ class Sample:
     def fed_back(self, reads: Collection[str]) -> "Sample":
         """The conversation with media of the assistant added to the user's next turn, as in a live chat.
 
-        Matches `processing.chat_template.feed_back`. Media that the user's turn already contains are not repeated.
-
-        Args:
-            reads: media types that have an encoder.
+        Matches `processing.chat_template.feed_back`, for the media types `reads`, which have an encoder. Media that the
+        user's turn already contains are not repeated.
         """
         messages, made = [], []
         for message in self.messages:
             if message.role == "assistant":
-                made += [
-                    replace(p, caption=None, others=())
-                    for p in message.content
-                    if p.path is not None and p.type in reads
-                ]
+                media = (part for part in message.content if part.path is not None and part.type in reads)
+                made += [replace(part, caption=None, others=()) for part in media]
             elif message.role == "user" and made:
                 given = {(part.type, part.path) for part in message.content}
                 new = [part for part in made if (part.type, part.path) not in given]
@@ -132,11 +127,7 @@ class MediaRoot:
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
     def resolve(self, name: Any, kind: str, where: str) -> Path:
-        """Absolute path of `name`, which need not exist.
-
-        Raises:
-            InputError: a URL, an empty or invalid name, or a path outside the media root.
-        """
+        """Absolute path of `name`, which need not exist; an `InputError` for a URL or a path outside the root."""
         name = checked_text(name, f"{where}: the path")
         if not name or "\0" in name or len(name) > 4096:  # PATH_MAX on Linux
             raise InputError(f"{where}: {shown(name)} is not a file name: give a path relative to the media root.")
@@ -165,18 +156,15 @@ class MediaRoot:
 
     def _real_path(self, path: str) -> str:
         folder, base = os.path.split(path)
-        if base in ("", ".", ".."):
-            return os.path.realpath(path)
-        if folder not in self._real_folders:
-            self._real_folders[folder] = os.path.realpath(folder)
-        path = os.path.join(self._real_folders[folder], base)
-        return os.path.realpath(path) if os.path.islink(path) else path
+        if base not in ("", ".", ".."):
+            if folder not in self._real_folders:
+                self._real_folders[folder] = os.path.realpath(folder)
+            path = os.path.join(self._real_folders[folder], base)
+        return os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else path
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:
-    """Build a `Sample` from a row in the project's own JSON form (`anygpt.data.rows.SampleRow`).
-
-    Does not check that the files exist.
+    """Build a `Sample` from a row in the project's own JSON form (`SampleRow`); files need not exist.
 
     Raises:
         InputError: names `source`, the sample, and the message and part that break a rule.

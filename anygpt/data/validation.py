@@ -121,11 +121,8 @@ def _checked(rows: CheckedRows, num_workers: int) -> Iterator[CheckedRow]:
 
 @dataclass
 class CheckedRow:
-    """What `validate` must know of a row.
-
-    faults, tokens: see `CheckedRows.check`. media: role and type of each. hashes: of its id and its conversation; None
-    if it is no sample. unreadable: whether its fault keeps the rest of the file from being read.
-    """
+    """What `validate` must know of a row: among others role and type of its media, hashes of its id and conversation
+    (None if it is no sample), and whether its fault keeps the rest of the file from being read."""
 
     faults: list[InputError]
     tokens: int = 0
@@ -177,11 +174,7 @@ class CheckedRows(IterableDataset):
         return CheckedRow(faults, tokens, [f"{role} {part.type}" for role, part in sample.media()], hashes)
 
     def usable(self, sample: Sample) -> int:
-        """Number of tokens of a sample, 0 if not counted.
-
-        Raises:
-            InputError: training would reject the sample.
-        """
+        """Number of tokens of a sample, 0 if not counted; an `InputError` if training would reject it."""
         if self.lengths is not None and not self.deep:
             return self.lengths.of(sample)
         if self.lengths is not None:

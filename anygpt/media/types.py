@@ -15,8 +15,7 @@ from PIL import Image
 
 from anygpt.errors import InputError
 from anygpt.media.audio import resample, to_mono
-from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video, to_rgb
-from anygpt.media.reading import read_audio, read_image
+from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video, read_audio, read_image, to_rgb
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_image, write_video
 

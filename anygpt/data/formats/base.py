@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A medium and its caption from a WebDataset shard or a table; see `anygpt.data.formats.pairs`.
+    """A medium and its caption from a WebDataset shard or a table; see `anygpt.data.formats.dialects`.
 
     Either may be a list: media in the order of their markers, captions as alternative wordings.
     """

@@ -10,7 +10,6 @@ from typing import Any
 from anygpt.data.formats import dialects
 from anygpt.data.formats.base import DataSource, Format, Row, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
-from anygpt.data.formats.pairs import check_task, convert_pair
 from anygpt.data.formats.tables import is_hub_id, table_rows
 from anygpt.data.formats.webdataset import shard_rows
 from anygpt.data.rows import DataError, checked, nearest
@@ -107,7 +106,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
             raise InputError(f"{setting} is {verb} for {path}, whose format {name!r} has no use for it: leave it out.")
     rows = chosen.rows(path, source.columns, source.streaming) if chosen.takes_columns else chosen.rows(path)
     if chosen.pairs and not (source.columns and not set(MEDIA) & set(source.columns)):  # a table may hold only text
-        check_task(source.task, str(path))
+        dialects.check_task(source.task, str(path))
     folder = source.media_root
     if folder is None:  # a dataset on the Hub has no media beside it
         folder = Path() if remote else path.parent if path.exists() else find_files(path)[0].parent
@@ -129,7 +128,7 @@ def _sample(row: Row, chosen: Format, task: str | None, root: MediaRoot) -> Samp
         raise value
     where = row_name(value, row.source, row.id)
     if chosen.pairs:
-        value = convert_pair(value, where, task)
+        value = dialects.convert_pair(value, where, task)
     elif chosen.model is not None:
         found = checked(chosen.model, value, where)
         value = chosen.convert(found, where) | ({"id": found.id} if found.id else {})

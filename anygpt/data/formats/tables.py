@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet
 
 from anygpt.data.formats.base import Pair, Row, find_files
-from anygpt.data.formats.parquet import check_row_groups
 from anygpt.data.rows import nearest
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
@@ -29,6 +29,15 @@ COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 ROWS_OF_BLOCK = 32  # a stream holds the media of one block in memory per process
 _STORED = object()
+
+MAX_ROW_GROUP = 320 * 1024**2
+"""Bytes in memory that are always allowed; reading texts takes up to five times as much."""
+MAX_RATIO = 4  # bytes in memory per byte in the file, for larger row groups
+ROWS_AT_ONCE = 16  # decoded to measure values; fewer if values may be long
+REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
+"""Encodings in which many values may share the bytes of one."""
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
+"""Bytes of a value in memory, 8 for other types; for byte arrays, of the offset."""
 
 
 class Table:
@@ -242,3 +251,49 @@ def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
         paths = pa.compute.struct_field(column, "path").to_pylist()
         return [_STORED if stored else name for stored, name in zip(there, paths, strict=True)]
     raise InputError(f"{path} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
+
+
+def check_row_groups(path: Path) -> None:
+    """Check every row group of a Parquet file by its metadata; columns that may repeat long values are decoded.
+
+    `datasets` reads a row group at a time, and a file of kilobytes may repeat a value of megabytes a million times
+    through Parquet's dictionary, run-length and delta encodings.
+
+    Raises:
+        InputError: a row group exceeds `MAX_ROW_GROUP` and `MAX_RATIO`.
+        pyarrow.ArrowException: not a Parquet file.
+    """
+    with pa.parquet.ParquetFile(path, buffer_size=2**20) as file:
+        for number in range(file.metadata.num_row_groups):
+            group, total = file.metadata.row_group(number), 0
+            columns = [group.column(i) for i in range(group.num_columns)]
+            packed = sum(column.total_compressed_size for column in columns)
+            limit = max(MAX_ROW_GROUP, MAX_RATIO * min(packed, path.stat().st_size))
+            for i, column in enumerate(columns):
+                values, stored = max(0, column.num_values), max(0, column.total_uncompressed_size)
+                size = values * (max(0, file.schema.column(i).length) or WIDTHS.get(column.physical_type, 8))
+                if column.physical_type == "BYTE_ARRAY":
+                    size += stored
+                    most = total + size + stored * values  # if each value were as long as all together
+                    if total + size <= limit < most and not REPEATING.isdisjoint(column.encodings):
+                        size = _decoded(file, number, column.path_in_schema, limit - total, stored)
+                total += size
+                if total > limit:
+                    raise InputError(
+                        f"{path}: row group {number}, of {group.num_rows:,} rows, takes more than {limit:,} bytes in "
+                        f"memory, of {packed:,} in the file, and can only be read whole: write the file again with "
+                        "smaller ones (row_group_size of pyarrow.parquet.write_table)."
+                    )
+
+
+def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, longest: int) -> int:
+    """Bytes that a column's values take; stops once above `limit`."""
+    size, rows = 0, max(1, min(ROWS_AT_ONCE, limit // max(1, longest)))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+        leaf = batch.column(0)
+        while pa.types.is_nested(leaf.type):  # lists, and structs of which one field is read
+            leaf = leaf.flatten()[0] if pa.types.is_struct(leaf.type) else leaf.flatten()
+        size += (leaf.dictionary_decode() if pa.types.is_dictionary(leaf.type) else batch).nbytes
+        if size > limit:
+            break
+    return size
