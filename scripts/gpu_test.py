@@ -1,12 +1,12 @@
-"""Checks that need GPUs: each stage on a GPU, in bf16, compiled, on several GPUs, with FSDP2 and DeepSpeed.
+"""What only a GPU shows, as one command that takes under ten minutes on one card and prints a Markdown table.
 
-    python scripts/gpu_test.py
-    python scripts/gpu_test.py --gpus 2 --only FSDP2
+    python scripts/gpu_test.py        # --tiny: with tiny parts, on a CPU too, to show that the command works
+    python scripts/gpu_test.py --gpus 2 --only fsdp2
 
-Runs the tiny parts through `accelerate launch` with the files of configs/accelerate, about a minute per check. The
-losses of each run, per term and update, are compared with those of the same run on the CPU; those of a resumed run with
-an uninterrupted one. Each check prints PASS, FAIL, or SKIP with what is missing. The exit code is 0 if none failed, 1
-if one did, 2 without a GPU.
+Rates: the stages at NExT-GPT's sizes (a language model of Vicuna-7B's shape, a ViT-H/14, Stable Diffusion 1.5; random
+weights, bf16, rows of a 512 × 384 JPEG), beside its author's samples per second on a V100. Checks: the tiny parts
+through `accelerate launch` with the files of configs/accelerate; each loss, per term and update, against the same run
+on the CPU. The exit code is 0 if nothing failed, 1 if something did, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -15,204 +15,184 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from anygpt import load_tokenizer
+from anygpt.commands import REPOSITORY
+from anygpt.commands.benchmark import machine
 from anygpt.toyworld.datasets import write_dataset
 
 import torch
+import yaml
+from benchmarks._shared import DEVICE, make_pipeline, read_log, run_stage, write_photographs
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = {1: "stage1_encoder_llm", 2: "stage2_llm_decoder", 3: "stage3_instruction_tuning"}
-ROWS, UPDATES, BATCH = 24, 4, 8
+STAGES = {1: "stage1_encoder_llm", 2: "stage2_llm_decoder", 3: "stage3_instruction_tuning"}
+VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+PACKED, FLASH = "--data.pack_to=2048", "--model.language_model.attn_implementation=flash_attention_2"
+RATES = {  # stage, settings, samples per second of NExT-GPT's author
+    "stage 1": (1, [], 7.4),
+    "stage 2": (2, [], 5.6),
+    "stage 3, LoRA": (3, [], 3.5),
+    "stage 3, compiled": (3, ["--train.compile=true"], None),
+    "stage 3, packed": (3, [PACKED], None),
+    "stage 3, packed, FlashAttention varlen": (3, [PACKED, FLASH], None),
+}
+CHECKS = {  # stage, file of configs/accelerate, settings
+    **{f"stage {stage} as on the CPU": (stage, "one_process", []) for stage in STAGES},
+    "bf16": (3, "one_process", ["--train.mixed_precision=bf16"]),
+    "gradient checkpointing": (3, "one_process", ["--train.gradient_checkpointing=true"]),
+    "compile": (3, "one_process", ["--train.compile=true"]),
+    **{name: (3, name, []) for name in ("several_gpus", "fsdp2", "deepspeed_zero2")},
+}
+UPDATES, BATCH = 4, 8
 # Convolutions on a GPU round to TF32, and the size of AdamW's first updates does not depend on the gradient's.
 CLOSE, CLOSE_IN_BF16 = 0.02, 0.1
-LINE = re.compile(r"update (\d+)  (.*)")
-OF_THE_MACHINE = ("/s", "MFU", "_share", "memory_gib")
+MACHINE = ("/s", "MFU", "_share", "memory_gib", "norm")
 
 Losses = dict[int, dict[str, float]]
 
 
 class Failed(Exception):
-    """A check failed; the message gives the reason."""
+    state = "FAIL"
 
 
-class Skipped(Exception):
-    """A check's requirement is missing."""
+class Skipped(Failed):
+    state = "SKIP"
 
 
-@dataclass
-class Bench:
-    """Runs stages in one folder; the rows per update do not depend on the number of processes."""
+def write_parts(folder: Path, tiny: bool) -> None:
+    """Write the parts in bfloat16, and their configuration."""
+    paths = {name: str(folder / name) for name in ("llm", "vit", "diffusion")}
+    llm = LlamaConfig(vocab_size=32000, **SMALL if tiny else {})  # the defaults are the 7B model's
+    vision = CLIPVisionConfig(**SMALL if tiny else VIT_H, patch_size=14)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        LlamaForCausalLM(llm).save_pretrained(paths["llm"])
+        CLIPVisionModel(vision).save_pretrained(paths["vit"])
+        make_pipeline(8 if tiny else 64, width=1 if tiny else 4).save_pretrained(paths["diffusion"])
+    torch.set_default_dtype(torch.float32)
+    load_tokenizer("zoo:language_model").save_pretrained(paths["llm"])
+    CLIPImageProcessor().save_pretrained(paths["vit"])
+    encoders, decoders = ({"image": {"path": paths[name]}} for name in ("vit", "diffusion"))
+    model = {"language_model": {"path": paths["llm"]}, "encoders": encoders, "decoders": decoders}
+    (folder / "run.yaml").write_text(yaml.safe_dump({"model": model}))
 
-    folder: Path
-    gpus: int
 
-    @property
-    def rows(self) -> int:
-        return max(1, BATCH // self.gpus) * self.gpus
+def measure_rate(name: str, folder: Path, steps: int) -> dict[str, float]:
+    """Measure one row of `RATES`, in this process."""
+    stage, settings, _ = RATES[name]
+    kinds = {1: [False], 2: [True], 3: [False, True]}[stage]
+    data = [write_photographs(folder / f"rows_{made}.jsonl", BATCH * (steps + 3), asked_for=made) for made in kinds]
+    common = [f"--config={folder / 'run.yaml'}", f"--train.batch_size={BATCH}", "--train.mixed_precision=bf16"]
+    common += ["--data.train=" + json.dumps([{"path": str(path)} for path in data]), "--data.num_workers=2"]
+    found = run_stage(stage, Path(tempfile.mkdtemp(dir=folder)), [*common, *settings], steps)
+    return found | {"samples/s": BATCH / found["step_s"]}
 
-    def prepare(self) -> None:
-        """Write the data of all stages, and run each stage on the CPU (stage 3 starts from stage 2)."""
-        for stage in SCRIPTS:
-            write_dataset(self.folder, f"stage{stage}", ROWS, seed=0)
-        for stage in (2, 1, 3):
-            self.run(f"cpu{stage}", stage, "one_process", 1, "--run.device=cpu")
 
-    def run(self, name: str, stage: int, config: str, processes: int, *more: str) -> Losses:
-        """Launch a stage, and return its losses from `log.txt`; raises `Failed` if it does not finish."""
-        output, data = self.folder / name, self.folder / f"stage{stage}.jsonl"
-        start = self.folder / "cpu2/final" if stage == 3 else "null"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", REPOSITORY / f"configs/accelerate/{config}.yaml"),
-            *("--num_processes", processes, "--main_process_port", port),
-            *(REPOSITORY / f"stages/{SCRIPTS[stage]}.py", "--config", REPOSITORY / f"configs/tiny/stage{stage}.yaml"),
-            *("--run.output_dir", output, "--model.init_from", start),
-            *("--data.train", f"[{{path: {data}}}]", "--data.eval", f"[{{path: {data}}}]"),
-            *("--train.max_steps", UPDATES, "--train.warmup_steps", "0", "--train.batch_size", self.rows // processes),
-            *("--loss.denoising", 1, "--train.projector_init", "random"),
-            *("--train.log_steps", 1, "--train.save_steps", 0, "--train.eval_steps", 0, "--train.sample_steps", 0),
-            *more,
-        ]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        log = output.with_name(f"{name}.out")
-        with log.open("a") as file:
-            done = subprocess.run(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=REPOSITORY)
-        if done.returncode or not (output / "final/model.safetensors").is_file():
-            lines = [line for line in log.read_text().splitlines() if "rror" in line] or ["no error was printed"]
-            raise Failed(f"ended with {done.returncode}: {lines[0].strip()[:200]} (all of it: {log})")
-        return read_losses(output)
+def rate(name: str, folder: Path, options: argparse.Namespace) -> str:
+    """Measure one row of `RATES` in a process of its own; returns it in words."""
+    if FLASH in RATES[name][1]:
+        needs(importlib.util.find_spec("flash_attn"), "flash-attn (pip install flash-attn)")
+    command = [sys.executable, __file__, "--row", name, "--folder", folder, "--steps", options.steps]
+    found = json.loads(call(command).splitlines()[-1])
+    beside = "" if options.tiny or not RATES[name][2] else f" (NExT-GPT on a V100: {RATES[name][2]})"
+    return f"{found['samples/s']:.1f} samples/s{beside}, {found['MFU']:.0%} MFU, {found['memory_gib']:.1f} GiB"
 
-    def compare(self, name: str, stage: int, config: str, processes: int, *more: str, close: float = CLOSE) -> str:
-        """Compare a run's losses with the CPU's; returns their difference in words."""
-        return difference(
-            read_losses(self.folder / f"cpu{stage}"), self.run(name, stage, config, processes, *more), close
-        )
 
-    def resume(self, name: str, config: str, processes: int) -> str:
-        """Compare a run with itself after losing its last updates and resuming from a checkpoint."""
-        output, save = self.folder / name, "--train.save_steps=2"
-        whole = self.run(name, 3, config, processes, save)
-        for lost in ("final", f"checkpoint-{UPDATES}"):
-            shutil.rmtree(output / lost)
-        (output / "log.txt").unlink()
-        again = self.run(name, 3, config, processes, save)
-        if sorted(again) != list(range(3, UPDATES + 1)):
-            raise Failed(f"went on with the updates {sorted(again)}, expected 3 to {UPDATES}")
-        return difference({step: whole[step] for step in again}, again, CLOSE)
+def launch(folder: Path, name: str, stage: int, config: str, processes: int, *more: str) -> Losses:
+    """Launch a stage on the tiny parts; returns its losses, or raises `Failed`."""
+    output, data = folder / name.replace(" ", "_"), folder / f"stage{stage}.jsonl"
+    write_dataset(folder, f"stage{stage}", 24, seed=0)
+    start = folder / "cpu2/final" if stage == 3 else "null"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes),
+        *("--config_file", REPOSITORY / f"configs/accelerate/{config}.yaml", "--main_process_port", 0),
+        *(REPOSITORY / f"stages/{STAGES[stage]}.py", "--config", REPOSITORY / f"configs/tiny/stage{stage}.yaml"),
+        *(f"--run.output_dir={output}", f"--data.train=[{{path: {data}}}]", f"--train.max_steps={UPDATES}"),
+        *(f"--model.init_from={start}", f"--train.batch_size={max(1, BATCH // processes)}", "--loss.denoising=1"),
+        *("--train.warmup_steps=0", "--train.log_steps=1", "--train.projector_init=random", *more),
+    ]
+    call(command)
+    return read_losses(output)
+
+
+def call(command: list[object]) -> str:
+    """Run a command; returns what it prints, or raises `Failed` with its first line about an error."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["no error was printed"]
+        raise Failed(f"ended with {done.returncode}: {lines[0].strip()[:200]}")
+    return done.stdout
 
 
 def read_losses(output: Path) -> Losses:
-    found: Losses = {}
-    for line in (output / "log.txt").read_text().splitlines():
-        if match := LINE.fullmatch(line):
-            pairs = (pair.rsplit(" ", 1) for pair in match[2].split("  "))
-            values = {name: float(value) for name, value in pairs if not name.endswith(OF_THE_MACHINE)}
-            found.setdefault(int(match[1]), {}).update(values)
-    return found
+    log = read_log(output).items()
+    return {step: {name: x for name, x in values.items() if not name.endswith(MACHINE)} for step, values in log}
 
 
 def difference(expected: Losses, found: Losses, close: float) -> str:
-    """The largest relative difference, in words.
-
-    Raises:
-        Failed: it exceeds `close`, or the logged updates or terms differ.
-    """
+    """The largest relative difference, in words; raises `Failed` if it exceeds `close`, or other losses were logged."""
     if {step: set(v) for step, v in expected.items()} != {step: set(v) for step, v in found.items()}:
         raise Failed("other updates or loss terms were logged")
     # The floor on the denominator avoids large relative differences of losses near zero.
-    distances = [
-        (abs(value - found[step][name]) / max(abs(value), 0.05), step, name)
-        for step, values in expected.items()
-        for name, value in values.items()
-        if "norm" not in name
-    ]
-    distances = [(math.inf if math.isnan(distance) else distance, *place) for distance, *place in distances]
-    largest, step, name = max(distances)
-    said = f"losses differ by {largest:.2%} at most ({name}, update {step})"
-    if not largest <= close:
-        raise Failed(f"{said}, more than {close:.0%}")
-    return said
+    pairs = [(value, found[step][name]) for step, values in expected.items() for name, value in values.items()]
+    largest = max(abs(a - b) / max(abs(a), 0.05) if math.isfinite(b) else math.inf for a, b in pairs)
+    if largest > close:
+        raise Failed(f"losses differ by {largest:.2%}, more than {close:.0%}")
+    return f"losses differ by {largest:.2%} at most"
 
 
-def answers(bench: Bench) -> str:
-    """Check that training generates sample answers with media."""
-    bench.run("answers", 3, "one_process", 1, f"--train.sample_steps={UPDATES}")
-    index = bench.folder / f"answers/samples/{UPDATES:06d}/index.jsonl"
-    files = [file["path"] for line in index.read_text().splitlines() for file in json.loads(line)["files"]]
-    if not files or any(not (index.parent / file).stat().st_size for file in files):
-        raise Failed(f"no media in {index}")
-    return f"{len(files)} media were generated"
+def check(name: str, folder: Path, options: argparse.Namespace) -> str:
+    stage, config, settings = CHECKS[name]
+    needs(config == "one_process" or options.gpus > 0, "a GPU")
+    needs(config != "several_gpus" or options.gpus > 1, "two GPUs")
+    needs("deepspeed" not in config or importlib.util.find_spec("deepspeed"), "deepspeed")
+    for number in {3: (2, 3)}.get(stage, (stage,)):  # stage 3 starts from stage 2
+        if not (folder / f"cpu{number}").exists():
+            launch(folder, f"cpu{number}", number, "one_process", 1, "--run.device=cpu")
+    found = launch(folder, name, stage, config, 1 if config == "one_process" else options.gpus, *settings)
+    return difference(read_losses(folder / f"cpu{stage}"), found, CLOSE_IN_BF16 if name == "bf16" else CLOSE)
 
 
-def needs(condition: bool, what: str) -> None:
+def needs(condition: object, what: str) -> None:
     if not condition:
         raise Skipped(f"needs {what}")
 
 
-def several(bench: Bench) -> str:
-    needs(bench.gpus > 1, "two GPUs")
-    return bench.compare("several", 3, "several_gpus", bench.gpus)
-
-
-def deepspeed(bench: Bench) -> str:
-    needs(importlib.util.find_spec("deepspeed") is not None, "deepspeed (pip install deepspeed)")
-    return bench.compare("deepspeed", 3, "deepspeed_zero2", bench.gpus)
-
-
-CHECKS: dict[str, Callable[[Bench], str]] = {
-    **{f"stage {n}": lambda bench, n=n: bench.compare(f"gpu{n}", n, "one_process", 1) for n in SCRIPTS},
-    "bf16": lambda bench: bench.compare(
-        "bf16", 3, "one_process", 1, "--train.mixed_precision=bf16", close=CLOSE_IN_BF16
-    ),
-    "gradient checkpointing": lambda bench: bench.compare(
-        "recomputed", 3, "one_process", 1, "--train.gradient_checkpointing=true"
-    ),
-    "compile": lambda bench: bench.compare("compiled", 3, "one_process", 1, "--train.compile=true"),
-    "answers": answers,
-    "resume": lambda bench: bench.resume("resumed", "one_process", 1),
-    "several GPUs": several,
-    "FSDP2": lambda bench: bench.compare("fsdp2", 3, "fsdp2", bench.gpus),
-    "FSDP2 resume": lambda bench: bench.resume("fsdp2_resumed", "fsdp2", bench.gpus),
-    "DeepSpeed ZeRO-2": deepspeed,
-}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="of runs on several (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="checks to make")
+    count = torch.cuda.device_count()
+    parser.add_argument("--gpus", type=int, default=count, help="of runs on several (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=[*RATES, *CHECKS], default=[*RATES, *CHECKS], help="rows")
+    parser.add_argument("--tiny", action="store_true", help="rates of tiny parts")
+    parser.add_argument("--steps", type=int, default=10, help="timed updates of a rate (default: %(default)s)")
+    parser.add_argument("--row", choices=RATES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not 0 < options.gpus <= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        print(f"error: --gpus is {options.gpus}, and there are {found} GPUs here; nothing was tried", file=sys.stderr)
+    if options.row:
+        print(json.dumps(measure_rate(options.row, options.folder, options.steps)))
+        return 0
+    if not (0 < options.gpus <= count or options.tiny):
+        print(f"error: --gpus is {options.gpus}, and there are {count} GPUs here; nothing was tried", file=sys.stderr)
         return 2
     folder, failed = Path(tempfile.mkdtemp(prefix="gpu_test_")), False
-    print(f"{torch.cuda.get_device_name()}, {options.gpus} of {torch.cuda.device_count()}; runs: {folder}", flush=True)
-    bench = Bench(folder, options.gpus)
-    bench.prepare()
+    if not RATES.keys().isdisjoint(options.only):
+        write_parts(folder, options.tiny)
+    print(f"{machine()}\n\n| | | |\n|---|---|---|", flush=True)
     for name in options.only:
         try:
-            state, said = "PASS", CHECKS[name](bench)
-        except Skipped as reason:
-            state, said = "SKIP", str(reason)
+            state, said = "PASS", (rate if name in RATES else check)(name, folder, options)
         except Failed as reason:
-            state, said, failed = "FAIL", str(reason), True
-        print(f"{state} {name}: {said}", flush=True)
-    if not failed:
-        shutil.rmtree(folder)
+            state, said = reason.state, str(reason)
+        failed |= state == Failed.state
+        print(f"| {name} | {state} | {said} |", flush=True)
+    shutil.rmtree(folder)
     return int(failed)
 
 

@@ -102,7 +102,9 @@ def environment():
 
 
 def load_script(name):
-    """A file of `scripts/` as a module, whose `main` then runs in this process."""
+    """A file of `scripts/` as a module, whose `main` then runs in this process; its folder is on the path, as then."""
+    if (folder := str(REPOSITORY / "scripts")) not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -39,14 +39,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2  # steps
 LINE = re.compile(r"update (\d+)  (.*)")
 PREAMBLE = "A person asks for a picture, and the answer is one that shows what was said: its shape and its colour."
-PHASES = ("data_share", "forward_share", "backward_share", "optimizer_share")
-
-
+LOGGED = ("data_share", "forward_share", "backward_share", "optimizer_share", "MFU", "memory_gib")
 timer = time.perf_counter  # `--cpu-seconds` makes it `time.process_time`
 
 
@@ -67,31 +65,21 @@ def seconds(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
 
 
 def smollm2(vocabulary: int = 49152) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    return LlamaConfig(vocab_size=vocabulary, **sizes, **heads, tie_word_embeddings=True)
 
 
 def vit() -> CLIPVisionConfig:
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return CLIPVisionConfig(**sizes, image_size=224, patch_size=16)
+    return CLIPVisionConfig(**BASE, image_size=224, patch_size=16)
 
 
-def make_pipeline(latents: int) -> StableDiffusionPipeline:
-    """The pipeline, for latents of that height (Stable Diffusion 1.5 has 64)."""
+def make_pipeline(latents: int, width: int = 1) -> StableDiffusionPipeline:
+    """The pipeline, for latents of that height and in quarters of the width (Stable Diffusion 1.5 has 64 and 4)."""
     tokenizer = CLIPTokenizer.from_pretrained(part_path("image_decoder") / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+        **BASE,
         max_position_embeddings=77,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -99,26 +87,26 @@ def make_pipeline(latents: int) -> StableDiffusionPipeline:
     )
     unet = UNet2DConditionModel(
         sample_size=latents,
-        block_out_channels=(80, 160, 320, 320),
+        block_out_channels=tuple(width * channels for channels in (80, 160, 320, 320)),
         cross_attention_dim=768,
         attention_head_dim=8,
         norm_num_groups=16,
     )
     vae = AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
+        block_out_channels=tuple(width * channels for channels in (32, 64, 128, 128)),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
     )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -145,10 +133,7 @@ def write_parts(folder: Path, *names: str, latents: int = 16) -> Path:
 
 
 def write_photographs(path: Path, count: int, asked_for: bool) -> Path:
-    """Write rows with a JPEG of 512 × 384: the target if `asked_for`, else the input.
-
-    A request has about 60 tokens, as many as Vicuna's system prompt, a caption of CC3M and a span have together.
-    """
+    """Write rows with a JPEG of 512 × 384: the target, asked for in about 60 tokens as with Vicuna, or the input."""
     draw, rows = np.random.default_rng(0), []
     for i in range(count):
         coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
@@ -174,10 +159,9 @@ def read_log(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def run_stage(number: int, folder: Path, settings: Sequence[str], steps: int) -> dict[str, float]:
-    """Run a stage as users do, with the feature cache written before if `data.cache_dir` is among the settings.
+    """Run a stage as users do, after writing the feature cache if `data.cache_dir` is among the settings.
 
-    Returns medians of an update's time and shares, label tokens per second, and the first loss. `loop_share` is the
-    share of neither data nor model nor optimizer.
+    Returns medians of what is logged and of an update's time, label tokens per second, and the first loss.
     """
     starts, labels = [], []
 
@@ -195,11 +179,11 @@ def run_stage(number: int, folder: Path, settings: Sequence[str], steps: int) ->
     trainer.Trainer = Watched  # type: ignore[misc]
     trainer.train(parse_config(settings), STAGES[number])
     log = list(read_log(folder / "run").values())
-    shares = {name: statistics.median(update[name] for update in log[WARM_UP:]) for name in PHASES}
+    logged = {name: statistics.median(update[name] for update in log[WARM_UP:]) for name in LOGGED}
     return {
         "step_s": statistics.median(b - a for a, b in itertools.pairwise(starts[WARM_UP:])),
-        **shares,
-        "loop_share": 1 - sum(shares.values()),
+        **logged,
+        "loop_share": 1 - sum(value for name, value in logged.items() if name.endswith("_share")),
         "labels/s": sum(labels[WARM_UP:-1]) / (starts[-1] - starts[WARM_UP]),
         "first loss": log[0]["loss"],
     }

@@ -3,10 +3,8 @@
 First a span of 24 signal tokens over a prompt's cache, in one forward pass as in generation, against a forward pass of
 one token and against the span token by token, in bf16 and fp32, at SmolLM2-135M's shape. Then an answer of text and one
 picture, against the language model's own `generate` (with as many forward passes) followed by the bare pipeline. The
-weights are random; the pipeline is that of the benchmark `stage2`.
-
-`--busy` measures an answer of a trained model with a picture, on a quiet machine and while another program keeps one
-core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
+weights are random. `--busy` measures an answer of a trained model with a picture, on a quiet machine and while another
+program keeps one core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
 """
 
 from __future__ import annotations
@@ -100,9 +98,7 @@ def measure_answer(side: str, options: argparse.Namespace) -> float:
     condition = torch.randn(1, *decoder.condition_shape, device=DEVICE)
 
     def apart() -> None:
-        ids = model.language_model.generate(
-            prompt, attention_mask=mask, max_new_tokens=forwards, do_sample=False, pad_token_id=0
-        )
+        ids = model.language_model.generate(prompt, attention_mask=mask, max_new_tokens=forwards, do_sample=False)
         assert ids.shape[1] == options.prompt + forwards
         generator = torch.Generator().manual_seed(0)
         size = {"height": decoder.height, "width": decoder.width}

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from benchmarks._shared import WARM_UP, run_stage, seconds, write_parts, write_photographs
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 CASES = {"denoising": 1, "alignment alone": 0}
 PEER, CACHED = "NExT-GPT's way", "output, cached"
@@ -88,12 +89,8 @@ def time_peer(settings: list[str], steps: int) -> float:
 
 
 def peer_loss(
-    model: MultimodalModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    labels: torch.Tensor,
-    decoder_targets: dict[str, dict],
-) -> torch.Tensor:
+    model: MultimodalModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, decoder_targets: dict[str, dict]
+) -> Tensor:
     """Cross-entropy, caption alignment and, where there are pictures, denoising, as in NExT-GPT's public code."""
     llm, decoder, targets = model.language_model, model.decoders["image"], decoder_targets["image"]
     output = llm(input_ids, attention_mask, labels=labels, output_hidden_states=True, use_cache=False)

@@ -11,9 +11,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from anygpt.commands import REPOSITORY
 from anygpt.toyworld.datasets import write_dataset
 
-from benchmarks._shared import REPOSITORY, WARM_UP, run_stage, write_parts, write_photographs
+from benchmarks._shared import WARM_UP, run_stage, write_parts, write_photographs
 
 POOLED, CACHED = "{projection_type: pooled}", "cached"
 PADDED, PACKED, TOKENS = "padded", "packed", "batches of tokens"
