@@ -23,11 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m anygpt.toyworld", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
-    add(
-        "--samples",
-        type=int,
-        help=f"rows for each stage (default: {SAMPLES['stage1']}, for stage 3 {SAMPLES['stage3']})",
-    )
+    add("--samples", type=int, help="rows for each stage (default: 1600, for stage 3 twice as many)")
     add("--eval-samples", type=int, default=160, help="rows to judge, for 16 cells (default: %(default)s)")
     stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
     which = parser.add_mutually_exclusive_group()

@@ -44,10 +44,7 @@ _LEARNING_RATE = 3e-3
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anygpt.toyworld.judge_training", description=__doc__)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write to (default: the package's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of renders, weights and wear (default: %(default)s)")
-    parser.add_argument("--steps", type=float, default=1.0, help="factor on the updates (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    print(json.dumps(train_judges(options.output, options.seed, options.steps), indent=2))
+    print(json.dumps(train_judges(parser.parse_args(arguments).output), indent=2))
     return 0
 
 
@@ -75,7 +72,6 @@ def train_judges(
     load_judges.cache_clear()
     accuracy = measure(load_judges(folder), seed + 1, fresh)
     card = {
-        "what": "judges of ToyWorld: picture -> shape and colour, clip -> motion, sound -> shape and colour",
         "data": "renders of all 48 things (anygpt.toyworld.render), worn a little; no generated media",
         "seed": seed,
         "updates": updates,

@@ -82,11 +82,7 @@ def render_video(
 ) -> np.ndarray:
     """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`.
 
-    Args:
-        motion: one of `MOTIONS`.
-        rng: determines radius, path, speed, brightness and background; it is advanced.
-        size: width and height in pixels.
-        num_frames: at least 2.
+    `rng` determines radius, path, speed, brightness and background; it is advanced.
 
     Raises:
         InputError: an unknown motion, or fewer than two frames.

@@ -107,9 +107,8 @@ def _whiten(text_encoder: Any, tokenizer: transformers.PreTrainedTokenizerBase) 
 
     AudioLDM's single condition vector must distinguish things, and must generalise to unseen pairs of shape and colour.
     Trained along with the denoiser, it distinguishes only. With small random weights it is nearly a sum over the words,
-    which generalises, but nearly the same for all captions until it is whitened (arXiv 2103.15316). Whitening also
-    amplifies the rounding error of the large common part: with the usual attention weights captions differ by 1%, too
-    little for bfloat16; with weights three times as large, by 11%, and they are still sums over the words.
+    which generalises, but nearly the same for all captions until it is whitened (arXiv 2103.15316). With attention
+    weights three times as large they differ by 11% before that, in place of 1%, too little for bfloat16.
     """
     for layer in text_encoder.text_model.encoder.layer:
         layer.attention.self.value.weight.mul_(_ATTENTION_GAIN)

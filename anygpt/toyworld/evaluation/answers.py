@@ -95,10 +95,6 @@ class Judged:
     def colour_right(self) -> bool:
         return self.verdict is not None and self.verdict[1] == self.request.thing.colour
 
-    @property
-    def motion_right(self) -> bool:
-        return self.motion == self.request.motion
-
 
 def ask(
     model: MultimodalModel,

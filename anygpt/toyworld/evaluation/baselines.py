@@ -24,9 +24,6 @@ from anygpt.toyworld.world import MOTIONS, Thing
 
 _MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
 
-Drawn = tuple[str, Thing, str | None]
-"""A caption, and the thing and motion that it should give."""
-
 
 def upper_bound(
     model: MultimodalModel, things: Sequence[Thing], settings: Settings, progress: Callable[[int], object]
@@ -78,9 +75,12 @@ def moving_caption(caption: str, motion: str | None) -> str:
 
 
 def _draw(
-    outer: ModalDecoderModule, drawn: Sequence[Drawn], settings: Settings, progress: Callable[[int], object]
+    outer: ModalDecoderModule,
+    drawn: Sequence[tuple[str, Thing, str | None]],
+    settings: Settings,
+    progress: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Share of right media that a decoder generates from captions through its own text encoder."""
+    """Share of right media that a decoder generates through its own text encoder, for (caption, thing, motion) each."""
     decoder, generator, media = outer.module, torch.Generator().manual_seed(settings.seed), []
     for batch in batches(drawn, settings.batch_size):
         condition = Condition.of(decoder.encode_text([caption for caption, _, _ in batch]))

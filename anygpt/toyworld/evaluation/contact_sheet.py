@@ -47,8 +47,7 @@ def contact_sheet(judged: Sequence[Judged], folder: Path, matrix: Mapping[str, M
         for row in rows:
             lines.append([_given(cells[source, targets[0]][row].request, folder)])
             for target in targets:
-                note = [(f"{matrix[source][target]:.0%} of this cell", _FAINT)] if row == rows[0] else []
-                lines[-1].append(_made(cells[source, target][row], note))
+                lines[-1].append(_made(cells[source, target][row]))
     width = sum(tile.width + _GAP for tile in lines[0]) + _GAP
     sheet = Image.new("RGB", (width, sum(line[0].height + _GAP for line in lines) + _GAP), _PAPER)
     y = _GAP
@@ -81,7 +80,7 @@ def _given(request: Request, folder: Path) -> Image.Image:
     return _tile("input", _picture(request.source, wave, rate), [(f"{request.source}: {request.thing}", _INK)])
 
 
-def _made(one: Judged, note: list[tuple[str, str]]) -> Image.Image:
+def _made(one: Judged) -> Image.Image:
     """An answer and its verdict."""
     request, content = one.request, "(nothing)"
     if request.target == "text":
@@ -94,7 +93,7 @@ def _made(one: Judged, note: list[tuple[str, str]]) -> Image.Image:
         said = "right" if one.right else "wrong"
     if request.target == "video" and one.motion:
         said += f", {one.motion}"
-    return _tile(request.target, content, [(said, _RIGHT if one.right else _WRONG), *note])
+    return _tile(request.target, content, [(said, _RIGHT if one.right else _WRONG)])
 
 
 def _picture(modality: str, medium: Any, rate: float | None) -> Image.Image:

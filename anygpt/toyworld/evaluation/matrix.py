@@ -109,7 +109,7 @@ def motion_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]
     table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for (source, target), ones in by_cell(judged).items():
         if moving := [one for one in ones if one.request.motion]:
-            table[source][target] = share(one.motion_right for one in moving)
+            table[source][target] = share(one.motion == one.request.motion for one in moving)
     return dict(table)
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anygpt.errors import InputError
 from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
@@ -34,15 +33,9 @@ def probe_encoders(
         renders: per seen thing, for fitting.
         fresh: per held-out thing, for testing.
         seed: of the renders.
-
-    Raises:
-        InputError: the model has no encoder of images, videos or audio.
     """
-    keys = {key: encoder.modality for key, encoder in model.encoders.items() if encoder.modality in MODALITIES}
-    if not keys:
-        raise InputError("the model has no encoder of images, videos or audio to probe")
     found: dict[str, dict[str, Any]] = {}
-    for key, modality in keys.items():
+    for key, modality in ((key, encoder.modality) for key, encoder in model.encoders.items()):
         features, shown = [], []
         for number, (things, count) in enumerate(((SEEN, renders), (HELD_OUT, fresh))):
             rng = np.random.default_rng([seed, 4, MODALITIES.index(modality), number])
