@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 import xxhash
-from torch.utils.data import DataLoader
 
 from anygpt.data.collation import NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
@@ -61,7 +60,7 @@ class Asker:
         known = {
             "model": (lambda row: row.prompt, say),
             "upper_bound": (_in_words, lambda rows, _: self.draw(rows, [row.captions for row in rows])),
-            "caption_baseline": (self._to_describe, self.draw_described),
+            "caption_baseline": (_to_describe, self.draw_described),
             "without_media": (_in_words, say),
         }
         draws = any(set(row.captions) & set(self.looked_at) for row in rows)
@@ -75,16 +74,14 @@ class Asker:
     def answers(self, way: Way, rows: Sequence[Row]) -> Iterator[tuple[Row, Answer]]:
         """Yield rows with their answers, batch by batch."""
         size, (sample_of, answer) = self.suite.ask.batch_size, way
-        if not rows:
-            return
         # keep as many video frames as any encoder samples
         counts = (getattr(one, "num_frames", None) for one in self.processor.encoder_processors.values())
         dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))
-        loader = DataLoader(dataset, size, collate_fn=list, num_workers=self.suite.ask.num_workers)
-        for number, items in enumerate(loader):
-            batch = list(rows[number * size : (number + 1) * size])
+        for start in range(0, len(rows), size):
+            batch = list(rows[start : start + size])
             with torch.inference_mode():
-                yield from zip(batch, answer(batch, items), strict=True)
+                answers = answer(batch, [dataset[start + i] for i in range(len(batch))])
+            yield from zip(batch, answers, strict=True)
 
     def write(self, rows: list[Row], items: list[LoadedSample], describe: bool = False) -> list[Answer]:
         """The model's answers; text only if `describe`."""
@@ -96,7 +93,6 @@ class Asker:
             **batch.to(self.model.device),
             max_new_tokens=ask.max_new_tokens + sum(len(self.model.signal_tokens.ids[key]) for key in require),
             do_sample=False,
-            num_beams=ask.num_beams,
             require=require,
             forbid=forbid,
             decoder_kwargs={key: {**options, "seed": seeds} for key, options in self.options.items()},
@@ -151,15 +147,17 @@ class Asker:
         drawn = self.draw(rows, [dict.fromkeys(row.captions, text) for row, text in zip(rows, said, strict=True)])
         return [Answer([Segment("text", text), *one.segments]) for text, one in zip(said, drawn, strict=True)]
 
-    def _to_describe(self, row: Row) -> Sample:
-        if not row.sources:
-            return row.prompt
-        *before, last = row.prompt.messages
-        prompt = self.suite.ask.caption_prompt.replace("{type}", list(row.sources)[-1])
-        return replace(row.prompt, messages=(*before, reworded(last, prompt)))
-
     def _seeds(self, rows: Sequence[Row]) -> list[int]:
         return [xxhash.xxh3_64_intdigest(f"{self.suite.ask.seed} {row.id}".encode()) >> 1 for row in rows]
+
+
+def _to_describe(row: Row) -> Sample:
+    """A prompt to describe its last medium, if it has any."""
+    if not row.sources:
+        return row.prompt
+    *before, last = row.prompt.messages
+    last = reworded(last, f"Describe this {list(row.sources)[-1]} in one sentence.")
+    return replace(row.prompt, messages=(*before, last))
 
 
 def _in_words(row: Row) -> Sample:

@@ -23,6 +23,7 @@ from anygpt.evaluation.store import AnswerStore, write
 from anygpt.evaluation.suite import Suite
 from anygpt.version import __version__
 
+SHOWN = 24  # rows in the report
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "torchmetrics", "pycocoevalcap")
 
 
@@ -105,7 +106,7 @@ def evaluate(
         | {library: installed_version(library) for library in LIBRARIES},
         **facts,
     }
-    write_report(output / "report.html", report, rows[: suite.shown], lines)
+    write_report(output / "report.html", report, rows[:SHOWN], lines)
     write(output / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
@@ -125,5 +126,5 @@ def first_media(line: Mapping[str, Any]) -> dict[str, Path]:
 
 def asked_for(suite: Suite) -> dict[str, Any]:
     """Settings on which answers depend: not the metrics, the limit or the batch size."""
-    ask = {name: value for name, value in asdict(suite.ask).items() if name not in ("batch_size", "num_workers")}
+    ask = {name: value for name, value in asdict(suite.ask).items() if name != "batch_size"}
     return {"data": [asdict(source) for source in suite.data], "composition": suite.composition, "ask": ask}

@@ -26,32 +26,26 @@ class Ask:
         require: media types that every answer must contain.
         forbid: media types that no answer may contain; null forbids those that no metric uses.
         prompt: text that replaces the row's own, which it may include as `{text}`.
-        caption_prompt: prompt of the caption baseline for a medium of a `{type}`.
         turns: `last` evaluates a conversation's last answer, `all` each answer, given the reference ones before it.
         choices: answers to choose from by likelihood; `lines` takes those listed in the question, such as `A. a cat`;
             if null, the model writes its answer.
         num_inference_steps, guidance_scale: settings of every decoder; null for the checkpoint's own.
         decoders: further options by media type, as `generate` takes them: `{image: {height: 512, width: 512}}`.
         max_new_tokens: maximum tokens of an answer, in addition to the signal tokens of required media.
-        num_beams: beam size; 1 is greedy search.
         batch_size: rows answered at once; affects numbers only by rounding.
-        num_workers: processes that decode media.
         seed: seed of the noise, which also depends on the row's id, and of the choice of rows under `limit`.
     """
 
     require: list[str] = field(default_factory=list)
     forbid: list[str] | None = None
     prompt: str | None = None
-    caption_prompt: str = "Describe this {type} in one sentence."
     turns: Literal["last", "all"] = "last"
     choices: list[str] | Literal["lines"] | None = None
     num_inference_steps: PositiveInt | None = None
     guidance_scale: float | None = None
     decoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_new_tokens: PositiveInt = 64
-    num_beams: PositiveInt = 1
     batch_size: PositiveInt = 16
-    num_workers: NonNegativeInt = 0
     seed: NonNegativeInt = 0
 
 
@@ -92,7 +86,6 @@ class Suite:
         metrics: the metrics.
         baselines: baselines to report; null for all that fit the rows.
         limit: number of rows, drawn evenly from all; null for all.
-        shown: number of rows in the report.
     """
 
     name: str = ""
@@ -102,7 +95,6 @@ class Suite:
     metrics: list[MetricSpec] = field(default_factory=list)
     baselines: list[Baseline] | None = None
     limit: PositiveInt | None = None
-    shown: NonNegativeInt = 24
 
 
 def read_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:

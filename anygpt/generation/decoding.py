@@ -369,16 +369,15 @@ def _placeholders(model: Composition) -> tuple[int, ...]:
 
 def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
     """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer."""
-    tokens: dict[str, Any] = {}
-    for name in ("eos_token_id", "pad_token_id"):
-        for source in (config, base_model(model.language_model).generation_config, model.tokenizer):
-            if getattr(source, name, None) is not None:
-                tokens[name] = getattr(source, name)
-                break
-    if "eos_token_id" in tokens:
-        eos = tokens["eos_token_id"]
-        tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos)
-    return tokens
+    sources = (model.tokenizer, base_model(model.language_model).generation_config, config)
+    tokens = {
+        name: getattr(source, name)
+        for source in sources
+        for name in ("eos_token_id", "pad_token_id")
+        if getattr(source, name, None) is not None
+    }
+    eos = tokens.get("eos_token_id")
+    return ({"pad_token_id": eos[0] if isinstance(eos, (list, tuple)) else eos} if eos is not None else {}) | tokens
 
 
 def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

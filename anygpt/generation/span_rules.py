@@ -20,8 +20,7 @@ class SpanRules:
     Attributes:
         ids: `{decoder key: the N ids of its span}`.
         budget: maximal number of new tokens.
-        require: decoders that every row must call at least once.
-        forbid: decoders that no row may call.
+        require, forbid: decoders that every row must call at least once, and that no row may call.
         never: other tokens that are never generated: the encoders' placeholders.
     """
 
@@ -33,11 +32,9 @@ class SpanRules:
 
     def __post_init__(self) -> None:
         self.key_of_first = {span[0]: key for key, span in self.ids.items()}
-        both = sorted(set(self.require) & set(self.forbid))
-        if both:
+        if both := sorted(set(self.require) & set(self.forbid)):
             raise InputError(f"{', '.join(both)} cannot be required and forbidden at once")
-        unknown = sorted(set(self.require) - set(self.ids))
-        if unknown:
+        if unknown := sorted(set(self.require) - set(self.ids)):
             raise InputError(
                 f"{', '.join(unknown)} cannot be required, because the model does not know the signal tokens' ids; "
                 "build the MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
@@ -53,10 +50,13 @@ class SpanRules:
         """Required decoders that an answer has not called yet."""
         return [key for key in self.require if self.ids[key][0] not in answer]
 
+    def room(self, answer: list[int]) -> int:
+        """Tokens left beside the spans that are still required."""
+        return self.budget - len(answer) - sum(len(self.ids[key]) for key in self.missing(answer))
+
     def banned(self, answer: list[int]) -> list[int]:
         """Tokens that may not come next: the inside of spans, and spans that are forbidden or exceed the budget."""
-        missing = self.missing(answer)
-        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
+        missing, room = self.missing(answer), self.room(answer)
         banned = list(self.never)
         for key, span in self.ids.items():
             fits = key in missing or len(span) <= room
@@ -68,8 +68,7 @@ class SpanRules:
         missing = self.missing(answer)
         if not missing or token in self.key_of_first:
             return token
-        room = self.budget - len(answer) - sum(len(self.ids[key]) for key in missing)
-        return self.ids[missing[0]][0] if ends or room < 1 else token
+        return self.ids[missing[0]][0] if ends or self.room(answer) < 1 else token
 
 
 class SpanForcing(LogitsProcessor):

@@ -61,12 +61,8 @@ class MultimodalProcessor(ConversationProcessor):
         self.llm_tokenizer = llm_tokenizer
         self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
         self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
-        given: dict[str, Mapping[str, Any]] = {
-            "feature function": self.num_feature_funcs,
-            "placeholder token": self.tokens,
-            "fit": fit or {},
-        }
-        for what, names in given.items():
+        given = (("feature function", self.num_feature_funcs), ("placeholder token", self.tokens), ("fit", fit or {}))
+        for what, names in given:
             if unknown := sorted(set(names) - set(self.encoder_processors)):
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}

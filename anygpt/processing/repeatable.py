@@ -32,16 +32,17 @@ def _fixed_draws() -> Iterator[None]:
 def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Call a processor so that an input's tensors depend neither on the rest of the batch nor on the process.
 
-    If it drew random numbers (transformers' CLAP crops long sounds at random), call it again for each input alone.
-
-    Args:
-        name: of the argument that holds the media.
+    If it drew random numbers (transformers' CLAP crops long sounds at random), call it again for each of the media,
+    in the argument `name`, alone.
     """
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().numpy().tobytes()
+
     with _fixed_draws():
-        before = random.getstate(), np.random.get_state(legacy=True)[2], torch.get_rng_state()  # type: ignore[index]
+        before = states()
         output = dict(processor(**arguments))
-        drew = random.getstate() != before[0] or np.random.get_state(legacy=True)[2] != before[1]  # type: ignore[index]
-        drew = drew or not torch.equal(torch.get_rng_state(), before[2])
+        drew = states() != before
     media = arguments.get(name)
     if not drew or not isinstance(media, list) or len(media) < 2 or isinstance(media[0], (int, float)):
         return output

@@ -69,10 +69,7 @@ class Batch:
 class Metric:
     """Accumulates batches in `update`; `compute` returns values by the suffix of their name (`""`, or `"_1"`, …).
 
-    Args:
-        network: feature network, if needed.
-        modality: `text` or a media type.
-        num_frames: frames of a clip to read; all if None.
+    Args: the feature network, if needed; `text` or a media type; the frames of a clip to read, all if None.
     """
 
     def __init__(self, network: Any = None, modality: str = "text", num_frames: int | None = None):
