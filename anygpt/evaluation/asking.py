@@ -74,6 +74,8 @@ class Asker:
     def answers(self, way: Way, rows: Sequence[Row]) -> Iterator[tuple[Row, Answer]]:
         """Yield rows with their answers, batch by batch."""
         size, (sample_of, answer) = self.suite.ask.batch_size, way
+        if not rows:
+            return
         # keep as many video frames as any encoder samples
         counts = (getattr(one, "num_frames", None) for one in self.processor.encoder_processors.values())
         dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))

@@ -253,7 +253,10 @@ def generate(
     for key, given in (decoder_kwargs or {}).items():
         if isinstance(own := given.get("seed"), (list, tuple)) and len(own) != len(input_ids):
             raise InputError(f"{key} is given {len(own)} seeds for {len(input_ids)} rows; give one a row")
-    inputs, options = _split_inputs(model, kwargs)
+    names = {name for encoder in model.encoders.values() for name in encoder.input_names}
+    inputs = {name: value for name, value in kwargs.items() if name in names or "." in name}
+    left_out = {"labels", "decoder_targets", *inputs}  # the first two are for training
+    options = {name: value for name, value in kwargs.items() if name not in left_out}
     config = copy.deepcopy(generation_config or base_model(model.language_model).generation_config)
     options = _special_tokens(model, config) | options
     config.update(**options)
@@ -320,8 +323,7 @@ def check_request(
             raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
     require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
     decoder_kwargs = decoder_kwargs or {}
-    unknown = sorted({*require, *forbid, *decoder_kwargs} - set(model.decoder_keys))
-    if unknown:
+    if unknown := sorted({*require, *forbid, *decoder_kwargs} - set(model.decoder_keys)):
         raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(model.decoder_keys)}")
     for key, given in decoder_kwargs.items():
         model.decoders[key].module.check_options(given)
@@ -347,17 +349,15 @@ def _decode_with_beams(
     tap.select = (torch.zeros(0, dtype=torch.long, device=sequences.device),) * 2  # no logits
     _, all_states = model.run_language_model(whole, inputs)
     prompt = merged.input_ids.shape[1]
-    spans = {key: model.signal_tokens.find_spans(sequences, key) for key in model.decoders}
-    shifted = {key: Spans(found.rows, found.positions + prompt) for key, found in spans.items()}
-    states = model.read_spans(whole, shifted, tap.hidden, all_states)
-    return sequences, [
-        # the positions read are the last of the span
-        SpanStates(row, last + 1 - len(model.signal_tokens.ids[key]), key, state)
-        for key in states
-        for row, last, state in zip(
-            spans[key].rows.tolist(), spans[key].positions[:, -1].tolist(), states[key], strict=True
-        )
-    ]
+    found = {key: model.signal_tokens.find_spans(sequences, key) for key in model.decoders}
+    shifted = {key: Spans(span.rows, span.positions + prompt) for key, span in found.items()}
+    spans = []
+    for key, states in model.read_spans(whole, shifted, tap.hidden, all_states).items():
+        ends = (found[key].positions[:, -1] + 1).tolist()  # the positions read are the last of the span
+        length = len(model.signal_tokens.ids[key])
+        for row, end, state in zip(found[key].rows.tolist(), ends, states, strict=True):
+            spans.append(SpanStates(row, end - length, key, state))
+    return sequences, spans
 
 
 def _placeholders(model: Composition) -> tuple[int, ...]:
@@ -378,11 +378,3 @@ def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, A
     }
     eos = tokens.get("eos_token_id")
     return ({"pad_token_id": eos[0] if isinstance(eos, (list, tuple)) else eos} if eos is not None else {}) | tokens
-
-
-def _split_inputs(model: Composition, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split into encoder inputs and generation options, without what only training uses."""
-    names = {name for encoder in model.encoders.values() for name in encoder.input_names}
-    inputs = {name: value for name, value in kwargs.items() if name in names or "." in name}
-    left_out = {"labels", "decoder_targets", *inputs}
-    return inputs, {name: value for name, value in kwargs.items() if name not in left_out}
