@@ -27,13 +27,19 @@ from safetensors.torch import load_file
 
 def convert(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="imagebind_huge.pth, or its tensors as .safetensors")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", type=Path, nargs="?", help="imagebind_huge.pth, or its tensors as .safetensors")
+    source.add_argument("--untrained", action="store_true", help="random weights, for stage 0 to train")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--config", type=Path, help="JSON of an ImageBindConfig, of a model that is not the huge one")
     options = parser.parse_args(arguments)
     file, output = options.file, options.output
     if output.exists():
         raise InputError(f"--output {output} is there already; choose another folder")
+    config = ImageBindConfig.from_json_file(options.config) if options.config else ImageBindConfig()
+    if options.untrained:
+        ImageBindModel(config).save_pretrained(output)
+        return
     try:
         if file.suffix == ".safetensors":
             tensors = load_file(file)
@@ -45,7 +51,7 @@ def convert(arguments: list[str]) -> None:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"{file} holds no tensors by name; expected imagebind_huge.pth as it was published")
     with torch.device("meta"):
-        model = ImageBindModel(ImageBindConfig.from_json_file(options.config) if options.config else ImageBindConfig())
+        model = ImageBindModel(config)
     model.load_original_state_dict(tensors)
     temporary = output.with_name(f".{output.name}.incomplete")
     try:

@@ -1,14 +1,24 @@
 """A tiny ImageBind learns ToyWorld with pictures as the binding modality; sounds and words never meet in training."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from anygpt import MultimodalModel, load_encoder
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel, ImageBindVideoProcessor, processor_for
 from anygpt.media.files import Video
+from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.language import caption
 from anygpt.toyworld.render import render_audio, render_image, render_video
 from anygpt.toyworld.world import MOTIONS, THINGS
+from anygpt.training.components import write_components
+from anygpt.training.config import parse_config
+from anygpt.training.stages import COMPONENTS
+from anygpt.training.trainer import train
+
+CONFIGS = Path(__file__).parent.parent / "configs/tiny/stage0"
 
 END = 49407
 RENDERS, STEPS = 6, 480
@@ -74,3 +84,23 @@ def test_sounds_find_words_that_they_never_met():
 
 
 TOWER = {"embed_dim": 64, "num_blocks": 2, "num_heads": 4}
+
+
+def test_stage_0_binds_sounds_to_pictures(tmp_path):
+    """The two runs of `configs/tiny/stage0`, of two updates each: what they train, and that their parts load."""
+    sizes = ImageBindConfig.from_json_file(CONFIGS / "imagebind.json")
+    ImageBindModel(sizes).save_pretrained(tmp_path / "untrained")
+    for kind in ("views", "pairs"):
+        write_dataset(tmp_path / "data", kind, 24, seed=0, things=THINGS)
+    shortened = ["--train.max_steps=2", "--train.warmup_steps=1", "--train.batch_size=8"]
+    for name in ("imagebind_words", "imagebind"):
+        text = (CONFIGS / f"{name}.yaml").read_text().replace("runs/imagebind", str(tmp_path))
+        (tmp_path / f"{name}.yaml").write_text(text)
+        config = parse_config([f"--config={tmp_path / name}.yaml", *shortened])
+        train(config, COMPONENTS)
+        write_components(tmp_path / name.replace("imagebind_", "").replace("imagebind", "sounds") / "final", config)
+    pictures = load_encoder(tmp_path / "words/parts/image_encoder", "image").state_dict()
+    model = MultimodalModel.from_pretrained(tmp_path / "sounds/final")
+    assert all(torch.equal(tensor, pictures[name]) for name, tensor in model.image_encoder.module.state_dict().items())
+    before, after = (load_encoder(tmp_path / at, "audio") for at in ("untrained", "sounds/parts/audio_encoder"))
+    assert any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))

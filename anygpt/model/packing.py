@@ -23,12 +23,12 @@ from anygpt.sequence.signal_tokens import Spans, Tap
 
 @dataclass(frozen=True)
 class Packing:
-    """The mapping of the tokens of a batch `(B, S)` to `P` packed sequences of length `L`.
+    """The mapping of the tokens of a batch `(B, S)` to `P` packed sequences of length `L`, as int64.
 
     Attributes:
-        source: `(P, L)` int64, flat index into `B · S` of each packed token; 0 for padding.
-        position_ids: `(P, L)` int64, counted within each row; padding at the end counts as a row of its own.
-        place: `(B, S)` int64, flat index into `P · L` of each token; 0 for padding.
+        source: `(P, L)`, flat index into `B · S` of each packed token; 0 for padding.
+        position_ids: `(P, L)`, counted within each row; padding at the end counts as a row of its own.
+        place: `(B, S)`, flat index into `P · L` of each token; 0 for padding.
     """
 
     source: Tensor
@@ -50,21 +50,17 @@ class Packing:
                 used.append(0)
             sequences[chosen].append(row)
             used[chosen] += lengths[row]
-        device, longest = attention_mask.device, max(1, *used)
-        source = torch.zeros(len(used), longest, dtype=torch.long)
-        positions = torch.arange(longest).repeat(len(used), 1)
-        place = torch.zeros(attention_mask.shape, dtype=torch.long)
-        kept = [row.nonzero()[:, 0] for row in attention_mask.cpu()]
+        device, longest, width = attention_mask.device, max(1, *used), attention_mask.shape[1]
+        source, positions = torch.zeros(2, len(used), longest, dtype=torch.long)
+        place = torch.zeros(attention_mask.numel(), dtype=torch.long)
+        kept = [row * width + mask.nonzero()[:, 0] for row, mask in enumerate(attention_mask.cpu())]
         for i, rows in enumerate(sequences):
-            start = 0
-            for row in rows:
-                end = start + lengths[row]
-                source[i, start:end] = row * attention_mask.shape[1] + kept[row]
-                positions[i, start:end] = torch.arange(lengths[row])
-                place[row, kept[row]] = i * longest + torch.arange(start, end)
-                start = end
-            positions[i, start:] = torch.arange(longest - start)
-        return cls(source.to(device), positions.to(device), place.to(device))
+            tokens = torch.cat([kept[row] for row in rows])
+            source[i, : len(tokens)] = tokens
+            place[tokens] = i * longest + torch.arange(len(tokens))
+            runs = [*(lengths[row] for row in rows), longest - len(tokens)]
+            positions[i] = torch.cat([torch.arange(run) for run in runs])
+        return cls(source.to(device), positions.to(device), place.view(attention_mask.shape).to(device))
 
     def pack(self, values: Tensor) -> Tensor:
         """Convert `(B, S, …)` to `(P, L, …)`."""

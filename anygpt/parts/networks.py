@@ -66,23 +66,14 @@ def load_network(
     for prefix, arguments in optional.items():
         if not any(name.startswith(prefix) for name in state):
             options = {**arguments, **options}
-    if dtype is None:
-        stored = (found for found in map(dtype_of, state.values()) if found is not None)
-        dtype = config.dtype or fallback_dtype or next(stored, torch.float32)
+    dtype = dtype or config.dtype or fallback_dtype or next(filter(None, map(dtype_of, state.values())), torch.float32)
     if wants_shapes_only():
         state = {name: shape_of(tensor) for name, tensor in state.items()}
         options = {name: value for name, value in options.items() if name != "quantization_config"}
         options["device_map"] = "meta"
+    options |= {"config": config, "state_dict": state, "dtype": dtype}
     with _without_their_report():
-        network, info = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        network, info = cls.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     floats = {name for name, parameter in network.named_parameters() if parameter.is_floating_point()}
     integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and name in floats]
     faults = {
@@ -118,15 +109,15 @@ def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[st
 def _without_their_report() -> Iterator[None]:
     """Suppress transformers' own report of mismatched tensors; `check_report` raises an error instead."""
     reports = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    reports.addFilter(keep)
+    reports.addFilter(_is_no_report)
     try:
         yield
     finally:
-        reports.removeFilter(keep)
+        reports.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]) -> str:

@@ -66,20 +66,11 @@ class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        outputs = self.model(input_ids=input_ids, **kwargs)
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state),
             past_key_values=outputs.past_key_values,
@@ -121,8 +112,8 @@ class MRopePositions(SavedCallback):
         grids = iter(image_grid_thw.tolist())
         positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-            kept = (ids[mask] == token_ids[self.key]).tolist()
-            positions[:, row, mask] = self._of_row(kept, grids).to(positions.device)
+            is_image = (ids[mask] == token_ids[self.key]).tolist()
+            positions[:, row, mask] = self._of_row(is_image, grids).to(positions.device)
         return {"position_ids": positions}
 
     def _of_row(self, is_image: list[bool], grids: Any) -> Tensor:
