@@ -33,7 +33,7 @@ from anygpt.decoders import (
     WanDecoder,
     ZeroscopeDecoder,
 )
-from anygpt.decoders.loading import load_decoder
+from anygpt.decoders.base import load_decoder
 from anygpt.encoders import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
 from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.errors import InputError

@@ -1,46 +1,29 @@
 """Sound from AudioLDM."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition, Generators
-from anygpt.decoders.options import is_number
+from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.reconstruction import vocoder_loss
 from anygpt.decoders.targets import AudioTargets
 
 
-class AudioLDMDecoder(DiffusionDecoder):
+class AudioLDMDecoder(AudioDecoder):
     """Conditions `(B, 1, D)`, unit vectors of CLAP's text projection -> float32 waveforms `(N,)` at `sampling_rate`.
 
-    `audio_length_in_s` (seconds) of targets and samples defaults to the U-Net's `sample_size` × the VAE's factor ×
-    the vocoder's hop. With `normalize_waveform`, target waveforms are centred and scaled to a peak of 0.5, as in
-    AudioLDM's training.
+    With `normalize_waveform`, target waveforms are centred and scaled to a peak of 0.5, as in AudioLDM's training.
     """
 
-    modality = "audio"
     pipeline_name = "AudioLDMPipeline"
-    size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        *,
-        audio_length_in_s: float | None = None,
-        normalize_waveform: bool = True,
-        **settings: Any,
-    ):
+    def __init__(self, pipeline: DiffusionPipeline, *, normalize_waveform: bool = True, **settings: Any):
         super().__init__(pipeline, **settings)
-        native = self.unet.config.sample_size * pipeline.vae_scale_factor * self._seconds_per_frame
-        self.audio_length_in_s = audio_length_in_s or native
         self.normalize_waveform = normalize_waveform
 
     @property
@@ -49,23 +32,12 @@ class AudioLDMDecoder(DiffusionDecoder):
         return self.vocoder.config.sampling_rate
 
     @property
-    def rate(self) -> float:
-        return self.sampling_rate
-
-    @property
     def _hop_length(self) -> int:
         return math.prod(self.vocoder.config.upsample_rates)
 
     @property
-    def _seconds_per_frame(self) -> float:
-        return self._hop_length / self.sampling_rate
-
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """Also checks that the length in seconds gives at least one latent frame."""
-        if name != "audio_length_in_s":
-            return super().expected_of(name, value)
-        least = self._seconds_per_frame * self.pipeline.vae_scale_factor
-        return None if is_number(value) and value >= least else f"a number of seconds from {least:.4g}"
+    def seconds_per_latent(self) -> float:
+        return self.pipeline.vae_scale_factor * (self._hop_length / self.sampling_rate)
 
     @property
     def condition_shape(self) -> tuple[int, int]:
@@ -80,7 +52,7 @@ class AudioLDMDecoder(DiffusionDecoder):
         """
         factor = self.pipeline.vae_scale_factor
         # Rounded as in the pipeline.
-        frames = math.ceil(int(self.audio_length_in_s / self._seconds_per_frame) / factor) * factor
+        frames = math.ceil(int(self.audio_length_in_s / (self._hop_length / self.sampling_rate)) / factor) * factor
         return AudioTargets(
             num_frames=frames,
             sampling_rate=self.sampling_rate,
@@ -120,7 +92,3 @@ class AudioLDMDecoder(DiffusionDecoder):
         """Return both conditions as the `(B, D)` tensors that this pipeline takes."""
         arguments = super().prompt_arguments(condition, negative)
         return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}
-
-    def collect(self, output: Any) -> list[np.ndarray]:
-        """float32 waveforms `(N,)`, cut by the pipeline to the requested length."""
-        return list(output.audios)

@@ -1,7 +1,5 @@
 """Sound from AudioLDM 2: a U-Net that attends to T5's states and to what a language model makes of CLAP's and T5's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -34,26 +32,24 @@ class AudioLDM2Decoder(AudioLDMDecoder):
             raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription.")
 
     @property
-    def _widths(self) -> tuple[int, int]:
-        """Widths of the generated states and of T5's."""
-        return self.language_model.config.hidden_size, self.text_encoder_2.config.hidden_size
-
-    @property
-    def _generated(self) -> int:
-        return self.language_model.config.max_new_tokens
+    def _sizes(self) -> tuple[int, int, int]:
+        """Number and width of the generated states, and the width of T5's."""
+        made = self.language_model.config
+        return made.max_new_tokens, made.hidden_size, self.text_encoder_2.config.hidden_size
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        return self._generated + self.pipeline.tokenizer_2.model_max_length, max(self._widths)
+        count, *widths = self._sizes
+        return count + self.pipeline.tokenizer_2.model_max_length, max(widths)
 
     def encode_text(self, captions: list[str]) -> Condition:
         """The pipeline's generated states and T5's, padded to the full length, and the mask."""
         states, mask, generated = self.pipeline.encode_prompt(captions, self.device, 1, False)
         tokens, width = self.condition_shape
-        lacking = tokens - self._generated - states.shape[1]
+        count, lacking = generated.shape[1], tokens - generated.shape[1] - states.shape[1]
         states = F.pad(states, (0, width - states.shape[2], 0, lacking))
         generated = F.pad(generated, (0, width - generated.shape[2]))
-        mask = F.pad(F.pad(mask, (0, lacking)), (self._generated, 0), value=1)
+        mask = F.pad(F.pad(mask, (0, lacking)), (count, 0), value=1)
         return Condition(torch.cat([generated, states], dim=1), mask=mask.bool())
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
@@ -62,7 +58,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
 
     def _split(self, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         """The generated states, T5's states, and their mask."""
-        (first, second), at = self._widths, self._generated
+        at, first, second = self._sizes
         return condition.embeds[:, :at, :first], condition.embeds[:, at:, :second], condition.real[:, at:].long()
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingS
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.decoders.wrapping import WrappedPipeline
 from anygpt.errors import InputError
+from anygpt.parts.source import Source, load
 
 
 class DiffusionDecoder(WrappedPipeline, ABC):
@@ -39,6 +41,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     masked: ClassVar[bool] = False
     """Whether conditions have padding (`Condition.mask`)."""
+    zero_padding: ClassVar[bool] = False
+    """Whether padding is zeros, which the network attends to."""
     mask_argument: ClassVar[str | None] = None
     """Name of the mask in the pipeline's call."""
 
@@ -78,13 +82,20 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """
         return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
+    def encode_prompt(self, captions: list[str], **more: Any) -> tuple:
+        """What the pipeline's `encode_prompt` returns for `max_sequence_length` tokens and no negative prompt."""
+        more |= {"device": self.device, "max_sequence_length": self.max_sequence_length}
+        return self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **more)
+
     def encode_negative(self, prompts: list[str]) -> Tensor | Condition:
         """The pipeline's own encoding of `B` negative prompts."""
         return self.encode_text(prompts)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
         """Normalise a projected condition as the text encoder's output is (idempotent); loss and sampling apply it."""
-        return condition
+        if not self.zero_padding or isinstance(condition, Tensor):
+            return condition
+        return condition.without_padding()
 
     @torch.no_grad()
     def encode_media(self, media: list | Tensor, generator: Generators = None) -> Tensor:
@@ -237,7 +248,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""
         names = {"embeds": "prompt_embeds", "mask": self.mask_argument}
         names["pooled"] = None if self.pooled_dim is None else "pooled_prompt_embeds"
-        arguments: dict[str, Any] = {}
+        length = self.max_sequence_length
+        arguments: dict[str, Any] = {} if length is None else {"max_sequence_length": length}
         for part, name in names.items():
             if name is not None:
                 arguments[name] = getattr(condition, part)
@@ -247,8 +259,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:
         """Check a condition, normalise it, and move it to the decoder's device and dtype."""
         condition = Condition.of(condition)
-        sizes = self.condition_shape, self.pooled_dim, self.masked
-        check_condition(condition, type(self).__name__, batch_size, *sizes)
+        check_condition(condition, self, batch_size)
         condition = Condition.of(self.normalize_condition(condition)).to(self.device, self.dtype)
         return replace(condition, mask=condition.real) if self.masked else condition
 
@@ -291,3 +302,28 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         if seed is not None:
             arguments["generator"] = seeded(seed, places)
         return arguments
+
+
+def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
+    """The decoder of a pipeline, loaded strictly.
+
+    Args:
+        path: folder, hub id or `zoo:<name>`.
+        options: other fields of `Source`, as in a YAML; dtype is float32 by default.
+
+    Raises:
+        InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
+    """
+    source = Source.of(path, options)
+    given = {"torch_dtype": source.torch_dtype, "num_frames": source.num_frames}
+    return load(
+        source,
+        "decoder",
+        lambda: DiffusionDecoder.from_pretrained(
+            source.folder,
+            variant=source.variant,
+            weights=source.weights,
+            **source.where,
+            **{name: value for name, value in given.items() if value is not None},
+        ),
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,30 +68,23 @@ def check_generators(generator: Generators, batch_size: int) -> None:
         raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one a sample.")
 
 
-def check_condition(
-    condition: Condition,
-    decoder: str,
-    batch_size: int | None,
-    shape: tuple[int, int],
-    pooled_dim: int | None,
-    masked: bool,
-) -> None:
+def check_condition(condition: Condition, decoder: Any, batch_size: int | None) -> None:
     """Raise an `InputError` for a condition whose embeds, pooled part or mask do not fit the decoder."""
-    given, expected = tuple(condition.embeds.shape), (batch_size or len(condition), *shape)
+    name, pooled_dim = type(decoder).__name__, decoder.pooled_dim
+    given, expected = tuple(condition.embeds.shape), (batch_size or len(condition), *decoder.condition_shape)
     if given != expected:
         raise InputError(
-            f"The condition of {decoder} is {given}, expected (batch, tokens, dim) = {expected}: "
+            f"The condition of {name} is {given}, expected (batch, tokens, dim) = {expected}: "
             "make the output projector for this decoder's condition_shape, with one condition a sample."
         )
     pooled = None if condition.pooled is None else tuple(condition.pooled.shape)
     if pooled_dim is not None and pooled != (expected[0], pooled_dim):
         raise InputError(
-            f"The pooled condition of {decoder} is {pooled}, expected (batch, dim) = {(expected[0], pooled_dim)}: give "
+            f"The pooled condition of {name} is {pooled}, expected (batch, dim) = {(expected[0], pooled_dim)}: give "
             "Condition(embeds, pooled)."
         )
     mask = None if condition.mask is None else tuple(condition.mask.shape)
-    if mask not in ((given[:2], None) if masked else (None,)):
-        raise InputError(
-            f"The mask of a condition of {decoder} is {mask}, expected "
-            + (f"(batch, tokens) = {given[:2]}, or none." if masked else "none: this decoder attends to every token.")
-        )
+    if mask is not None and not decoder.masked:
+        raise InputError(f"The condition has a mask, but {name} attends to every token: give it none.")
+    if mask is not None and mask != given[:2]:
+        raise InputError(f"The mask of a condition of {name} is {mask}, expected (batch, tokens) = {given[:2]}.")

@@ -1,7 +1,5 @@
 """Images from FLUX.1: a transformer of image and text tokens, with the guidance distilled into it or without."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,14 +88,11 @@ class FluxDecoder(ImageDecoder):
         return expected
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Also refuses a negative that the model would ignore, and `true_cfg_scale` without one."""
+        """Also refuses a negative or `true_cfg_scale` without the other, which the pipeline would ignore."""
         super().check_options(options)
         scaled = options.get("true_cfg_scale") is not None
-        negative = any(options.get(name) is not None for name in ("negative_prompt", "negative_condition"))
-        if scaled != negative:
-            lacking = "no true_cfg_scale, without which FLUX ignores it" if negative else "no negative_prompt"
-            given = "a negative prompt" if negative else "a true_cfg_scale"
-            raise InputError(f"the {self.modality} decoder is given {given} but {lacking}: give both, or neither.")
-
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
+        if scaled != any(options.get(name) is not None for name in ("negative_prompt", "negative_condition")):
+            raise InputError(
+                f"the {self.modality} decoder is given only one of true_cfg_scale and a negative prompt, which FLUX "
+                "ignores without the other: give both, or neither."
+            )

@@ -1,7 +1,6 @@
-"""Decoders by the form of what they generate: images and videos. Sizes default to those the network was made for."""
+"""Decoders by the form of what they generate: images, videos, sounds. Sizes default to those of the network."""
 
-from __future__ import annotations
-
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
+from anygpt.decoders.options import is_number
 from anygpt.decoders.targets import ImageTargets, TargetProcessor, VideoTargets
 
 
@@ -108,3 +108,40 @@ class VideoDecoder(ImageDecoder):
     def collect(self, output: Any) -> list[np.ndarray]:
         """uint8 videos `(F, H, W, 3)`, from the pipeline's floats in [0, 1]."""
         return [(frames * 255).round().astype(np.uint8) for frames in output.frames]
+
+
+class AudioDecoder(DiffusionDecoder):
+    """Conditions -> float32 waveforms of `audio_length_in_s`, by default the length of the network's `sample_size`."""
+
+    modality = "audio"
+    size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
+
+    def __init__(self, pipeline: DiffusionPipeline, *, audio_length_in_s: float | None = None, **settings: Any):
+        super().__init__(pipeline, **settings)
+        self.audio_length_in_s = audio_length_in_s or self.denoiser.config.sample_size * self.seconds_per_latent
+        self.check_options({"audio_length_in_s": self.audio_length_in_s})
+
+    @property
+    @abstractmethod
+    def sampling_rate(self) -> int:
+        """Hz."""
+
+    @property
+    @abstractmethod
+    def seconds_per_latent(self) -> float:
+        """Seconds that one place in the latents stands for, the least length of a sound."""
+
+    @property
+    def rate(self) -> float:
+        return self.sampling_rate
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        """Also checks that the length in seconds gives at least one latent."""
+        if name != "audio_length_in_s":
+            return super().expected_of(name, value)
+        least = self.seconds_per_latent
+        return None if is_number(value) and value >= least else f"a number of seconds from {least:.4g}"
+
+    def collect(self, output: Any) -> list[np.ndarray]:
+        """float32 waveforms, cut by the pipeline to the requested length."""
+        return list(output.audios)

@@ -1,7 +1,5 @@
 """Video from LTX-Video: a transformer of all of a clip's latents, on a strongly compressing causal VAE."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -33,17 +31,11 @@ class LTXDecoder(VideoDecoder):
 
     def encode_text(self, captions: list[str]) -> Condition:
         """The pipeline's embeds `(B, T, D)` and mask."""
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
-            captions,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
+        embeds, mask, _, _ = self.encode_prompt(captions)
         return Condition(embeds, mask=mask)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        more = {"frame_rate": self.frame_rate, "max_sequence_length": self.max_sequence_length}
-        return super().prompt_arguments(condition, negative) | more
+        return super().prompt_arguments(condition, negative) | {"frame_rate": self.frame_rate}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction, of packed latents."""

@@ -1,7 +1,5 @@
 """`ModalDecoderModule`: a diffusion decoder, its output projector, and the choice of states that feed it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options of generation for a decoder: `generate(decoder_kwargs={key: options})`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Diffusers pipelines: strict loading, offloading hooks, callbacks at each step."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import math

@@ -1,7 +1,5 @@
 """`OutputProjector`: maps the language model's states at a signal span to a decoder's condition."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -30,8 +28,8 @@ class OutputProjectorConfig(PreTrainedConfig):
         masked: whether a third head computes the mask's logits (see `Condition`); at first all tokens are real.
         activation: any name in `transformers.activations.ACT2FN`.
         d_model, num_encoder_layers, num_decoder_layers, num_attention_heads, ffn_dim: sizes; the paper's by default.
-        linear_path: for `transformer`: add the output of a Linear, which a ridge solution can set. The transformer's
-            own output then starts at zero and learns the residual.
+        linear_path: for `transformer` and `perceiver`: add the output of a Linear, which a ridge solution can set.
+            Their own output then starts at zero and learns the residual.
     """
 
     model_type = "anygpt_output_projector"
@@ -127,9 +125,10 @@ class FlatProjection(nn.Module):
 
 
 class TransformerProjection(nn.Module):
-    """The paper's in-projection, `nn.Transformer` with a learned query for each condition token, and out-projection.
+    """In-projection, a transformer with a learned query for each condition token, and out-projection.
 
-    Pre-norm, without dropout. Queries start random, because identical ones would stay identical.
+    The transformer is the paper's `nn.Transformer`, or a perceiver's repeated layer; pre-norm, without dropout. Queries
+    start random, because identical ones would stay identical.
     """
 
     def __init__(self, config: OutputProjectorConfig):
@@ -137,15 +136,14 @@ class TransformerProjection(nn.Module):
         tokens, width = config.condition_shape
         self.input = nn.Linear(config.in_features, config.d_model)
         self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
-        layer = _layer_sizes(config) | {"dropout": 0.0}
-        # Built here because nn.Transformer's own encoder warns that pre-norm has no fast path.
-        encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**layer),
-            config.num_encoder_layers,
-            nn.LayerNorm(config.d_model),
-            enable_nested_tensor=False,
-        )
-        self.transformer = nn.Transformer(**layer, num_decoder_layers=config.num_decoder_layers, custom_encoder=encoder)
+        layer, depth = _layer_sizes(config), config.num_decoder_layers
+        if config.projection_type == "perceiver":
+            self.transformer = RepeatedLayer(nn.TransformerDecoderLayer(**layer), depth, config.d_model)
+        else:
+            # Built here because nn.Transformer's own encoder warns that pre-norm has no fast path.
+            one, norm = nn.TransformerEncoderLayer(**layer), nn.LayerNorm(config.d_model)
+            encoder = nn.TransformerEncoder(one, config.num_encoder_layers, norm, enable_nested_tensor=False)
+            self.transformer = nn.Transformer(**layer, num_decoder_layers=depth, custom_encoder=encoder)
         self.output = nn.Linear(config.d_model, width)
         self.line = None
         if config.linear_path:
@@ -159,25 +157,17 @@ class TransformerProjection(nn.Module):
         return output if self.line is None else output + self.line(states)
 
 
-class PerceiverProjection(nn.Module):
-    """A learned query for each condition token, refined by repetitions of one layer that attends to the states."""
+class RepeatedLayer(nn.Module):
+    """One decoder layer, applied several times with the same weights, and a norm."""
 
-    def __init__(self, config: OutputProjectorConfig):
+    def __init__(self, layer: nn.TransformerDecoderLayer, repetitions: int, width: int):
         super().__init__()
-        tokens, width = config.condition_shape
-        self.input = nn.Linear(config.in_features, config.d_model)
-        self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
-        self.layer = nn.TransformerDecoderLayer(dropout=0.0, **_layer_sizes(config))
-        self.repetitions = config.num_decoder_layers
-        self.norm = nn.LayerNorm(config.d_model)
-        self.output = nn.Linear(config.d_model, width)
+        self.layer, self.repetitions, self.norm = layer, repetitions, nn.LayerNorm(width)
 
-    def forward(self, states: Tensor) -> Tensor:
-        states = self.input(states)
-        queries = self.queries.expand(len(states), -1, -1)
+    def forward(self, states: Tensor, queries: Tensor) -> Tensor:
         for _ in range(self.repetitions):
             queries = self.layer(queries, states)
-        return self.output(self.norm(queries))
+        return self.norm(queries)
 
 
 def _layer_sizes(config: OutputProjectorConfig) -> dict[str, Any]:
@@ -188,7 +178,7 @@ def _layer_sizes(config: OutputProjectorConfig) -> dict[str, Any]:
             f"{config.num_attention_heads}"
         )
     sizes = {"d_model": config.d_model, "nhead": config.num_attention_heads, "dim_feedforward": config.ffn_dim}
-    return sizes | {"batch_first": True, "norm_first": True}
+    return sizes | {"dropout": 0.0, "batch_first": True, "norm_first": True}
 
 
 def _qformer(config: OutputProjectorConfig) -> nn.Module:
@@ -209,5 +199,5 @@ _BUILDERS = {
     "mlp": FlatProjection,
     "transformer": TransformerProjection,
     "qformer": _qformer,
-    "perceiver": PerceiverProjection,
+    "perceiver": TransformerProjection,
 }

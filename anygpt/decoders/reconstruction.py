@@ -3,8 +3,6 @@
 Shapes: `B` batch, `N` samples of a waveform.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 KL_WEIGHT = 1e-5

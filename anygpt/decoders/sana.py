@@ -1,7 +1,5 @@
 """Images from SANA: a linear transformer on the latents of a deep-compression autoencoder."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -37,13 +35,7 @@ class SanaDecoder(ImageDecoder):
         return self._encode(prompts, None)
 
     def _encode(self, texts: list[str], instruction: list[str] | None) -> Condition:
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
-            texts,
-            do_classifier_free_guidance=False,
-            device=self.device,
-            max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=instruction,
-        )
+        embeds, mask, _, _ = self.encode_prompt(texts, complex_human_instruction=instruction)
         return Condition(embeds, mask=mask.bool())
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +44,7 @@ class SanaDecoder(ImageDecoder):
         return latents, torch.zeros_like(latents)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        more: dict[str, Any] = {"use_resolution_binning": False, "max_sequence_length": self.max_sequence_length}
+        more: dict[str, Any] = {"use_resolution_binning": False}
         if negative is not None:
             more["negative_prompt"] = None  # the default is a text, which the pipeline takes for a second negative
         return super().prompt_arguments(condition, negative) | more

@@ -4,8 +4,6 @@
 Shapes: `B` batch, `C` latent channels.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -48,9 +46,13 @@ class TrainingSchedule(ABC):
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy latents and the prediction target, both like `latents`."""
 
-    @abstractmethod
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
         """Loss weights `(B,)` of the samples; an `InputError` if min-SNR-γ does not apply."""
+        if snr_gamma is not None:
+            raise InputError(
+                f"snr_gamma is {snr_gamma}, but the decoder is trained by flow matching, where snr_gamma means nothing."
+            )
+        return 1.0
 
 
 class DiffusionSchedule(TrainingSchedule):
@@ -156,10 +158,10 @@ class FlowSchedule(TrainingSchedule):
         return (1 - sigmas) * latents + sigmas * noise, noise - latents
 
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
-        """The scheme's weights, 1 except for cosmap and sigma_sqrt; `snr_gamma` is an `InputError`."""
-        if snr_gamma is not None:
-            raise InputError("the decoder is trained by flow matching, where snr_gamma means nothing.")
-        return compute_loss_weighting_for_sd3(self.scheme, self._sigmas(timesteps))
+        """The scheme's weights, 1 except for cosmap and sigma_sqrt."""
+        return super().weight(timesteps, snr_gamma) * compute_loss_weighting_for_sd3(
+            self.scheme, self._sigmas(timesteps)
+        )
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:
         return timesteps / self.scheduler.config.num_train_timesteps
@@ -189,12 +191,6 @@ class AngularSchedule(TrainingSchedule):
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         angles = (timesteps * torch.pi / 2).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))
         return angles.cos() * latents + angles.sin() * noise, angles.cos() * noise - angles.sin() * latents
-
-    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> float:
-        """1; `snr_gamma` is an `InputError`."""
-        if snr_gamma is not None:
-            raise InputError("the decoder is trained at continuous noise levels, where snr_gamma is not defined.")
-        return 1.0
 
 
 def check_scheme(scheme: str) -> None:

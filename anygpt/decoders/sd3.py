@@ -1,9 +1,5 @@
 """Images from Stable Diffusion 3: a transformer trained by flow matching."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,14 +37,8 @@ class StableDiffusion3Decoder(ImageDecoder):
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Condition:
         """The pipeline's embeds `(B, T, D)` and pooled `(B, P)`."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            captions, None, None, self.device, 1, False, max_sequence_length=self.max_sequence_length
-        )
+        embeds, _, pooled, _ = self.encode_prompt(captions, prompt_2=None, prompt_3=None)
         return Condition(embeds, pooled)
-
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """Adds T5's length, so that the pipeline's default negative has it too."""
-        return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction."""

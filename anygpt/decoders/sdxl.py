@@ -1,7 +1,5 @@
 """Images from Stable Diffusion XL."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

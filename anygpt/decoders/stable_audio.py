@@ -1,39 +1,28 @@
 """Sound from Stable Audio Open: a transformer on the latents of waveforms."""
 
-from __future__ import annotations
-
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
-from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.options import is_number
+from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.schedules import AngularSchedule
 from anygpt.decoders.targets import WaveformTargets
 
 
-class StableAudioDecoder(DiffusionDecoder):
+class StableAudioDecoder(AudioDecoder):
     """Conditions `(B, T, D)` of T5, projected, with their mask -> float32 waveforms `(C, N)` (arXiv 2407.14358).
 
     The transformer attends to padding, which is zeros, and to the beginning, 0 s, and the end, `audio_length_in_s`
     (by default all of the model's window). Targets are cut at the end, and latents always span the window.
     """
 
-    modality = "audio"
     pipeline_name = "StableAudioPipeline"
-    size_names: ClassVar[tuple[str, ...]] = ("audio_length_in_s",)
     masked = True
-
-    def __init__(self, pipeline: DiffusionPipeline, *, audio_length_in_s: float | None = None, **settings: Any):
-        super().__init__(pipeline, **settings)
-        self.audio_length_in_s = audio_length_in_s or self._window / self.sampling_rate
-        self.check_options({"audio_length_in_s": self.audio_length_in_s})
+    zero_padding = True
 
     @property
     def sampling_rate(self) -> int:
@@ -41,20 +30,14 @@ class StableAudioDecoder(DiffusionDecoder):
         return self.vae.config.sampling_rate
 
     @property
-    def rate(self) -> float:
-        return self.sampling_rate
-
-    @property
-    def _window(self) -> int:
-        """Samples that the latents stand for."""
-        return self.transformer.config.sample_size * self.vae.hop_length
+    def seconds_per_latent(self) -> float:
+        return self.vae.hop_length / self.sampling_rate
 
     def expected_of(self, name: str, value: Any) -> str | None:
-        """Also checks that the length in seconds is within the window."""
-        if name != "audio_length_in_s":
-            return super().expected_of(name, value)
-        most, least = self._window / self.sampling_rate, 1 / self.sampling_rate
-        return None if is_number(value) and least <= value <= most else f"a number of seconds up to {most:.4g}"
+        """Also refuses a length beyond the window."""
+        expected, most = super().expected_of(name, value), self.transformer.config.sample_size * self.seconds_per_latent
+        too_long = name == "audio_length_in_s" and not expected and value > most
+        return f"a number of seconds up to {most:.4g}" if too_long else expected
 
     @property
     def condition_shape(self) -> tuple[int, int]:
@@ -64,16 +47,13 @@ class StableAudioDecoder(DiffusionDecoder):
     def targets(self) -> WaveformTargets:
         """(waveform, rate) pairs -> waveforms `(B, C, N)` of the window's length."""
         length = int(self.audio_length_in_s * self.sampling_rate)
-        return WaveformTargets(self._window, self.sampling_rate, self.vae.config.audio_channels, length)
+        window = self.transformer.config.sample_size * self.vae.hop_length
+        return WaveformTargets(window, self.sampling_rate, self.vae.config.audio_channels, length)
 
     def encode_text(self, captions: list[str]) -> Condition:
         """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
         embeds = self.pipeline.encode_prompt(captions, self.device, False)
         return Condition(embeds, mask=(embeds != 0).any(dim=-1))
-
-    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Set padding to zero."""
-        return condition if isinstance(condition, Tensor) else condition.without_padding()
 
     @cached_property
     def schedule(self) -> AngularSchedule:
@@ -101,7 +81,3 @@ class StableAudioDecoder(DiffusionDecoder):
             return self.pipeline(audio_end_in_s=arguments.pop("audio_length_in_s"), output_type="np", **arguments)
         finally:
             self.projection_model.text_projection = projection
-
-    def collect(self, output: Any) -> list[np.ndarray]:
-        """float32 waveforms `(C, N)`."""
-        return list(output.audios)

@@ -151,26 +151,21 @@ class AudioTargets(TargetProcessor):
     As in AudioLDM's training: mixed to mono, resampled, truncated to the length, `normalize`d (mean removed, peak
     scaled to 0.5), padded with silence; then reflect padding of `(n_fft - hop_length) / 2` with uncentred frames, Hann
     window, magnitude, Slaney mels, natural logarithm of max(x, 1e-5).
+
+    Frames are `hop_length` samples apart, of `n_fft`; mels lie between `fmin` and `fmax` Hz. With `waveforms`, each
+    frame's `hop_length` samples follow its mels: `(B, 1, frames, mels + hop_length)`.
     """
 
     modality: ClassVar[str] = "audio"
     num_frames: int
-    """Frames of the result, `hop_length` samples each."""
     sampling_rate: int = 16000
-    """Hz."""
     n_fft: int = 1024
-    """FFT and window length, samples."""
     hop_length: int = 160
-    """Samples between frames."""
     num_mel_bins: int = 64
     fmin: float = 0.0
-    """Lowest mel frequency, Hz."""
     fmax: float = 8000.0
-    """Highest mel frequency, Hz."""
     normalize: bool = True
-    """Remove the mean and scale the peak to 0.5 first."""
     waveforms: bool = False
-    """Append each frame's `hop_length` samples to its mels: `(B, 1, frames, mels + hop_length)`."""
 
     @property
     def note(self) -> str:

@@ -1,7 +1,5 @@
 """Video from Wan 2.1."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -26,6 +24,7 @@ class WanDecoder(VideoDecoder):
     pipeline_name = "WanPipeline"
     weighting_scheme = "none"
     masked = True
+    zero_padding = True
     native_rate = 16
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: Any):
@@ -46,20 +45,8 @@ class WanDecoder(VideoDecoder):
 
     def encode_text(self, captions: list[str]) -> Condition:
         """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
-        embeds, _ = self.pipeline.encode_prompt(
-            captions,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
+        embeds, _ = self.encode_prompt(captions)
         return Condition(embeds, mask=(embeds != 0).any(dim=-1))
-
-    def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Set padding to zero."""
-        return condition if isinstance(condition, Tensor) else condition.without_padding()
-
-    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        return super().prompt_arguments(condition, negative) | {"max_sequence_length": self.max_sequence_length}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction."""

@@ -1,7 +1,5 @@
 """Video from Zeroscope and the other text-to-video Stable Diffusion models with a 3D U-Net."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from anygpt.composition import Composition
-from anygpt.decoders.base import DiffusionDecoder
-from anygpt.decoders.loading import load_decoder
+from anygpt.decoders.base import DiffusionDecoder, load_decoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.loading import load_encoder

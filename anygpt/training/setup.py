@@ -21,7 +21,7 @@ from torch import nn
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.schema import Sample
-from anygpt.decoders.loading import load_decoder
+from anygpt.decoders.base import load_decoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.loading import load_encoder, load_encoder_processor
