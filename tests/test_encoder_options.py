@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor, load_encoder
-from anygpt.cache import keys
+from anygpt.cache import reading as keys
 from anygpt.encoders import fitting
 from anygpt.encoders.loading import load_encoder_processor
 from anygpt.media.types import MEDIA

@@ -33,8 +33,7 @@ from training_utils import (
 )
 
 from anygpt import InputError, ModalEncoderModule
-from anygpt.cache.keys import Entry, entries
-from anygpt.cache.reading import Cached, open_cache
+from anygpt.cache.reading import Cached, Entry, entries, open_cache
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.data.caching import CacheWriter, Preparation, Prepared
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator

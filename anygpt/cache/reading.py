@@ -1,20 +1,187 @@
-"""Reading of the feature cache by a dataset: cached tensors in place of media and captions."""
+"""The cache's stores for a model, their keys (what their tensors depend on), and their reading by a dataset.
+
+Each encoder has a store (`image_encoder`), each decoder two: `image_decoder.captions` (its text encoders' outputs) and
+`image_decoder.latents` (its VAE's posterior parameters). `language_model` holds the states of rows without input media,
+if nothing that they depend on trains, as in stage 2 with `signal_rows: output`.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
-from anygpt.cache.keys import KINDS, entries, store_key
 from anygpt.cache.store import Store
 from anygpt.composition import Composition
+from anygpt.decoders.base import DiffusionDecoder
+from anygpt.encoders.callbacks import EncoderCallbacks
+from anygpt.encoders.module import ModalEncoderModule
+from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
 from anygpt.media.files import Place
+from anygpt.media.types import is_timed
+from anygpt.model.parts import callback_dict, class_name, is_peft
+from anygpt.parts.manifest import fingerprint_tensors
+
+VERSION = 4  # of the stored format and of the decoding of media
+FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
+KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
+LANGUAGE_MODEL = "language_model"
+# Config entries that only record how it was saved.
+NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One store of a model.
+
+    name: of its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
+    "text". obstacle: why this run cannot use the cache for it, or None.
+    """
+
+    name: str
+    kind: str
+    part: str
+    modality: str
+    obstacle: str | None
+
+    def place(self, folder: Path, key: Mapping[str, Any]) -> Path:
+        """The store's folder; states depend on randomly initialised signal tokens, so each key has its own folder."""
+        if self.kind != STATES:
+            return folder / self.name
+        return folder / f"{self.name}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}"
+
+
+def entries(model: Composition) -> list[Entry]:
+    """The stores of a model whose `requires_grad` flags are final."""
+    found = []
+    for key, encoder in model.encoders.items():
+        obstacle = encoder_obstacle(encoder)
+        if model.preprocess_llm_callback is not None:
+            obstacle = "preprocess_llm_callback reads its inputs"
+        found.append(Entry(f"{key}_encoder", FEATURES, key, encoder.modality, obstacle))
+    for key, module in model.decoders.items():
+        trained = "it trains" if any(map(trains, encoding_networks(module.module).values())) else None
+        dropped = "captions are dropped at random" if model.loss_weights.caption_dropout else None
+        pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
+        for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
+            found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
+    found.append(Entry(LANGUAGE_MODEL, STATES, LANGUAGE_MODEL, "text", states_obstacle(model)))
+    return found
+
+
+def states_obstacle(model: Composition) -> str | None:
+    """Why the states of rows without input media may change during a run, or None."""
+    if trains(model.language_model):
+        return "it trains"
+    if is_peft(model.language_model):
+        return "it has adapters"
+    if trains(model.signal_tokens.input_rows):
+        return "input rows of signal tokens train"
+    if any(decoder.layer_weights is not None for decoder in model.decoders.values()):
+        return "a decoder mixes its layers"
+    return None if model.preprocess_llm_callback is None else "preprocess_llm_callback changes its inputs"
+
+
+def encoder_obstacle(encoder: ModalEncoderModule) -> str | None:
+    """Why an encoder's features may change during a run, or do not suffice for the next steps; or None."""
+    callbacks = encoder.callbacks
+    if trains(encoder.module):
+        return "it trains"
+    if encoder.own_functions:
+        return f"its {' and '.join(encoder.own_functions)} has no fingerprint"
+    if callbacks is None:
+        return None
+    if type(callbacks).postprocess_projector is not EncoderCallbacks.postprocess_projector:
+        return "a callback reads its inputs after the projector"
+    return "its callbacks have parameters" if any(True for _ in callbacks.parameters()) else None
+
+
+def store_key(
+    entry: Entry, model: Composition, processor: Any, num_frames: int | None, precision: str
+) -> dict[str, Any]:
+    """Everything that a store's tensors depend on, apart from the media files or captions themselves.
+
+    `num_frames` are those that are decoded of a clip, and `precision` is `train.mixed_precision`.
+    """
+    key: dict[str, Any] = {"version": VERSION, "precision": precision}
+    if is_timed(entry.modality) and entry.kind != CAPTIONS:
+        key["num_frames"] = num_frames
+    if entry.kind == FEATURES:
+        encoder = model.encoders[entry.part]
+        return key | {
+            "class": class_name(encoder.module),
+            "weights": fingerprint_tensors(encoder.module.state_dict()),  # includes adapters
+            "config": plain(encoder.config.to_dict()),
+            "preprocessing": processing(processor.encoder_processors[entry.part]),
+            "fit": processor.fit[entry.part],
+            "callbacks": callback_dict(encoder.callbacks),
+        }
+    if entry.kind == STATES:
+        rows = model.signal_tokens
+        weights = {"language_model": model.language_model, "input_rows": rows.input_rows}
+        return key | {
+            "class": class_name(model.language_model),
+            "weights": {name: fingerprint_tensors(part.state_dict()) for name, part in weights.items()},
+            "config": plain(model.language_model.config.to_dict()),
+            "signal_tokens": rows.ids,
+            "hidden_layer": {name: decoder.hidden_layer for name, decoder in model.decoders.items()},
+            "nll": model.loss_weights.wants("nll"),
+        }
+    decoder = model.decoders[entry.part].module
+    networks = encoding_networks(decoder)
+    key["class"] = class_name(decoder)
+    key["weights"] = {name: fingerprint_tensors(network.state_dict()) for name, network in networks.items()}
+    key["config"] = {name: plain(n.config.to_dict()) for name, n in networks.items() if hasattr(n.config, "to_dict")}
+    key["config"] |= {name: plain(n.config) for name, n in networks.items() if isinstance(n.config, Mapping)}
+    if entry.kind == LATENTS:
+        return key | {"preprocessing": decoder.targets.to_dict()}
+    parts = decoder.pipeline.components.items()
+    key["tokenizers"] = {name: tokenizer(part) for name, part in parts if name.startswith("tokenizer") and part}
+    return key | {"shape": list(decoder.condition_shape), "pooled": decoder.pooled_dim}
+
+
+def encoding_networks(decoder: DiffusionDecoder) -> dict[str, nn.Module]:
+    """The networks that encode captions and media for the denoiser, by name."""
+    return {name: network for name, network in decoder.named_children() if network is not decoder.denoiser}
+
+
+def trains(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
+
+
+def processing(processor: Any) -> dict[str, Any]:
+    """The settings of an image processor or feature extractor."""
+    if isinstance(processor, VideoFrameProcessor):
+        return {"frames": processor.num_frames, "of": processing(processor.image_processor)}
+    return {"class": type(processor).__name__, **plain(processor.to_dict())}
+
+
+def tokenizer(part: Any) -> dict[str, Any]:
+    """A tokenizer's fingerprint and length."""
+    backend = getattr(part, "backend_tokenizer", None)
+    content = dict(part.get_vocab()) if backend is None else json.loads(backend.to_str())
+    for name in () if backend is None else ("truncation", "padding"):
+        content.pop(name, None)  # state of the last call
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return {"fingerprint": fingerprint, "length": part.model_max_length}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON values, without private entries and `NOTES`."""
+    kept = {k: v for k, v in settings.items() if not str(k).startswith("_") and k not in NOTES}
+    return {
+        str(k): plain(v) if isinstance(v, Mapping) else json.loads(json.dumps(v, default=str)) for k, v in kept.items()
+    }
+
+
+# -- reading --------------------------------------------------------------------------------------------
 
 CHUNK = 1024**2
 

@@ -37,7 +37,7 @@ class Store:
 
     Args:
         folder: of the store.
-        key: expected dependencies of its tensors (see `anygpt.cache.keys`), as JSON values.
+        key: expected dependencies of its tensors (see `anygpt.cache.reading`), as JSON values.
 
     Raises:
         InputError: the folder is no store, holds other files, is damaged, or was made with another key; the

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from anygpt.cache.keys import LANGUAGE_MODEL, entries
+from anygpt.cache.reading import LANGUAGE_MODEL, entries
 from anygpt.cache.store import KEY
 from anygpt.commands import check_range, new_parser
 from anygpt.data.caching import CacheWriter

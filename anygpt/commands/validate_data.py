@@ -16,9 +16,9 @@ import sys
 from tqdm import tqdm
 
 from anygpt.commands import check_range, new_parser
-from anygpt.data.formats import FORMATS
 from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.dialects import TASKS
+from anygpt.data.formats.reading import FORMATS
 from anygpt.data.lengths import Lengths
 from anygpt.data.validation import Report, validate
 from anygpt.processing.processor import MultimodalProcessor

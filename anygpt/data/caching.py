@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, store_key
-from anygpt.cache.reading import fingerprint
+from anygpt.cache.reading import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, fingerprint, store_key
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from anygpt.cache.keys import STATES
-from anygpt.cache.reading import Cached, FeatureCache, StaleCache
+from anygpt.cache.reading import STATES, Cached, FeatureCache, StaleCache
 from anygpt.cache.text_states import TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
-from anygpt.data.lengths import refuse_reserved, reserved_tokens, sample_messages
+from anygpt.data.lengths import expanded, refuse_reserved, reserved_tokens
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
@@ -74,9 +74,7 @@ class Collator:
             if all(isinstance(found, dict) for found in alone):
                 raise
             return [item if isinstance(found, dict) else found[0] for item, found in zip(items, alone, strict=True)]
-        conversations = [sample_messages(self.processor, item.sample) for item in items]
-        contents = iter(self.processor.expand([m["content"] for messages in conversations for m in messages], counts))
-        conversations = [[m | {"content": next(contents)} for m in messages] for messages in conversations]
+        conversations = expanded(self.processor, [item.sample for item in items], counts)
         found = tokenize_many(self.processor.llm_tokenizer, conversations)
         rows = [self.fit(*row) for row in zip(items, conversations, found, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
@@ -189,10 +187,4 @@ def _stack(values: list[Tensor] | list[Condition]) -> Tensor | Condition:
 
 def move(batch: Any, device: Any) -> Any:
     """Move the tensors of a nested batch to a device; other values stay as they are."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return type(batch)((key, move(value, device)) for key, value in batch.items())
-    if isinstance(batch, list):
-        return [move(value, device) for value in batch]
-    return batch
+    return send_to_device(batch, device, non_blocking=True)

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anygpt.cache.keys import CAPTIONS, FEATURES, LATENTS
-from anygpt.cache.reading import Cached, FeatureCache, StaleCache
+from anygpt.cache.reading import CAPTIONS, FEATURES, LATENTS, Cached, FeatureCache, StaleCache
 from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.reading import read_samples, with_unique_ids
 from anygpt.data.formats.tables import ROWS_OF_BLOCK

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -55,9 +55,7 @@ class Lengths:
                 if role != "assistant":
                     key = self.processor.encoder_key(part.type)
                     counts.setdefault(key, []).append(self.features(part.type, part.path))
-            messages = sample_messages(self.processor, sample)
-            contents = self.processor.expand([message["content"] for message in messages], counts)
-            messages = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+            (messages,) = expanded(self.processor, [sample], counts)
             ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
         except InputError as error:
             raise InputError(sample.naming(error)) from error
@@ -133,11 +131,18 @@ def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
             )
 
 
-def sample_messages(processor: Any, sample: Sample) -> list[dict[str, str]]:
-    """Messages of a sample as text, with a placeholder or signal span for each medium."""
-    return processor.flatten_messages(
-        [
-            {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
-            for m in sample.messages
-        ]
-    )
+def expanded(
+    processor: Any, samples: Sequence[Sample], counts: Mapping[str, list[int] | None]
+) -> list[list[dict[str, str]]]:
+    """Messages of samples as text, with placeholders, one per feature of an input, and signal spans for the media."""
+    conversations = [
+        processor.flatten_messages(
+            [
+                {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
+                for m in sample.messages
+            ]
+        )
+        for sample in samples
+    ]
+    contents = iter(processor.expand([m["content"] for messages in conversations for m in messages], counts))
+    return [[m | {"content": next(contents)} for m in messages] for messages in conversations]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from anygpt.data.dataset import DataSource
-from anygpt.data.formats import iterate_samples, missing_error
+from anygpt.data.formats.reading import iterate_samples, missing_error
 from anygpt.data.lengths import Lengths
 from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel

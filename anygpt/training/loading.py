@@ -18,8 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from anygpt.cache.keys import LANGUAGE_MODEL
-from anygpt.cache.reading import open_cache
+from anygpt.cache.reading import LANGUAGE_MODEL, open_cache
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, SAMPLE_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.lengths import Lengths

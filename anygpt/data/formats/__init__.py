@@ -3,7 +3,3 @@
 A format is one entry of `reading.FORMATS`: a reader of rows, and a function that converts one row to the project's own
 JSON form, which `anygpt.data.schema.parse_sample` checks.
 """
-
-from anygpt.data.formats.reading import FORMATS, iterate_samples, missing_error, read_samples, with_unique_ids
-
-__all__ = ["FORMATS", "iterate_samples", "missing_error", "read_samples", "with_unique_ids"]

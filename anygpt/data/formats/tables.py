@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,6 @@ from anygpt.media.types import MEDIA
 COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 ROWS_OF_BLOCK = 32  # a stream holds the media of one block in memory per process
-_STORED = object()
 
 MAX_ROW_GROUP = 320 * 1024**2
 """Bytes in memory that are always allowed; reading texts takes up to five times as much."""
@@ -120,7 +119,12 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
             known = ", ".join(first.column_names)
             raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}.")
     column = columns[kind] if kind is not None else None
-    stored = column is not None and any(_STORED in _listed(one) for one in _media(first[column], path))
+
+    def media_of(part: pa.Table, row: int) -> list[Any]:
+        return _media(part[column], lambda i, item: Cell(table, column, row + i, item), path)
+
+    listed = [one if isinstance(one, list) else [one] for one in ([] if column is None else media_of(first, 0))]
+    stored = any(isinstance(item, Cell) for items in listed for item in items)
     if column is not None and not stored and is_hub_id(path):
         raise InputError(f"{path} names its media by paths, and is no local table: it must hold their bytes.")
     # Media bytes of a stream are not read here; paths are, and lists for their length.
@@ -141,22 +145,15 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
                 row += 1
                 continue
             values = {key: part[name].to_pylist() for key, name in columns.items() if key != kind}
-            seen = column is not None and not unseen
-            media = _media(part[column], path) if seen else [_STORED if unseen else None] * len(part)
-            for i, medium in enumerate(media):
-                items = [
-                    Cell(table, column, row, j if isinstance(medium, list) else None) if item is _STORED else item
-                    for j, item in enumerate(_listed(medium))
-                ]
-                found = {key: texts[i] for key, texts in values.items()}
-                pair = Pair(kind, items if isinstance(medium, list) else items[0], found["text"], found.get("prompt"))
+            if unseen:
+                values[kind] = [Cell(table, column, row + i) for i in range(len(part))]
+            elif kind is not None:
+                values[kind] = media_of(part, row)
+            for i in range(len(part)):
+                found = {key: column_values[i] for key, column_values in values.items()}
                 name = f"{path.stem}-{row}" if found.get("id") is None else str(found["id"])
-                yield Row(f"{path}[{row}]", name, pair)
+                yield Row(f"{path}[{row}]", name, Pair(kind, found.get(kind), found["text"], found.get("prompt")))
                 row += 1
-
-
-def _listed(medium: Any) -> list[Any]:
-    return medium if isinstance(medium, list) else [medium]
 
 
 def _damage(part: pa.Table) -> str | None:
@@ -234,23 +231,25 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _media(column: pa.ChunkedArray, path: Path) -> list[Any]:
-    """`_STORED` for each row that holds bytes, else its path or None; lists of these for a column of lists."""
+def _media(column: pa.ChunkedArray, cell: Callable[[int, int | None], Cell], path: Path) -> list[Any]:
+    """For each row a cell if it holds bytes, else its path or None; lists of these for a column of lists."""
     kind, binary = column.type, (pa.binary(), pa.large_binary())
     if _is_list(kind):
-        items = iter(_media(pa.compute.list_flatten(column), path))
         lengths = pa.compute.list_value_length(column).to_pylist()
+        places = [(row, item) for row, length in enumerate(lengths) for item in range(length or 0)]
+        items = iter(_media(pa.compute.list_flatten(column), lambda i, _: cell(*places[i]), path))
         return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.to_pylist()
-    if kind in binary:
-        return [_STORED if there else None for there in column.is_valid().to_pylist()]
+    paths, there = [None] * len(column), column
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     if "path" in fields and fields.get("bytes") in (*binary, pa.null()):
-        there = pa.compute.struct_field(column, "bytes").is_valid().to_pylist()
         paths = pa.compute.struct_field(column, "path").to_pylist()
-        return [_STORED if stored else name for stored, name in zip(there, paths, strict=True)]
-    raise InputError(f"{path} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
+        there = pa.compute.struct_field(column, "bytes")
+    elif kind not in binary:
+        raise InputError(f"{path} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
+    stored = there.is_valid().to_pylist()
+    return [cell(i, None) if bytes_ else name for i, (bytes_, name) in enumerate(zip(stored, paths, strict=True))]
 
 
 def check_row_groups(path: Path) -> None:
