@@ -63,11 +63,8 @@ def answer_message(answer: Answer) -> dict[str, Any]:
 def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
     """Put media from the assistant's turns also at the beginning of the user's next turn, as inputs.
 
-    The assistant's turns keep their signal spans. Media types that no encoder reads, and parts without a medium, are
+    The assistant's turns keep their signal spans. Parts without a medium, and of types that no encoder `reads`, are
     not fed back.
-
-    Args:
-        reads: the media types that encoders read.
     """
     result, made = [], []
     for message in messages:
@@ -82,11 +79,6 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
 
 class Rendered(str):
     """Text rendered by a chat template, which already has its special tokens."""
-
-
-def has_special_tokens(text: str, bos_token: str | None) -> bool:
-    """Whether a text already has the special tokens that the tokenizer would add."""
-    return isinstance(text, Rendered) or (bool(bos_token) and text.startswith(bos_token))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
@@ -114,12 +106,9 @@ def _refusals() -> Iterator[None]:
 def tokenize_with_labels(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels on the assistant's turns only.
+    """Token ids of a conversation, and labels of equal length, `-100` outside the assistant's turns.
 
     Turns are located by the template's `{% generation %}` marks, else by `find_turns`.
-
-    Returns:
-        ids and labels of equal length; labels are `-100` outside the assistant's turns.
 
     Raises:
         InputError: the template refuses the conversation; see `find_turns`; a tokenizer without offset mapping.

@@ -20,29 +20,24 @@ FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
 
 
 class ConversationProcessor(ProcessorMixin):
-    """What a `MultimodalProcessor` knows of each encoder and decoder, and how it reads conversations.
-
-    Attributes:
-        encoder_processors, num_feature_funcs, tokens, fit: by encoder key, see `MultimodalProcessor`.
-        modalities: media type by encoder key.
-        encoder_configs, encoder_callbacks, projector_configs: of the model's encoders; empty without a model.
-        signal_tokens, makes, targets: by decoder key, the tokens of a span, the media type and the target format.
-        injects: whether features replace placeholders, rather than precede the text.
-    """
+    """What a `MultimodalProcessor` knows of each encoder and decoder, and how it reads conversations."""
 
     llm_tokenizer: PreTrainedTokenizerBase
+    injects: bool  # whether features replace placeholders, rather than precede the text
+    # by encoder key
     encoder_processors: dict[str, Any]
     num_feature_funcs: dict[str, FeatureCounter]
-    tokens: dict[str, str]
+    tokens: dict[str, str]  # the placeholders
     fit: dict[str, str | None]
     modalities: dict[str, str]
+    # by encoder key, empty without a model
     encoder_configs: dict[str, PreTrainedConfig]
     encoder_callbacks: dict[str, EncoderCallbacks | None]
     projector_configs: dict[str, MultimodalProjectorConfig]
+    # by decoder key: the tokens of a span, the media type, and the target format
     signal_tokens: dict[str, list[str]]
     makes: dict[str, str]
     targets: dict[str, TargetProcessor]
-    injects: bool
 
     @property
     def token_ids(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from anygpt.encoders.module import count_features
 from anygpt.errors import InputError
 from anygpt.media.types import AUDIO, IMAGE, MEDIA, VIDEO, media_type
 from anygpt.processing import files, repeatable
-from anygpt.processing.chat_template import has_special_tokens
+from anygpt.processing.chat_template import Rendered
 from anygpt.processing.conversations import ConversationProcessor, FeatureCounter
 
 
@@ -168,7 +168,8 @@ class MultimodalProcessor(ConversationProcessor):
         text = llm_inputs.pop("text", None)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            if all(has_special_tokens(one, self.llm_tokenizer.bos_token) for one in texts):
+            bos = self.llm_tokenizer.bos_token
+            if all(isinstance(one, Rendered) or (bos and one.startswith(bos)) for one in texts):  # has special tokens
                 llm_inputs = {"add_special_tokens": False} | llm_inputs
             expanded = self.expand(texts, counts, per_row)
             one = isinstance(text, str) and return_tensors is None

@@ -57,12 +57,9 @@ def without_right_padding(mask: Any) -> Any:
 
 
 def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_ids: Mapping[str, int]) -> Merged:
-    """Replace placeholders by features, in order.
+    """Replace placeholders (`token_ids`, by encoder) by features, in order.
 
-    Args:
-        text: the batch before merging.
-        features: by encoder, `(items, n, H)`, a list of `(n, H)`, or packed `(features, H)`.
-        token_ids: the placeholder of each encoder.
+    Features are `(items, n, H)`, a list of `(n, H)`, or packed `(features, H)`, by encoder.
 
     Raises:
         InputError: an encoder's numbers of features and placeholders differ (the message names modality, row and both
@@ -96,12 +93,9 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
 
 
 def _check_counts(key: str, per_row: list[int], lengths: list[int], available: int) -> None:
-    """Check that an encoder's placeholders are as many as its features, and that no row's end inside an input.
+    """Check that an encoder's placeholders, `per_row`, are as many as its features, and end with whole inputs.
 
-    Args:
-        per_row: placeholders of each row.
-        lengths: features of each input; empty for packed ones, whose bounds are not known.
-        available: features in all.
+    `lengths` are the features of each input, empty for packed ones, whose bounds are not known.
     """
     if available != sum(per_row):
         bad = max((row for row, count in enumerate(per_row) if count), default=0)
@@ -127,12 +121,8 @@ def prepend(
 ) -> Merged:
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 
-    In a left-padded row the features come after the padding.
-
-    Args:
-        text: the batch before merging.
-        features: by encoder, `(items, n, H)` or a list of `(n, H)`.
-        items_per_row: number of inputs of each row; one each by default.
+    In a left-padded row the features come after the padding. Features are `(items, n, H)` or a list of `(n, H)`, by
+    encoder; `items_per_row` is the number of inputs of each row, by default one each.
 
     Raises:
         InputError: the inputs cannot be assigned to rows.
