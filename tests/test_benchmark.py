@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from anygpt.training.config import Config
 from anygpt.training.stages import LLM_DECODER, prepare_stage
@@ -33,6 +34,24 @@ def test_the_trunk_has_a_graph_only_where_input_rows_train(tiny_model, rows):
         rows != "none",
     )
     assert all(bool(p.grad.any()) for name, p in model.named_parameters() if name in names)
+
+
+def test_the_peer_has_logits_and_gradients_everywhere(script, tiny_model):
+    model, processor = tiny_model((), ("image",))
+    llm, captions = model.language_model, ["a ring", "a red square"]
+    llm.resize_token_embeddings(len(processor.llm_tokenizer))
+    model.train_only(["image_output_projector"])
+    rows, head = (matrix.requires_grad_(True).weight for matrix in (llm.get_input_embeddings(), llm.lm_head))
+    texts = [f"a blue ring {''.join(processor.signal_tokens['image'])}"] * 2
+    targets = {"captions": captions, "images": [Image.new("RGB", (32, 32), "red")] * 2}
+    batch = processor(llm_inputs={"text": texts}, decoder_targets={"image": targets})
+    labels = batch["input_ids"].clone()
+    loss = script.load("stage2").peer_loss(model, **batch, labels=labels)
+    del batch["decoder_targets"]["image"]["media"]
+    alone = script.load("stage2").peer_loss(model, **batch, labels=labels)
+    assert loss > alone > llm(batch["input_ids"], labels=labels).loss
+    loss.backward()
+    assert head.grad.any(dim=1).all() and rows.grad[labels].any(dim=-1).all()
 
 
 def test_every_benchmark_can_be_run(script):

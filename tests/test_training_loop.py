@@ -156,7 +156,8 @@ def test_two_processes_are_one_with_twice_the_batch(make_arguments, tmp_path):
     train_here(3, make_arguments(3, one, *BOARD, steps=4, batch_size=2))
     losses = losses_of(one)
     assert list(losses) == [1, 2, 3, 4]
-    assert_same_losses(losses, losses_of(two), relative=1e-5)
+    assert_same_losses({1: losses[1]}, {1: losses_of(two)[1]}, relative=1e-5)
+    assert_same_losses(losses, losses_of(two), relative=1e-3)  # later updates have trained on rounding
     first, second = trained_tensors(one / "final"), trained_tensors(two / "final")
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first) < 1e-2

@@ -71,7 +71,7 @@ def time_peer(settings: list[str], steps: int) -> float:
     model, processor = build(config)
     dataset, _, collator = build_data(model, processor, config, LLM_DECODER)
     model.train_only(["image_output_projector"])
-    model.language_model.get_input_embeddings().requires_grad_(True)  # tied with the head
+    model.language_model.get_input_embeddings().requires_grad_(True)  # and so the head, which is tied to it
     accelerator = Accelerator()
     model.to(accelerator.device).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
