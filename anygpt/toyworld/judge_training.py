@@ -34,8 +34,6 @@ from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, THINGS
 STEPS = {"image": 1500, "motion": 300, "audio": 400}
 POOL = {"image": 150, "video": 40, "audio": 120}
 """Training renders per thing, by modality; they are degraded differently each time they are used."""
-FRESH = 100
-"""Test renders per thing, from another seed."""
 Wear = Callable[[Tensor, torch.Generator], Tensor]
 _BATCH = 96
 _LEARNING_RATE = 3e-3
@@ -49,16 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_judges(
-    folder: Path, seed: int = 0, steps: float = 1.0, fresh: int = FRESH, pool: float = 1.0
+    folder: Path, seed: int = 0, steps: float = 1.0, fresh: int = 100, pool: float = 1.0
 ) -> dict[str, float]:
     """Train all three networks, write them and a card to `folder`, and return their accuracies (see `measure`).
 
-    Args:
-        folder: created if missing.
-        seed: of renders, weights and degradation; the test renders use `seed + 1`.
-        steps: factor on `STEPS`.
-        fresh: test renders per thing.
-        pool: factor on `POOL`.
+    `steps` and `pool` are factors on `STEPS` and `POOL`; `fresh` is the number of test renders per thing.
     """
     began = time.perf_counter()
     updates = {name: math.ceil(count * steps) for name, count in STEPS.items()}

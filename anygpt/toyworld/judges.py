@@ -112,10 +112,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"image": PictureNet, "motion": MotionNet
 
 @dataclass(frozen=True)
 class Words:
-    """The shapes and colours that a sentence names, its direction of motion, and its "yes" or "no".
-
-    The last two are None unless exactly one occurs.
-    """
+    """Shapes and colours that a sentence names, its motion, and its "yes" or "no"; None unless exactly one occurs."""
 
     shapes: frozenset[str]
     colours: frozenset[str]

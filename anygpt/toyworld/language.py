@@ -145,9 +145,8 @@ def convert_request(modality: str, rng: np.random.Generator, motion: str | None 
 def media_reply(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
     """The text before a medium in an answer, which describes it: "Here is the picture: a red circle".
 
-    The description comes right before the signal tokens, for every kind of request: the language model names what it
-    saw or heard, so that one map from words serves all inputs. There is no trailing space, which a tokenizer would make
-    a separate token that no language model expects there.
+    The language model names what it saw or heard right before the signal tokens, so that one map from words serves all
+    inputs. There is no trailing space, which a tokenizer would make a separate token.
     """
     return f"{pick(rng, _of(_HERE, modality))} {plain_caption(thing, motion)}"
 

@@ -36,14 +36,11 @@ PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "v
 _NETWORKS = ("", "text_encoder", "unet", "vocoder", "vae")
 """Folders of networks in a part, in the order in which their weights are drawn."""
 _EMBEDDING_GAIN = 50.0
-"""Factor on the token embeddings of CLIP's text encoders, which are never trained. They are so large that positions and
-attention add little to them: each state is close to its own word's embedding, and an unseen pair of shape and colour is
-encoded as a sum of what its shape and its colour contribute elsewhere, with an error of 4 to 10% (15 to 37% at the
-usual size)."""
-_ATTENTION_GAIN = 3.0
-_LEAST_VARIANCE = 0.03
-"""For `_whiten`: the factor on the weights of CLAP's attention, and the floor on a direction's variance as a share of
-the largest one."""
+"""Factor on the token embeddings of CLIP's text encoders, which are never trained. Positions and attention add little
+to them, and an unseen pair of shape and colour is encoded as a sum of what its shape and its colour contribute elsewhere,
+with an error of 4 to 10% (15 to 37% at the usual size)."""
+_ATTENTION_GAIN, _LEAST_VARIANCE = 3.0, 0.03
+"""For `_whiten`: factor on the weights of CLAP's attention, least variance of a direction as a share of the largest."""
 
 
 def zoo() -> Path:

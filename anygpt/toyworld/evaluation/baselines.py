@@ -45,8 +45,7 @@ def caption_baseline(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """`{input modality: {output modality: share}}` of right media, for the same requests as the matrix.
 
-    Args:
-        judged: the matrix's answers; text answers to media are used as captions.
+    The matrix's own answers in text (in `judged`) are the captions.
     """
     by_id = {one.request.id: one for one in judged}
     result: dict[str, dict[str, dict[str, Any]]] = {}

@@ -28,10 +28,7 @@ _PAPER, _INK, _FAINT, _RIGHT, _WRONG = "#ffffff", "#1e1e1e", "#787878", "#14823c
 def contact_sheet(judged: Sequence[Judged], folder: Path, matrix: Mapping[str, Mapping[str, float]]) -> Image.Image:
     """Draw `ROWS` things for each input modality, one line each; right verdicts are green, wrong ones red.
 
-    Args:
-        judged: all answers, the same number in each cell.
-        folder: of the input media.
-        matrix: `{input: {output: share}}` for the headings.
+    There must be the same number of answers in each cell; `folder` is that of the input media.
     """
     cells: dict[tuple[str, str], list[Judged]] = defaultdict(list)
     for one in judged:

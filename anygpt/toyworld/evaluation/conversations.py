@@ -92,8 +92,5 @@ def hold(
 
 def turn_table(judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
     """For each turn, the shares of right answers, of missing media and of unrequested media."""
-    table = []
-    for ones in judged:
-        found = {"right": share(one.right for one in ones), "missing": share(one.missing for one in ones)}
-        table.append(found | {"unasked": share(bool(one.unasked) for one in ones)})
-    return table
+    kinds = ("right", "missing", "unasked")
+    return [{kind: share(bool(getattr(one, kind)) for one in ones) for kind in kinds} for ones in judged]

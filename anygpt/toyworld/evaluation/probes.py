@@ -29,10 +29,7 @@ def probe_encoders(
 ) -> dict[str, dict[str, Any]]:
     """Fit linear probes, and return `{encoder key: {"shape": share, "colour": share}}` on held-out things.
 
-    Args:
-        renders: per seen thing, for fitting.
-        fresh: per held-out thing, for testing.
-        seed: of the renders.
+    They are fitted on `renders` of each seen thing, and tested on `fresh` ones of each held-out thing.
     """
     found: dict[str, dict[str, Any]] = {}
     for key, modality in ((key, encoder.modality) for key, encoder in model.encoders.items()):

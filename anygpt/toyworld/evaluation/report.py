@@ -65,9 +65,7 @@ def write_report(
 ) -> None:
     """Write the report to `output`, each file by one rename; `matrix.json` comes last, so it marks completion.
 
-    Args:
-        output: other files in this folder are left alone.
-        samples: folder of media and index on the same disk, which is moved to `output`/samples.
+    `samples`, a folder of media and index on the same disk, is moved to `output`/samples; other files there stay.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / "matrix.json").unlink(missing_ok=True)
