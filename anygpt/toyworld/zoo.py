@@ -37,8 +37,8 @@ _NETWORKS = ("", "text_encoder", "unet", "vocoder", "vae")
 """Folders of networks in a part, in the order in which their weights are drawn."""
 _EMBEDDING_GAIN = 50.0
 """Factor on the token embeddings of CLIP's text encoders, which are never trained. Positions and attention add little
-to them, and an unseen pair of shape and colour is encoded as a sum of what its shape and its colour contribute elsewhere,
-with an error of 4 to 10% (15 to 37% at the usual size)."""
+to them, and an unseen pair of shape and colour is encoded as a sum of what both contribute elsewhere, with an error of
+4 to 10% (15 to 37% at the usual size)."""
 _ATTENTION_GAIN, _LEAST_VARIANCE = 3.0, 0.03
 """For `_whiten`: factor on the weights of CLAP's attention, least variance of a direction as a share of the largest."""
 
