@@ -93,8 +93,7 @@ class Composition(PreTrainedModel):
     def set_token_ids(self, token_ids: Mapping[str, int] | None) -> None:
         """Inject features at the placeholder tokens `{encoder key: id}`, or prepend them if None.
 
-        Raises:
-            InputError: an unknown encoder, or one id for two encoders.
+        An unknown encoder, or one id for two encoders, is an `InputError`.
         """
         if token_ids is not None:
             unknown = sorted(set(token_ids) - set(self.encoder_keys))
@@ -131,11 +130,7 @@ class Composition(PreTrainedModel):
         return by_encoder
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]:
-        """Run the encoders that have inputs, and their projectors.
-
-        Returns:
-            `{encoder key: (items, n, H) or packed (features, H)}`, in the encoders' order.
-        """
+        """Run the encoders that have inputs: `{key: (items, n, H) or packed (features, H)}`, in the encoders' order."""
         by_encoder = self.assign_inputs(inputs)
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
 

@@ -16,8 +16,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, gather: bool = F
     Args:
         first, second: the two sides of each pair, `(P, H)`.
         temperature: divisor of the cosine similarities.
-        gather: use the pairs of all processes as negatives. Every process must then call, even without pairs. The
-            values are those of this process's pairs; the gradient is that of the pairs of all processes.
+        gather: use the pairs of all processes as negatives, for the gradient too. Every process must then call.
     """
     first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
     (all_first, start), (all_second, _) = (gather_rows(x) if gather else (x, 0) for x in (first, second))

@@ -32,12 +32,7 @@ FITS: dict[type[MediaType], dict[str, str]] = {
 def checked(modalities: Mapping[str, str], fits: Mapping[str, str | None]) -> dict[str, str | None]:
     """Setting of each encoder with defaults filled in; None for media types without an entry in `FITS`.
 
-    Args:
-        modalities: `{encoder key: media type}`.
-        fits: settings by encoder key.
-
-    Raises:
-        InputError: a setting that the media type does not have.
+    `modalities` and `fits` are by encoder key. A setting that the media type does not have is an `InputError`.
     """
     found: dict[str, str | None] = {}
     for key, modality in modalities.items():
@@ -81,10 +76,7 @@ def shape_of(processor: Any) -> tuple[int, int] | None:
 
 
 def pieces(kind: MediaType | None, media: Any, processor: Any, fit: str | None) -> list[list[Any]] | None:
-    """Pieces of each medium, or None if all media fit as they are.
-
-    Args:
-        media: as the processor takes them: one, a list, or for sounds an array `(items, N)`.
+    """Pieces of each medium (one, a list, or for sounds an array `(items, N)`); None if all fit as they are.
 
     Raises:
         InputError: a sound without samples, or one that is too long if `fit` is "refuse".

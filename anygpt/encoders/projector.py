@@ -18,11 +18,7 @@ FIXED_LAYOUT_ONLY = ("pooled", "qformer")
 
 
 def hidden_size_of(config: Any) -> int:
-    """Output width of a part, under whichever name its config has it.
-
-    Raises:
-        InputError: the config has none of the known names.
-    """
+    """Output width of a part, under whichever name its config has it; an `InputError` if it has none."""
     for name in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)

@@ -120,15 +120,9 @@ def save_pretrained(
 def push_to_hub(
     model: Composition, repo_id: str, *, standalone: bool = False, max_shard_size: int | str = SHARD, **options: Any
 ) -> str:
-    """Upload the composition with a model card; parts from local folders are uploaded whole.
+    """Upload the composition with a model card to `name` or `owner/name`; returns the URL of the commit.
 
-    Args:
-        repo_id: `name` or `owner/name`; created if missing.
-        standalone, max_shard_size: as in `save_pretrained`.
-        options: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`.
-
-    Returns:
-        The URL of the commit.
+    Parts from local folders are uploaded whole. `options` are `PUSH_ARGUMENTS`; the others as in `save_pretrained`.
     """
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)

@@ -87,11 +87,7 @@ class Place:
         return Path(found) if found else None
 
     def config(self) -> dict[str, Any]:
-        """Content of `config.json`, checked before a library reads it.
-
-        Raises:
-            InputError: missing, or written for another library.
-        """
+        """Content of `config.json`; an `InputError` if it is missing or written for another library."""
         content = self.json("config.json")
         if content is None:
             pipeline = self.file("model_index.json") is not None
@@ -161,11 +157,7 @@ class Weights:
 
 
 def open_composition(path: str | Path, **hub: Any) -> Path:
-    """Local folder of a saved composition, checked against its manifest; downloads a Hub id.
-
-    Args:
-        path: folder or Hub id.
-        hub: `revision`, `subfolder`, `token`, `cache_dir`, … for a Hub id.
+    """Local folder of a saved composition; a Hub id is downloaded with the arguments `hub`.
 
     Raises:
         InputError: missing, or a file differs from the manifest.

@@ -27,9 +27,7 @@ PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "commit_desc
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: Any = None, **commit: Any) -> str:
     """Upload a folder to a model repository, created if necessary; returns the URL of the commit.
 
-    Args:
-        private, token: of the repository and the Hub.
-        commit: `revision`, `commit_message`, `commit_description`, `create_pr`, as in `HfApi.upload_folder`.
+    `commit` has further arguments of `HfApi.upload_folder` (`PUSH_ARGUMENTS`).
 
     Raises:
         InputError: an unknown argument, or the Hub rejects the upload.

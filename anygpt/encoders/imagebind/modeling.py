@@ -155,10 +155,7 @@ def _head(config: ImageBindConfig, tower: str) -> nn.Module:
 
 
 class Scale(nn.Module):
-    """Factor of a modality's embeddings, stored as its logarithm.
-
-    Constant factors are applied directly: their stored 16-bit logarithms are off by up to 0.4%.
-    """
+    """Factor of embeddings, stored as its logarithm; constant ones are applied directly, as 16 bits are 0.4% off."""
 
     def __init__(self, tower: str):
         super().__init__()
@@ -218,11 +215,7 @@ class ImageBindModel(PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def load_original_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the original's tensors, except the text mask.
-
-        Raises:
-            InputError: names tensors that are missing, unexpected, or of another shape.
-        """
+        """Load the original's tensors, except the text mask; an `InputError` names those that do not fit."""
         say_licence()
         given = {name: tensor for name, tensor in tensors.items() if name != MASK}
         for tower in WITH_BIAS_KV:
@@ -286,10 +279,7 @@ class ImageBindModel(PreTrainedModel):
     ) -> Tensor:
         """ImageBind's objective: sum of the symmetric InfoNCE losses of each modality with the binding one.
 
-        Args:
-            inputs: inputs by modality, including the binding one, paired by row.
-            binding, temperature: binding modality and temperature, by default the paper's.
-            gather: see `anygpt.encoders.contrast.info_nce`.
+        `inputs` are by modality, paired by row; `gather` as in `info_nce`; the other defaults are the paper's.
         """
         embeddings = self(inputs)
         if binding not in embeddings or len(embeddings) < 2:

@@ -40,12 +40,10 @@ class ImageBindProcessor(FeatureExtractionMixin):
 
 
 class ImageBindImageProcessor(ImageBindProcessor):
-    """Resizes the shorter side of images to `size` and crops the centre.
+    """Resizes the shorter side of images to `size` pixels and crops the centre.
 
-    Args:
-        size: pixels.
-        channels: 3, normalized with CLIP's mean and deviation; 1 for depth and thermal images, which keep their values
-            (8-bit values are scaled to 0 to 1).
+    Three `channels` are normalized with CLIP's mean and deviation; one, for depth and thermal images, keeps its values
+    (8-bit ones are scaled to 0 to 1).
     """
 
     ndim, do_center_crop = 3, True
@@ -78,12 +76,9 @@ class ImageBindImageProcessor(ImageBindProcessor):
 
 
 class ImageBindVideoProcessor(ImageBindProcessor):
-    """Splits videos into `clips` evenly spaced clips of `seconds`, with `frames` frames each, in three crops.
+    """Splits videos into `clips` evenly spaced clips of `seconds`, with `frames` frames each, in three crops of `size`.
 
-    Args:
-        size: pixels of the shorter side and of the crops.
-        clips, seconds, frames: see above.
-        num_frames: frames sampled from a video when it is read; clips use those nearest in time.
+    `num_frames` are sampled from a video when it is read; clips use those nearest in time.
     """
 
     ndim, reads_times = 4, True
@@ -131,10 +126,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
 class ImageBindAudioProcessor(ImageBindProcessor):
     """Converts sounds to log-mel spectrograms (Kaldi's filter banks) of `clips` evenly spaced clips of `seconds`.
 
-    Args:
-        sampling_rate: Hz.
-        num_mel_bins, target_length: size of a spectrogram, with a frame every 10 ms and zeros at the end.
-        clips, seconds: see above.
+    A spectrogram has `num_mel_bins` mels and `target_length` frames, one every 10 ms, with zeros at the end.
     """
 
     ndim = 1
@@ -157,11 +149,7 @@ class ImageBindAudioProcessor(ImageBindProcessor):
         return f"{self.clips} times {self.seconds:g} s are read of each"
 
     def __call__(self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str = "pt") -> BatchFeature:
-        """`media_values (B, C, 1, num_mel_bins, target_length)` of one mono waveform `(N,)` or a list.
-
-        Raises:
-            InputError: a wrong sampling rate or number of dimensions.
-        """
+        """`media_values (B, C, 1, num_mel_bins, target_length)` of one mono waveform `(N,)`, in Hz, or a list."""
         if sampling_rate not in (None, self.sampling_rate):
             raise InputError(f"ImageBind reads sounds at {self.sampling_rate} Hz, not {sampling_rate}; resample them")
         return self.batch(raw_speech, return_tensors)

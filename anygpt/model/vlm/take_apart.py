@@ -34,9 +34,7 @@ class Pieces(NamedTuple):
 def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> Pieces:
     """The parts of a LLaVA, LLaVA-NeXT, Qwen2-VL or Qwen2-Audio model.
 
-    Args:
-        model: hub id, folder, or the model itself.
-        loading_options: of transformers' `from_pretrained`.
+    `model` is a hub id or folder, with `loading_options` of transformers' `from_pretrained`, or the model itself.
 
     Raises:
         InputError: an unsupported kind of model, or one that cannot be loaded.
