@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from anygpt.decoders.conditions import Condition
-from anygpt.encoders.qformer import QFormerProjection
+from anygpt.encoders.projector import QFormerProjection
 from anygpt.errors import InputError
 
 
