@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -155,7 +156,8 @@ def test_no_tracker_writes_nothing(make_arguments, tmp_path):
 
 
 def test_tensorboard_gets_what_the_log_says(make_arguments, tmp_path):
-    train_here(1, make_arguments(1, tmp_path / "run", *BOARD))
+    train_here(1, make_arguments(1, tmp_path / "run", *BOARD, "--run.name=mine"))
+    assert list((tmp_path / "run/mine").rglob("events.out.tfevents.*"))  # its folder bears the run's name
     metrics = logged(tmp_path / "run")
     assert sorted(metrics) == [1, 2]
     for step, values in metrics.items():
@@ -173,6 +175,7 @@ def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
     (record,) = offline.glob("*.wandb")
     content = record.read_bytes()
     assert b"encoder_llm/nll" in content and b"train.learning_rate" in content and b"mine" in content
+    assert re.search(rb'data\.cache_dir[^"]{1,6}null', content)  # a null, and no text
 
 
 # -- how fast it is --------------------------------------------------------------------------------------------

@@ -110,8 +110,10 @@ def quiet_libraries() -> None:
     """Show this package's messages; of the libraries' only what they warn of, and no deprecations or progress bars."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("anygpt").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each repository read from the cache
     for category in (FutureWarning, DeprecationWarning):  # raised by one library about another
         warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
