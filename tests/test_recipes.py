@@ -138,6 +138,19 @@ def test_check_of_every_stage(recipe, place, capsys):
     assert not (place / "runs").exists()
 
 
+def test_a_check_fetches_no_weight_files(place, capsys, mirror, tmp_path, monkeypatch):
+    """From a cache with configs and tokenizers alone: the same parts, and a plan."""
+    args = ["--config", str(path_of("llava", 1)), "--run.device", "cpu"]
+    whole = run_check(1, args, capsys)
+    empty = tmp_path / "hub"
+    shutil.copytree(mirror, empty, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(empty))
+    code, out, err = run_check(1, args, capsys)
+    assert (code, err) == (0, []) and "computed, not measured" in out
+    counts = [[line.split("|")[1:4] for line in said.splitlines() if "_encoder |" in line] for said in (whole[1], out)]
+    assert counts[0] == counts[1] and len(counts[0]) == 1
+
+
 def test_check_tells_of_ids_and_files_that_are_not_right(place, capsys, mirror, tmp_path, monkeypatch):
     broken = tmp_path / "hub"
     shutil.copytree(mirror, broken)

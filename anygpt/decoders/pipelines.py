@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, find_weights, shape_of
-from anygpt.parts.networks import check_report, load_network, wants_shapes_only
+from anygpt.parts.files import Place, Weights, find_weights, shape_of, wants_shapes_only
+from anygpt.parts.networks import check_report, load_network
 
 TESTED = ">=0.36,<0.43"
 """Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
@@ -115,6 +115,8 @@ def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixi
     config = cls.load_config(place.path, revision=place.revision, subfolder=place.subfolder, **place.hub)
     with torch.device("meta"):
         network = cls.from_config(config)
+    if not weights.files:  # not in the cache
+        return network
     found = {name: shape_of(tensor) for name, tensor in weights.tensors()}
     network._fix_state_dict_keys_on_load(found)
     own = network.state_dict()

@@ -25,8 +25,8 @@ from anygpt.errors import InputError
 from anygpt.model.configuration import FORMAT_VERSION, MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.parts import build_callback, fingerprint, import_class, own_tensors, source_of
-from anygpt.parts.files import Place, find_weights, open_composition
-from anygpt.parts.networks import load_network, wants_shapes_only
+from anygpt.parts.files import Place, find_weights, open_composition, wants_shapes_only
+from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")

@@ -10,6 +10,8 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,22 @@ STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 WEIGHTS = ("safetensors", "any")
 # safetensors' names of dtypes
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
+wants_shapes_only = _SHAPES_ONLY.get
+"""Whether the caller is within `shapes_only`."""
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Context in which networks are built on the meta device; no weights are read, and no weight files downloaded.
+
+    Networks are compared with the headers of weight files that are local or in the Hub's cache.
+    """
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,7 @@ class Place:
 
     def file(self, name: str) -> Path | None:
         """Path of a file, downloaded if necessary; None if it does not exist."""
+        cached_only = wants_shapes_only() and Path(name).suffix in SAFETENSORS + PICKLES
         try:
             found = cached_file(
                 self.path,
@@ -72,7 +91,7 @@ class Place:
                 subfolder=self.subfolder,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
-                **self.hub,
+                **{**self.hub, **({"local_files_only": True} if cached_only else {})},
             )
         except OSError as error:
             if not isinstance(error.__cause__, RepositoryNotFoundError):
@@ -202,6 +221,9 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
             if suffixes is PICKLES:
                 _say_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
             return Weights(entry, _open_all(place, entry, names or {}), variant)
+    if wants_shapes_only() and not Path(place.path).is_dir():
+        _say_once(f"{place} has no weight files in the cache: its tensors are not compared with them")
+        return Weights(Path(place.path), {})
     if place.weights != "any" and (found := _first(place, PICKLES, place.variant) or _first(place, PICKLES, None)):
         raise InputError(
             f"{place} has its weights as {found.name} only, and pickled weights are refused by default; set weights: "
@@ -241,6 +263,8 @@ def _open_all(place: Place, entry: Path, names: Mapping[str, str | None]) -> dic
         if Path(shard).name != shard or Path(shard).suffix not in SAFETENSORS + PICKLES:
             raise InputError(f"{entry} names the shard {shard!r}, which is no file of tensors beside it")
         path = place.file(shard)
+        if path is None and wants_shapes_only() and not Path(place.path).is_dir():
+            return {}
         if path is None:
             raise InputError(f"{entry} names the shard {shard}, which is not there; download it again")
         files[path] = _open(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from os.path import commonprefix
 from typing import Any
 
@@ -14,23 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, dtype_of, find_weights, rename, shape_of, some
-
-_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Context in which networks are built on the meta device and compared with file headers; no weights are read."""
-    token = _SHAPES_ONLY.set(True)
-    try:
-        yield
-    finally:
-        _SHAPES_ONLY.reset(token)
-
-
-wants_shapes_only = _SHAPES_ONLY.get
-"""Whether the caller is within `shapes_only`."""
+from anygpt.parts.files import Place, Weights, dtype_of, find_weights, rename, shape_of, some, wants_shapes_only
 
 
 def load_network(
@@ -58,6 +41,9 @@ def load_network(
         InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.
     """
     weights = find_weights(place, names)
+    if not weights.files:  # not in the cache, and only shapes are wanted
+        with torch.device("meta"):
+            return cls(config).to(dtype or config.dtype or fallback_dtype or torch.float32)
     state, origin = {}, {}
     for name, tensor in weights.tensors():
         new = rename(names, name)

@@ -20,7 +20,7 @@ from anygpt.data.formats.reading import iterate_samples, missing_error
 from anygpt.data.lengths import Lengths
 from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.parts.networks import shapes_only
+from anygpt.parts.files import shapes_only
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
 from anygpt.training.folder import GIB, check_folder
