@@ -37,10 +37,9 @@ from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
 from anygpt.training.performance import Meter, Metrics, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
-from anygpt.training.samples import run_suite, take_samples
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
-from anygpt.training.tracking import RunLog, check_tracker, part_table
+from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
 LOSS, TOKENS, PLACES = "loss", "tokens", "places"
 COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT, PLACES)
