@@ -7,6 +7,7 @@ import difflib
 import re
 import types
 import typing
+from argparse import ArgumentError
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -34,17 +35,12 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
         parser.add_argument(f"--{section.name}", type=types[section.name], default=getattr(defaults, section.name))
     check_keys(arguments, kind)
     try:
-        parsed = (
-            parser.parse_args(list(arguments))
-            if asks_for_help(arguments)
-            else parser.parse_object(merge(arguments, kind))
-        )
+        if asks_for_help(arguments):
+            parsed = parser.parse_args(list(arguments))
+        else:
+            parsed = parser.parse_object(merge(arguments, kind))
         parsed = parser.instantiate(parsed)
-    except (TypeError, ValueError, OSError, KeyError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    except Exception as error:  # jsonargparse passes argparse's own error on, which is no ValueError
-        if type(error).__name__ != "ArgumentError":
-            raise
+    except (TypeError, ValueError, OSError, KeyError, ArgumentError) as error:
         raise InputError(" ".join(str(error).split())) from error
     return kind(**{section.name: getattr(parsed, section.name) for section in fields(kind)})
 
@@ -91,26 +87,24 @@ def merge(arguments: Sequence[str], kind: type) -> dict[str, Any]:
     inherits nothing from the YAML.
     """
     merged: dict[str, Any] = {}
-
-    def put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
-        for key, value in content.items():
-            if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-                put(into[key], value)
-            else:
-                into[key] = copy.deepcopy(value)
-
     for _, content in _given(arguments, kind):
-        put(merged, content)
+        _put(merged, content)
     return merged
+
+
+def _put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _put(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
 
 
 def check_keys(arguments: Sequence[str], kind: type) -> None:
     """Raise one `InputError` for all unknown keys in the files and on the command line, and for all values that are
     null, or not a section or list, where `kind` requires otherwise.
     """
-    faults = []
-    for place, content in _given(arguments, kind):
-        faults += [f"{place}: {fault}" for fault in _faults(content, kind, "")]
+    faults = [f"{at}: {fault}" for at, content in _given(arguments, kind) for fault in _faults(content, kind, "")]
     if faults:
         raise InputError("; ".join(faults))
 

@@ -1,5 +1,7 @@
 """Building blocks of the formats: a data source, raw rows, and the files that a path stands for."""
 
+from __future__ import annotations  # jsonargparse leaves bounds in annotations to the check of all values at once
+
 import glob
 import itertools
 import os
