@@ -12,8 +12,7 @@ from anygpt.errors import InputError
 from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
-SAMPLES = dict.fromkeys(KINDS, 1600) | {"stage3": 3200}
-"""Rows. Stage 3 has more, since conversations are more varied."""
+SAMPLES = dict.fromkeys(KINDS, 1600) | {"stage3": 3200}  # conversations are more varied
 DESCRIPTION = f"""Write ToyWorld's datasets: pictures, clips, sounds and words about coloured shapes. The stages see
 {len(SEEN)} things; the evaluation is about the other {len(HELD_OUT)}. A dataset that is there already is kept."""
 

@@ -35,8 +35,7 @@ STEPS = {"image": 1500, "motion": 300, "audio": 400}
 POOL = {"image": 150, "video": 40, "audio": 120}
 """Training renders per thing, by modality; they are degraded differently each time they are used."""
 Wear = Callable[[Tensor, torch.Generator], Tensor]
-_BATCH = 96
-_LEARNING_RATE = 3e-3
+_BATCH, _LEARNING_RATE = 96, 3e-3
 
 
 def main(arguments: list[str] | None = None) -> int:

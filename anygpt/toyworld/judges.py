@@ -29,10 +29,8 @@ from anygpt.toyworld.render import AUDIO_SECONDS, SAMPLING_RATE
 from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 
 WEIGHTS = Path(__file__).parent / "weights" / "judges"
-SIZE = 32
-"""Width and height of the networks' input; pictures of other sizes are scaled."""
-FRAMES = 8
-"""Frames that the motion network takes, evenly spaced in a clip."""
+SIZE, FRAMES = 32, 8
+"""Width and height of the networks' input, and frames of the motion network's; others are scaled, or chosen evenly."""
 _SAMPLES = round(SAMPLING_RATE * AUDIO_SECONDS)
 _FFT, _HOP, _MELS = 1024, 160, 80
 _BATCH = 128
