@@ -63,16 +63,32 @@ def test_every_benchmark_can_be_run(script):
 
 def test_table_gives_medians_and_ratios_within_groups_and_rounds(script):
     rounds = [
-        {"a: both": {"step_s": 2.0, "share": 4.0}, "a: none": {"step_s": 0.5, "share": 3.0}, "b: x": {"step_s": 7.0}},
-        {"a: both": {"step_s": 4.0, "share": 4.0}, "a: none": {"step_s": 1.0, "share": 3.0}, "b: x": {"step_s": 7.0}},
-        {"a: both": {"step_s": 9.0, "share": 4.0}, "a: none": {"step_s": 0.6, "share": 3.0}, "b: x": {"step_s": 7.0}},
+        {
+            "a: both": {"step_s": 2.0, "share": 4.0},
+            "a: none": {"step_s": 0.5, "share": 3.0},
+            "b: x": {"step_s": 7.0},
+            "b: y": {"step_s": 7.0, "a_gib": 1.0},
+        },
+        {
+            "a: both": {"step_s": 4.0, "share": 4.0},
+            "a: none": {"step_s": 1.0, "share": 3.0},
+            "b: x": {"step_s": 7.0},
+            "b: y": {"step_s": 7.0, "a_gib": 1.0},
+        },
+        {
+            "a: both": {"step_s": 9.0, "share": 4.0},
+            "a: none": {"step_s": 0.6, "share": 3.0},
+            "b: x": {"step_s": 7.0},
+            "b: y": {"step_s": 7.0, "a_gib": 1.0},
+        },
     ]
     assert script.table(rounds).splitlines() == [
-        "| | step_s | share |",
-        "|---|---|---|",
-        "| a: both | 4 (1.00×) | 4 |",
-        "| a: none | 0.6 (0.25×) | 3 |",
-        "| b: x | 7 (1.00×) |  |",
+        "| | step_s | share | a_gib |",
+        "|---|---|---|---|",
+        "| a: both | 4 (1.00×) | 4 |  |",
+        "| a: none | 0.6 (0.25×) | 3 |  |",
+        "| b: x | 7 (1.00×) |  |  |",
+        "| b: y | 7 (1.00×) |  | 1 |",
     ]
 
 

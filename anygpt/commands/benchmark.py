@@ -106,9 +106,10 @@ def table(rounds: list[Numbers]) -> str:
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for side, numbers in results.items():
         cells = [f"{numbers[name]:.4g}" if name in numbers else "" for name in names]
+        first = baseline(side, results)
         for i, name in enumerate(names):
-            if name.endswith(("_s", "_gib")) and name in numbers:
-                ratios = [found[side][name] / found[baseline(side, found)][name] for found in rounds]
+            if name.endswith(("_s", "_gib")) and name in numbers and name in results[first]:
+                ratios = [found[side][name] / found[first][name] for found in rounds]
                 cells[i] += f" ({statistics.median(ratios):.2f}×)"
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
