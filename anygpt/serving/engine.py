@@ -96,7 +96,6 @@ class Engine:
     def _work(self) -> None:
         while batch := self._next_batch():
             self._answer(batch)
-            del batch  # free the media before waiting for the next batch
 
     def _next_batch(self) -> list[Job]:
         """The job waiting longest and others of its kind; empty on shutdown."""
@@ -134,3 +133,5 @@ class Engine:
                 return
             for job in batch:  # one is faulty, or the batch does not fit into memory
                 self._answer([job])
+        finally:
+            batch.clear()  # frees the media at once, though cycles of the generation may refer to `tell` for a while
