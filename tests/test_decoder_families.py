@@ -10,7 +10,14 @@ from decoder_families import CAPTIONS, FAMILIES
 from PIL import Image
 from training_utils import REPOSITORY
 
-from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, load_language_model
+from anygpt import (
+    ModalDecoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    OutputProjector,
+    OutputProjectorConfig,
+    load_language_model,
+)
 from anygpt.decoders import Condition, DiffusionDecoder
 from anygpt.errors import InputError
 from anygpt.losses.formulas import caption_alignment
@@ -382,3 +389,19 @@ def test_a_wan_of_two_transformers_is_refused():
     pipeline.register_modules(transformer_2=pipeline.transformer)
     with pytest.raises(InputError, match="this is a Wan 2"):
         FAMILIES["wan"].kind(pipeline)
+
+
+def test_a_perceiver_repeats_one_layer():
+    sizes = {"in_features": 8, "num_signal_tokens": 2, "condition_shape": (5, 6), "d_model": 16, "ffn_dim": 32}
+
+    def make(repetitions, **options):
+        settings = {"projection_type": "perceiver", "num_attention_heads": 2, "num_decoder_layers": repetitions}
+        return OutputProjector(OutputProjectorConfig(**sizes, **settings, **options))
+
+    one, three = make(1), make(3)
+    assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in three.parameters())
+    three.load_state_dict(one.state_dict())
+    states = torch.randn(4, 2, 8, generator=generator())
+    assert three(states).embeds.shape == (4, 5, 6) and not torch.equal(one(states).embeds, three(states).embeds)
+    lined = make(2, linear_path=True)
+    torch.testing.assert_close(lined(states).embeds.flatten(1), lined.line(states.flatten(1)))

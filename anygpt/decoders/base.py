@@ -305,11 +305,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
 
 def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
-    """The decoder of a pipeline, loaded strictly.
-
-    Args:
-        path: folder, hub id or `zoo:<name>`.
-        options: other fields of `Source`, as in a YAML; dtype is float32 by default.
+    """Load a pipeline (folder, hub id or `zoo:<name>`) strictly; `options` are other fields of `Source`, as in a YAML.
 
     Raises:
         InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.

@@ -100,15 +100,9 @@ class ModalDecoderModule(nn.Module):
         }
 
     def init_projector(self, in_features: int, num_layers: int, projection_type: str) -> None:
-        """Build the output projector if there is none, and check that it fits the decoder and the language model.
+        """Build the output projector if there is none; an `InputError` if it, or `hidden_layer`, does not fit.
 
-        Args:
-            in_features: `H`.
-            num_layers: layers of the language model.
-            projection_type: type to build.
-
-        Raises:
-            InputError: a given projector has other sizes, or there is no such `hidden_layer`.
+        The language model has width `in_features` and `num_layers` layers.
         """
         expected = self.projector_sizes(in_features)
         if self.projector is None:
@@ -128,12 +122,7 @@ class ModalDecoderModule(nn.Module):
             )
 
     def select_states(self, last: Tensor, all_states: tuple[Tensor, ...] | None) -> Tensor:
-        """The `(B, S, H)` states that this decoder reads.
-
-        Args:
-            last: the states that the language model's head reads.
-            all_states: embeddings and the output of each layer, if `needs_all_states`.
-        """
+        """The `(B, S, H)` states that this decoder reads: of the last layer or, with `needs_all_states`, of others."""
         if self.hidden_layer == -1:
             return last
         if isinstance(self.hidden_layer, str):
