@@ -1,7 +1,4 @@
-"""What benchmarks share: parts of real shapes with random weights, data, the training loop as users run it, a clock.
-
-Parts: SmolLM2-135M, ViT-B/16 at 224, and Stable Diffusion 1.5 with U-Net and VAE at a quarter of the width.
-"""
+"""What benchmarks share: parts with random weights (SmolLM2-135M, ViT-B/16, Stable Diffusion 1.5), data, loop, clock."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=32, help="text tokens before the answer (default: %(default)s)")
     parser.add_argument("--answer", type=int, default=32, help="tokens of the answer (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="of all parts (default: %(default)s)")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of all parts (default: %(default)s)")
 
 
 def sides(options: argparse.Namespace) -> list[str]:
@@ -43,6 +44,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, tie_word_embeddings=True
     )
     model = LlavaForConditionalGeneration(config).to(DEVICE, dtype)
+    model.set_attn_implementation(options.attention)
     if who == "ours":
         model = MultimodalModel.from_pretrained_multimodal_model(model)
         model.train_only(["image_projector"])

@@ -1,13 +1,11 @@
 """A step of stage 2: what trains of the signal tokens, the feature cache, and NExT-GPT's way.
 
 With `train.signal_rows` both, the input rows of the signal tokens train, and gradients pass through the whole language
-model; with output and none nothing below its last states trains, and it runs without a graph. The rows have about 60
-tokens and a JPEG of 512 × 384. Reading and decoding count.
+model; with output and none nothing below its last states trains, and it runs without a graph. Reading of JPEGs counts.
 
-`--peer` compares with a step as NExT-GPT's public code makes it, at the same sizes and on the same rows: the whole
-embedding matrix and head train beside the output projector, so that gradients pass through the whole language model;
-logits at all positions; the text encoder and the VAE run in each step; the noise is the target; and weights of min-SNR
-multiply the mean over the batch.
+`--peer` compares with a step as NExT-GPT's public code makes it, on the same rows: the whole embedding matrix and head
+train beside the output projector, so that gradients pass through the whole language model; logits at all positions;
+text encoder and VAE run in each step; noise is the target, and weights of min-SNR multiply the mean over the batch.
 """
 
 from __future__ import annotations
