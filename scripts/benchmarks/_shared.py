@@ -1,4 +1,4 @@
-"""What benchmarks share: parts with random weights (SmolLM2-135M, ViT-B/16, Stable Diffusion 1.5), data, loop, clock."""
+"""Shared by benchmarks: parts with random weights (SmolLM2-135M, ViT-B/16, Stable Diffusion 1.5), data, a loop."""
 
 from __future__ import annotations
 
