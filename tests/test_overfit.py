@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from decoder_families import FAMILIES
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.data.collation import BAD, CUT, SAMPLE_IDS, TARGET_IDS, Collator
@@ -34,10 +35,10 @@ def write_rows(folder, modality):
     return path
 
 
-def run_stage2(folder, modality, path):
+def run_stage2(folder, modality, path, source=None):
     """Stage 2 from a random projector, by AdamW on NLL and alignment: denoising has no say in where conditions go."""
-    decoder = {"path": f"zoo:{modality}_decoder", "projector": PROJECTOR}
-    if modality == "video":
+    decoder = {"path": str(source or f"zoo:{modality}_decoder"), "projector": PROJECTOR}
+    if modality == "video" and source is None:
         decoder["num_frames"] = 2
     arguments = {
         "run.output_dir": str(folder / "run"),
@@ -94,3 +95,33 @@ def test_conditions_and_latents_become_those_of_the_captions(tmp_path, modality)
 
     projected, wanted = (sample_latents(decoder, x) for x in (conditions, encodings))
     assert torch.linalg.vector_norm(projected - wanted, dim=1).max() < 0.1 * torch.pdist(wanted).min()
+
+
+@pytest.mark.parametrize("name", ["wan"])
+def test_the_newer_families_too(name, tmp_path):
+    """Masks included; what the denoiser makes of a projected condition is what it makes of its caption's."""
+    family = FAMILIES[name]
+    decoder, modality = family.decoder(), family.kind.modality
+    decoder.save_pretrained(tmp_path / "decoder")
+    path = write_rows(tmp_path, modality)
+    final = run_stage2(tmp_path, modality, path, tmp_path / "decoder")
+    model, processor = MultimodalModel.from_pretrained(final).eval(), MultimodalProcessor.from_pretrained(final)
+    processor.register(model)
+    encodings = decoder.encode_text(CAPTIONS)
+    with torch.no_grad():
+        ours = model.decoders[modality].condition(model.read_states(**collate(processor, path))[modality])
+    real = encodings.real
+    assert torch.equal(ours.real, real)
+    if encodings.pooled is not None:
+        constant = encodings.pooled.mean(dim=0, keepdim=True)
+        assert (ours.pooled - encodings.pooled).norm() < 0.1 * (constant - encodings.pooled).norm()
+    mean = (encodings.embeds * real[..., None]).sum(dim=0) / real.sum(dim=0).clamp(min=1)[:, None]
+    for kind in ("l2", "mse"):
+        found = caption_alignment(ours.embeds, encodings.embeds, kind, real).mean()
+        assert found < 0.1 * caption_alignment(mean.expand_as(encodings.embeds), encodings.embeds, kind, real).mean()
+
+    noise = torch.randn(1, *family.latents, generator=torch.Generator().manual_seed(0)).expand(4, *family.latents)
+    times = torch.full((4,), 0.5 if name == "stable-audio" else 500)
+    with torch.no_grad():
+        made, wanted = (decoder.predict(noise, times, decoder._ready(c)).flatten(1) for c in (ours, encodings))
+    assert torch.linalg.vector_norm(made - wanted, dim=1).max() < 0.2 * torch.pdist(wanted).min()
