@@ -146,7 +146,7 @@ def _device(device_map: Any) -> torch.device | None:
 def read_config(folder: Path) -> MultimodalConfig:
     """The composition's config; an `InputError` if it is missing, damaged, of another model type or version."""
     path = folder / "config.json"
-    content = Place(str(folder)).json(path.name)
+    content = Place(str(folder)).json(path.name) if path.is_file() else None
     if content is None:
         raise InputError(f"{folder} holds no saved model: there is no config.json; expected a run's final/ folder")
     if content.get("model_type") != MultimodalConfig.model_type:
