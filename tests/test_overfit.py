@@ -97,7 +97,7 @@ def test_conditions_and_latents_become_those_of_the_captions(tmp_path, modality)
     assert torch.linalg.vector_norm(projected - wanted, dim=1).max() < 0.1 * torch.pdist(wanted).min()
 
 
-@pytest.mark.parametrize("name", ["wan"])
+@pytest.mark.parametrize("name", ["wan", "ltx", "stable-audio", "flux"])
 def test_the_newer_families_too(name, tmp_path):
     """Masks included; what the denoiser makes of a projected condition is what it makes of its caption's."""
     family = FAMILIES[name]
