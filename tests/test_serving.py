@@ -302,6 +302,27 @@ def test_a_body_that_does_not_come(address):
     connection.close()
 
 
+def test_the_bodies_of_all_requests_together_have_a_limit(engine):
+    body = json.dumps({"model": "anygpt", "messages": [{"role": "user", "content": " " * 40_000}]})  # in time a 400
+    interface = Interface(engine, "anygpt", bodies=BodyLimits(all_bytes=60_000))
+    with serving(interface.app()) as address:
+        parsed = urlparse(address)
+        slow = http.client.HTTPConnection(parsed.hostname, parsed.port, timeout=30)
+        slow.putrequest("POST", "/v1/chat/completions")
+        slow.putheader("Content-Type", "application/json")
+        slow.putheader("Content-Length", str(len(body)))
+        slow.endheaders(body[:30_000].encode())
+        while interface._held < 30_000:
+            time.sleep(0.01)
+        refused = post(address, body)
+        assert refused.status_code == 429 and "too many large requests" in refused.json()["error"]["message"]
+        assert refused.headers["Retry-After"]
+        slow.send(body[30_000:].encode())
+        assert slow.getresponse().status == 400 and interface._held == 0
+        slow.close()
+        assert post(address, body).status_code == 400
+
+
 def test_wrong_routes(address):
     answer = httpx.get(f"{address}/v1/chat/completions")
     assert answer.status_code == 405 and "Method Not Allowed" in answer.json()["error"]["message"]

@@ -38,9 +38,10 @@ HEADERS = {429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}, 401: {"WWW-Auth
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """Limits of a request's body, and seconds to receive it."""
+    """Limits of request bodies: bytes of one, bytes of all at once, and seconds to receive one."""
 
     bytes: int = 32 * 1024**2
+    all_bytes: int = 512 * 1024**2
     seconds: float = 60.0
 
 
@@ -77,6 +78,7 @@ class Interface:
     ):
         self.engine, self.model, self.key = engine, model, key
         self.limits, self.bodies = limits or form.Limits(), bodies or BodyLimits()
+        self._held = 0  # bytes of bodies being read or parsed
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
@@ -171,11 +173,16 @@ class Interface:
             with anyio.fail_after(limits.seconds):
                 async for piece in request.stream():
                     body += piece
+                    self._held += len(piece)
                     if len(body) > limits.bytes:
                         raise too_large
+                    if self._held > limits.all_bytes:
+                        raise Refused(429, "too many large requests are being read; try again in a while", "busy")
+            return await self._in_thread(self._understand, bytes(body))
         except TimeoutError:
             raise Refused(408, f"the body had not arrived after {limits.seconds:g} seconds") from None
-        return await self._in_thread(self._understand, bytes(body))
+        finally:
+            self._held -= len(body)
 
     def _understand(self, body: bytes) -> form.Request:
         content = parse_json(body)
