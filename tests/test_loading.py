@@ -296,6 +296,69 @@ def test_mistakes_are_one_line(name, llama):
     assert "\n" not in str(refusal.value) and str(llama) in str(refusal.value)
 
 
+def index(folder, names, shard):
+    """An index of shards that puts the tensors `names` into one."""
+    entries = dict.fromkeys(names, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": entries}))
+
+
+def test_an_index_is_not_believed(llama):
+    tensors = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    torch.save(tensors, llama / "a.bin")
+    index(llama, tensors, "a.bin")
+    with pytest.raises(
+        InputError, match=r"index\.json names the shard 'a\.bin', which is no \.safetensors file beside"
+    ):
+        load_language_model(llama)
+    index(llama, [], "")
+    with pytest.raises(InputError, match=r"index\.json names no tensor of this network"):
+        load_language_model(llama)
+
+
+def test_a_tensor_that_is_there_twice(tmp_path):
+    CLIP.build().save_pretrained(tmp_path)
+    change(tmp_path, lambda t: t.update({"vision_model.post_layernorm.weight": torch.zeros(16)}))
+    with pytest.raises(InputError, match=r"it has twice vision_model\.post_layernorm\.weight"):
+        load_encoder(tmp_path, "image")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": "x"}, {"num_attention_heads": 3}, {"hidden_act": "nope"}, {"dtype": "floatt"}, {"patch_size": 0}],
+    ids=str,
+)
+def test_values_that_no_model_has(values, tmp_path):
+    CLIP.build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(
+        InputError, match=r"config\.json is damaged, or has a value that no model can be built from"
+    ) as e:
+        load_encoder(tmp_path, "image")
+    assert "\n" not in str(e.value)
+
+
+def test_options_of_other_parts_are_not_dropped(llama):
+    for options in ({"num_frames": 3}, {"drop_cls": True}, {"processor": {}}):
+        with pytest.raises(InputError, match=f"a part has no option '{next(iter(options))}'"):
+            load_language_model(llama, **options)
+    with pytest.raises(InputError, match="is a file; name the folder that it is in"):
+        load_language_model(llama / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02U", b"\x80c.", b"h\x05.", {1: torch.ones(2)}, {"a": torch.eye(2).to_sparse()}]
+)
+def test_pickles_of_other_things(content, llama):
+    (llama / "model.safetensors").unlink()
+    path = llama / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin (is refused|holds other things than dense tensors)") as e:
+        load_language_model(llama, weights="any")
+    assert "\n" not in str(e.value)
+
+
 def test_an_id_that_is_not_there():
     for load in (load_language_model, load_decoder, lambda path: load_encoder(path, "image"), load_tokenizer):
         with pytest.raises(

@@ -310,7 +310,7 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
     Raises:
         InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
     """
-    source = Source.of(path, options)
+    source = Source.of(path, options, "num_frames")
     given = {"torch_dtype": source.torch_dtype, "num_frames": source.num_frames}
     return load(
         source,

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
-    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
@@ -27,7 +26,7 @@ from anygpt.encoders.whole_models import WHOLE_MODELS
 from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
 from anygpt.parts.networks import load_network
-from anygpt.parts.source import Source, load
+from anygpt.parts.source import EncoderSettings, Source, load
 
 # PIL replacements for image processors that transformers implements with torchvision only, which is not required here.
 PIL_PROCESSORS = (
@@ -48,7 +47,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
     Raises:
         InputError: no such path, no encoder of that modality, or files that do not hold exactly its tensors.
     """
-    source = Source.of(path, options)
+    source = Source.of(path, options, kind=EncoderSettings)
 
     def build() -> nn.Module:
         whole = _read_config(source)
@@ -88,8 +87,7 @@ def _read_config(source: Source) -> PreTrainedConfig:
     content = source.place.json("config.json") or {}
     if "model_type" not in content and "imu_embed_dim" in content:  # original ImageBind saved with the Hub's mixin
         return ImageBindConfig(**content)
-    source.place.config()
-    return AutoConfig.from_pretrained(source.folder, **source.auto)
+    return source.config()
 
 
 def _find_encoder(
@@ -122,7 +120,7 @@ def _find_encoder(
 
 def load_encoder_processor(path: str | Path | Source, modality: str, **options: Any) -> Any:
     """Load the image processor or feature extractor of an encoder, wrapped to run on frames of clips for `video`."""
-    source = Source.of(path, options)
+    source = Source.of(path, options, kind=EncoderSettings)
     config = load(source, "config", lambda: _read_config(source))
     processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
     if is_timed(modality) and not isinstance(processor, ImageBindProcessor):

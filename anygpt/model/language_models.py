@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -17,7 +16,7 @@ from transformers import (
 
 from anygpt.errors import InputError
 from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
-from anygpt.parts.files import Weights
+from anygpt.parts.files import Weights, built_from
 from anygpt.parts.networks import check_report, load_network
 from anygpt.parts.source import Source, load
 
@@ -49,13 +48,15 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
     def build() -> nn.Module:
         given = source.model_options()
         if source.gguf_file is not None:
+            if source.place.file(source.gguf_file) is None:
+                raise InputError(f"{source.place} has no file {source.gguf_file}")
             given |= {"gguf_file": source.gguf_file, "dtype": source.torch_dtype or "auto", **source.auto}
-            model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **given)
+            with built_from(f"{source.place}/{source.gguf_file}"):
+                model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **given)
             faults = {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]}
             check_report(Weights(Path(source.path, source.gguf_file), {}), type(model), faults)
             return model
-        source.place.config()
-        config = own = AutoConfig.from_pretrained(source.folder, **source.auto)
+        config = own = source.config()
         whole = config.model_type in WHOLE_MODELS
         if whole:
             own = copy.deepcopy(config.get_text_config())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, __version__
 from transformers.utils import cached_file
@@ -75,6 +75,8 @@ class Place:
     @property
     def taken_for(self) -> str:
         """What an error about a path that is no folder adds."""
+        if Path(self.path).is_file():
+            return " (it is a file; name the folder that it is in)"
         return "" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)"
 
     def inside(self, subfolder: str) -> Place:
@@ -112,7 +114,7 @@ class Place:
             pipeline = self.file("model_index.json") is not None
             hint = "; it holds a diffusers pipeline, which is a decoder" if pipeline else ", or cannot be reached"
             raise InputError(f"{self} has no config.json{hint}{self.taken_for}")
-        if "model_type" not in content:
+        if not isinstance(content.get("model_type"), str):
             raise InputError(f"{self}/config.json names no model_type; expected a model that transformers saved")
         if content["model_type"] not in CONFIG_MAPPING:
             code = "; code of its repository is never run" if "auto_map" in content else ""
@@ -148,6 +150,16 @@ class Place:
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
         return content
+
+
+@contextmanager
+def built_from(file: Path | str) -> Iterator[None]:
+    """Context in which errors that libraries raise about a file's values become an `InputError` that names it."""
+    try:
+        yield
+    except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, struct.error) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{file} is damaged, or has a value that no model can be built from ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -220,7 +232,7 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
                 _say_once(f"{place} has no files of variant {place.variant!r}; those without a variant are read")
             if suffixes is PICKLES:
                 _say_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
-            return Weights(entry, _open_all(place, entry, names or {}), variant)
+            return Weights(entry, _open_all(place, entry, suffixes, names or {}), variant)
     if wants_shapes_only() and not Path(place.path).is_dir():
         _say_once(f"{place} has no weight files in the cache: its tensors are not compared with them")
         return Weights(Path(place.path), {})
@@ -251,7 +263,7 @@ def _here(place: Place, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix in suffixes) if folder.is_dir() else []
 
 
-def _open_all(place: Place, entry: Path, names: Mapping[str, str | None]) -> dict[Path, Any]:
+def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mapping[str, str | None]) -> dict[Path, Any]:
     """Open the file, or the shards of an index that hold tensors of this network."""
     if entry.suffix != ".json":
         return {entry: _open(entry)}
@@ -259,9 +271,12 @@ def _open_all(place: Place, entry: Path, names: Mapping[str, str | None]) -> dic
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise InputError(f"{entry} is no index of shards: it has no weight_map")
     files: dict[Path, Any] = {}
-    for shard in sorted({shard for name, shard in index.items() if rename(names, name) is not None}):
-        if Path(shard).name != shard or Path(shard).suffix not in SAFETENSORS + PICKLES:
-            raise InputError(f"{entry} names the shard {shard!r}, which is no file of tensors beside it")
+    shards = sorted({shard for name, shard in index.items() if rename(names, name) is not None})
+    if not shards:
+        raise InputError(f"{entry} names no tensor of this network: name the model that these weights are of")
+    for shard in shards:
+        if Path(shard).name != shard or Path(shard).suffix not in suffixes:
+            raise InputError(f"{entry} names the shard {shard!r}, which is no {suffixes[0]} file beside it")
         path = place.file(shard)
         if path is None and wants_shapes_only() and not Path(place.path).is_dir():
             return {}
@@ -294,7 +309,7 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         reason = re.split(r"(?<=\.)\s|\n", str(error))[0]
         raise InputError(
             f"{path} is refused: it holds other things than tensors, such as code, or is cut off ({reason}); nothing "
@@ -303,8 +318,11 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no tensors by name; expected a state dict")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
+        for name, value in content.items()
+    ):
+        raise InputError(f"{path} holds other things than dense tensors by name; expected a state dict")
     return content
 
 

@@ -13,7 +13,17 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, dtype_of, find_weights, rename, shape_of, some, wants_shapes_only
+from anygpt.parts.files import (
+    Place,
+    Weights,
+    built_from,
+    dtype_of,
+    find_weights,
+    rename,
+    shape_of,
+    some,
+    wants_shapes_only,
+)
 
 
 def load_network(
@@ -41,13 +51,15 @@ def load_network(
         InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.
     """
     weights = find_weights(place, names)
+    config_file = f"{place}/config.json"
     if not weights.files:  # not in the cache, and only shapes are wanted
-        with torch.device("meta"):
+        with torch.device("meta"), built_from(config_file):
             return cls(config).to(dtype or config.dtype or fallback_dtype or torch.float32)
-    state, origin = {}, {}
+    state, origin, twice = {}, {}, []
     for name, tensor in weights.tensors():
         new = rename(names, name)
         if new is not None:
+            twice += [name] if new in state else []
             state[new], origin[new] = tensor, name
     for prefix, arguments in optional.items():
         if not any(name.startswith(prefix) for name in state):
@@ -58,7 +70,7 @@ def load_network(
         options = {name: value for name, value in options.items() if name != "quantization_config"}
         options["device_map"] = "meta"
     options |= {"config": config, "state_dict": state, "dtype": dtype}
-    with _without_their_report():
+    with _without_their_report(), built_from(config_file):
         network, info = cls.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     floats = {name for name, parameter in network.named_parameters() if parameter.is_floating_point()}
     integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and name in floats]
@@ -70,12 +82,12 @@ def load_network(
         ],
         "has left over": [origin.get(name, name) for name in info["unexpected_keys"]],
         "has as integers": [origin[name] for name in integers],
+        "has twice": twice,
     }
     check_report(weights, cls, faults)
-    if network.can_generate() and place.file("generation_config.json") is not None:
-        network.generation_config = GenerationConfig.from_pretrained(
-            place.path, revision=place.revision, subfolder=place.subfolder
-        )
+    if network.can_generate() and (generation := place.json("generation_config.json")) is not None:
+        with built_from(f"{place}/generation_config.json"):
+            network.generation_config = GenerationConfig.from_dict(generation)
     network.config.name_or_path = place.path
     return network
 

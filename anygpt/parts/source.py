@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 
 from anygpt.errors import InputError
-from anygpt.parts.files import WEIGHTS, Place
+from anygpt.parts.files import WEIGHTS, Place, built_from
 from anygpt.parts.manifest import fingerprint_tensors
 
 ZOO_PREFIX = "zoo:"
@@ -102,9 +102,9 @@ class Source(EncoderSettings):
             )
 
     @classmethod
-    def of(cls, path: str | Path | Source, options: dict[str, Any]) -> Source:
-        """Build a source from a path and options as in YAML; raises `InputError` for an unknown option."""
-        known = [field.name for field in fields(cls) if field.name != "path"]
+    def of(cls, path: str | Path | Source, options: dict[str, Any], *others: str, kind: Any = PartSettings) -> Source:
+        """Build a source from a path and options of `kind` and `others`; raises `InputError` for an unknown option."""
+        known = [*(field.name for field in fields(kind) if field.name != "path"), *others]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"a part has no option {unknown[0]!r}; known are {', '.join(known)}")
         return replace(path, **options) if isinstance(path, Source) else cls(str(path), **options)
@@ -138,6 +138,12 @@ class Source(EncoderSettings):
     def auto(self) -> dict[str, Any]:
         """The same for transformers' auto classes, which would otherwise ask whether to run a repository's code."""
         return self.where | {"trust_remote_code": False}
+
+    def config(self) -> PreTrainedConfig:
+        """The config of a transformers model; raises `InputError` if `config.json` holds none."""
+        self.place.config()
+        with built_from(f"{self.place}/config.json"):
+            return AutoConfig.from_pretrained(self.folder, **self.auto)
 
     def model_options(self) -> dict[str, Any]:
         """Further arguments of transformers' `from_pretrained` for a model."""
