@@ -189,7 +189,7 @@ def test_rotation_is_applied(tmp_path, rotation):
     assert np.abs(shown[0].astype(int) - expected).mean() < 8
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".avif"])
 def test_animations(tmp_path, suffix):
     images = [Image.fromarray(frame) for frame in grey_frames(5)]
     images[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=images[1:], duration=200)

@@ -6,6 +6,7 @@ import re
 import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import odd_media
 import pytest
@@ -94,6 +95,8 @@ def test_no_message_names_an_object(tmp_path):
     """Of a format that nothing knows, of one that Pillow knows and we do not read."""
     (tmp_path / "a").write_bytes(odd_media.noise(500).tobytes())
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    with pytest.raises(InputError, match="its format is not known"):
+        read_video(tmp_path / "a.eps")
     for name, message in (("a", "its format is not known"), ("a.eps", "is Encapsulated Postscript, which is not read")):
         with pytest.raises(InputError, match=message) as caught:
             read_image(tmp_path / name)
@@ -132,6 +135,30 @@ def test_aiff_from_a_pipe_is_whole(tmp_path):
         read_audio(tmp_path / "a.aiff")
 
 
+def test_caf_from_a_pipe_is_whole(tmp_path):
+    """Its data may state no size, -1."""
+    samples = np.arange(48_000, dtype=np.int16)
+    path = odd_media.sound(tmp_path / "a.caf", samples[None] / 32767, "mono")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"data" + struct.pack(">q", 4 + 2 * 48_000), b"data" + struct.pack(">q", -1)))
+    assert path.read_bytes() != content
+    assert read_audio(path).waveform.shape == (1, 48_000)
+    path.write_bytes(content[:-100])
+    with pytest.raises(InputError, match="truncated"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".wv", "wavpack"), (".tta", "tta")])
+def test_sounds_without_loss_are_the_same(tmp_path, suffix, codec):
+    samples = odd_media.noise(48_000).astype(np.int16)
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
+        stream = container.add_stream(codec, rate=16_000, layout="mono", format="s16p" if codec == "wavpack" else "s16")
+        frame = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
+        frame.rate = 16_000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    np.testing.assert_array_equal(read_audio(tmp_path / f"a{suffix}").waveform[0], samples / np.float32(32768))
+
+
 def test_ogg_without_an_end_of_stream_is_whole(tmp_path):
     for ends in (True, False):
         (tmp_path / "a.opus").write_bytes(odd_media.opus(3, ends))
@@ -159,7 +186,7 @@ def test_speech_in_the_centre_stays(tmp_path, layout):
 # -- clips
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_frames_of_a_variable_rate_are_chosen_by_time(tmp_path, suffix):
     """A second of ten frames, then four seconds of one each."""
     times = [*range(0, 1000, 100), 1000, 2000, 3000, 4000]

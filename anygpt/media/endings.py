@@ -33,7 +33,7 @@ class Ending:
     """Tracks the packets of a container as they are demuxed, to check at the end whether any are missing.
 
     Args:
-        head: at least the first 8 bytes of the file.
+        head: the first bytes of the file.
         name: of the file, for messages.
     """
 
@@ -45,8 +45,8 @@ class Ending:
         self.last_corrupt = False
 
     def _stated_seconds(self) -> float | None:
-        """The duration stated by the file; None without one, or where FFmpeg estimated it from the file's size."""
-        if not self.container.duration:
+        """The duration stated by the file; None where FFmpeg estimated it from the size, or an MPEG's timestamps."""
+        if not self.container.duration or self.container.format.name in ("mpegts", "mpeg"):
             return None
         seconds = self.container.duration / av.time_base
         rates = [s.codec_context.bit_rate or 0 for s in self.container.streams if s.codec_context is not None]
@@ -79,7 +79,9 @@ class Ending:
             raise ValueError(f"it is truncated: {there:.2f} of {self.stated:.2f} seconds are there")
 
     def _has_wrong_size(self) -> bool:
-        """Whether this is a complete WAV whose header states a wrong size; FFmpeg marks its last packet as corrupt."""
+        """Whether this is a WAV or CAF whose header states a wrong size; FFmpeg marks its last packet as corrupt."""
+        if self.head.startswith(b"caff"):
+            return b"data" + 8 * b"\xff" in self.head
         stated = int.from_bytes(self.head[4:8], "little")
         return self.head.startswith(b"RIFF") and not 0 < stated - self.container.size < STREAMED
 

@@ -108,7 +108,7 @@ UNREAD = (
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
 )
 # Containers that hold their own data; playlists and `concat` scripts would open other files and URLs.
-CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac,ogg,aiff,au,caf,amr"
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac,ogg,aiff,au,caf,amr,wv,tta"
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def open_container(path: Place, limits: MediaLimits) -> Iterator[tuple[av.contai
         "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
     }
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(8192)
         file.seek(0)
         # With "file:", a colon in the name is not taken for a protocol.
         with av.open(file if isinstance(path, StoredMedium) else f"file:{path}", options=options) as container:
@@ -234,7 +234,7 @@ def decoding(path: str | Place, what: str) -> Iterator[Place]:
             if re.match(begins, head, re.DOTALL | re.IGNORECASE):
                 raise InputError(f"{path} is {name}, which is not read here: {advice}.") from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its own message shows the file object's repr
+        if isinstance(error, UnidentifiedImageError | av.ArgumentError):  # a repr of the file, and "Invalid argument"
             reason = "its format is not known"
         raise InputError(
             f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out."

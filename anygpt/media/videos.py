@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -73,7 +74,7 @@ def read_video(
     fps: float | None = None,
     whole: bool = False,
 ) -> Video:
-    """Read a video file, or an animated GIF, WebP or PNG.
+    """Read a video file, or an animated GIF, WebP, PNG or AVIF.
 
     Args:
         num_frames: None returns all n frames. k returns exactly k, the nearest to points evenly spaced in time from
@@ -162,7 +163,7 @@ def _in_order(
 def _is_animation(path: Place) -> bool:
     with path.open("rb") as file:
         head = file.read(12)
-    return head.startswith((b"GIF8", b"\x89PNG")) or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
+    return re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavi", head, re.DOTALL) is not None
 
 
 def _animation_header(path: Place, limits: MediaLimits) -> Header:
@@ -176,7 +177,7 @@ def _animation_header(path: Place, limits: MediaLimits) -> Header:
 
 
 def _animation_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
-    with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
+    with path.open("rb") as file, Image.open(file, formats=["GIF", "WEBP", "PNG", "AVIF"]) as image:
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
