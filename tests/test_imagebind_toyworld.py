@@ -21,7 +21,7 @@ from anygpt.training.trainer import train
 CONFIGS = Path(__file__).parent.parent / "configs/tiny/stage0"
 
 END = 49407
-RENDERS, STEPS = 6, 480
+RENDERS, STEPS = 24, 960
 
 
 def make_inputs(seed, words):
@@ -79,8 +79,7 @@ def test_sounds_find_words_that_they_never_met():
     with torch.no_grad():
         fresh = make_inputs(1000, words)
         found = {pair: retrieval(model, fresh, *pair) for pair in (("audio", "text"), ("video", "audio"))}
-    # 1.00 and 0.69 were seen: clips, whose things move, take more renders and steps than a test has time for
-    assert found["audio", "text"] > 0.9 and found["video", "audio"] > 0.4, found
+    assert found["audio", "text"] > 0.9 and found["video", "audio"] > 0.9, found  # 1.00 and 0.98 were seen
 
 
 TOWER = {"embed_dim": 64, "num_blocks": 2, "num_heads": 4}
