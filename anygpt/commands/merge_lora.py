@@ -16,7 +16,7 @@ import torch
 from anygpt.chat.chat_model import load_checkpoint
 from anygpt.commands import new_parser
 from anygpt.errors import InputError
-from anygpt.model.parts import is_peft, part_modules
+from anygpt.model.parts import adapter_of, part_modules
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     if output.exists():
         raise InputError(f"--output {output} is there already; choose another folder")
     model, processor = load_checkpoint(options.checkpoint)
-    if not model.signal_tokens.ids and not any(map(is_peft, part_modules(model).values())):
+    if not model.signal_tokens.ids and not any(map(adapter_of, part_modules(model).values())):
         raise InputError(f"{options.checkpoint} has neither an adapter nor signal tokens, so there is nothing to merge")
     if options.dtype is not None:
         model.language_model.to(getattr(torch, options.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from peft import PeftModel
 from torch import nn
 
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
@@ -44,6 +46,8 @@ class WrappedPipeline(nn.Module):
     """Name of the pipeline's class in diffusers, looked up only when needed because some versions lack it."""
     weighting_scheme: str | None = None
     """None if the denoiser is not trained by flow matching."""
+    denoiser_adapter: PeftModel | None = None
+    """PEFT's wrapper of the denoiser, which it changes in place (see `set_adapter`)."""
     _registry: ClassVar[dict[str, type[WrappedPipeline]]] = {}
 
     def __init_subclass__(cls, **kwargs):
@@ -140,6 +144,23 @@ class WrappedPipeline(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    def set_adapter(self, adapter: PeftModel | None) -> None:
+        """Keep PEFT's wrapper of the denoiser, frozen, but not as a submodule: tensors have one name each."""
+        object.__setattr__(self, "denoiser_adapter", adapter)
+        self.requires_grad_(False)
+
+    def without_adapter(self, merge: bool = False) -> WrappedPipeline:
+        """A copy whose denoiser has no adapter, or with `merge` holds it in its weights; the rest is shared."""
+        if self.denoiser_adapter is None:
+            return self
+        shared = [network for network in self.children() if network is not self.denoiser]
+        tensors = [] if merge else [*self.denoiser.parameters(), *self.denoiser.buffers()]
+        copied = copy.deepcopy(self, {id(one): one for one in (*shared, *tensors)})
+        adapter = copied.denoiser_adapter
+        adapter.merge_and_unload() if merge else adapter.unload()
+        object.__setattr__(copied, "denoiser_adapter", None)
+        return copied
 
     def train_networks(self, names: Sequence[str]) -> None:
         """Choose the networks that `train` and `requires_grad_` affect; by default only the denoiser."""

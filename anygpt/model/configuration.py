@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from anygpt.composition import Composition
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.model.parts import callback_dict, class_name, is_peft, source_of
+from anygpt.model.parts import adapter_of, callback_dict, class_name, source_of
 
 FORMAT_VERSION = 1
 
@@ -22,8 +22,8 @@ class MultimodalConfig(PreTrainedConfig):
             "saved_callbacks", "projector"}}`; `callbacks` names functions, which must be given again on loading.
         language_model: `{"class", "source", "fingerprint", "adapter"}`, and `"vocab_size"`, the number of rows before
             signal tokens were written into its matrices, where they were.
-        decoders: `{key: {"modality", "class", "source", "fingerprint", "num_signal_tokens", "hidden_layer",
-            "signal", "defaults", "projector"}}`.
+        decoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "num_signal_tokens",
+            "hidden_layer", "signal", "defaults", "projector"}}`.
         encoder_keys, decoder_keys: the keys in order, as transformers sorts a config's keys.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder key: ids}`.
@@ -103,7 +103,8 @@ def _module(module: Any) -> dict[str, Any]:
 
 def _part(part: Any) -> dict[str, Any]:
     source = source_of(part)
-    entry = {"class": class_name(part), "source": source.to_dict() if source else None, "adapter": is_peft(part)}
+    entry = {"class": class_name(part), "source": source.to_dict() if source else None}
+    entry["adapter"] = adapter_of(part) is not None
     if isinstance(base_model(part), VideoEncoder):
         entry |= {name: getattr(part.config, name) for name in VideoEncoder.settings}
     return entry

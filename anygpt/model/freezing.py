@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,6 +37,11 @@ def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
     parts["signal_tokens"] = [model.signal_tokens]
     for key, decoder in model.decoders.items():
         parts[f"{key}_decoder"] = [decoder.module]
+        if decoder.module.denoiser_adapter is not None:
+            layers = [x for x in decoder.module.denoiser.modules() if isinstance(x, LoraLayer)]
+            parts[f"{key}_denoiser"] = [
+                getattr(x, name) for x in layers for name in (*x.adapter_layer_names, "lora_dropout")
+            ]
         mix = [decoder.layer_weights] if decoder.layer_weights is not None else []
         parts[f"{key}_output_projector"] = [decoder.projector, *mix]
     return parts
@@ -78,8 +84,9 @@ def _set_mode(model: Composition, part: str, mode: bool) -> None:
 
 def keep_frozen(model: Composition) -> None:
     """Put frozen parts back into eval mode after torch's `train` changed all modules."""
-    for part in model.frozen:
-        _set_mode(model, part, False)
+    for part in parts_of(model):
+        if part in model.frozen or part.endswith("_denoiser"):
+            _set_mode(model, part, model.training and part not in model.frozen)
     _recompute_frozen(model)
 
 

@@ -24,7 +24,7 @@ from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.model.configuration import FORMAT_VERSION, MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
-from anygpt.model.parts import build_callback, fingerprint, import_class, own_tensors, source_of
+from anygpt.model.parts import adapter_name, build_callback, fingerprint, import_class, own_tensors, source_of
 from anygpt.parts.files import Place, find_weights, open_composition, wants_shapes_only
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source
@@ -257,7 +257,13 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
         )
     if entry.get("vocab_size"):  # the rows beyond it belong to signal tokens, which `SignalTokens` supplies
         part.resize_token_embeddings(entry["vocab_size"], mean_resizing=False)
-    return _load_adapter(part, folder / "adapters" / name) if entry["adapter"] else part
+    if not entry["adapter"]:
+        return part
+    where = folder / "adapters" / adapter_name(name)
+    if not isinstance(part, DiffusionDecoder):
+        return _load_adapter(part, where)
+    part.set_adapter(_load_adapter(part.denoiser, where))
+    return part
 
 
 def load_source(entry: dict[str, Any]) -> nn.Module:

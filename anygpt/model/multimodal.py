@@ -112,9 +112,9 @@ class MultimodalModel(Composition):
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
         self.frozen = {  # `DiffusionDecoder` freezes its networks by default
-            f"{key}_decoder"
-            for key, decoder in decoders.items()
-            if not any(p.requires_grad for p in decoder.module.parameters())
+            part
+            for part in self.parts
+            if part.endswith(("_decoder", "_denoiser")) and not any(p.requires_grad for p in self.part_parameters(part))
         }
         self.config = MultimodalConfig.of(self)
 

@@ -40,6 +40,18 @@ def is_peft(part: Any) -> bool:
     return isinstance(part, PeftModel)
 
 
+def adapter_of(part: nn.Module) -> PeftModel | None:
+    """PEFT's wrapper of a part, or of a decoder's denoiser; None without adapters."""
+    if isinstance(part, DiffusionDecoder):
+        return part.denoiser_adapter
+    return part if is_peft(part) else None
+
+
+def adapter_name(part: str) -> str:
+    """Name of a part's adapter in `adapters/`: a decoder's is its denoiser's."""
+    return part.removesuffix("_decoder") + "_denoiser" if part.endswith("_decoder") else part
+
+
 def source_of(part: nn.Module) -> Source | None:
     """Where a part was loaded from, or None if unknown; checkpoints then save the part whole."""
     part = base_model(part)
@@ -56,7 +68,8 @@ def source_of(part: nn.Module) -> Source | None:
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:
     """A part's tensors under their original names, without PEFT's adapters and wrappers."""
-    adapters = set(part.peft_config) if is_peft(part) else set()
+    adapter = adapter_of(part)
+    adapters = set() if adapter is None else set(adapter.peft_config)
     return {
         unwrapped(name): tensor
         for name, tensor in base_model(part).state_dict().items()

@@ -4,7 +4,7 @@ A folder holds::
 
     config.json               the composition; source and fingerprint of each frozen part
     model.safetensors         projectors, signal tokens, layer mixes
-    adapters/<part>/          PEFT adapters, in PEFT's own format
+    adapters/<part>/          PEFT adapters, in PEFT's own format; a decoder's as `<key>_denoiser`
     parts/<part>/             whole parts that have no source, or changed since they were loaded
     tokenizer and processor   written by `MultimodalProcessor.save_pretrained`
 
@@ -34,7 +34,16 @@ from anygpt.errors import InputError
 from anygpt.model.card import write_card
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.loading import load_source
-from anygpt.model.parts import fingerprint, is_peft, own_state, own_tensors, part_modules, source_of, unwrapped
+from anygpt.model.parts import (
+    adapter_name,
+    adapter_of,
+    fingerprint,
+    own_state,
+    own_tensors,
+    part_modules,
+    source_of,
+    unwrapped,
+)
 from anygpt.parts.manifest import MANIFEST
 from anygpt.parts.publishing import PUSH_ARGUMENTS, let_umask_decide, push
 from anygpt.sequence.signal_tokens import SignalTokens
@@ -89,7 +98,8 @@ def save_pretrained(
         entry = config.parts[name]
         if merge:
             part = _merge_adapter(part)
-        entry["adapter"] = is_peft(part)
+        adapter = adapter_of(part)
+        entry["adapter"] = adapter is not None
         if merge and name == "language_model" and model.signal_tokens.ids:
             entry["vocab_size"] = part.get_input_embeddings().weight.shape[0]
             part = _write_signal_rows(part, model.signal_tokens, (model.token_ids or {}).values())
@@ -99,8 +109,8 @@ def save_pretrained(
         if whole or not _supplies(part, entry):
             entry["source"], entry["dtypes"] = None, _dtypes(part)
             _save_part(part, folder / "parts" / name, max_shard_size)
-        if entry["adapter"]:
-            part.save_pretrained(folder / "adapters" / name, save_embedding_layers=False)
+        if adapter is not None:
+            adapter.save_pretrained(folder / "adapters" / adapter_name(name), save_embedding_layers=False)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
         if merge and (folder / "parts/language_model").is_dir():
@@ -155,7 +165,7 @@ def _dtypes(part: nn.Module) -> dict[str, list[str]]:
 
 def _save_part(part: nn.Module, folder: Path, max_shard_size: int | str) -> None:
     if isinstance(part, DiffusionDecoder):
-        part.save_pretrained(folder, max_shard_size=max_shard_size)
+        part.without_adapter().save_pretrained(folder, max_shard_size=max_shard_size)
         return
     inner, state = base_model(part), own_state(part)
     if isinstance(inner, VideoEncoder):
@@ -166,9 +176,12 @@ def _save_part(part: nn.Module, folder: Path, max_shard_size: int | str) -> None
 
 def _merge_adapter(part: nn.Module) -> nn.Module:
     """A copy of a part with its adapter merged into its weights; the part itself if it has no adapter."""
-    if not is_peft(part):
+    if adapter_of(part) is None:
         return part
-    merged = copy.deepcopy(part).merge_and_unload()
+    if isinstance(part, DiffusionDecoder):
+        merged = part.without_adapter(merge=True)
+    else:
+        merged = copy.deepcopy(part).merge_and_unload()
     merged.anygpt_source = None  # its source has other weights
     return merged
 

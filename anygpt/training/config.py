@@ -158,7 +158,7 @@ class TrainConfig:
         learning_rate: peak learning rate of AdamW.
         learning_rates: other peak rates by part: `{signal_tokens: 1e-4, language_model: 2e-4}`. A key is a part
             (`image_projector`) or a kind of parts: encoder, projector, language_model (its LoRA), signal_tokens,
-            output_projector, decoder.
+            output_projector, decoder, denoiser.
         scheduler: decay of the rates after warm-up.
         warmup_steps: updates of linear warm-up.
         weight_decay: weight decay of AdamW.
@@ -180,7 +180,7 @@ class TrainConfig:
             caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
         ridge_captions: maximum number of captions for ridge.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
-            joint configuration.
+            joint configuration. `image_denoiser` is LoRA on the image decoder's denoiser, set by `denoiser_lora`.
         ema_decay: decay of the exponential moving averages of what trains (see `Averages`), as 0.999; None for none.
         ema_for: where the averages stand in for the weights: in `evaluation` (samples too), in `final`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -221,7 +221,7 @@ class TrainConfig:
 
 @dataclass
 class LoraSettings:
-    """LoRA on the language model (arXiv 2106.09685), through PEFT; used by stage 3.
+    """LoRA (arXiv 2106.09685) through PEFT: `lora` on the language model, by stage 3; `denoiser_lora` on denoisers.
 
     Attributes:
         r: rank.
@@ -246,6 +246,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    denoiser_lora: LoraSettings = field(default_factory=LoraSettings)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -128,7 +128,8 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
         model: on the meta device, prepared for the stage; its tensors are replaced by fake ones.
         kinds: for each kind of rows, tokens of a row, and how many of them carry a loss.
     """
-    parts = [measure_part(model, name) for name in model.parts]
+    known = set[int]()  # what a denoiser's adapter holds is also in its decoder
+    parts = [measure_part(model, name, known) for name in reversed(model.parts)][::-1]
     activations, flops, left_out = {}, {}, []
     networks = [network for decoder in model.decoders.values() for network in decoder.module.children()]
     sizes = [sum(tensor.nbytes for tensor in _tensors([network])) for network in networks]
@@ -156,8 +157,11 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
     return Plan(parts, activations, flops, offloaded, left_out)
 
 
-def measure_part(model: MultimodalModel, name: str) -> PartMemory:
-    found, sizes = _tensors(model.parts[name]), Counter[str]()
+def measure_part(model: MultimodalModel, name: str, known: set[int] | None = None) -> PartMemory:
+    """Measure a part without the tensors of which `known` has the ids; its own are added there."""
+    known = set() if known is None else known
+    found, sizes = [x for x in _tensors(model.parts[name]) if id(x) not in known], Counter[str]()
+    known.update(map(id, found))
     for tensor in found:
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     trained = [tensor for tensor in found if tensor.requires_grad]

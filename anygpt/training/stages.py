@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from anygpt.errors import InputError
 from anygpt.losses.formulas import TERMS
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.model.parts import is_peft
+from anygpt.model.parts import adapter_of, is_peft
 from anygpt.training.config import Config, LoraSettings
 
 
@@ -56,20 +56,11 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
         Names of the trainable parameters.
     """
     model.train_only([])
-    if stage.lora and is_peft(model.language_model):
-        check_adapter(model.language_model, config.lora)
-    elif stage.lora:
-        adapter = LoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            model.language_model = get_peft_model(model.language_model, adapter)
-        except ValueError as error:
-            raise InputError(f"lora.target_modules={config.lora.target_modules!r} does not fit: {error}") from error
+    if stage.lora:
+        model.language_model = adapted(model.language_model, model.language_model, "lora", config, "CAUSAL_LM")
+    for key, decoder in model.decoders.items():
+        if f"{key}_denoiser" in (config.train.parts or ()):
+            decoder.module.set_adapter(adapted(decoder.module, decoder.module.denoiser, "denoiser_lora", config))
     parts = stage.parts(model) if config.train.parts is None else choose_networks(model, config.train.parts)
     model.train_only(parts)
     rows = config.train.signal_rows
@@ -88,14 +79,37 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
     return trainable
 
 
+def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, task: str | None = None) -> PeftModel:
+    """A part's adapter: the one that it has, or a new one on its network by the config's section.
+
+    Raises:
+        InputError: settings that do not fit the network, or differ from those of the adapter from `model.init_from`.
+    """
+    lora, there = getattr(config, section), adapter_of(part)
+    if there is not None:
+        check_adapter(there, lora, section)
+        return there
+    adapter = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=task,
+    )
+    try:
+        return get_peft_model(network, adapter)
+    except ValueError as error:
+        raise InputError(f"{section}.target_modules={lora.target_modules!r} does not fit: {error}") from error
+
+
 def part_kinds(model: MultimodalModel) -> dict[str, str]:
     """Kind of each part, which `train.learning_rates` also accepts as a key."""
     kinds = {"language_model": "language_model", "signal_tokens": "signal_tokens"}
     for key in model.encoder_keys:
         kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
     for key in model.decoder_keys:
-        kinds |= {f"{key}_decoder": "decoder", f"{key}_output_projector": "output_projector"}
-    return kinds
+        kinds |= {f"{key}_{kind}": kind for kind in ("decoder", "denoiser", "output_projector")}
+    return {part: kind for part, kind in kinds.items() if part in model.parts}  # denoisers only with an adapter
 
 
 def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
@@ -104,6 +118,15 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
     for part in parts:
         name, _, network = part.partition(".")
         networks.setdefault(name, []).extend([network] if network else [])
+    for key in model.decoder_keys:
+        decoder, chosen = model.decoders[key].module, networks.get(f"{key}_decoder")
+        if chosen is None or decoder.denoiser_adapter is None:
+            continue
+        if any(getattr(decoder, name, None) is decoder.denoiser for name in chosen or decoder.trains):
+            raise InputError(
+                f"train.parts names {key}_decoder, whose denoiser has an adapter: name {key}_denoiser alone, which "
+                "trains the adapter, or start from a model with it merged (anygpt merge-lora)"
+            )
     for name, chosen in networks.items():
         key = name.removesuffix("_decoder")
         if chosen and (key not in model.decoder_keys or name in parts):
@@ -116,15 +139,15 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
     return list(networks)
 
 
-def check_adapter(language_model: Any, lora: LoraSettings) -> None:
+def check_adapter(wrapper: PeftModel, lora: LoraSettings, section: str) -> None:
     """Reject LoRA settings that differ from those of an adapter from `model.init_from`, which stays as it is."""
-    adapter, default = language_model.peft_config[language_model.active_adapter], LoraSettings()
+    adapter, default = wrapper.peft_config[wrapper.active_adapter], LoraSettings()
     for name, there in (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
         value, saved = getattr(lora, name), getattr(adapter, there)
         if value not in (saved, getattr(default, name)):
             raise InputError(
-                f"lora.{name} is {value}, but the adapter in model.init_from was made with {saved}; leave it out, or "
-                "start from a model without an adapter"
+                f"{section}.{name} is {value}, but the adapter in model.init_from was made with {saved}; leave it "
+                "out, or start from a model without an adapter"
             )
 
 
@@ -140,13 +163,13 @@ def expected_names(model: MultimodalModel, parts: list[str], signal_rows: str) -
     networks = tuple(
         f"{key}_decoder.module.{network}." for key, one in model.decoders.items() for network in one.module.trains
     )
-    adapted = {f"{key}_encoder": is_peft(encoder.module) for key, encoder in model.encoders.items()}
-    adapted["language_model"] = is_peft(model.language_model)
+    lora = {f"{key}_encoder": is_peft(encoder.module) for key, encoder in model.encoders.items()}
+    lora |= {"language_model": is_peft(model.language_model)} | {f"{key}_denoiser": True for key in model.decoder_keys}
     own = {id(parameter): part for part in parts for parameter in model.part_parameters(part)}
 
     def trains(name: str, part: str) -> bool:
-        if part in adapted:
-            return ".lora_" in name or not adapted[part]
+        if part in lora:
+            return ".lora_" in name or not lora[part]
         if part == "signal_tokens":
             return name in inputs or (signal_rows != "none" and ".output_rows." in name)
         return not part.endswith("_decoder") or name.startswith(networks)
