@@ -103,7 +103,7 @@ def _module(module: Any) -> dict[str, Any]:
 
 def _part(part: Any) -> dict[str, Any]:
     source = source_of(part)
-    entry = {"class": class_name(part), "source": source.to_dict() if source else None}
+    entry: dict[str, Any] = {"class": class_name(part), "source": source.to_dict() if source else None}
     entry["adapter"] = adapter_of(part) is not None
     if isinstance(base_model(part), VideoEncoder):
         entry |= {name: getattr(part.config, name) for name in VideoEncoder.settings}
