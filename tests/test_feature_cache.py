@@ -40,6 +40,7 @@ from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.losses.formulas import LossWeights
+from anygpt.losses.terms import is_read
 from anygpt.training.config import Config, DataConfig
 from anygpt.training.loading import make_generators, use_cache, use_frames_of
 
@@ -112,7 +113,7 @@ class World:
 
     def losses(self, cache):
         dataset = self.dataset()
-        dataset.decode_targets = self.model.loss_weights.wants_media
+        dataset.decode_targets = is_read("media", self.model.loss_weights)
         collator = Collator(self.processor)
         dataset.cache = collator.cache = cache
         batch = collator([dataset[row] for row in range(len(dataset))])

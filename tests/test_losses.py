@@ -1,12 +1,18 @@
 """Each loss against its formula in float64, rows to their terms, and sums that do not depend on the split."""
 
+import json
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from anygpt.data import DataSource
 from anygpt.errors import InputError
+from anygpt.losses import terms
 from anygpt.losses.formulas import (
+    MEDIA_OUT,
     LossWeights,
     caption_alignment,
     denominators,
@@ -16,6 +22,8 @@ from anygpt.losses.formulas import (
     weighted_total,
 )
 from anygpt.outputs import LossTerm
+from anygpt.training.setup import build_dataset
+from anygpt.training.stages import LLM_DECODER
 
 
 def naive_nll(logits, labels):
@@ -286,6 +294,41 @@ def test_what_has_no_weight_is_not_computed(setup, media, weights, gone):
             hook.remove()
     assert set(output.losses) == {name for name in EVERY if gone not in name.split("/")} == set(counts)
     assert set(calls) == {"alignment", "denoising"} - {gone} if gone != "audio" else not calls
+
+
+@dataclass
+class NewWeights(LossWeights):
+    consistency: float = 0.0
+
+
+def test_a_new_loss_is_one_entry_and_one_weight(setup, media, monkeypatch, tmp_path):
+    """Nothing else has a list of losses: it can be the only one of a run, which then reads captions alone."""
+    new = terms.SubTerm("consistency", terms.Target, terms.Target.alignment, MEDIA_OUT, needs=("captions",))
+    monkeypatch.setattr(terms, "SUB_TERMS", (*terms.SUB_TERMS, new))
+    model, processor = setup
+    weights = NewWeights(nll=0.0, alignment=0.0, denoising=0.0, consistency=2.0)
+    monkeypatch.setattr(model, "loss_weights", weights)
+    output = run(model, processor, media, range(5))
+    assert set(output.losses) == {"llm_decoder/consistency/image", "encoder_decoder/consistency/audio"}
+    assert set(model.count_losses(make_batch(processor, media, range(5))[0])) == set(output.losses)
+    assert set(output.losses) <= set(model.loss_names())
+    expected = sum(2 * float(term.total.detach()) / term.count for term in output.losses.values())
+    assert float(output.loss.detach()) == pytest.approx(expected)
+    assert terms.is_read("captions", weights, "image") and not terms.is_read("media", weights)
+
+    media.image(0).save(tmp_path / "0.png")
+    image = {"type": "image", "path": "0.png", "caption": "a ring"}
+    messages = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [image]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "0", "messages": messages}))
+    given = (
+        [DataSource(str(tmp_path / "rows.jsonl"))],
+        model,
+        SimpleNamespace(data=SimpleNamespace(on_bad_sample="error")),
+    )
+    assert len(build_dataset(*given, LLM_DECODER)) == 1
+    weights.consistency = 0.0
+    with pytest.raises(InputError, match=r"every loss of the data's rows \(llm_decoder\) has weight 0"):
+        build_dataset(*given, LLM_DECODER)
 
 
 def test_targets_without_captions_or_without_media(setup, media):

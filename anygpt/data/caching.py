@@ -24,6 +24,7 @@ from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
+from anygpt.losses.terms import is_read
 from anygpt.media.types import media_type
 
 
@@ -90,8 +91,8 @@ class CacheWriter:
         if entry.kind == STATES:
             used = weights.wants_language_model
         else:
-            term = "alignment" if entry.kind == CAPTIONS else "denoising"
-            used = entry.kind == FEATURES or weights.wants(term, entry.part) or weights.decoder
+            part = "captions" if entry.kind == CAPTIONS else "media"
+            used = entry.kind == FEATURES or is_read(part, weights, entry.part)
         return None if used else "no loss looks at it"
 
     def contents(self, entry: Entry) -> list:

@@ -57,7 +57,6 @@ class LossWeights:
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
-        others: weights of sub-terms that have no field here, by name.
         by_modality: factor on the sub-terms of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
@@ -78,7 +77,6 @@ class LossWeights:
     nll: Weight = 1.0
     alignment: Weight = 1.0
     denoising: Weight = 1.0
-    others: dict[str, Weight] = field(default_factory=dict)
     by_modality: dict[str, Weight] = field(default_factory=dict)
     alignment_kind: Literal["l2", "mse", "cosine"] = "l2"
     snr_gamma: PositiveFloat | None = None
@@ -92,14 +90,8 @@ class LossWeights:
         weight = getattr(self, term)
         if term in TERMS:
             sub = "alignment" if sub.endswith("_alignment") else sub  # of a pooled condition, or a mask
-            weight *= getattr(self, sub) if hasattr(self, sub) else self.others.get(sub, 0.0)
+            weight *= getattr(self, sub)
         return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
-
-    @property
-    def wants_media(self) -> bool:
-        """Whether any sub-term reads the target media, not only their captions."""
-        conditional = self.denoising and (self.llm_decoder or self.encoder_decoder)
-        return bool(self.decoder or self.reconstruction or conditional)
 
     @property
     def wants_language_model(self) -> bool:

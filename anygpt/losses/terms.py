@@ -7,7 +7,7 @@ Counting, naming, weighting and computing all iterate over that list. Formulas, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -124,7 +124,7 @@ class Target:
         """The captions, some replaced by the empty one where only the decoder's own training uses them."""
         captions = self.given.get("captions")
         dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
-        if captions is None or not dropped or self.weights.wants("alignment", self.key):
+        if captions is None or not dropped or is_read("captions", replace(self.weights, decoder=0.0), self.key):
             return captions
         return drop_captions(captions, self.weights, self.generator)
 
@@ -306,6 +306,12 @@ SUB_TERMS = (
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
 )
 """In the order of computation, which fixes the order of draws from a target's generator."""
+
+
+def is_read(part: str, weights: LossWeights, key: str = "") -> bool:
+    """Whether a sub-term with a weight needs this part of a decoder's targets (see `Target.has`); any decoder's if no
+    key is given."""
+    return any(weights.of(name) for sub in SUB_TERMS if part in sub.needs for name in sub.names(key))
 
 
 def wanted(batch: LossBatch, weights: LossWeights) -> Iterator[tuple[SubTerm, str, Labels | Pairs | Target]]:

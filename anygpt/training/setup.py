@@ -29,6 +29,8 @@ from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, reading
 from anygpt.evaluation.suite import read_suite
+from anygpt.losses.formulas import TERMS
+from anygpt.losses.terms import is_read
 from anygpt.media.types import is_timed
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
@@ -259,10 +261,8 @@ def build_dataset(
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
     terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
     feed_back(dataset, model, stage)
-    weights = model.loss_weights
-    subs = {term: ("nll", "alignment", "denoising") if "decoder" in term else ("nll",) for term in terms}
-    own = weights.encoder or weights.decoder or weights.reconstruction
-    if not own and not any(weights.of(f"{t}/{s}") for t in terms for s in subs[t]):
+    absent = set(TERMS) - set(terms)
+    if not any(model.loss_weights.of(name) for name in model.loss_names() if name.split("/")[0] not in absent):
         raise InputError(
             f"every loss of the data's rows ({', '.join(sorted(terms))}) has weight 0, so nothing would train; give "
             "one of them a weight under loss"
@@ -309,7 +309,7 @@ def build_data(
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
     for rows in filter(None, (dataset, held_out)):
         use_frames_of(rows, processor)
-        rows.decode_targets = model.loss_weights.wants_media
+        rows.decode_targets = is_read("media", model.loss_weights)
         rows.in_memory = data.in_memory
     return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
 
