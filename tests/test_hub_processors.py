@@ -12,6 +12,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tiny_parts import LLAMA, SIZE
 from whole_models import WHOLE_MODELS
@@ -26,6 +27,7 @@ from anygpt import (
     load_tokenizer,
 )
 from anygpt import load_encoder_processor as load_processor
+from anygpt.encoders.families import FAMILIES, EncoderFamily
 
 WHOLE = {whole.label: whole for whole in WHOLE_MODELS}
 SQUARE = {"height": SIZE, "width": SIZE}
@@ -115,6 +117,14 @@ def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path):
     )
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_waveforms_encoder_is_none_of_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "wav2vec2", EncoderFamily("input_values", None))
+    transformers.Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    for modality in ("image", "video"):
+        with pytest.raises(InputError, match=f"'wav2vec2' model does not read {modality}"):
+            load_encoder(tmp_path, modality)
 
 
 def test_an_encoder_of_another_medium_is_refused(tmp_path):

@@ -107,7 +107,7 @@ def _find_encoder(
             f"a whole model with one in it: {', '.join(sorted(WHOLE_MODELS))}"
         )
     heard, timed = is_heard(modality), is_timed(modality)
-    reads = {"pixel_values": not heard, "pixel_values_videos": timed, "input_features": heard}
+    reads = {"pixel_values": not heard, "pixel_values_videos": timed, "input_features": heard, "input_values": heard}
     if not reads.get(family.main_input.removeprefix("audio_"), True):
         raise InputError(f"the encoder in a {config.model_type!r} model does not read {modality}")
     if whole is None:
