@@ -1,9 +1,14 @@
-"""Print the README's table of supported parts, from the lists that the tests run through."""
+"""Write the README's table of supported parts, from the lists that the tests run through."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from decoder_families import FAMILIES
 from tiny_parts import ENCODERS, LANGUAGE_MODELS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- support matrix -->\n", "\n<!-- end of support matrix -->"
 
 
 def table() -> str:
@@ -20,4 +25,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + table() + END + rest.split(END)[1])

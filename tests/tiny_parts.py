@@ -1,6 +1,6 @@
 """Every encoder family and language model that we support, at a tiny size with random weights.
 
-The tests of coverage and the table in the README (`tests/support_matrix.py`) come from these lists.
+The tests of coverage and the table in the README (written by `tests/support_matrix.py`) come from these lists.
 """
 
 from __future__ import annotations
