@@ -95,8 +95,9 @@ def test_no_message_names_an_object(tmp_path):
     """Of a format that nothing knows, of one that Pillow knows and we do not read."""
     (tmp_path / "a").write_bytes(odd_media.noise(500).tobytes())
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="its format is not known"):
-        read_video(tmp_path / "a.eps")
+        read_video(tmp_path / "a.jpg")
     for name, message in (("a", "its format is not known"), ("a.eps", "is Encapsulated Postscript, which is not read")):
         with pytest.raises(InputError, match=message) as caught:
             read_image(tmp_path / name)

@@ -7,6 +7,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -213,6 +215,10 @@ def test_columns_and_tables_are_checked(tmp_path, table):
     ):
         with pytest.raises(InputError, match=message):
             read_samples(path, columns=columns, task="generation")
+    nested = tmp_path / "nested.parquet"
+    pq.write_table(pa.table({"img": [[[b"a"]]], "said": ["a"]}), nested)
+    with pytest.raises(InputError, match="media column of type list<"):  # and no object's repr
+        read_samples(nested, columns={"image": "img", "text": "said"}, task="comprehension")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(InputError, match="cannot be read as a table"):
         read_samples(path, columns={"image": "img", "text": "said"}, task="generation")

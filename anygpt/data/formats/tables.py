@@ -234,7 +234,7 @@ def _is_list(kind: pa.DataType) -> bool:
 def _media(column: pa.ChunkedArray, cell: Callable[[int, int | None], Cell], path: Path) -> list[Any]:
     """For each row a cell if it holds bytes, else its path or None; lists of these for a column of lists."""
     kind, binary = column.type, (pa.binary(), pa.large_binary())
-    if _is_list(kind):
+    if _is_list(kind) and not _is_list(kind.value_type):
         lengths = pa.compute.list_value_length(column).to_pylist()
         places = [(row, item) for row, length in enumerate(lengths) for item in range(length or 0)]
         items = iter(_media(pa.compute.list_flatten(column), lambda i, _: cell(*places[i]), path))
