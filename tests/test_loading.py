@@ -359,6 +359,40 @@ def test_pickles_of_other_things(content, llama):
     assert "\n" not in str(e.value)
 
 
+def test_a_tokenizer_without_a_vocabulary(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for kind in ("LlamaTokenizer", "T5Tokenizer"):  # built of special tokens alone by the library
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        with pytest.raises(InputError, match=r"has no tokenizer\.json, tokenizer\.model or other file with a vocab"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"tokenizer\.model is no sentencepiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_faults_of_a_pipeline_name_the_file(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    weights, index = "unet/diffusion_pytorch_model.safetensors", tmp_path / "model_index.json"
+    right, entries = load_file(tmp_path / weights), json.loads(index.read_text())
+    for tensor, text in ((torch.ones(3, 3), "in another shape"), (right["conv_in.bias"].long(), "as integers")):
+        save_file(right | {"conv_in.bias": tensor}, tmp_path / weights, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=rf"{weights} is not what a \S+ needs: it has {text} conv_in\.bias"):
+            load_decoder(tmp_path)
+    save_file(right, tmp_path / weights, metadata={"format": "pt"})
+    for option in ({"attn_implementation": "sdpa"}, {"gguf_file": "a"}, {"num_frames": 3}):
+        with pytest.raises(InputError, match=f"{next(iter(option))}.* leave it out"):
+            load_decoder(tmp_path, **option)
+    for entry, text in ((["diffusers"], "expected a library and a class"), ([None, None], "neither a unet nor")):
+        index.write_text(json.dumps(entries | {"unet": entry}))
+        with pytest.raises(InputError, match=rf"model_index\.json .*{text}"):
+            load_decoder(tmp_path)
+    index.write_text(json.dumps(entries))
+    (tmp_path / "tokenizer").rename(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"tokenizer has no tokenizer\.json"):
+        load_decoder(tmp_path)
+
+
 def test_an_id_that_is_not_there():
     for load in (load_language_model, load_decoder, lambda path: load_encoder(path, "image"), load_tokenizer):
         with pytest.raises(

@@ -312,14 +312,14 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
     """
     source = Source.of(path, options, "num_frames")
     given = {"torch_dtype": source.torch_dtype, "num_frames": source.num_frames}
-    return load(
-        source,
-        "decoder",
-        lambda: DiffusionDecoder.from_pretrained(
-            source.folder,
-            variant=source.variant,
-            weights=source.weights,
-            **source.where,
-            **{name: value for name, value in given.items() if value is not None},
-        ),
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def build() -> DiffusionDecoder:
+        decoder = DiffusionDecoder.from_pretrained(
+            source.folder, variant=source.variant, weights=source.weights, **source.where, **given
+        )
+        if source.num_frames is not None and "num_frames" not in decoder._setting_names():
+            raise InputError(f"num_frames is set, but a decoder of {decoder.modality} makes no clips; leave it out")
+        return decoder
+
+    return load(source, "decoder", build, unused=("attn_implementation", "quantization_config", "gguf_file"))

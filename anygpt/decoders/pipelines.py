@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from anygpt.errors import InputError
-from anygpt.parts.files import Place, Weights, find_weights, shape_of, wants_shapes_only
+from anygpt.parts.files import Place, Weights, built_from, dtype_of, find_weights, shape_of, wants_shapes_only
 from anygpt.parts.networks import check_report, load_network
+from anygpt.parts.source import check_vocabulary
 
 TESTED = ">=0.36,<0.43"
 """Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
@@ -70,11 +71,19 @@ def load_pipeline(
         if list(entry) == [None, None]:
             given[name] = None  # saved without it (SD 3's T5), which diffusers must be told explicitly
             continue
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise InputError(f"{place}/model_index.json has {list(entry)} as {name}; expected a library and a class")
         network = _class_of(*entry)
         if network is not None:
             given[name] = _load(network, place.inside(name), dtype)
     folder = place.download(weights=False)
-    return cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
+    pipeline = cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
+    if pipeline.components.get("unet") is None and pipeline.components.get("transformer") is None:
+        raise InputError(f"{place}/model_index.json names neither a unet nor a transformer, which a decoder needs")
+    for name, component in pipeline.components.items():
+        if isinstance(component, transformers.PreTrainedTokenizerBase):
+            check_vocabulary(component, place.inside(name))
+    return pipeline
 
 
 def _class_of(library: str, name: str) -> type[nn.Module] | None:
@@ -89,12 +98,17 @@ def _class_of(library: str, name: str) -> type[nn.Module] | None:
 
 
 def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
+    if place.json("config.json") is None:
+        raise InputError(f"{place} has no config.json")
     if not issubclass(cls, ModelMixin):
-        config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
+        with built_from(f"{place}/config.json"):
+            config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
         return load_network(cls, config, place, dtype=dtype)
     weights = find_weights(place)
+    with built_from(f"{place}/config.json"):
+        outline = _outline(cls, place, weights)
     if wants_shapes_only():
-        return _outline(cls, place, weights).to(dtype)
+        return outline.to(dtype)
     with _quietly():
         network, info = cls.from_pretrained(
             place.path,
@@ -122,7 +136,9 @@ def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixi
     own = network.state_dict()
     faults = {"lacks": own.keys() - found.keys(), "has left over": found.keys() - own.keys()}
     odd = [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
-    check_report(weights, cls, faults | {"has in another shape": odd})
+    floats = {name for name, parameter in network.named_parameters()}
+    integers = [name for name, tensor in weights.tensors() if name in floats and dtype_of(tensor) is None]
+    check_report(weights, cls, faults | {"has in another shape": odd, "has as integers": integers})
     return network
 
 

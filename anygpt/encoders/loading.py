@@ -25,6 +25,7 @@ from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
 from anygpt.encoders.whole_models import WHOLE_MODELS
 from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
+from anygpt.parts.files import built_from
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import EncoderSettings, Source, load
 
@@ -80,7 +81,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             encoder.anygpt_callbacks = LlavaCallbacks(layer, "default" if drop else "full")
         return encoder
 
-    return load(source, f"{modality} encoder", build)
+    return load(source, f"{modality} encoder", build, unused=("gguf_file",))
 
 
 def _read_config(source: Source) -> PreTrainedConfig:
@@ -122,7 +123,8 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
     """Load the image processor or feature extractor of an encoder, wrapped to run on frames of clips for `video`."""
     source = Source.of(path, options, kind=EncoderSettings)
     config = load(source, "config", lambda: _read_config(source))
-    processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
+    with built_from(f"{source.place}/preprocessor_config.json"):
+        processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
     if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has its own number
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))

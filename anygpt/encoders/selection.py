@@ -49,8 +49,10 @@ def check_selection(config: PreTrainedConfig, feature_layer: int | None, drop_cl
     family = FAMILIES[config.model_type]
     if feature_layer is not None:
         layers = getattr(config, "num_hidden_layers", None)
-        if layers is None or (family.layout != "fixed" and config.model_type != "pixtral"):
+        if layers is None or ((family.layout != "fixed" or family.select) and config.model_type != "pixtral"):
             raise InputError(f"feature_layer cannot be chosen of a {config.model_type!r} encoder")
+        if not isinstance(feature_layer, int):
+            raise InputError(f"feature_layer is {feature_layer!r}; expected the index of one layer")
         if not -layers - 1 <= feature_layer <= layers:
             raise InputError(f"feature_layer is {feature_layer}, but the encoder has {layers} layers")
     if drop_cls and not family.class_token:

@@ -18,7 +18,7 @@ from anygpt.errors import InputError
 from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
 from anygpt.parts.files import Weights, built_from
 from anygpt.parts.networks import check_report, load_network
-from anygpt.parts.source import Source, load
+from anygpt.parts.source import Source, check_vocabulary, load
 
 WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
 _OTHERS = ("multi_modal_projector.", "vision_tower.", "audio_tower.", "image_newline", "visual.")
@@ -78,10 +78,17 @@ def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedToken
 
     def build() -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(source.folder, **source.auto, **gguf)
+            with built_from(f"{source.place}/tokenizer_config.json or tokenizer.json"):
+                tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.auto, **gguf)
         except ValueError as error:
-            if "backend tokenizer" not in str(error):
-                raise
-            raise InputError("it has no tokenizer.json, tokenizer.model or other file of a tokenizer") from error
+            if "backend tokenizer" in str(error):
+                raise InputError("it has no tokenizer.json, tokenizer.model or other file of a tokenizer") from error
+            if "tiktoken" in str(error):  # tried on any tokenizer.model that sentencepiece cannot read
+                raise InputError(
+                    f"{source.place}/tokenizer.model is no sentencepiece model: download it again"
+                ) from error
+            raise
+        check_vocabulary(tokenizer, source.place)
+        return tokenizer
 
     return load(source, "tokenizer", build)

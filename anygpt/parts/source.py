@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from anygpt.errors import InputError
 from anygpt.parts.files import WEIGHTS, Place, built_from
@@ -161,9 +161,24 @@ class Source(EncoderSettings):
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def load(source: Source, kind: str, loader: Callable[[], Any]) -> Any:
-    """Run a loader; errors about wrong paths or missing packages become an `InputError` with part and reason."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
+    """Raise `InputError` if a tokenizer has special tokens alone, as transformers builds one without files."""
+    if len(tokenizer) <= len({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}) + 3:
+        raise InputError(
+            f"{place} has no tokenizer.json, tokenizer.model or other file with a vocabulary, or it is damaged"
+        )
+
+
+def load(source: Source, kind: str, loader: Callable[[], Any], unused: Collection[str] = ()) -> Any:
+    """Run a loader; errors about wrong paths or missing packages become an `InputError` with part and reason.
+
+    Raises:
+        InputError: also if the source sets an option in `unused`.
+    """
     try:
+        for name in unused:
+            if getattr(source, name) is not None:
+                raise InputError(f"a part of this kind does not read {name}; leave it out")
         part = loader()
     except InputError as error:
         raise InputError(f"cannot load the {kind} {source.path!r}: {error}") from error
