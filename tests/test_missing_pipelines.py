@@ -51,5 +51,49 @@ def test_everything_else_works_without_one_pipeline(tmp_path):
     )
 
 
+FAMILIES = ("SanaPipeline", "FluxPipeline", "WanPipeline", "LTXPipeline", "StableAudioPipeline", "AudioLDM2Pipeline")
+
+
+def test_any_newer_family_may_be_missing(tmp_path):
+    """Each in a fork of one process, which has imported the libraries but nothing of ours."""
+    script = textwrap.dedent(
+        """
+        import importlib, json, os, pathlib, pkgutil, sys
+        import diffusers, peft, torch, transformers
+
+        def without(name, folder):
+            diffusers._class_to_module.pop(name)
+            vars(diffusers).pop(name, None)
+            assert not hasattr(diffusers, name)
+            import anygpt
+            for module in pkgutil.walk_packages(anygpt.__path__, "anygpt."):
+                if not module.name.endswith("__main__") and module.name != "anygpt.toyworld.parts":
+                    importlib.import_module(module.name)
+            from anygpt import InputError, load_decoder
+            folder.mkdir()
+            (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+            try:
+                load_decoder(folder)
+                raise AssertionError(f"{name} was loaded")
+            except InputError as error:
+                print(error, flush=True)
+            load_decoder("zoo:image_decoder").encode_text(["a red ring"])
+
+        for name in sys.argv[2:]:
+            child = os.fork()
+            if child == 0:
+                without(name, pathlib.Path(sys.argv[1], name))
+                sys.exit(0)
+            assert os.waitpid(child, 0)[1] == 0, name
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), *FAMILIES], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in FAMILIES:
+        assert re.search(rf"diffusers [\d.]+ has no {name}; versions {re.escape(TESTED)} have it", done.stdout), name
+
+
 def test_diffusers_is_bounded_to_what_was_tested():
     assert f'"diffusers{TESTED}"' in (REPOSITORY / "pyproject.toml").read_text()
