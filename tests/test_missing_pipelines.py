@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from training_utils import REPOSITORY
 
 from anygpt.decoders.pipelines import TESTED
@@ -54,6 +55,7 @@ def test_everything_else_works_without_one_pipeline(tmp_path):
 FAMILIES = ("SanaPipeline", "FluxPipeline", "WanPipeline", "LTXPipeline", "StableAudioPipeline", "AudioLDM2Pipeline")
 
 
+@pytest.mark.slow
 def test_any_newer_family_may_be_missing(tmp_path):
     """Each in a fork of one process, which has imported the libraries but nothing of ours."""
     script = textwrap.dedent(
