@@ -153,7 +153,7 @@ def test_sizes_dtypes_and_kinds(data, tmp_path, capsys, setting, said):
         ("--model.decoders.image.projector.d_model=7", ("d_model", "7", "num_attention_heads")),
         ("--model.decoders.image.hidden_layer=99", ("hidden_layer", "99")),
         ("--model.decoders.image.num_signal_tokens=0", ("num_signal_tokens", "greater than or equal to 1")),
-        ("--model.decoders.image.num_frames=8", ("model.decoders.image.num_frames is 8", "no frames")),
+        ("--model.decoders.image.num_frames=8", ("decoder", "zoo:image_decoder", "num_frames", "makes no clips")),
         ("--model.decoders.image.projector.ffn_dim=10000000000", ("model.decoders.image.projector", "GiB")),
         ("--model.decoders.image.projector.num_encoder_layers=10000000", ("num_encoder_layers", "at most 1000")),
         ("--model.decoders.image.path=zoo:image_encoder", ("decoder", "zoo:image_encoder")),

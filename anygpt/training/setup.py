@@ -31,7 +31,6 @@ from anygpt.errors import InputError, reading
 from anygpt.evaluation.suite import read_suite
 from anygpt.losses.formulas import TERMS
 from anygpt.losses.terms import is_read
-from anygpt.media.types import is_timed
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
@@ -161,8 +160,6 @@ def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridg
         entry.modality,
         signal=entry.signal,
     )
-    if entry.num_frames is not None and not is_timed(module.modality):
-        raise InputError(f"model.decoders.{key}.num_frames is {entry.num_frames}, but {module.modality} has no frames")
     sizes = module.projector_sizes(width)
     if ridge and entry.projector.get("projection_type", "transformer") == "transformer":
         sizes["linear_path"] = True
