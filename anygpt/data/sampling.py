@@ -114,7 +114,7 @@ class UpdateSampler(Sampler[list[int]]):
             yield drawn, indices
 
     def _grouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As `_ungrouped`, of micro-batches with one group or similar sizes."""
+        """Yield what `_ungrouped` yields, for micro-batches with one group or rows of similar sizes."""
         micro = self.batch_size * self.world_size
         if self.max_tokens is not None:
             micro = max(1, self.max_tokens * self.world_size // max(1, int(self.sizes.mean())))

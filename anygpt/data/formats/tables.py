@@ -157,7 +157,7 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, streaming: bool = 
 
 
 def _damage(part: pa.Table) -> str | None:
-    """What is invalid in it, if anything: Arrow itself does not validate what it reads."""
+    """The reason why a block of a table is invalid, or None; Arrow does not validate what it reads."""
     try:
         part.validate(full=True)
     except pa.ArrowException as error:
