@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "anygpt"
-CORE = {"model", "sequence", "losses", "encoders", "decoders", "generation", "composition", "outputs", "errors"}
+CORE = {"model", "sequence", "losses", "encoders", "decoders", "tokenizers", "generation"}
+CORE |= {"composition", "outputs", "errors"}
 ABOVE_CORE = {"data", "training", "serving", "toyworld", "chat", "commands", "evaluation", "cache", "processing"}
 
 

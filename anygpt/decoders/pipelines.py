@@ -75,7 +75,7 @@ def load_pipeline(
             raise InputError(f"{place}/model_index.json has {list(entry)} as {name}; expected a library and a class")
         network = _class_of(*entry)
         if network is not None:
-            given[name] = _load(network, place.inside(name), dtype)
+            given[name] = load_network_of_pipeline(network, place.inside(name), dtype)
     folder = place.download(weights=False)
     pipeline = cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
     if pipeline.components.get("unet") is None and pipeline.components.get("transformer") is None:
@@ -97,7 +97,8 @@ def _class_of(library: str, name: str) -> type[nn.Module] | None:
     return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
 
 
-def _load(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
+def load_network_of_pipeline(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
+    """Load a network of diffusers or transformers; an `InputError` for missing or unexpected tensors."""
     if place.json("config.json") is None:
         raise InputError(f"{place} has no config.json")
     if not issubclass(cls, ModelMixin):

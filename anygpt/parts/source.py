@@ -85,7 +85,28 @@ class EncoderSettings(PartSettings):
 
 
 @dataclass
-class Source(EncoderSettings):
+class TokenizerSettings(PartSettings):
+    """Settings of a media tokenizer in YAML.
+
+    Attributes:
+        size: height and width in pixels, one number if equal; the network's own by default.
+        num_frames: frames per clip.
+        frame_rate: frames per second of decoded clips.
+        seconds: length of sounds.
+        codebooks: number of codebooks used of a codec, from the first; all by default.
+        vocoder: folder or Hub id of a pipeline with the vocoder for a tokenizer of log-mels.
+    """
+
+    size: int | list[int] | None = None
+    num_frames: Tokens | None = None
+    frame_rate: float | None = None
+    seconds: float | None = None
+    codebooks: Tokens | None = None
+    vocoder: str | None = None
+
+
+@dataclass
+class Source(EncoderSettings, TokenizerSettings):
     """Origin and loading options of a frozen part; a decoder may have `num_frames` too."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,277 @@
+"""`MediaTokenizer`: media -> codes -> media, by a library's own network.
+
+Shapes: `K` media, `n` codes of a medium; others as in `anygpt.tokenizers.families`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from anygpt.decoders.targets import AudioTargets, ImageTargets, TargetProcessor, VideoTargets, WaveformTargets
+from anygpt.errors import InputError
+from anygpt.media.types import is_heard, is_timed
+from anygpt.tokenizers.families import FAMILIES, TokenizerFamily
+
+SETTINGS_FILE = "anygpt_tokenizer.json"
+PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
+"""Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
+UNIT_PIXELS = PIXELS | {"image_mean": 0.0, "image_std": 1.0}
+"""aMUSEd's, the one VQModel pipeline of diffusers that decodes from codes: pixels in [0, 1]."""
+
+
+class MediaTokenizer(nn.Module):
+    """A tokenizer of one medium: its grid of codes is flattened row by row, frame by frame.
+
+    The codes of several codebooks are numbered on, so that each has its own range, and alternate within a frame.
+
+    Args:
+        network: a network of `FAMILIES`.
+        modality: a media type.
+        vocoder: makes waveforms of log-mels (`SpeechT5HifiGan`), for networks of images under sounds. These get
+            log-mels as the vocoder normalises them.
+        pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default.
+        size: height and width in pixels, one for both if an int; the network's own by default.
+        num_frames, frame_rate: of clips; by default the fewest frames that the network takes, and 8 per second.
+        seconds: length of a codec's sounds; 1 by default.
+        codebooks: number of the codebooks used, from the first; all by default.
+
+    Attributes:
+        targets: converts raw media to `encode`'s input, without weights.
+        shape: of the grid: `(rows, columns)`, `(frames, rows, columns)`, or `(frames, codebooks)`.
+        codebook_size: `C`, number of different codes.
+        rate: samples or frames per second of decoded media; None for images.
+
+    Raises:
+        InputError: a network that cannot tokenize such media, or a size that is no whole number of codes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        modality: str,
+        *,
+        vocoder: nn.Module | None = None,
+        pixels: Mapping[str, Any] | None = None,
+        size: int | Sequence[int] | None = None,
+        num_frames: int | None = None,
+        frame_rate: float | None = None,
+        seconds: float | None = None,
+        codebooks: int | None = None,
+    ):
+        super().__init__()
+        self.modality, self.network, self.vocoder = modality, network, vocoder
+        self.family = family_of(network)
+        if pixels is None and getattr(network.config, "lookup_from_codebook", False):
+            pixels = UNIT_PIXELS
+        self.pixels = {name: (pixels or {}).get(name, value) for name, value in PIXELS.items()}
+        self.settings = {
+            "size": size,
+            "num_frames": num_frames,
+            "frame_rate": frame_rate,
+            "seconds": seconds,
+            "codebooks": codebooks,
+        }
+        heard, timed, codec = is_heard(modality), is_timed(modality), self.family.hop is not None
+        has = {"size": not heard, "num_frames": timed, "frame_rate": timed, "seconds": codec, "codebooks": codec}
+        for name, known in has.items():
+            if self.settings[name] is not None and not known:
+                raise InputError(f"{name} is set, but a {self.family.network} under {modality} has none; leave it out")
+        if codec and (not heard or vocoder is not None):
+            raise InputError(f"a {self.family.network} tokenizes waveforms; it takes no {modality} and no vocoder")
+        books = self.family.codebooks(network)
+        if codebooks is not None and not 1 <= codebooks <= len(books):
+            raise InputError(f"codebooks is {codebooks}, but the {self.family.network} has {len(books)}")
+        self.sizes = [len(book) for book in books[:codebooks]]
+        self.codebook_size = sum(self.sizes)
+        self.rate: float | None = None
+        self.targets, self.shape = self._waveforms() if self.family.hop else self._grid()
+        self.num_codes = math.prod(self.shape)
+        self.requires_grad_(False).eval()
+
+    def _waveforms(self) -> tuple[TargetProcessor, tuple[int, ...]]:
+        config = self.network.config
+        if getattr(config, "normalize", False) or getattr(config, "chunk_length_s", None):
+            raise InputError(
+                f"this {self.family.network} works on normalised chunks, whose scales are no codes; name one without "
+                "(normalize: false), such as facebook/encodec_24khz"
+            )
+        self.rate, hop = config.sampling_rate, self.family.hop(config)
+        frames = round((self.settings["seconds"] or 1.0) * self.rate / hop)
+        if frames < 1:
+            raise InputError(f"seconds is {self.settings['seconds']}, shorter than one code ({hop / self.rate:g} s)")
+        length = frames * hop
+        targets = WaveformTargets(length, config.sampling_rate, getattr(config, "audio_channels", 1), length)
+        return targets, (frames, len(self.sizes))
+
+    def _grid(self) -> tuple[TargetProcessor, tuple[int, ...]]:
+        config, factor = self.network.config, self.family.factor(self.network.config)
+        own = self.family.size(config)
+        size = self.settings["size"] or own
+        if size is None:
+            raise InputError(f"a {self.family.network} has no size of its own; set size to pixels, as in size: 512")
+        height, width = (size, size) if isinstance(size, int) else size
+        if not self.family.any_size and size != own:
+            raise InputError(f"size is {size}, but this {self.family.network} takes {own} pixels only; leave it out")
+        if height % factor or width % factor:
+            raise InputError(f"size is {height} × {width} pixels, expected multiples of {factor}, one code each way")
+        grid = (height // factor, width // factor)
+        if is_heard(self.modality):
+            return self._mels(height, width), grid
+        if not is_timed(self.modality):
+            if config.in_channels != 3:
+                raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3")
+            return ImageTargets(height, width), grid
+        stack = self.family.clip_factor(config) if self.family.clip_factor else config.in_channels // 3
+        frames = self.settings["num_frames"] or stack
+        if frames % stack:
+            raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
+        self.rate = self.settings["frame_rate"] or 8.0
+        return VideoTargets(height, width, frames), (frames // stack, *grid)
+
+    def _mels(self, frames: int, bins: int) -> TargetProcessor:
+        if self.vocoder is None:
+            raise InputError(f"a {self.family.network} tokenizes {self.modality} as log-mels; name a vocoder")
+        config = self.vocoder.config
+        if config.model_in_dim != bins:
+            raise InputError(f"the vocoder takes {config.model_in_dim} mels, but the {self.family.network} has {bins}")
+        hop, self.rate = math.prod(config.upsample_rates), config.sampling_rate
+        fmax = min(AudioTargets.fmax, self.rate / 2)
+        return AudioTargets(frames, config.sampling_rate, hop_length=hop, num_mel_bins=bins, fmax=fmax)
+
+    # ------------------------------------------------------------------------------------------------- codes and media
+
+    @property
+    def can_decode(self) -> bool:
+        return self.family.decode is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def bounds(self) -> Tensor:
+        """The first code and the end of the codes that each place may hold, `(n, 2)` int64."""
+        ends = torch.tensor(self.sizes).cumsum(0)
+        pairs = torch.stack([ends - torch.tensor(self.sizes), ends], dim=1)
+        return pairs.repeat(self.num_codes // len(pairs), 1)
+
+    @torch.no_grad()
+    def encode(self, media: list | Tensor) -> Tensor:
+        """Codes `(K, n)` int64 of raw media, or of a tensor from `targets`, on the network's device."""
+        grid = self.family.encode(self.network, self.to_network(media))
+        if self.family.hop is not None:
+            grid = grid[:, : len(self.sizes)].transpose(1, 2) + self.bounds[: len(self.sizes), 0].to(grid.device)
+        codes = grid.reshape(-1, self.num_codes)
+        assert grid.numel() == codes.numel() and grid.shape[-1] == self.shape[-1], (grid.shape, self.shape)
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> list[Any]:
+        """Media of codes `(K, n)`: PIL images, uint8 clips `(F, H, W, 3)`, or float32 mono waveforms `(N,)`.
+
+        Raises:
+            InputError: codes that are out of range or of another number, or a network without a decoder.
+        """
+        if self.family.decode is None:
+            raise InputError(
+                f"a {self.family.network} only encodes: it has no decoder, so it cannot make a medium; use it for "
+                f"input, or name another tokenizer of {self.modality}"
+            )
+        self.check_codes(codes)
+        codes = codes.to(self.device)
+        if self.family.hop is not None:
+            grid = (codes - self.bounds[:, 0].to(codes.device)).view(-1, *self.shape).transpose(1, 2)
+        else:
+            grid = codes.reshape(-1, *self.shape)
+            if is_timed(self.modality) and self.family.clip_factor is None:
+                grid = grid.flatten(0, 1)
+        return self.to_media(self.family.decode(self.network, grid))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise an `InputError` unless codes are `(K, n)` integers, each of the codebook of its place."""
+        if codes.dim() != 2 or codes.is_floating_point() or codes.shape[1] != self.num_codes:
+            raise InputError(
+                f"codes of {self.modality} are {codes.dtype} {tuple(codes.shape)}, expected integers (media, "
+                f"{self.num_codes}): a grid of {' × '.join(map(str, self.shape))}"
+            )
+        low, high = self.bounds.to(codes.device).unbind(1)
+        wrong = ((codes < low) | (codes >= high)).nonzero()
+        if len(wrong):
+            row, place = wrong[0].tolist()
+            raise InputError(
+                f"code {place} of {self.modality} {row} is {codes[row, place].item()}, expected {low[place].item()} to "
+                f"{high[place].item() - 1}"
+            )
+
+    def codebook(self) -> Tensor | None:
+        """The vectors of all codes, `(C, d)` float32; None if its codebooks differ in width."""
+        books = self.family.codebooks(self.network)[: len(self.sizes)]
+        return torch.cat(books).float() if len({book.shape[1] for book in books}) == 1 else None
+
+    # ----------------------------------------------------------------------------------------------- the network's side
+
+    def to_network(self, media: list | Tensor) -> Tensor:
+        """The network's input of raw media, or of a tensor from `targets`: normalised, clips as it takes them."""
+        found = media if isinstance(media, Tensor) else self.targets(media)
+        found = found.to(self.device, next(self.network.parameters()).dtype)
+        if is_timed(self.modality) and self.family.clip_factor is None:  # (K, 3, F, H, W) -> frames in channels
+            found = found.transpose(1, 2).reshape(-1, self.network.config.in_channels, *found.shape[3:])
+        if self.family.hop is not None:
+            return found
+        shift, scale = self._normalization(found)
+        return (found - shift) / scale
+
+    def _normalization(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that the network expects to be taken out of `targets`' values."""
+        if self.vocoder is not None:
+            return self.vocoder.mean.to(found), self.vocoder.scale.to(found)
+        mean, std = (torch.tensor(self.pixels[name]).to(found).view(-1, 1, 1) for name in ("image_mean", "image_std"))
+        unit = 127.5 * self.pixels["rescale_factor"]  # targets are x / 127.5 - 1, an image processor's x · rescale
+        mean, std = (mean - unit) / unit, std / unit
+        if len(mean) > 1 and found.dim() == 5:
+            mean, std = mean[:, None], std[:, None]
+        return mean, std
+
+    def to_media(self, made: Tensor) -> list[Any]:
+        """Media of the network's output."""
+        if self.family.hop is None:
+            shift, scale = self._normalization(made)
+            made = made * scale + shift
+        if is_heard(self.modality):
+            waveforms = self.vocoder(made[:, 0]) if self.vocoder is not None else made.mean(1)
+            return list(waveforms.float().cpu().numpy())
+        pixels = ((made.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        if not is_timed(self.modality):
+            return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
+        if self.family.clip_factor is None:
+            pixels = pixels.reshape(-1, self.targets.num_frames, 3, *pixels.shape[2:])
+        else:
+            pixels = pixels.transpose(1, 2)
+        return list(np.ascontiguousarray(pixels.permute(0, 1, 3, 4, 2).numpy()))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder for `load_media_tokenizer`: the network, its vocoder and the settings."""
+        self.network.save_pretrained(str(path))
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        if self.vocoder is not None:
+            self.vocoder.save_pretrained(str(Path(path, "vocoder")))
+            settings["vocoder"] = "vocoder"
+        Path(path, SETTINGS_FILE).write_text(json.dumps(settings | {"pixels": self.pixels}, indent=2) + "\n")
+
+
+def family_of(network: nn.Module) -> TokenizerFamily:
+    """The family of a network; an `InputError` if there is none."""
+    for family in FAMILIES.values():
+        if isinstance(network, family.network_class):
+            return family
+    known = ", ".join(family.network for family in FAMILIES.values())
+    raise InputError(f"{type(network).__name__} is no tokenizer; expected {known}")
