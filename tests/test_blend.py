@@ -63,7 +63,7 @@ def sources(tmp_path, monkeypatch):
         {"path": str(tmp_path / "video.tar"), "task": "generation"},
         {"path": str(tmp_path / "audio.tar"), "task": "generation", "weight": 2},
         {"path": str(tmp_path / "table.parquet"), "columns": columns, "task": "generation"},
-        {"path": str(tmp_path / "table.parquet"), "columns": columns, "task": "comprehension", "streaming": True},
+        {"path": str(tmp_path / "table.parquet"), "columns": columns, "task": "comprehension"},
     ]
 
 

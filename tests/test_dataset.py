@@ -179,7 +179,7 @@ def test_the_sampler_checks_its_settings(settings, message):
         UpdateSampler(**{"lengths": 10, "batch_size": 2, "num_updates": 5} | settings)
 
 
-# -- groups, sizes, and streams ---------------------------------------------------------------------------
+# -- groups and sizes -------------------------------------------------------------------------------------
 
 GROUPS = [0] * 13 + [1] * 5 + [2] * 9
 SIZES = [(i * 7) % 27 for i in range(27)]
@@ -213,20 +213,9 @@ def test_grouped_batches_resume_and_split_as_others_do(accumulation):
     assert [a + b for a, b in zip(*ranks, strict=True)] == alone
 
 
-def test_a_stream_is_read_in_order_of_its_blocks():
-    sampler = UpdateSampler([20, 12], weights=[1, 1.5], blocks=[None, 4], batch_size=5, num_updates=10, seed=1)
-    order = flat(sampler)[:38]
-    streamed = [index - 20 for index in order if index >= 20]
-    assert [index // 4 for index in streamed] == sorted(index // 4 for index in streamed)
-    assert streamed != sorted(streamed) and len(streamed) == 18 and set(streamed) == set(range(12))
-    assert sorted(index for index in order if index < 20) == list(range(20))
-
-
 def test_groups_are_checked():
     with pytest.raises(InputError, match="27 samples and 2 groups"):
         UpdateSampler(27, batch_size=1, num_updates=1, groups=[0, 1])
-    with pytest.raises(InputError, match="cannot be grouped"):
-        UpdateSampler(2, batch_size=1, num_updates=1, groups=[0, 1], blocks=[8])
 
 
 def test_output_groups(folder):

@@ -260,7 +260,6 @@ FILES = {
     "a table of several splits": (splits, ("several splits", "train, test")),
     "a table of another kind": (spreadsheet, ("t.xlsx", ".parquet")),
     "a task of conversations": (lambda f: shards(f) or {"path": "a.jsonl", "task": "generation"}, ("task is given",)),
-    "a stream of conversations": (lambda f: shards(f) or {"path": "a.jsonl", "streaming": True}, ("streaming is set",)),
     "a format that there is not": (lambda f: shards(f) or {"path": "a.jsonl", "format": "jsnl"}, ("mean 'jsonl'",)),
     "no format for a suffix": (lambda f: (f / "a.txt").write_text("x") and {"path": "a.txt"}, ("cannot be told",)),
     "a weight that rounds to none": (lambda f: table(f) | {"weight": 0.1}, ("rounds to none",)),

@@ -11,12 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from anygpt.data import (
     ConversationDataset,
     DataSource,
-    UpdateSampler,
     read_media,
     read_samples,
     write_audio,
@@ -160,13 +158,12 @@ def test_tables_on_disk_and_parquet(tmp_path, table):
         assert colours(pickle.loads(pickle.dumps(samples))) == [(255, 0, 0), (0, 0, 255)]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_damaged_rows_of_a_table_are_faults(tmp_path, table, streaming):
+def test_damaged_rows_of_a_table_are_faults(tmp_path, table):
     """Arrow hands on what it has mapped unseen: text that is none, places beyond the file's end."""
     table.save_to_disk(str(tmp_path / "saved"))
     (file,) = (tmp_path / "saved").glob("*.arrow")
     file.write_bytes(file.read_bytes().replace(b"a red thing", b"a \xb9ed thing"))
-    options = {"columns": {"image": "img", "text": "said"}, "task": "generation", "streaming": streaming}
+    options = {"columns": {"image": "img", "text": "said"}, "task": "generation"}
     faults = []
     samples = read_samples(tmp_path / "saved", "datasets", faults=faults, **options)
     assert [sample.id for sample in samples] == ["saved-1"] and colours(samples) == [(0, 0, 255)]
@@ -190,13 +187,12 @@ def test_tables_with_paths_bytes_prompts_and_text_alone(tmp_path, table):
     assert [sample.media() for sample in read(text="said", prompt="question", task=None)] == [[], []]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("stored", ["abc", 5, ["a"], {"b": 1}])
-def test_a_medium_whose_bytes_are_none(tmp_path, table, stored, streaming):
+def test_a_medium_whose_bytes_are_none(tmp_path, table, stored):
     """As in tables that were saved as JSON."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"img": {"bytes": stored, "path": "c.png"}, "said": "a thing"}) + "\n")
-    options = {"columns": {"image": "img", "text": "said"}, "task": "generation", "streaming": streaming}
+    options = {"columns": {"image": "img", "text": "said"}, "task": "generation"}
     with pytest.raises(InputError, match="media column of type struct"):
         list(read_samples(path, "datasets", **options))
 
@@ -224,86 +220,3 @@ def test_columns_and_tables_are_checked(tmp_path, table):
         read_samples(path, columns={"image": "img", "text": "said"}, task="generation")
     with pytest.raises(InputError, match="cannot be read as a table"):
         read_samples(tmp_path, "datasets", columns={"image": "img", "text": "said"}, task="generation")
-
-
-# -- streams ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stream(tmp_path, monkeypatch):
-    """Two Parquet files of 40 rows whose pictures tell their row."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"img": datasets.Image(), "said": datasets.Value("string")})
-    for part in range(2):
-        rows = range(40 * part, 40 * part + 40)
-        table = {"img": [{"bytes": png((i, 0, 0)), "path": None} for i in rows], "said": [f"number {i}" for i in rows]}
-        datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / f"{part}.parquet")
-    return tmp_path / "*.parquet"
-
-
-def test_a_stream_gives_what_the_table_gives(stream, tmp_path):
-    options = {"columns": {"image": "img", "text": "said"}, "task": "generation"}
-    samples = read_samples(stream, "datasets", streaming=True, **options)
-    assert not list((tmp_path / "cache").rglob("*.arrow"))  # nothing was copied
-    table = read_samples(stream, "datasets", **options)
-    texts = [sample.messages[1].content[0].caption for sample in samples]
-    assert texts == [sample.messages[1].content[0].caption for sample in table] == [f"number {i}" for i in range(80)]
-    assert [sample.id for sample in samples] == [sample.id for sample in table]
-    order = [0, 31, 32, 33, 70, 5, 79, 79]  # forward, then back
-    reds = [read_media("image", samples[i].messages[1].content[0].path).getpixel((0, 0))[0] for i in order]
-    assert reds == order
-
-
-def test_streams_in_a_dataset_with_workers(stream):
-    columns = {"image": "img", "text": "said"}
-    source = DataSource(str(stream), "datasets", columns=columns, task="generation", streaming=True)
-    dataset = ConversationDataset.from_files([source])
-    assert dataset.blocks == [32]
-    dataset[50]  # the process that forks has the stream open
-    sampler = UpdateSampler(dataset.lengths, batch_size=8, num_updates=10, blocks=dataset.blocks, seed=3)
-    for workers in (0, 2):
-        seen = []
-        for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list):
-            for item in batch:
-                seen.append(int(item.captions["image"][0].removeprefix("number ")))
-                assert item.targets["image"][0].getpixel((0, 0))[0] == seen[-1]
-        assert seen == [index for batch in sampler for index in batch] and sorted(seen) == list(range(80))
-        assert [i // 32 for i in seen] == sorted(i // 32 for i in seen)
-
-
-def test_streams_are_checked(stream, tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match="streaming is set"):
-        read_samples(tmp_path / "a.jsonl", streaming=True)
-    columns = {"image": "img", "text": "said"}
-    with pytest.raises(InputError, match="has no column 'x'"):
-        read_samples(stream, "datasets", columns=columns | {"prompt": "x"}, task="generation", streaming=True)
-    (tmp_path / "1.parquet").write_bytes((tmp_path / "1.parquet").read_bytes()[:300])
-    with pytest.raises(InputError, match="cannot be read"):
-        read_samples(stream, "datasets", columns=columns, task="generation", streaming=True)
-    for name in ("no-such-dataset", "nobody/no-such-dataset"):
-        with pytest.raises(InputError, match=f"{name} cannot be read as a table"):
-            read_samples(name, "datasets", columns=columns, task="generation", streaming=True)
-
-
-def test_a_stream_that_changes_while_it_is_used(tmp_path, stream, table):
-    options = {"columns": {"image": "img", "text": "said"}, "task": "comprehension", "streaming": True}
-    samples = read_samples(stream, "datasets", **options)
-    for part in range(2):
-        table.select_columns(["img", "said"]).to_parquet(tmp_path / f"{part}.parquet")
-    with pytest.raises(InputError, match=r"fewer rows than before|cannot be read on"):
-        ConversationDataset([samples[70]])[0]
-
-
-def test_a_stream_of_paths(tmp_path, monkeypatch):
-    """As `datasets` keeps pictures that were given as files."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "c.png").write_bytes(png("green"))
-    rows = {"img": [str(tmp_path / "c.png")] * 2, "file": ["c.png"] * 2, "said": ["a", "b"]}
-    table = datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image())
-    table.to_parquet(tmp_path / "a.parquet")
-    for column in ("img", "file"):
-        options = {"columns": {"image": column, "text": "said"}, "task": "generation", "streaming": True}
-        assert colours(read_samples(tmp_path / "a.parquet", "datasets", **options)) == [(0, 128, 0)] * 2

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from anygpt.cache.reading import CAPTIONS, FEATURES, LATENTS, Cached, FeatureCache, StaleCache
 from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.reading import read_samples, with_unique_ids
-from anygpt.data.formats.tables import ROWS_OF_BLOCK
 from anygpt.data.schema import ContentPart, Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
@@ -88,7 +87,7 @@ class ConversationDataset(Dataset):
         limits: see `MediaLimits`.
 
     Attributes:
-        lengths, weights, blocks: one per data source, for `UpdateSampler`.
+        lengths, weights: one per data source, for `UpdateSampler`.
         in_memory: keep decoded media, so that a process decodes each file once.
         decode_targets: whether to decode the assistant's media; False if only captions are needed.
         cache: a `FeatureCache` that supplies media and captions.
@@ -119,7 +118,6 @@ class ConversationDataset(Dataset):
         self.limits = limits
         self.lengths: list[int] = [len(self.samples)]
         self.weights: list[float] = [1.0]
-        self.blocks: list[int | None] = [None]
         self.faults: list[InputError] = []
 
     @classmethod
@@ -148,7 +146,6 @@ class ConversationDataset(Dataset):
         dataset = cls(_with_unique_ids(sources, by_source), num_video_frames, on_bad_sample, limits)
         dataset.lengths = [len(samples) for samples in by_source]
         dataset.weights = [source.weight for source in sources]
-        dataset.blocks = [ROWS_OF_BLOCK if source.streaming else None for source in sources]
         dataset.faults = faults
         return dataset
 

@@ -47,7 +47,6 @@ class UpdateSampler(Sampler[list[int]]):
         batch_size: samples per micro-batch and rank.
         gradient_accumulation_steps: micro-batches per update and rank.
         num_updates: of the whole run, including those before `start_update`, the first to yield, counted from 0.
-        blocks: one per dataset: keep its order and shuffle only within blocks of this many samples; None shuffles all.
         groups, sizes: group number, and size (with `max_tokens` in tokens), of each sample.
 
     Raises:
@@ -67,7 +66,6 @@ class UpdateSampler(Sampler[list[int]]):
         world_size: int = 1,
         seed: int = 0,
         start_update: int = 0,
-        blocks: Sequence[int | None] | None = None,
         groups: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
         max_tokens: int | None = None,
@@ -81,7 +79,6 @@ class UpdateSampler(Sampler[list[int]]):
         self.seed = seed
         self.start_update = start_update
         self.num_updates = num_updates
-        self.blocks = [None] * len(self.lengths) if blocks is None else list(blocks)
         self.groups = None if groups is None else np.asarray(groups)
         self.sizes = None if sizes is None else np.asarray(sizes)
         self.max_tokens = max_tokens
@@ -163,13 +160,7 @@ class UpdateSampler(Sampler[list[int]]):
             copies, rest = divmod(draws, length)
             parts += [np.arange(first, first + length)] * copies
             parts.append(first + generator.permutation(length)[:rest])
-        order = generator.permutation(np.concatenate(parts))
-        for first, length, block in zip(firsts, self.lengths, self.blocks, strict=True):
-            if block is not None:
-                mine = (order >= first) & (order < first + length)
-                drawn = order[mine]
-                order[mine] = drawn[np.argsort((drawn - first) // block, kind="stable")]
-        return order
+        return generator.permutation(np.concatenate(parts))
 
     def _check(self) -> None:
         sizes = {name: getattr(self, name) for name in ("batch_size", "gradient_accumulation_steps", "world_size")}
@@ -184,8 +175,6 @@ class UpdateSampler(Sampler[list[int]]):
         ):
             if not 0 <= value <= most:
                 raise InputError(f"{name} is {value}, and must be from 0 to {most}.")
-        if any(self.blocks) and (self.groups is not None or self.sizes is not None):
-            raise InputError("Streamed data comes in its own order, so its batches cannot be grouped: leave out one.")
         for name, values in (("groups", self.groups), ("sizes", self.sizes)):
             if values is not None and len(values) != sum(self.lengths):
                 raise InputError(f"There are {sum(self.lengths)} samples and {len(values)} {name}: give one a sample.")

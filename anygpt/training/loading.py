@@ -102,7 +102,6 @@ def make_loader(
         world_size=accelerator.num_processes,
         seed=config.run.seed,
         start_update=start,
-        blocks=dataset.blocks,
         groups=dataset.output_groups() if data.group_by_modality else None,
         sizes=sizes,  # type: ignore[arg-type]  # an array is indexed like a sequence
         max_tokens=data.max_batch_tokens,

@@ -40,8 +40,6 @@ class DataSource:
         audio; see `tables.table_rows`.
     task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
         input and learns the caption, "generation" the reverse.
-    streaming: for "datasets": fetch media block by block without a copy of the table; `path` may be a Hub id. Rows
-        come in order, shuffled within blocks.
     follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.
     """
 
@@ -51,7 +49,6 @@ class DataSource:
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     columns: dict[str, str] | None = None
     task: Literal["comprehension", "generation"] | None = None
-    streaming: bool = False
     follow_links: bool = False
 
 
@@ -81,7 +78,7 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, or `rows(path, columns, streaming)` if `takes_columns`.
+    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`.
     model, convert: the row model, and `convert(row, where)`, where `where` is the row's name in messages; None for
         `Pair`s and the project's own form.
     suffixes: file suffixes that imply this format.

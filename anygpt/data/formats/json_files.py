@@ -1,22 +1,18 @@
-"""JSON lines and JSON lists, read row by row in constant memory."""
+"""JSON lines, read in constant memory, and JSON lists, whose text is kept in memory while it is read."""
 
 import itertools
 import json
-import mmap
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from anygpt.data.formats.base import MAX_ROW_BYTES, Row
 from anygpt.errors import InputError
 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
-CHUNK = 256 * 1024
-SPACE = re.compile(rb"[ \t\r\n]*")
-TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
-"""What tells where a value ends: strings, brackets and commas."""
+SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -26,21 +22,19 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def line_rows(path: Path) -> Iterator[Row]:
     """One JSON value per line, named `file.jsonl:1`; blank lines are skipped, invalid ones become faults."""
-    index = itertools.count()
+    index, number = itertools.count(), 0
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), start=1):
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            rest, number = line, number + 1
+            while len(line) > MAX_ROW_BYTES and rest and not rest.endswith(b"\n"):  # cut: `parse_json` rejects it
+                rest = file.readline(MAX_ROW_BYTES)
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
-                yield Row(f"{path}:{number}", f"{path.stem}-{next(index)}", _parsed(line.rstrip(), path, number))
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file; a line that is too long is cut just beyond the limit, so that `parse_json` rejects it."""
-    while line := file.readline(MAX_ROW_BYTES + 1):
-        rest = line
-        while rest and len(line) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(CHUNK)
-        yield line
+                try:
+                    value = parse_json(line.rstrip(), str(path), number)
+                except InputError as fault:
+                    value = fault
+                yield Row(f"{path}:{number}", f"{path.stem}-{next(index)}", value)
 
 
 def list_rows(path: Path) -> Iterator[Row]:
@@ -52,74 +46,49 @@ def list_rows(path: Path) -> Iterator[Row]:
     Raises:
         InputError: the list is invalid; the rows before that place have been yielded.
     """
-    if not path.stat().st_size:
+    text = _decoded(path.read_bytes().removeprefix(BOM), str(path), 1)
+    place = _after_space(text, 0)
+    if place == len(text):
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        place = line_start = len(BOM) if text[: len(BOM)] == BOM else 0
-        line = 1
-
-        def move(to: int) -> None:
-            nonlocal place, line, line_start
-            line += text[place:to].count(b"\n")
-            line_start = max(line_start, text.rfind(b"\n", place, to) + 1)
-            place = to
-
-        def next_character() -> bytes:
-            move(SPACE.match(text, place).end())
-            return text[place : place + 1]
-
-        def broken(message: str) -> InputError:
-            return InputError(f"{path}:{line} is not valid JSON: {message} at column {place - line_start + 1}.")
-
-        if not next_character():
-            return
-        if next_character() != b"[":
-            raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
-        move(place + 1)
-        separator = b"]" if next_character() == b"]" else b","
-        for index in itertools.count():
-            if separator == b"]":
-                break
-            next_character()
-            end = _end_of_value(text, place)
-            value = _parsed(text[place:end], path, line, place - line_start)
-            yield Row(f"{path}[{index}]", f"{path.stem}-{index}", value)
-            move(end)
-            separator = next_character()
-            if separator not in (b",", b"]"):
-                raise broken("Expecting ',' or ']'")
-            move(place + (separator == b","))
-        move(place + 1)
-        if next_character():
-            raise broken("Extra data")
+    if text[place] != "[":
+        raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
+    place = _after_space(text, place + 1)
+    if ended := text.startswith("]", place):
+        place = _after_space(text, place + 1)
+    for index in itertools.count():
+        if ended:
+            break
+        value, end = _value_at(text, place, str(path), 1)
+        yield Row(f"{path}[{index}]", f"{path.stem}-{index}", value)
+        place = _after_space(text, end)
+        ended = text.startswith("]", place)
+        if not ended and not text.startswith(",", place):
+            raise _invalid(text, place, str(path), 1, "Expecting ',' or ']'")
+        place = _after_space(text, place + 1)
+    if place < len(text):
+        raise _invalid(text, place, str(path), 1, "Extra data")
 
 
-def _end_of_value(text: mmap.mmap, start: int) -> int:
-    """End of the value at `start`, judged by its brackets; at most just beyond the limit, so that it is rejected."""
-    depth, limit = 0, start + MAX_ROW_BYTES + 1
-    for token in TOKEN.finditer(text, start, limit):
-        mark = token[0][:1]
-        if depth == 0 and mark in b",]}":
-            return token.start()
-        depth += (mark in b"[{") - (mark in b"]}")
-        if depth == 0 and mark != b'"':
-            return token.end()
-    return min(limit, len(text))
-
-
-def parse_json(content: bytes, name: str, line: int | None = None, column: int = 0) -> Any:
-    """Parse one JSON value.
-
-    Args:
-        name, line: name of its file and number of its first line, or a name alone, for messages.
-        column: characters that precede it on that line.
+def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
+    """Parse one JSON value; `name` and `line`, the number of its first line, are for messages.
 
     Raises:
         InputError: invalid JSON, an object with a repeated key (of which Python would keep the last), or too long.
     """
-    where = name if line is None else f"{name}:{line}"
     if len(content) > MAX_ROW_BYTES:
+        where = _where("", 0, name, line)
         raise InputError(f"{where} is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is: check the file.")
+    text = _decoded(content, name, line)
+    value, end = _value_at(text, _after_space(text, 0), name, line)
+    if isinstance(value, InputError):
+        raise value
+    if _after_space(text, end) < len(text):
+        raise _invalid(text, end, name, line, "Extra data")
+    return value
+
+
+def _value_at(text: str, place: int, name: str, line: int | None) -> tuple[Any, int]:
+    """The value that begins at a place, or the fault in it, and where it ends; raises `InputError` for invalid JSON."""
     repeated: list[str] = []
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,24 +98,34 @@ def parse_json(content: bytes, name: str, line: int | None = None, column: int =
         return found
 
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=object_of)
+        value, end = json.JSONDecoder(object_pairs_hook=object_of).raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        raise _invalid(text, error.pos, name, line, error.msg) from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
+        raise InputError(f"{_where(text, place, name, line)} is not JSON that can be read: {error}.") from error
+    if repeated:
+        where = _where(text, place, name, line)
+        value = InputError(f"{where} has the key {repeated[0][:80]!r} more than once in one object: leave one.")
+    return value, end
+
+
+def _after_space(text: str, place: int) -> int:
+    return SPACE.match(text, place).end()
+
+
+def _decoded(content: bytes, name: str, line: int | None) -> str:
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
+        where = _where(content[: error.start].decode("utf-8"), error.start, name, line)
         byte = content[error.start]
         raise InputError(f"{where} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        column = error.colno + (column if error.lineno == 1 else 0)
-        where = where if line is None else f"{name}:{line + error.lineno - 1}"
-        raise InputError(f"{where} is not valid JSON: {error.msg} at column {column}.") from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
-        raise InputError(f"{where} is not JSON that can be read: {error}.") from error
-    if repeated:
-        raise InputError(f"{where} has the key {repeated[0][:80]!r} more than once in one object: leave one.")
-    return value
 
 
-def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
-    """The value of a row, or the fault in it."""
-    try:
-        return parse_json(content, str(path), line, column)
-    except InputError as fault:
-        return fault
+def _where(text: str, place: int, name: str, line: int | None) -> str:
+    return name if line is None else f"{name}:{line + text[:place].count(chr(10))}"
+
+
+def _invalid(text: str, place: int, name: str, line: int | None, reason: str) -> InputError:
+    column = place - text.rfind("\n", 0, place)
+    return InputError(f"{_where(text, place, name, line)} is not valid JSON: {reason} at column {column}.")

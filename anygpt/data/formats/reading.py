@@ -10,7 +10,7 @@ from typing import Any
 from anygpt.data.formats import dialects
 from anygpt.data.formats.base import DataSource, Format, Row, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
-from anygpt.data.formats.tables import is_hub_id, table_rows
+from anygpt.data.formats.tables import table_rows
 from anygpt.data.formats.webdataset import shard_rows
 from anygpt.data.rows import DataError, checked, nearest
 from anygpt.data.schema import MediaRoot, Sample, parse_sample, row_name
@@ -93,23 +93,20 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
             place), a setting that the format does not use.
     """
     path = Path(source.path)
-    remote = source.streaming and source.format == "datasets" and is_hub_id(path)
-    name = "datasets" if remote else _format_of(path, source.format)
+    name = _format_of(path, source.format)
     chosen = FORMATS[name]
     for setting, value, used in (
-        ("streaming", source.streaming, chosen.takes_columns),
-        ("columns", source.columns is not None, chosen.takes_columns),
-        ("task", source.task is not None, chosen.pairs),
+        ("columns", source.columns, chosen.takes_columns),
+        ("task", source.task, chosen.pairs),
     ):
-        if value and not used:
-            verb = "set" if setting == "streaming" else "given"
-            raise InputError(f"{setting} is {verb} for {path}, whose format {name!r} has no use for it: leave it out.")
-    rows = chosen.rows(path, source.columns, source.streaming) if chosen.takes_columns else chosen.rows(path)
+        if value is not None and not used:
+            raise InputError(f"{setting} is given for {path}, whose format {name!r} has no use for it: leave it out.")
+    rows = chosen.rows(path, source.columns) if chosen.takes_columns else chosen.rows(path)
     if chosen.pairs and not (source.columns and not set(MEDIA) & set(source.columns)):  # a table may hold only text
         dialects.check_task(source.task, str(path))
     folder = source.media_root
-    if folder is None:  # a dataset on the Hub has no media beside it
-        folder = Path() if remote else path.parent if path.exists() else find_files(path)[0].parent
+    if folder is None:
+        folder = path.parent if path.exists() else find_files(path)[0].parent
     root = MediaRoot(folder, by_type=chosen.media_by_type, follow_links=source.follow_links)
     empty = True
     for row in rows:
