@@ -20,6 +20,7 @@ from anygpt.encoders.module import ModalEncoderModule, argument_names
 from anygpt.errors import InputError
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
+from anygpt.tokenizers.module import CODES, MEDIA, ModalTokenizerModule
 
 
 @dataclass
@@ -48,10 +49,12 @@ class Reading:
 
 
 class Composition(PreTrainedModel):
-    """Encoders, a language model with its signal tokens, and decoders; see `MultimodalModel` for the attributes."""
+    """Encoders, a language model with its signal tokens, decoders, and media tokenizers; see `MultimodalModel` for the
+    attributes."""
 
     encoder_keys: tuple[str, ...]
     decoder_keys: tuple[str, ...]
+    tokenizer_keys: tuple[str, ...]
     language_model: PreTrainedModel
     signal_tokens: SignalTokens
     loss_weights: Any
@@ -71,14 +74,29 @@ class Composition(PreTrainedModel):
         return {key: getattr(self, f"{key}_decoder") for key in self.decoder_keys}
 
     @property
+    def tokenizers(self) -> dict[str, ModalTokenizerModule]:
+        """The media tokenizers by key, in order; a new dict each time, so that no tensor is registered twice."""
+        return {key: getattr(self, f"{key}_tokenizer") for key in self.tokenizer_keys}
+
+    @property
+    def readers(self) -> dict[str, ModalEncoderModule | ModalTokenizerModule]:
+        """Whatever reads media, by key."""
+        return self.encoders | self.tokenizers
+
+    @property
+    def makers(self) -> dict[str, ModalDecoderModule | ModalTokenizerModule]:
+        """Whatever makes media, by key."""
+        return self.decoders | {key: one for key, one in self.tokenizers.items() if one.module.can_decode}
+
+    @property
     def input_modalities(self) -> tuple[str, ...]:
         """Media types that the model reads, as transformers' any-to-any pipeline names them."""
-        return ("text", *dict.fromkeys(encoder.modality for encoder in self.encoders.values()))
+        return ("text", *dict.fromkeys(reader.modality for reader in self.readers.values()))
 
     @property
     def output_modalities(self) -> tuple[str, ...]:
         """Media types that the model makes."""
-        return ("text", *dict.fromkeys(decoder.modality for decoder in self.decoders.values()))
+        return ("text", *dict.fromkeys(maker.modality for maker in self.makers.values()))
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +151,17 @@ class Composition(PreTrainedModel):
         """Run the encoders that have inputs: `{key: (items, n, H) or packed (features, H)}`, in the encoders' order."""
         by_encoder = self.assign_inputs(inputs)
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
+
+    def write_codes(
+        self, input_ids: Tensor, labels: Tensor | None, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Write the codes of the tokenizers' inputs into ids and labels; returns both and the other inputs."""
+        codes, others = {}, dict(inputs)
+        for key, tokenizer in self.tokenizers.items():
+            own = {name: value for name in (CODES, MEDIA) if (value := others.pop(f"{key}.{name}", None)) is not None}
+            if own:
+                codes[key] = tokenizer.codes(own)
+        return *self.signal_tokens.write_codes(input_ids, labels, codes), others
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:
         """Embed tokens, signal tokens included. Call inside `signal_tokens.attached`."""

@@ -20,6 +20,7 @@ from anygpt.media.types import media_type
 from anygpt.processing.chat_template import tokenize_many, tokenize_with_labels
 from anygpt.processing.processor import MultimodalProcessor, stack_rows
 from anygpt.sequence.merging import IGNORE
+from anygpt.tokenizers.module import CODES
 
 # Keys for the training loop; everything else in a batch is passed to the model.
 SAMPLE_IDS, TARGET_IDS, BAD, CUT = "sample_ids", "target_ids", "bad_samples", "cut_samples"
@@ -136,17 +137,25 @@ class Collator:
             return None if item.cut else BadSample.of(item.sample, error, "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
-        """Encoder arguments (features where cached), and the number of features of each input."""
-        media = [(kind, medium) for item in items for kind, media in item.inputs.items() for medium in media]
+        """Arguments of encoders and tokenizers (features and codes where cached), and the tokens of each input."""
+        spans, media = self.processor.spans, []
+        for role, kind, medium in (one for item in items for one in item.in_order()):
+            key = self.processor.key_of(role, kind)
+            if role != "assistant" or key in spans:
+                media.append((key, medium))
         fresh = (pair for pair in media if not isinstance(pair[1], Cached))
         data, counts, _ = self.processor.process_media(self.processor.arrange_media(fresh))
         cached: dict[str, list[list[Tensor]]] = {}
-        for kind, medium in media:
+        for key, medium in media:
             if isinstance(medium, Cached):
                 pieces = list(medium.values) if medium.values.ndim == 3 else [medium.values]
-                cached.setdefault(self.processor.encoder_key(kind), []).append(pieces)
+                cached.setdefault(key, []).append(pieces)
         for key, pieces in cached.items():
             assert key not in counts, f"only some of the {key} inputs come from the cache"
+            if key in spans:
+                data[f"{key}.{CODES}"] = torch.cat([torch.stack(item) for item in pieces])
+                counts[key] = [spans[key]] * len(pieces)
+                continue
             features = [piece for item in pieces for piece in item]
             same = len({len(piece) for piece in features}) == 1
             data[f"{key}.{FEATURES}"] = torch.stack(features) if same else features
@@ -162,6 +171,9 @@ class Collator:
         for item in items:
             for modality, captions in item.captions.items():
                 key, kind = self.processor.decoder_key(modality), media_type(modality)
+                ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
+                if key in self.processor.spans:
+                    continue
                 target, stored = raw.setdefault(key, {"captions": []}), cached.setdefault(key, {})
                 target["captions"] += captions
                 for medium in item.targets.get(modality, ()):  # none if the dataset does not decode targets
@@ -171,7 +183,6 @@ class Collator:
                         target.setdefault(kind.plural, []).append(kind.to_target(medium))
                 if modality in item.conditions:
                     stored.setdefault("conditions", []).extend(item.conditions[modality])
-                ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
         targets = self.processor.process_targets(raw)
         for key, found in cached.items():
             targets[key] |= {name: _stack(values) for name, values in found.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,14 @@ class LoadedSample:
     captions: dict[str, list[str]] = field(default_factory=dict)
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
     cut: int = 0
+
+    def in_order(self) -> Iterator[tuple[str, str, Media | Any]]:
+        """Yield (role, media type, medium) in order of appearance, without targets that were not decoded."""
+        given = (("user", self.inputs), ("assistant", self.targets))
+        left = {(role, kind): iter(media) for role, by_kind in given for kind, media in by_kind.items()}
+        for role, part in self.sample.media():
+            for medium in itertools.islice(left.get((role, part.type), ()), 1):
+                yield role, part.type, medium
 
     def first_messages(self, count: int) -> LoadedSample:
         """The sample reduced to its first messages and their media."""

@@ -52,8 +52,10 @@ class Lengths:
         try:
             refuse_reserved(reserved_tokens(self.processor), sample)
             for role, part in sample.media():
-                if role != "assistant":
-                    key = self.processor.encoder_key(part.type)
+                key = self.processor.key_of(role, part.type)
+                if key in self.processor.spans:
+                    counts.setdefault(key, []).append(self.processor.spans[key])
+                elif role != "assistant":
                     counts.setdefault(key, []).append(self.features(part.type, part.path))
             (messages,) = expanded(self.processor, [sample], counts)
             ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
@@ -93,9 +95,9 @@ class Lengths:
             known[i, 0] = sum(len(p.text or "") for m in sample.messages for p in m.content)
             known[i, 1] = len(sample.messages)
             for role, part in sample.media():
-                answered = role == "assistant"
-                key = self.processor.decoder_key(part.type) if answered else None
-                media[i] += len(self.processor.signal_tokens[key]) if answered else self.features(part.type)
+                key = self.processor.key_of(role, part.type)
+                signal = len(self.processor.signal_tokens[key]) if role == "assistant" else None
+                media[i] += self.processor.spans.get(key) or signal or self.features(part.type)
         counted = {}
         for i in np.random.default_rng(0).permutation(len(samples))[:measured]:
             with suppress(InputError):  # training handles such rows itself

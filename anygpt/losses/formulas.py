@@ -60,8 +60,10 @@ class LossWeights:
         by_modality: factor on the sub-terms of one decoder key; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
-        caption_dropout: share of captions that `decoder` replaces by the empty one, for classifier-free guidance
-            (arXiv 2207.12598).
+        caption_dropout: share of captions that `decoder` replaces by the empty one, and of answers with codes that are
+            trained without all that precedes the codes, for classifier-free guidance (arXiv 2207.12598).
+        media_weight: factor on the NLL of codes.
+        label_smoothing: ε of the NLL: (1 − ε) of it, and ε of the mean over all tokens that can be generated.
         binding: what the other encoders are contrasted with: an encoder key, as images in ImageBind (arXiv 2305.05665),
             or `text`, the mean token embedding of the answer (labelled tokens other than signal tokens).
         temperature: of InfoNCE; the default is ImageBind's.
@@ -81,6 +83,8 @@ class LossWeights:
     alignment_kind: Literal["l2", "mse", "cosine"] = "l2"
     snr_gamma: PositiveFloat | None = None
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    media_weight: Weight = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     binding: str = "image"
     temperature: PositiveFloat = 0.07
 
@@ -114,9 +118,17 @@ def route(media_in: Tensor, media_out: Tensor) -> list[str]:
     return [TERMS[given + 2 * made] for given, made in zip(media_in.tolist(), media_out.tolist(), strict=True)]
 
 
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each label in fp32: `(M, V')` logits and `(M,)` labels give `(M,)`."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+def token_nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each label in fp32: `(M, V')` logits and `(M,)` labels give `(M,)`.
+
+    Label smoothing (arXiv 1512.00567) leaves out tokens with the lowest finite logit, which are never generated.
+    """
+    nll = F.cross_entropy(logits.float(), labels, reduction="none")
+    if not smoothing:
+        return nll
+    never = logits == torch.finfo(logits.dtype).min
+    log_p = logits.float().log_softmax(dim=-1).masked_fill(never, 0)
+    return (1 - smoothing) * nll - smoothing * log_p.sum(dim=-1) / (~never).sum(dim=-1)
 
 
 def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real: Tensor | None = None) -> Tensor:

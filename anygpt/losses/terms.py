@@ -21,6 +21,7 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
+from anygpt.losses.dropout import drop_captions
 from anygpt.losses.formulas import MEDIA_OUT, TERMS, TEXT, LossWeights, caption_alignment, route, sum_by_term, token_nll
 from anygpt.outputs import LossTerm
 from anygpt.sequence import signal_tokens
@@ -47,13 +48,19 @@ class Labels:
 
     def nll(self) -> Tensor:
         """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
+        weights, factor = self.model.loss_weights, torch.ones_like(self.values, dtype=torch.float32)
+        for key in self.model.tokenizer_keys:
+            factor[self.model.signal_tokens.row_of(self.values, key) >= 0] = weights.media_weight
+        return self._nll(weights.label_smoothing) * factor
+
+    def _nll(self, smoothing: float) -> Tensor:
         places = self.rows, self.positions
         logits = self.reading.logits_at(places)
         if len(logits) == len(self.values):
-            return token_nll(logits, self.values)
+            return token_nll(logits, self.values, smoothing)
 
         def nll(states: Tensor, values: Tensor) -> Tensor:
-            return token_nll(self.model.signal_tokens.run_head(self.model.language_model, states), values)
+            return token_nll(self.model.signal_tokens.run_head(self.model.language_model, states), values, smoothing)
 
         chunks = zip(
             self.reading.hidden[places].split(signal_tokens.CHUNK), self.values.split(signal_tokens.CHUNK), strict=True
@@ -198,16 +205,19 @@ def find_losses(
         InputError: unknown decoder, or a number of targets that differs from that of signal spans.
     """
     ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
-    spans = {key: signals.find_spans(ids, key) for key in signals.ids}
-    media_out = torch.zeros_like(merged.media_in)
+    spans = {key: signals.find_spans(ids, key) for key in signals.ids if key in model.decoder_keys}
+    media_in, media_out = merged.media_in, torch.zeros_like(merged.media_in)
     for found in spans.values():
         media_out[found.rows] = True
+    for begin in (signals.ids[key][0] for key in signals.ids if key in model.tokenizer_keys):
+        answered = torch.zeros_like(ids, dtype=torch.bool) if labels is None else labels == begin
+        media_in, media_out = media_in | ((ids == begin) & ~answered).any(dim=1), media_out | answered.any(dim=1)
     if labels is None or not weights.wants("nll"):
         labels = torch.full_like(ids, IGNORE)
     labelled = (labels != IGNORE) & ~_is_one_of(ids, signals.query_ids)
     rows, positions = (labelled[:, 1:] & merged.attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
     values = labels[rows, positions + 1]
-    batch = LossBatch(route(merged.media_in, media_out), Labels(model, rows, positions, values), spans)
+    batch = LossBatch(route(media_in, media_out), Labels(model, rows, positions, values), spans)
     if weights.encoder and model.token_ids is not None:
         known = (*model.token_ids, TEXT)
         if weights.binding not in known:
@@ -254,14 +264,6 @@ def _check_target(model: Composition, key: str, given: Mapping[str, Any], spans:
                 f"the batch has {len(spans[key])} {key!r} signal spans but {len(values)} {name}; each span needs "
                 "one, in the order of the batch"
             )
-
-
-def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:
-    """Empty each caption with probability `weights.caption_dropout`, drawn from its target's generator."""
-    if not weights.caption_dropout:
-        return captions
-    draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]
-    return ["" if draw < weights.caption_dropout else text for text, draw in zip(captions, draws, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ class Clip(MediaType):
         reads_times = getattr(processor, "reads_times", False)
         return medium.frames if isinstance(medium, Video) and not reads_times else medium
 
-    def to_target(self, medium: Video) -> np.ndarray:
-        return medium.frames
+    def to_target(self, medium: Video | np.ndarray) -> np.ndarray:
+        return medium.frames if isinstance(medium, Video) else medium
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,10 @@ class Sound(MediaType):
         waveform, rate = medium if isinstance(medium, tuple) else (medium, processor.sampling_rate)
         return resample(to_mono(waveform), rate, processor.sampling_rate)
 
-    def to_target(self, medium: Audio) -> tuple[np.ndarray, int]:
+    def to_target(self, medium: Audio | tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
         """The waveform, `(2, N)` if stereo, else mixed to `(N,)`, and its rate."""
+        if isinstance(medium, tuple):
+            return medium
         return medium.waveform if len(medium.waveform) == 2 else medium.mono(), medium.sampling_rate
 
     def to_part(self, content: np.ndarray, rate: float) -> tuple[np.ndarray, int]:

@@ -24,9 +24,10 @@ class MultimodalConfig(PreTrainedConfig):
             signal tokens were written into its matrices, where they were.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "num_signal_tokens",
             "hidden_layer", "signal", "defaults", "projector"}}`.
-        encoder_keys, decoder_keys: the keys in order, as transformers sorts a config's keys.
+        tokenizers: `{key: {"modality", "class", "source", "fingerprint", "adapter", "row_ends", "defaults"}}`.
+        encoder_keys, decoder_keys, tokenizer_keys: the keys in order, as transformers sorts a config's keys.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
-        signal_token_ids: `{decoder key: ids}`.
+        signal_token_ids: `{decoder or tokenizer key: ids}`, see `SignalTokens`.
         preprocess_llm_callback: the saved form of the model's; True for a function, which must be given again.
         trained: `{"stage", "updates", "parts", "losses"}` of the run that trained it.
 
@@ -40,8 +41,10 @@ class MultimodalConfig(PreTrainedConfig):
     encoders: dict[str, dict[str, Any]] | None = None
     language_model: dict[str, Any] | None = None
     decoders: dict[str, dict[str, Any]] | None = None
+    tokenizers: dict[str, dict[str, Any]] | None = None
     encoder_keys: list[str] | None = None
     decoder_keys: list[str] | None = None
+    tokenizer_keys: list[str] | None = None
     token_ids: dict[str, int] | None = None
     signal_token_ids: dict[str, list[int]] | None = None
     preprocess_llm_callback: bool | dict[str, Any] = False
@@ -50,10 +53,11 @@ class MultimodalConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.encoder_keys = self.encoder_keys or list(self.encoders or {})
-        self.decoder_keys = self.decoder_keys or list(self.decoders or {})
-        self.encoders = {key: self.encoders[key] for key in self.encoder_keys}
-        self.decoders = {key: self.decoders[key] for key in self.decoder_keys}
+        for kind in ("encoder", "decoder", "tokenizer"):
+            entries = getattr(self, f"{kind}s") or {}
+            keys = getattr(self, f"{kind}_keys") or list(entries)
+            setattr(self, f"{kind}_keys", keys)
+            setattr(self, f"{kind}s", {key: entries[key] for key in keys})
         self.language_model, self.signal_token_ids = self.language_model or {}, self.signal_token_ids or {}
 
     @classmethod
@@ -78,6 +82,10 @@ class MultimodalConfig(PreTrainedConfig):
             encoders=encoders,
             language_model=_part(model.language_model),
             decoders=decoders,
+            tokenizers={
+                key: _part(one.module) | {name: getattr(one, name) for name in ("modality", "row_ends", "defaults")}
+                for key, one in model.tokenizers.items()
+            },
             token_ids=model.token_ids,
             signal_token_ids=model.signal_tokens.ids,
             preprocess_llm_callback=callback_dict(callback) or callback is not None,
@@ -92,6 +100,7 @@ class MultimodalConfig(PreTrainedConfig):
             **{f"{key}_encoder": entry for key, entry in self.encoders.items()},
             "language_model": self.language_model,
             **{f"{key}_decoder": entry for key, entry in self.decoders.items()},
+            **{f"{key}_tokenizer": entry for key, entry in self.tokenizers.items()},
         }
 
 

@@ -28,6 +28,9 @@ from anygpt.model.parts import adapter_name, build_callback, fingerprint, import
 from anygpt.parts.files import Place, find_weights, open_composition, wants_shapes_only
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source
+from anygpt.tokenizers.base import MediaTokenizer
+from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.module import ModalTokenizerModule
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 # Arguments that transformers' auto classes and pipelines pass to every `from_pretrained`, and that are ignored here.
@@ -100,9 +103,14 @@ def from_pretrained(
             signal=entry["signal"],
             defaults=entry.get("defaults"),
         )
+    tokenizers = {
+        key: ModalTokenizerModule(parts[f"{key}_tokenizer"], entry["row_ends"], entry["defaults"])
+        for key, entry in config.tokenizers.items()
+    }
     if isinstance(config.preprocess_llm_callback, dict) and preprocess_llm_callback is None:
         preprocess_llm_callback = build_callback(config.preprocess_llm_callback)
-    model = cls(encoders, parts["language_model"], decoders, preprocess_llm_callback=preprocess_llm_callback)
+    composed = (encoders, parts["language_model"], decoders, tokenizers)
+    model = cls(*composed, preprocess_llm_callback=preprocess_llm_callback)
     load_own_tensors(model, folder, as_stored=True)
     if config.signal_token_ids:
         model.signal_tokens.set_ids(config.signal_token_ids)
@@ -269,6 +277,8 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
 def load_source(entry: dict[str, Any]) -> nn.Module:
     """Load a part from its source, given its entry in the config."""
     source = Source(**entry["source"])
+    if issubclass(import_class(entry["class"]), MediaTokenizer):
+        return load_media_tokenizer(source, entry["modality"])
     if issubclass(import_class(entry["class"]), DiffusionDecoder):
         return load_decoder(source)
     return load_encoder(source, entry["modality"]) if "modality" in entry else load_language_model(source)
@@ -283,6 +293,8 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
     widest = several if len(dtypes) > 1 else next(iter(dtypes), None)
     if issubclass(cls, DiffusionDecoder):
         part: nn.Module = load_decoder(folder, dtype=widest)
+    elif issubclass(cls, MediaTokenizer):
+        part = load_media_tokenizer(folder, entry["modality"], dtype=widest)
     elif cls is VideoEncoder:
         settings = {name: entry[name] for name in VideoEncoder.settings if name in entry}
         part = load_encoder(folder, entry["modality"], dtype=widest, **settings)

@@ -19,6 +19,7 @@ from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
 from anygpt.generation.decoding import check_request, generate
 from anygpt.generation.streaming import generate_stream
+from anygpt.losses.dropout import hide_conditions
 from anygpt.losses.formulas import LossWeights, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, find_losses, loss_names
 from anygpt.model import freezing, loading, saving
@@ -29,6 +30,8 @@ from anygpt.outputs import MultimodalOutput
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
+from anygpt.tokenizers.base import MediaTokenizer
+from anygpt.tokenizers.module import ModalTokenizerModule
 
 
 class MultimodalModel(Composition):
@@ -38,19 +41,21 @@ class MultimodalModel(Composition):
         encoders: input modules by key, in the order in which features are prepended.
         language_model: a transformers causal language model, or a `PeftModel` around one.
         decoders: output modules by key.
+        tokenizers: media tokenizers by key: media that the language model reads and writes as codes.
         preprocess_llm_callback: called with what it names among the language model's arguments, `input_ids`,
             `token_ids` and encoder inputs; returns a dict of language model arguments to add or replace.
         init_projector_type, init_activation: for encoders given without a projector.
         init_output_projector_type: for decoders given without a projector.
 
     Attributes:
-        <key>_encoder, <key>_decoder, language_model, signal_tokens: the parts.
+        <key>_encoder, <key>_decoder, <key>_tokenizer, language_model, signal_tokens: the parts.
         loss_weights: weights of the loss terms.
         pack_to: length in tokens of the sequences into which rows are packed for the language model; None to not pack.
         tokenizer: set by `MultimodalProcessor(model=…)` and `from_pretrained`; generation decodes text with it.
 
     Raises:
-        InputError: a language model without a head, or a projector that does not fit the sizes on its two sides.
+        InputError: a language model without a head, a projector that does not fit the sizes on its two sides, or a
+            tokenizer with another part's key.
     """
 
     config_class = MultimodalConfig
@@ -79,6 +84,7 @@ class MultimodalModel(Composition):
         encoders: Mapping[str, ModalEncoderModule],
         language_model: PreTrainedModel,
         decoders: Mapping[str, ModalDecoderModule] | None = None,
+        tokenizers: Mapping[str, ModalTokenizerModule | MediaTokenizer] | None = None,
         *,
         preprocess_llm_callback: Callable[..., dict[str, Any]] | None = None,
         init_projector_type: str = "linear",
@@ -86,14 +92,16 @@ class MultimodalModel(Composition):
         init_output_projector_type: str = "transformer",
     ):
         super().__init__(MultimodalConfig())
-        decoders = decoders or {}
+        decoders, tokenizers = decoders or {}, tokenizers or {}
+        if both := sorted(set(tokenizers) & {*encoders, *decoders}):
+            raise InputError(f"{', '.join(both)} is both a tokenizer and an encoder or decoder; name one otherwise")
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         if head is None:
             raise InputError(
                 f"{type(language_model).__name__} has no language-model head; give a causal language model "
                 "(AutoModelForCausalLM)"
             )
-        self.encoder_keys, self.decoder_keys = tuple(encoders), tuple(decoders)
+        self.encoder_keys, self.decoder_keys, self.tokenizer_keys = map(tuple, (encoders, decoders, tokenizers))
         for key, encoder in encoders.items():
             encoder.modality = encoder.modality or key
             encoder.init_projector(embedding.weight.shape[1], init_projector_type, init_activation)
@@ -105,16 +113,20 @@ class MultimodalModel(Composition):
             self.add_module(f"{key}_decoder", decoder)
         counts = {key: decoder.num_signal_tokens for key, decoder in decoders.items()}
         signals = {key: decoder.signal for key, decoder in decoders.items()}
-        self.signal_tokens = SignalTokens(counts, embedding, head, signals)
+        for key, one in tokenizers.items():
+            self.add_module(f"{key}_tokenizer", ModalTokenizerModule(one) if isinstance(one, MediaTokenizer) else one)
+        grids = {key: tokenizer.grid() for key, tokenizer in self.tokenizers.items()}
+        self.signal_tokens = SignalTokens(counts, embedding, head, signals, grids)
         self.preprocess_llm_callback = preprocess_llm_callback
         self.loss_weights = LossWeights()
         self.pack_to: int | None = None
         self.token_ids: dict[str, int] | None = None
         self.tokenizer = None
-        self.frozen = {  # `DiffusionDecoder` freezes its networks by default
+        self.frozen = {  # `DiffusionDecoder` and `MediaTokenizer` freeze their networks by default
             part
             for part in self.parts
-            if part.endswith(("_decoder", "_denoiser")) and not any(p.requires_grad for p in self.part_parameters(part))
+            if part.endswith(("_decoder", "_denoiser", "_tokenizer"))
+            and not any(p.requires_grad for p in self.part_parameters(part))
         }
         self.config = MultimodalConfig.of(self)
 
@@ -193,6 +205,7 @@ class MultimodalModel(Composition):
             text_states: replaces the language model, as `cache.TextStates` does; gives no full logits or hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) if only one encoder takes it, or as
                 `<key>.<name>`; `<key>.features` replaces all others of an encoder (see `ModalEncoderModule.encode`).
+                A tokenizer's are `<key>.media` or `<key>.codes`, for all its media in the batch.
 
         Raises:
             InputError: an input that no encoder or several encoders take; numbers of placeholders and features, or of
@@ -200,6 +213,8 @@ class MultimodalModel(Composition):
         """
         full = labels is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
+            input_ids, labels, encoder_inputs = self.write_codes(input_ids, labels, encoder_inputs)
+            attention_mask = hide_conditions(self, input_ids, attention_mask, labels, generators)
             features = self.encode(encoder_inputs)
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
@@ -237,6 +252,7 @@ class MultimodalModel(Composition):
         """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
         with self.signal_tokens.attached(self.language_model) as tap:
+            input_ids, _, inputs = self.write_codes(input_ids, None, inputs)
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
             batch = find_losses(self, merged)
             tap.select, tap.most = batch.nll, 0

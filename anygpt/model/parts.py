@@ -27,6 +27,7 @@ def part_modules(model: Composition) -> dict[str, nn.Module]:
         **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},
         "language_model": model.language_model,
         **{f"{key}_decoder": decoder.module for key, decoder in model.decoders.items()},
+        **{f"{key}_tokenizer": tokenizer.module for key, tokenizer in model.tokenizers.items()},
     }
 
 
@@ -57,7 +58,7 @@ def source_of(part: nn.Module) -> Source | None:
     part = base_model(part)
     if hasattr(part, "anygpt_source"):
         return part.anygpt_source
-    path = part.pipeline.name_or_path if isinstance(part, DiffusionDecoder) else part.name_or_path
+    path = getattr(part.pipeline if isinstance(part, DiffusionDecoder) else part, "name_or_path", None)
     if not path:
         return None
     frames = VideoEncoder.settings if isinstance(part, VideoEncoder) else ()

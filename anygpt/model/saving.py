@@ -47,6 +47,7 @@ from anygpt.model.parts import (
 from anygpt.parts.manifest import MANIFEST
 from anygpt.parts.publishing import PUSH_ARGUMENTS, let_umask_decide, push
 from anygpt.sequence.signal_tokens import SignalTokens
+from anygpt.tokenizers.base import MediaTokenizer
 
 SHARD = "50GB"
 
@@ -167,6 +168,9 @@ def _save_part(part: nn.Module, folder: Path, max_shard_size: int | str) -> None
     if isinstance(part, DiffusionDecoder):
         part.without_adapter().save_pretrained(folder, max_shard_size=max_shard_size)
         return
+    if isinstance(part, MediaTokenizer):
+        part.save_pretrained(folder)
+        return
     inner, state = base_model(part), own_state(part)
     if isinstance(inner, VideoEncoder):
         prefix = f"{VideoEncoder.base_model_prefix}."
@@ -204,15 +208,15 @@ def _write_signal_rows(
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     unsaid = sorted({*other_ids, *signal.query_ids})
-    size = max([before - 1, *unsaid, *(i for ids in signal.ids.values() for i in ids)]) + 1
+    size = max([before - 1, *unsaid, *(i for key in signal.ids for i in signal.row_ids(key))]) + 1
     if size > before:
         model.resize_token_embeddings(size, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding.weight[before:] = 0
     head.weight[before:] = 0
-    for key, ids in signal.ids.items():
-        said = ids[: len(signal.output_rows[key])]
-        embedding.weight[ids] = signal.input_rows[key].to(embedding.weight)
+    for key in signal.ids:
+        said = signal.row_ids(key)[: len(signal.output_rows[key])]
+        embedding.weight[signal.row_ids(key)] = signal.input_rows[key].to(embedding.weight)
         head.weight[said] = signal.output_rows[key].to(head.weight)
         if getattr(head, "bias", None) is not None:
             head.bias[said] = 0

@@ -13,7 +13,7 @@ from anygpt.decoders.targets import TargetProcessor
 from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.errors import InputError
-from anygpt.media.types import MEDIA
+from anygpt.media.types import MEDIA, media_type
 from anygpt.processing import chat_template as chat
 
 FeatureCounter = Callable[[dict, dict], "int | list[int] | list[list[int]]"]
@@ -24,7 +24,7 @@ class ConversationProcessor(ProcessorMixin):
 
     llm_tokenizer: PreTrainedTokenizerBase
     injects: bool  # whether features replace placeholders, rather than precede the text
-    # by encoder key
+    # by encoder key; placeholders and modalities also by tokenizer key
     encoder_processors: dict[str, Any]
     num_feature_funcs: dict[str, FeatureCounter]
     tokens: dict[str, str]  # the placeholders
@@ -34,25 +34,35 @@ class ConversationProcessor(ProcessorMixin):
     encoder_configs: dict[str, PreTrainedConfig]
     encoder_callbacks: dict[str, EncoderCallbacks | None]
     projector_configs: dict[str, MultimodalProjectorConfig]
-    # by decoder key: the tokens of a span, the media type, and the target format
+    # by decoder and tokenizer key: the named tokens of a span, the media type, and the target format
     signal_tokens: dict[str, list[str]]
     makes: dict[str, str]
     targets: dict[str, TargetProcessor]
+    spans: dict[str, int]  # by tokenizer key: the tokens of a medium, which its placeholder stands for
 
     @property
     def token_ids(self) -> dict[str, int]:
         """`{encoder key: id of its placeholder}`."""
-        return {key: self.llm_tokenizer.convert_tokens_to_ids(token) for key, token in self.tokens.items()}
+        tokens = {key: token for key, token in self.tokens.items() if key not in self.spans}
+        return {key: self.llm_tokenizer.convert_tokens_to_ids(token) for key, token in tokens.items()}
 
     @property
     def signal_token_ids(self) -> dict[str, list[int]]:
-        """`{decoder key: ids of its signal tokens}`."""
+        """`{decoder or tokenizer key: ids of its signal tokens}`, without codes."""
         return {key: self.llm_tokenizer.convert_tokens_to_ids(names) for key, names in self.signal_tokens.items()}
 
     def register(self, model: Composition) -> None:
-        """Set the token ids and tokenizer of a model, which then injects features."""
+        """Set the token ids and tokenizer of a model, which then injects features.
+
+        Codes get the ids behind the vocabularies of tokenizer and model. Nothing that is saved depends on them.
+        """
         model.set_token_ids(self.token_ids)
-        model.signal_tokens.set_ids(self.signal_token_ids)
+        ids, first = self.signal_token_ids, max(self.llm_tokenizer.get_vocab().values()) + 1
+        first = max(first, model.get_input_embeddings().weight.shape[0])
+        for key, grid in model.signal_tokens.grids.items():
+            ids[key].append(first)
+            first += grid.size
+        model.signal_tokens.set_ids(ids)
         model.tokenizer = self.llm_tokenizer
 
     def encoder_key(self, modality: str) -> str:
@@ -63,19 +73,26 @@ class ConversationProcessor(ProcessorMixin):
         """The decoder that makes a media type; raises `InputError` if there is none."""
         return _key_of(modality, self.makes, "decoder makes")
 
+    def key_of(self, role: str, modality: str) -> str:
+        """The encoder, decoder or tokenizer of a media part; raises `InputError` if there is none."""
+        return self.decoder_key(modality) if role == "assistant" else self.encoder_key(modality)
+
     def media_argument(self, key: str) -> str:
         """The name of the media argument of an encoder's processor (`images`, `raw_speech`, …)."""
+        if key in self.spans:
+            return "media"
         return next(iter(inspect.signature(self.encoder_processors[key].__call__).parameters))
 
     def apply_chat_template(self, conversation: Sequence[Any], **kwargs: Any) -> str | list[str] | BatchFeature:
         """Render one conversation or several, with media content parts, as text by the tokenizer's template.
 
-        A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder. `kwargs`
-        go to the template (`add_generation_prompt=True`).
+        A user's or system's media part becomes its placeholder, an assistant's the signal span of its decoder, or its
+        tokenizer's placeholder. `kwargs` go to the template (`add_generation_prompt=True`).
 
         With `tokenize=True`, return a batch for the model instead. Users' media parts must then hold their medium under
         their type, `{"type": "image", "image": PIL.Image}`, a clip as uint8 `(F, H, W, 3)` or `data.Video`, a sound as
-        `(waveform, sampling rate)` or `data.Audio`. Media in an assistant's parts are inputs of the user's next turn.
+        `(waveform, sampling rate)` or `data.Audio`. Media in an assistant's parts are inputs of the user's next turn;
+        where they have a media tokenizer, they become codes in their place.
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = conversation if several else [conversation]
@@ -85,23 +102,27 @@ class ConversationProcessor(ProcessorMixin):
         # passed by transformers' pipeline; nothing else is supported here
         for name in ("return_tensors", "return_dict", "processor_kwargs"):
             kwargs.pop(name, None)
-        reads = {*self.modalities, *self.modalities.values()}
+        read = {key: self.modalities[key] for key in self.encoder_processors}
+        reads = {*read, *read.values()}
         conversations = [chat.feed_back(messages, reads) for messages in conversations]
         media = []
-        for message in (m for messages in conversations for m in messages if m["role"] != "assistant"):
+        for message in (m for messages in conversations for m in messages):
             parts = [] if isinstance(message["content"], str) else message["content"]
             for part in (p for p in parts if p["type"] != "text"):
+                key = self.key_of(message["role"], part["type"])
+                if message["role"] == "assistant" and key not in self.spans:
+                    continue
                 if part["type"] not in part:
                     raise InputError(
                         f"a media part has the keys {sorted(part)}; with tokenize=True it must hold its medium under "
                         f"{part['type']!r}"
                     )
-                media.append((part["type"], part[part["type"]]))
+                media.append((key, part[part["type"]]))
         texts = [chat.render(self.llm_tokenizer, self.flatten_messages(one), **kwargs) for one in conversations]
         return self(self.arrange_media(media), {"text": texts})
 
     def arrange_media(self, media: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Convert `(media type, medium)` pairs to `encoder_inputs`, in the form that each encoder's processor takes.
+        """Convert `(media type or key, medium)` pairs to `encoder_inputs`, in the form that each processor takes.
 
         Sounds are mixed to mono and resampled to the feature extractor's rate.
         """
@@ -110,7 +131,10 @@ class ConversationProcessor(ProcessorMixin):
             key = self.encoder_key(modality)
             name = self.media_argument(key)
             arguments = inputs.setdefault(key, {name: []})
-            kind, own = MEDIA.get(self.modalities[key]), self.encoder_processors[key]
+            kind, own = MEDIA.get(self.modalities[key]), self.encoder_processors.get(key)
+            if own is None:
+                arguments[name].append(media_type(self.modalities[key]).to_target(medium))
+                continue
             if kind is not None and kind.heard:
                 arguments["sampling_rate"] = own.sampling_rate
             arguments[name].append(medium if kind is None else kind.to_input(medium, own))
@@ -123,9 +147,9 @@ class ConversationProcessor(ProcessorMixin):
         def text_of(role: str, part: Mapping[str, Any]) -> str:
             if part["type"] == "text":
                 return chat.plain(part["text"], special)
-            if role == "assistant":
-                return "".join(self.signal_tokens[self.decoder_key(part["type"])])
-            return self.tokens[self.encoder_key(part["type"])]
+            key = self.key_of(role, part["type"])
+            signal = role == "assistant" and key not in self.spans
+            return "".join(self.signal_tokens[key]) if signal else self.tokens[key]
 
         turns = ((message["role"], chat.parts_of(message["content"])) for message in messages)
         return [{"role": role, "content": "".join(text_of(role, part) for part in parts)} for role, parts in turns]

@@ -57,12 +57,15 @@ def save_pretrained(
             "projector": None if config is None else processor.projector_configs[key].to_diff_dict(),
             "callbacks": callback_dict(processor.encoder_callbacks.get(key)),
         }
+    tokens, makes = processor.signal_tokens, processor.makes
     decoders = {
-        key: {"tokens": processor.signal_tokens[key], "targets": targets.to_dict(), "modality": processor.makes[key]}
+        key: {"tokens": tokens[key], "targets": targets.to_dict(), "modality": makes.get(key)}
         for key, targets in processor.targets.items()
     }
+    tokenizers = {key: {"span": count, "modality": processor.modalities[key]} for key, count in processor.spans.items()}
     name, injects = type(processor).__name__, processor.injects
     content = {"processor_class": name, "injects": injects, "encoders": encoders, "decoders": decoders}
+    content["tokenizers"] = tokenizers
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     if push_to_hub:
         push(folder, **{"repo_id": folder.name} | options)
@@ -118,7 +121,12 @@ def from_pretrained(
     processor.encoder_callbacks = {key: build_callback(entry["callbacks"]) for key, entry in encoders.items()}
     processor.signal_tokens = {key: entry["tokens"] for key, entry in decoders.items()}
     processor.targets = {key: target_processor_from_dict(entry["targets"]) for key, entry in decoders.items()}
-    processor.makes = {key: e.get("modality", processor.targets[key].modality) for key, e in decoders.items()}
+    makes = {key: e.get("modality", processor.targets[key].modality) for key, e in decoders.items()}
+    processor.makes = {key: modality for key, modality in makes.items() if modality}
+    tokenizers = content.get("tokenizers", {})
+    processor.spans = {key: entry["span"] for key, entry in tokenizers.items()}
+    processor.modalities |= {key: entry["modality"] for key, entry in tokenizers.items()}
+    processor.tokens |= {key: processor.signal_tokens[key][0] for key in tokenizers}
     processor.injects = content["injects"]
     if model is not None:
         processor.register(model)

@@ -67,7 +67,7 @@ class MultimodalProcessor(ConversationProcessor):
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs, self.encoder_callbacks, self.projector_configs = {}, {}, {}
-        self.signal_tokens, self.makes, self.targets = {}, {}, {}
+        self.signal_tokens, self.makes, self.targets, self.spans = {}, {}, {}, {}
         self.injects = model is not None
         if model is not None:
             if set(model.encoder_keys) != set(self.encoder_processors):
@@ -82,16 +82,20 @@ class MultimodalProcessor(ConversationProcessor):
             self.signal_tokens = model.signal_tokens.names
             self.describe_targets(model)
         self.fit = fitting.checked(self.modalities, fit or {})
-        new = [*self.tokens.values(), *itertools.chain.from_iterable(self.signal_tokens.values())]
+        if model is not None:
+            self.spans = {key: len(grid) for key, grid in model.signal_tokens.grids.items()}
+            self.tokens |= {key: self.signal_tokens[key][0] for key in self.spans}
+            self.modalities |= {key: tokenizer.modality for key, tokenizer in model.tokenizers.items()}
+        new = list(dict.fromkeys([*self.tokens.values(), *itertools.chain.from_iterable(self.signal_tokens.values())]))
         # With the default, a second call would drop the tokenizer's existing special tokens.
         self.llm_tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
         if model is not None:
             self.register(model)
 
     def describe_targets(self, model: Composition) -> None:
-        """Read the decoders' target formats, which depend on what currently trains in them."""
-        self.makes = {key: decoder.modality for key, decoder in model.decoders.items()}
-        self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
+        """Read the target formats, which depend on what currently trains in the decoders."""
+        self.makes = {key: maker.modality for key, maker in model.makers.items()}
+        self.targets = {key: one.module.targets for key, one in (model.decoders | model.tokenizers).items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
@@ -140,7 +144,8 @@ class MultimodalProcessor(ConversationProcessor):
         """Run every processor on its inputs, expand the placeholders, and tokenize.
 
         Args:
-            encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row.
+            encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row. For
+                tokenizers `{tokenizer key: {"media": [media]}}`, in the form of targets.
             llm_inputs: arguments of the tokenizer; `text` is a string or a list, which is padded by default. No special
                 tokens are added if it comes from a chat template or begins with the BOS token.
             return_tensors: framework of the tensors; PyTorch by default.
@@ -191,15 +196,22 @@ class MultimodalProcessor(ConversationProcessor):
             The tensors by argument name; the numbers of features of each input by key (None if unknown); and, for keys
             given as one list a row, the number of inputs of each row.
         """
-        if unknown := sorted(set(encoder_inputs) - set(self.encoder_processors)):
+        if unknown := sorted(set(encoder_inputs) - set(self.tokens)):
             raise InputError(
-                f"inputs are given for {unknown}, which no encoder reads; the encoders are "
-                f"{list(self.encoder_processors)}"
+                f"inputs are given for {unknown}, which no encoder reads; the encoders are {list(self.tokens)}"
             )
         outputs: dict[str, dict[str, Any]] = {}
         counts: dict[str, list[int] | None] = {}
         per_row: dict[str, list[int]] = {}
+        data: dict[str, Any] = {}
+        for key in self.spans:
+            media, rows = _flatten(encoder_inputs.get(key, {}).get("media", []))
+            if media:
+                data[f"{key}.media"], counts[key] = self.targets[key](media), [self.spans[key]] * len(media)
+                per_row |= {} if rows is None else {key: rows}
         for key, inputs in encoder_inputs.items():
+            if key in self.spans:
+                continue
             processor, inputs = self.encoder_processors[key], dict(inputs)
             name = self.media_argument(key)
             if name in inputs:
@@ -227,7 +239,6 @@ class MultimodalProcessor(ConversationProcessor):
                 counts[key] = counts[key] and _sums(counts[key], lengths)
                 if key in per_row:
                     per_row[key] = _sums(lengths, per_row[key])
-        data: dict[str, Any] = {}
         for key, output in outputs.items():
             others = [getattr(own, "model_input_names", ()) for k, own in self.encoder_processors.items() if k != key]
             others += [other for k, other in outputs.items() if k != key]

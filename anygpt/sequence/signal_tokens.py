@@ -7,12 +7,13 @@ whether PEFT wraps it, and whatever it does after its head (soft-capping, scalin
 
 With `queries` in place of `tokens` a span is one trigger, `[IMG]`, followed by `N` learned queries (MetaQuery,
 arXiv 2504.06256): only the trigger is generated, so only it has an output row and an NLL; the states are read at the
-queries. Shape legend: `anygpt.outputs`.
+queries. A media tokenizer's span is `<image> c₁ … cₙ </image>` (Chameleon, arXiv 2405.09818; Emu3, arXiv 2409.18869),
+with a row for each of its codes. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 
-SIGNALS = ("tokens", "queries")
+SIGNALS = ("tokens", "queries")  # of decoders
+NOISE = 0.1  # of rows from a codebook, in standard deviations: entries that are not in use may be equal
+SET_IDS = "build the MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
 CHUNK = 512
 """Positions whose logits are computed at once where labels need more: logits of all would take the most memory."""
 
@@ -36,6 +39,31 @@ def token_names(key: str, count: int, signal: str = "tokens") -> list[str]:
     """
     prefix = MEDIA[key].prefix if key in MEDIA else key.upper()
     return [f"[{prefix}]"] * (signal == "queries") + [f"[{prefix}{i}]" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of one medium, in a span `<key> c₁ … cₙ </key>`.
+
+    Attributes:
+        size: number of different codes.
+        bounds: for each code of a medium, the first that it may be and the end of those.
+        columns: codes before each token that ends a row, `<key-row>`; None for no such tokens.
+        codebook: `(size, d)`, whose linear map the codes' new rows are; None for random ones.
+    """
+
+    size: int
+    bounds: Sequence[tuple[int, int]]
+    columns: int | None = None
+    codebook: Tensor | None = None
+
+    def names(self, key: str) -> list[str]:
+        """The tokens that are no codes: begin, end and, if there are any, the end of a row."""
+        return [f"<{key}>", f"</{key}>"] + [f"<{key}-row>"] * bool(self.columns)
+
+    def __len__(self) -> int:
+        """Tokens of a span."""
+        return len(self.bounds) + 2 + (len(self.bounds) // self.columns if self.columns else 0)
 
 
 @dataclass(frozen=True)
@@ -76,26 +104,34 @@ class Tap:
 
 
 class SignalTokens(nn.Module):
-    """Input and output rows of all signal tokens, by decoder key.
+    """Input and output rows of all signal tokens, by decoder key, and of codes, by tokenizer key.
 
     Args:
         counts: `{decoder key: N}`.
         embedding, head: the language model's own; new rows are drawn with the statistics of theirs.
         signals: `{decoder key: "tokens" | "queries"}`; by default tokens.
+        grids: `{tokenizer key: Grid}`.
 
     Attributes:
         input_rows: `{key: (span length, H)}` float32 parameters; a span has `N` tokens, or a trigger and `N` queries.
-        output_rows: `{key: (N, H)}`, or `(1, H)` for the trigger of queries.
+            Of a grid: its named tokens, then its codes.
+        output_rows: `{key: (N, H)}`, or `(1, H)` for the trigger of queries; of a grid as many as input rows.
         ids: `{key: [id, …]}`, the tokenizer's ids of a span; empty until `set_ids`. A padded vocabulary puts some of
             them inside the model's own matrices and others beyond them, so rows are looked up by id, never by offset.
+            Of a grid: the ids of its named tokens, and that of its first code, which the tokenizer does not know.
     """
 
     def __init__(
-        self, counts: Mapping[str, int], embedding: nn.Module, head: nn.Module, signals: Mapping[str, str] | None = None
+        self,
+        counts: Mapping[str, int],
+        embedding: nn.Module,
+        head: nn.Module,
+        signals: Mapping[str, str] | None = None,
+        grids: Mapping[str, Grid] | None = None,
     ):
         super().__init__()
-        self.counts = dict(counts)
-        self.signals = {key: (signals or {}).get(key, "tokens") for key in counts}
+        self.counts, self.grids = dict(counts), dict(grids or {})
+        self.signals = {key: (signals or {}).get(key, "tokens") for key in counts} | dict.fromkeys(self.grids, "codes")
         self.input_rows, self.output_rows = nn.ParameterDict(), nn.ParameterDict()
         self.ids: dict[str, list[int]] = {}
         for key, count in counts.items():
@@ -104,13 +140,37 @@ class SignalTokens(nn.Module):
             queries = self.signals[key] == "queries"
             self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count + queries))
             self.output_rows[key] = nn.Parameter(_rows_like(head.weight, 1 if queries else count))
+        for key, grid in self.grids.items():
+            for rows, matrix in ((self.input_rows, embedding.weight), (self.output_rows, head.weight)):
+                named = _rows_like(matrix, len(grid.names(key)))
+                rows[key] = nn.Parameter(torch.cat([named, _rows_like(matrix, grid.size, grid.codebook)]))
         self._row_of_id: Tensor
         self.register_buffer("_row_of_id", torch.empty(0, dtype=torch.long), persistent=False)
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """The tokens of each decoder's span."""
-        return {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
+        """The tokens of each decoder's span, and the named ones of each grid's."""
+        names = {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
+        return names | {key: grid.names(key) for key, grid in self.grids.items()}
+
+    def row_ids(self, key: str) -> list[int]:
+        """The id of each input row."""
+        if key not in self.grids:
+            return self.ids[key]
+        *named, first = self.ids[key]
+        return [*named, *range(first, first + self.grids[key].size)]
+
+    @property
+    def spans(self) -> dict[str, list[int | range]]:
+        """What each place of a span may hold, by key: one id, or any code."""
+        return {key: self._span_of_codes(key) if key in self.grids else list(ids) for key, ids in self.ids.items()}
+
+    def _span_of_codes(self, key: str) -> list[int | range]:
+        grid, (begin, end, *row_end, first) = self.grids[key], self.ids[key]
+        codes: list[int | range] = [range(first + low, first + high) for low, high in grid.bounds]
+        for column in range(len(codes), 0, -(grid.columns or len(codes))):
+            codes[column:column] = row_end
+        return [begin, *codes, end]
 
     @property
     def query_ids(self) -> list[int]:
@@ -118,64 +178,109 @@ class SignalTokens(nn.Module):
         return [i for key, span in self.ids.items() if self.signals[key] == "queries" for i in span[1:]]
 
     def set_ids(self, ids: Mapping[str, list[int]]) -> None:
-        """Set the token ids of the rows: `{decoder key: ids of its span}`, for every decoder.
+        """Set the token ids of the rows: `{key: …}`, for every key as in the attribute `ids`.
 
         Raises:
-            InputError: a decoder without ids, the wrong number of them, or an id used twice.
+            InputError: a key without ids, the wrong number of them, or an id used twice.
         """
-        if set(ids) != set(self.counts):
-            raise InputError(f"signal token ids are given for {sorted(ids)}; expected {sorted(self.counts)}")
+        if set(ids) != set(self.names):
+            raise InputError(f"signal token ids are given for {sorted(ids)}; expected {sorted(self.names)}")
         for key, names in self.names.items():
-            if len(ids[key]) != len(names):
+            if len(ids[key]) != len(names) + (key in self.grids):
                 raise InputError(f"decoder {key!r} has {len(names)} signal tokens, but {len(ids[key])} ids were given")
-        flat = [i for key in self.counts for i in ids[key]]
+        self.ids = {key: list(ids[key]) for key in self.names}
+        flat = [i for key in self.ids for i in self.row_ids(key)]
         if len(set(flat)) != len(flat):
             raise InputError(f"signal token ids must all differ, got {dict(ids)}")
-        self.ids = {key: list(ids[key]) for key in self.counts}
         row_of_id = torch.full((max(flat, default=-1) + 1,), -1, dtype=torch.long, device=self._row_of_id.device)
         row_of_id[flat] = torch.arange(len(flat), device=row_of_id.device)
         self._row_of_id = row_of_id
 
-    def row_of(self, input_ids: Tensor) -> Tensor:
-        """Row of each id in the concatenation of all keys' rows, -1 if it is no signal token; same shape."""
-        if not len(self._row_of_id):
-            return torch.full_like(input_ids, -1)
+    def row_of(self, input_ids: Tensor, key: str) -> Tensor:
+        """Row of each id in those of a key, -1 if it is none of its tokens; same shape."""
         inside = (input_ids >= 0) & (input_ids < len(self._row_of_id))
-        return torch.where(inside, self._row_of_id[input_ids.clamp(0, len(self._row_of_id) - 1)], -1)
+        row = torch.where(inside, self._row_of_id[input_ids.clamp(0, len(self._row_of_id) - 1)], -1)
+        lengths = {name: len(rows) for name, rows in self.input_rows.items()}
+        row = row - sum(list(lengths.values())[: list(lengths).index(key)])
+        return torch.where(row < lengths[key], row, -1).clamp(min=-1)
 
     def find_spans(self, input_ids: Tensor, key: str) -> Spans:
-        """The spans of one decoder in `(B, S)` ids, with the `N` positions whose states are read.
+        """The spans of one decoder in `(B, S)` ids, with the `N` positions whose states are read; or of one tokenizer,
+        with the positions of the codes.
 
         Raises:
             InputError: a span is incomplete or out of order; the message names the row.
         """
-        ids = torch.tensor(self.ids.get(key, [-1]), device=input_ids.device)
-        count = len(ids)
-        rows, starts = (input_ids == ids[0]).nonzero(as_tuple=True)
+        span = self.spans.get(key, [-1])
+        first, last = ([place[i] if isinstance(place, range) else place for place in span] for i in (0, -1))
+        count, lowest, highest = len(span), input_ids.new_tensor(first), input_ids.new_tensor(last)
+        rows, starts = (input_ids == span[0]).nonzero(as_tuple=True)
         positions = starts[:, None] + torch.arange(count, device=input_ids.device)
         inside = positions[:, -1] < input_ids.shape[1] if len(rows) else rows.bool()
         found = input_ids[rows[:, None], positions.clamp(max=input_ids.shape[1] - 1)]
-        whole = inside & (found == ids).all(dim=1)
-        stray = torch.isin(input_ids, ids).sum(dim=1) - torch.bincount(rows, minlength=input_ids.shape[0]) * count
+        whole = inside & ((lowest <= found) & (found <= highest)).all(dim=1)
+        held = self.row_of(input_ids, key) >= 0 if key in self.ids else input_ids == -1
+        stray = held.sum(dim=1) - torch.bincount(rows, minlength=input_ids.shape[0]) * count
         if not bool(whole.all()) or bool(stray.any()):
             bad = int(rows[~whole][0]) if not bool(whole.all()) else int(stray.nonzero()[0])
-            raise InputError(
-                f"row {bad} holds a broken {key!r} signal span; expected the {count} tokens "
-                f"{' '.join(self.names[key])} one after the other"
-            )
+            expected = f"the {count} tokens {' '.join(self.names[key])} one after the other"
+            if grid := self.grids.get(key):
+                begin, end, *_ = grid.names(key)
+                expected = f"{begin}, {len(grid.bounds)} codes of a medium, {end}"
+            raise InputError(f"row {bad} holds a broken {key!r} signal span; expected {expected}")
+        if key in self.grids:
+            return Spans(rows, positions[:, lowest < highest])
         return Spans(rows, positions[:, -self.counts[key] :])
+
+    def write_codes(
+        self, input_ids: Tensor, labels: Tensor | None, codes: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Replace each run of begin tokens, as long as a span, by the span of a medium's codes; so in the labels.
+
+        Args:
+            input_ids, labels: `(B, S)`; the labels hold -100 or the ids.
+            codes: `{tokenizer key: (K, n) int64}`, in the order of the batch.
+
+        Raises:
+            InputError: another number or shape of media, codes out of range, or a span that is not whole.
+        """
+        for key, given in codes.items():
+            if key not in self.ids:
+                raise InputError(f"there are {key!r} codes, but the model does not know their ids; {SET_IDS}")
+            grid, span = self.grids[key], self.spans[key]
+            if given.dim() != 2 or given.shape[1] != len(grid.bounds):
+                raise InputError(f"{key!r} codes have shape {tuple(given.shape)}; expected (media, {len(grid.bounds)})")
+            low, high = torch.tensor(grid.bounds, device=given.device).unbind(1)
+            if not bool(((low <= given) & (given < high)).all()):
+                raise InputError(f"{key!r} codes are out of range; the media tokenizer has {grid.size}")
+            held = input_ids == span[0]
+            per_row = held.sum(dim=1)
+            if int(per_row.sum()) != len(given) * len(span) or bool((per_row % len(span)).any()):
+                raise InputError(
+                    f"{key!r}: the batch has {per_row.tolist()} places by row for the codes of {len(given)} media, "
+                    f"each of which takes {len(span)} (MultimodalProcessor writes them)"
+                )
+            fixed = input_ids.new_tensor([-1 if isinstance(place, range) else place for place in span])
+            spans = fixed.repeat(len(given), 1)
+            spans[:, fixed < 0] = given.to(input_ids) + self.ids[key][-1]
+            input_ids = input_ids.masked_scatter(held, spans)
+            labels = labels if labels is None else torch.where(held & (labels == span[0]), input_ids, labels)
+        for key in self.grids:
+            self.find_spans(input_ids, key)
+        return input_ids, labels
 
     def fill_embeddings(self, embeds: Tensor, input_ids: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Replace the embeddings `(…, H)` of signal tokens among the ids `(…,)` by the input rows.
 
         `scale` is the factor that the embedding applies to its own rows, as Gemma's does.
         """
-        row = self.row_of(input_ids)
-        held = row >= 0
-        if not bool(held.any()):
-            return embeds
-        rows = (torch.cat(list(self.input_rows.values())) * scale).to(embeds.dtype)
-        return embeds.masked_scatter(held[..., None], rows[row[held]])
+        for key in self.ids:
+            row = self.row_of(input_ids, key)
+            held = row >= 0
+            if bool(held.any()):
+                found = (self.input_rows[key][row[held]] * scale).to(embeds.dtype)
+                embeds = embeds.masked_scatter(held[..., None], found)
+        return embeds
 
     def extend_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """Add the logits of signal tokens: `(…, V)` logits and `(…, H)` states -> `(…, V')` logits.
@@ -185,13 +290,13 @@ class SignalTokens(nn.Module):
         """
         if not self.ids:
             return logits
-        said = [i for key, rows in self.output_rows.items() for i in self.ids[key][: len(rows)]]
-        rows, least = torch.cat(list(self.output_rows.values())), torch.finfo(logits.dtype).min
-        extra = max(0, len(self._row_of_id) - logits.shape[-1])
+        least, extra = torch.finfo(logits.dtype).min, max(0, len(self._row_of_id) - logits.shape[-1])
         wide = F.pad(logits, (0, extra), value=least) if extra else logits.clone()
         wide = wide.index_fill_(-1, torch.tensor(self.query_ids, device=logits.device, dtype=torch.long), least)
-        signal = F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype)
-        return wide.index_copy_(-1, torch.tensor(said, device=logits.device), signal)
+        for key, rows in self.output_rows.items():
+            said = torch.tensor(self.row_ids(key)[: len(rows)], device=logits.device)
+            wide = wide.index_copy_(-1, said, F.linear(hidden, rows.to(hidden.dtype)).to(logits.dtype))
+        return wide
 
     @contextmanager
     def attached(self, language_model: nn.Module) -> Iterator[Tap]:
@@ -266,11 +371,17 @@ def run_after_layers(language_model: nn.Module, states: Tensor) -> Tensor:
             layers.forward = before
 
 
-def _rows_like(matrix: Tensor, count: int) -> Tensor:
-    """`count` random float32 rows with the mean and standard deviation of `matrix`'s rows.
+def _rows_like(matrix: Tensor, count: int, codebook: Tensor | None = None) -> Tensor:
+    """`count` random float32 rows with the mean and standard deviation of `matrix`'s rows; given a codebook
+    `(count, d)`, a random linear map of it, and a little noise.
 
     Identical initial rows would stay interchangeable: every signal token would learn the same thing.
     """
     matrix = matrix.detach().float()
     mean, std = matrix.mean(dim=0), matrix.std(dim=0)
-    return mean + std * torch.randn(count, matrix.shape[1], device=matrix.device)
+    drawn = torch.randn(count, matrix.shape[1], device=matrix.device)
+    if codebook is not None:
+        mapped = codebook.detach().float().to(matrix.device)
+        mapped = (mapped - mapped.mean(dim=0)) @ torch.randn(mapped.shape[1], matrix.shape[1], device=matrix.device)
+        drawn = (mapped - mapped.mean(dim=0)) / mapped.std(dim=0).clamp(min=1e-6) + NOISE * drawn
+    return mean + std * drawn

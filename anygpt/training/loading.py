@@ -68,7 +68,9 @@ def naming_rows(
             if sample.id in ids[SAMPLE_IDS] and isinstance(loaded := dataset[index], LoadedSample):
                 try:
                     with torch.no_grad():
-                        model.encode(move(collator.encoder_inputs([loaded])[0], model.device))
+                        data = collator.encoder_inputs([loaded])[0]
+                        data = {n: v for n, v in data.items() if n.partition(".")[0] not in model.tokenizer_keys}
+                        model.encode(move(data, model.device))
                 except InputError as error:
                     raise BadSampleError(sample.naming(error)) from error
         raise BadSampleError(f"one of the rows {', '.join(ids[SAMPLE_IDS])}: {refusal}") from refusal

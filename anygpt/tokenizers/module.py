@@ -1,0 +1,93 @@
+"""`ModalTokenizerModule`: a media tokenizer as one modality of a language model that reads and writes its codes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anygpt.decoders.options import ALTERNATIVES, MAX_SEED, is_integer, is_number
+from anygpt.errors import InputError
+from anygpt.sequence.signal_tokens import Grid
+from anygpt.tokenizers.base import MediaTokenizer
+
+MEDIA, CODES = "media", "codes"
+"""Inputs of a tokenizer, `<key>.media` from its `targets` or `<key>.codes`."""
+SAMPLING = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0}
+"""Options of generation and their defaults: no guidance, and codes drawn from the model's own probabilities."""
+OPTIONS = (*SAMPLING, "seed", "generator")
+
+
+class ModalTokenizerModule(nn.Module):
+    """One modality whose media are spans of codes, `<key> c₁ … cₙ </key>`, in questions and answers alike.
+
+    Args:
+        model: the tokenizer, which stays frozen unless it is trained by itself.
+        row_ends: end each row of the grid (its last axis) with a token, as Emu3 does.
+        defaults: default options of generation, `SAMPLING`: `guidance_scale` g takes logits u + g · (c − u) from those
+            with the preceding tokens, c, and without them, u (arXiv 2207.12598 for tokens); `temperature` 0 is greedy;
+            `top_k` 0 keeps all codes.
+
+    Attributes:
+        module: the tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: MediaTokenizer,
+        row_ends: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(model, MediaTokenizer):
+            raise InputError(f"ModalTokenizerModule takes a MediaTokenizer, got {type(model).__name__}; wrap it first")
+        self.module, self.modality, self.row_ends = model, model.modality, row_ends
+        self.defaults = defaults or {}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """A copy of the default options of generation."""
+        return dict(self._defaults)
+
+    @defaults.setter
+    def defaults(self, options: Mapping[str, Any]) -> None:
+        self.check_options(options)
+        self._defaults = dict(options)
+
+    def grid(self) -> Grid:
+        """What its spans hold."""
+        bounds = [(low, high) for low, high in self.module.bounds.tolist()]
+        columns = self.module.shape[-1] if self.row_ends else None
+        return Grid(self.module.codebook_size, bounds, columns, self.module.codebook())
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise an `InputError` for an option of generation that there is not, or an invalid value."""
+        who = f"the {self.modality} tokenizer"
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {', '.join(OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        if {*ALTERNATIVES[1]} <= set(given):
+            raise InputError(f"{who} is given both seed and generator; give one of them")
+        for name, value in given.items():
+            seeds = value if isinstance(value, (list, tuple)) else [value]
+            good, expected = {
+                "seed": (all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds), "whole numbers from 0"),
+                "generator": (isinstance(value, torch.Generator), "a torch.Generator"),
+                "top_k": (is_integer(value) and value >= 0, "a whole number from 0"),
+                "temperature": (is_number(value) and value >= 0, "a number from 0"),
+                "guidance_scale": (is_number(value), "a finite number"),
+            }[name]
+            if not good:
+                raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge a request's options over the defaults; None stands for the default."""
+        return SAMPLING | self._defaults | {name: value for name, value in given.items() if value is not None}
+
+    own_options = property(lambda self: self.options({}))
+
+    def codes(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Codes `(K, n)` of inputs: `codes` as they are, or `media` encoded."""
+        if len(inputs) != 1:
+            raise InputError(f"the {self.modality} tokenizer is given {', '.join(inputs)}; give one of them")
+        return inputs[CODES] if CODES in inputs else self.module.encode(inputs[MEDIA])
