@@ -62,29 +62,17 @@ class Ablation(BaseModel, extra="forbid"):
         return found if isinstance(body, dict | None) else body
 
 
-class Stages(BaseModel, extra="forbid"):
-    """Config files."""
-
-    stage1: str
-    stage2: str
-    stage3: str
-
-
 class Plan(BaseModel, extra="forbid"):
     """The YAML file's content: config files by stage, rows per dataset, evaluation arguments, ablations by name."""
 
-    stages: Stages
+    stages: dict[Literal["stage1", "stage2", "stage3"], str]
     rows: int
     evaluate: dict[str, Any]
     ablations: dict[str, Ablation]
 
 
 def read_plan(path: Path) -> Plan:
-    """Read and check the list of ablations.
-
-    Raises:
-        InputError: it is unreadable, or has unknown keys.
-    """
+    """Read and check the list of ablations."""
     try:
         return Plan.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
@@ -113,7 +101,7 @@ def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path
     start: Path | None = None
     inherited: dict[str, Any] = {}
     for stage, script in SCRIPTS.items():
-        config = yaml.safe_load((REPOSITORY / getattr(plan.stages, stage)).read_text())
+        config = yaml.safe_load((REPOSITORY / plan.stages[stage]).read_text())
         if stage in ablation.skip:
             # The next stage makes the parts that this one would have made.
             inherited = {f"model.{k}": v for k, v in config.get("model", {}).items() if k != "init_from"}
@@ -123,7 +111,7 @@ def commands(plan: Plan, ablation: Ablation, seed: int, data: Path, folder: Path
         settings |= expand(getattr(ablation, stage), config)
         manifest = (data / stage / "manifest.json").read_text()
         start = folder / f"{stage}-{short_hash([config, settings, manifest, digest(zoo())])}"
-        arguments = [sys.executable, script, "--config", getattr(plan.stages, stage), "--run.output_dir", str(start)]
+        arguments = [sys.executable, script, "--config", plan.stages[stage], "--run.output_dir", str(start)]
         yield start, arguments + [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
         inherited = {}
 

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,16 @@ STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *
 def build(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=zoo(), help="folder of the parts (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once (%(default)s)")
     options = parser.parse_args(arguments)
     check_output(options.output)
     shutil.rmtree(WORK / "untrained", ignore_errors=True)
     write_untrained(WORK / "untrained")
     for kind in COMPONENT_KINDS:
         write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
-    train_all(max(1, options.jobs))
+    for name in STARTS:
+        is_finished(name)  # refuses changed inputs before any training
+    for name in STARTS:  # each after the one that it starts from
+        train(name)
     collect(options.output)
     quality = WORK / "quality.json"
     measure = ("scripts/zoo_quality.py", "--parts", options.output.resolve(), "--output", quality)
@@ -82,32 +83,6 @@ def check_output(output: Path) -> None:
         raise InputError(f"--output {output} is a file; give a folder")
     if others := sorted({path.name for path in output.iterdir()} - set(PARTS) if output.is_dir() else ()):
         raise InputError(f"--output {output} holds {', '.join(others[:3])}, and would be replaced; give a new folder")
-
-
-def train_all(jobs: int) -> None:
-    """Train all runs, `jobs` in parallel: with such small parts, two runs of one core each are faster than one of two.
-
-    After a failure no other run begins.
-    """
-    for name in STARTS:
-        is_finished(name)  # refuses changed inputs before any training
-    threads, begun = max(1, (os.cpu_count() or 1) // jobs), dict[str, Future[None]]()
-
-    def train_after(name: str) -> None:
-        if start := STARTS[name]:
-            begun[start].result()
-        for other in [run for run in begun.values() if run.done()]:
-            other.result()  # raises what a failed run did
-        train(name, threads)
-
-    pool = ThreadPoolExecutor(jobs)
-    for name in sorted(STARTS, key=lambda name: max(runs.index(name) for runs in MADE_BY.values() if name in runs)):
-        begun[name] = pool.submit(train_after, name)  # first runs first, so that hardly any waits for its start
-    try:
-        for future in as_completed(begun.values()):
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def is_finished(name: str) -> bool:
@@ -131,7 +106,7 @@ def made_from(name: str) -> dict[str, Any]:
     }
 
 
-def train(name: str, threads: int) -> None:
+def train(name: str) -> None:
     """Execute a run of stage 0, unless it is finished; its settings and weights stay in `runs/zoo/<name>`."""
     folder, config_file = WORK / name, CONFIGS / f"{name}.yaml"
     if not is_finished(name):
@@ -139,8 +114,8 @@ def train(name: str, threads: int) -> None:
             shutil.rmtree(folder / half_done, ignore_errors=True)
         if parse_config([f"--config={config_file}"]).data.cache_dir is not None:
             cache = ("scripts/cache_features.py", "--config", config_file, "--overwrite", "--batch-size", 64)
-            call(name, threads, *cache)
-        call(name, threads, "stages/stage0_components.py", "--config", config_file)
+            call(name, *cache)
+        call(name, "stages/stage0_components.py", "--config", config_file)
         (folder / FINISHED).write_text(json.dumps(made_from(name), indent=1) + "\n")
     if name == "video_vae":  # the frame VAE was trained in an image pipeline
         vae = AutoencoderKL.from_pretrained(folder / "parts" / "image_decoder" / "vae")
@@ -148,16 +123,12 @@ def train(name: str, threads: int) -> None:
         pipeline.save_pretrained(WORK / "video_start" / "video_decoder")
 
 
-def call(name: str, threads: int, *command: object) -> None:
-    """Run one of the project's commands, and append what it prints to `runs/zoo/<name>.txt`.
-
-    Raises:
-        InputError: the command failed.
-    """
+def call(name: str, *command: object) -> None:
+    """Run one of the project's commands, and append what it prints to `runs/zoo/<name>.txt`."""
     said = WORK / f"{name}.txt"
     said.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {command[0]}, see {said}", flush=True)
-    more = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    more = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     with said.open("ab") as file:  # unlike with a pipe, the run survives this process
         words = [sys.executable, *map(str, command)]
         code = subprocess.run(words, cwd=REPOSITORY, env=os.environ | more, stdout=file, stderr=file).returncode

@@ -94,11 +94,9 @@ def test_patterns_are_checked(tmp_path):
     for pattern, message in (
         ("*.tar", "No file matches"),
         ("{0..3}.tar", "0.tar does not exist"),
-        ("{0..99999999}.tar", "more than 100,000 files"),
         ("{3..1}.tar", "3.tar does not exist"),
         ("{0..3.tar", "braces .* are not right"),
         ("{0.." + "9" * 5000 + "}.tar", "braces .* are not right"),
-        ("{0..9}" * 6 + ".tar", "more than 100,000 files"),
     ):
         with pytest.raises(InputError, match=message):
             find_files(tmp_path / pattern)

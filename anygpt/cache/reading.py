@@ -39,11 +39,8 @@ NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_
 
 @dataclass(frozen=True)
 class Entry:
-    """One store of a model.
-
-    name: of its folder. kind: one of `KINDS`. part: key of the encoder or decoder. modality: media type in the data, or
-    "text". obstacle: why this run cannot use the cache for it, or None.
-    """
+    """One store of a model: the name of its folder, one of `KINDS`, the key of the encoder or decoder, the media type
+    in the data or "text", and the reason why this run cannot use the cache for it, or None."""
 
     name: str
     kind: str
@@ -77,7 +74,6 @@ def entries(model: Composition) -> list[Entry]:
 
 
 def states_obstacle(model: Composition) -> str | None:
-    """Why the states of rows without input media may change during a run, or None."""
     if trains(model.language_model):
         return "it trains"
     if is_peft(model.language_model):
@@ -157,14 +153,12 @@ def trains(network: nn.Module) -> bool:
 
 
 def processing(processor: Any) -> dict[str, Any]:
-    """The settings of an image processor or feature extractor."""
     if isinstance(processor, VideoFrameProcessor):
         return {"frames": processor.num_frames, "of": processing(processor.image_processor)}
     return {"class": type(processor).__name__, **plain(processor.to_dict())}
 
 
 def tokenizer(part: Any) -> dict[str, Any]:
-    """A tokenizer's fingerprint and length."""
     backend = getattr(part, "backend_tokenizer", None)
     content = dict(part.get_vocab()) if backend is None else json.loads(backend.to_str())
     for name in () if backend is None else ("truncation", "padding"):
@@ -174,7 +168,6 @@ def tokenizer(part: Any) -> dict[str, Any]:
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON values, without private entries and `NOTES`."""
     kept = {k: v for k, v in settings.items() if not str(k).startswith("_") and k not in NOTES}
     return {
         str(k): plain(v) if isinstance(v, Mapping) else json.loads(json.dumps(v, default=str)) for k, v in kept.items()
@@ -195,18 +188,15 @@ class StaleCache(InputError):
 
 @dataclass(frozen=True)
 class Cached:
-    """A medium's replacement: an encoder's features, its projector's input, `(n, features)`; or mean and standard
-    deviation of a VAE's posterior, `(2, C, …)`."""
+    """A medium's replacement: an encoder's features, `(n, features)`; or mean and standard deviation of a VAE's
+    posterior, `(2, C, …)`."""
 
     values: Tensor
 
 
 @dataclass
 class FeatureCache:
-    """The stores that a run reads.
-
-    stores: `{kind: {media type: store}}`. notes: for each part a line on where its outputs come from.
-    """
+    """The stores that a run reads, by kind and media type, and for each part a line on where its outputs come from."""
 
     stores: dict[str, dict[str, Store]]
     notes: list[str] = field(default_factory=list)
@@ -239,8 +229,6 @@ def open_cache(
     folder: str | Path, model: Composition, processor: Any, num_frames: int | None, precision: str
 ) -> FeatureCache:
     """Open the stores that can serve a model's parts; the notes give the reason for each part that is computed instead.
-
-    Args: see `store_key`; the model's `requires_grad` flags are final.
 
     Raises:
         InputError: there is no cache, or it is stale: the message names the changes.

@@ -1,8 +1,7 @@
 """Tensors by fingerprint, in memory-mapped safetensors shards.
 
-A store is a folder with `key.json`, which records what its tensors depend on, and `shard-<random>.safetensors` files,
-each written under a temporary name and renamed when complete. A tensor's name in a shard is `<fingerprint>.<name>`.
-Nothing else is read: no pickle is loaded.
+A store is a folder with `key.json`, which records what its tensors depend on, and `shard-<random>.safetensors` files. A
+tensor's name in a shard is `<fingerprint>.<name>`. Nothing else is read: no pickle is loaded.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ NAME = re.compile(r"([0-9a-f]{32})\.(\w+)")
 
 
 class Store:
-    """A store to read from.
-
-    Args:
-        folder: of the store.
-        key: expected dependencies of its tensors (see `anygpt.cache.reading`), as JSON values.
+    """A store to read from; `key` are the expected dependencies of its tensors (see `anygpt.cache.reading`).
 
     Raises:
         InputError: the folder is no store, holds other files, is damaged, or was made with another key; the
@@ -103,7 +98,6 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the tensors added since the last flush as a shard."""
         if self.held:
             name = f"shard-{uuid.uuid4().hex[:16]}.safetensors"
             temporary = self.folder / f".{name}.incomplete"
@@ -130,11 +124,7 @@ def writing(folder: Path, temporary: Path) -> Iterator[None]:
 
 
 def create_store(folder: Path, key: Mapping[str, Any]) -> None:
-    """Create an empty store, or check that an existing one has this key and remove a killed run's partial files.
-
-    Raises:
-        InputError: see `Store`; or the folder cannot be written.
-    """
+    """Create an empty store, or check that an existing one has this key and remove a killed run's partial files."""
     for path in folder.glob(".*.incomplete"):
         path.unlink()
     if not folder.exists() or not any(folder.iterdir()):
@@ -147,7 +137,6 @@ def create_store(folder: Path, key: Mapping[str, Any]) -> None:
 
 
 def check_key(folder: Path, key: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless `folder` is a store with this key."""
     if not (folder / KEY).is_file():
         raise InputError(
             f"{folder} is no feature cache: it has no {KEY}; name a folder that scripts/cache_features.py wrote (files "

@@ -37,8 +37,8 @@ class Settings:
     """Settings of an answer.
 
     Attributes:
-        max_new_tokens: maximum tokens of an answer, including signal tokens; also limited by the language model's
-            context length.
+        max_new_tokens: maximum tokens of an answer, including signal tokens; also limited by the model's context
+        length.
         temperature: sampling temperature; 0 for greedy decoding.
         top_p: probability mass of the tokens to sample from.
         seed: seed of sampled text and of the media.
@@ -65,13 +65,8 @@ class Settings:
 
 @dataclass
 class Reply:
-    """One answer.
-
-    Attributes:
-        prompt_tokens: tokens of the conversation, including media.
-        new_tokens: tokens of the answer, including signal tokens.
-        complete: whether it ended by itself or at a stop text, not at the maximum number of tokens.
-    """
+    """One answer, with its tokens and those of the conversation, media and signal tokens included. `complete` says
+    whether it ended by itself or at a stop text, not at the maximum number of tokens."""
 
     answer: Answer
     prompt_tokens: int
@@ -102,12 +97,9 @@ class TooLong(InputError):
 
 
 class ChatModel:
-    """A model and its processor.
+    """A model and its processor, from a run's `final/` folder.
 
-    Args:
-        checkpoint: `final/` folder of a run.
-        device: device to run on.
-        offload: move a decoder's networks to the device only while they are used.
+    With `offload`, a decoder's networks are on the device only while they are used.
 
     Raises:
         InputError: the folder is missing or damaged, or the device cannot be used.
@@ -130,16 +122,12 @@ class ChatModel:
         return {key: decoder.modality for key, decoder in self.model.decoders.items()}
 
     def options(self, key: str) -> dict[str, Any]:
-        """Default sampling options of a decoder: steps, guidance, sizes, …"""
         decoder = self.model.decoders[key]
         return decoder.module.pipeline_options | decoder.options({})
 
     def read(self, modality: str, place: str | Place, limits: MediaLimits = INPUT_LIMITS) -> dict[str, Any]:
-        """Read a medium as a content part of a message.
-
-        Raises:
-            InputError: it has no encoder, is damaged, over a limit, or too elongated.
-        """
+        """Read a medium as a content part; an `InputError` if it has no encoder, is damaged, over a limit, or too
+        elongated."""
         key = self.processor.encoder_key(modality)
         # keep only the video frames that the encoder samples
         frames = getattr(self.processor.encoder_processors[key], "num_frames", None)
@@ -155,11 +143,7 @@ class ChatModel:
         return {"type": modality, modality: medium}
 
     def check(self, settings: Settings) -> None:
-        """Validate settings ahead of `answer`.
-
-        Raises:
-            InputError: a setting that this model does not support.
-        """
+        """Raise `InputError` for a setting that this model does not support."""
         if not 0 <= settings.seed <= MAX_SEED:
             raise InputError(f"the seed is {settings.seed}; expected a whole number from 0 to {MAX_SEED}")
         if settings.max_new_tokens < 1:
@@ -188,11 +172,7 @@ class ChatModel:
         settings: Sequence[Settings],
         on_event: Listener | None = None,
     ) -> list[Reply]:
-        """Answer several conversations in one batch, with the same answers as one by one.
-
-        Args:
-            settings: one per conversation, all with the same `Settings.kind`.
-        """
+        """Answer several conversations, whose settings have the same `kind`, in one batch, as one by one."""
         shared = settings[0]
         for one in settings:
             self.check(one)
@@ -245,7 +225,6 @@ class ChatModel:
 
     @cached_property
     def _ends(self) -> set[int]:
-        """Tokens that end an answer."""
         ends = base_model(self.model.language_model).generation_config.eos_token_id
         ends = self.processor.llm_tokenizer.eos_token_id if ends is None else ends
         return set(ends if isinstance(ends, list) else [ends])

@@ -43,16 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (see `execute`)."""
     return execute(importlib.import_module(f"anygpt.commands.{name.replace('-', '_')}").main, arguments)
 
 
 def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one line.
-
-    Args:
-        arguments: those of the command line if None.
-    """
+    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one
+    line."""
     quiet_libraries()
     try:
         return main(list(sys.argv[1:] if arguments is None else arguments)) or 0

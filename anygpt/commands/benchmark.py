@@ -28,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -45,11 +44,8 @@ Numbers = dict[str, dict[str, float]]  # by side and name
 
 
 def names() -> list[str]:
-    """Names of the benchmarks.
-
-    Raises:
-        InputError: none found; they are part of the repository, not of the installed package.
-    """
+    """Names of the benchmarks; an `InputError` without any: they are in the repository, not in the installed
+    package."""
     found = sorted(path.stem for path in (HERE / "benchmarks").glob("[!_]*.py"))
     if not found:
         raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")
@@ -57,7 +53,6 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """Module of a benchmark."""
     sys.path.insert(0, str(HERE))
     return importlib.import_module(f"benchmarks.{name}")
 
@@ -72,11 +67,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def run_side(arguments: list[str], side: str) -> dict[str, float]:
-    """Measure one side in a fresh process.
-
-    Raises:
-        SystemExit: the process failed; its messages have been printed.
-    """
+    """Measure one side in a fresh process; exits if it fails, whose messages have been printed."""
     print(f"  {side} …", file=sys.stderr)
     command = [sys.executable, "-m", "anygpt", "benchmark", *arguments, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -86,17 +77,10 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
 
 
 def medians(rounds: list[Numbers]) -> Numbers:
-    """Medians of each side's numbers over the rounds."""
     return {
         side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
         for side, numbers in rounds[0].items()
     }
-
-
-def baseline(side: str, sides: Iterable[str]) -> str:
-    """The first side of the same group."""
-    group = side.rpartition(": ")[0]
-    return next(other for other in sides if other.rpartition(": ")[0] == group)
 
 
 def table(rounds: list[Numbers]) -> str:
@@ -106,7 +90,8 @@ def table(rounds: list[Numbers]) -> str:
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for side, numbers in results.items():
         cells = [f"{numbers[name]:.4g}" if name in numbers else "" for name in names]
-        first = baseline(side, results)
+        group = side.rpartition(": ")[0]
+        first = next(other for other in results if other.rpartition(": ")[0] == group)
         for i, name in enumerate(names):
             if name.endswith(("_s", "_gib")) and name in numbers and name in results[first]:
                 ratios = [found[side][name] / found[first][name] for found in rounds]
@@ -116,7 +101,6 @@ def table(rounds: list[Numbers]) -> str:
 
 
 def machine() -> str:
-    """Description of the machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 

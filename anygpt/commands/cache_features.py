@@ -50,7 +50,6 @@ def main(arguments: list[str]) -> None:
 
 
 def write(config: Config, options: argparse.Namespace) -> None:
-    """Build the config's model and data, and write the cache."""
     data, precision = config.data, config.train.mixed_precision
     if data.cache_dir is None:
         raise InputError("data.cache_dir is null; name the folder to write, with --data.cache_dir or in the YAML")

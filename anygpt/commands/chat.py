@@ -37,11 +37,7 @@ COMMANDS = "/attach PATH, /history, /save PATH, /reset, /quit"
 
 
 class Chat:
-    """A conversation with a model in a terminal.
-
-    Args:
-        options: the parsed command line.
-    """
+    """A conversation with a model in a terminal, by the options of the command line."""
 
     def __init__(self, options: argparse.Namespace):
         self.chat_model = ChatModel(options.checkpoint, options.device, options.offload)
@@ -56,7 +52,9 @@ class Chat:
         )
         self.chat_model.check(self.settings)
         self.output: Path = options.output
-        self.turns = last_turn(options.output)
+        # turn numbers of media that are there, which must not be overwritten
+        names = [path.name for path in options.output.iterdir()] if options.output.is_dir() else []
+        self.turns = max((int(found[1]) for name in names if (found := re.match(r"(\d+)-\d+\.\w+$", name))), default=0)
         self.reset()
 
     def reset(self) -> None:
@@ -88,12 +86,6 @@ class Chat:
             for index, s in enumerate(reply.answer.segments)
         ]
         self.history += [{"role": "user", "content": shown + said}, {"role": "assistant", "content": answered}]
-
-    def show_history(self) -> None:
-        for message in self.history:
-            print("you:" if message["role"] == "user" else "model:")
-            for part in message["content"]:
-                print("  " + (part["text"] if part["type"] == "text" else f"[{part['type']}: {part['path']}]"))
 
     def save(self, path: str) -> None:
         content = json.dumps({"messages": self.history}, indent=2, ensure_ascii=False) + "\n"
@@ -131,7 +123,10 @@ class Chat:
             self.reset()
             print("Everything is forgotten.")
         elif command == "/history":
-            self.show_history()
+            for message in self.history:
+                print("you:" if message["role"] == "user" else "model:")
+                for part in message["content"]:
+                    print("  " + (part["text"] if part["type"] == "text" else f"[{part['type']}: {part['path']}]"))
         elif command == "/save":
             self.save(path)
             print(f"saved: {path}")
@@ -143,20 +138,9 @@ class Chat:
             self.say(text, prefix="model: ")
 
 
-def last_turn(folder: Path) -> int:
-    """Highest turn number among existing media in the folder, which must not be overwritten."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(found[1]) for name in names if (found := re.match(r"(\d+)-\d+\.\w+$", name))), default=0)
-
-
 class Printer:
-    """Prints the events of an answer: streamed text, progress (on a terminal only), paths of media.
-
-    Args:
-        folder: folder for media.
-        turn: number in their names.
-        prefix: printed before the answer.
-    """
+    """Prints the events of an answer: streamed text, progress (on a terminal only), paths of media in a folder, whose
+    names begin with the number of the turn."""
 
     def __init__(self, folder: Path, turn: int, prefix: str = ""):
         self.folder, self.turn = folder, turn

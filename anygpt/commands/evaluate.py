@@ -83,8 +83,16 @@ def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
     return values
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """Settings of ToyWorld's evaluation; checks them, the folder and the device."""
+def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """`model` and `processor` of the checkpoint."""
+    if not options.checkpoint.is_dir():
+        raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
+    model, processor = load_checkpoint(options.checkpoint)
+    return {"model": model.to(device).eval(), "processor": processor}
+
+
+def run_matrix(options: argparse.Namespace) -> str:
+    """Evaluate on ToyWorld and write all files; returns the matrix as a table."""
     options.steps = by_kind("--steps", options.steps, int)
     options.guidance = by_kind("--guidance", options.guidance, float)
     options.baselines = not options.no_baselines
@@ -96,20 +104,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
         raise InputError(f"--output {made}: {samples} is of no evaluation, and would be replaced; give another folder")
     check_device(options.device)
-    return settings
-
-
-def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """`model` and `processor` of the checkpoint."""
-    if not options.checkpoint.is_dir():
-        raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
-    model, processor = load_checkpoint(options.checkpoint)
-    return {"model": model.to(device).eval(), "processor": processor}
-
-
-def run_matrix(options: argparse.Namespace) -> str:
-    """Evaluate on ToyWorld and write all files; returns the matrix as a table."""
-    settings = settings_of(options)
     model, processor = load(options, options.device).values()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     samples = options.output.parent / f".{options.output.name}-{secrets.token_hex(4)}"

@@ -22,7 +22,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: list[str]) -> None:
-    """Write the merged composition atomically."""
     parser = new_parser("merge-lora", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a run's final/ or checkpoint-<step>/ folder")

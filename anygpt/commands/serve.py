@@ -49,7 +49,6 @@ def main(arguments: list[str]) -> None:
 
 
 def server_parser(name: str, description: str | None, port: int) -> argparse.ArgumentParser:
-    """Parser with the arguments of both servers."""
     parser = new_parser(name, description)
     add_model_arguments(parser)
     add = parser.add_argument
@@ -62,11 +61,7 @@ def server_parser(name: str, description: str | None, port: int) -> argparse.Arg
 
 
 def load_engine(options: argparse.Namespace) -> Any:
-    """The `Engine`: check the options, choose a free port if none was given, and load the model.
-
-    Raises:
-        InputError: an invalid option, or the extra `demo` is not installed.
-    """
+    """The `Engine`: check the options, choose a free port if none was given, and load the model."""
     missing = [name for name in ("gradio", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' installs it")
@@ -83,7 +78,6 @@ def load_engine(options: argparse.Namespace) -> Any:
 
 
 def listen(app: Any, options: argparse.Namespace) -> None:
-    """Serve until interrupted or terminated."""
     import uvicorn  # after the check for missing packages
 
     from anygpt.serving.connections import server_config

@@ -129,7 +129,6 @@ def trace(model: MultimodalModel, batch: dict[str, Any]) -> list[tuple[str, ...]
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Aligned table; each hop is named once."""
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     lines, before = [], None
     for row in [COLUMNS, tuple("─" * width for width in widths), *rows]:
@@ -140,7 +139,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: list[DataSource]) -> dict[str, Any]:
-    """Batch of few samples that cover all input and output media in the data; of ToyWorld if there is no data."""
+    """Batch of few samples that cover all media of the model; of ToyWorld if there is no data."""
     known = {("user", encoder.modality) for encoder in model.encoders.values()}
     known |= {("assistant", decoder.modality) for decoder in model.decoders.values()}
     with tempfile.TemporaryDirectory() as folder:

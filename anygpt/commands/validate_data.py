@@ -73,7 +73,6 @@ def main(arguments: list[str]) -> int:
 
 
 def summary(report: Report) -> str:
-    """The counts as a table."""
     rows = [("rows", report.rows), ("samples without a fault", report.samples)]
     rows += [(f"media: {what}", count) for what, count in sorted(report.media.items())]
     if report.tokens:

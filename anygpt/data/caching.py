@@ -1,7 +1,4 @@
-"""Writing the feature cache: runs each medium and caption of the datasets through the frozen parts once.
-
-Existing entries are not recomputed, so an interrupted run resumes. Work is split by rank; data workers read and decode.
-"""
+"""Writing the feature cache: runs each medium and caption of the datasets through the frozen parts once."""
 
 from __future__ import annotations
 
@@ -32,11 +29,12 @@ from anygpt.media.types import media_type
 class CacheWriter:
     """Creates or completes the stores that a training run on these datasets can use.
 
+    Work is split by rank, and entries that are there are not computed again, so that an interrupted run resumes.
+
     Attributes:
         folder, precision: `data.cache_dir` and `train.mixed_precision`.
         model, processor: the model on its device, in eval mode, with `requires_grad` set as in the run.
         datasets: with the run's number of video frames.
-        batch_size, num_workers: media or captions per batch, and decoding workers per process.
         on_bad_sample: "error" raises on unreadable media, "skip" counts them.
         leave_out: names of stores not to write.
         collator: the run's, for text rows; the default one drops no row.
@@ -59,10 +57,7 @@ class CacheWriter:
     say: Callable[[str], None] = lambda line: None
 
     def write(self) -> Counter:
-        """Write all stores.
-
-        Returns:
-            Counts of "written", "known" and "unreadable" entries in this process's share.
+        """Write all stores; returns counts of "written", "known" and "unreadable" entries in this process's share.
 
         Raises:
             InputError: a stale store, unreadable media (unless skipped), or an unknown name in `leave_out`.
@@ -116,7 +111,6 @@ class CacheWriter:
         return list(first.values())
 
     def write_store(self, entry: Entry, contents: list) -> Counter:
-        """Add this process's share of the missing entries to one store."""
         key = store_key(entry, self.model, self.processor, self.datasets[0].num_video_frames, self.precision)
         place = entry.place(Path(self.folder), key)
         if self.accelerator.is_main_process:
@@ -150,7 +144,8 @@ class CacheWriter:
         return counts
 
     def outputs(self, entry: Entry, batch: Prepared) -> Iterator[dict[str, Tensor]]:
-        """Yield the tensors to store for each content of a batch; features have a first axis of pieces if several."""
+        """Yield the tensors to store for each content of a batch; features of several pieces have a first axis for
+        them."""
         data = move(batch.data, self.model.device)
         if entry.kind == STATES:
             yield from read_text(self.model, *data)
@@ -170,11 +165,8 @@ class CacheWriter:
 
 @dataclass
 class Prepared:
-    """A batch prepared by a data worker.
-
-    names: fingerprints of what to compute. data: its part's input. pieces: of each medium, where it can have several.
-    known: number of contents already in the store. faults: messages about those that cannot be read.
-    """
+    """A batch prepared by a data worker: fingerprints of what to compute, its part's input, the pieces of each medium
+    that can have several, the number of contents already in the store, and messages about unreadable ones."""
 
     names: list[str]
     data: Any = None

@@ -31,16 +31,12 @@ class Collator:
     """Builds batches in the data workers: encoder processors, target transforms and the tokenizer run here.
 
     A batch holds the arguments of `MultimodalModel.forward` and `sample_ids` (one per row), `target_ids`
-    (`{decoder key: one id per target}`, which seed the noise), `bad_samples` (samples left out) and `cut_samples`
-    (ids of samples whose last turns were dropped).
+    (`{decoder key: one id per target}`, which seed the noise), `bad_samples` and `cut_samples` (ids).
 
     Args:
         processor: with its model registered, so that it knows decoders and signal tokens.
         max_length: maximum tokens per row, with placeholders and signal spans expanded; None for no limit.
         cut: drop the last turns of a row that is too long; otherwise, or if its first turns do not fit, drop the row.
-
-    Attributes:
-        cache: a `FeatureCache` that supplies the language model's states.
     """
 
     def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):
@@ -105,8 +101,8 @@ class Collator:
     ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
         """Ids and labels of a row; if it is too long, the sample without its last turns, or a bad sample.
 
-        `messages` have their placeholders expanded; `found` are their ids and labels, or the error from tokenizing
-        them. Rows are cut after an assistant turn only, never within a signal span or a run of placeholders.
+        `messages` have their placeholders expanded; `found` is from tokenizing them. Rows are cut after an assistant
+        turn only, never within a signal span or a run of placeholders.
         """
         if isinstance(found, InputError):
             return BadSample.of(item.sample, found)

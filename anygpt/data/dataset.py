@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -27,11 +26,10 @@ Media = Image.Image | Video | Audio
 
 @dataclass
 class LoadedSample:
-    """A sample with its decoded media by media type, in order of appearance.
+    """A sample with its decoded media by media type, in order of appearance: the user's `inputs`, the assistant's
+    `targets` with one caption each, and cached encodings of the captions.
 
-    inputs: media of the user. targets: media of the assistant. captions: one per target. conditions: cached encodings
-    of the captions. cut: number of messages dropped at the end. A file that occurs twice is the same object twice: do
-    not modify it in place. A `Cached` replaces a cached medium.
+    A `Cached` replaces a cached medium. A file that occurs twice is the same object twice: do not modify it in place.
     """
 
     sample: Sample
@@ -81,7 +79,6 @@ class BadSample:
 
     @classmethod
     def of(cls, sample: Sample, error: InputError, kind: Literal["bad", "long", "stale"] = "bad") -> BadSample:
-        """A sample for which an error was raised."""
         return cls(sample.id, sample.naming(error), kind)
 
 
@@ -139,8 +136,6 @@ class ConversationDataset(Dataset):
     ) -> ConversationDataset:
         """Build a dataset from the samples of all files, one file after the other.
 
-        Ids that occur in several files are prefixed with the file's stem (`cc3m-7`); equal stems get a number.
-
         Raises:
             InputError: see `read_samples` (with "skip", bad rows go to `faults` instead); a file without a usable row.
         """
@@ -152,7 +147,7 @@ class ConversationDataset(Dataset):
             by_source.append(read_samples(faults=faults if on_bad_sample == "skip" else None, **options))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {faults[before]}")
-        dataset = cls(_with_unique_ids(sources, by_source), num_video_frames, on_bad_sample, limits)
+        dataset = cls(list(itertools.chain(*by_source)), num_video_frames, on_bad_sample, limits)
         dataset.lengths = [len(samples) for samples in by_source]
         dataset.weights = [source.weight for source in sources]
         dataset.faults = faults
@@ -213,7 +208,7 @@ class ConversationDataset(Dataset):
             raise StaleCache(f"{sample.name}: {error}") from error
 
     def decode(self, sample: Sample, role: str, media_type: str, path: Place) -> Media:
-        """Decode one medium of a sample; an `InputError` names the sample and the medium."""
+        """Decode one medium of a sample; an `InputError` names both."""
         if (media_type, path) in self._kept:
             return self._kept[media_type, path]
         try:
@@ -224,14 +219,3 @@ class ConversationDataset(Dataset):
         except InputError as error:
             use = "target" if role == "assistant" else "input"
             raise InputError(f"{sample.name}, {use} {media_type}: {error}") from error
-
-
-def _with_unique_ids(sources: Sequence[DataSource], by_source: list[list[Sample]]) -> list[Sample]:
-    stems = Counter(Path(source.path).stem for source in sources)
-    uses = Counter(sample.id for samples in by_source for sample in samples)
-    result = []
-    for number, (source, samples) in enumerate(zip(sources, by_source, strict=True)):
-        stem = Path(source.path).stem
-        prefix = stem if stems[stem] == 1 else f"{stem}.{number}"
-        result += [replace(s, id=f"{prefix}-{s.id}") if uses[s.id] > 1 else s for s in samples]
-    return result

@@ -23,12 +23,8 @@ CHARACTERS_PER_TOKEN = 4
 class Lengths:
     """Counts the tokens that the collator would produce for a sample.
 
-    If an encoder returns the same number of features for every input, they are counted on a blank medium; otherwise
-    the medium is decoded.
-
-    Args:
-        processor: with its model's encoders and decoders registered.
-        num_frames, limits: see `read_video`.
+    If an encoder returns the same number of features for every input, they are counted on a blank medium; otherwise the
+    medium is decoded. The processor must know its model; `num_frames` and `limits` are those of `read_video`.
     """
 
     def __init__(self, processor: Any, num_frames: int | None = None, limits: MediaLimits = DEFAULT_LIMITS):
@@ -38,7 +34,6 @@ class Lengths:
         self._same: dict[str, int] = {}
 
     def of(self, sample: Sample) -> int:
-        """Number of tokens of a conversation; see `with_labels`."""
         return self.with_labels(sample)[0]
 
     def with_labels(self, sample: Sample) -> tuple[int, int]:
@@ -72,7 +67,6 @@ class Lengths:
         return self._count(modality, read_media(modality, place, self.num_frames, self.limits))
 
     def is_fixed(self, key: str) -> bool:
-        """Whether an encoder returns the same number of features for every input."""
         config = self.processor.encoder_configs.get(key)
         family = FAMILIES.get(config.model_type) if config is not None else None
         return (
@@ -110,7 +104,6 @@ class Lengths:
 
 
 def reserved_tokens(processor: Any) -> list[str]:
-    """Placeholders and signal tokens of a processor."""
     return [*processor.tokens.values(), *(t for tokens in processor.signal_tokens.values() for t in tokens)]
 
 

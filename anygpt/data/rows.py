@@ -1,7 +1,6 @@
 """Pydantic models of the rows of data files; errors name the place and key.
 
-`SampleRow` is the project's own format, one object per line of a `.jsonl` file; every other format is converted to it.
-`SampleRow.model_json_schema()` returns its JSON Schema.
+`SampleRow` is the project's own format, one object per line of a `.jsonl` file; every other one is converted to it.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class DataError(InputError):
 def checked(model: type[R] | TypeAdapter, value: Any, where: str) -> R:
     """Validate `value` against a row model or a type.
 
-    Raises:
-        DataError: the first fault: `where`, the place within the row, the key, and the closest known key.
+    A `DataError` names the first fault: `where`, the place within the row, the key, and the closest known key.
     """
     try:
         return model.validate_python(value) if isinstance(model, TypeAdapter) else model.model_validate(value)
@@ -78,7 +76,6 @@ def nearest(name: Any, known: Collection[str]) -> str:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """A pydantic error as the text that follows the name of the row."""
     place = [part for part in error["loc"] if not str(part).startswith("<")]  # drop tags of unions
     what = ""
     if place and isinstance(place[-1], str):
@@ -139,8 +136,6 @@ def _number_as_text(value: Any) -> Any:
 
 
 def at_least_one(what: str) -> BeforeValidator:
-    """Validator of non-empty lists; messages call an entry `what`."""
-
     def check(value: Any) -> Any:
         if not isinstance(value, list) or not value:
             raise fault(f"must be a list of at least one {what}, and is {shown(value)}.")

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -27,6 +28,7 @@ class Place(int):
         return int(self), self.draw
 
 
+@dataclass(eq=False)
 class UpdateSampler(Sampler[list[int]]):
     """A batch sampler that yields the micro-batches of one rank, lists of `batch_size` dataset indices.
 
@@ -50,41 +52,38 @@ class UpdateSampler(Sampler[list[int]]):
         groups, sizes: group number, and size (with `max_tokens` in tokens), of each sample.
 
     Raises:
-        InputError: a size that is not positive; a rank or start out of range; a wrong number or value of weights; a
+        InputError: too many rows a micro-batch; a row that exceeds `max_tokens`; a wrong number or value of weights; a
             weight so small that its dataset would never be drawn.
     """
 
-    def __init__(
-        self,
-        lengths: int | Sequence[int],
-        *,
-        batch_size: int,
-        num_updates: int,
-        weights: Sequence[float] | None = None,
-        gradient_accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        start_update: int = 0,
-        groups: Sequence[int] | None = None,
-        sizes: Sequence[int] | None = None,
-        max_tokens: int | None = None,
-        packed: bool = False,
-    ):
-        self.lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-        self.batch_size = batch_size
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.start_update = start_update
-        self.num_updates = num_updates
-        self.groups = None if groups is None else np.asarray(groups)
-        self.sizes = None if sizes is None else np.asarray(sizes)
-        self.max_tokens = max_tokens
-        self.packed = packed
-        self._check()
-        self.draws = _draws(self.lengths, [1.0] * len(self.lengths) if weights is None else list(weights))
+    lengths: int | Sequence[int]
+    _: KW_ONLY
+    batch_size: int
+    num_updates: int
+    weights: Sequence[float] | None = None
+    gradient_accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    start_update: int = 0
+    groups: Sequence[int] | None = None
+    sizes: Sequence[int] | None = None
+    max_tokens: int | None = None
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        self.lengths = [self.lengths] if isinstance(self.lengths, int) else list(self.lengths)
+        self.groups = None if self.groups is None else np.asarray(self.groups)
+        self.sizes = None if self.sizes is None else np.asarray(self.sizes)
+        if self.batch_size * self.world_size > MAX_ROWS:
+            raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows.")
+        if self.max_tokens is not None and self.sizes.max() > self.max_tokens:
+            raise InputError(
+                f"max_batch_tokens is {self.max_tokens:,}, and a row has about {self.sizes.max():,} tokens: raise it, "
+                "or set max_length."
+            )
+        weights = [1.0] * len(self.lengths) if self.weights is None else list(self.weights)
+        self.draws = _draws(self.lengths, weights)
         self.epoch_size = sum(self.draws)
 
     def __len__(self) -> int:
@@ -161,30 +160,6 @@ class UpdateSampler(Sampler[list[int]]):
             parts += [np.arange(first, first + length)] * copies
             parts.append(first + generator.permutation(length)[:rest])
         return generator.permutation(np.concatenate(parts))
-
-    def _check(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("batch_size", "gradient_accumulation_steps", "world_size")}
-        sizes |= {"num_updates": self.num_updates} | {f"lengths[{i}]": n for i, n in enumerate(self.lengths)}
-        for name, value in sizes.items():
-            if value < 1:
-                raise InputError(f"{name} is {value}, and must be at least 1.")
-        for name, value, most in (
-            ("seed", self.seed, math.inf),
-            ("rank", self.rank, self.world_size - 1),
-            ("start_update", self.start_update, self.num_updates),
-        ):
-            if not 0 <= value <= most:
-                raise InputError(f"{name} is {value}, and must be from 0 to {most}.")
-        for name, values in (("groups", self.groups), ("sizes", self.sizes)):
-            if values is not None and len(values) != sum(self.lengths):
-                raise InputError(f"There are {sum(self.lengths)} samples and {len(values)} {name}: give one a sample.")
-        if self.batch_size * self.world_size > MAX_ROWS:
-            raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows.")
-        if self.max_tokens is not None and self.sizes.max() > self.max_tokens:
-            raise InputError(
-                f"max_batch_tokens is {self.max_tokens:,}, and a row has about {self.sizes.max():,} tokens: raise it, "
-                "or set max_length."
-            )
 
 
 def _draws(lengths: list[int], weights: list[float]) -> list[int]:

@@ -19,12 +19,9 @@ from anygpt.media.types import MEDIA
 
 @dataclass(frozen=True)
 class ContentPart:
-    """One piece of a message: text or a medium.
-
-    `type` is `text` or a media type. A text part has `text`; a media part has `path` (resolved inside the media root,
-    or a `StoredMedium`) and, if it is a target, the `caption` that its decoder is aligned with. `others` are other
-    wordings of the text or caption.
-    """
+    """One piece of a message. `type` is `text` or a media type; a medium has `path` (resolved inside the media root, or
+    a `StoredMedium`) and, if it is a target, the `caption` that its decoder is aligned with. `others` are other
+    wordings."""
 
     type: str
     text: str | None = None
@@ -50,22 +47,19 @@ class Sample:
     source: str
 
     def media(self) -> list[tuple[str, ContentPart]]:
-        """(role, part) of every medium, in order of appearance."""
         return [(message.role, part) for message in self.messages for part in message.content if part.path is not None]
 
     @property
     def name(self) -> str:
-        """Its source and id, for messages."""
         return f"{self.source} (sample {self.id!r})"
 
     def naming(self, error: Exception) -> str:
-        """The message of an error, with the sample's name."""
+        """An error's message, with the sample's name."""
         text = str(error)
         return text if text.startswith(self.name) else f"{self.name}: {text}"
 
     @property
     def wordings(self) -> int:
-        """Number of wordings: 1 unless texts or captions are lists."""
         return 1 + max((len(part.others) for message in self.messages for part in message.content), default=0)
 
     def worded(self, number: int) -> "Sample":
@@ -82,11 +76,8 @@ class Sample:
         return replace(self, messages=tuple(replace(m, content=tuple(map(of, m.content))) for m in self.messages))
 
     def fed_back(self, reads: Collection[str]) -> "Sample":
-        """The conversation with media of the assistant added to the user's next turn, as in a live chat.
-
-        Matches `processing.chat_template.feed_back`, for the media types `reads`, which have an encoder. Media that the
-        user's turn already contains are not repeated.
-        """
+        """The conversation with media of the assistant added to the user's next turn, as `chat_template.feed_back` does
+        in a live chat: those of the types `reads`, which have an encoder, unless the turn already contains them."""
         messages, made = [], []
         for message in self.messages:
             if message.role == "assistant":
@@ -112,9 +103,6 @@ class MediaRoot:
         folder: the media root; targets of links in it must be inside it too.
         by_type: also look in the sub-folders `images`, `videos` and `audios` for names missing in `folder` itself.
         follow_links: allow links to lead out of the folder, as in a snapshot of the Hub's cache.
-
-    Raises:
-        InputError: the folder does not exist.
     """
 
     def __init__(self, folder: str | Path, by_type: bool = False, follow_links: bool = False):
@@ -164,11 +152,8 @@ class MediaRoot:
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:
-    """Build a `Sample` from a row in the project's own JSON form (`SampleRow`); files need not exist.
-
-    Raises:
-        InputError: names `source`, the sample, and the message and part that break a rule.
-    """
+    """Build a `Sample` from a row in the project's own form (`SampleRow`); errors name source, sample, message and
+    part."""
     where = row_name(row, source, default_id)
     found = checked(SampleRow, row, where)
     messages = tuple(
@@ -179,7 +164,6 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
 
 
 def row_name(row: Any, source: str, default_id: str) -> str:
-    """Name of an unvalidated row for messages: its source and id."""
     given = row.get("id") if isinstance(row, Mapping) else None
     return f"{source} (sample {shown(given if isinstance(given, str | int) else default_id)})"
 
@@ -193,7 +177,6 @@ def _part(row: PartRow, where: str, media_root: MediaRoot) -> ContentPart:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """`value` if it is a string that can be encoded as UTF-8; raises `InputError` otherwise."""
     return checked(_TEXT, value, what)
 
 

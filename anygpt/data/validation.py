@@ -1,7 +1,4 @@
-"""Row-by-row validation of a data file, used by `scripts/validate_data.py`.
-
-Memory use is constant apart from 16 bytes per row, which detect repetitions.
-"""
+"""Row-by-row validation of a data file, in constant memory apart from 16 bytes per row that detect repetitions."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import xxhash
@@ -32,12 +28,8 @@ AHEAD = 32  # rows that a worker checks before they are asked for
 
 @dataclass
 class Report:
-    """Result of a validation.
-
-    rows: all rows. samples: rows without a fault. media: `{"user image": count, …}` in well-formed rows. faults: counts
-    by kind. repeated, repeated_ids: conversations and ids that had occurred before, which are not faults. tokens,
-    longest: total and largest number of tokens.
-    """
+    """Counts of a validation: `samples` are rows without a fault, `media` are `{"user image": count, …}`, `faults` by
+    kind; repeated conversations and ids are none."""
 
     rows: int = 0
     samples: int = 0
@@ -63,14 +55,11 @@ def validate(
     """Validate a data file: structure, media files, captions, placeholders.
 
     Args:
-        source: the file; see `DataSource`.
         deep: also decode every medium and reject reserved tokens in texts; with `lengths`, also collate each row with
             the processors of the parts, as training does.
-        limits: see `MediaLimits`.
         lengths: count tokens, with placeholders and signal spans expanded.
         max_tokens: rows with more tokens are faults.
-        num_workers: worker processes, each of which reads the whole file and checks its share of the rows; 0 works in
-            this process.
+        num_workers: worker processes, each of which reads the whole file and checks its share of the rows.
         on_fault: called with each fault; faults are not stored.
         progress: wraps the rows, as `tqdm` does.
 
@@ -81,7 +70,9 @@ def validate(
         raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core.")
     report = Report()
     ids, conversations = array("Q"), array("Q")
-    for row in progress(_checked(CheckedRows(source, deep, limits, lengths, max_tokens), num_workers)):
+    rows = CheckedRows(source, deep, limits, lengths, max_tokens)
+    ahead = AHEAD if num_workers else None
+    for row in progress(DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)):
         if row.unreadable and not report.rows:
             raise row.faults[0]
         report.rows += 1
@@ -101,28 +92,10 @@ def validate(
     return report
 
 
-def _checked(rows: CheckedRows, num_workers: int) -> Iterator[CheckedRow]:
-    """Check all rows, in order; workers end with this process, as those of every `DataLoader` do."""
-    done = 0
-    ahead = AHEAD if num_workers else None
-    try:
-        for row in DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead):
-            yield row
-            done += 1
-    except RuntimeError as error:
-        if isinstance(error, InputError) or "DataLoader worker" not in str(error):
-            raise
-        row = next(islice(iterate_samples(rows.source), done, None))
-        raise InputError(
-            f"{row.name if isinstance(row, Sample) else row}, or one of the rows behind it, ended the process that "
-            "decoded it (its decoder crashed, or memory was full): check the rows from there on with --num-workers 0"
-        ) from error
-
-
 @dataclass
 class CheckedRow:
-    """What `validate` must know of a row: among others role and type of its media, hashes of its id and conversation
-    (None if it is no sample), and whether its fault keeps the rest of the file from being read."""
+    """What `validate` must know of a row: among others hashes of its id and conversation (None if it is no sample), and
+    whether its fault keeps the rest of the file from being read."""
 
     faults: list[InputError]
     tokens: int = 0
@@ -159,8 +132,14 @@ class CheckedRows(IterableDataset):
             number += 1
 
     def check(self, sample: Sample) -> CheckedRow:
-        """Faults of a sample and its number of tokens, 0 if not counted."""
-        faults, tokens = list(self.media_faults(sample)), 0
+        missing, tokens = sample.missing_files(), 0
+        faults: list[InputError] = [missing_error([(sample, file)]) for file in missing]
+        for role, part in sample.media() if self.deep else ():
+            if part.path not in missing:
+                try:
+                    read_media(part.type, part.path, num_frames=1, limits=self.limits, whole=True)
+                except InputError as error:
+                    faults.append(DataError(f"{sample.name}, {role} {part.type}: {error}", "not decodable"))
         if not faults:
             try:
                 tokens = max(self.usable(sample.worded(number)) for number in range(sample.wordings))
@@ -186,17 +165,6 @@ class CheckedRows(IterableDataset):
         if self.deep:
             refuse_reserved(usual_reserved_tokens(), sample)
         return 0
-
-    def media_faults(self, sample: Sample) -> Iterator[InputError]:
-        missing = sample.missing_files()
-        for file in missing:
-            yield missing_error([(sample, file)])
-        for role, part in sample.media() if self.deep else ():
-            if part.path not in missing:
-                try:
-                    read_media(part.type, part.path, num_frames=1, limits=self.limits, whole=True)
-                except InputError as error:
-                    yield DataError(f"{sample.name}, {role} {part.type}: {error}", "not decodable")
 
 
 def _hash(text: str) -> int:

@@ -58,7 +58,6 @@ class EncoderFamily:
     optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def load_class(self) -> Any:
-        """The encoder's class, or `AutoModel`."""
         if self.encoder_class is None:
             return AutoModel
         module, name = self.encoder_class.rsplit(".", 1)
@@ -158,7 +157,6 @@ def count_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
 
 
 def _under(model: str, *heads: str) -> dict[str, str | None]:
-    """Names for a model with heads beside its trunk `model`."""
     return {f"{model}.": "", **dict.fromkeys(heads)}
 
 

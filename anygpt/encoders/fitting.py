@@ -1,7 +1,4 @@
-"""Fitting of media to an encoder's input window.
-
-A medium becomes one or several pieces, whose features are concatenated.
-"""
+"""Fitting of media to an encoder's input window: a medium becomes one or several pieces, whose features are joined."""
 
 from __future__ import annotations
 
@@ -44,7 +41,6 @@ def checked(modalities: Mapping[str, str], fits: Mapping[str, str | None]) -> di
 
 
 def varies(processor: Any, fit: str | None) -> bool:
-    """Whether a medium may become several pieces."""
     return fit == "tile" or (fit == "split" and window_of(processor) is not None)
 
 

@@ -17,10 +17,10 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from anygpt.encoders.callbacks import LlavaCallbacks, check_selection
 from anygpt.encoders.families import FAMILIES, EncoderFamily
 from anygpt.encoders.imagebind import ImageBindConfig
 from anygpt.encoders.imagebind.processing import ImageBindProcessor
-from anygpt.encoders.selection import LlavaCallbacks, check_selection
 from anygpt.encoders.video import VideoEncoder, VideoFrameProcessor
 from anygpt.encoders.whole_models import WHOLE_MODELS
 from anygpt.errors import InputError
@@ -94,7 +94,6 @@ def _read_config(source: Source) -> PreTrainedConfig:
 def _find_encoder(
     config: PreTrainedConfig, modality: str, feature: str | None
 ) -> tuple[PreTrainedConfig, EncoderFamily, Mapping[str, str | None]]:
-    """Config and family of an encoder, and its tensor name prefixes in the files."""
     whole = WHOLE_MODELS.get(config.model_type)
     own = whole.config(config, modality) if whole is not None else config
     if feature is not None:

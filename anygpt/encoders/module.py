@@ -102,7 +102,6 @@ class ModalEncoderModule(nn.Module):
 
     @property
     def family(self) -> EncoderFamily:
-        """The encoder's entry in `FAMILIES`."""
         return FAMILIES.get(self.config.model_type, UNKNOWN)
 
     @property
@@ -129,7 +128,7 @@ class ModalEncoderModule(nn.Module):
         return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
 
     def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Number of projected features of each input, given the processor's output; None for an unknown family."""
+        """Projected features of each input, given the processor's output; None for an unknown family."""
         return count_features(self.config, self.callbacks, self.projector.config, inputs)
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
@@ -253,5 +252,4 @@ def count_features(
 
 
 def _first(output: Any) -> Tensor:
-    """The features: the output itself, or its first entry."""
     return output if isinstance(output, Tensor) else output[0]

@@ -51,8 +51,8 @@ class VideoEncoder(PreTrainedModel):
     Args:
         image_encoder: any encoder whose first output is `(items, n, features)`.
         num_frames: frames sampled from a clip.
-        settings: `pool_frames`: one feature per frame instead of all; `feature_layer`: index of the hidden states to
-            read instead of the encoder's output; `drop_cls`: drop the class token of each frame.
+        settings: `pool_frames`; `feature_layer`: index of the hidden states to read instead of the encoder's output;
+            `drop_cls`: drop the class token of each frame.
     """
 
     settings = ("num_frames", "pool_frames", "feature_layer", "drop_cls")
@@ -116,7 +116,6 @@ class VideoFrameProcessor:
 
     @property
     def valid_kwargs(self) -> Any:
-        """Keyword arguments of the wrapped processor."""
         return getattr(self.image_processor, "valid_kwargs", None)
 
     def __call__(
@@ -135,7 +134,6 @@ class VideoFrameProcessor:
 
 
 def _sinusoid(length: int, size: int) -> Tensor:
-    """Sines and cosines of decreasing frequency, `(length, size)`."""
     position = torch.arange(length)[:, None]
     frequency = torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))
     table = torch.zeros(length, size)

@@ -1,7 +1,6 @@
 """Table of whole models that contain encoders, by the `model_type` of the folder's config.
 
-An entry gives the encoder's part of the config and its tensor name prefixes, both as found on the Hub and as written
-by transformers today. The encoder's config then determines its family.
+Names of tensors are both those found on the Hub and those that transformers writes today.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ class Whole:
     """An encoder inside a whole model.
 
     Attributes:
-        config: extracts the encoder's config from the whole model's, for a modality.
+        config: extracts the encoder's config, which determines its family, from the whole model's, for a modality.
         names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
             A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
         processor: builds the processor of a modality if the folder has none.
-        image_processor: class for the folder's processor settings, where the model's own produces tiles, which the
-            tower does not take.
+        image_processor: class for the folder's settings, where the model's own makes tiles, which the tower does not
+        take.
     """
 
     config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
@@ -37,14 +36,8 @@ class Whole:
 
 
 def _tower(name: str, *others: str) -> dict[str, str | None]:
-    """Names of a tower under `model.<name>.` or `<name>.`; the rest of the model is ignored."""
     rest = ("model.", "lm_head.", "language_model.", "multi_modal_projector.", *others)
     return {f"model.{name}.": "", f"{name}.": "", **dict.fromkeys(rest)}
-
-
-def _vit_of_mae(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
-    """Config of a masked autoencoder's encoder as a ViT; its own class would drop patches at random."""
-    return ViTConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 
 def _vision(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
@@ -72,7 +65,10 @@ WHOLE_MODELS: dict[str, Whole] = {
     "internvl": Whole(_vision, _tower("vision_tower")),
     "qwen2_vl": Whole(_vision, _tower("visual")),
     "qwen2_5_vl": Whole(_vision, _tower("visual")),
-    "vit_mae": Whole(_vit_of_mae, {"vit.": "", "decoder.": None}),
+    "vit_mae": Whole(  # as a ViT, since its own class drops patches at random
+        lambda config, _: ViTConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}),
+        {"vit.": "", "decoder.": None},
+    ),
     "clap": Whole(
         _audio,
         {"audio_model.": "", **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_"))},

@@ -109,12 +109,7 @@ class LossWeights:
 
 
 def route(media_in: Tensor, media_out: Tensor) -> list[str]:
-    """The term that each row feeds.
-
-    Args:
-        media_in: `(B,)` bool, whether the row holds encoder features.
-        media_out: `(B,)` bool, whether the row holds a signal span.
-    """
+    """The term that each row feeds, by whether it holds encoder features and a signal span, `(B,)` bool each."""
     return [TERMS[given + 2 * made] for given, made in zip(media_in.tolist(), media_out.tolist(), strict=True)]
 
 
@@ -163,10 +158,9 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real:
 def sum_by_term(
     values: Tensor, rows: Tensor, terms: list[str], suffix: str, known: Sequence[str] = TERMS
 ) -> dict[str, LossTerm]:
-    """Sum per-token or per-sample values by the term of their row.
+    """Sum per-token or per-sample values `(M,)` float32 by the term of their row.
 
     Args:
-        values: `(M,)` float32.
         rows: `(M,)` int64, the batch row of each value.
         terms: the term of each row.
         suffix: the rest of the name, such as `nll` or `alignment/image`.

@@ -1,7 +1,6 @@
 """What the losses of a batch are computed from, and its sub-terms, each declared once in `SUB_TERMS`.
 
-Counting, naming, weighting and computing all iterate over that list. Formulas, weights and the table of terms:
-`anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
+Formulas, weights and the table of terms: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,8 @@ from anygpt.sequence.signal_tokens import Spans
 
 @dataclass
 class Labels:
-    """The label tokens of a batch.
-
-    Attributes:
-        rows, positions: `(M,)` int64, where the state predicts a label.
-        values: `(M,)` int64, the labels.
-        reading: the language model's outputs; None while losses are only counted.
-    """
+    """The label tokens of a batch: rows and positions `(M,)` int64 where the state predicts a label, and the labels;
+    without `reading` while losses are only counted."""
 
     model: Composition
     rows: Tensor
@@ -166,14 +160,8 @@ class Target:
 
 @dataclass
 class LossBatch:
-    """Everything in a batch that has a loss.
-
-    Attributes:
-        terms: the term of each row.
-        labels: the label tokens with an NLL.
-        spans: the signal spans by decoder.
-        pairs, targets: the contrastive pairs by encoder, and the generation targets by decoder.
-    """
+    """Everything in a batch that has a loss: the term of each row, the label tokens, the signal spans by decoder, the
+    contrastive pairs by encoder, and the generation targets by decoder."""
 
     terms: list[str]
     labels: Labels
@@ -250,7 +238,6 @@ def _features_in(model: Composition, merged: Merged, key: str) -> Tensor:
 
 
 def _check_target(model: Composition, key: str, given: Mapping[str, Any], spans: Mapping[str, Spans]) -> None:
-    """Check that the decoder is known and has one target for each signal span."""
     if key not in model.decoder_keys:
         raise InputError(f"there are targets for {key!r}; the decoders are {list(model.decoder_keys)}")
     if key not in spans:
@@ -334,13 +321,8 @@ def compute_losses(
     conditions: Mapping[str, Condition],
     generators: Mapping[str, list[Generator]] | None,
 ) -> dict[str, LossTerm]:
-    """Compute every sub-term that has a weight, by full name.
-
-    Args:
-        batch, reading: what `find_losses` found, and the language model's output for it.
-        conditions: the projected condition of each decoder's spans.
-        generators: `{decoder key: one generator a target}`.
-    """
+    """Compute every sub-term that has a weight, by full name; `generators` are `{decoder key: one generator a
+    target}`."""
     batch.labels.reading = reading
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)

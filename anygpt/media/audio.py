@@ -34,7 +34,7 @@ def to_mono(waveform: np.ndarray, layout: str | None = None) -> np.ndarray:
 
 @cache
 def _downmix(layout: str) -> np.ndarray | None:
-    """FFmpeg's downmix weights, `(C,)`, normalised to a sum of 1; None for layouts that it cannot downmix."""
+    """FFmpeg's downmix weights, `(C,)`, with a sum of 1; None for layouts that it cannot downmix."""
     channels = av.AudioLayout(layout).nb_channels
     frame = av.AudioFrame.from_ndarray(np.eye(channels, dtype=np.float32).reshape(1, -1), "flt", layout)
     frame.rate = 16_000
@@ -47,14 +47,7 @@ def _downmix(layout: str) -> np.ndarray | None:
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples.
-
-    Raises:
-        InputError: a rate is not a positive integer.
-    """
-    for rate in (source_rate, target_rate):
-        if rate != int(rate) or rate <= 0:
-            raise InputError(f"A sampling rate is a positive whole number of Hz, not {rate}.")
+    """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples."""
     if source_rate == target_rate:
         return waveform
     length = math.ceil(waveform.shape[-1] * target_rate / source_rate)

@@ -1,4 +1,4 @@
-"""Detection of truncated audio and video files, and of headers that would make a decoder allocate too much memory.
+"""Detection of truncated audio and video files.
 
 A decoder returns whatever is left of a truncated file. FFmpeg gives two hints: it marks a partially read packet as
 corrupt, and most containers state their duration. Truncation without either hint, such as a stream cut between two
@@ -30,12 +30,7 @@ PACKING = 8
 
 
 class Ending:
-    """Tracks the packets of a container as they are demuxed, to check at the end whether any are missing.
-
-    Args:
-        head: the first bytes of the file.
-        name: of the file, for messages.
-    """
+    """Tracks the packets of a container as they are demuxed, to check at the end whether any are missing."""
 
     def __init__(self, container: av.container.InputContainer, head: bytes, name: str):
         self.container, self.head, self.name = container, head, name
@@ -45,7 +40,7 @@ class Ending:
         self.last_corrupt = False
 
     def _stated_seconds(self) -> float | None:
-        """The duration stated by the file; None where FFmpeg estimated it from the size, or an MPEG's timestamps."""
+        """The stated duration; None where FFmpeg estimated it from the size, or an MPEG's timestamps."""
         if not self.container.duration or self.container.format.name in ("mpegts", "mpeg"):
             return None
         seconds = self.container.duration / av.time_base
@@ -79,7 +74,7 @@ class Ending:
             raise ValueError(f"it is truncated: {there:.2f} of {self.stated:.2f} seconds are there")
 
     def _has_wrong_size(self) -> bool:
-        """Whether this is a WAV or CAF whose header states a wrong size; FFmpeg marks its last packet as corrupt."""
+        """Whether a WAV or CAF states a wrong size, so that FFmpeg marks its last packet as corrupt."""
         if self.head.startswith(b"caff"):
             return b"data" + 8 * b"\xff" in self.head
         stated = int.from_bytes(self.head[4:8], "little")

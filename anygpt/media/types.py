@@ -30,7 +30,6 @@ class MediaType:
     Subclasses add `read(place, num_frames, limits, whole)` (see `read_media`).
 
     Attributes:
-        name: in data files, configs and messages.
         plural: key of such media in decoder targets, the processor's arguments and answers.
         suffixes: of its files, in lower case; files are written with the first.
         mime: MIME type of written files.
@@ -170,11 +169,7 @@ MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)
 
 
 def media_type(name: str) -> MediaType:
-    """The media type called `name`.
-
-    Raises:
-        InputError: no such media type.
-    """
+    """The media type called `name`; raises `InputError` if there is none."""
     if name not in MEDIA:
         raise InputError(f"The media type {name!r} is not known: it is one of {', '.join(MEDIA)}.")
     return MEDIA[name]
@@ -200,10 +195,8 @@ def read_media(
 
 
 def is_timed(name: str) -> bool:
-    """Whether `name` is a media type that is sampled to frames."""
     return name in MEDIA and MEDIA[name].timed
 
 
 def is_heard(name: str) -> bool:
-    """Whether `name` is an audio media type."""
     return name in MEDIA and MEDIA[name].heard

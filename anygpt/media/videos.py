@@ -214,7 +214,6 @@ def _rate(stream: av.VideoStream) -> Fraction:
 
 
 def _square_width(width: int, stream: av.VideoStream) -> int:
-    """The frame's width after resizing to square pixels."""
     return max(1, round(width * (stream.sample_aspect_ratio or 1)))
 
 

@@ -20,11 +20,7 @@ from anygpt.errors import InputError
 
 
 def write_image(path: str | Path, image: Image.Image) -> None:
-    """Write an image in the format of the path's suffix (`.png`, `.jpg`, …).
-
-    Raises:
-        InputError: Pillow writes no format with this suffix.
-    """
+    """Write an image in the format of the path's suffix; an `InputError` if Pillow writes none with it."""
     Image.init()
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format not in Image.SAVE:

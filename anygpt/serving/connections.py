@@ -33,7 +33,6 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being read or answered."""
         return self.cycle is None or self.cycle.response_complete
 
 

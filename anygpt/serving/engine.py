@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
+
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
-from anygpt.generation.events import Closed, Event
-from anygpt.serving.metrics import Metrics
+from anygpt.generation.events import Closed, DecodingStarted, Event, MediumDone
 
 
 class Busy(Exception):
@@ -19,14 +21,8 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request.
-
-    Attributes:
-        messages, settings: see `ChatModel.answer`.
-        deliver: called in the engine's thread with the events, then with the `Reply` or the exception.
-        told: whether `deliver` has been called.
-        cancelled: whether the job has been abandoned.
-    """
+    """One request: see `ChatModel.answer`; `deliver` is called in the engine's thread with the events, then with the
+    `Reply` or the exception."""
 
     messages: Sequence[Mapping[str, Any]]
     settings: Settings
@@ -46,16 +42,40 @@ class Job:
         self.deliver(event)
 
 
+class Metrics:
+    """Counters in Prometheus' format: requests by HTTP status, requests waiting for the model, sizes of batches, tokens
+    (including media's and signal tokens), and seconds per batch of each decoder."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        names = {"registry": self.registry}
+        self.requests = Counter("anygpt_requests", "Requests by HTTP status", ["status"], **names)
+        self.waiting = Gauge("anygpt_requests_waiting", "Requests that wait for the model", **names)
+        sizes = {"buckets": (1, 2, 4, 8, 16, 32, 64)}
+        self.batch = Histogram("anygpt_batch_size", "Requests answered together", **sizes, **names)
+        self.tokens = Counter("anygpt_tokens", "Tokens, media and signal tokens included", ["kind"], **names)
+        self.decoder = Summary("anygpt_decoder_seconds", "Seconds of a decoder for a batch", ["decoder"], **names)
+        self._begun: dict[str, float] = {}
+
+    def event(self, event: Event) -> None:
+        """Record an event of a batch; those of several rows come after each other."""
+        if isinstance(event, DecodingStarted):
+            self._begun.setdefault(event.key, time.perf_counter())
+        elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
+            self.decoder.labels(event.content.key).observe(time.perf_counter() - begun)
+
+    def answered(self, replies: Sequence[Reply]) -> None:
+        self.batch.observe(len(replies))
+        self.tokens.labels("prompt").inc(sum(reply.prompt_tokens for reply in replies))
+        self.tokens.labels("generated").inc(sum(reply.new_tokens for reply in replies))
+
+
 class Engine:
     """Answers jobs in its own thread, in batches of waiting jobs with compatible settings.
 
     Args:
-        chat_model: the model.
         max_waiting: maximum number of waiting jobs.
         max_batch: maximum number of jobs in a batch. Jobs that arrive during a batch wait for the next one.
-
-    Attributes:
-        metrics: counters for `GET /metrics`.
     """
 
     def __init__(self, chat_model: ChatModel, max_waiting: int = 64, max_batch: int = 8):
@@ -69,15 +89,10 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Approximate number of waiting jobs."""
         return len(self._jobs)
 
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Callable) -> Job:
-        """Queue a job; see `Job` for the arguments.
-
-        Raises:
-            Busy: the queue is full.
-        """
+        """Queue a job; raises `Busy` if the queue is full."""
         job = Job(messages, settings, deliver)
         with self._changed:
             if len(self._jobs) >= self.max_waiting:

@@ -1,4 +1,4 @@
-"""Middleware of both servers: rejects requests from other sites' pages and too many at once; drops unread bodies.
+"""Middleware of both servers: rejects requests from other sites' pages, and too many at once.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
-import anyio
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
@@ -28,7 +28,6 @@ class Gate:
     Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine".
 
     Args:
-        app: the wrapped application.
         refuse: builds a response from a status and a message.
         host: address that the server listens on.
         hosts: further accepted host names; `*` for any.
@@ -65,67 +64,13 @@ class Gate:
                 self._running -= counted
 
     def _foreign(self, headers: Headers) -> str | None:
-        """The reason to refuse a request by its `Host` and `Origin`."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if host and not {"*", _hostname(host)} & self.hosts and not (self.everywhere and _is_address(host)):
+        name, is_address = "", False
+        with suppress(ValueError):  # no host name, or no address
+            name = urlsplit(f"//{host}").hostname or ""
+            is_address = bool(ipaddress.ip_address(name))
+        if host and not {"*", name} & self.hosts and not (self.everywhere and is_address):
             return f"this server does not answer to the name {host[:80]!r}; allow it with --allow-host"
         if origin is not None and not {"*", origin} & self.origins and origin.partition("://")[2] != (host or None):
             return f"pages of {origin[:80]!r} may not send requests to this server; allow them with --cors-origin"
         return None
-
-
-class Unread:
-    """ASGI middleware that closes a connection if its request is answered before the body has been read.
-
-    uvicorn would read and discard the rest of a body without limit. Here such an answer has `Connection: close`. Some
-    of the body is still read, since a client that sends everything before it reads the answer would otherwise lose it.
-
-    Args:
-        app: the wrapped application.
-        more_bytes, more_seconds: limits of the data read and discarded after the answer.
-    """
-
-    def __init__(self, app: ASGIApp, more_bytes: int = 64 * 1024**2, more_seconds: float = 3.0):
-        self.app, self.more_bytes, self.more_seconds = app, more_bytes, more_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        closing = False
-
-        async def receiving() -> Message:
-            nonlocal unread
-            message = await receive()
-            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
-            return message
-
-        async def sending(message: Message) -> None:
-            nonlocal closing
-            if message["type"] == "http.response.start" and unread:
-                closing = True
-                MutableHeaders(scope=message)["Connection"] = "close"
-            if closing and message["type"] == "http.response.body" and not message.get("more_body", False):
-                await send(message | {"more_body": True})
-                size = 0
-                with anyio.move_on_after(self.more_seconds):
-                    while unread and size <= self.more_bytes:
-                        size += len((await receiving()).get("body", b""))
-                message = {"type": "http.response.body", "body": b""}
-            await send(message)
-
-        await self.app(scope, receiving, sending)
-
-
-def _hostname(host: str) -> str:
-    """The name in a `Host` header."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_address(host: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(_hostname(host)))
-    except ValueError:
-        return False

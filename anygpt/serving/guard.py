@@ -41,14 +41,8 @@ CLOSED = (
 
 
 class Guard:
-    """ASGI middleware.
-
-    Args:
-        app: the wrapped application.
-        uploads: folder of uploaded files.
-        event_bytes: maximum size of an event's body.
-        upload_bytes: maximum size of an upload's body, all files together.
-    """
+    """ASGI middleware, for a page whose `uploads` are in a folder; bytes limit the body of an event, and of an
+    upload."""
 
     def __init__(self, app: ASGIApp, uploads: Path, event_bytes: int = 256 * 1024, upload_bytes: int = 64 * 1024**2):
         self.app = app
@@ -80,11 +74,8 @@ class Guard:
                 await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        """A `receive` of the request, whose body has been read and checked, except for uploads.
-
-        Raises:
-            HTTPException: the request is rejected.
-        """
+        """A `receive` of the request, whose body has been read and checked, except for uploads; raises
+        `HTTPException`."""
         route = scope["path"].partition("/gradio_api/")[2]
         is_upload = route.rstrip("/") == "upload"
         if route.startswith(CLOSED):
@@ -123,15 +114,11 @@ class Guard:
 
 
 def one_line(error: BaseException | None) -> str:
-    """An error as one line for the log."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class QuietTraceback:
-    """Replaces the module `traceback` in gradio's queue, which prints a traceback for any invalid request.
-
-    The page itself logs errors in answers.
-    """
+    """Replaces the module `traceback` in gradio's queue, which prints one for any invalid request."""
 
     @staticmethod
     def print_exc() -> None:
@@ -139,7 +126,6 @@ class QuietTraceback:
 
 
 def refuse(status: int, reason: str) -> JSONResponse:
-    """Error response in gradio's format."""
     return JSONResponse({"detail": reason}, status)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -28,7 +29,7 @@ from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import UNCOUNTED, Gate, Unread
+from anygpt.serving.gate import UNCOUNTED, Gate
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,8 @@ class Interface:
     """The routes.
 
     Args:
-        engine: answers the requests.
         model: name of the model in the API.
-        limits: limits of a request's settings.
-        bodies: limits of request bodies.
+        limits, bodies: limits of a request's settings, and of request bodies.
         key: API key that clients must send to `/v1` as `Authorization: Bearer <key>`; None requires no key.
     """
 
@@ -98,7 +97,7 @@ class Interface:
         def refuse(status: int, reason: str) -> Response:
             return Refused(status, reason, "busy" if status == 503 else "invalid_request_error").response()
 
-        return Unread(Gate(app, refuse, host, hosts, origins))
+        return Gate(app, refuse, host, hosts, origins)
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         """Middleware that checks the key and counts requests."""
@@ -123,7 +122,7 @@ class Interface:
         return self.key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given, expected))
 
     async def metrics(self, request: HTTPRequest) -> Response:
-        return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(self.engine.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
@@ -160,7 +159,6 @@ class Interface:
                 listening.end()
 
     async def _accept(self, request: HTTPRequest) -> form.Request:
-        """Read and parse a request."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {kind!r:.60}; expected application/json")
@@ -240,14 +238,7 @@ class Interface:
 
 
 class Listening:
-    """A queued request and its events, until its client disconnects.
-
-    Args:
-        request: the HTTP request, its body read completely.
-
-    Raises:
-        Busy: the queue is full.
-    """
+    """A queued request and its events, until its client disconnects; the request's body must have been read."""
 
     def __init__(self, engine: Engine, wanted: form.Request, request: HTTPRequest):
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
@@ -261,19 +252,13 @@ class Listening:
         self._gone = asyncio.create_task(self._wait_until_gone(request))
 
     async def next(self) -> Any:
-        """The next event.
-
-        Raises:
-            ClientDisconnect: the client has disconnected.
-            Exception: the answer has failed.
-        """
+        """The next event; raises `ClientDisconnect` if the client has gone, or the error of the answer."""
         event = await self._events.get()
         if isinstance(event, Exception):
             raise event
         return event
 
     def end(self) -> None:
-        """Stop listening."""
         self._gone.cancel()
         self._job.cancel()  # no effect on a finished job
 
@@ -285,21 +270,17 @@ class Listening:
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse strict JSON.
+    """Parse strict JSON; raises `InputError` if it is invalid, nested too deeply, or has NaN or infinite numbers."""
 
-    Raises:
-        InputError: invalid, nested too deeply, or with NaN or infinite numbers.
-    """
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        return json.loads(body, parse_constant=no_constant)
     except RecursionError:
         raise InputError("the body is nested too deeply") from None
     except ValueError as error:  # also invalid UTF-8, and integers with thousands of digits
         raise InputError(f"the body is not JSON: {error}") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _sse(content: dict[str, Any]) -> str:

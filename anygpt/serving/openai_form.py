@@ -63,7 +63,6 @@ class Limits:
             raise InputError(f"{what} is {amount!s:.40}, more than the {limit} that this server allows")
 
     def check_decoder(self, key: str, options: dict[str, Any]) -> None:
-        """Check the sizes that are given among a decoder's options."""
         most = {"num_inference_steps": self.steps, "height": self.side, "width": self.side, "num_frames": self.frames}
         for name, limit in (most | {"audio_length_in_s": self.seconds}).items():
             self.check(f"decoders.{key}.{name}", options.get(name) or 0, limit)
@@ -120,7 +119,6 @@ class Request:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
         parts = [part_of(segment) for segment in reply.answer.segments]
         message = {"role": "assistant", "content": reply.answer.text, "refusal": None, "parts": parts}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
@@ -143,11 +141,7 @@ class Request:
 
 
 def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -> Request:
-    """Parse a request's JSON and decode its media; slow.
-
-    Raises:
-        InputError: a field, value or medium that the server does not support.
-    """
+    """Parse a request's JSON and decode its media; slow. An `InputError` names what the server does not support."""
     for name, value in body.items():
         known = name in Fields.model_fields or name in IGNORED or value is None or value in NEUTRAL.get(name, [])
         if not known and body.get(TOOLS.get(name, "")) != "none":

@@ -28,7 +28,7 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.gate import Gate, Unread
+from anygpt.serving.gate import Gate
 from anygpt.serving.guard import Guard, QuietTraceback, refuse
 from anygpt.serving.http import FAULT, logger
 
@@ -70,13 +70,8 @@ DESCRIBE_PICTURES = """() => {
 
 @dataclass
 class Conversation:
-    """A visitor's conversation, kept on the server under a token that the visitor's browser stores.
-
-    Attributes:
-        messages: messages for the model.
-        shown: messages for the page.
-        used: time of the last use.
-    """
+    """A visitor's conversation, kept on the server under a token that the browser stores: for the model, and as
+    shown."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)
@@ -87,10 +82,7 @@ class Conversation:
 class Page:
     """Builds the page and answers its events.
 
-    Attributes:
-        engine: answers the requests.
-        folder: folder of uploads and generated media, used by this page only.
-        conversations: by token, the least recently used first.
+    `folder` is of uploads and generated media; `conversations` are by token, the least recently used first.
     """
 
     engine: Engine
@@ -177,18 +169,13 @@ class Page:
         return settings
 
     def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
-        """Messages and token for a reloaded page."""
         token, conversation = self.conversation(token)
         return conversation.shown, token
 
     def answer(
         self, message: dict[str, Any] | list[str], token: str | None, *values: Any
     ) -> Iterator[tuple[list[dict[str, Any]], Any, str]]:
-        """Answer a message of the box, or the text of an example.
-
-        Yields:
-            Messages to show, the input box, and the conversation's token.
-        """
+        """Answer a message, or the text of an example; yields messages to show, the input box, and the token."""
         token, conversation = self.conversation(token)
         message = {"text": message[0]} if isinstance(message, list) else message
         text, files = _whole(message.get("text") or "").strip(), message.get("files") or []
@@ -318,14 +305,8 @@ def _said_error(sentence: str) -> dict[str, Any]:
     return {"role": "assistant", "content": html.escape(sentence), "metadata": {"title": "This did not work"}}
 
 
-def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Unread:
-    """The page as an ASGI application.
-
-    Args:
-        engine: answers the requests.
-        folder: folder for uploads and generated media only.
-        host, hosts: see `Gate`.
-    """
+def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Gate:
+    """The page as an ASGI application; `folder` is for its uploads and generated media only."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     gradio.queueing.traceback = QuietTraceback
     page = Page(engine, folder).build()
@@ -343,4 +324,4 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
         css=STYLE,
     )
     page.has_launched = True  # otherwise gradio does not check the paths in events
-    return Unread(Gate(Guard(app, folder), refuse, host, hosts))
+    return Gate(Guard(app, folder), refuse, host, hosts)

@@ -3,9 +3,7 @@
 from __future__ import annotations  # jsonargparse leaves bounds in annotations to the check of all values at once
 
 import glob
-import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from anygpt.media.files import StoredMedium
 
 # Longer than any conversation; parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2
-MAX_FILES = 100_000
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,7 @@ class DataSource:
 
 
 class Row(NamedTuple):
-    """One raw row of a file.
-
-    `value` is the parsed JSON, a `Pair`, or the error from reading it; `id` is the sample's id if the row has none.
-    """
+    """One raw row: parsed JSON, a `Pair`, or the error from reading it; `id` is used if the row has none."""
 
     source: str
     id: str
@@ -78,12 +71,9 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`.
-    model, convert: the row model, and `convert(row, where)`, where `where` is the row's name in messages; None for
-        `Pair`s and the project's own form.
-    suffixes: file suffixes that imply this format.
-    media_by_type: also look for media in images/, videos/ and audios/ (see `MediaRoot`).
-    pairs: rows are `Pair`s, which need a task.
+    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model, convert: the row model, and `convert(row,
+    where)`; None for `Pair`s, which need a task, and the project's own form. suffixes: of files that imply this format.
+    media_by_type: see `MediaRoot`.
     """
 
     rows: Callable[..., Iterator[Row]]
@@ -99,18 +89,14 @@ def find_files(path: str | Path) -> list[Path]:
     """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`).
 
     Raises:
-        InputError: a name that does not exist, a glob without matches, or braces that expand to too many files.
+        InputError: a name that does not exist, a glob without matches, or unbalanced braces.
     """
     if os.path.isfile(path):
         return [Path(path)]
     try:
-        # braceexpand builds a whole range before it yields the first name
-        large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in RANGE.findall(str(path)))
-        names = [] if large else list(itertools.islice(braceexpand(str(path)), MAX_FILES + 1))
+        names = list(braceexpand(str(path)))
     except ValueError as error:  # unbalanced braces, or numbers with thousands of digits
         raise InputError(f"The braces of {str(path)[:80]} are not right: {error}.") from error
-    if not 0 < len(names) <= MAX_FILES:
-        raise InputError(f"The braces of {path} stand for more than {MAX_FILES:,} files: give a smaller range.")
     found: list[Path] = []
     for name in names:
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]

@@ -16,8 +16,6 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 class Turn(RowModel):
-    """Speaker and text of one turn; `caption` belongs to its medium (NExT-GPT)."""
-
     speaker: Literal["human", "gpt", "system"] = Field(alias="from")
     value: Text
     caption: Text | None = None
@@ -40,12 +38,10 @@ class TurnsRow(RowModel):
         return super().keys(value) | {form.format(kind) for form in cls.media_keys for kind in MEDIA}
 
     def listed(self, key: str) -> list[str]:
-        """Strings under a media type's key; empty if it is absent."""
         value = self.__pydantic_extra__.get(key)
         return value if isinstance(value, list) else [] if value is None else [value]
 
     def markers(self, speaker: str, kind: str) -> int:
-        """Number of markers of a media type in a speaker's turns."""
         return sum(turn.value.count(f"<{kind}>") for turn in self.conversations if turn.speaker == speaker)
 
     def inputs(self, key: str, kind: str, where: str) -> list[dict]:
@@ -91,7 +87,7 @@ def _count_error(where: str, speaker: str, kind: str, markers: int, key: str, fi
 
 
 class LlavaRow(TurnsRow):
-    """LLaVA's row; the last five keys, its origin and image sizes, are ignored."""
+    """LLaVA's row; the last five keys are ignored."""
 
     media_keys = ("{}",)
 
@@ -171,7 +167,7 @@ def convert_alpaca(row: AlpacaRow, where: str) -> dict:
 
 
 class Question(RowModel):
-    """An instruction, a question and its answer."""
+    """An instruction `i`, a question and its answer."""
 
     a: Text
     q: Text
@@ -222,7 +218,6 @@ GENERATION_PROMPT = "Make this {kind}: {caption}"
 
 
 def check_task(task: str | None, where: str) -> None:
-    """Raise `InputError` unless `task` says what to learn from pairs of media and captions."""
     if task not in TASKS:
         raise InputError(
             f"{where} holds media with captions, and task is {task!r}: give comprehension (the medium is asked about, "

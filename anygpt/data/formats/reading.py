@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anygpt.data.formats import dialects
-from anygpt.data.formats.base import DataSource, Format, Row, find_files
+from anygpt.data.formats.base import DataSource, Format, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.tables import table_rows
 from anygpt.data.formats.webdataset import shard_rows
@@ -46,8 +46,7 @@ def read_samples(
         of the images) get a number.
 
     Raises:
-        InputError: see `iterate_samples`; with `faults=None` also an invalid row, or missing media (names the first
-            and gives the total).
+        InputError: see `iterate_samples`; with `faults=None` also an invalid row, or missing media.
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
@@ -84,9 +83,7 @@ def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
-    """Yield the samples of a data file, with a fault in place of each invalid row.
-
-    Repeated ids and missing media are left to `read_samples`.
+    """Yield the samples of a data file, with a fault in place of each invalid row; media may be missing.
 
     Raises:
         InputError: an unreadable or empty file, an unknown format, an invalid JSON list (after the rows before that
@@ -110,26 +107,21 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     root = MediaRoot(folder, by_type=chosen.media_by_type, follow_links=source.follow_links)
     empty = True
     for row in rows:
-        empty = False
+        empty, value = False, row.value
         try:
-            yield _sample(row, chosen, source.task, root)
+            if isinstance(value, InputError):
+                raise value
+            where = row_name(value, row.source, row.id)
+            if chosen.pairs:
+                value = dialects.convert_pair(value, where, source.task)
+            elif chosen.model is not None:
+                found = checked(chosen.model, value, where)
+                value = chosen.convert(found, where) | ({"id": found.id} if found.id else {})
+            yield parse_sample(value, row.source, row.id, root)
         except InputError as fault:
             yield fault
     if empty:
         raise InputError(f"{path} holds no samples: it is empty.")
-
-
-def _sample(row: Row, chosen: Format, task: str | None, root: MediaRoot) -> Sample:
-    value = row.value
-    if isinstance(value, InputError):
-        raise value
-    where = row_name(value, row.source, row.id)
-    if chosen.pairs:
-        value = dialects.convert_pair(value, where, task)
-    elif chosen.model is not None:
-        found = checked(chosen.model, value, where)
-        value = chosen.convert(found, where) | ({"id": found.id} if found.id else {})
-    return parse_sample(value, row.source, row.id, root)
 
 
 def _format_of(path: Path, name: str | None) -> str:
@@ -147,7 +139,6 @@ def _format_of(path: Path, name: str | None) -> str:
 
 
 def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
-    """Error that names the first of the missing files and counts them."""
     sample, file = missing[0]
     count = len({file for _, file in missing})
     total = "1 media file is missing" if count == 1 else f"{count} media files are missing in all"

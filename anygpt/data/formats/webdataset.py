@@ -151,6 +151,5 @@ def _read(member: TarMember, where: str) -> bytes:
 
 
 def _printable(name: str) -> str:
-    """A name with invalid UTF-8 and control characters written as escapes."""
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")[:300]
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

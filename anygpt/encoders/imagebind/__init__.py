@@ -2,6 +2,7 @@
 
 The published weights are under CC BY-NC-SA 4.0, for non-commercial use.
 """
+# ruff: noqa: F401 (the names of the package)
 
 from anygpt.encoders.imagebind.configuration import ImageBindConfig
 from anygpt.encoders.imagebind.modeling import ImageBindEncoder, ImageBindModel
@@ -12,6 +13,3 @@ from anygpt.encoders.imagebind.processing import (
     ImageBindVideoProcessor,
     processor_for,
 )
-
-__all__ = ["ImageBindAudioProcessor", "ImageBindConfig", "ImageBindEncoder", "ImageBindImageProcessor"]
-__all__ += ["ImageBindModel", "ImageBindTextProcessor", "ImageBindVideoProcessor", "processor_for"]

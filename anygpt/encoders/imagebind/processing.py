@@ -219,13 +219,8 @@ def filter_banks(num_mel_bins: int, sampling_rate: int, length: int) -> ASTFeatu
     """Kaldi's filter banks, without the library's warning that the lowest of 128 mels are narrower than an FFT bin."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ASTFeatureExtractor(
-            num_mel_bins=num_mel_bins,
-            sampling_rate=sampling_rate,
-            max_length=length,
-            mean=MEAN,
-            std=DEVIATION / 2,  # the library divides by 2 · std
-        )
+        std = DEVIATION / 2  # the library divides by 2 · std
+        return ASTFeatureExtractor(1, sampling_rate, num_mel_bins, length, mean=MEAN, std=std)
 
 
 def clip_starts(length: float, seconds: float, count: int) -> np.ndarray:

@@ -14,8 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from anygpt.encoders.callbacks import with_features
-from anygpt.encoders.selection import LlavaCallbacks
+from anygpt.encoders.callbacks import LlavaCallbacks, with_features
 
 
 class LlavaNextCallbacks(LlavaCallbacks):
