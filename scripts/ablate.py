@@ -54,7 +54,6 @@ class Ablation(BaseModel, extra="forbid"):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, body: Any) -> Any:
-        """Give settings under `stage1, stage2` to both stages."""
         found: dict[str, Any] = {}
         for key, value in body.items() if isinstance(body, dict) else ():
             for name in key.replace(",", " ").split():
@@ -72,7 +71,6 @@ class Plan(BaseModel, extra="forbid"):
 
 
 def read_plan(path: Path) -> Plan:
-    """Read and check the list of ablations."""
     try:
         return Plan.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
@@ -139,7 +137,6 @@ def run(plan: Plan, name: str, seed: int, things: str, output: Path) -> Report:
 
 
 def call(command: Sequence[str], name: str) -> None:
-    """Run a command in the repository, with its output on the terminal; raises `InputError` if it fails."""
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     if code := subprocess.run(command, cwd=REPOSITORY).returncode:
         raise InputError(f"{name} ended with exit code {code}, see above; start again: what is done is kept")

@@ -86,7 +86,6 @@ def check_output(output: Path) -> None:
 
 
 def is_finished(name: str) -> bool:
-    """Whether a run is finished; raises `InputError` if it finished with other settings, data or start."""
     folder, now = WORK / name, made_from(name)
     made_with = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).is_file() else None
     if made_with not in (None, now):
@@ -124,7 +123,6 @@ def train(name: str) -> None:
 
 
 def call(name: str, *command: object) -> None:
-    """Run one of the project's commands, and append what it prints to `runs/zoo/<name>.txt`."""
     said = WORK / f"{name}.txt"
     said.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {command[0]}, see {said}", flush=True)
@@ -158,7 +156,6 @@ def collect(output: Path) -> None:
 
 
 def card(part: str, shares: dict[str, Any]) -> str:
-    """The model card of a part: its training runs, final losses and quality."""
     title = f"# ToyWorld {part.replace('_', ' ')}"
     lines = [title, "", "A tiny part of the AnyGPT zoo, made by `python scripts/build_zoo.py`.", ""]
     for name in MADE_BY[part]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from anygpt.commands import execute
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
 from anygpt.encoders.imagebind.modeling import CARD
 from anygpt.errors import InputError
+from anygpt.media.writing import replacing
 
 import torch
 from safetensors import SafetensorError
@@ -53,15 +53,12 @@ def convert(arguments: list[str]) -> None:
     with torch.device("meta"):
         model = ImageBindModel(config)
     model.load_original_state_dict(tensors)
-    temporary = output.with_name(f".{output.name}.incomplete")
     try:
-        model.save_pretrained(temporary)
-        (temporary / "README.md").write_text(CARD)
-        temporary.rename(output)
+        with replacing(output) as temporary:
+            model.save_pretrained(temporary)
+            (temporary / "README.md").write_text(CARD)
     except OSError as error:
         raise InputError(f"--output {output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(output)
 
 

@@ -67,7 +67,6 @@ class Skipped(Failed):
 
 
 def write_parts(folder: Path, tiny: bool) -> None:
-    """Write the parts in bfloat16, and their configuration."""
     paths = {name: str(folder / name) for name in ("llm", "vit", "diffusion")}
     llm = LlamaConfig(vocab_size=32000, **SMALL if tiny else {})  # the defaults are the 7B model's
     vision = CLIPVisionConfig(**SMALL if tiny else VIT_H, patch_size=14)
@@ -85,7 +84,6 @@ def write_parts(folder: Path, tiny: bool) -> None:
 
 
 def measure_rate(name: str, folder: Path, steps: int) -> dict[str, float]:
-    """Measure one row of `RATES`, in this process."""
     stage, settings, _ = RATES[name]
     kinds = {1: [False], 2: [True], 3: [False, True]}[stage]
     data = [write_photographs(folder / f"rows_{made}.jsonl", BATCH * (steps + 3), asked_for=made) for made in kinds]
@@ -106,7 +104,6 @@ def rate(name: str, folder: Path, options: argparse.Namespace) -> str:
 
 
 def launch(folder: Path, name: str, stage: int, config: str, processes: int, *more: str) -> Losses:
-    """Launch a stage on the tiny parts; returns its losses, or raises `Failed`."""
     output, data = folder / name.replace(" ", "_"), folder / f"stage{stage}.jsonl"
     write_dataset(folder, f"stage{stage}", 24, seed=0)
     start = folder / "cpu2/final" if stage == 3 else "null"

@@ -377,7 +377,7 @@ def test_writing_goes_on_where_it_was(world):
     counts = world.write()
     assert counts["written"] == 0 and counts["known"]
     lost = next(path for path in shards if path.parent.name == "image_encoder")
-    (lost.parent / ".shard-x.safetensors.incomplete").write_bytes(b"half")  # of a run that was killed
+    (lost.parent / ".shard-x.safetensors.0.tmp").write_bytes(b"half")  # of a run that was killed
     before_it = stored(lost.parent)
     names = load_file(lost)
     lost.unlink()

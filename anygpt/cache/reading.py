@@ -144,7 +144,6 @@ def store_key(
 
 
 def encoding_networks(decoder: DiffusionDecoder) -> dict[str, nn.Module]:
-    """The networks that encode captions and media for the denoiser, by name."""
     return {name: network for name, network in decoder.named_children() if network is not decoder.denoiser}
 
 

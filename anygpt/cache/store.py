@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anygpt.errors import InputError
+from anygpt.media.writing import replacing
 
 KEY = "key.json"
 SHARD = "shard-*.safetensors"
@@ -99,24 +100,19 @@ class StoreWriter:
 
     def flush(self) -> None:
         if self.held:
-            name = f"shard-{uuid.uuid4().hex[:16]}.safetensors"
-            temporary = self.folder / f".{name}.incomplete"
-            with writing(self.folder, temporary):
+            shard = self.folder / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
+            with _writing(self.folder), replacing(shard) as temporary:
                 save_file(self.held, temporary, metadata={"format": "pt"})
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
-                os.rename(temporary, self.folder / name)
         self.held, self.size, self.since = {}, 0, time.monotonic()
 
 
 @contextmanager
-def writing(folder: Path, temporary: Path) -> Iterator[None]:
-    """Turn write errors (disk full, no permission) into `InputError`, and remove the partial file."""
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # the latter includes the system's error
-        with suppress(OSError):
-            temporary.unlink()
         raise InputError(
             f"the feature cache {folder} cannot be written: {error}; make room, or name another data.cache_dir, and "
             "give the same command again: what is there is whole"
@@ -125,14 +121,11 @@ def writing(folder: Path, temporary: Path) -> Iterator[None]:
 
 def create_store(folder: Path, key: Mapping[str, Any]) -> None:
     """Create an empty store, or check that an existing one has this key and remove a killed run's partial files."""
-    for path in folder.glob(".*.incomplete"):
+    for path in folder.glob(".*.tmp"):
         path.unlink()
     if not folder.exists() or not any(folder.iterdir()):
-        temporary = folder / f".{KEY}.incomplete"
-        with writing(folder, temporary):
-            folder.mkdir(parents=True, exist_ok=True)
+        with _writing(folder), replacing(folder / KEY) as temporary:
             temporary.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
-            os.rename(temporary, folder / KEY)
     check_key(folder, key)
 
 
@@ -161,7 +154,6 @@ def check_key(folder: Path, key: Mapping[str, Any]) -> None:
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Yield descriptions of the differences between two JSON values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)

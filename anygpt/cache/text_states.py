@@ -66,7 +66,6 @@ class TextStates(dict[str, Tensor]):
 
     @classmethod
     def join(cls, rows: Sequence[Mapping[str, Tensor]]) -> TextStates:
-        """Concatenate the states of a batch's rows."""
         return cls({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
     def __call__(

@@ -113,12 +113,10 @@ class ChatModel:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Media types that can be attached."""
         return tuple(dict.fromkeys(encoder.modality for encoder in self.model.encoders.values()))
 
     @property
     def makes(self) -> dict[str, str]:
-        """`{decoder key: media type}`."""
         return {key: decoder.modality for key, decoder in self.model.decoders.items()}
 
     def options(self, key: str) -> dict[str, Any]:
@@ -213,7 +211,6 @@ class ChatModel:
         return replies
 
     def _room(self, prompt_tokens: int) -> int:
-        """Number of tokens left in the language model's context after a conversation."""
         config = base_model(self.model.language_model).config.get_text_config()
         most = getattr(config, "max_position_embeddings", None) or sys.maxsize
         if prompt_tokens >= most:
@@ -241,7 +238,6 @@ def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
 
 
 def check_device(device: str, offload: bool = False) -> None:
-    """Raise `InputError` if a device cannot be used, or cannot be offloaded from."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -65,13 +65,11 @@ def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | 
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Parser of a command: keeps the description's layout and allows no abbreviated flags."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     return argparse.ArgumentParser(prog=f"anygpt {name}", description=description, **options)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `ChatModel`."""
     add = parser.add_argument
     add("--checkpoint", type=Path, default=CHECKPOINT, help="a run's final/ folder (default: the quickstart's last)")
     add("--device", default="cpu", help="where to run, for example cuda (default: %(default)s)")
@@ -79,7 +77,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_range(options: argparse.Namespace, least: float, most: float, *names: str) -> None:
-    """Raise `InputError` if one of these options is given and out of range."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:

@@ -58,7 +58,6 @@ def load(name: str) -> ModuleType:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak resident memory of this process, and of the accelerator if there is one, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     memory = {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
     if torch.cuda.is_available():

@@ -63,7 +63,6 @@ class Chat:
         self.files: list[str] = []  # of the next message
 
     def attach(self, path: str) -> str:
-        """Attach a file, checking that it can be read; returns its media type."""
         part = self.chat_model.read(modality_of(path), path)
         self.files.append(path)
         return part["type"]
@@ -95,7 +94,6 @@ class Chat:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
     def run(self) -> None:
-        """Read turns from the terminal until the end of input."""
         print(f"Say something, or {COMMANDS}.")
         while True:
             try:
@@ -113,7 +111,6 @@ class Chat:
                 print("\nstopped; this turn is forgotten")
 
     def turn(self, text: str) -> None:
-        """Carry out one line of the user: a command or a message."""
         command, _, argument = text.partition(" ")
         # as typed or dropped into a terminal
         path = os.path.expanduser(argument.strip().strip("'\"").replace("\0", ""))
@@ -177,7 +174,6 @@ class Printer:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options, validated before anything is loaded."""
     parser = new_parser("chat", __doc__)
     add_model_arguments(parser)
     add = parser.add_argument

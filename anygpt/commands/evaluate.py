@@ -84,7 +84,6 @@ def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
 
 
 def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """`model` and `processor` of the checkpoint."""
     if not options.checkpoint.is_dir():
         raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
     model, processor = load_checkpoint(options.checkpoint)
@@ -92,7 +91,6 @@ def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
 
 
 def run_matrix(options: argparse.Namespace) -> str:
-    """Evaluate on ToyWorld and write all files; returns the matrix as a table."""
     options.steps = by_kind("--steps", options.steps, int)
     options.guidance = by_kind("--guidance", options.guidance, float)
     options.baselines = not options.no_baselines
@@ -119,7 +117,6 @@ def run_matrix(options: argparse.Namespace) -> str:
 
 
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
-    """Run a suite file and write its results; returns the table in the first process."""
     suite = read_suite(options.suite, overrides)
     suite.baselines = [] if options.no_baselines else suite.baselines
     # Processes may wait long for each other. Without a device, accelerate must be told to use the CPU.

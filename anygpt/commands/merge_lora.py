@@ -8,7 +8,6 @@ The output is an ordinary composition (`MultimodalModel.from_pretrained`) withou
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from anygpt.chat.chat_model import load_checkpoint
 from anygpt.commands import new_parser
 from anygpt.errors import InputError
+from anygpt.media.writing import replacing
 from anygpt.model.parts import adapter_of, part_modules
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,14 +36,10 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"{options.checkpoint} has neither an adapter nor signal tokens, so there is nothing to merge")
     if options.dtype is not None:
         model.language_model.to(getattr(torch, options.dtype))
-    temporary = output.parent / f".{output.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, merge=True)
-        processor.save_pretrained(temporary)
-        temporary.rename(output)
+        with replacing(output) as temporary:
+            model.save_pretrained(temporary, merge=True)
+            processor.save_pretrained(temporary)
     except OSError as error:
         raise InputError(f"--output {output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(output)

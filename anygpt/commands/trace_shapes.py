@@ -97,7 +97,6 @@ def calls(model: MultimodalModel) -> Iterator[tuple[Any, str, See]]:
 
 @torch.no_grad()
 def trace(model: MultimodalModel, batch: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Run one forward pass and return the rows of the table for every hop."""
     rows: list[tuple[str, ...]] = []
 
     def add(*found: Any) -> None:

@@ -79,7 +79,6 @@ class CacheWriter:
         return counts
 
     def no_use(self, entry: Entry) -> str | None:
-        """The reason not to write a store that could be written, or None."""
         weights = self.model.loss_weights
         if entry.name in self.leave_out:
             return "as asked"
@@ -204,7 +203,6 @@ class Preparation:
         return Prepared(list(fresh), data, pieces, len(contents) - len(faults) - len(fresh), faults)
 
     def rows(self, samples: Sequence[Sample]) -> Prepared:
-        """Ids, mask and labels of rows without input media."""
         batch = self.collator([LoadedSample(sample) for sample in samples])
         faults = [fault.reason for fault in batch[BAD]]
         if not batch[SAMPLE_IDS]:

@@ -61,7 +61,6 @@ def fault(message: str, kind: str = "structure") -> PydanticCustomError:
 
 
 def shown(value: Any) -> str:
-    """Representation of a value for messages, at most 80 characters long."""
     try:
         text = "missing" if value is None else repr(value)
     except RecursionError:
@@ -104,7 +103,6 @@ class RowModel(BaseModel):
 
     @classmethod
     def keys(cls, value: Mapping[str, Any]) -> set[str]:
-        """Keys that a row may have."""
         return {field.alias or name for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
@@ -201,8 +199,6 @@ def _text_as_parts(value: Any) -> Any:
 
 
 class MessageRow(RowModel):
-    """One turn; `content` may be a string."""
-
     role: Literal["system", "user", "assistant"]
     content: Annotated[list[PartRow], BeforeValidator(_text_as_parts)]
 
@@ -223,8 +219,6 @@ class MessageRow(RowModel):
 
 
 class SampleRow(RowModel):
-    """A conversation with at least one assistant turn."""
-
     messages: Annotated[list[MessageRow], at_least_one("message")]
     id: Id = ""
 

@@ -137,7 +137,6 @@ class UpdateSampler(Sampler[list[int]]):
             first = max(0, first - len(batches))
 
     def _by_tokens(self, members: np.ndarray) -> list[np.ndarray]:
-        """Split the samples, in order, into micro-batches of at most `max_tokens`."""
         cuts, first, held, longest = [], 0, 0, 0
         for i, size in enumerate(self.sizes[members].tolist()):
             held, longest = held + size, max(longest, size)
@@ -147,11 +146,9 @@ class UpdateSampler(Sampler[list[int]]):
         return np.split(members, cuts)
 
     def _draws(self, epoch: int) -> np.ndarray:
-        """Random numbers that select wordings, int64 (samples,)."""
         return np.random.default_rng([self.seed, epoch, 2]).integers(2**31, size=sum(self.lengths))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Dataset indices of one epoch in order, int64 (epoch_size,)."""
         generator = np.random.default_rng([self.seed, epoch])
         firsts = np.cumsum([0, *self.lengths[:-1]]).tolist()
         parts = []
@@ -163,7 +160,6 @@ class UpdateSampler(Sampler[list[int]]):
 
 
 def _draws(lengths: list[int], weights: list[float]) -> list[int]:
-    """Number of samples that an epoch draws from each dataset."""
     if len(weights) != len(lengths):
         raise InputError(f"There are {len(lengths)} datasets and {len(weights)} weights: give one weight a dataset.")
     draws = []

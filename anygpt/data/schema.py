@@ -54,7 +54,6 @@ class Sample:
         return f"{self.source} (sample {self.id!r})"
 
     def naming(self, error: Exception) -> str:
-        """An error's message, with the sample's name."""
         text = str(error)
         return text if text.startswith(self.name) else f"{self.name}: {text}"
 
@@ -91,7 +90,6 @@ class Sample:
         return replace(self, messages=tuple(messages))
 
     def missing_files(self) -> list[Path]:
-        """Media paths that are not existing files."""
         # `Path.is_file` raises on names that are too long and in folders without permission.
         return [p.path for _, p in self.media() if isinstance(p.path, Path) and not os.path.isfile(p.path)]
 

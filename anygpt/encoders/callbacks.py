@@ -98,7 +98,6 @@ class LlavaCallbacks(EncoderCallbacks):
 
 
 def check_selection(config: PreTrainedConfig, feature_layer: int | None, drop_cls: bool | None) -> None:
-    """Raise `InputError` if an encoder has no such layer or no class token."""
     family = FAMILIES[config.model_type]
     if feature_layer is not None:
         layers = getattr(config, "num_hidden_layers", None)

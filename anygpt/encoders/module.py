@@ -231,7 +231,6 @@ class ModalEncoderModule(nn.Module):
         return inputs, output
 
     def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
-        """Features of each input, `(n, …)`, from padded or packed ones."""
         features = _first(output)
         if self.family.layout == "packed":
             return list(features.split(counts))

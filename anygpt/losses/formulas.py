@@ -99,7 +99,6 @@ class LossWeights:
 
     @property
     def wants_language_model(self) -> bool:
-        """Whether any sub-term reads the language model's states."""
         return any(getattr(self, term) for term in TERMS)
 
     def wants(self, sub: str, modality: str | None = None) -> bool:

@@ -115,7 +115,6 @@ class Target:
 
     @cached_property
     def encoding(self) -> Condition:
-        """The decoder's own encoding of the captions."""
         given = self.given.get("conditions")
         encoding = Condition.of(self.decoder.encode_text(self.captions) if given is None else given)
         return encoding if self.condition is None else encoding.to(self.condition.embeds.device)

@@ -59,7 +59,6 @@ class Audio:
     layout: str | None = None
 
     def mono(self) -> np.ndarray:
-        """`(N,)`: all channels mixed."""
         return to_mono(self.waveform, self.layout)
 
 
@@ -79,7 +78,6 @@ class MediaLimits:
     max_bytes: int = 512 * 1024**2
 
     def check(self, path: Place, **amounts: float) -> None:
-        """Raise `InputError` if an amount (`pixels`, `frames`, `seconds`, `bytes`) exceeds its limit."""
         for name, amount in amounts.items():
             if amount > (limit := getattr(self, f"max_{name}")):
                 raise InputError(

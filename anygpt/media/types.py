@@ -59,7 +59,6 @@ class MediaType:
         return medium
 
     def to_target(self, medium: Any) -> Any:
-        """Convert a medium to the input of a decoder's `TargetProcessor`."""
         return medium
 
     def to_part(self, content: Any, rate: float | None) -> Any:
@@ -71,7 +70,6 @@ class MediaType:
         raise NotImplementedError
 
     def blank(self, num_frames: int | None = None) -> Any:
-        """An empty medium, for uses where only the shape matters."""
         raise NotImplementedError
 
 

@@ -139,7 +139,6 @@ def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
 def _in_order(
     frames: Iterator[Frame], wanted: set[int], path: Place, limits: MediaLimits
 ) -> tuple[dict[int, np.ndarray], list[Fraction], Fraction]:
-    """Decode all frames and keep some, by index; also returns each frame's start, and the end."""
     kept: dict[int, np.ndarray] = {}
     said: list[Fraction | None] = []
     ends: list[Fraction] = []
@@ -233,7 +232,6 @@ def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
 
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:
-    """Read the header from the packets, without decoding any."""
     with open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
         limits.check(path, seconds=ending.stated or 0)

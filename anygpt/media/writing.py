@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import secrets
+import shutil
 import wave
 from collections.abc import Iterator
 from fractions import Fraction
@@ -72,7 +73,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces it at the end of the block."""
+    """Yield a temporary path beside `path`, of a file or a folder, which replaces it at the end of the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -80,4 +81,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)

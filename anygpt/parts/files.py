@@ -57,9 +57,8 @@ def shapes_only() -> Iterator[None]:
 class Place:
     """A local folder, or a folder of a Hub repository; fields as in `PartSettings`.
 
-    Attributes:
-        subfolder: folder of the network within `path`; "" for the folder itself.
-        hub: `cache_dir`, `token`, … for a Hub id.
+    `subfolder` is that of the network within `path`, "" for the folder itself; `hub` are `cache_dir`, `token`, … for a
+    Hub id.
     """
 
     path: str
@@ -74,7 +73,6 @@ class Place:
 
     @property
     def taken_for(self) -> str:
-        """What an error about a path that is no folder adds."""
         if Path(self.path).is_file():
             return " (it is a file; name the folder that it is in)"
         return "" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)"
@@ -83,7 +81,6 @@ class Place:
         return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
 
     def file(self, name: str) -> Path | None:
-        """Path of a file, downloaded if necessary; None if it does not exist."""
         cached_only = wants_shapes_only() and Path(name).suffix in SAFETENSORS + PICKLES
         try:
             found = cached_file(
@@ -125,7 +122,6 @@ class Place:
         return content
 
     def download(self, weights: bool = True) -> Path:
-        """Local folder, downloaded if necessary, with or without weights."""
         if Path(self.path).is_dir():
             return Path(self.path, self.subfolder)
         formats = [".msgpack", ".onnx", ".h5", ".ckpt", *PICKLES, *([] if weights else SAFETENSORS)]
@@ -139,7 +135,6 @@ class Place:
         return Path(folder, self.subfolder)
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Content of a JSON file; None if it does not exist."""
         path = self.file(name)
         if path is None:
             return None
@@ -164,13 +159,7 @@ def built_from(file: Path | str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of a network.
-
-    Attributes:
-        entry: the file, or the index of its shards.
-        files: the opened files by path.
-        variant: variant of the files.
-    """
+    """The weight files of a network: the file or the index of its shards, and the opened files by path."""
 
     entry: Path
     files: Mapping[Path, Any]
@@ -258,13 +247,11 @@ def _first(place: Place, suffixes: tuple[str, ...], variant: str | None) -> Path
 
 
 def _here(place: Place, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with one of the suffixes in a local folder."""
     folder = Path(place.path, place.subfolder)
     return sorted(p for p in folder.glob("*") if p.suffix in suffixes) if folder.is_dir() else []
 
 
 def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mapping[str, str | None]) -> dict[Path, Any]:
-    """Open the file, or the shards of an index that hold tensors of this network."""
     if entry.suffix != ".json":
         return {entry: _open(entry)}
     index = (place.json(entry.name) or {}).get("weight_map")
@@ -339,7 +326,6 @@ def _say_once(message: str) -> None:
 
 
 def some(names: list[str], most: int = 5) -> str:
-    """The first names of a list and the number of others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 

@@ -37,11 +37,9 @@ def load_network(
     fallback_dtype: Any = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a transformers network, taking every tensor from the files at `place`.
+    """Load a transformers network, taking every tensor from the files at `place`, which may also hold other networks.
 
     Args:
-        cls, config: the network's class and config.
-        place: folder of the files, which may also hold other networks.
         names: `{prefix in the files: new prefix}`; None for tensors of other networks.
         optional: constructor arguments by tensor name prefix, applied if the files have no such tensors.
         dtype: if None, the config's, else `fallback_dtype` (of the enclosing model), else that of the files.
@@ -93,7 +91,6 @@ def load_network(
 
 
 def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[str]]) -> None:
-    """Raise one `InputError` that names the file and the tensors."""
     found = [f"{verb} {some(sorted(names))}" for verb, names in faults.items() if names]
     if found:
         where = weights.entry if len(weights.files) < 2 else f"{weights.entry} ({len(weights.files)} shards)"
@@ -134,5 +131,4 @@ def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]
 
 
 def _alike(names: tuple[str, str]) -> int:
-    """Length of the common prefix."""
     return len(commonprefix(names))  # noqa: RUF071 (of characters, which is meant)

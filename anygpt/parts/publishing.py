@@ -27,10 +27,8 @@ PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "commit_desc
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: Any = None, **commit: Any) -> str:
     """Upload a folder to a model repository, created if necessary; returns the URL of the commit.
 
-    `commit` has further arguments of `HfApi.upload_folder` (`PUSH_ARGUMENTS`).
-
-    Raises:
-        InputError: an unknown argument, or the Hub rejects the upload.
+    `commit` has further arguments of `HfApi.upload_folder` (`PUSH_ARGUMENTS`). An `InputError` is raised for others, or
+    if the Hub rejects the upload.
     """
     if unknown := sorted(set(commit) - set(PUSH_ARGUMENTS)):
         raise InputError(f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(PUSH_ARGUMENTS)}")

@@ -124,7 +124,6 @@ class Source(EncoderSettings, TokenizerSettings):
 
     @classmethod
     def of(cls, path: str | Path | Source, options: dict[str, Any], *others: str, kind: Any = PartSettings) -> Source:
-        """Build a source from a path and options of `kind` and `others`; raises `InputError` for an unknown option."""
         known = [*(field.name for field in fields(kind) if field.name != "path"), *others]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"a part has no option {unknown[0]!r}; known are {', '.join(known)}")
@@ -139,7 +138,6 @@ class Source(EncoderSettings, TokenizerSettings):
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether `path` is a Hub id rather than local."""
         return not self.path.startswith(ZOO_PREFIX) and not Path(self.path).exists()
 
     @property
@@ -152,7 +150,6 @@ class Source(EncoderSettings, TokenizerSettings):
 
     @property
     def where(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` that locate the part in a repository."""
         return {"revision": self.revision, "subfolder": self.subfolder or ""}
 
     @property
@@ -178,7 +175,6 @@ class Source(EncoderSettings, TokenizerSettings):
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form without unset fields."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -191,11 +187,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
 
 
 def load(source: Source, kind: str, loader: Callable[[], Any], unused: Collection[str] = ()) -> Any:
-    """Run a loader; errors about wrong paths or missing packages become an `InputError` with part and reason.
-
-    Raises:
-        InputError: also if the source sets an option in `unused`.
-    """
+    """Run a loader; errors about wrong paths, missing packages or an option in `unused` become an `InputError` with the
+    part."""
     try:
         for name in unused:
             if getattr(source, name) is not None:

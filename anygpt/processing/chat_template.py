@@ -82,11 +82,8 @@ class Rendered(str):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
-    """Render a conversation as text, with `options` for the template such as `add_generation_prompt`.
-
-    Raises:
-        InputError: the template refuses the conversation, for instance because roles do not alternate.
-    """
+    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses the
+    conversation."""
     with _refusals():
         return Rendered(
             tokenizer.apply_chat_template(
@@ -152,7 +149,6 @@ def tokenize_many(
 def _tokenize_marked(
     tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each conversation, with a template that has `{% generation %}` marks."""
     encoded = tokenizer.apply_chat_template(
         conversations, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )

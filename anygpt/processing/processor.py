@@ -329,7 +329,6 @@ def _flatten(media: Any) -> tuple[Any, list[int] | None]:
 
 
 def _sums(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Sums of consecutive groups of values with the given lengths."""
     return [int(group.sum()) for group in torch.tensor(values).split(list(lengths))]
 
 

@@ -16,7 +16,6 @@ SEED = 0
 
 @contextmanager
 def _fixed_draws() -> Iterator[None]:
-    """Seed the global random states with `SEED`, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

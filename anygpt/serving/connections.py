@@ -37,7 +37,6 @@ class BoundedProtocol(H11Protocol):
 
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
-    """uvicorn's config for both servers; `options` are its own."""
     # Answers in progress are cancelled on shutdown, which needs no traceback.
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options

@@ -92,7 +92,6 @@ class Engine:
         return len(self._jobs)
 
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Callable) -> Job:
-        """Queue a job; raises `Busy` if the queue is full."""
         job = Job(messages, settings, deliver)
         with self._changed:
             if len(self._jobs) >= self.max_waiting:

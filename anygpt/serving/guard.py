@@ -130,7 +130,6 @@ def refuse(status: int, reason: str) -> JSONResponse:
 
 
 def _paths(content: Any) -> Iterator[Any]:
-    """Yield all values under a key `path`, at any depth."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key == "path" and value is not None:

@@ -29,7 +29,7 @@ from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import UNCOUNTED, Gate
+from anygpt.serving.gate import UNCOUNTED, Gate, Unread
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,6 @@ class Interface:
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
-        """The ASGI application; see `Gate` for the arguments."""
         routes = [
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
@@ -97,11 +96,9 @@ class Interface:
         def refuse(status: int, reason: str) -> Response:
             return Refused(status, reason, "busy" if status == 503 else "invalid_request_error").response()
 
-        return Gate(app, refuse, host, hosts, origins)
+        return Unread(Gate(app, refuse, host, hosts, origins))
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
-        """Middleware that checks the key and counts requests."""
-
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             async def count(message: Message) -> None:
                 if message["type"] == "http.response.start" and scope["path"] not in UNCOUNTED:
@@ -190,7 +187,6 @@ class Interface:
         return form.parse_request(content, self.engine.chat_model, self.limits)
 
     async def _stream(self, wanted: form.Request, listening: Listening, event: Any) -> AsyncIterator[str]:
-        """Yield server-sent events until the answer is complete."""
         try:
             yield _sse(wanted.chunk({"role": "assistant", "content": ""}))
             while not isinstance(event, Reply):

@@ -47,8 +47,6 @@ MAX_STOPS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request."""
-
     new_tokens: int = 2**20
     messages: int = 200
     characters: int = 100_000
@@ -196,7 +194,6 @@ def _check_names(field: str, names: Collection[str], known: Collection[str]) -> 
 
 
 def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
-    """The messages with media parts as `{"type", "medium"}`, not yet decoded."""
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list of at least one message")
     limits.check("the number of messages", len(messages), limits.messages)

@@ -161,22 +161,17 @@ class AlpacaRow(RowModel):
 
 
 def convert_alpaca(row: AlpacaRow, where: str) -> dict:
-    """Convert one row; a non-empty input follows the instruction after a blank line."""
     asked = "\n\n".join(filter(None, (row.instruction, row.input)))
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]}
 
 
 class Question(RowModel):
-    """An instruction `i`, a question and its answer."""
-
     a: Text
     q: Text
     i: Text | None = None
 
 
 class VideoChatRow(RowModel):
-    """One medium, and questions about it (VideoChat2-IT)."""
-
     QA: Annotated[list[Question], at_least_one("pair of question and answer")]
     video: Text | None = None
     image: Text | None = None

@@ -88,7 +88,6 @@ def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
 
 
 def _value_at(text: str, place: int, name: str, line: int | None) -> tuple[Any, int]:
-    """The value that begins at a place, or the fault in it, and where it ends; raises `InputError` for invalid JSON."""
     repeated: list[str] = []
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

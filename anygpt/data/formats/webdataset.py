@@ -28,8 +28,6 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class TarMember(StoredMedium):
-    """`size` bytes of a shard, starting at `offset`."""
-
     shard: Path
     name: str
     offset: int

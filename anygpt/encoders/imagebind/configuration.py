@@ -85,7 +85,6 @@ class ImageBindConfig(PreTrainedConfig):
                 raise InputError(f"{tower}_embed_dim is {width}, which {tower}_num_heads = {heads} does not divide")
 
     def of(self, tower: str, name: str) -> Any:
-        """Setting of one tower: `of("audio", "embed_dim")`."""
         return getattr(self, f"{tower}_{name}")
 
     def grid(self, tower: str) -> tuple[int, ...]:
@@ -107,7 +106,6 @@ class ImageBindConfig(PreTrainedConfig):
         return int(torch.Size(self.grid(tower)).numel()) + (tower != "text")
 
     def encoder_of(self, modality: str, feature: str | None = None) -> ImageBindConfig:
-        """Config of the `ImageBindEncoder` for a media type."""
         tower = MEDIA.get(modality, modality)
         if tower not in self.modalities or tower == "text":
             known = ", ".join((*MEDIA, *(t for t in self.modalities if t not in ("vision", "text"))))
@@ -127,12 +125,10 @@ class ImageBindConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Feature width of an encoder."""
         return self.out_embed_dim if self.feature == "embedding" else self.of(self.tower, "embed_dim")
 
     @property
     def features_per_clip(self) -> int:
-        """Number of features of an image, or of each clip of a video or sound."""
         return 1 if self.feature == "embedding" else self.num_tokens(self.tower)
 
 

@@ -314,5 +314,4 @@ class ImageBindEncoder(ImageBindModel):
 
 @functools.cache
 def say_licence() -> None:
-    """Log the license, once per process."""
     logger.warning(LICENCE)
