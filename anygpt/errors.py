@@ -1,7 +1,5 @@
 """The one exception for mistakes that the user can mend."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -15,8 +15,6 @@ Shape legend, used by every docstring and comment:
 ====  ==========================================================================
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 

@@ -9,8 +9,6 @@ repeated, and interrupted ones continue. `--things validation`, the default, lea
 training and measures on them, for choosing settings. `--things held_out` trains on all seen things, for reporting.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -6,8 +6,6 @@ Takes hours on two cores. Intermediate results and logs stay in runs/zoo; interr
 written to anygpt/toyworld/weights/zoo, which the package ships and `anygpt.toyworld.zoo()` returns, and measured there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ loads with `ImageBindModel.from_pretrained` and as the `path` of an encoder in a
 CC BY-NC-SA 4.0, for non-commercial use only.
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 from functools import partial

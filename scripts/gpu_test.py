@@ -9,8 +9,6 @@ through `accelerate launch` with the files of configs/accelerate; each loss, per
 on the CPU. The exit code is 0 if nothing failed, 1 if something did, 2 without a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -8,8 +8,6 @@ micro-batches of one row in bfloat16. Its memory, without mapped files, is sampl
 beside the estimate of `--check`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ Encoders: a linear probe fitted on renders of the other things. The language mod
 nonsense. Decoders: judged samples for plain true captions. `build_zoo.py` puts the results into the parts' model cards.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from functools import partial

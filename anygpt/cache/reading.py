@@ -5,8 +5,6 @@ Each encoder has a store (`image_encoder`), each decoder two: `image_decoder.cap
 if nothing that they depend on trains, as in stage 2 with `signal_rows: output`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A store is a folder with `key.json`, which records what its tensors depend on, a
 tensor's name in a shard is `<fingerprint>.<name>`. Nothing else is read: no pickle is loaded.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`ChatModel`: a trained model that answers conversations with given settings, used by terminal chat and servers."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

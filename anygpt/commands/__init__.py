@@ -1,7 +1,5 @@
 """The command line, `anygpt COMMAND …`: a command is a module with `main(arguments)`, whose docstring is its help."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

@@ -16,8 +16,6 @@ Modules that start with `_` are shared by benchmarks. With `--rounds N` all ways
 slow phases of the machine affect all of them; medians are shown, of ratios those within rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -8,8 +8,6 @@ interrupted command resumes when repeated. Every setting can be overridden, as i
 after a user error, which is printed as one line.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path

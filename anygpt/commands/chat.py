@@ -13,8 +13,6 @@ media become inputs of your next message. Commands:
     /quit          end
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -6,8 +6,6 @@ Text and the decoders' progress are streamed. The page loads nothing from other 
 no authentication: put a proxy that has it in front before listening on anything but this machine.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import tempfile

@@ -9,8 +9,6 @@ upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png an
 stages 1 to 3 never saw, or with `--things seen` the others.
 """
 
-from __future__ import annotations
-
 import argparse
 import secrets
 import shutil

@@ -6,8 +6,6 @@ The output is an ordinary composition (`MultimodalModel.from_pretrained`) withou
 `parts/language_model`, a language model with its tokenizer, by itself.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

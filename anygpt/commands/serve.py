@@ -11,8 +11,6 @@ requires a key; pages of other sites need `--cors-origin`. `GET /metrics` has Pr
 encrypted: put a proxy with TLS in front before listening on anything but this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

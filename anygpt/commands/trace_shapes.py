@@ -7,8 +7,6 @@ Traces one real forward pass on samples of the config's data that cover every in
 of ToyWorld if there is no data. The letters of shapes are explained in `anygpt/outputs.py`.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack

@@ -9,8 +9,6 @@ Faults are printed to stdout, one per line. The exit code is 0 without faults, 1
 arguments are invalid.
 """
 
-from __future__ import annotations
-
 import sys
 
 from tqdm import tqdm

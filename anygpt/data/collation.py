@@ -1,7 +1,5 @@
 """Collation of loaded samples into a batch for `MultimodalModel.forward`, with labels on the assistant's turns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Length of conversations in tokens, with placeholders and signal spans expanded."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """Row-by-row validation of a data file, in constant memory apart from 16 bytes per row that detect repetitions."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

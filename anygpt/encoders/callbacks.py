@@ -3,8 +3,6 @@
 Plain functions given to `ModalEncoderModule` or `MultimodalModel` cannot be saved in a checkpoint; these can.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """InfoNCE loss between the features of two encoders, over the pairs of all processes."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 A new family is an entry of `FAMILIES`, keyed by the config's `model_type`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

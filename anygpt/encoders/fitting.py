@@ -1,7 +1,5 @@
 """Fitting of media to an encoder's input window: a medium becomes one or several pieces, whose features are joined."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

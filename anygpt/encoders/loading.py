@@ -1,7 +1,5 @@
 """Loading of encoders and their processors from a folder or the Hub, also out of a larger model that contains them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`ModalEncoderModule`: an encoder, its projector, and the callbacks around them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

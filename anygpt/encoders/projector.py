@@ -1,7 +1,5 @@
 """`MultimodalProjector`: maps encoder features to the language model's embedding space."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

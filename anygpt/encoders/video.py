@@ -1,7 +1,5 @@
 """Video encoding with any image encoder, frame by frame, with temporal positions added."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

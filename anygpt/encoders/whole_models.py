@@ -3,8 +3,6 @@
 Names of tensors are both those found on the Hub and those that transformers writes today.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

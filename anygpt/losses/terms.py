@@ -3,8 +3,6 @@
 Formulas, weights and the table of terms: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property

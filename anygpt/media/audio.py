@@ -1,7 +1,5 @@
 """Waveforms: mono and sampling rates. Shapes: `N` samples, `C` channels; values in [-1, 1]."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

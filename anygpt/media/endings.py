@@ -5,8 +5,6 @@ corrupt, and most containers state their duration. Truncation without either hin
 packets, is not detected.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

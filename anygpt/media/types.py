@@ -4,8 +4,6 @@ A new medium is an entry of `MEDIA`: a picture, clip or sound with its own name,
 is read at each use, so entries can be added at run time.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

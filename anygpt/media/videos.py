@@ -5,8 +5,6 @@ each frame's presentation time, decoding seeks to the keyframe before each one. 
 are decoded in order and the selected ones kept.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """Hashes: `manifest.json`, the digests of a folder's files, and fingerprints of a part's tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading of networks from weight files; missing, unexpected or mismatched tensors are errors."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

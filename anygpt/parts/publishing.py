@@ -1,7 +1,5 @@
 """Publishing of folders: permissions, and uploads to the Hub."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokens and labels of conversations, with any tokenizer's chat template."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

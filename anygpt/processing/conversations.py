@@ -1,7 +1,5 @@
 """Conversations: media parts become placeholders, signal spans and inputs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Saving and loading of `MultimodalProcessor`: tokenizer, encoder processors, and `processor_config.json`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

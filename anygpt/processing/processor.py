@@ -1,7 +1,5 @@
 """`MultimodalProcessor`: raw media and text to a batch, and ids to text. Shape legend: `anygpt.outputs`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Deterministic calls of encoder processors that draw from global random states."""
 
-from __future__ import annotations
-
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@ uvicorn counts every open connection against `limit_concurrency`, answers 503 be
 first line of a request, so a thousand silent connections would block everybody.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

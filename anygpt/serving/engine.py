@@ -1,7 +1,5 @@
 """One model, one thread, one bounded queue: requests are answered in order, compatible ones as a batch."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence

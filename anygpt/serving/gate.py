@@ -4,8 +4,6 @@ A page of another site can make a visitor's browser send requests to a server on
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Callable, Iterable
 from contextlib import suppress

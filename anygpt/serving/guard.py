@@ -4,8 +4,6 @@ Blocks gradio's `file=` and `proxy=` routes, which fetch arbitrary addresses, an
 server as uploads. Its headers keep browsers from loading anything from other sites.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

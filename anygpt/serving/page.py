@@ -1,7 +1,5 @@
 """The demo page: a chat with text, images, videos and sounds as input and output, built on gradio without telemetry."""
 
-from __future__ import annotations
-
 import html
 import os
 import queue

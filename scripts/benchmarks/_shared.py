@@ -1,7 +1,5 @@
 """Shared by benchmarks: parts with random weights (SmolLM2-135M, ViT-B/16, Stable Diffusion 1.5), data, a loop."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -6,8 +6,6 @@ labels. Our model is composed of the native one's parts. `gemm_tflops` is the me
 parts' dtype, and `gemm_share` the step's arithmetic (matrix products, convolutions, attention) as a share of it.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from anygpt import MultimodalModel

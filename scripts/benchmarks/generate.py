@@ -7,8 +7,6 @@ weights are random. `--busy` measures an answer of a trained model with a pictur
 program keeps one core busy, which threads that wait actively would make a hundred times as slow (`OMP_WAIT_POLICY`).
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -7,8 +7,6 @@
 from the second to the last third of the time, by medians.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import random

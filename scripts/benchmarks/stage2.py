@@ -8,8 +8,6 @@ train beside the output projector, so that gradients pass through the whole lang
 text encoder and VAE run in each step; noise is the target, and weights of min-SNR multiply the mean over the batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -5,8 +5,6 @@
 the tiny configuration with padded rows, rows packed to 512 tokens, or batches of about 3,200 tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -3,8 +3,6 @@
 All except the text processor are saved and loaded like feature extractors, and return `media_values`.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable
