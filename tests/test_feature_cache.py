@@ -38,6 +38,7 @@ from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.data.caching import CacheWriter, Preparation, Prepared
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, TARGET_IDS, Collator
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
+from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.losses.formulas import LossWeights
 from anygpt.losses.terms import is_read
@@ -478,7 +479,9 @@ def test_pieces_of_a_long_sound_are_kept_apart(parts, media, tmp_path, accelerat
     kept = CacheWriter(tmp_path, model, processor, [], accelerator).outputs(entry, found)
     kept = [tensors["features"] for tensors in kept]
     assert [item.ndim for item in kept] == [2, 3]
-    loaded = LoadedSample(None, inputs={"audio": [Cached(item) for item in kept]})
+    sounds = tuple(ContentPart("audio", path=Path(name)) for name in "ab")
+    sample = Sample("a", (Message("user", sounds),), "rows")
+    loaded = LoadedSample(sample, inputs={"audio": [Cached(item) for item in kept]})
     data, counts = Collator(processor).encoder_inputs([loaded])
     fresh = model.audio_encoder(model.assign_inputs(found.data)["audio"])
     torch.testing.assert_close(model.audio_encoder({"features": data["audio.features"]}), fresh)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
 from anygpt.chat.chat_model import ChatModel, Reply, Settings
 from anygpt.generation.events import Closed, DecodingStarted, Event, MediumDone
@@ -61,6 +61,9 @@ class Metrics:
             self._begun.setdefault(event.key, time.perf_counter())
         elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
             self.decoder.labels(event.content.key).observe(time.perf_counter() - begun)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
 
     def answered(self, replies: Sequence[Reply]) -> None:
         self.batch.observe(len(replies))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -119,7 +118,7 @@ class Interface:
         return self.key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given, expected))
 
     async def metrics(self, request: HTTPRequest) -> Response:
-        return Response(generate_latest(self.engine.metrics.registry), media_type="text/plain; version=0.0.4")
+        return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
