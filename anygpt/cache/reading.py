@@ -1,8 +1,9 @@
 """The cache's stores for a model, their keys (what their tensors depend on), and their reading by a dataset.
 
-Each encoder has a store (`image_encoder`), each decoder two: `image_decoder.captions` (its text encoders' outputs) and
-`image_decoder.latents` (its VAE's posterior parameters). `language_model` holds the states of rows without input media,
-if nothing that they depend on trains, as in stage 2 with `signal_rows: output`.
+Each encoder has a store (`image_encoder`), each media tokenizer one (`image_tokenizer`), each decoder two:
+`image_decoder.captions` (its text encoders' outputs) and `image_decoder.latents` (its VAE's posterior parameters).
+`language_model` holds the states of rows without input media, if nothing that they depend on trains, as in stage 2 with
+`signal_rows: output`.
 """
 
 import json
@@ -26,10 +27,11 @@ from anygpt.media.files import Place
 from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, is_peft
 from anygpt.parts.manifest import fingerprint_tensors
+from anygpt.tokenizers.base import MediaTokenizer
 
 VERSION = 4  # of the stored format and of the decoding of media
-FEATURES, CAPTIONS, LATENTS, STATES = "features", "captions", "latents", "states"
-KINDS = (FEATURES, CAPTIONS, LATENTS, STATES)
+FEATURES, CAPTIONS, LATENTS, STATES, CODES = "features", "captions", "latents", "states", "codes"
+KINDS = (FEATURES, CAPTIONS, LATENTS, STATES, CODES)
 LANGUAGE_MODEL = "language_model"
 # Config entries that only record how it was saved.
 NOTES = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")
@@ -67,6 +69,9 @@ def entries(model: Composition) -> list[Entry]:
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
         for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
             found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
+    for key, tokenizer in model.tokenizers.items():
+        obstacle = "it trains" if trains(tokenizer.module) else None
+        found.append(Entry(f"{key}_tokenizer", CODES, key, tokenizer.modality, obstacle))
     found.append(Entry(LANGUAGE_MODEL, STATES, LANGUAGE_MODEL, "text", states_obstacle(model)))
     return found
 
@@ -128,21 +133,23 @@ def store_key(
             "hidden_layer": {name: decoder.hidden_layer for name, decoder in model.decoders.items()},
             "nll": model.loss_weights.wants("nll"),
         }
-    decoder = model.decoders[entry.part].module
+    one = model.tokenizers if entry.kind == CODES else model.decoders
+    decoder = one[entry.part].module
     networks = encoding_networks(decoder)
     key["class"] = class_name(decoder)
     key["weights"] = {name: fingerprint_tensors(network.state_dict()) for name, network in networks.items()}
     key["config"] = {name: plain(n.config.to_dict()) for name, n in networks.items() if hasattr(n.config, "to_dict")}
     key["config"] |= {name: plain(n.config) for name, n in networks.items() if isinstance(n.config, Mapping)}
-    if entry.kind == LATENTS:
+    if entry.kind in (LATENTS, CODES):
         return key | {"preprocessing": decoder.targets.to_dict()}
     parts = decoder.pipeline.components.items()
     key["tokenizers"] = {name: tokenizer(part) for name, part in parts if name.startswith("tokenizer") and part}
     return key | {"shape": list(decoder.condition_shape), "pooled": decoder.pooled_dim}
 
 
-def encoding_networks(decoder: DiffusionDecoder) -> dict[str, nn.Module]:
-    return {name: network for name, network in decoder.named_children() if network is not decoder.denoiser}
+def encoding_networks(decoder: DiffusionDecoder | MediaTokenizer) -> dict[str, nn.Module]:
+    denoiser = getattr(decoder, "denoiser", None)
+    return {name: network for name, network in decoder.named_children() if network is not denoiser}
 
 
 def trains(network: nn.Module) -> bool:
@@ -185,8 +192,8 @@ class StaleCache(InputError):
 
 @dataclass(frozen=True)
 class Cached:
-    """A medium's replacement: an encoder's features, `(n, features)`; or mean and standard deviation of a VAE's
-    posterior, `(2, C, …)`."""
+    """A medium's replacement: an encoder's features, `(n, features)`; mean and standard deviation of a VAE's posterior,
+    `(2, C, …)`; or codes `(n,)`."""
 
     values: Tensor
 

@@ -27,16 +27,23 @@ from anygpt.errors import InputError
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build, feed_back
-from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, choose_networks, prepare_stage
+from anygpt.training.stages import (
+    ALL_AT_ONCE,
+    ENCODER_LLM,
+    INSTRUCTION_TUNING,
+    LLM_DECODER,
+    choose_networks,
+    prepare_stage,
+)
 
-STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
+STAGES = {"1": ENCODER_LLM, "2": LLM_DECODER, "3": INSTRUCTION_TUNING, "all_at_once": ALL_AT_ONCE}
 
 
 def main(arguments: list[str]) -> None:
     parser = new_parser("cache-features", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="the run's YAML; its other settings as in the stages")
-    add("--stage", type=int, choices=STAGES, help="of the run; without it, language model states are left out")
+    add("--stage", choices=STAGES, help="of the run; without it, language model states are left out")
     add("--batch-size", type=int, default=8, help="media or captions at once (default: %(default)s)")
     add("--num-workers", type=int, help="processes that decode (default: data.num_workers)")
     add("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
@@ -70,7 +77,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
         if sources
     ]
     for dataset in datasets:
-        feed_back(dataset, model, STAGES[options.stage or 3])
+        feed_back(dataset, model, STAGES[options.stage or "3"])
         use_frames_of(dataset, processor)
     model.to(accelerator.device).eval()
     if options.overwrite and accelerator.is_main_process:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anygpt.cache.reading import CAPTIONS, FEATURES, LATENTS, STATES, Entry, entries, fingerprint, store_key
+from anygpt.cache.reading import CAPTIONS, CODES, FEATURES, LATENTS, STATES, Entry, entries, fingerprint, store_key
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
@@ -86,7 +86,7 @@ class CacheWriter:
             used = weights.wants_language_model
         else:
             part = "captions" if entry.kind == CAPTIONS else "media"
-            used = entry.kind == FEATURES or is_read(part, weights, entry.part)
+            used = entry.kind in (FEATURES, CODES) or is_read(part, weights, entry.part)
         return None if used else "no loss looks at it"
 
     def contents(self, entry: Entry) -> list:
@@ -100,7 +100,8 @@ class CacheWriter:
             (data, sample, role, part)
             for data, sample in samples
             for role, part in sample.media()
-            if part.type == entry.modality and (role == "assistant") == (entry.kind != FEATURES)
+            if part.type == entry.modality
+            and (entry.kind == CODES or (role == "assistant") == (entry.kind != FEATURES))
         ]
         if entry.kind == CAPTIONS:
             return list(dict.fromkeys(text for *_, part in uses for text in (part.caption, *part.others)))
@@ -156,6 +157,8 @@ class CacheWriter:
             encoding = vars(Condition.of(self.model.decoders[entry.part].module.encode_text(data)))
             for i in range(len(data)):
                 yield {name: value[i] for name, value in encoding.items() if value is not None}
+        elif entry.kind == CODES:
+            yield from ({CODES: one} for one in self.model.tokenizers[entry.part].module.encode(data))
         else:
             decoder = self.model.decoders[entry.part].module
             posterior = torch.stack(decoder.posterior(data.to(decoder.device, decoder.vae.dtype)), dim=1)
@@ -221,7 +224,7 @@ class Preparation:
         kind, part = self.entry.modality, self.entry.part
         if self.entry.kind == CAPTIONS:
             return contents, []
-        if self.entry.kind == LATENTS:
+        if self.entry.kind in (LATENTS, CODES):
             return self.processor.targets[part]([media_type(kind).to_target(medium) for medium in contents]), []
         arranged = self.processor.arrange_media((kind, medium) for medium in contents)
         pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in contents]

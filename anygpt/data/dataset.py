@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anygpt.cache.reading import CAPTIONS, FEATURES, LATENTS, Cached, FeatureCache, StaleCache
+from anygpt.cache.reading import CAPTIONS, CODES, FEATURES, LATENTS, Cached, FeatureCache, StaleCache
 from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.reading import read_samples, with_unique_ids
 from anygpt.data.schema import ContentPart, Sample
@@ -183,7 +183,11 @@ class ConversationDataset(Dataset):
                 if not self.decode_targets:
                     continue
             # Inputs and targets differ only in a cache: features of the former, latents of the latter.
-            key = (self.cache is not None and answered, part.type, part.path)
+            key = (
+                self.cache is not None and answered and part.type not in self.cache.stores[CODES],
+                part.type,
+                part.path,
+            )
             if key not in decoded:
                 decoded[key] = self._medium(sample, role, part)
             (loaded.targets if answered else loaded.inputs).setdefault(part.type, []).append(decoded[key])
@@ -191,6 +195,8 @@ class ConversationDataset(Dataset):
 
     def _medium(self, sample: Sample, role: str, part: ContentPart) -> Any:
         kind = LATENTS if role == "assistant" else FEATURES
+        if self.cache is not None and part.type in self.cache.stores[CODES]:
+            kind = CODES
         try:
             if (found := self._cached(sample, kind, part.type, part.path)) is not None:
                 return Cached(found[kind])

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
-from anygpt.parts.source import EncoderSettings, PartSettings, Tokens
+from anygpt.parts.source import EncoderSettings, PartSettings, TokenizerSettings, Tokens
 from anygpt.settings import find_misfits, parse_settings
 
 # Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
@@ -93,6 +93,22 @@ class DecoderConfig(PartSettings):
 
 
 @dataclass
+class TokenizerConfig(TokenizerSettings):
+    """A media tokenizer, whose codes the language model reads and writes.
+
+    Attributes:
+        modality: media type in the data; the key by default.
+        row_ends: end each row of codes with a token.
+        defaults: default generation options, such as `{guidance_scale: 2, temperature: 0.7, top_k: 50}`; saved with the
+            final model.
+    """
+
+    modality: str | None = None
+    row_ends: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class ModelConfig:
     """The composition.
 
@@ -101,12 +117,14 @@ class ModelConfig:
         encoders: by key, in the order in which features are prepended.
         language_model: a causal language model.
         decoders: by key.
+        tokenizers: by key, in place of an encoder and a decoder.
     """
 
     init_from: str | None = None
     encoders: dict[str, EncoderConfig] = field(default_factory=dict)
     language_model: PartSettings | None = None
     decoders: dict[str, DecoderConfig] = field(default_factory=dict)
+    tokenizers: dict[str, TokenizerConfig] = field(default_factory=dict)
 
 
 @dataclass
@@ -221,16 +239,17 @@ class TrainConfig:
 
 @dataclass
 class LoraSettings:
-    """LoRA (arXiv 2106.09685) through PEFT: `lora` on the language model, by stage 3; `denoiser_lora` on denoisers.
+    """LoRA (arXiv 2106.09685) through PEFT: `lora` on the language model, by stage 3 and all at once; `denoiser_lora`
+    on denoisers.
 
     Attributes:
-        r: rank.
+        r: rank; 0 trains the language model whole.
         alpha: numerator of the scale alpha / r.
         dropout: dropout on the adapters' input.
         target_modules: names of the layers to adapt; `all-linear` for all except the head.
     """
 
-    r: Tokens = 8
+    r: Annotated[int, Field(ge=0, le=2**12)] = 8
     alpha: PositiveInt = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | str = "all-linear"

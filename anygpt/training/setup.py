@@ -36,6 +36,8 @@ from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.parts.source import PartSettings, Source
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, check_values
 from anygpt.training.folder import GIB, MAX
 from anygpt.training.loading import ridge_batches, use_frames_of
@@ -72,7 +74,7 @@ def compose(
     """See `build`. Each part is loaded within `collected(<setting>)`; None if that swallowed a fault."""
     check_parts_by_key(config)
     precision, ridge = config.train.mixed_precision, config.train.projector_init == "ridge"
-    encoders, decoders, processors = {}, {}, {}
+    encoders, decoders, tokenizers, processors = {}, {}, {}, {}
     language_model = tokenizer = start = None
     fit: dict[str, str | None] = {}
     if config.model.init_from is not None:
@@ -81,7 +83,8 @@ def compose(
             check_same_parts(folder, config)
             start = MultimodalModel.from_pretrained(folder)
             before = MultimodalProcessor.from_pretrained(folder)
-        encoders, decoders, language_model = start.encoders, start.decoders, start.language_model
+        encoders, decoders, tokenizers = start.encoders, start.decoders, start.tokenizers
+        language_model = start.language_model
         processors, tokenizer, fit = before.encoder_processors, before.llm_tokenizer, before.fit
     part = config.model.language_model
     if language_model is None and part is not None:
@@ -107,14 +110,25 @@ def compose(
             if key not in decoders:
                 decoders[key] = new_decoder(key, decoder, head, precision, ridge)
             decoders[key].defaults = decoder.defaults or decoders[key].defaults
-    complete = set(config.model.encoders) <= set(encoders) and set(config.model.decoders) <= set(decoders)
+    for key, entry in config.model.tokenizers.items():
+        with collected(f"model.tokenizers.{key}"):
+            if key not in tokenizers:
+                part = load_media_tokenizer(source(entry, precision), entry.modality or key)
+                tokenizers[key] = ModalTokenizerModule(part, entry.row_ends)
+            tokenizers[key].defaults = entry.defaults or tokenizers[key].defaults
+    kinds = (
+        (config.model.encoders, encoders),
+        (config.model.decoders, decoders),
+        (config.model.tokenizers, tokenizers),
+    )
+    complete = all(set(wanted) <= set(found) for wanted, found in kinds)
     if language_model is None or tokenizer is None or not complete:
         return None
     if unknown := sorted(set(config.loss.by_modality) - set(decoders)):
         raise InputError(
             f"loss.by_modality names {', '.join(unknown)}; the decoders are {', '.join(decoders) or 'none'}"
         )
-    model = MultimodalModel(encoders, language_model, decoders)
+    model = MultimodalModel(encoders, language_model, decoders, tokenizers)
     fit |= {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
     processor = MultimodalProcessor(processors, tokenizer, model=model, fit=fit)
     if start is not None:
@@ -125,7 +139,11 @@ def compose(
 
 def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
     """Load the tensors in `model.init_from` that are not a pretrained part's; those of new parts stay as they are."""
-    for before, after in ((start.token_ids, model.token_ids), (start.signal_tokens.ids, model.signal_tokens.ids)):
+    signals = [
+        {key: one.ids[key][: len(names)] for key, names in one.names.items() if one.ids}
+        for one in (start.signal_tokens, model.signal_tokens)
+    ]  # without codes, whose ids may change
+    for before, after in ((start.token_ids, model.token_ids), signals):
         moved = [key for key, ids in (before or {}).items() if after.get(key) != ids]
         if moved:
             raise InputError(
@@ -135,7 +153,9 @@ def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> N
     new = [f"{key}_encoder." for key in model.encoder_keys if key not in start.encoder_keys]
     for key in model.decoder_keys:
         if key not in start.decoder_keys:
-            new += [f"{key}_decoder.", f"signal_tokens.input_rows.{key}", f"signal_tokens.output_rows.{key}"]
+            new.append(f"{key}_decoder.")
+    for key in set(model.signal_tokens.names) - set(start.signal_tokens.names):
+        new += [f"signal_tokens.input_rows.{key}", f"signal_tokens.output_rows.{key}"]
     model.load_own_tensors(folder, may_lack=tuple(new))
 
 
@@ -187,8 +207,8 @@ def build_projector(
 
 def check_parts_by_key(config: Config) -> None:
     """Check that keys are names and that no modality has a second encoder, which would get no input."""
-    for section, parts in (("encoders", config.model.encoders), ("decoders", config.model.decoders)):
-        for key in parts:
+    for section in ("encoders", "decoders", "tokenizers"):
+        for key in getattr(config.model, section):
             if not key.isidentifier():
                 raise InputError(f"model.{section} has the key {key!r}; expected a name of letters, digits and _")
     modalities = Counter(entry.modality or key for key, entry in config.model.encoders.items())
@@ -213,6 +233,7 @@ def check_same_parts(folder: Path, config: Config) -> None:
     pairs: list[tuple[str, Any, Any]] = [("language_model", model.language_model, saved.language_model)]
     pairs += [(f"encoders.{key}", entry, saved.encoders.get(key)) for key, entry in model.encoders.items()]
     pairs += [(f"decoders.{key}", entry, saved.decoders.get(key)) for key, entry in model.decoders.items()]
+    pairs += [(f"tokenizers.{key}", entry, saved.tokenizers.get(key)) for key, entry in model.tokenizers.items()]
     for name, wanted, found in pairs:
         for setting, value, before in differences(wanted, found) if wanted and found else ():
             raise InputError(
@@ -277,7 +298,7 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
         InputError: media without encoder or decoder, or a term that the stage does not train on.
     """
     has_media = []
-    for modules, answered, what in ((model.encoders, False, "an encoder"), (model.decoders, True, "a decoder")):
+    for modules, answered, what in ((model.readers, False, "an encoder"), (model.makers, True, "a decoder")):
         known = {module.modality for module in modules.values()}
         kinds = {part.type for role, part in sample.media() if (role == "assistant") == answered}
         if kinds - known:
@@ -306,7 +327,7 @@ def build_data(
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
     for rows in filter(None, (dataset, held_out)):
         use_frames_of(rows, processor)
-        rows.decode_targets = is_read("media", model.loss_weights)
+        rows.decode_targets = bool(model.tokenizer_keys) or is_read("media", model.loss_weights)
         rows.in_memory = data.in_memory
     return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
 

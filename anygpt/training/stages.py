@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -22,7 +22,7 @@ class Stage:
         name: name in messages and the tracker.
         trains: suffixes of the parts that train: `projector`, `output_projector`, `signal_tokens`, `language_model`.
         terms: loss terms of the stage; rows of other kinds are an error.
-        lora: train LoRA adapters on the language model in its place.
+        lora: train LoRA adapters on the language model in its place, unless their rank is 0.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Stage:
 
     def parts(self, model: MultimodalModel) -> list[str]:
         """Parts of a model that this stage trains."""
-        idle = () if model.decoder_keys else ("signal_tokens",)
+        idle = () if model.signal_tokens.names else ("signal_tokens",)
         return [part for part, kind in part_kinds(model).items() if kind in self.trains and part not in idle]
 
 
@@ -45,6 +45,7 @@ INSTRUCTION_TUNING = Stage(
     TERMS,
     lora=True,
 )
+ALL_AT_ONCE = replace(INSTRUCTION_TUNING, name="all at once")
 
 
 def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[str]:
@@ -56,7 +57,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
         Names of the trainable parameters.
     """
     model.train_only([])
-    if stage.lora:
+    if stage.lora and (config.lora.r or is_peft(model.language_model)):
         model.language_model = adapted(model.language_model, model.language_model, "lora", config, "CAUSAL_LM")
     for key, decoder in model.decoders.items():
         if f"{key}_denoiser" in (config.train.parts or ()):
@@ -109,6 +110,7 @@ def part_kinds(model: MultimodalModel) -> dict[str, str]:
         kinds |= {f"{key}_encoder": "encoder", f"{key}_projector": "projector"}
     for key in model.decoder_keys:
         kinds |= {f"{key}_{kind}": kind for kind in ("decoder", "denoiser", "output_projector")}
+    kinds |= {f"{key}_tokenizer": "tokenizer" for key in model.tokenizer_keys}
     return {part: kind for part, kind in kinds.items() if part in model.parts}  # denoisers only with an adapter
 
 

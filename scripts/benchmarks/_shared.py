@@ -172,7 +172,7 @@ def run_stage(number: int, folder: Path, settings: Sequence[str], steps: int) ->
         command = [sys.executable, "-m", "anygpt", "cache-features", f"--stage={number}", *settings]
         subprocess.run(command, check=True, stdout=sys.stderr)
     trainer.Trainer = Watched  # type: ignore[misc]
-    trainer.train(parse_config(settings), STAGES[number])
+    trainer.train(parse_config(settings), STAGES[str(number)])
     log = list(read_log(folder / "run").values())
     logged = {name: statistics.median(update[name] for update in log[WARM_UP:]) for name in LOGGED}
     return {
