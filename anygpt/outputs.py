@@ -77,6 +77,7 @@ class Segment:
         condition: `(T, D)`, the decoder's condition.
         states: `(N, H)`, the output projector's input: the sum of the language model's states and the token
             embeddings at the span.
+        codes: `(n,)` int64, of a medium made by a tokenizer, which has neither.
         rate: samples (Hz) or frames per second; None for images too.
     """
 
@@ -86,6 +87,7 @@ class Segment:
     condition: Tensor | None = None
     states: Tensor | None = None
     rate: float | None = None
+    codes: Tensor | None = None
 
 
 @dataclass

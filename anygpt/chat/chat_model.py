@@ -111,22 +111,22 @@ class ChatModel:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(encoder.modality for encoder in self.model.encoders.values()))
+        return tuple(dict.fromkeys(reader.modality for reader in self.model.readers.values()))
 
     @property
     def makes(self) -> dict[str, str]:
-        return {key: decoder.modality for key, decoder in self.model.decoders.items()}
+        return {key: maker.modality for key, maker in self.model.makers.items()}
 
     def options(self, key: str) -> dict[str, Any]:
-        decoder = self.model.decoders[key]
-        return decoder.module.pipeline_options | decoder.options({})
+        return self.model.makers[key].own_options
 
     def read(self, modality: str, place: str | Place, limits: MediaLimits = INPUT_LIMITS) -> dict[str, Any]:
         """Read a medium as a content part; an `InputError` if it has no encoder, is damaged, over a limit, or too
         elongated."""
         key = self.processor.encoder_key(modality)
         # keep only the video frames that the encoder samples
-        frames = getattr(self.processor.encoder_processors[key], "num_frames", None)
+        consumer = self.processor.encoder_processors.get(key) or self.processor.targets[key]
+        frames = getattr(consumer, "num_frames", None) if media_type(modality).timed else None
         kind = media_type(modality)
         medium = kind.read(place, frames, limits, whole=False)
         if size := kind.size(medium):
@@ -145,7 +145,9 @@ class ChatModel:
         if settings.max_new_tokens < 1:
             raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
         require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
-        SpanRules(self.model.signal_tokens.ids, settings.max_new_tokens, require, forbid)  # raises if spans do not fit
+        SpanRules(
+            self.model.signal_tokens.spans, settings.max_new_tokens, require, forbid
+        )  # raises if spans do not fit
 
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None
@@ -184,7 +186,7 @@ class ChatModel:
             sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p}
             sampling["seeds"] = [one.seed for one in settings]
         decoder_kwargs = {}
-        for key in self.model.decoder_keys:
+        for key in self.model.makers:
             own = dict(shared.decoder_kwargs.get(key, {}))
             if "generator" not in own:
                 own["seed"] = [one.decoder_kwargs.get(key, {}).get("seed", one.seed) for one in settings]

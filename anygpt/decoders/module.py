@@ -76,6 +76,12 @@ class ModalDecoderModule(nn.Module):
         self.module.check_options(options)
         self._defaults = dict(options)
 
+    own_options = property(lambda self: self.module.pipeline_options | self.options({}))
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise an `InputError` for an option of generation that the decoder does not have or cannot use."""
+        self.module.check_options(options)
+
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Merge a request's options over the defaults; None stands for the default."""
         given = {name: value for name, value in given.items() if value is not None}

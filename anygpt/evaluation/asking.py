@@ -93,7 +93,7 @@ class Asker:
         batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
         return self.model.generate(
             **batch.to(self.model.device),
-            max_new_tokens=ask.max_new_tokens + sum(len(self.model.signal_tokens.ids[key]) for key in require),
+            max_new_tokens=ask.max_new_tokens + sum(len(self.model.signal_tokens.spans[key]) for key in require),
             do_sample=False,
             require=require,
             forbid=forbid,

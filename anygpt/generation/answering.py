@@ -23,16 +23,17 @@ from anygpt.generation.events import (
     end_where_all_are_closed,
 )
 from anygpt.outputs import Answer, Segment
+from anygpt.tokenizers.module import ModalTokenizerModule
 
 
 @dataclass
 class SpanStates:
-    """The output projector's input for one finished span.
+    """The output projector's input for one finished span, or its codes.
 
     Attributes:
         row, start: the row, and the index of the span's first token in the answer.
-        key: the decoder key.
-        states: `(N, H)`, states plus token embeddings.
+        key: the decoder or tokenizer key.
+        states: `(N, H)`, states plus token embeddings; or codes `(n,)` int64.
     """
 
     row: int
@@ -57,7 +58,7 @@ def assemble(
         emitters: one a row, or none. Closed rows get no media.
     """
     media: dict[tuple[int, int], Segment] = {}
-    for key in model.decoder_keys:
+    for key in model.makers:
         wanted = [span for span in spans if span.key == key and not (emitters and emitters[span.row].closed)]
         if wanted:
             wanted.sort(key=lambda span: (span.row, span.start))
@@ -77,13 +78,8 @@ def _decode_media(
     emitters: Sequence[EventEmitter],
 ) -> dict[tuple[int, int], Segment]:
     """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order."""
-    decoder = model.decoders[key]
+    decoder = model.makers[key]
     rows = [span.row for span in spans]
-    places = [index - rows.index(row) for index, row in enumerate(rows)]
-    options = decoder.options(options)
-    if isinstance(seed := options.get("seed"), (list, tuple)):
-        options["seed"] = [seed[row] for row in rows]
-    arguments = decoder.module.sampling_arguments(options, places)
     if emitters:
         told = {row: emitters[row] for row in rows}
         for row, emitter in told.items():
@@ -94,18 +90,31 @@ def _decode_media(
                 emitter.emit(DecodingStep, key, step, steps)
             end_where_all_are_closed(list(told.values()))
 
-        arguments["on_step"] = on_step
-    condition = decoder.condition(torch.stack([span.states for span in spans]))
-    try:
-        contents = decoder.module.sample(condition, **arguments)
-    except Closed:  # all rows of this decoder are closed, other rows may not be
-        return {}
-    finally:
-        # Releases memory held by diffusers' offloading, also if a stream was closed midway.
-        decoder.module.pipeline.maybe_free_model_hooks()
+    stacked = torch.stack([span.states for span in spans])
     media = {}
-    for span, content, embeds in zip(spans, contents, condition.embeds, strict=True):
-        segment = Segment(decoder.modality, content, key, embeds, span.states, decoder.module.rate)
+    if isinstance(decoder, ModalTokenizerModule):
+        contents = decoder.module.decode(stacked)
+        segments = [
+            Segment(decoder.modality, one, key, codes=span.states) for one, span in zip(contents, spans, strict=True)
+        ]
+    else:
+        places = [index - rows.index(row) for index, row in enumerate(rows)]
+        options = decoder.options(options)
+        if isinstance(seed := options.get("seed"), (list, tuple)):
+            options["seed"] = [seed[row] for row in rows]
+        arguments = decoder.module.sampling_arguments(options, places) | ({"on_step": on_step} if emitters else {})
+        condition = decoder.condition(stacked)
+        try:
+            contents = decoder.module.sample(condition, **arguments)
+        except Closed:  # all rows of this decoder are closed, other rows may not be
+            return {}
+        finally:
+            # Releases memory held by diffusers' offloading, also if a stream was closed midway.
+            decoder.module.pipeline.maybe_free_model_hooks()
+        made = zip(spans, contents, condition.embeds, strict=True)
+        segments = [Segment(decoder.modality, one, key, embeds, span.states) for span, one, embeds in made]
+    for span, segment in zip(spans, segments, strict=True):
+        segment.rate = decoder.module.rate
         media[span.row, span.start] = segment
         if emitters:
             emitters[span.row].emit(MediumDone, emitters[span.row].segments[span.start], segment)
@@ -119,7 +128,7 @@ def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple
             answer.segments.append(Segment("text", said))
         if segment := media.get((row, start)):
             answer.segments.append(segment)
-            position = start + len(model.signal_tokens.ids[segment.key])
+            position = start + len(model.signal_tokens.spans[segment.key])
     return answer
 
 

@@ -24,7 +24,9 @@ from anygpt.composition import Composition
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.generation.answering import SpanStates, assemble, text_of
+from anygpt.generation.codes import code_options, spans_of_codes
 from anygpt.generation.events import EventEmitter, Listener, end_where_all_are_closed
+from anygpt.generation.rows import Row
 from anygpt.generation.span_rules import SpanForcing, SpanRules
 from anygpt.outputs import GenerationOutput
 from anygpt.sequence.merging import Merged, pad_left
@@ -32,56 +34,6 @@ from anygpt.sequence.signal_tokens import Spans, Tap
 
 OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-
-
-@dataclass
-class Row:
-    """The answer of one row so far.
-
-    Attributes:
-        rules: constraints on its next token.
-        emitter, generator: of its events and its draws; None for no events, and for torch's default generator.
-        answer: its tokens.
-        waiting, fed: chosen tokens that the language model has yet to read, and those that it reads now.
-        running: whether another token will be chosen.
-        begun: key, index in the answer, and states so far of the span that is read.
-    """
-
-    rules: SpanRules
-    emitter: EventEmitter | None = None
-    generator: torch.Generator | None = None
-    answer: list[int] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
-    running: bool = True
-    begun: tuple[str, int, list[Tensor]] | None = None
-
-    def choose(self, score: Tensor, process: Callable, stops: Callable, config: GenerationConfig) -> None:
-        """Choose the next token from its `(1, V')` scores, or the whole span that it begins."""
-        rules, said = self.rules, torch.tensor([self.answer], dtype=torch.long, device=score.device)
-        score[:, rules.banned(self.answer)] = -torch.inf
-        score = process(said, score)
-        if config.do_sample:
-            token = int(torch.multinomial(score.softmax(dim=-1), 1, generator=self.generator))
-        else:
-            token = int(score.argmax(dim=-1))
-        eos = config._eos_token_tensor
-        token = rules.forced(self.answer, token, ends=eos is not None and token in eos.flatten().tolist())
-        key = rules.key_of_first.get(token)
-        new = rules.ids[key] if key else [token]
-        self.answer += new
-        said = torch.tensor([self.answer], dtype=torch.long, device=score.device)
-        self.running = len(self.answer) < rules.budget and not bool(stops(said, None).any())
-        # A span that ends the answer is still fed, because its states condition the decoder.
-        self.waiting = list(new) if self.running or key else []
-        if self.emitter is not None:
-            self.emitter.said(new, key)
-            if self.emitter.stopped:
-                self.running, self.waiting = False, []
-            if not self.running:
-                self.emitter.end_text()
-            if self.emitter.closed:
-                self.running, self.waiting = False, []
 
 
 @dataclass
@@ -93,6 +45,7 @@ class SpanDecoder:
         tap: records the states that the language model's head reads.
         rows: one a row of the batch.
         prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
+        guided: whether codes are guided: each row has a twin in the batch that sees nothing but its span of codes.
         spans: result: the generated spans.
     """
 
@@ -100,6 +53,7 @@ class SpanDecoder:
     tap: Tap
     rows: list[Row]
     prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    guided: bool = False
     spans: list[SpanStates] = field(default_factory=list)
 
     @torch.no_grad()
@@ -137,23 +91,38 @@ class SpanDecoder:
             tensors = [torch.tensor(row, dtype=torch.long, device=chunk.device) for row in rows]
             return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
+        if self.guided:
+            chunk, mask = torch.cat([chunk, chunk]), torch.cat([mask, torch.zeros_like(mask)])
         while True:
             outputs = self.forward(language_model, chunk, mask, past_key_values)
             past_key_values = outputs.past_key_values
             self._collect(chunk, outputs.hidden_states)
             scores = outputs.logits[0].float()  # (B, V'): the head ran only on the last position of each row
+            free = scores[len(self.rows) :] if self.guided else [None] * len(self.rows)
             for index, row in enumerate(self.rows):
                 if row.running and not row.waiting:  # row by row, because spans make the rows' lengths differ
-                    row.choose(scores[index : index + 1], logits_processor, stopping_criteria, generation_config)
+                    own = scores[index : index + 1], free[index]
+                    row.choose(*own, logits_processor, stopping_criteria, generation_config)
             end_where_all_are_closed([row.emitter for row in self.rows if row.emitter is not None])
             for row in self.rows:
                 count = len(row.waiting) if at_once else 1
                 row.fed, row.waiting = row.waiting[:count], row.waiting[count:]
             fed = [row.fed for row in self.rows]
             if not any(fed):
+                for index, row in enumerate(self.rows):
+                    found = spans_of_codes(self.model, row.answer)
+                    self.spans += [SpanStates(index, start, key, codes) for start, key, codes in found]
                 return padded([row.answer for row in self.rows], pad, "right")
             chunk = language_model.get_input_embeddings()(padded(fed, pad, "left"))
-            mask = torch.cat([mask, padded([[1] * len(tokens) for tokens in fed], 0, "left")], dim=1)
+            seen = padded([[1] * len(tokens) for tokens in fed], 0, "left")
+            if self.guided:
+                begins = [
+                    bool(row.fed) and row.coding == row.rules.key_of_first.get(row.fed[0], "") for row in self.rows
+                ]
+                mask[len(fed) :][torch.tensor(begins)] = 0
+                coding = torch.tensor([[row.coding is not None] for row in self.rows], device=seen.device)
+                chunk, seen = torch.cat([chunk, chunk]), torch.cat([seen, seen * coding])
+            mask = torch.cat([mask, seen], dim=1)
 
     def forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
         """Run the language model on embeddings `(B, length, H)`, its head on the last of each row."""
@@ -191,15 +160,15 @@ class SpanDecoder:
         for index, row in enumerate(self.rows):
             count = len(row.fed)
             key = row.rules.key_of_first.get(row.fed[0]) if count else None
-            if key is not None:
-                row.begun = (key, len(row.answer) - len(row.rules.ids[key]), [])
+            if key in self.model.decoder_keys:
+                row.begun = (key, len(row.answer) - len(row.rules.spans[key]), [])
             if not count or row.begun is None:
                 continue
             key, start, found = row.begun
             decoder = self.model.decoders[key]
             states = decoder.select_states(self.tap.hidden, all_states)[index, -count:]
             found.append(states + chunk[index, -count:])
-            if sum(map(len, found)) == len(row.rules.ids[key]):
+            if sum(map(len, found)) == len(row.rules.spans[key]):
                 # without the trigger that precedes queries
                 self.spans.append(SpanStates(index, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
                 row.begun = None
@@ -232,7 +201,8 @@ def generate(
         decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
             `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
             `width` (pixels), `num_frames`, `audio_length_in_s`. Missing options take the decoder's `defaults`, else the
-            pipeline's. A `seed`, or a list with one a row, makes a row's media independent of the other rows.
+            pipeline's. A `seed`, or a list with one a row, makes a row's media independent of the other rows. Those of
+            a tokenizer are its `SAMPLING`, and `seed` or `generator`.
         generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
         on_event: called with each `Event` (see `generate_stream` for an iterator); not with beam search. If it raises
             `Closed`, the event's row ends; any other exception ends the generation.
@@ -246,7 +216,7 @@ def generate(
 
     Raises:
         InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam search;
-            `on_event`, `stop`, `budgets` or `seeds` with beam search.
+            `on_event`, `stop`, `budgets`, `seeds` or codes with beam search.
         Closed: the listener has closed every row.
     """
     require, forbid = check_request(model, require, forbid, decoder_kwargs)
@@ -270,19 +240,24 @@ def generate(
         raise InputError(
             f"on_event, stop, budgets and seeds are not for {mode.value}; leave them out, or set num_beams=1"
         )
-    types, decode = {key: decoder.modality for key, decoder in model.decoders.items()}, partial(text_of, model)
+    forbid = (*forbid, *(key for key in model.tokenizers if key not in model.makers))
+    if mode in BEAM_MODES and (codes := sorted(set(model.tokenizers) - set(forbid))):
+        raise InputError(f"codes are not searched by beams; set num_beams=1, or forbid {', '.join(codes)}")
+    sampling = code_options(model, decoder_kwargs or {}, len(input_ids))
+    types, decode = {key: maker.modality for key, maker in model.makers.items()}, partial(text_of, model)
     listener, count = on_event or (lambda event: None), len(input_ids) if on_event or stop else 0
     emitters = [EventEmitter(listener, decode, types, row, stop) for row in range(count)]
     budget = config.max_new_tokens
     if budget is None:
         raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")
-    rules = SpanRules(model.signal_tokens.ids, budget, require, forbid, _placeholders(model))
+    rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, _placeholders(model))
     if generation_config is not None:
         options["generation_config"] = generation_config
     training = model.training
     model.eval()
     try:
         with model.signal_tokens.attached(model.language_model) as tap:
+            input_ids, _, inputs = model.write_codes(input_ids, None, inputs)
             merged = model.merge(model.embed(input_ids, attention_mask, None), model.encode(inputs), items_per_row)
             merged = pad_left(merged)
             prompt = {"inputs_embeds": merged.inputs_embeds, "attention_mask": merged.attention_mask}
@@ -291,11 +266,12 @@ def generate(
             if mode in OWN_MODES:
                 rows = [Row(replace(rules, budget=own)) for own in budgets or [budget] * len(input_ids)]
                 for index, row in enumerate(rows):
-                    row.emitter = emitters[index] if emitters else None
+                    row.emitter, row.codes = emitters[index] if emitters else None, sampling[index]
                     row.generator = (
                         torch.Generator(merged.inputs_embeds.device).manual_seed(seeds[index]) if seeds else None
                     )
-                decoder = SpanDecoder(model, tap, rows, added)
+                guided = any(own["guidance_scale"] != 1 for row in sampling for own in row.values())
+                decoder = SpanDecoder(model, tap, rows, added, guided)
                 sequences = model.language_model.generate(**prompt | added, custom_generate=decoder, **options)
                 spans, lengths = decoder.spans, [len(row.answer) for row in rows]
             else:
@@ -323,10 +299,10 @@ def check_request(
             raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
     require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
     decoder_kwargs = decoder_kwargs or {}
-    if unknown := sorted({*require, *forbid, *decoder_kwargs} - set(model.decoder_keys)):
-        raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(model.decoder_keys)}")
+    if unknown := sorted({*require, *forbid, *decoder_kwargs} - set(model.makers)):
+        raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(model.makers)}")
     for key, given in decoder_kwargs.items():
-        model.decoders[key].module.check_options(given)
+        model.makers[key].check_options(given)
     return require, forbid
 
 
@@ -362,8 +338,7 @@ def _decode_with_beams(
 
 def _placeholders(model: Composition) -> tuple[int, ...]:
     """Placeholder ids that have logits, inside a padded vocabulary or between signal tokens."""
-    said = [i for span in model.signal_tokens.ids.values() for i in span]
-    size = max(model.language_model.get_output_embeddings().weight.shape[0], max(said, default=-1) + 1)
+    size = max(model.language_model.get_output_embeddings().weight.shape[0], model.signal_tokens.vocabulary)
     return tuple(i for i in (model.token_ids or {}).values() if i < size)
 
 

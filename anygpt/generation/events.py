@@ -110,7 +110,7 @@ class EventEmitter:
             except Closed:
                 self.closed = True
 
-    def said(self, ids: list[int], key: str | None) -> None:
+    def said(self, ids: Sequence[int], key: str | None) -> None:
         """Handle new tokens: text, or the whole span of the decoder `key`."""
         start, self._length = self._length, self._length + len(ids)
         if key is None:

@@ -153,6 +153,11 @@ class SignalTokens(nn.Module):
         names = {key: token_names(key, count, self.signals[key]) for key, count in self.counts.items()}
         return names | {key: grid.names(key) for key, grid in self.grids.items()}
 
+    @property
+    def vocabulary(self) -> int:
+        """The least size of a vocabulary that holds all ids."""
+        return len(self._row_of_id)
+
     def row_ids(self, key: str) -> list[int]:
         """The id of each input row."""
         if key not in self.grids:

@@ -174,7 +174,7 @@ def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
         for name in ("generator", "negative_condition"):  # not representable in JSON
             if name in options:
                 raise InputError(f"decoders.{key}.{name} cannot be given here")
-        chat_model.model.decoders[key].module.check_options(options)
+        chat_model.model.makers[key].check_options(options)
         limits.check_decoder(key, options)
     return Settings(
         max_new_tokens=tokens,

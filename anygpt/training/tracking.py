@@ -191,7 +191,7 @@ def generate_answers(
                 torch.manual_seed(seed)
                 output = model.generate(
                     **batch.to(model.device),
-                    max_new_tokens=TEXT_TOKENS + sum(len(model.signal_tokens.names[key]) for key in require),
+                    max_new_tokens=TEXT_TOKENS + sum(len(model.signal_tokens.spans[key]) for key in require),
                     require=require,
                     decoder_kwargs=dict.fromkeys(model.decoder_keys, options),
                 )

@@ -33,7 +33,7 @@ class Settings:
         things: `held_out`, never seen in alignment; `seen`; or `validation`, a subset of the seen ones, for choosing
             settings with a model that was trained on the others.
         baselines: whether to measure the upper bound and the caption baseline.
-        max_new_tokens: per answer, signal tokens included.
+        max_new_tokens: per answer, signal tokens included; a medium's codes come on top.
         steps, guidance: of the decoders, by modality; by default the checkpoint's own.
     """
 
@@ -50,15 +50,22 @@ class Settings:
 
     def resolved(self, model: MultimodalModel) -> Settings:
         """A copy with the decoders' own steps and guidance where none are given."""
-        own = {d.modality: d.module.pipeline_options | d.options({}) for d in model.decoders.values()}
+        own = {maker.modality: maker.own_options for maker in model.makers.values()}
+        steps, guidance = (
+            {kind: options[name] for kind, options in own.items() if name in options}
+            for name in ("num_inference_steps", "guidance_scale")
+        )
+        codes = max((len(grid) for grid in model.signal_tokens.grids.values()), default=0)
         return replace(
             self,
-            steps={kind: options["num_inference_steps"] for kind, options in own.items()} | dict(self.steps),
-            guidance={kind: options["guidance_scale"] for kind, options in own.items()} | dict(self.guidance),
+            steps=steps | dict(self.steps),
+            guidance=guidance | dict(self.guidance),
+            max_new_tokens=self.max_new_tokens + codes,
         )
 
     def sampling(self, modality: str) -> dict[str, Any]:
-        return {"num_inference_steps": self.steps.get(modality), "guidance_scale": self.guidance.get(modality)}
+        options = {"num_inference_steps": self.steps.get(modality), "guidance_scale": self.guidance.get(modality)}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass
@@ -113,7 +120,7 @@ def ask(
             [request.messages() for request in batch], tokenize=True, add_generation_prompt=True
         )
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        kwargs = {key: settings.sampling(decoder.modality) for key, decoder in model.decoders.items()}
+        kwargs = {key: settings.sampling(decoder.modality) for key, decoder in model.makers.items()}
         answers = model.generate(
             **inputs.to(model.device),
             max_new_tokens=settings.max_new_tokens,

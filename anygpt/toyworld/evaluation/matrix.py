@@ -44,8 +44,8 @@ def evaluate(
     """
     began = time.perf_counter()
     settings, things = settings.resolved(model), THINGS[settings.things]
-    sources = [way for way in WAYS if way == "text" or way in {e.modality for e in model.encoders.values()}]
-    targets = [way for way in WAYS if way == "text" or way in {d.modality for d in model.decoders.values()}]
+    sources = [way for way in WAYS if way == "text" or way in {e.modality for e in model.readers.values()}]
+    targets = [way for way in WAYS if way == "text" or way in {d.modality for d in model.makers.values()}]
     requests = matrix_requests(folder, sources, targets, things, settings.samples, settings.seed)
     talk = talk_requests(things, settings.talk_samples, settings.seed)
     scripts = conversation_requests(folder, sources, targets, things, settings.conversations, settings.seed)
