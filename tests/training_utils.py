@@ -22,15 +22,16 @@ from anygpt.training.cli import run_stage
 from anygpt.training.config import parse_config
 from anygpt.training.loading import make_loader, take_updates
 from anygpt.training.setup import build
-from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
+from anygpt.training.stages import ALL_AT_ONCE, ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER, prepare_stage
 from anygpt.training.trainer import Trainer, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING}
+STAGES = {1: ENCODER_LLM, 2: LLM_DECODER, 3: INSTRUCTION_TUNING, "all_at_once": ALL_AT_ONCE}
 SCRIPTS = {
     1: "stages/stage1_encoder_llm.py",
     2: "stages/stage2_llm_decoder.py",
     3: "stages/stage3_instruction_tuning.py",
+    "all_at_once": "stages/all_at_once.py",
 }
 ROWS = {"stage1": 12, "stage2": 12, "stage3": 24}
 SEED = 10  # with it the first 12 rows of a run of stage 3 are of all four kinds

@@ -123,7 +123,8 @@ def check_data(
         lengths.append(tokens)
         read = {processor.encoder_key(part.type) for role, part in sample.media() if role != "assistant"}
         made = {processor.decoder_key(part.type) for role, part in sample.media() if role == "assistant"}
-        kind, most = Rows(tuple(sorted(read)), tuple(sorted(made))), data.max_length or tokens
+        kind = Rows(tuple(sorted(read & set(model.encoders))), tuple(sorted(made & set(model.decoders))))
+        most = data.max_length or tokens
         before = found.kinds.get(kind, (0, 0))
         found.kinds[kind] = (max(before[0], min(tokens, most)), max(before[1], min(labels, most)))
     if lengths:
