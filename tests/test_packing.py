@@ -117,6 +117,7 @@ def test_packed_rows_are_as_padded_ones(parts, language_model):
 def test_features_spans_and_labels_keep_their_places(parts, side, prepends, attention):
     model, processor = compose(parts, LANGUAGE_MODELS[0], hidden_layer=1)
     model.language_model.set_attn_implementation(attention)
+    check_packing(model)
     model.train_only(["image_projector", "signal_tokens", "image_output_projector"])
     if prepends:
         processor.injects = False

@@ -2,23 +2,30 @@
 
 Only the language model sees packed sequences; its states are unpacked into the rows of the padded batch. Rows are
 separated by positions that restart at 0: without a mask, transformers' `create_causal_mask` makes attention causal
-within each run of positions, and FlashAttention treats runs as separate sequences. Shape legend: `anygpt.outputs`.
+within each run of positions, and FlashAttention treats runs as separate sequences. torch's attention would compute
+what that mask hides, too; on a CPU it runs row by row instead. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from anygpt.composition import Composition, Reading
-from anygpt.encoders.module import argument_names
+from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap
+
+BY_ROW = "sdpa_by_row"
+"""transformers' name of an attention that is `sdpa` but for packed rows on a CPU, each of which is attended alone."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,56 @@ class PackedBatch(Merged):
         return self.positions
 
 
+def mask_by_row(
+    batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: Any, **options: Any
+) -> Tensor | None:
+    """Lengths of the packed rows `(R,)`, int64, padding included; transformers' own mask where that does not suffice.
+
+    It does not where attention is not causal and complete within each row (sliding windows, tokens that look ahead).
+    """
+    packed = options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True)
+    if packed and not options.get("use_vmap") and torch.device(device).type == "cpu":
+        sequence, place = torch.arange(batch_size)[:, None], torch.arange(q_length)[None]
+        before = (place - 1).clamp(min=0)
+        begins = ~mask_function(sequence, 0, place, before) | (place == 0)
+        starts = begins.flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=torch.tensor([begins.numel()]))
+        firsts, of = starts % q_length, starts // q_length
+        looks_back = mask_function(of, 0, firsts + lengths - 1, firsts)
+        looks_ahead = mask_function(sequence, 0, before, place) & (place > 0)
+        if len(starts) > batch_size and bool(looks_back.all()) and not bool(looks_ahead.any()):
+            return lengths
+    return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **options)
+
+
+@torch.compiler.disable
+def attend_by_row(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa` on `(P, H, L, D)`, for each packed row alone if the mask is `mask_by_row`'s lengths."""
+    if attention_mask is None or attention_mask.dim() > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    lengths = attention_mask.tolist()
+    rows = zip(*(x.transpose(0, 1).flatten(1, 2)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    attended = torch.cat([sdpa_attention_forward(module, *row, None, **options)[0] for row in rows], dim=1)
+    return attended.view(query.shape[0], query.shape[2], *attended.shape[2:]), None
+
+
+AttentionInterface.register(BY_ROW, attend_by_row)
+AttentionMaskInterface.register(BY_ROW, mask_by_row)
+
+
 @torch.no_grad()
 def check_packing(model: Composition) -> None:
-    """Check with a few tokens that the language model does not attend across packed rows.
+    """Make torch's attention run by row, and check that the language model does not attend across packed rows.
 
     Raises:
         InputError: it does (OPT's mask, for one, ignores positions), or a callback sets its arguments.
     """
     language_model, kept_apart = model.language_model, False
+    base = base_model(language_model)
+    if base.config.get_text_config()._attn_implementation == "sdpa":
+        base.set_attn_implementation(BY_ROW)  # nothing changes where rows are not packed
     if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:
         embeds = language_model.get_input_embeddings().weight[None, :8].detach()
         positions = torch.arange(4, device=embeds.device).repeat(2)[None]
