@@ -77,7 +77,7 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
         _check_counts(key, per_row, lengths, 0 if given is None else given.numel() // given.shape[-1])
         if given is None:
             continue
-        embeds = embeds.masked_scatter(held[..., None], given.reshape(-1, given.shape[-1]).to(embeds.dtype))
+        embeds = embeds.index_put((held,), given.reshape(-1, given.shape[-1]).to(embeds.dtype))
         media_in = media_in | held.any(dim=1)
     without = sorted(set(features) - set(token_ids))
     if without:

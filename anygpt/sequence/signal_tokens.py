@@ -284,7 +284,7 @@ class SignalTokens(nn.Module):
             held = row >= 0
             if bool(held.any()):
                 found = (self.input_rows[key][row[held]] * scale).to(embeds.dtype)
-                embeds = embeds.masked_scatter(held[..., None], found)
+                embeds = embeds.index_put((held,), found)
         return embeds
 
     def extend_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:

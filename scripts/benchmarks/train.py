@@ -2,7 +2,8 @@
 
 `tiny` are the parts of configs/tiny on ToyWorld's rows, `135m` the same with a language model of SmolLM2-135M's shape,
 `photographs` that language model and ViT-B/16 on JPEGs of 512 × 384; `pooled` gives one feature a medium. `stage 3` is
-the tiny configuration with padded rows, rows packed to 512 tokens, or batches of about 3,200 tokens.
+the tiny configuration with padded rows, packed rows, or padded batches of about 3,200 tokens; `realdata` are rows given
+with `--rows`, as stage 3 with the tiny parts.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from benchmarks._shared import WARM_UP, run_stage, write_parts, write_photograph
 
 POOLED, CACHED = "{projection_type: pooled}", "cached"
 PADDED, PACKED, TOKENS = "padded", "packed", "batches of tokens"
-WAYS = {PACKED: ["--data.pack_to=512"], TOKENS: ["--data.max_batch_tokens=3200"]}
+UNPACKED = "--data.pack_to=null"
+WAYS = {PADDED: [UNPACKED], PACKED: [], TOKENS: [UNPACKED, "--data.max_batch_tokens=3200"]}
 STAGE_1 = ("tiny", "tiny pooled", "135m", "photographs", "photographs pooled")
 
 
@@ -41,7 +43,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         common = [f"--data.num_workers={options.workers}", f"--train.batch_size={options.batch_size}"]
         common += [f"--train.mixed_precision={options.mixed_precision}", f"--train.compile={options.compile}"]
         if size == "stage 3":
-            settings = [*start_of_stage_3(folder), *WAYS.get(way, []), *common]
+            settings = [*start_of_stage_3(folder), *WAYS[way], *common]
             return run_stage(3, folder, settings, options.steps)
         settings = [*start_of_stage_1(folder, size, options), *common]
         if way == CACHED:
