@@ -2,8 +2,7 @@
 
 `tiny` are the parts of configs/tiny on ToyWorld's rows, `135m` the same with a language model of SmolLM2-135M's shape,
 `photographs` that language model and ViT-B/16 on JPEGs of 512 × 384; `pooled` gives one feature a medium. `stage 3` is
-the tiny configuration with padded rows, packed rows, or padded batches of about 3,200 tokens; `realdata` are rows given
-with `--rows`, as stage 3 with the tiny parts.
+the tiny configuration with padded rows, packed rows, or padded batches of about 3,200 tokens.
 """
 
 import argparse
@@ -27,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"), help="(default: %(default)s)")
+    parser.add_argument("--rows", help="of stage 3, in place of ToyWorld's: [{path: rows.json, media_root: media}]")
     parser.add_argument("--compile", action="store_true", help="with train.compile on")
 
 
@@ -43,7 +43,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         common = [f"--data.num_workers={options.workers}", f"--train.batch_size={options.batch_size}"]
         common += [f"--train.mixed_precision={options.mixed_precision}", f"--train.compile={options.compile}"]
         if size == "stage 3":
-            settings = [*start_of_stage_3(folder), *WAYS[way], *common]
+            settings = [*start_of_stage_3(folder, options.rows), *WAYS[way], *common]
             return run_stage(3, folder, settings, options.steps)
         settings = [*start_of_stage_1(folder, size, options), *common]
         if way == CACHED:
@@ -68,12 +68,13 @@ def start_of_stage_1(folder: Path, size: str, options: argparse.Namespace) -> li
     return [*settings, f"--data.train=[{{path: {data}}}]"]
 
 
-def start_of_stage_3(folder: Path) -> list[str]:
+def start_of_stage_3(folder: Path, rows: str | None) -> list[str]:
     """Write data and a model that stage 2 has made one update on; returns the settings."""
-    before, rows = write_dataset(folder, "stage2", 8, seed=0), write_dataset(folder, "stage3", 256, seed=0)
+    before = write_dataset(folder, "stage2", 8, seed=0)
+    rows = rows or f"[{{path: {write_dataset(folder, 'stage3', 256, seed=0)}}}]"
     start = [*tiny(2), f"--data.train=[{{path: {before}}}]", "--train.batch_size=2", "--train.projector_init=random"]
     run_stage(2, folder / "start", start, 1)
-    return [*tiny(3), f"--model.init_from={folder / 'start/run/final'}", f"--data.train=[{{path: {rows}}}]"]
+    return [*tiny(3), f"--model.init_from={folder / 'start/run/final'}", f"--data.train={rows}"]
 
 
 def tiny(stage: int) -> list[str]:
