@@ -22,7 +22,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(folder, model, left_out=()):
+def write(folder, model, left_out=(), packing=None):
     config = model.config
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -47,7 +47,9 @@ def write(folder, model, left_out=()):
         kind = next((kind for kind in heads if kind in name), None)
         weight = tensor.numpy() if kind is None else permuted(tensor.numpy(), heads[kind])
         if name not in left_out:
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(weight))
+            weight, packed = np.ascontiguousarray(weight), packing if weight.ndim == 2 else None
+            weight = weight if packed is None else gguf.quants.quantize(weight, packed)
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight, raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -69,6 +71,18 @@ def test_a_language_model_and_its_tokenizer(llama, tmp_path):
     assert "red" in tokenizer.convert_ids_to_tokens(ids[0]) and "a red circle" in tokenizer.decode(ids[0])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, llama(ids).logits)
+
+
+def test_a_quantized_file_becomes_a_plain_model(llama, tmp_path):
+    """One that adapters train on and that is saved, as a model whose weights stay packed is not."""
+    write(tmp_path, llama, packing=gguf.GGMLQuantizationType.Q8_0)
+    loaded = load_language_model(tmp_path, gguf_file="tiny.gguf", dtype="float32")
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, llama.state_dict()[name], atol=0.01, rtol=0)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = load_language_model(tmp_path / "saved")
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert not getattr(loaded, "is_quantized", False)
 
 
 def test_what_is_wrong_with_a_file_is_one_line(llama, tmp_path):

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    utils,
 )
 
 from anygpt.errors import InputError
@@ -20,6 +21,7 @@ from anygpt.parts.files import Weights, built_from
 from anygpt.parts.networks import check_report, load_network
 from anygpt.parts.source import Source, check_vocabulary, load
 
+GgufConfig = getattr(utils.quantization_config, "GgufConfig", None)  # not in older releases, which always dequantize
 WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
 _OTHERS = ("multi_modal_projector.", "vision_tower.", "audio_tower.", "image_newline", "visual.")
 # Prefixes of tensor names in their files, and what replaces them, as in `anygpt.encoders.whole_models`.
@@ -51,6 +53,8 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
             if source.place.file(source.gguf_file) is None:
                 raise InputError(f"{source.place} has no file {source.gguf_file}")
             given |= {"gguf_file": source.gguf_file, "dtype": source.torch_dtype or "auto", **source.auto}
+            if GgufConfig is not None:  # packed weights could neither train adapters nor be saved
+                given["quantization_config"] = GgufConfig(dequantize=True)
             with built_from(f"{source.place}/{source.gguf_file}"):
                 model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **given)
             faults = {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]}
