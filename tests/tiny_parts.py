@@ -161,6 +161,20 @@ ENCODERS = [
         _pil("vit", "ViTImageProcessor", size={"height": 64, "width": 64}),
     ),
     TinyEncoder(
+        "EfficientNet",
+        "image",
+        _config(
+            "EfficientNetConfig",
+            width_coefficient=0.25,
+            depth_coefficient=1.0,
+            hidden_dim=320,
+            initializer_range=0.5,
+            num_block_repeats=[1] * 7,
+            depthwise_padding=[5],  # whose input has a side of 5
+        ),
+        _pil("efficientnet", "EfficientNetImageProcessor", size={"height": 80, "width": 80}),
+    ),
+    TinyEncoder(
         "InternViT", "image", _config("InternVLVisionConfig", **VISION | {"image_size": [SIZE, SIZE]}), _clip_processor
     ),
     TinyEncoder(

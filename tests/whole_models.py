@@ -195,6 +195,12 @@ WHOLE_MODELS = [
     ),
     WholeModel("DINOv3 ViT", "image", TINY["DINOv3 ViT"].build, ""),
     WholeModel("DINOv3 ConvNeXt", "image", TINY["DINOv3 ConvNeXt"].build, ""),
+    WholeModel(
+        "EfficientNet as a classifier",
+        "image",
+        lambda: transformers.EfficientNetForImageClassification(TINY["EfficientNet"].config()),
+        "efficientnet.",
+    ),
     WholeModel("InternViT", "image", TINY["InternViT"].build, ""),
     WholeModel("Pixtral", "image", TINY["Pixtral"].build, ""),
     WholeModel("Qwen2-VL vision", "image", TINY["Qwen2-VL vision"].build, ""),

@@ -4,6 +4,7 @@ A new family is an entry of `FAMILIES`, keyed by the config's `model_type`.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,15 @@ def convnext_cells(config: PreTrainedConfig, inputs: Inputs) -> int:
     height, width = inputs["pixel_values"][0].shape[-2:]
     stride = 4 * 2 ** (len(config.hidden_sizes) - 1)
     return 1 + (height // stride) * (width // stride)
+
+
+def efficientnet_cells(config: PreTrainedConfig, inputs: Inputs) -> int:
+    """Cells after the stem and each stage of stride 2; an odd side is rounded up in `depthwise_padding` blocks only."""
+    sides, block = [side // 2 for side in inputs["pixel_values"][0].shape[-2:]], 0
+    for stride, repeats in zip(config.strides, config.num_block_repeats, strict=True):
+        sides = [(side + (block in config.depthwise_padding)) // stride if stride > 1 else side for side in sides]
+        block += math.ceil(config.depth_coefficient * repeats)
+    return sides[0] * sides[1]
 
 
 def clap_cells(config: PreTrainedConfig, inputs: Inputs) -> int:
@@ -198,6 +208,14 @@ FAMILIES: dict[str, EncoderFamily] = {
     "dinov3_vit": EncoderFamily("pixel_values", _WITH_REGISTERS, class_token=True),
     "dinov3_convnext": EncoderFamily(
         "pixel_values", same("pixel_values", convnext_cells), feature_size=lambda config: config.hidden_sizes[-1]
+    ),
+    "efficientnet": EncoderFamily(
+        "pixel_values",
+        same("pixel_values", efficientnet_cells),
+        "transformers.EfficientNetModel",
+        select=lambda config, output: output[0].flatten(2).mT,
+        feature_size=lambda config: config.hidden_dim,
+        names=_under("efficientnet", "classifier."),
     ),
     "internvl_vision": EncoderFamily("pixel_values", _CLASS_AND_PATCHES, class_token=True, counted_by=("num_patches",)),
     "pixtral": EncoderFamily(  # a single row of all images
