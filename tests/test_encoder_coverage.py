@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -176,8 +178,9 @@ def test_frame_by_frame_needs_images_of_one_size(label):
         VideoEncoder(encoder_by(label).build())
 
 
-def test_frames_give_one_feature_or_all():
-    tiny = encoder_by("any image encoder, frame by frame")
+@pytest.mark.parametrize("label", ["CLIP", "EfficientNet"])
+def test_frames_give_one_feature_or_all(label):
+    tiny = dataclasses.replace(encoder_by(label), modality="video", num_frames=3)
     pooled = tiny.build().eval()
     every = VideoEncoder(pooled.image_encoder, tiny.num_frames, pool_frames=False)
     inputs = tiny.build_processor()([tiny.media(0), tiny.media(1)])
@@ -185,6 +188,7 @@ def test_frames_give_one_feature_or_all():
         one, all_of_them = (encoder(**inputs).last_hidden_state for encoder in (pooled, every))
     count = FAMILIES[every.config.model_type].count
     assert count(pooled.config, inputs) == [one.shape[1]] * 2 == [tiny.num_frames] * 2
+    assert one.shape[-1] == all_of_them.shape[-1] == pooled.config.hidden_size
     assert count(every.config, inputs) == [all_of_them.shape[1]] * 2 and all_of_them.shape[1] > one.shape[1]
     torch.testing.assert_close(all_of_them.unflatten(1, (tiny.num_frames, -1)).mean(dim=2), one)
 
