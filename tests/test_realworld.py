@@ -1,0 +1,258 @@
+"""Packages, conversions and rows of the real world at tiny sizes; the whole command where a cache folder is named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import WhisperConfig, WhisperModel
+
+from anygpt import InputError, load_encoder
+from anygpt.commands import execute
+from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.realworld import datasets, packages
+from anygpt.realworld.__main__ import main
+from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A wheel in a folder that pip takes it from."""
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    wheel = shop / "tiny_part-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("tiny_part-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n")
+        file.writestr("tiny_part-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr("tiny_part-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(packages, "PIP", [*packages.PIP, "--no-index", "--find-links", str(shop)])
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return {"pin": "tiny-part==1.0", "file": wheel.name, "sha256": digest, "licence": "MIT"}
+
+
+def test_a_package_is_fetched_once_and_a_changed_or_missing_one_is_named(package, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    archive = packages.fetch(package, cache)
+    assert list(cache.iterdir()) == [archive]
+    with packages.unpacked(archive, tmp_path / "part") as content:
+        assert (content / "tiny_part-1.0.dist-info/METADATA").is_file()
+    archive.write_bytes(archive.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"is not tiny-part==1\.0 as it was published.*remove it"):
+        packages.fetch(package, cache)
+    archive.unlink()
+    with pytest.raises(InputError, match=r"other-part==1\.0 was not downloaded"):
+        packages.fetch(package | {"pin": "other-part==1.0"}, cache)
+    with pytest.raises(InputError, match="as it was published"):
+        packages.fetch(package | {"sha256": "0" * 64}, cache)
+    monkeypatch.setattr(packages, "PIP", ["no-such-client"])
+    with pytest.raises(InputError, match="no-such-client is not installed"):
+        packages.fetch(package, cache)
+    assert not list(cache.iterdir())
+
+
+def test_nothing_is_unpacked_outside_and_nothing_half_written_stays(tmp_path):
+    archive = tmp_path / "evil.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.addfile(tarfile.TarInfo("../../outside"), io.BytesIO())
+    with pytest.raises(tarfile.OutsideDestinationError), packages.unpacked(archive, tmp_path / "deep/part"):
+        pass
+    with pytest.raises(KeyboardInterrupt), packages.whole(tmp_path / "deep/part") as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "deep").iterdir()) and {p.name for p in tmp_path.iterdir()} == {"evil.tgz", "deep"}
+    with packages.whole(tmp_path / "deep/part") as folder:
+        (folder / "all").touch()
+    assert (tmp_path / "deep/part/all").is_file()
+
+
+def lite0_blocks():
+    """Input, output and expanded channels, kernel and stride of each block (EfficientNet-lite0)."""
+    width = 32
+    for expand, out, repeats, stride, kernel in (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 40, 2, 2, 5),
+        (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5),
+        (6, 192, 4, 2, 5),
+        (6, 320, 1, 1, 3),
+    ):
+        for i in range(repeats):
+            yield width, out, width * expand, kernel, stride if i == 0 else 1
+            width = out
+
+
+def same_convolution(x, weight, stride=1, groups=1):
+    """TensorFlow's SAME padding: what is odd of it is added at the end."""
+    kernel, side = weight.shape[-1], x.shape[-1]
+    pad = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+    x = F.pad(x, (pad // 2, pad - pad // 2) * 2)
+    return F.conv2d(x, weight, stride=stride, groups=groups)
+
+
+def test_lite0_computes_what_its_own_layers_do(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    state, layers = {}, []
+
+    def add(convolution, norm, shape):
+        state[f"{convolution}.weight"] = torch.randn(shape, generator=random) * (2 / np.prod(shape[1:])) ** 0.5
+        for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+            state[f"{norm}.{name}"] = low + torch.rand(shape[0], generator=random)
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(1)
+
+    def run(x, convolution, norm, **options):
+        x = same_convolution(x, state[f"{convolution}.weight"], **options)
+        values = (state[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *values, eps=1e-3)
+
+    add("_conv_stem", "_bn0", (32, 3, 3, 3))
+    for i, (width, out, wide, kernel, stride) in enumerate(lite0_blocks()):
+        if wide != width:
+            add(f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0", (wide, width, 1, 1))
+        add(f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1", (wide, 1, kernel, kernel))
+        add(f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2", (out, wide, 1, 1))
+        layers.append((f"_blocks.{i}.", width == out and stride == 1, wide, width, stride))
+    add("_conv_head", "_bn1", (1280, 320, 1, 1))
+    state |= {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+    (tmp_path / "package").mkdir()
+    torch.save(state, tmp_path / "package/lite0.pth")
+    convert_image_encoder(tmp_path / "package", tmp_path / "part")
+    encoder = load_encoder(tmp_path / "part", "image").eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=random)
+    x = run(pixels, "_conv_stem", "_bn0", stride=2).clamp(0, 6)
+    for at, skips, wide, width, stride in layers:
+        y = x if wide == width else run(x, f"{at}_expand_conv", f"{at}_bn0").clamp(0, 6)
+        y = run(y, f"{at}_depthwise_conv", f"{at}_bn1", stride=stride, groups=wide).clamp(0, 6)
+        y = run(y, f"{at}_project_conv", f"{at}_bn2")
+        x = x + y if skips else y
+    expected = run(x, "_conv_head", "_bn1").clamp(0, 6)
+    with torch.no_grad():
+        found = encoder(pixel_values=pixels).last_hidden_state
+    assert found.shape == (1, 1280, 2, 2) and found.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def write_ctranslate2(path, encoder):
+    """Write a Whisper encoder as CTranslate2's converter does: 16-bit floats, query, key and value in one."""
+    state = {name: tensor.half().numpy() for name, tensor in encoder.state_dict().items()}
+    found = {f"encoder/conv{i}/{end}": state[f"conv{i}.{end}"] for i in (1, 2) for end in ("weight", "bias")}
+    found["encoder/num_heads"] = np.array(2, np.int16)
+    found["encoder/position_encodings/encodings"] = state["embed_positions.weight"]
+    norms = {"gamma": "weight", "beta": "bias"}
+    for end, own in norms.items():
+        found[f"encoder/layer_norm/{end}"] = state[f"layer_norm.{own}"]
+    for i in range(len(encoder.layers)):
+        at, own = f"encoder/layer_{i}", f"layers.{i}"
+        zero = np.zeros_like(state[f"{own}.self_attn.q_proj.bias"])
+        for end in ("weight", "bias"):
+            parts = [state.get(f"{own}.self_attn.{one}_proj.{end}", zero) for one in "qkv"]
+            found[f"{at}/self_attention/linear_0/{end}"] = np.concatenate(parts)
+            found[f"{at}/self_attention/linear_1/{end}"] = state[f"{own}.self_attn.out_proj.{end}"]
+            for number, layer in enumerate(("fc1", "fc2")):
+                found[f"{at}/ffn/linear_{number}/{end}"] = state[f"{own}.{layer}.{end}"]
+        for end, name in norms.items():
+            found[f"{at}/self_attention/layer_norm/{end}"] = state[f"{own}.self_attn_layer_norm.{name}"]
+            found[f"{at}/ffn/layer_norm/{end}"] = state[f"{own}.final_layer_norm.{name}"]
+
+    def text(value):
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    with path.open("wb") as file:
+        file.write(struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(found)))
+        for name, values in found.items():
+            file.write(text(name) + struct.pack(f"<B{values.ndim}I", values.ndim, *values.shape))
+            file.write(struct.pack("<BI", {2: 4}.get(values.itemsize) if values.ndim else 2, values.nbytes))
+            file.write(np.ascontiguousarray(values).tobytes())
+
+
+def test_a_whisper_of_ctranslate2_is_the_same_encoder(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 51865}
+    own = WhisperModel(WhisperConfig(**sizes, **decoder, num_mel_bins=80)).eval().encoder
+    (tmp_path / "package").mkdir()
+    file = tmp_path / "package/model.bin"
+    write_ctranslate2(file, own)
+    (tmp_path / "part").mkdir()
+    convert_audio_encoder(tmp_path / "package", tmp_path / "part")
+    loaded = load_encoder(tmp_path / "part", "audio", dtype="float32").eval()
+    sound = torch.randn(1, 80, 3000)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(sound)[0], own(sound)[0], atol=2e-2, rtol=0)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is no whole model file of CTranslate2"):
+        convert_audio_encoder(tmp_path / "package", tmp_path / "again")
+
+
+def write_emoji(folder, clips):
+    """Emoji in twelve colours, of which two look the same, two are of one name, and four are flags; some move."""
+    pictures = folder / "package/img/google/64"
+    pictures.mkdir(parents=True)
+    (clips / "package/assets").mkdir(parents=True)
+    rows = []
+    names = [
+        "MAN COOK",
+        "WOMAN COOK",
+        "APPLE",
+        "POMME",
+        *(f"THING {c}" for c in "ABCD"),
+        *(f"{c} FLAG" for c in "EFGH"),
+    ]
+    for i, name in enumerate(names):
+        code = f"1f60{i:x}"
+        colour = tuple(np.random.default_rng(2 if name == "POMME" else i).integers(0, 256, 3).tolist())
+        Image.new("RGBA", (64, 64), colour).save(pictures / f"{code}.png")
+        if i < 9:
+            moving = [Image.new("RGB", (16, 16), (40 * f, i, 0)) for f in range(1 + i % 2)]
+            moving[0].save(clips / f"package/assets/{code}.webp", save_all=True, append_images=moving[1:])
+        kind = "country-flag" if name.endswith("FLAG") else "food"
+        rows.append(
+            {"name": name, "unified": code.upper(), "image": f"{code}.png", "category": f"{kind}s", "subcategory": kind}
+        )
+    (folder / "package/emoji.json").write_text(json.dumps(rows))
+
+
+def test_whole_concepts_are_held_out(tmp_path, capsys):
+    write_emoji(tmp_path / "emoji", tmp_path / "clips")
+    things = datasets.emoji(tmp_path / "emoji", tmp_path / "clips")
+    concept = {one.name: one.concept for one in things}
+    assert [one.name for one in things if one.modality == "video"] == ["woman cook", "pomme", "thing b", "thing d"]
+    assert concept["man cook"] == concept["woman cook"] and concept["apple"] == concept["pomme"]
+    assert len(set(concept.values())) == 7  # and the flags are one
+    for seed in range(5):
+        learnt, held = datasets.split(things, seed)
+        assert not {one.concept for one in learnt} & {one.concept for one in held}
+        assert sorted(one.modality for one in held if one.modality == "video") == ["video"]
+        pictures = [one for one in held if one.modality == "image"]
+        assert len(pictures) == 3 and len({one.concept for one in pictures}) == 3
+    folder = tmp_path / "data"
+    folder.mkdir()
+    datasets.write_data(folder, learnt, held)
+    assert f"names.jsonl: {len(learnt)} rows" in capsys.readouterr().out
+    for file in folder.glob("*.jsonl"):
+        if file.stat().st_size:
+            rows = ConversationDataset.from_files([DataSource(path=str(file))])
+            assert all(rows[i].sample.messages for i in range(len(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ANYGPT_REALWORLD_CACHE" not in os.environ, reason="names the folder of the downloaded packages")
+def test_the_command_on_24_items(tmp_path):
+    arguments = ["--output", str(tmp_path), "--cache", os.environ["ANYGPT_REALWORLD_CACHE"], "--items", "24"]
+    assert execute(main, arguments) == 0
+    names = (tmp_path / "data/names.jsonl").read_text().splitlines()
+    held = (tmp_path / "data/held_image_names.jsonl").read_text().splitlines()
+    assert len(held) == 6 and 40 < len(names) <= 72 - 18
+    assert {path.name for path in tmp_path.iterdir()} == {"parts", "data"}
+    assert load_encoder(tmp_path / "parts/audio_encoder", "audio").config.d_model == 384
+    assert execute(main, arguments) == 0  # finds everything there
