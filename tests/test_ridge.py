@@ -45,8 +45,8 @@ def problem(samples=200, inputs=12, outputs=5):
     return x, y
 
 
-def fed(x, y, batch, **options):
-    fit = RidgeRegression(x.shape[1], y.shape[1], **options)
+def fed(x, y, batch):
+    fit = RidgeRegression(x.shape[1], y.shape[1])
     for start in range(0, len(x), batch):
         fit.add(x[start : start + batch], y[start : start + batch])
     return fit
@@ -59,7 +59,7 @@ def fed(x, y, batch, **options):
 @pytest.mark.parametrize("batch", [1, 7, 200])
 def test_solution_is_the_textbooks(strength, batch):
     x, y = problem()
-    weight, bias, used = fed(x, y, batch, hold_back=False).solve(strength)
+    weight, bias, used = fed(x, y, batch).solve(strength)
     expected_weight, expected_bias = naive_ridge(x, y, strength)
     assert used == strength
     torch.testing.assert_close(weight, expected_weight, rtol=1e-8, atol=1e-8)
@@ -68,7 +68,7 @@ def test_solution_is_the_textbooks(strength, batch):
 
 def test_fewer_samples_than_inputs():
     x, y = problem(samples=6)
-    weight, bias, _ = fed(x, y, 4, hold_back=False).solve(0.1)
+    weight, bias, _ = fed(x, y, 4).solve(0.1)
     expected_weight, expected_bias = naive_ridge(x, y, 0.1)
     torch.testing.assert_close(weight, expected_weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(bias, expected_bias, rtol=1e-7, atol=1e-7)

@@ -37,14 +37,8 @@ DEFAULT_TOKENS = 512
 
 @dataclass
 class Findings:
-    """Result of a check.
-
-    Attributes:
-        faults: errors that would stop the run.
-        notes: other observations.
-        rows: for each data file: path, rows read, fewest and most tokens per row.
-        kinds: for each kind of rows, the most tokens of a row, and how many of them carry a loss.
-        plan: memory; None if parts are missing.
+    """Result of a check: `faults` would stop the run; `rows` are path, rows read, fewest and most tokens of a row, by
+    file; `kinds` the most tokens of a row and of its labels, by kind of row; `plan` is None if parts are missing.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -103,7 +97,6 @@ def check_data(
     stage: Stage,
     found: Findings,
 ) -> None:
-    """Check the form, media, kind and tokens of a data file's first rows."""
     data, lengths = config.data, []
     for sample in islice(iterate_samples(file), ROWS):
         if isinstance(sample, InputError):
@@ -132,7 +125,6 @@ def check_data(
 
 
 def report(found: Findings, config: Config) -> str:
-    """Text of a check: tables and lines."""
     lines: list[str] = []
     if plan := found.plan:
         lines += _table("part", "parameters", "trainable", "weights", "GiB", "gradients", "AdamW")

@@ -189,7 +189,7 @@ def check_same_data(checkpoint: Path, before: list[str], now: list[str], config:
 
 
 def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
-    """Restore a model's tensors, including buffers and frozen projectors: `model.init_from` may have changed."""
+    """Restore all tensors, buffers and frozen projectors too: `model.init_from` may have changed."""
     model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
@@ -211,7 +211,6 @@ def load_training_state(
 
 
 def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    """Content of `optimizer.pt`: see `sharding.optimizer_state`."""
     return _load(checkpoint / OPTIMIZER)
 
 
@@ -231,7 +230,6 @@ def _load(path: Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """Random state of Python, NumPy, torch and its accelerator, as plain types and tensors."""
     kind, keys, *rest = np.random.get_state()
     numpy = (kind, np.asarray(keys).tolist(), *rest)
     state: dict[str, Any] = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}

@@ -23,10 +23,8 @@ SCALED_SAMPLES = 512
 
 
 def write_components(final: Path, config: Config) -> None:
-    """Write the trained parts of `final` to `output_dir/parts/<part>`.
-
-    A trained VAE also gets the scaling factor that brings its latents to unit variance (arXiv 2112.10752, §G).
-    """
+    """Write the trained parts of `final` to `output_dir/parts/<part>`; a trained VAE with the scaling factor that
+    brings its latents to unit variance (arXiv 2112.10752, §G)."""
     model = MultimodalModel.from_pretrained(final)
     processor = MultimodalProcessor.from_pretrained(final)
     processor.describe_targets(model)
@@ -53,7 +51,6 @@ def write_components(final: Path, config: Config) -> None:
 
 @torch.no_grad()
 def latent_deviation(model: MultimodalModel, processor: Any, key: str, config: Config) -> float:
-    """Standard deviation of the unscaled latents of a decoder's training media."""
     dataset = ConversationDataset.from_files(config.data.train)
     use_frames_of(dataset, processor)
     collator, decoder = Collator(processor), model.decoders[key].module

@@ -118,12 +118,10 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Number of updates in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Content of a checkpoint's `training_state.json`."""
     return json.loads((checkpoint / STATE).read_text())
 
 
@@ -160,7 +158,6 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Commit, versions and hardware, for `environment.json` and the tracker."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()

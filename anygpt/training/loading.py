@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -33,17 +34,14 @@ MicroBatch = tuple[dict[str, Any], dict[str, Any]]  # arguments of the model, an
 
 
 class BadSampleError(InputError):
-    """An unreadable sample in this process's batch."""
+    """Unreadable sample in this process's batch."""
 
 
 def take_updates(loader: DataLoader, config: Config) -> Generator[list[MicroBatch], None, None]:
     """Yield the micro-batches of each update."""
-    micro_batches: list[MicroBatch] = []
-    for batch in loader:
-        micro_batches.append((batch, take_ids(batch, config)))
-        if len(micro_batches) == config.train.gradient_accumulation_steps:
-            yield micro_batches
-            micro_batches = []
+    taken = ((batch, take_ids(batch, config)) for batch in loader)
+    while micro_batches := list(itertools.islice(taken, config.train.gradient_accumulation_steps)):
+        yield micro_batches
 
 
 def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -114,7 +112,6 @@ def make_loader(
 
 
 def loader_options(config: Config) -> dict[str, Any]:
-    """Options of every `DataLoader`."""
     return {
         "num_workers": config.data.num_workers,
         "worker_init_fn": leave_signals_to_the_loop,
@@ -156,9 +153,6 @@ def use_cache(
     """Make datasets and collator read outputs of frozen parts from the feature cache; returns log lines, one per part.
 
     Call after `prepare_stage` and `use_frames_of`; `sharded` if the language model's layers are.
-
-    Raises:
-        InputError: no cache in `data.cache_dir`, or a stale one.
     """
     if config.data.cache_dir is None:
         return []

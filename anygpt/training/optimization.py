@@ -82,19 +82,11 @@ def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, acceler
     return float(accelerator.clip_grad_norm_(clipped, bound))
 
 
-def learning_rates(optimizer: Any) -> dict[str, float]:
-    """Current rate of each group."""
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}
-
-
 def compile_layers(model: MultimodalModel) -> None:
     """Apply torch.compile to the repeated layers of encoders, language model and denoisers.
 
     Whole parts would recompile at each step, because hooks insert the signal tokens into the language model; and layers
-    of one class share their compiled code.
-
-    Raises:
-        InputError: torch.compile does not work on this machine.
+    of one class share their compiled code. Where torch.compile does not work, an `InputError` says so.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))

@@ -26,15 +26,8 @@ _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class Metrics:
-    """Metrics of an update, over all processes.
-
-    Attributes:
-        loss: weighted sum of all terms.
-        terms: mean of each sub-term.
-        gradient_norm: norm before clipping.
-        tokens, samples, skipped, cut: numbers of tokens and samples, and of rows left out and shortened.
-        places: tokens processed by the language model, including padding, if counted.
-    """
+    """Metrics of an update, over all processes: the weighted loss, the mean of each term, the norm before clipping,
+    numbers of tokens, samples, and rows skipped and cut, and if counted the tokens with padding (`places`)."""
 
     loss: float
     terms: dict[str, float]
@@ -46,7 +39,6 @@ class Metrics:
     places: int
 
     def by_name(self) -> dict[str, float]:
-        """Logged values by name."""
         padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
         return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
 

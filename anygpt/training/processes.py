@@ -72,7 +72,6 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 def any_rank(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set on any process."""
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
@@ -88,12 +87,7 @@ def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
 
 
 class Sums:
-    """Named float64 sums, reduced over all processes at once.
-
-    Args:
-        names: the same on all processes, in the same order.
-        device: device of the process.
-    """
+    """Named float64 sums, reduced over all processes at once; their names have the same order on all of them."""
 
     def __init__(self, names: Iterable[str], device: torch.device):
         self.places = {name: place for place, name in enumerate(names)}

@@ -19,7 +19,7 @@ from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
 
-HOLD_BACK_EVERY = 5  # one caption in five, with all of its samples, is held back to choose the strength
+HOLD_BACK_EVERY = 5
 MAX_HELD_BACK = 512  # samples, to bound memory
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 3))  # relative to the mean eigenvalue of the covariance
 TOLERANCE = 1.01  # prefer the largest strength within this factor of the least error: small ones are unstable
@@ -28,18 +28,15 @@ TOLERANCE = 1.01  # prefer the largest strength within this factor of the least 
 class RidgeRegression:
     """Ridge regression with an unpenalized intercept, accumulated batch by batch.
 
-    Args:
-        inputs, outputs: widths.
-        hold_back: hold back samples to choose the strength; otherwise pass it to `solve`.
+    One caption in five, with all of its samples, is held back to choose the strength.
     """
 
-    def __init__(self, inputs: int, outputs: int, hold_back: bool = True):
+    def __init__(self, inputs: int, outputs: int):
         self.xtx = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.xty = torch.zeros(inputs, outputs, dtype=torch.float64)
         self.x_sum = torch.zeros(inputs, dtype=torch.float64)
         self.y_sum = torch.zeros(outputs, dtype=torch.float64)
         self.count = self.seen_back = 0
-        self.hold_back = hold_back
         self.held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -49,7 +46,7 @@ class RidgeRegression:
         """
         x, y = x.double().cpu(), y.double().cpu()
         back = torch.zeros(len(x), dtype=torch.bool)
-        for row, outputs in enumerate(y.float() if self.hold_back else ()):
+        for row, outputs in enumerate(y.float()):
             # Rounded, since the last bits of the same caption's encoding may depend on the batch.
             key = xxh3_64_intdigest(outputs.mul(1e3).round().to(torch.int64).numpy().tobytes())
             back[row] = key % HOLD_BACK_EVERY == 0
@@ -70,18 +67,18 @@ class RidgeRegression:
         """Weight `(outputs, inputs)` and bias `(outputs,)` in float64, and the λ used.
 
         Args:
-            strength: λ of ‖Y − XW‖² + λ‖W‖²; if None, chosen on the held-back samples, which then join the fit.
+            strength: λ of ‖Y − XW‖² + λ‖W‖²; by default chosen on the held-back samples, which then join the fit.
 
         Raises:
             InputError: no samples.
         """
         if not self.count and not self.held:
             raise InputError("ridge regression was given no samples")
-        if strength is None:
-            strength = self._choose() if self.count else None
-            for x, y in self.held:
-                self._accumulate(x, y)
-            self.held = []
+        if strength is None and self.count:
+            strength = self._choose()
+        for x, y in self.held:
+            self._accumulate(x, y)
+        self.held = []
         if strength is None:  # all samples had been held back
             strength = self._choose()
         x_mean, y_mean, values, vectors, rotated = self._decompose()
@@ -132,13 +129,7 @@ def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
 def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
 
-    Args:
-        model: the model.
-        keys: decoders whose projectors are set.
-        batches: arguments of `model.read_states`, with captions in `decoder_targets`; media are not needed.
-
-    Returns:
-        The chosen strength of each decoder.
+    `batches` are arguments of `model.read_states` with captions in `decoder_targets`; returns each decoder's strength.
 
     Raises:
         InputError: a projector without a linear path, or without captions.

@@ -58,11 +58,7 @@ def source(part: PartSettings, mixed_precision: str) -> Source:
 
 
 def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """Build the composition of a config, starting from `model.init_from` if given.
-
-    Raises:
-        InputError: a part cannot be loaded, or differs from that in `init_from`.
-    """
+    """Build the composition of a config, starting from `model.init_from` if given."""
     made = compose(config, lambda where: nullcontext())
     assert made is not None  # faults were raised
     return made
@@ -160,7 +156,6 @@ def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> N
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
-    """An encoder with its projector, and its processor."""
     modality, part = entry.modality or key, source(entry, precision)
     module = ModalEncoderModule(load_encoder(part, modality), modality=modality)
     sizes = module.projector_sizes | {"out_features": width}
@@ -271,11 +266,7 @@ def feed_back(dataset: ConversationDataset, model: MultimodalModel, stage: Stage
 def build_dataset(
     sources: list[DataSource], model: MultimodalModel, config: Config, stage: Stage
 ) -> ConversationDataset:
-    """Dataset of all files, whose samples are checked to suit the stage.
-
-    Raises:
-        InputError: unreadable files, media without encoder or decoder, or rows without a loss in the stage.
-    """
+    """Dataset of all files, whose samples are checked to suit the stage."""
     dataset = ConversationDataset.from_files(sources, on_bad_sample=config.data.on_bad_sample)
     terms = Counter(term_of(sample, model, stage) for sample in dataset.samples)
     feed_back(dataset, model, stage)
@@ -292,11 +283,7 @@ def build_dataset(
 
 
 def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
-    """Loss term of a sample.
-
-    Raises:
-        InputError: media without encoder or decoder, or a term that the stage does not train on.
-    """
+    """Loss term of a sample; its media must have encoders and decoders, and the stage must train on the term."""
     has_media = []
     for modules, answered, what in ((model.readers, False, "an encoder"), (model.makers, True, "a decoder")):
         known = {module.modality for module in modules.values()}
@@ -321,7 +308,6 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
 def build_data(
     model: MultimodalModel, processor: MultimodalProcessor, config: Config, stage: Stage
 ) -> tuple[ConversationDataset, ConversationDataset | None, Collator]:
-    """Training dataset, evaluation dataset (or None), and collator."""
     data = config.data
     dataset = build_dataset(data.train, model, config, stage)
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
@@ -333,11 +319,7 @@ def build_data(
 
 
 def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -> list[str]:
-    """Set `train.max_steps` from `train.num_epochs` if given; returns lines for the log.
-
-    Raises:
-        InputError: the warm-up is longer.
-    """
+    """Set `train.max_steps` from `train.num_epochs` if given; returns lines for the log."""
     train = config.train
     if train.num_epochs is None:
         return []

@@ -30,7 +30,6 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are sharded (FSDP)."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
@@ -56,12 +55,8 @@ def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> N
 
 
 def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, config: Config) -> tuple[Any, Any, Any]:
-    """`accelerator.prepare`.
-
-    Returns:
-        The wrapped model and optimizer, and the model to save: itself, or if sharded a full copy on the main process
-        and None on the others.
-    """
+    """The model and optimizer, prepared by accelerate, and the model to save: if sharded, a full copy on the main
+    process and None on the others."""
     whole = model
     if is_sharded(accelerator):
         whole = copy.deepcopy(model).cpu() if accelerator.is_main_process else None
@@ -78,14 +73,14 @@ def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, co
 def whole_parameters(model: MultimodalModel, accelerator: Accelerator) -> Iterator[None]:
     """Gather the parameters outside the language model's layers (which gather themselves), for code that runs parts of
     the model without its `forward`, on all processes alike."""
-    sharded = is_sharded(accelerator)
-    if sharded:
-        model.unshard()
+    if not is_sharded(accelerator):
+        yield
+        return
+    model.unshard()
     try:
         yield
     finally:
-        if sharded:
-            model.reshard()
+        model.reshard()
 
 
 def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:
@@ -112,7 +107,6 @@ def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Acceler
 
 
 def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load the result of `optimizer_state` into a prepared, sharded optimizer."""
     set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 

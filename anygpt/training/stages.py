@@ -51,10 +51,7 @@ ALL_AT_ONCE = replace(INSTRUCTION_TUNING, name="all at once")
 def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[str]:
     """Freeze and unfreeze parts for a stage, add adapters, and verify that exactly the intended parameters train.
 
-    Freezing comes before the adapters, which it would otherwise freeze too.
-
-    Returns:
-        Names of the trainable parameters.
+    Freezing comes before the adapters, which it would otherwise freeze too. Returns the trainable parameters' names.
     """
     model.train_only([])
     if stage.lora and (config.lora.r or is_peft(model.language_model)):
@@ -81,11 +78,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
 
 
 def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, task: str | None = None) -> PeftModel:
-    """A part's adapter: the one that it has, or a new one on its network by the config's section.
-
-    Raises:
-        InputError: settings that do not fit the network, or differ from those of the adapter from `model.init_from`.
-    """
+    """A part's adapter: the one that it has, or a new one on its network by the config's section."""
     lora, there = getattr(config, section), adapter_of(part)
     if there is not None:
         check_adapter(there, lora, section)

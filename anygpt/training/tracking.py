@@ -48,15 +48,7 @@ def part_table(parts: list[PartSummary]) -> str:
 class RunLog:
     """Writes lines to the console and `log.txt`, and metrics to the tracker; on the main process only.
 
-    Args:
-        accelerator: its `log_with` selects the tracker.
-        config: the run's settings, sent to the tracker.
-        done: updates already done.
-        facts: further values for the tracker.
-        run_id: the tracker's id of a resumed run.
-
-    Attributes:
-        run_id: saved in checkpoints, so that the tracker can resume the run too.
+    The tracker also gets the settings and `facts`; its `run_id` is saved in checkpoints, so that it can resume the run.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, done: int, facts: dict[str, Any], run_id: str | None):
@@ -92,7 +84,6 @@ class RunLog:
             raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
 
     def say(self, text: str) -> None:
-        """Write one or several lines."""
         if self.main:
             tqdm.write(text)
             with (self.folder / LOG).open("a") as file:
@@ -104,7 +95,6 @@ class RunLog:
         self.accelerator.log(values, step=step)
 
     def advance(self, loss: float) -> None:
-        """Move the progress bar by one update."""
         self.bar.update()
         self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
@@ -146,11 +136,7 @@ def take_samples(
 
 
 def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> dict[str, float]:
-    """Run a suite and write its results to `folder`; returns `{"<suite>/<metric>": value}`, equal on all processes.
-
-    Raises:
-        InputError: see `evaluate`; or the model is sharded.
-    """
+    """Run a suite and write its results to `folder`; returns `{"<suite>/<metric>": value}`, equal on all processes."""
     if is_sharded(accelerator):
         raise InputError("train.eval_suite: processes that share a model's layers cannot answer rows of their own")
     suite, training = read_suite(path), model.training

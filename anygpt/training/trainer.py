@@ -34,7 +34,7 @@ from anygpt.training.averages import Averages
 from anygpt.training.config import Config
 from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
-from anygpt.training.optimization import clip_gradients, compile_layers, learning_rates, make_optimizer, set_rates
+from anygpt.training.optimization import clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, Metrics, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
@@ -69,13 +69,8 @@ def train(config: Config, stage: Stage) -> Path:
 class Trainer:
     """One run of a stage: `setup` builds everything, `fit` runs the updates, evaluations and checkpoints.
 
-    Attributes:
-        done: number of updates done.
-        model, processor: the composition.
-        wrapped: the model prepared by accelerate.
-        whole: the model to save; see `sharding.prepare`.
-        log: set by `fit`.
-        notes: lines for the log about the start.
+    `done` are the updates made, `wrapped` is the model prepared by accelerate, `whole` the one to save (see
+    `sharding.prepare`), and `notes` are lines for the log about the start.
     """
 
     model: MultimodalModel
@@ -94,11 +89,7 @@ class Trainer:
         self.notes: list[str] = []
 
     def setup(self, checkpoint: Path | None = None) -> Trainer:
-        """Build model, data and optimizer, anew or from a checkpoint.
-
-        Raises:
-            InputError: wrong settings, parts or data; nothing has been written.
-        """
+        """Build model, data and optimizer, anew or from a checkpoint; writes nothing."""
         config, data, accelerator = self.config, self.config.data, self.accelerator
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
         set_seed(config.run.seed)
@@ -128,7 +119,6 @@ class Trainer:
         return self
 
     def setup_optimizer(self, checkpoint: Path | None) -> None:
-        """Build optimizer and schedule, anew or from a checkpoint, and wrap the model with accelerate."""
         config, accelerator, model = self.config, self.accelerator, self.model
         sharded = sharding.is_sharded(accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
@@ -193,7 +183,7 @@ class Trainer:
                 update = self.step(micro_batches)
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}; the state before it is in {self.save(STOPPED, {}, before)}") from None
-            metrics = update.by_name() | learning_rates(self.optimizer)
+            metrics = update.by_name() | {group["name"]: group["lr"] for group in self.optimizer.param_groups}
             self.scheduler.step()
             self.done += 1
             moved |= update.gradient_norm > 0
@@ -232,15 +222,10 @@ class Trainer:
         processes.check_finite(self.model, self.accelerator)
 
     def is_due(self, every: int) -> bool:
-        """Whether an action taken every `every` updates (0: never) is due after this one."""
         return every > 0 and self.done % every == 0
 
     def step(self, micro_batches: list[MicroBatch]) -> Metrics:
-        """Make one update.
-
-        Raises:
-            NonFiniteLoss: before the optimizer's step.
-        """
+        """Make one update; raises `NonFiniteLoss` before the optimizer's step."""
         names, accelerator = self.model.loss_names(), self.accelerator
         counts = Sums(names, accelerator.device)
         for batch, _ in micro_batches:
@@ -337,10 +322,7 @@ class Trainer:
             raise Aborted(f"stopped after update {self.done}: {found} (train.abort_above); the state is in {path}")
 
     def save(self, name: str, metrics: dict[str, float], random_state: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint `<name><updates done>` and return its folder.
-
-        Args:
-            random_state: an earlier result of `rng_state`; the current state if None.
+        """Write a checkpoint `<name><updates done>`, with an earlier `rng_state` if given, and return its folder.
 
         Raises:
             NonFiniteLoss: a trainable parameter is not finite, and the run could not continue from the checkpoint.
