@@ -4,8 +4,6 @@
 scripts/quickstart.sh trains and evaluates; a single row is often fastest with one thread, a batch with more.
 """
 
-from __future__ import annotations
-
 import os
 import time
 

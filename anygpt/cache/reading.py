@@ -206,12 +206,8 @@ class FeatureCache:
     notes: list[str] = field(default_factory=list)
 
     def get(self, kind: str, modality: str, content: Content) -> dict[str, Tensor] | None:
-        """The tensors of one content, by name; None if nothing of the kind is cached for its media type.
-
-        Raises:
-            StaleCache: the store has no entry for it.
-            OSError: the medium's file cannot be read.
-        """
+        """The tensors of one content, by name; None if nothing of the kind is cached for its media type. Raises
+        `StaleCache` if the store has no entry for it, `OSError` if the medium's file cannot be read."""
         store = self.stores[kind].get(modality)
         if store is None:
             return None
@@ -233,10 +229,7 @@ def open_cache(
     folder: str | Path, model: Composition, processor: Any, num_frames: int | None, precision: str
 ) -> FeatureCache:
     """Open the stores that can serve a model's parts; the notes give the reason for each part that is computed instead.
-
-    Raises:
-        InputError: there is no cache, or it is stale: the message names the changes.
-    """
+    An `InputError` says that there is no cache, or what changed since it was written."""
     folder = Path(folder)
     wanted = entries(model)
     if not any(place.is_dir() for entry in wanted for place in folder.glob(f"{entry.name}*")):

@@ -31,12 +31,8 @@ NAME = re.compile(r"([0-9a-f]{32})\.(\w+)")
 
 
 class Store:
-    """A store to read from; `key` are the expected dependencies of its tensors (see `anygpt.cache.reading`).
-
-    Raises:
-        InputError: the folder is no store, holds other files, is damaged, or was made with another key; the
-            message names the differences.
-    """
+    """A store to read from; `key` are the expected dependencies of its tensors (see `anygpt.cache.reading`). An
+    `InputError` says that the folder is no store, holds other files, is damaged, or how its key differs."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
         check_key(folder, key)

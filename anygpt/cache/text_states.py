@@ -76,11 +76,7 @@ class TextStates(dict[str, Tensor]):
         tap: Tap,
         encoder_inputs: Mapping[str, Any],
     ) -> Reading:
-        """Compute logits `(1, M, V')` at positions that predict a label, and return them with each decoder's states.
-
-        Raises:
-            InputError: the states belong to other rows, or full logits are requested.
-        """
+        """Compute logits `(1, M, V')` at positions that predict a label, and return them with each decoder's states."""
         if tap.select is None:
             raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
         labels = len(tap.select[0])

@@ -73,11 +73,7 @@ class Reply:
 
 
 def load_checkpoint(folder: str | Path) -> tuple[MultimodalModel, MultimodalProcessor]:
-    """The model and the processor of a `final/` or `checkpoint-<step>/` folder; chooses the threads of a tiny one.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """The model and the processor of a `final/` or `checkpoint-<step>/` folder; chooses the threads of a tiny one."""
     if not Path(folder).is_dir():
         raise InputError(
             f"{folder} does not exist; name a run's final/ folder with --checkpoint, or make the quickstart's with "
@@ -95,13 +91,8 @@ class TooLong(InputError):
 
 
 class ChatModel:
-    """A model and its processor, from a run's `final/` folder.
-
-    With `offload`, a decoder's networks are on the device only while they are used.
-
-    Raises:
-        InputError: the folder is missing or damaged, or the device cannot be used.
-    """
+    """A model and its processor, from a run's `final/` folder; with `offload`, decoders are on the device only in
+    use."""
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", offload: bool = False):
         check_device(device, offload)

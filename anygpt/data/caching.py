@@ -57,11 +57,7 @@ class CacheWriter:
     say: Callable[[str], None] = lambda line: None
 
     def write(self) -> Counter:
-        """Write all stores; returns counts of "written", "known" and "unreadable" entries in this process's share.
-
-        Raises:
-            InputError: a stale store, unreadable media (unless skipped), or an unknown name in `leave_out`.
-        """
+        """Write all stores; returns counts of "written", "known" and "unreadable" entries in this process's share."""
         wanted = entries(self.model)
         if unknown := sorted(set(self.leave_out) - {entry.name for entry in wanted}):
             names = ", ".join(entry.name for entry in wanted)

@@ -134,11 +134,7 @@ class ConversationDataset(Dataset):
         on_bad_sample: str = "error",
         limits: MediaLimits = DEFAULT_LIMITS,
     ) -> ConversationDataset:
-        """Build a dataset from the samples of all files, one file after the other.
-
-        Raises:
-            InputError: see `read_samples` (with "skip", bad rows go to `faults` instead); a file without a usable row.
-        """
+        """Build a dataset from the samples of all files, one file after the other; each must have a usable row."""
         faults: list[InputError] = []
         by_source = []
         for source in sources:

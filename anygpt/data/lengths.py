@@ -35,12 +35,8 @@ class Lengths:
         return self.with_labels(sample)[0]
 
     def with_labels(self, sample: Sample) -> tuple[int, int]:
-        """Number of tokens of a conversation, chat template included, and how many of them carry a label.
-
-        Raises:
-            InputError: text with a reserved token; media without an encoder or decoder, or that cannot be decoded;
-                a conversation that the chat template rejects.
-        """
+        """Number of tokens of a conversation, chat template included, and how many of them carry a label. An
+        `InputError` says why training would refuse it."""
         counts: dict[str, list[int]] = {}
         try:
             refuse_reserved(reserved_tokens(self.processor), sample)

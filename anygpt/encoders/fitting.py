@@ -70,11 +70,8 @@ def shape_of(processor: Any) -> tuple[int, int] | None:
 
 
 def pieces(kind: MediaType | None, media: Any, processor: Any, fit: str | None) -> list[list[Any]] | None:
-    """Pieces of each medium (one, a list, or for sounds an array `(items, N)`); None if all fit as they are.
-
-    Raises:
-        InputError: a sound without samples, or one that is too long if `fit` is "refuse".
-    """
+    """Pieces of each medium (one, a list, or for sounds an array `(items, N)`); None if all fit as they are. Sounds
+    without samples are an `InputError`, and too long ones if `fit` is "refuse"."""
     if isinstance(kind, Sound) and (window := window_of(processor)):
         sounds = [np.asarray(sound) for sound in ([media] if not len(media) or np.ndim(media[0]) == 0 else media)]
         if all(0 < len(sound) <= window for sound in sounds):

@@ -130,11 +130,7 @@ class ModalEncoderModule(nn.Module):
         return count_features(self.config, self.callbacks, self.projector.config, inputs)
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
-        """Build the projector if there is none; check its sizes against both sides if there is.
-
-        Raises:
-            InputError: a given projector does not fit; both sizes are named.
-        """
+        """Build the projector if there is none; if there is, an `InputError` names its sizes where they do not fit."""
         if self.projector is None:
             built: dict[str, Any] = {"projection_type": projection_type, "activation": activation}
             built |= self.projector_sizes | {"out_features": out_features}

@@ -1,7 +1,5 @@
 """Generation as an iterator of events."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Iterator

@@ -184,10 +184,7 @@ def find_losses(
     """Find labels, spans, pairs and targets in a merged batch without computing any loss.
 
     Labels on learned queries are left out, since the model never emits them, and so is a row's first token: padding
-    predicts nothing.
-
-    Raises:
-        InputError: unknown decoder, or a number of targets that differs from that of signal spans.
+    predicts nothing. Unknown decoders, and more or fewer targets than signal spans, are an `InputError`.
     """
     ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
     spans = {key: signals.find_spans(ids, key) for key in signals.ids if key in model.decoder_keys}

@@ -126,11 +126,7 @@ def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to `RGB` (see `to_rgb`), or to `I;16`: 16-bit grey is kept, 8-bit grey is scaled to 16 bits.
-
-    Raises:
-        ValueError: `I;16` is requested of an image that is not grey.
-    """
+    """Convert to `RGB` (see `to_rgb`), or grey to `I;16`: 16 bits are kept, 8 are scaled; others are a `ValueError`."""
     if mode != "I;16":
         return to_rgb(image)
     if image.mode not in ("I;16", "I;16B", "I", "L"):
@@ -144,11 +140,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to 8-bit RGB as Pillow does, with transparency composited on white.
 
-    Where Pillow clips grey beyond 8 bits, 16-bit grey is scaled from 65535 here (from its own white level in a TIFF
-    of fewer bits); floating-point values must lie in [0, 1].
-
-    Raises:
-        ValueError: the white level of the values is unknown.
+    Where Pillow clips grey beyond 8 bits, 16-bit grey is scaled from 65535 here (from its own white level in a TIFF of
+    fewer bits); floating-point values must lie in [0, 1]. An unknown white level is a `ValueError`.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)

@@ -34,9 +34,6 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Write frames, uint8 (F, H, W, 3), as H.264 (yuv420p) in an MP4 file, at `fps` frames per second.
 
     The codec needs even sizes: the last row or column of an odd height or width is repeated.
-
-    Raises:
-        InputError: frames of another shape or dtype, none at all, or `fps` not a positive number.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise InputError(f"{path}: frames must be uint8 (F, H, W, 3), and are {frames.dtype} {frames.shape}.")
@@ -55,11 +52,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
 
 
 def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
-    """Write float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file; values beyond are clipped.
-
-    Raises:
-        InputError: a waveform of another shape, without samples, or with NaN or infinite ones.
-    """
+    """Write float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file; values beyond are clipped."""
     waveform = np.atleast_2d(waveform)
     if waveform.ndim != 2 or waveform.size == 0 or not np.isfinite(waveform).all():
         raise InputError(f"{path}: the waveform must be finite and (N,) or (C, N), and is {waveform.shape}.")

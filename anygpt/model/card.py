@@ -1,7 +1,5 @@
 """The model card of a composition: its parts, what was trained, and how to load it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import ModelCardData

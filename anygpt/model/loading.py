@@ -1,7 +1,5 @@
 """Strict loading of a composition from a folder or the hub; `anygpt.model.saving` describes the folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path

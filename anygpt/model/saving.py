@@ -12,8 +12,6 @@ With `save_pretrained(merge=True)` there are no adapters, and `parts/language_mo
 own matrices hold the signal tokens' rows.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from pathlib import Path

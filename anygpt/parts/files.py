@@ -177,11 +177,8 @@ class Weights:
 
 
 def open_composition(path: str | Path, **hub: Any) -> Path:
-    """Local folder of a saved composition; a Hub id is downloaded with the arguments `hub`.
-
-    Raises:
-        InputError: missing, or a file differs from the manifest.
-    """
+    """Local folder of a saved composition; a Hub id is downloaded with the arguments `hub`. An `InputError` says that
+    it is missing, or differs from its manifest."""
     hub = {name: value for name, value in hub.items() if value is not None}
     where = {name: hub.pop(name) for name in ("revision", "subfolder") if name in hub}
     place = Place(str(path), **where, hub=hub)

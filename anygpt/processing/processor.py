@@ -271,11 +271,7 @@ class MultimodalProcessor(ConversationProcessor):
         counts: Mapping[str, list[int] | None],
         per_row: Mapping[str, list[int]] | None = None,
     ) -> list[str]:
-        """Repeat each placeholder once for each feature of its input.
-
-        Raises:
-            InputError: numbers of placeholders and inputs that differ.
-        """
+        """Repeat each placeholder once for each feature of its input; their numbers must be the same."""
         texts = list(texts)
         for key, token in self.tokens.items():
             in_rows = [text.count(token) for text in texts]

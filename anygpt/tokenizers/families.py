@@ -4,8 +4,6 @@ Shapes: `K` media, `C` channels, `H` × `W` pixels (or frames × mels of a sound
 grid of codes is `(K, rows, columns)`, `(K, frames, rows, columns)`, or `(K, Q, T)` for `Q` codebooks and `T` frames.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

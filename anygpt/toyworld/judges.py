@@ -7,8 +7,6 @@ are judged by their words.
 Shapes: `B` media, `F` frames, `N` samples of a waveform.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every function draws from a `numpy.random.Generator`. Sentences that name a thin
 split by things also splits the sentences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 

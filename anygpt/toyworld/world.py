@@ -1,7 +1,5 @@
 """The things of ToyWorld: 6 shapes × 8 colours, of which 10 combinations are held out of alignment."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 

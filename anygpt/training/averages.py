@@ -1,7 +1,5 @@
 """Exponential moving averages (EMA) of what trains, by diffusers' `EMAModel`, and where they replace the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

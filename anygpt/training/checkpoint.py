@@ -6,8 +6,6 @@ size and digest of every file. `final/` holds the first two and a manifest. A fo
 synced and renamed, so a folder with its final name was complete; later damage shows as a mismatch with the manifest.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

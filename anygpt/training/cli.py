@@ -1,7 +1,5 @@
 """Command line of the stages: parses settings, sets the exit code, and prints user errors as one line."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

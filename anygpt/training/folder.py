@@ -1,7 +1,5 @@
 """The folder of a run: checked before loading, prepared before the first update, restored after a user error."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """Optimization: parameter groups with rates by part, the schedule, and compiled layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Performance of a run: the time of its phases, and its arithmetic relative to the device's peak."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The processes of a run: start, signals, agreement, and shutdown."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import traceback

@@ -5,8 +5,6 @@ runs once over the captions, and XᵀX and XᵀY are accumulated in float64, so 
 regularization strength is chosen on held-out training captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Under FSDP2 a process holds a part of each tensor. For saving, the trainable par
 the model in the main process's memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator

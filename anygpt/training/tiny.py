@@ -1,7 +1,5 @@
 """Default of a stage without `--config`: its tiny configuration, on data that are made if missing."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 from collections.abc import Sequence

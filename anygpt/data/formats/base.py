@@ -86,11 +86,8 @@ class Format(NamedTuple):
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`).
-
-    Raises:
-        InputError: a name that does not exist, a glob without matches, or unbalanced braces.
-    """
+    """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`). An
+    `InputError` names one that does not exist, a glob without matches, or unbalanced braces."""
     if os.path.isfile(path):
         return [Path(path)]
     try:

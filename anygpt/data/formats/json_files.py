@@ -38,13 +38,11 @@ def line_rows(path: Path) -> Iterator[Row]:
 
 
 def list_rows(path: Path) -> Iterator[Row]:
-    """Elements of one JSON list, named `file.json[0]`, `file.json[1]`, …
+    """Elements of one JSON list, named `file.json[0]`, `file.json[1]`, …; an `InputError` follows the rows before a
+    fault.
 
     ijson's memory is quadratic in the nesting depth (24 GiB for a file of 100 kB), it accepts repeated keys, turns lone
     surrogates into "?", and reports no line numbers.
-
-    Raises:
-        InputError: the list is invalid; the rows before that place have been yielded.
     """
     text = _decoded(path.read_bytes().removeprefix(BOM), str(path), 1)
     place = _after_space(text, 0)
@@ -70,11 +68,8 @@ def list_rows(path: Path) -> Iterator[Row]:
 
 
 def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
-    """Parse one JSON value; `name` and `line`, the number of its first line, are for messages.
-
-    Raises:
-        InputError: invalid JSON, an object with a repeated key (of which Python would keep the last), or too long.
-    """
+    """Parse one JSON value; `name` and `line`, the number of its first line, are for messages. An `InputError` refuses
+    invalid JSON, an object with a repeated key (of which Python would keep the last), and what is too long."""
     if len(content) > MAX_ROW_BYTES:
         where = _where("", 0, name, line)
         raise InputError(f"{where} is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is: check the file.")

@@ -1,7 +1,5 @@
 """LLaVA-NeXT's (LLaVA: arXiv 2304.08485) processing around its vision tower. Shape legend: `anygpt.outputs`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

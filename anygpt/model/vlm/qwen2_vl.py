@@ -3,8 +3,6 @@
 Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

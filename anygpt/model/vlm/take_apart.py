@@ -3,8 +3,6 @@
 The parts share their tensors with the model.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

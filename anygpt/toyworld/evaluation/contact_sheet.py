@@ -1,7 +1,5 @@
 """The contact sheet: one picture with inputs and the model's text, picture, clip and sound for each."""
 
-from __future__ import annotations
-
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The four cells in a row of the matrix have the same input media, so that they di
 through files, as in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
