@@ -21,13 +21,8 @@ from anygpt.errors import InputError
 
 
 def parse_settings(arguments: Sequence[str], kind: type, description: str = "") -> Any:
-    """An instance of the dataclass `kind` from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`).
-
-    Every field of `kind` must have a default.
-
-    Raises:
-        InputError: unknown keys (all are named), or values of a wrong type.
-    """
+    """An instance of the dataclass `kind`, whose fields have defaults, from `--config FILE` and dotted overrides
+    (`--train.learning_rate 1e-3`). An `InputError` names all unknown keys, or values of a wrong type."""
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
     types, defaults = typing.get_type_hints(kind), kind()

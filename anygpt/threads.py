@@ -17,12 +17,8 @@ REPEATS = 5
 def choose_threads(model: nn.Module, rows: int = 1) -> int:
     """Set torch's threads to the number with which a composition's language model is fastest here; returns it.
 
-    Tries powers of two up to the current number, which stays if `OMP_NUM_THREADS` is set, on GPUs, and for models of
-    more than `TINY` parameters.
-
-    Args:
-        model: a `MultimodalModel`, or a language model alone.
-        rows: of the batches that it will compute.
+    Tries powers of two up to the current number for batches of `rows`. It stays if `OMP_NUM_THREADS` is set, on GPUs,
+    and for models of more than `TINY` parameters.
     """
     language_model, most = getattr(model, "language_model", model), torch.get_num_threads()
     large = sum(parameter.numel() for parameter in model.parameters()) > TINY

@@ -27,14 +27,10 @@ HEAD = "head"
 def read_text(
     model: Composition, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
 ) -> list[dict[str, Tensor]]:
-    """Compute the states of each row of a batch, for `TextStates.join`.
+    """Compute the states of each row of a batch `(B, S)` without input media, for `TextStates.join`.
 
-    Args:
-        input_ids, attention_mask, labels: `(B, S)` int64, as in `forward`, without input media.
-
-    Returns:
-        One dict per row: `head`, `(M, H)`, the last layer's states at positions that predict a label; and for each
-        decoder `<key>_decoder`, `(K, N, H)`, its projector's input at the row's spans.
+    Returns one dict per row: `head`, `(M, H)`, the last layer's states at positions that predict a label; and for each
+    decoder `<key>_decoder`, `(K, N, H)`, its projector's input at the row's spans.
     """
     ends: list[Tensor] = []
     handle = model.language_model.get_decoder().register_forward_hook(lambda *given: ends.append(given[-1][0]))

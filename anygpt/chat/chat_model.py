@@ -143,15 +143,10 @@ class ChatModel:
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None
     ) -> Reply:
-        """Answer a conversation.
+        """Answer a conversation of `{"role": …, "content": text or parts}`, with media parts as returned by `read`.
 
-        Args:
-            messages: `{"role": …, "content": text or parts}`, media parts as returned by `read`; media of the assistant
-                become inputs of the user's next turn.
-            on_event: see `generate`.
-
-        Raises:
-            InputError: a setting or message that the model does not support, or a conversation that is too long.
+        Media of the assistant become inputs of the user's next turn. An `InputError` names a setting or message that
+        the model does not support, or a conversation that is too long.
         """
         return self.answer_together([messages], [settings], on_event)[0]
 

@@ -29,17 +29,9 @@ from anygpt.media.types import media_type
 class CacheWriter:
     """Creates or completes the stores that a training run on these datasets can use.
 
-    Work is split by rank, and entries that are there are not computed again, so that an interrupted run resumes.
-
-    Attributes:
-        folder, precision: `data.cache_dir` and `train.mixed_precision`.
-        model, processor: the model on its device, in eval mode, with `requires_grad` set as in the run.
-        datasets: with the run's number of video frames.
-        on_bad_sample: "error" raises on unreadable media, "skip" counts them.
-        leave_out: names of stores not to write.
-        collator: the run's, for text rows; the default one drops no row.
-        progress: `(batches, store name) -> batches`, a wrapper such as `tqdm`.
-        say: called with each line of the progress report.
+    Work is split by rank, and entries that are there are not computed again, so that an interrupted run resumes. The
+    model is on its device, in eval mode, with `requires_grad` set as in the run; datasets and `collator` are the run's.
+    `progress` wraps `(batches, store name)`, as `tqdm` does, and `say` is called with each line of the report.
     """
 
     folder: str | Path

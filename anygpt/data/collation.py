@@ -28,13 +28,11 @@ NOT_FOR_MODEL = (SAMPLE_IDS, TARGET_IDS, BAD, CUT)
 class Collator:
     """Builds batches in the data workers: encoder processors, target transforms and the tokenizer run here.
 
-    A batch holds the arguments of `MultimodalModel.forward` and `sample_ids` (one per row), `target_ids`
-    (`{decoder key: one id per target}`, which seed the noise), `bad_samples` and `cut_samples` (ids).
+    A batch holds the arguments of `MultimodalModel.forward` and `sample_ids` (one per row), `target_ids` (`{decoder
+    key: one id per target}`, which seed the noise), `bad_samples` and `cut_samples` (ids).
 
-    Args:
-        processor: with its model registered, so that it knows decoders and signal tokens.
-        max_length: maximum tokens per row, with placeholders and signal spans expanded; None for no limit.
-        cut: drop the last turns of a row that is too long; otherwise, or if its first turns do not fit, drop the row.
+    Rows have at most `max_length` tokens, with placeholders and signal spans expanded. With `cut`, the last turns of a
+    longer one are dropped; otherwise, or if its first turns do not fit, the row is. The processor must know its model.
     """
 
     def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):

@@ -90,17 +90,12 @@ class ConversationDataset(Dataset):
         num_video_frames: frames per video, evenly spaced (see `read_video`); None keeps all.
         on_bad_sample: for media that cannot be decoded, "error" raises `InputError` and "skip" returns a `BadSample`,
             so that indices and lengths do not change.
-        limits: see `MediaLimits`.
 
     Attributes:
         lengths, weights: one per data source, for `UpdateSampler`.
         in_memory: keep decoded media, so that a process decodes each file once.
         decode_targets: whether to decode the assistant's media; False if only captions are needed.
-        cache: a `FeatureCache` that supplies media and captions.
         faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
-
-    Raises:
-        InputError: no samples, or an unknown `on_bad_sample`.
     """
 
     def __init__(

@@ -38,22 +38,13 @@ class UpdateSampler(Sampler[list[int]]):
     random without repetition. Order and wordings (indices are `Place`s) depend on `(seed, epoch)` alone, so starting at
     update k continues as the uninterrupted run would. Do not let accelerate shard the batches again.
 
-    With `groups` or `sizes`, micro-batches are formed within an epoch, from one group or from similar sizes within a
-    window of `SORTED_BATCHES` micro-batches, and shuffled; the last one of a group may be shorter. With `max_tokens`,
-    that of a rank holds as many rows as fit, in place of `batch_size`: counted as rows times the longest row, or as the
-    sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
+    With `groups` or `sizes` of the samples, micro-batches are formed within an epoch, from one group or from similar
+    sizes within a window of `SORTED_BATCHES` micro-batches, and shuffled; the last one of a group may be shorter. With
+    `max_tokens`, that of a rank holds as many rows as fit, in place of `batch_size`: counted as rows times the longest
+    row, or as the sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
 
-    Args:
-        lengths: numbers of samples of the concatenated datasets, or a single number.
-        weights: one per dataset, at least 0; None means 1 for each.
-        batch_size: samples per micro-batch and rank.
-        gradient_accumulation_steps: micro-batches per update and rank.
-        num_updates: of the whole run, including those before `start_update`, the first to yield, counted from 0.
-        groups, sizes: group number, and size (with `max_tokens` in tokens), of each sample.
-
-    Raises:
-        InputError: too many rows a micro-batch; a row that exceeds `max_tokens`; a wrong number or value of weights; a
-            weight so small that its dataset would never be drawn.
+    `lengths` and `weights` (1 by default) are of the concatenated datasets, `num_updates` of the whole run. An
+    `InputError` refuses a row that exceeds `max_tokens`, and a weight so small that its dataset would never be drawn.
     """
 
     lengths: int | Sequence[int]

@@ -95,12 +95,10 @@ class Sample:
 
 
 class MediaRoot:
-    """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder.
+    """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder, links included.
 
-    Args:
-        folder: the media root; targets of links in it must be inside it too.
-        by_type: also look in the sub-folders `images`, `videos` and `audios` for names missing in `folder` itself.
-        follow_links: allow links to lead out of the folder, as in a snapshot of the Hub's cache.
+    With `by_type` it also looks in `images`, `videos` and `audios` for names missing in the folder itself. With
+    `follow_links` links may lead out of the folder, as in a snapshot of the Hub's cache.
     """
 
     def __init__(self, folder: str | Path, by_type: bool = False, follow_links: bool = False):

@@ -55,14 +55,10 @@ def validate(
     Args:
         deep: also decode every medium and reject reserved tokens in texts; with `lengths`, also collate each row with
             the processors of the parts, as training does.
-        lengths: count tokens, with placeholders and signal spans expanded.
-        max_tokens: rows with more tokens are faults.
+        lengths: count tokens, with placeholders and signal spans expanded; rows with more than `max_tokens` are faults.
         num_workers: worker processes, each of which reads the whole file and checks its share of the rows.
         on_fault: called with each fault; faults are not stored.
         progress: wraps the rows, as `tqdm` does.
-
-    Raises:
-        InputError: the file cannot be read up to its first row.
     """
     if num_workers > MAX_WORKERS:
         raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core.")

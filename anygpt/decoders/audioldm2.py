@@ -17,10 +17,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
 
     A condition is what the U-Net attends to: the `G` states that the language model generates, then T5's states, which
     have padding; `D` is the larger of both widths, and the narrower ones end in zeros. Sizes and targets are as in
-    `AudioLDMDecoder`.
-
-    Raises:
-        InputError: a model for speech, which reads a transcription.
+    `AudioLDMDecoder`. A model for speech, which reads a transcription, is an `InputError`.
     """
 
     pipeline_name = "AudioLDM2Pipeline"

@@ -15,11 +15,7 @@ MAX_SEED = 2**63 - 1
 
 
 def check_options(decoder: Any, options: Mapping[str, Any]) -> None:
-    """Validate options of generation, None standing for the default, before anything is computed.
-
-    Raises:
-        InputError: an option that the decoder does not have, or an invalid value.
-    """
+    """Raise `InputError` for an unknown option of generation or an invalid value (None is the default), ahead of it."""
     who = f"the {decoder.modality} decoder"
     if unknown := sorted(set(options) - set(decoder.option_names)):
         known = ", ".join(decoder.option_names)

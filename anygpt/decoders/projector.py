@@ -61,12 +61,8 @@ class OutputProjectorConfig(PreTrainedConfig):
 class OutputProjector(PreTrainedModel):
     """Maps `(K, N, H)` states at signal spans to a `Condition`: embeds `(K, T, D)`, and pooled part and mask if any.
 
-    Args:
-        config: sizes and type.
-        projection: a module of your own that maps the states to `(K, T, D)`; if None, built from the config.
-
-    Raises:
-        InputError: sizes are missing.
+    `projection`, a module of your own that maps the states to `(K, T, D)`, stands in place of the one built from the
+    config, for which an `InputError` names missing sizes.
     """
 
     config_class = OutputProjectorConfig

@@ -58,9 +58,8 @@ class TrainingSchedule(ABC):
 class DiffusionSchedule(TrainingSchedule):
     """The DDPM noise schedule (arXiv 2006.11239) of a pipeline's scheduler.
 
-    Raises:
-        InputError: a config without betas, as for flow matching (`DDPMScheduler` would silently use its default ones),
-            or a prediction type other than epsilon, v_prediction and sample.
+    A config without betas, as for flow matching (`DDPMScheduler` would silently use its default ones), is an
+    `InputError`, and so is a prediction type other than epsilon, v_prediction and sample.
     """
 
     def __init__(self, scheduler: Any):
@@ -94,10 +93,8 @@ class DiffusionSchedule(TrainingSchedule):
     def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
         """1, or min-SNR-γ weights (arXiv 2303.09556).
 
-        With the signal-to-noise ratio s: epsilon min(s,γ)/s, v_prediction min(s,γ)/(s+1), sample min(s,γ).
-
-        Raises:
-            InputError: γ with epsilon prediction at zero terminal SNR.
+        With the signal-to-noise ratio s: epsilon min(s,γ)/s, v_prediction min(s,γ)/(s+1), sample min(s,γ). γ with
+        epsilon prediction at zero terminal SNR is an `InputError`.
         """
         if snr_gamma is None:
             return 1.0
@@ -114,10 +111,8 @@ class DiffusionSchedule(TrainingSchedule):
 class FlowSchedule(TrainingSchedule):
     """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the pipeline's noise levels.
 
-    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and the loss weights.
-
-    Raises:
-        InputError: an unknown scheme, or a scheduler that is not configured for flow matching.
+    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and the loss weights. An
+    unknown one, or a scheduler that is not configured for flow matching, is an `InputError`.
     """
 
     def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
@@ -170,10 +165,8 @@ class FlowSchedule(TrainingSchedule):
 class AngularSchedule(TrainingSchedule):
     """Continuous time t ~ U(0, 1) with x_t = cos(πt/2)·x₀ + sin(πt/2)·ε and target v = cos(πt/2)·ε − sin(πt/2)·x₀.
 
-    The v-objective of Stable Audio (arXiv 2407.14358). The pipeline's scheduler samples at noise levels tan(πt/2).
-
-    Raises:
-        InputError: a scheduler of another parametrisation.
+    The v-objective of Stable Audio (arXiv 2407.14358). The pipeline's scheduler samples at noise levels tan(πt/2); one
+    of another parametrisation is an `InputError`.
     """
 
     def __init__(self, scheduler: Any):

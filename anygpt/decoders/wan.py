@@ -15,10 +15,8 @@ class WanDecoder(VideoDecoder):
     """Conditions `(B, T, D)` of UMT5 with their mask -> uint8 videos `(F, H, W, 3)` (arXiv 2503.20314).
 
     The transformer attends to padding, which is zeros: the mask says where a projected condition is set to zero too.
-    Clips have 4·n + 1 frames (the VAE's factor).
-
-    Raises:
-        InputError: a Wan 2.2, with two transformers or a timestep a token.
+    Clips have 4·n + 1 frames (the VAE's factor). A Wan 2.2, with two transformers or a timestep a token, is an
+    `InputError`.
     """
 
     pipeline_name = "WanPipeline"

@@ -36,15 +36,9 @@ PIL_PROCESSORS = (
 def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn.Module:
     """Load an encoder with its family's class; for `video`, an image encoder is wrapped in a `VideoEncoder`.
 
-    From a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read.
-
-    Args:
-        path: folder, Hub id or `zoo:<name>`.
-        modality: `image`, `video` or `audio`.
-        options: the other fields of `Source`, as in YAML.
-
-    Raises:
-        InputError: no such path, no encoder of that modality, or files that do not hold exactly its tensors.
+    From a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read. `path`
+    is a folder, Hub id or `zoo:<name>`, and `options` are the other fields of `Source`, as in YAML. An `InputError`
+    names a path that does not exist, has no encoder of the modality, or does not hold exactly its tensors.
     """
     source = Source.of(path, options, kind=EncoderSettings)
 

@@ -40,17 +40,12 @@ class VideoEncoderConfig(PreTrainedConfig):
 
 
 class VideoEncoder(PreTrainedModel):
-    """Runs an image encoder on every frame and adds a temporal position.
+    """Runs an image encoder, whose first output is `(items, n, features)`, on `num_frames` frames of a clip.
 
     A frame becomes one feature, the mean of its tokens, or with `pool_frames=False` all of its n tokens, which keep
     spatial detail. The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the
-    frame's index; without it the projector could not tell the frames apart.
-
-    Args:
-        image_encoder: any encoder whose first output, or what its family selects, is `(items, n, features)`.
-        num_frames: frames sampled from a clip.
-        settings: `pool_frames`; `feature_layer`: index of the hidden states to read instead of the encoder's output;
-            `drop_cls`: drop the class token of each frame.
+    frame's index; without it the projector could not tell the frames apart. `feature_layer` is the index of the hidden
+    states to read instead of the output, and `drop_cls` drops each frame's class token.
     """
 
     settings = ("num_frames", "pool_frames", "feature_layer", "drop_cls")
@@ -87,8 +82,6 @@ class VideoEncoder(PreTrainedModel):
         options = {} if layer is None else {"output_hidden_states": True}
         output = self.image_encoder(pixel_values_videos.flatten(0, 1), **options)
         states = output[0] if layer is None else output.hidden_states[layer]
-        if layer is None and (select := FAMILIES.get(self.image_encoder.config.model_type, UNKNOWN).select):
-            states = select(self.image_encoder.config, output)
         states = states[:, 1:] if self.config.drop_cls else states
         if self.config.pool_frames:
             states = states.mean(dim=1, keepdim=True)

@@ -12,16 +12,10 @@ from anygpt.generation.events import Closed, Event
 
 
 def generate_stream(model: Composition, *args: Any, **kwargs: Any) -> Iterator[Event]:
-    """Run `generate` in a thread and yield its events.
+    """Run `generate`, whose arguments it takes but beams, in a thread and yield its events.
 
     Closing the iterator ends the generation at its next token or denoising step. Do not use the model elsewhere before
     the iterator has ended.
-
-    Args:
-        args, kwargs: those of `generate`, without beams.
-
-    Raises:
-        InputError: as `generate`.
     """
     events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()

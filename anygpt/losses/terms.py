@@ -249,10 +249,10 @@ def _check_target(model: Composition, key: str, given: Mapping[str, Any], spans:
 
 @dataclass(frozen=True)
 class SubTerm:
-    """One declared sub-term.
+    """One declared sub-term, logged as `<term of the row>/<name>[/<key>]`, or as `<name>/<key>` where `name` includes
+    the term.
 
     Attributes:
-        name: logged as `<term of the row>/<name>[/<key>]`, or as `<name>/<key>` where `name` includes the term.
         of: the class it applies to: `Labels` of a batch, `Pairs` of an encoder or `Target` of a decoder.
         values: computes one value a row of such an object, `(M,)` float32.
         terms: the row terms it is logged under; empty where `name` includes the term.

@@ -13,12 +13,8 @@ from anygpt.errors import InputError
 def to_mono(waveform: np.ndarray, layout: str | None = None) -> np.ndarray:
     """Mix all channels to one: `(N,)` or `(C, N)` -> `(N,)`, same dtype.
 
-    Args:
-        layout: FFmpeg's name of the channel layout (`5.1(side)`), whose downmix weights are used (centre over fronts
-            over surrounds, no low-frequency channel). An unknown layout and stereo get equal weights.
-
-    Raises:
-        InputError: the waveform has neither one nor two dimensions.
+    `layout` is FFmpeg's name of the channel layout (`5.1(side)`), whose downmix weights are used (centre over fronts
+    over surrounds, no low-frequency channel). An unknown layout and stereo get equal weights.
     """
     if waveform.ndim not in (1, 2):
         raise InputError(f"A waveform is (samples,) or (channels, samples), but this one is {waveform.shape}.")

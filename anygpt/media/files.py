@@ -250,10 +250,8 @@ BITS_PER_SAMPLE = 258  # TIFF tag
 def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
     """Read an image, or the first frame of an animation, and apply its EXIF orientation.
 
-    `mode` is `RGB`, or `I;16` for 16-bit grey; `to_rgb` describes how transparency and bit depths are converted.
-
-    Raises:
-        InputError: no such file, empty, truncated, not an image, or over a limit.
+    `mode` is `RGB`, or `I;16` for 16-bit grey; `to_rgb` describes how transparency and bit depths are converted. An
+    `InputError` refuses what is missing, empty, truncated, no image, or over a limit.
     """
     with decoding(path, "an image") as path, open_image(path, limits) as image:
         image.load()  # the TIFF and AVIF plugins apply the orientation here, and remove the tag
@@ -270,11 +268,8 @@ RANGES = (2.0**15, 2.0**23, 2.0**31)
 def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
     """Read an audio file, or the first audio track of a video, at its own rate and with its own channels.
 
-    Integers are scaled to [-1, 1]; `_scale` scales floating-point samples beyond that range.
-
-    Raises:
-        InputError: no such file, empty, truncated, no audio stream, samples that are NaN, infinite or in an unknown
-            range, or over a limit.
+    Integers are scaled to [-1, 1]; `_scale` scales floating-point samples beyond that range. An `InputError` refuses
+    what is missing, empty, truncated, without audio, over a limit, or has samples in an unknown range.
     """
     with decoding(path, "audio") as path, open_container(path, limits) as (container, ending):
         if not container.streams.audio:

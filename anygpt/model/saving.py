@@ -194,9 +194,8 @@ def _write_signal_rows(
 ) -> PreTrainedModel:
     """A copy of a language model whose matrices hold the signal tokens' rows, so that it needs no `SignalTokens`.
 
-    Logits equal those inside `SignalTokens.attached`, except for tokens that are never generated (the encoders'
-    placeholders `other_ids`, learned queries), whose output rows are zero and which the generation config suppresses.
-    Embedding and head are no longer tied.
+    Logits equal those inside `SignalTokens.attached`, except for tokens that are never generated (placeholders, learned
+    queries), whose output rows are zero and which the generation config suppresses. Embedding and head are untied.
     """
     model = copy.deepcopy(language_model)
     model.anygpt_source = None

@@ -41,7 +41,6 @@ def load_network(
         names: `{prefix in the files: new prefix}`; None for tensors of other networks.
         optional: constructor arguments by tensor name prefix, applied if the files have no such tensors.
         dtype: if None, the config's, else `fallback_dtype` (of the enclosing model), else that of the files.
-        options: passed to transformers' `from_pretrained`.
 
     Raises:
         InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.

@@ -162,11 +162,8 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     The conversation is rendered again with a mark at the end of each message's content. A turn begins after the
     generation prompt that the template writes after the preceding message. It ends with the text that follows its
     content both if it is the last message and in the whole conversation. So a template may render earlier turns
-    differently from the last one, for instance without thinking.
-
-    Raises:
-        InputError: the conversation begins with the assistant, or the template omits or changes contents, or its
-            generation prompt differs from the beginning of an existing answer.
+    differently from the last one, for instance without thinking. An `InputError` says that the conversation begins with
+    the assistant, or that the template omits or changes contents.
     """
     left, right = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][:2]
     marks = [f"{left}{i}{right}" for i in range(len(messages))]

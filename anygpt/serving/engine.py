@@ -72,11 +72,9 @@ class Metrics:
 
 
 class Engine:
-    """Answers jobs in its own thread, in batches of waiting jobs with compatible settings.
+    """Answers jobs in its own thread, in batches of up to `max_batch` waiting jobs with compatible settings.
 
-    Args:
-        max_waiting: maximum number of waiting jobs.
-        max_batch: maximum number of jobs in a batch. Jobs that arrive during a batch wait for the next one.
+    Up to `max_waiting` jobs wait; those that arrive during a batch wait for the next one.
     """
 
     def __init__(self, chat_model: ChatModel, max_waiting: int = 64, max_batch: int = 8):

@@ -22,15 +22,11 @@ UNCOUNTED = ("/health", "/metrics")
 
 
 class Gate:
-    """ASGI middleware.
+    """ASGI middleware that accepts the names of this machine, `host` (its address) and `hosts`, and pages of `origins`;
+    `*` is any.
 
-    Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine".
-
-    Args:
-        refuse: builds a response from a status and a message.
-        host: address that the server listens on.
-        hosts: further accepted host names; `*` for any.
-        origins: accepted origins of other sites, such as `https://example.com`; `*` for any.
+    Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine". `refuse` builds
+    a response from a status and a message.
     """
 
     def __init__(

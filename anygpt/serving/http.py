@@ -58,12 +58,9 @@ class Refused(Exception):
 
 
 class Interface:
-    """The routes.
+    """The routes, for a model of this name, with limits of a request's settings and of request bodies.
 
-    Args:
-        model: name of the model in the API.
-        limits, bodies: limits of a request's settings, and of request bodies.
-        key: API key that clients must send to `/v1` as `Authorization: Bearer <key>`; None requires no key.
+    With a `key`, clients must send it to `/v1` as `Authorization: Bearer <key>`.
     """
 
     def __init__(

@@ -153,10 +153,8 @@ class Judges:
 
     @torch.inference_mode()
     def audio(self, sounds: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[Verdict]:
-        """Judge waveforms, float `(N,)` or `(C, N)` at `sampling_rate` Hz: (shape, colour) of each.
-
-        Only the first 0.64 s count; shorter waveforms are padded with silence.
-        """
+        """Judge waveforms, float `(N,)` or `(C, N)` at `sampling_rate` Hz, by their first 0.64 s (padded with silence):
+        (shape, colour) of each."""
         heard = []
         for sound in sounds:
             sound = resample(to_mono(np.asarray(sound, dtype=np.float32)), sampling_rate, SAMPLING_RATE)[:_SAMPLES]
@@ -177,11 +175,8 @@ def read_words(text: str) -> Words:
 
 
 def answers_question(answer: str, reference: str, thing: Thing) -> bool:
-    """Whether an answer to a question in words is right.
-
-    It must have the shapes, colours and "yes" or "no" of the reference; beyond these it may only name the thing's own
-    shape and colour.
-    """
+    """Whether an answer has the shapes, colours and "yes" or "no" of the reference; beyond these it may only name the
+    thing's own shape and colour."""
     given, right = read_words(answer), read_words(reference)
     return (
         right.shapes <= given.shapes <= right.shapes | {thing.shape}
@@ -192,11 +187,7 @@ def answers_question(answer: str, reference: str, thing: Thing) -> bool:
 
 @cache
 def load_judges(folder: Path = WEIGHTS) -> Judges:
-    """Load the judges on the CPU, in float32.
-
-    Raises:
-        InputError: the weights do not exist.
-    """
+    """Load the judges on the CPU, in float32."""
     networks = {}
     for name, network in NETWORKS.items():
         path = Path(folder) / f"{name}.safetensors"

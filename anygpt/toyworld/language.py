@@ -103,10 +103,8 @@ def plain_caption(thing: Thing, motion: str | None = None) -> str:
 
 
 def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
-    """A sentence or phrase that names the thing (and its motion).
-
-    With a `modality` it may mention "the picture", "the sound" and so on.
-    """
+    """A sentence or phrase that names the thing (and its motion); with a `modality` it may mention "the picture" and so
+    on."""
     what = plain_caption(thing)
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
     forms = ["{what}{moves}", "This is {what}{moves}.", "It is {what}{moves}."]
@@ -130,11 +128,7 @@ def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion:
 
 
 def convert_request(modality: str, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request to convert a given medium to `modality`.
-
-    Raises:
-        InputError: a video without a motion.
-    """
+    """A request to convert a given medium to `modality`; a video needs a motion."""
     if modality == "video" and motion not in MOTIONS:
         raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
     return pick(rng, _of(_CONVERSIONS, modality)).format(motion=motion)

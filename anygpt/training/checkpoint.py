@@ -73,11 +73,8 @@ def data_digests(dataset: ConversationDataset) -> list[str]:
 
 @contextmanager
 def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` if the block succeeds.
-
-    Raises:
-        InputError: on all processes, if one of them cannot write (such as on a full disk); `folder` is unchanged.
-    """
+    """Yield a temporary folder that replaces `folder` if the block succeeds; on all processes an `InputError` if one
+    cannot write."""
     temporary = folder.parent / f".{folder.name}.incomplete"
     main = accelerator.is_main_process
     try:
@@ -131,11 +128,8 @@ def save_state(content: Any, path: Path) -> None:
 
 
 def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints.
-
-    Raises:
-        InputError: no intact checkpoint at the given path, or the chosen one has other settings.
-    """
+    """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints. An
+    `InputError` says that there is no intact one at the given path, or that the chosen one has other settings."""
     resume, passed_over = config.run.resume, []
     if resume == "never":
         return None, []

@@ -37,16 +37,9 @@ def read_samples(
 ) -> list[Sample]:
     """Read one data file, validate every row, and check that every media file exists.
 
-    Args:
-        path, format, media_root, options: see `DataSource`.
-        faults: None raises the first fault. A list collects the faults instead, and their rows are left out.
-
-    Returns:
-        Samples in file order. Rows without an id get `<file stem>-<row index>`, from 0; repeated ids (LLaVA's are those
-        of the images) get a number.
-
-    Raises:
-        InputError: see `iterate_samples`; with `faults=None` also an invalid row, or missing media.
+    Arguments are those of `DataSource`; without a list of `faults`, the first one is raised, with it their rows are
+    left out. Rows without an id get `<file stem>-<row index>`, from 0; repeated ids (LLaVA's are those of the images)
+    get a number.
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []

@@ -25,17 +25,8 @@ class ImageBindConfig(PreTrainedConfig):
     """Sizes of ImageBind by the original's names; the defaults are those of the published "huge" model.
 
     Each tower has a width (`vision_embed_dim`), blocks and heads. The other arguments of the original, its drop path
-    rates, have no effect.
-
-    Args:
-        video_frames: frames per clip.
-        kernel_size: kernel of the vision stem: frames, rows, columns.
-        out_embed_dim: width of the embeddings of all modalities.
-        audio_num_mel_bins, audio_target_len: mels and frames of a spectrogram.
-        depth_kernel_size, thermal_kernel_size: kernel sizes of their stems, which take single-channel images.
-        imu_kernel_size: time steps per token.
-        modalities: the model's towers.
-        feature: output of an `ImageBindEncoder` for each clip: its `embedding`, or the trunk's `tokens`.
+    rates, have no effect. `modalities` are the model's towers, and `feature` is the output of an `ImageBindEncoder` for
+    each clip: its `embedding`, or the trunk's `tokens`.
     """
 
     model_type = "imagebind"

@@ -32,10 +32,8 @@ class Pieces(NamedTuple):
 def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> Pieces:
     """The parts of a LLaVA, LLaVA-NeXT, Qwen2-VL or Qwen2-Audio model.
 
-    `model` is a hub id or folder, with `loading_options` of transformers' `from_pretrained`, or the model itself.
-
-    Raises:
-        InputError: an unsupported kind of model, or one that cannot be loaded.
+    `model` is a hub id or folder, with `loading_options` of transformers' `from_pretrained`, or the model itself. An
+    unsupported kind is an `InputError`, and so is one that cannot be loaded.
     """
     if isinstance(model, (str, Path)):
         try:
