@@ -1,9 +1,8 @@
 """The cache's stores for a model, their keys (what their tensors depend on), and their reading by a dataset.
 
-Each encoder has a store (`image_encoder`), each media tokenizer one (`image_tokenizer`), each decoder two:
-`image_decoder.captions` (its text encoders' outputs) and `image_decoder.latents` (its VAE's posterior parameters).
-`language_model` holds the states of rows without input media, if nothing that they depend on trains, as in stage 2 with
-`signal_rows: output`.
+Each encoder and media tokenizer has a store (`image_encoder`), each decoder two, `image_decoder.captions` and
+`image_decoder.latents` (its VAE's posterior). `language_model` holds the states of rows without input media, if nothing
+that they depend on trains.
 """
 
 import json

@@ -1,9 +1,6 @@
-"""Cached language-model states of rows without input media.
-
-If nothing that they depend on trains, as in stage 2 with `signal_rows: output`, these states are the same in every
-epoch. The feature cache keeps those that the losses need: the states that labels are predicted from, and the output
-projectors' inputs. Shape legend: `anygpt.outputs`.
-"""
+"""Cached language-model states of rows without input media: those that labels are predicted from, and the output
+projectors' inputs. If nothing below trains, as in stage 2 with `signal_rows: output`, they are the same in every
+epoch."""
 
 from __future__ import annotations
 

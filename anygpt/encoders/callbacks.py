@@ -1,7 +1,4 @@
-"""Serializable callbacks around an encoder, as objects with JSON settings.
-
-Plain functions given to `ModalEncoderModule` or `MultimodalModel` cannot be saved in a checkpoint; these can.
-"""
+"""Serializable callbacks around an encoder, as objects with JSON settings, unlike plain functions given to modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,9 +64,8 @@ def with_features(output: Any, features: Any) -> Any:
 class LlavaCallbacks(EncoderCallbacks):
     """Features of chosen layers, with or without the class token, as in LLaVA (arXiv 2304.08485).
 
-    Args:
-        feature_layer: index into the encoder's hidden states; several are concatenated. None for the encoder's output.
-        select_strategy: `default` drops the class token, `full` keeps everything.
+    `feature_layer` is an index into the encoder's hidden states, of several, which are concatenated, or None for its
+    output; `select_strategy` `default` drops the class token, `full` keeps everything.
     """
 
     def __init__(self, feature_layer: int | list[int] | None = -2, select_strategy: str = "default", **settings: Any):

@@ -91,10 +91,8 @@ class MultimodalProjectorConfig(PreTrainedConfig):
 class MultimodalProjector(PreTrainedModel):
     """Maps features `(items, n, in_features)` to `(items, n', out_features)`; see `features_after` for n'.
 
-    Wraps `projection`, which is called with the features, or a module built from the config.
-
-    Raises:
-        InputError: sizes are missing, or the width of the features in a call is not `in_features`.
+    Wraps `projection`, which is called with the features, or a module built from the config; an `InputError` names
+    missing sizes, or features of another width.
     """
 
     config_class = MultimodalProjectorConfig

@@ -40,7 +40,7 @@ class VideoEncoderConfig(PreTrainedConfig):
 
 
 class VideoEncoder(PreTrainedModel):
-    """Runs an image encoder, whose first output is `(items, n, features)`, on `num_frames` frames of a clip.
+    """Runs an image encoder, whose output or what its family selects is `(items, n, features)`, on frames of a clip.
 
     A frame becomes one feature, the mean of its tokens, or with `pool_frames=False` all of its n tokens, which keep
     spatial detail. The temporal position is the sinusoid of "Attention Is All You Need" (arXiv 1706.03762, §3.5) at the

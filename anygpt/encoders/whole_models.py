@@ -1,7 +1,5 @@
-"""Table of whole models that contain encoders, by the `model_type` of the folder's config.
-
-Names of tensors are both those found on the Hub and those that transformers writes today.
-"""
+"""Table of whole models that contain encoders, by the `model_type` of the folder's config; tensors are named as on the
+Hub and as transformers writes them today."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from anygpt.encoders.imagebind import processor_for
 
 @dataclass(frozen=True)
 class Whole:
-    """An encoder inside a whole model.
+    """An encoder inside a whole model, whose config determines its family.
 
     Attributes:
-        config: extracts the encoder's config, which determines its family, from the whole model's, for a modality.
+        config: extracts the encoder's config from the whole model's, for a modality.
         names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
             A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
         processor: builds the processor of a modality if the folder has none.

@@ -157,13 +157,10 @@ def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real:
 def sum_by_term(
     values: Tensor, rows: Tensor, terms: list[str], suffix: str, known: Sequence[str] = TERMS
 ) -> dict[str, LossTerm]:
-    """Sum per-token or per-sample values `(M,)` float32 by the term of their row.
+    """Sum per-token or per-sample values `(M,)` float32, of the batch rows `(M,)` int64, by the term of their row.
 
-    Args:
-        rows: `(M,)` int64, the batch row of each value.
-        terms: the term of each row.
-        suffix: the rest of the name, such as `nll` or `alignment/image`.
-        known: the terms to sum by; if empty, all values are summed under `suffix` alone.
+    `suffix` is the rest of the name, such as `nll` or `alignment/image`; `known` are the terms to sum by, and if there
+    are none, all values are summed under `suffix` alone.
     """
     groups = {f"{term}/{suffix}": [name == term for name in terms] for term in known} or {suffix: [True] * len(terms)}
     sums: dict[str, LossTerm] = {}

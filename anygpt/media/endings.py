@@ -1,8 +1,7 @@
-"""Detection of truncated audio and video files.
+"""Detection of truncated audio and video files, of which a decoder returns whatever is left.
 
-A decoder returns whatever is left of a truncated file. FFmpeg gives two hints: it marks a partially read packet as
-corrupt, and most containers state their duration. Truncation without either hint, such as a stream cut between two
-packets, is not detected.
+FFmpeg marks a partially read packet as corrupt, and most containers state their duration. Truncation without either
+hint, such as a stream cut between two packets, is not detected.
 """
 
 import logging

@@ -1,10 +1,7 @@
 """Media in memory, their size limits, and reading of images and sounds with Pillow and PyAV (`writing` is the reverse).
 
-Nothing here resizes, crops or resamples; that is up to the caller. A file that cannot be decoded in full raises an
-`InputError` with the path, the reason and a remedy.
-
-Only local files in well-known containers, or such files inside shards and tables, are opened: no URLs, no playlists,
-nothing that makes a decoder open a second file.
+Nothing here resizes, crops or resamples. Only local files in well-known containers, or such files inside shards and
+tables, are opened: no URLs, no playlists, nothing that makes a decoder open a second file.
 """
 
 import abc

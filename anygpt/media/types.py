@@ -1,7 +1,6 @@
 """The table of media types: everything the rest of the code needs to know about images, videos, audio and other media.
 
-A new medium is an entry of `MEDIA`: a picture, clip or sound with its own name, suffixes and signal tokens. The table
-is read at each use, so entries can be added at run time.
+A new medium is an entry of `MEDIA`, which may be added at run time: a picture, clip or sound with its own name.
 """
 
 from dataclasses import dataclass

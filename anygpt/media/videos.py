@@ -1,8 +1,7 @@
-"""Reading of videos and animations: all frames, a number of evenly spaced ones, or a frame rate.
+"""Reading of videos and animations: all frames, a number of evenly spaced ones in time, or a frame rate.
 
-Frames are selected by presentation time and resized to square pixels. If only some are needed and the container states
-each frame's presentation time, decoding seeks to the keyframe before each one. Otherwise, and in animations, all frames
-are decoded in order and the selected ones kept.
+If only some are needed and the container states each frame's presentation time, decoding seeks to the keyframe before
+each one. Otherwise, and in animations, all frames are decoded in order and the selected ones kept.
 """
 
 import itertools
@@ -41,12 +40,9 @@ ANIMATION_PIXELS = 2**32
 
 
 class Header(NamedTuple):
-    """Properties of a video known before decoding.
-
-    pixels: per frame. starts: presentation time of each frame, in seconds from the first one. end: of the last frame,
-    in seconds. times, keys: of each frame, its own presentation time and that of the keyframe before it, in the
-    stream's time base; empty if the container does not state them.
-    """
+    """Properties of a video known before decoding: pixels per frame, presentation time of each frame and the end of the
+    last one in seconds, and in the stream's time base, where the container states them, each frame's own time and its
+    keyframe's."""
 
     pixels: int
     starts: Sequence[Fraction]

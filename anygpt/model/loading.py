@@ -187,15 +187,11 @@ def _check_callbacks(folder: Path, config: MultimodalConfig, callbacks: Mapping[
 def load_own_tensors(
     model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = (), as_stored: bool = False
 ) -> None:
-    """Load the tensors that belong to no pretrained part, strictly.
+    """Load the tensors of a saved composition that belong to no pretrained part; an `InputError` names those that are
+    missing, unexpected, mis-shaped, of another kind of dtype or not finite.
 
-    Args:
-        folder: a saved composition.
-        may_lack: prefixes of tensors that the file may lack, because their parts are new in this model.
-        as_stored: take the file's dtypes too.
-
-    Raises:
-        InputError: names tensors that are missing, unexpected, mis-shaped, of another kind of dtype or not finite.
+    `may_lack` are prefixes of tensors that the file may lack, because their parts are new in this model; `as_stored`
+    takes the file's dtypes too.
     """
     weights = find_weights(Place(str(folder)))
     found = {name: tensor[...] for name, tensor in weights.tensors()}

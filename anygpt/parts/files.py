@@ -203,11 +203,8 @@ def dtype_of(tensor: Any) -> torch.dtype | None:
 
 
 def find_weights(place: Place, names: Mapping[str, str | None] | None = None) -> Weights:
-    """Find the weight files of the network at `place`; shards without tensors of it (see `rename`) are left out.
-
-    Raises:
-        InputError: no weights, none that `place.weights` allows, a missing shard, or a truncated file.
-    """
+    """Find the weight files of the network at `place`; shards without tensors of it (see `rename`) are left out. An
+    `InputError` says why there are none, or which is missing or truncated."""
     variants = [place.variant, None] if place.variant else [None]
     for suffixes in (SAFETENSORS, PICKLES) if place.weights == "any" else (SAFETENSORS,):
         for variant in variants:

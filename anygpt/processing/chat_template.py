@@ -103,10 +103,8 @@ def tokenize_with_labels(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels of equal length, `-100` outside the assistant's turns.
 
-    Turns are located by the template's `{% generation %}` marks, else by `find_turns`.
-
-    Raises:
-        InputError: the template refuses the conversation; see `find_turns`; a tokenizer without offset mapping.
+    Turns are located by the template's `{% generation %}` marks, else by `find_turns`, for which the tokenizer must map
+    offsets.
     """
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if _MARKS_GENERATION.search(template):

@@ -83,11 +83,8 @@ def from_pretrained(
     num_feature_calculation_funcs: Mapping[str, FeatureCounter] | None = None,
     **hub: Any,
 ) -> P:
-    """Load a saved processor from a folder or hub id; with `model`, register the token ids with it.
-
-    Raises:
-        InputError: no processor, or a feature function of your own, which cannot be saved, is not given again.
-    """
+    """Load a saved processor from a folder or hub id; with `model`, register the token ids with it. Feature functions
+    of your own, which cannot be saved, must be given again."""
     folder = open_composition(folder, **{name: value for name, value in hub.items() if name in HUB_ARGUMENTS})
     path = folder / CONFIG
     if not path.is_file():

@@ -188,12 +188,8 @@ class MultimodalProcessor(ConversationProcessor):
     def process_media(
         self, encoder_inputs: Mapping[str, Mapping[str, Any]], return_tensors: str | None = "pt", **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, list[int] | None], dict[str, list[int]]]:
-        """Convert encoder inputs to tensors.
-
-        Returns:
-            The tensors by argument name; the numbers of features of each input by key (None if unknown); and, for keys
-            given as one list a row, the number of inputs of each row.
-        """
+        """Convert encoder inputs to tensors by argument name; also returns the numbers of features of each input by key
+        (None if unknown), and the number of inputs of each row for keys given as one list a row."""
         if unknown := sorted(set(encoder_inputs) - set(self.tokens)):
             raise InputError(
                 f"inputs are given for {unknown}, which no encoder reads; the encoders are {list(self.tokens)}"

@@ -1,8 +1,5 @@
-"""uvicorn's HTTP/1.1 with a bounded number of connections, where idle ones make room for new ones.
-
-uvicorn counts every open connection against `limit_concurrency`, answers 503 beyond it, and has no timeout for the
-first line of a request, so a thousand silent connections would block everybody.
-"""
+"""uvicorn's HTTP/1.1 with a bounded number of connections, where idle ones make room for new ones: uvicorn answers 503
+beyond its own limit, and waits for a request's first line without end."""
 
 import asyncio
 import logging

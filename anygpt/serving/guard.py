@@ -1,8 +1,5 @@
-"""Middleware of the page: gradio may only serve its own files and uploads.
-
-Blocks gradio's `file=` and `proxy=` routes, which fetch arbitrary addresses, and events that name other files of the
-server as uploads. Its headers keep browsers from loading anything from other sites.
-"""
+"""Middleware of the page: gradio may only serve its own files and uploads, fetches no addresses, and takes no other
+files of the server as uploads; browsers load nothing from other sites."""
 
 import os
 import sys

@@ -1,8 +1,7 @@
 """OpenAI's chat completions format: parsing of requests into conversations and settings, and formatting of answers.
 
-Media are content parts with data URLs: `{"type": "image_url", "image_url": {"url": …}}`, likewise `video_url`, and
-`{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`. An answer has its text in `content`, and
-text and media in order, as such content parts, in `parts`; clients may send both back in later requests.
+Media are content parts with data URLs (`image_url`, `video_url`) or base64 (`input_audio`). An answer has its text in
+`content`, and text and media in order in `parts`; clients may send both back in later requests.
 """
 
 from __future__ import annotations

@@ -76,12 +76,9 @@ def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
-    """Yield the samples of a data file, with a fault in place of each invalid row; media may be missing.
-
-    Raises:
-        InputError: an unreadable or empty file, an unknown format, an invalid JSON list (after the rows before that
-            place), a setting that the format does not use.
-    """
+    """Yield the samples of a data file, with a fault in place of each invalid row; media may be missing. An
+    `InputError` is raised for a file that is unreadable or empty, for an invalid JSON list after the rows before that
+    place, and for a setting that the format does not use."""
     path = Path(source.path)
     name = _format_of(path, source.format)
     chosen = FORMATS[name]
