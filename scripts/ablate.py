@@ -37,8 +37,7 @@ SCRIPTS = {
     "stage3": "stages/stage3_instruction_tuning.py",
 }
 TRAINING_THINGS = {"validation": tuple(thing for thing in SEEN if thing not in VALIDATION), "held_out": SEEN}
-Report = Mapping[str, Any]
-"""Content of a `matrix.json`."""
+Report = Mapping[str, Any]  # content of a `matrix.json`
 
 
 class Ablation(BaseModel, extra="forbid"):

@@ -29,9 +29,8 @@ from safetensors.torch import load_file, save_file
 
 CONFIGS = REPOSITORY / "configs" / "tiny" / "stage0"
 WORK = REPOSITORY / "runs" / "zoo"
-FINISHED = "finished.json"
-"""File in a run's folder that records its inputs; written last."""
-SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
+FINISHED = "finished.json"  # file in a run's folder that records its inputs; written last
+SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {  # rows of each kind of data
     "words": 16_000,
     "dialogues": 24_000,
     "views": 30_000,
@@ -39,8 +38,7 @@ SAMPLES = dict.fromkeys(COMPONENT_KINDS, 4000) | {
     "stills": 8_000,
     "clips": 8_000,
 }
-"""Rows of each kind of data."""
-MADE_BY = {
+MADE_BY = {  # the runs that make a part, each starting from the one before; each has a config in `configs/tiny/stage0`
     "language_model": ("words", "dialogues"),
     "image_encoder": ("words", "image_encoder"),
     "audio_encoder": ("words", "image_encoder", "audio_encoder"),
@@ -48,7 +46,6 @@ MADE_BY = {
     "video_decoder": ("video_vae", "video_frames", "video_frames_2", "video_frames_3", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
 }
-"""The runs that make a part, each starting from the one before; each has a config in `configs/tiny/stage0`."""
 STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
 """For each run, the run that it starts from."""
 

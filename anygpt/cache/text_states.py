@@ -16,8 +16,7 @@ from anygpt.losses.terms import find_losses
 from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap, run_after_layers
 
-HEAD = "head"
-"""Name of the states that labels are predicted from; a decoder's are named `<key>_decoder`."""
+HEAD = "head"  # name of the states that labels are predicted from; a decoder's are named `<key>_decoder`
 
 
 @torch.no_grad()

@@ -38,8 +38,7 @@ COLUMNS = ("hop", "tensor", "shape", "dtype", "device", "in letters")
 
 Found = tuple[str, str, Any, dict[str, str]]
 """Hop, name, tensors, and their shapes in letters by place in the value, `""` for the others."""
-See = Callable[[tuple, Any], Iterable[Found]]
-"""Picks from the arguments and the result of a call."""
+See = Callable[[tuple, Any], Iterable[Found]]  # picks from the arguments and the result of a call
 
 
 def rows_of(hop: str, name: str, value: Any, letters: dict[str, str], at: str = "") -> Iterator[tuple[str, ...]]:

@@ -16,12 +16,11 @@ _SHAPES = {
     "pad": "are padded to the encoder's shape",
     "stretch": "are stretched to the encoder's shape",
 }
-FITS: dict[type[MediaType], dict[str, str]] = {
+FITS: dict[type[MediaType], dict[str, str]] = {  # ways to fit media, by their class; the first is the default
     Picture: {**_SHAPES, "tile": "become as many tiles as cover them"},
     Clip: _SHAPES,
     Sound: {"split": "are split into windows of {window:g} s", "refuse": "(of more than {window:g} s) are refused"},
 }
-"""Ways to fit media, by their class; the first is the default."""
 
 
 def checked(modalities: Mapping[str, str], fits: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -14,8 +14,7 @@ from anygpt.encoders.families import FAMILIES, UNKNOWN, EncoderFamily
 from anygpt.encoders.projector import FIXED_LAYOUT_ONLY, MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
 from anygpt.errors import InputError
 
-FEATURES = "features"
-"""Input that replaces all others: precomputed input of the projector (see `encode`)."""
+FEATURES = "features"  # input that replaces all others: precomputed input of the projector (see `encode`)
 CALLBACKS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
@@ -125,10 +124,6 @@ class ModalEncoderModule(nn.Module):
         pool = self.family.pool_size
         return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
 
-    def count_features(self, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Projected features of each input, given the processor's output; None for an unknown family."""
-        return count_features(self.config, self.callbacks, self.projector.config, inputs)
-
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
         """Build the projector if there is none; if there is, an `InputError` names its sizes where they do not fit."""
         if self.projector is None:
@@ -237,7 +232,7 @@ def count_features(
     projector: MultimodalProjectorConfig,
     inputs: Mapping[str, Any],
 ) -> list[int] | None:
-    """See `ModalEncoderModule.count_features`; a function, since a saved processor has no encoder."""
+    """Number of projected features of each input, given the processor's output; None for an unknown family."""
     if config.model_type not in FAMILIES:
         return None
     counts = callbacks.count(config, inputs) if callbacks else FAMILIES[config.model_type].count(config, inputs)

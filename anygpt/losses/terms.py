@@ -275,7 +275,7 @@ class SubTerm:
         return [f"{term}/{self.suffix(key)}" for term in self.terms] or [self.suffix(key)]
 
 
-SUB_TERMS = (
+SUB_TERMS = (  # in the order of computation, which fixes the order of draws from a target's generator
     SubTerm("nll", Labels, Labels.nll, TERMS),
     SubTerm("encoder/info_nce", Pairs, Pairs.info_nce, everywhere=True),
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
@@ -288,7 +288,6 @@ SUB_TERMS = (
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
 )
-"""In the order of computation, which fixes the order of draws from a target's generator."""
 
 
 def is_read(part: str, weights: LossWeights, key: str = "") -> bool:

@@ -20,10 +20,8 @@ STREAMED = 0x7F000000
 """Bytes. A program that writes to a pipe cannot fill in the header's size: sox and FFmpeg leave at least this, or 0."""
 TOLERANCE, SHARE = 0.1, 0.02
 """Seconds, and share of the stated duration, by which the last packet may end early (codec delay, rounding)."""
-SEARCHED = 64 * 2**20
-"""Largest file, in bytes, whose sample tables are checked."""
-PACKING = 8
-"""Most samples per byte of any codec (QuickTime's MACE 6:1 has six)."""
+SEARCHED = 64 * 2**20  # largest file, in bytes, whose sample tables are checked
+PACKING = 8  # most samples per byte of any codec (QuickTime's MACE 6:1 has six)
 
 
 class Ending:

@@ -16,8 +16,7 @@ from anygpt.media.files import DEFAULT_LIMITS, Audio, MediaLimits, Place, Video,
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write_audio, write_image, write_video
 
-SIDE, FRAMES, RATE = 32, 8, 16_000
-"""Pixels, frames and Hz of blank media."""
+SIDE, FRAMES, RATE = 32, 8, 16_000  # pixels, frames and Hz of blank media
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 IMAGE = Picture("image", "images", PICTURES, "image/png", "IMG", 4, "image_url")
 VIDEO = Clip("video", "videos", CLIPS, "video/mp4", "VID", 24, "video_url")
 AUDIO = Sound("audio", "audios", SOUNDS, "audio/wav", "AUD", 8, "input_audio")
-MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)}
-"""All media types, by name."""
+MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)}  # all media types, by name
 
 
 def media_type(name: str) -> MediaType:

@@ -89,7 +89,8 @@ def read_video(
     if fps is not None and not 0 < fps < math.inf:
         raise InputError(f"fps is {fps}, and must be a number above 0, or None.")
     with decoding(path, "a video") as path:
-        animated = _is_animation(path)
+        with path.open("rb") as file:
+            animated = re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavi", file.read(12), re.DOTALL) is not None
         header = (_animation_header if animated else _video_header)(path, limits)
         count = len(header.starts)
         kept_count = num_frames or (0 if fps else count)
@@ -151,12 +152,6 @@ def _in_order(
         said = [Fraction(0), *ends[:-1]]
     starts = [start - said[0] for start in said]
     return kept, starts, starts[-1] + length
-
-
-def _is_animation(path: Place) -> bool:
-    with path.open("rb") as file:
-        head = file.read(12)
-    return re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavi", head, re.DOTALL) is not None
 
 
 def _animation_header(path: Place, limits: MediaLimits) -> Header:

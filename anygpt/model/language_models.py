@@ -24,7 +24,7 @@ from anygpt.parts.source import Source, check_vocabulary, load
 GgufConfig = getattr(utils.quantization_config, "GgufConfig", None)  # not in older releases, which always dequantize
 WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
 _OTHERS = ("multi_modal_projector.", "vision_tower.", "audio_tower.", "image_newline", "visual.")
-# Prefixes of tensor names in their files, and what replaces them, as in `anygpt.encoders.whole_models`.
+# Prefixes of tensor names in their files, and what replaces them, as in `anygpt.encoders.loading`.
 _NAMES: dict[str, str | None] = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",

@@ -36,8 +36,7 @@ WEIGHTS = ("safetensors", "any")
 # safetensors' names of dtypes
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
-wants_shapes_only = _SHAPES_ONLY.get
-"""Whether the caller is within `shapes_only`."""
+wants_shapes_only = _SHAPES_ONLY.get  # whether the caller is within `shapes_only`
 
 
 @contextmanager

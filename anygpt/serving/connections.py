@@ -8,8 +8,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MAX_CONNECTIONS = 512
-"""Open connections; beyond it, those idle longest are closed."""
+MAX_CONNECTIONS = 512  # open connections; beyond it, those idle longest are closed
 KEEP_ALIVE = 20
 """Seconds that an idle connection stays open after an answer: more than the 5 of httpx (and OpenAI's client), so that
 the server does not close it just as a request arrives."""

@@ -16,8 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
-MAX_REQUESTS = 256
-"""Requests handled at once, including those waiting for the model."""
+MAX_REQUESTS = 256  # requests handled at once, including those waiting for the model
 UNCOUNTED = ("/health", "/metrics")
 
 

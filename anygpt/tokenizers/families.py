@@ -156,4 +156,4 @@ FAMILIES: dict[str, TokenizerFamily] = {
 
 _IN_WHOLE = {"model.vqmodel.": "", "vqmodel.": "", "model.": None, "text_model.": None, "lm_head.": None}
 WHOLE_MODELS: dict[str, Mapping[str, str | None]] = {"emu3": _IN_WHOLE, "janus": _IN_WHOLE, "chameleon": _IN_WHOLE}
-"""Tensor name prefixes of whole models with a tokenizer in them (`vq_config`), as in `encoders.whole_models`."""
+"""Tensor name prefixes of whole models with a tokenizer in them (`vq_config`), as in `encoders.loading`."""

@@ -11,8 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from anygpt.errors import InputError
 
 TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
-MEDIA = {"image": "vision", "video": "vision"}
-"""Media types whose tower has a different name."""
+MEDIA = {"image": "vision", "video": "vision"}  # media types whose tower has a different name
 MAIN_INPUT = "media_values"
 IMAGE_SIZE = 224
 TEXT_LENGTH = 77

@@ -43,8 +43,7 @@ WITH_BIAS_KV = ("audio", "depth", "thermal", "imu")
 SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
 """Factors of the unit embeddings; only that of text is learned, starting from this value and limited to 100."""
 MAX_SCALE = 100.0
-MASK = "modality_preprocessors.text.mask"
-"""The original's stored causal mask, which is computed when needed here."""
+MASK = "modality_preprocessors.text.mask"  # the original's stored causal mask, which is computed when needed here
 EPS = 1e-6
 
 
