@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
 from anygpt.tokenizers.families import FAMILIES, TokenizerFamily
 
-SETTINGS_FILE = "anygpt_tokenizer.json"
+SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
 UNIT_PIXELS = PIXELS | {"image_mean": 0.0, "image_std": 1.0}
@@ -39,10 +40,9 @@ class MediaTokenizer(nn.Module):
         vocoder: makes waveforms of log-mels (`SpeechT5HifiGan`), for networks of images under sounds. These get
             log-mels as the vocoder normalises them.
         pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default.
-        size: height and width in pixels, one for both if an int; the network's own by default.
-        num_frames, frame_rate: of clips; by default the fewest frames that the network takes, and 8 per second.
-        seconds: length of a codec's sounds; 1 by default.
-        codebooks: number of the codebooks used, from the first; all by default.
+        settings: `size`, height and width in pixels, one for both if an int (the network's own by default);
+            `num_frames` and `frame_rate` of clips (the fewest that the network takes, and 8 per second); `seconds` of a
+            codec's sounds (1), and `codebooks`, the number of those used, from the first (all).
 
     Attributes:
         targets: converts raw media to `encode`'s input, without weights.
@@ -61,11 +61,7 @@ class MediaTokenizer(nn.Module):
         *,
         vocoder: nn.Module | None = None,
         pixels: Mapping[str, Any] | None = None,
-        size: int | Sequence[int] | None = None,
-        num_frames: int | None = None,
-        frame_rate: float | None = None,
-        seconds: float | None = None,
-        codebooks: int | None = None,
+        **settings: Any,
     ):
         super().__init__()
         self.modality, self.network, self.vocoder = modality, network, vocoder
@@ -73,24 +69,19 @@ class MediaTokenizer(nn.Module):
         if pixels is None and getattr(network.config, "lookup_from_codebook", False):
             pixels = UNIT_PIXELS
         self.pixels = {name: (pixels or {}).get(name, value) for name, value in PIXELS.items()}
-        self.settings = {
-            "size": size,
-            "num_frames": num_frames,
-            "frame_rate": frame_rate,
-            "seconds": seconds,
-            "codebooks": codebooks,
-        }
+        self.settings = {name: value for name, value in settings.items() if value is not None}
         heard, timed, codec = is_heard(modality), is_timed(modality), self.family.hop is not None
         has = {"size": not heard, "num_frames": timed, "frame_rate": timed, "seconds": codec, "codebooks": codec}
-        for name, known in has.items():
-            if self.settings[name] is not None and not known:
+        for name in self.settings:
+            if not has.get(name):
                 raise InputError(f"{name} is set, but a {self.family.network} under {modality} has none; leave it out")
         if codec and (not heard or vocoder is not None):
             raise InputError(f"a {self.family.network} tokenizes waveforms; it takes no {modality} and no vocoder")
         books = self.family.codebooks(network)
-        if codebooks is not None and not 1 <= codebooks <= len(books):
-            raise InputError(f"codebooks is {codebooks}, but the {self.family.network} has {len(books)}")
-        self.sizes = [len(book) for book in books[:codebooks]]
+        count = self.settings.get("codebooks", len(books))
+        if not 1 <= count <= len(books):
+            raise InputError(f"codebooks is {count}, but the {self.family.network} has {len(books)}")
+        self.sizes = [len(book) for book in books[:count]]
         self.codebook_size = sum(self.sizes)
         self.rate: float | None = None
         self.targets, self.shape = self._waveforms() if self.family.hop else self._grid()
@@ -105,9 +96,10 @@ class MediaTokenizer(nn.Module):
                 "(normalize: false), such as facebook/encodec_24khz"
             )
         self.rate, hop = config.sampling_rate, self.family.hop(config)
-        frames = round((self.settings["seconds"] or 1.0) * self.rate / hop)
+        seconds = self.settings.get("seconds", 1.0)
+        frames = round(seconds * self.rate / hop)
         if frames < 1:
-            raise InputError(f"seconds is {self.settings['seconds']}, shorter than one code ({hop / self.rate:g} s)")
+            raise InputError(f"seconds is {seconds}, shorter than one code ({hop / self.rate:g} s)")
         length = frames * hop
         targets = WaveformTargets(length, config.sampling_rate, getattr(config, "audio_channels", 1), length)
         return targets, (frames, len(self.sizes))
@@ -115,7 +107,7 @@ class MediaTokenizer(nn.Module):
     def _grid(self) -> tuple[TargetProcessor, tuple[int, ...]]:
         config, factor = self.network.config, self.family.factor(self.network.config)
         own = self.family.size(config)
-        size = self.settings["size"] or own
+        size = self.settings.get("size", own)
         if size is None:
             raise InputError(f"a {self.family.network} has no size of its own; set size to pixels, as in size: 512")
         height, width = (size, size) if isinstance(size, int) else size
@@ -131,10 +123,10 @@ class MediaTokenizer(nn.Module):
                 raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3")
             return ImageTargets(height, width), grid
         stack = self.family.clip_factor(config) if self.family.clip_factor else config.in_channels // 3
-        frames = self.settings["num_frames"] or stack
+        frames = self.settings.get("num_frames", stack)
         if frames % stack:
             raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
-        self.rate = self.settings["frame_rate"] or 8.0
+        self.rate = self.settings.get("frame_rate", 8.0)
         return VideoTargets(height, width, frames), (frames // stack, *grid)
 
     def _mels(self, frames: int, bins: int) -> TargetProcessor:
@@ -148,6 +140,31 @@ class MediaTokenizer(nn.Module):
         return AudioTargets(frames, config.sampling_rate, hop_length=hop, num_mel_bins=bins, fmax=fmax)
 
     # ------------------------------------------------------------------------------------------------- codes and media
+
+    pooled_dim, masked = None, False  # as of a decoder without captions
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Names of the networks that train, as a decoder's: `tokenizer`, if it does."""
+        return ("tokenizer",) if any(p.requires_grad for p in self.network.parameters()) else ()
+
+    def reconstruction_losses(self, media: list | Tensor, generator: Any = None) -> dict[str, Tensor]:
+        """Stage 0's loss `{"tokenizer": (K,)}`: mean absolute error, VQModel's own loss of the codebook, and a pull.
+
+        The pull, the mean squared distance of every code to the nearest latent of the batch, keeps codes in use.
+
+        Raises:
+            InputError: another network than a VQModel.
+        """
+        if not isinstance(self.network, VQModel):
+            raise InputError(f"a {self.family.network} is not trained here, only a VQModel is; leave it out")
+        given = self.to_network(media)
+        latents = self.network.encode(given).latents
+        made = self.network.decode(latents)
+        error = (made.sample - given).abs().reshape(len(media), -1).mean(1)
+        points = latents.detach().movedim(1, -1).flatten(0, 2)
+        pull = torch.cdist(self.network.quantize.embedding.weight, points).square().amin(1).mean()
+        return {"tokenizer": error.float() + made.commit_loss + pull}
 
     @property
     def can_decode(self) -> bool:
@@ -261,11 +278,11 @@ class MediaTokenizer(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder for `load_media_tokenizer`: the network, its vocoder and the settings."""
         self.network.save_pretrained(str(path))
-        settings = {name: value for name, value in self.settings.items() if value is not None}
-        if self.vocoder is not None:
-            self.vocoder.save_pretrained(str(Path(path, "vocoder")))
-            settings["vocoder"] = "vocoder"
-        Path(path, SETTINGS_FILE).write_text(json.dumps(settings | {"pixels": self.pixels}, indent=2) + "\n")
+        settings = {"pixels": self.pixels} | self.settings
+        if self.vocoder is not None and "vocoder" not in settings:
+            self.vocoder.save_pretrained(str(Path(path, OWN_VOCODER)))
+            settings["vocoder"] = OWN_VOCODER
+        Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def family_of(network: nn.Module) -> TokenizerFamily:

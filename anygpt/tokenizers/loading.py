@@ -13,7 +13,7 @@ from anygpt.decoders.pipelines import load_network_of_pipeline
 from anygpt.errors import InputError
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, TokenizerSettings, load
-from anygpt.tokenizers.base import SETTINGS_FILE, MediaTokenizer
+from anygpt.tokenizers.base import OWN_VOCODER, SETTINGS_FILE, MediaTokenizer
 from anygpt.tokenizers.families import FAMILIES, WHOLE_MODELS
 
 _OPTIONS = ("size", "num_frames", "frame_rate", "seconds", "codebooks")
@@ -35,49 +35,41 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
     def build() -> MediaTokenizer:
         saved = source.place.json(SETTINGS_FILE) or {}
         pixels = saved.pop("pixels", None) or source.place.json("preprocessor_config.json")
-        vocoder = source.vocoder or saved.pop("vocoder", None)
+        own = saved.pop("vocoder", None)
+        vocoder = source.vocoder or own
         settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
-        return MediaTokenizer(
-            _load_network(source),
-            modality,
-            vocoder=_load_vocoder(source, vocoder) if vocoder else None,
-            pixels=pixels,
-            **settings,
-        )
+        voice = _load_vocoder(source, vocoder) if vocoder else None
+        tokenizer = MediaTokenizer(_load_network(source), modality, vocoder=voice, pixels=pixels, **settings)
+        if vocoder not in (None, OWN_VOCODER):
+            tokenizer.settings["vocoder"] = vocoder
+        return tokenizer
 
     return load(source, f"{modality} tokenizer", build, unused=("gguf_file", "quantization_config"))
 
 
 def _load_network(source: Source) -> nn.Module:
     content = source.place.json("config.json") or {}
-    if "_class_name" in content:
-        family = FAMILIES.get(content["_class_name"])
-        if family is not None:
-            return load_network_of_pipeline(family.network_class, source.place, source.torch_dtype or torch.float32)
-        name = content["_class_name"]
-    else:
+    whole = config = None
+    name = content.get("_class_name")  # of diffusers
+    if name is None:
         whole = source.config()
         config = whole.vq_config if whole.model_type in WHOLE_MODELS else whole
-        family, name = FAMILIES.get(config.model_type), config.model_type
-        if family is not None:
-            return load_network(
-                family.network_class,
-                config,
-                source.place,
-                names=WHOLE_MODELS.get(whole.model_type, {}),
-                dtype=source.torch_dtype,
-                fallback_dtype=torch.float32,
-                **source.model_options(),
-            )
-    raise InputError(
-        f"{name!r} is no tokenizer; expected one of {', '.join(FAMILIES)}, or a whole model with one in it: "
-        f"{', '.join(WHOLE_MODELS)}"
-    )
+        name = config.model_type
+    if name not in FAMILIES:
+        raise InputError(
+            f"{name!r} is no tokenizer; expected one of {', '.join(FAMILIES)}, or a whole model with one in it: "
+            f"{', '.join(WHOLE_MODELS)}"
+        )
+    cls, dtype = FAMILIES[name].network_class, source.torch_dtype or torch.float32
+    if config is None:
+        return load_network_of_pipeline(cls, source.place, dtype)
+    names = WHOLE_MODELS.get(whole.model_type, {})
+    return load_network(cls, config, source.place, names=names, dtype=dtype, **source.model_options())
 
 
 def _load_vocoder(source: Source, vocoder: str) -> SpeechT5HifiGan:
     """The vocoder in the tokenizer's own folder (`vocoder`), or in that of a pipeline."""
-    place = source.place if vocoder == "vocoder" else Source(vocoder).place
-    place = place.inside("vocoder")
+    place = source.place if vocoder == OWN_VOCODER else Source(vocoder).place
+    place = place.inside(OWN_VOCODER)
     config = SpeechT5HifiGan.config_class.from_dict(place.config())
     return load_network(SpeechT5HifiGan, config, place, dtype=source.torch_dtype or torch.float32)
