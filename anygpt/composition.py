@@ -152,15 +152,22 @@ class Composition(PreTrainedModel):
         by_encoder = self.assign_inputs(inputs)
         return {key: encoder(by_encoder[key]) for key, encoder in self.encoders.items() if by_encoder[key]}
 
+    def trained_media(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The inputs of tokenizers that train, by key."""
+        given = {key: inputs.get(f"{key}.{MEDIA}") for key, one in self.tokenizers.items() if one.module.trains}
+        return {key: media for key, media in given.items() if media is not None}
+
     def write_codes(
-        self, input_ids: Tensor, labels: Tensor | None, inputs: Mapping[str, Any]
+        self, input_ids: Tensor, labels: Tensor | None, inputs: Mapping[str, Any], needed: bool = True
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Write the codes of the tokenizers' inputs into ids and labels; returns both and the other inputs."""
+        """Write the codes of the tokenizers' inputs into ids and labels, if `needed`; returns both and other inputs."""
         codes, others = {}, dict(inputs)
         for key, tokenizer in self.tokenizers.items():
             own = {name: value for name in (CODES, MEDIA) if (value := others.pop(f"{key}.{name}", None)) is not None}
-            if own:
+            if own and needed:
                 codes[key] = tokenizer.codes(own)
+        if not needed:
+            return input_ids, labels, others
         return *self.signal_tokens.write_codes(input_ids, labels, codes), others
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:

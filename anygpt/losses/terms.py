@@ -24,6 +24,7 @@ from anygpt.outputs import LossTerm
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import IGNORE, Merged
 from anygpt.sequence.signal_tokens import Spans
+from anygpt.tokenizers.base import MediaTokenizer
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Pairs:
 
 @dataclass
 class Target:
-    """The `K` targets of one decoder. Captions and media may each be missing or already encoded.
+    """The `K` targets of one decoder, or media of a tokenizer. Captions and media may each be missing or encoded.
 
     Attributes:
         rows: `(K,)` int64.
@@ -98,7 +99,7 @@ class Target:
     key: str
     rows: Tensor
     given: Mapping[str, Any]
-    decoder: DiffusionDecoder
+    decoder: DiffusionDecoder | MediaTokenizer
     weights: LossWeights
     condition: Condition | None = None
     generator: list[Generator] | None = None
@@ -179,9 +180,12 @@ class LossBatch:
 
 
 def find_losses(
-    model: Composition, merged: Merged, targets: Mapping[str, Mapping[str, Any]] | None = None
+    model: Composition,
+    merged: Merged,
+    targets: Mapping[str, Mapping[str, Any]] | None = None,
+    media: Mapping[str, Tensor] = {},
 ) -> LossBatch:
-    """Find labels, spans, pairs and targets in a merged batch without computing any loss.
+    """Find labels, spans, pairs and targets in a merged batch, and `media` of tokenizers, without computing any loss.
 
     Labels on learned queries are left out, since the model never emits them, and so is a row's first token: padding
     predicts nothing. Unknown decoders, and more or fewer targets than signal spans, are an `InputError`.
@@ -214,6 +218,9 @@ def find_losses(
     for key, given in (targets or {}).items():
         _check_target(model, key, given, spans)
         batch.targets[key] = Target(key, spans[key].rows, given, model.decoders[key].module, weights)
+    for key, one in media.items():
+        rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # its sub-term has no term of rows
+        batch.targets[key] = Target(key, rows, {"media": one}, model.tokenizers[key].module, weights)
     return batch
 
 
@@ -285,6 +292,12 @@ SUB_TERMS = (  # in the order of computation, which fixes the order of draws fro
     SubTerm(
         "reconstruction/vocoder", Target, lambda target: target.reconstructions["vocoder"], needs=("media", "vocoder")
     ),
+    SubTerm(
+        "reconstruction/tokenizer",
+        Target,
+        lambda target: target.reconstructions["tokenizer"],
+        needs=("media", "tokenizer"),
+    ),
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
 )
@@ -336,7 +349,7 @@ def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]
     media = torch.isin(ids, placeholders)
     labels = None if labels is None else labels.masked_fill(media, IGNORE)
     merged = Merged(ids.new_empty(0), ids, torch.ones_like(ids) if mask is None else mask, labels, media.any(dim=1))
-    found = find_losses(model, merged, batch.get("decoder_targets"))
+    found = find_losses(model, merged, batch.get("decoder_targets"), model.trained_media(batch))
     counts: dict[str, int] = {}
     for sub, key, thing in wanted(found, model.loss_weights):
         nothing = torch.zeros(len(thing.rows), device=thing.rows.device)
@@ -348,4 +361,5 @@ def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]
 def loss_names(model: Composition) -> list[str]:
     """Every sub-term that a batch can have, in a fixed order, so that processes can reduce them by index."""
     keys: dict[type, Iterable[str]] = {Labels: ("",), Pairs: model.encoder_keys, Target: model.decoder_keys}
-    return [name for sub in SUB_TERMS for key in keys[sub.of] for name in sub.names(key)]
+    names = [name for sub in SUB_TERMS for key in keys[sub.of] for name in sub.names(key)]
+    return names + [f"reconstruction/tokenizer/{key}" for key in model.tokenizer_keys]

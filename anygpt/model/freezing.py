@@ -35,7 +35,7 @@ def parts_of(model: Composition) -> dict[str, list[nn.Module | nn.Parameter]]:
         parts[f"{key}_projector"] = [encoder.projector, *([encoder.callbacks] if encoder.callbacks else [])]
     parts["language_model"] = [model.language_model]
     parts["signal_tokens"] = [model.signal_tokens]
-    parts |= {f"{key}_tokenizer": [tokenizer.module] for key, tokenizer in model.tokenizers.items()}
+    parts |= {f"{key}_tokenizer": [tokenizer.module.network] for key, tokenizer in model.tokenizers.items()}
     for key, decoder in model.decoders.items():
         parts[f"{key}_decoder"] = [decoder.module]
         if decoder.module.denoiser_adapter is not None:

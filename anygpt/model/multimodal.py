@@ -213,15 +213,15 @@ class MultimodalModel(Composition):
         """
         full = labels is None if return_logits is None else return_logits
         with self.signal_tokens.attached(self.language_model) as tap:
-            input_ids, labels, encoder_inputs = self.write_codes(input_ids, labels, encoder_inputs)
+            needed, media = full or self.loss_weights.wants_language_model, self.trained_media(encoder_inputs)
+            input_ids, labels, encoder_inputs = self.write_codes(input_ids, labels, encoder_inputs, needed)
             attention_mask = hide_conditions(self, input_ids, attention_mask, labels, generators)
             features = self.encode(encoder_inputs)
             text = self.embed(input_ids, attention_mask, labels)
             merged = self.merge(text, features, items_per_row)
-            batch = find_losses(self, merged, decoder_targets)
+            batch = find_losses(self, merged, decoder_targets, media)
             tap.select, tap.most = None if full else batch.nll, signal_tokens.CHUNK
             read = text_states or MultimodalModel.read
-            needed = full or self.loss_weights.wants_language_model
             reading = read(self, merged, batch.spans, tap, encoder_inputs) if needed else Reading()
         conditions = {key: self.decoders[key].condition(states) for key, states in reading.states.items()}
         losses = compute_losses(self, batch, reading, conditions, generators)

@@ -44,6 +44,8 @@ def write_components(final: Path, config: Config) -> None:
             if f"{part}.vae" in config.train.parts:
                 decoder.vae.register_to_config(scaling_factor=1 / latent_deviation(model, processor, key, config))
             decoder.save_pretrained(folder)
+        elif kind == "tokenizer":
+            model.tokenizers[key].module.save_pretrained(folder)
         else:
             continue  # a projector belongs to this composition
         logger.info("%s", folder)
