@@ -45,6 +45,8 @@ MADE_BY = {  # the runs that make a part, each starting from the one before; eac
     "image_decoder": ("image_vae", "image_denoiser"),
     "video_decoder": ("video_vae", "video_frames", "video_frames_2", "video_frames_3", "video_denoiser"),
     "audio_decoder": ("audio_vae", "audio_denoiser", "vocoder"),
+    "image_tokenizer": ("image_tokenizer",),
+    "audio_tokenizer": ("audio_tokenizer",),
 }
 STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *runs), runs, strict=False)}
 """For each run, the run that it starts from."""

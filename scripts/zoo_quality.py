@@ -3,7 +3,8 @@
     python scripts/zoo_quality.py --samples 1000
 
 Encoders: a linear probe fitted on renders of the other things. The language model: questions in words, small talk,
-nonsense. Decoders: judged samples for plain true captions. `build_zoo.py` puts the results into the parts' model cards.
+nonsense. Decoders: judged samples for plain true captions. Tokenizers: judged decode(encode(render)), of all 48 things.
+`build_zoo.py` puts the results into the parts' model cards.
 """
 
 import argparse
@@ -25,16 +26,23 @@ from anygpt import (
 )
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
+from anygpt.tokenizers import load_media_tokenizer
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import upper_bound
 from anygpt.toyworld.evaluation.matrix import talk_table
 from anygpt.toyworld.evaluation.probes import probe_encoders
 from anygpt.toyworld.evaluation.requests import talk_requests
-from anygpt.toyworld.world import HELD_OUT
+from anygpt.toyworld.world import HELD_OUT, THINGS
 from anygpt.toyworld.zoo import PARTS, zoo
 
 from tqdm import tqdm
 
+TOKENIZERS = {
+    "image": ("image_tokenizer", {}),
+    "video": ("image_tokenizer", {"num_frames": 4}),
+    "audio": ("audio_tokenizer", {}),
+}
+"""Folders and options."""
 ENCODERS = {"image": ("image_encoder", None), "video": ("image_encoder", 8), "audio": ("audio_encoder", None)}
 """Folders and numbers of frames."""
 GUIDANCE = {"image": 2, "video": 2, "audio": 3}  # as in configs/tiny
@@ -65,6 +73,11 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     for key, bound in bounds.items():
         motion = {"motion under true captions": bound.pop("motion")} if "motion" in bound else {}
         quality[f"{key}_decoder"] = {"shape and colour under true captions": bound} | motion
+    tokenizers = {key: load_media_tokenizer(parts / name, key, **given) for key, (name, given) in TOKENIZERS.items()}
+    bounds = upper_bound(MultimodalModel({}, model.language_model, {}, tokenizers), THINGS, settings, lambda _: None)
+    for key, bound in bounds.items():
+        motion = {f"motion of {names[key]} made of its codes": bound.pop("motion")} if "motion" in bound else {}
+        quality[TOKENIZERS[key][0]] |= {f"shape and colour of {names[key]} made of its codes": bound} | motion
     return quality
 
 

@@ -6,6 +6,8 @@
     image_decoder    StableDiffusionPipeline                   condition (B, 16, 64) -> 32×32 RGB
     video_decoder    TextToVideoSDPipeline                     condition (B, 16, 48) -> 8 frames of 32×32
     audio_decoder    AudioLDMPipeline                          condition (B, 32) -> 0.64 s at 16 kHz
+    image_tokenizer  VQModel                                   32×32 RGB, or each frame of a clip -> 4×4 codes
+    audio_tokenizer  VQModel                                   log-mels (audio_decoder's vocoder) -> 4×4 codes
 
 Stage 0 trained them on ToyWorld (`scripts/build_zoo.py`); each folder's README.md gives the data and the results.
 The files are in half precision and load as float32. The parts differ in size so that code that confuses them fails.
@@ -32,7 +34,10 @@ from anygpt.parts.source import ZOO
 from anygpt.toyworld.language import caption, plain_caption
 from anygpt.toyworld.world import THINGS
 
-PARTS = ("image_encoder", "audio_encoder", "language_model", "image_decoder", "video_decoder", "audio_decoder")
+PARTS = (
+    *("image_encoder", "audio_encoder", "language_model", "image_decoder", "video_decoder", "audio_decoder"),
+    *("image_tokenizer", "audio_tokenizer"),
+)
 _NETWORKS = ("", "text_encoder", "unet", "vocoder", "vae")
 """Folders of networks in a part, in the order in which their weights are drawn."""
 _EMBEDDING_GAIN = 50.0

@@ -17,9 +17,13 @@ import torch
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.evaluation.statistics import share
+from anygpt.media.types import is_heard
 from anygpt.model.multimodal import MultimodalModel
+from anygpt.tokenizers.base import MediaTokenizer
+from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, judge_media
+from anygpt.toyworld.render import SAMPLING_RATE, render
 from anygpt.toyworld.world import MOTIONS, Thing
 
 _MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
@@ -28,14 +32,20 @@ _MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTI
 def upper_bound(
     model: MultimodalModel, things: Sequence[Thing], settings: Settings, progress: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
-    """`{output modality: share}` of right media for plain true captions; for clips also the share of right motions."""
+    """`{output modality: share}` of right media for plain true captions; for clips also the share of right motions.
+
+    A tokenizer is given renders in place of captions: decode(encode(render)).
+    """
     result = {}
-    for decoder in model.decoders.values():
+    for decoder in model.makers.values():
         rng, drawn = np.random.default_rng([settings.seed, 77]), []
         for number in range(settings.samples):
             thing = things[number % len(things)]
             motion = language.pick(rng, MOTIONS) if decoder.modality == "video" else None
-            drawn.append((language.plain_caption(thing, motion), thing, motion))
+            given = language.plain_caption(thing, motion)
+            if isinstance(decoder, ModalTokenizerModule):
+                given = render(decoder.modality, thing, motion, rng)
+            drawn.append((given, thing, motion))
         result[decoder.modality] = _draw(decoder, drawn, settings, progress)
     return result
 
@@ -74,18 +84,23 @@ def moving_caption(caption: str, motion: str | None) -> str:
 
 
 def _draw(
-    outer: ModalDecoderModule,
-    drawn: Sequence[tuple[str, Thing, str | None]],
+    outer: ModalDecoderModule | ModalTokenizerModule,
+    drawn: Sequence[tuple[Any, Thing, str | None]],
     settings: Settings,
     progress: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Share of right media that a decoder generates through its own text encoder, for (caption, thing, motion) each."""
+    """Share of right media of a decoder under its own text encoder, or of a tokenizer, for (given, thing, motion)."""
     decoder, generator, media = outer.module, torch.Generator().manual_seed(settings.seed), []
     for batch in batches(drawn, settings.batch_size):
-        condition = Condition.of(decoder.encode_text([caption for caption, _, _ in batch]))
+        given = [one for one, _, _ in batch]
+        progress(len(batch))
+        if isinstance(decoder, MediaTokenizer):
+            given = [(one, SAMPLING_RATE) if is_heard(outer.modality) else one for one in given]
+            media += decoder.decode(decoder.encode(given))
+            continue
+        condition = Condition.of(decoder.encode_text(given))
         options = outer.options({"generator": generator, **settings.sampling(outer.modality)})
         media += decoder.sample(condition, **decoder.sampling_arguments(options, [0] * len(batch)))
-        progress(len(batch))
     found = list(zip(judge_media(outer.modality, media, decoder.rate), drawn, strict=True))
     result = share(verdict == (thing.shape, thing.colour) for (verdict, _), (_, thing, _) in found)
     if outer.modality == "video":
