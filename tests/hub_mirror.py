@@ -659,6 +659,72 @@ def audioldm(repository: Repository) -> None:
     )
 
 
+def amused(repository: Repository) -> None:
+    """Only the network that is named; the pipeline's others are not read."""
+    sizes = repository.size(
+        {
+            "block_out_channels": [128, 256, 256, 512, 768],
+            "layers_per_block": 2,
+            "latent_channels": 64,
+            "num_vq_embeddings": 8192,
+            "norm_num_groups": 32,
+        },
+        block_out_channels=[4] * 5,
+        layers_per_block=1,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        norm_num_groups=2,
+    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 5, "up_block_types": ["UpDecoderBlock2D"] * 5}
+    fixed = {"sample_size": 256, "lookup_from_codebook": True, "force_upcast": True, "mid_block_add_attention": False}
+    network = repository.build(diffusers.VQModel, sizes | blocks | fixed)
+    repository.network("vqvae", network, ["diffusion_pytorch_model.safetensors"])
+
+
+def mimi(repository: Repository) -> None:
+    config = transformers.MimiConfig(
+        **repository.size(
+            {},
+            hidden_size=16,
+            num_filters=2,
+            codebook_dim=4,
+            codebook_size=16,
+            vector_quantization_hidden_dimension=4,
+            num_quantizers=8,
+            upsample_groups=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=16,
+        )
+    )
+    repository.network("", repository.build(transformers.MimiModel, config), ["model.safetensors"])
+    settings = {"feature_extractor_type": "EncodecFeatureExtractor", "sampling_rate": 24000, "feature_size": 1}
+    repository.json("preprocessor_config.json", settings)
+
+
+def emu3(repository: Repository) -> None:
+    text = repository.size(
+        {"vocab_size": 184622, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **_TINY_LLM,
+    )
+    vq = repository.size(
+        {}, base_channels=32, channel_multiplier=[1, 1, 1, 1], num_res_blocks=1, hidden_size=32, codebook_size=16
+    )
+    codes = 16 if not repository.real else 32768
+    words = {f"<|visual token {i:06d}|>": text["vocab_size"] - codes + i for i in range(codes)}
+    words |= {"<image>": 3, "<|extra_200|>": 4}
+    config = transformers.Emu3Config(text_config=text, vq_config=vq, vocabulary_map=words)
+    network = repository.build(transformers.Emu3ForConditionalGeneration, config)
+    repository.network("", network, ["model-*.safetensors"])
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+    repository.json("preprocessor_config.json", pixels | {"image_processor_type": "Emu3ImageProcessor"})
+
+
 REPOSITORIES: dict[str, Callable[[Repository], None]] = {
     "lmsys/vicuna-7b-v1.5": vicuna,
     "HuggingFaceTB/SmolLM2-135M-Instruct": smollm2,
@@ -669,6 +735,9 @@ REPOSITORIES: dict[str, Callable[[Repository], None]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
     "cerspense/zeroscope_v2_576w": zeroscope,
     "cvssp/audioldm-s-full-v2": audioldm,
+    "amused/amused-256": amused,
+    "kyutai/mimi": mimi,
+    "BAAI/Emu3-Gen-hf": emu3,
 }
 
 

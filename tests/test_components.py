@@ -9,12 +9,13 @@ import torch
 from diffusers import AudioLDMPipeline, AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from training_utils import shared
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DacConfig, DacModel
 
 from anygpt.decoders.reconstruction import KL_WEIGHT, autoencoder_loss, vocoder_loss
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.losses.terms import drop_captions
+from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.training.components import write_components
@@ -167,6 +168,31 @@ def test_encoders_and_language_model_become_parts(tmp_path, data, parts):
     after = AutoModelForCausalLM.from_pretrained(made / "language_model")
     assert len(changed(parts.language_model(lively=False), after)) > 30
     assert len(AutoTokenizer.from_pretrained(made / "language_model")) == after.config.vocab_size
+
+
+def test_a_tokenizer_is_trained_by_its_formula(tmp_path, data, parts):
+    tokenizers = {"image": {"path": str(parts.folder / "image_tokenizer")}}
+    made = run(
+        tmp_path, data, "pictures", parts, ["image_tokenizer"],
+        **{"model.tokenizers": json.dumps(tokenizers), **ONLY_OWN, "loss.reconstruction": 1},
+    )  # fmt: skip
+    before, after = (load_media_tokenizer(path / "image_tokenizer", "image") for path in (parts.folder, made))
+    assert len(changed(before, after)) == len(list(before.parameters())) - 1 == 156  # not the attention's unused bias
+    rows = [json.loads(line) for line in (data / "pictures.jsonl").read_text().splitlines()]
+    pictures = [Image.open(data / row["messages"][1]["content"][-1]["path"]) for row in rows[:3]]
+    found = before.reconstruction_losses(pictures)["tokenizer"]
+    network, pixels = before.network, before.targets(pictures)
+    latents = network.encode(pixels).latents.movedim(1, -1).reshape(-1, 8).double()
+    codes = network.quantize.embedding.weight.double()
+    distances = ((codes[:, None] - latents) ** 2).sum(-1)
+    nearest = distances.amin(0).mean() / 8
+    error = (network.decode(network.encode(pixels).latents).sample - pixels).double().abs().mean((1, 2, 3))
+    expected = error + 1.25 * nearest + distances.amin(1).mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="a DacModel is not trained here"):
+        MediaTokenizer(
+            DacModel(DacConfig(encoder_hidden_size=4, decoder_hidden_size=16)), "audio"
+        ).reconstruction_losses([])
 
 
 def test_a_network_that_is_not_there_is_named(tmp_path, data, parts):

@@ -99,7 +99,8 @@ def test_the_mirror_has_every_repository_that_a_configuration_names():
     named = set()
     for file in (REPOSITORY / "configs").rglob("*.yaml"):
         model = (yaml.safe_load(file.read_text()) or {}).get("model") or {}
-        parts = [*(model.get("encoders") or {}).values(), *(model.get("decoders") or {}).values()]
+        kinds = ("encoders", "decoders", "tokenizers")
+        parts = [part for kind in kinds for part in (model.get(kind) or {}).values()]
         paths = [part["path"] for part in (*parts, model.get("language_model")) if part]
         named |= {path for path in paths if not path.startswith(("zoo:", "runs/"))}
     assert named == set(REPOSITORIES)
@@ -128,6 +129,23 @@ def test_every_stage_of_a_recipe_makes_two_updates(recipe, place):
         decoder_kwargs={key: few[key] | small[key] for key in wanted},
     ).answers[0]
     assert len(answer.images) == ("image" in wanted) and len(answer.audios) == ("audio" in wanted)
+
+
+@pytest.mark.parametrize("recipe", ["small", pytest.param("full", marks=pytest.mark.slow)])
+def test_all_at_once_with_tokenizers_of_the_hub(recipe, place):
+    """Two updates, and media made of codes, few of which a tiny codebook has."""
+    given = ["--config", str(REPOSITORY / f"configs/{recipe}/all_at_once.yaml"), *SHORT]
+    final = train_here("all_at_once", [*given, "--lora.r", "0"])
+    assert all(tensor.isfinite().all() for tensor in trained_tensors(final).values())
+    model = MultimodalModel.from_pretrained(final).eval()
+    sizes = {key: (one.module.shape, one.module.codebook_size) for key, one in model.tokenizers.items()}
+    assert (
+        sizes
+        == {
+            "small": {"image": ((16, 16), 16), "video": ((4, 8, 8), 16), "audio": ((50, 8), 128)},
+            "full": {"image": ((32, 32), 16), "video": ((2, 24, 24), 16), "audio": ((100, 8), 128)},
+        }[recipe]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

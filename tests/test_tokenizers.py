@@ -33,6 +33,9 @@ from transformers import (
 
 from anygpt.errors import InputError
 from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
+from anygpt.toyworld.judges import load_judges
+from anygpt.toyworld.render import render
+from anygpt.toyworld.world import MOTIONS, THINGS
 
 GAN = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "latent_channels": 4, "embed_dim": 4}
 CODEC = {"num_filters": 4, "hidden_size": 16, "upsampling_ratios": [4, 2], "codebook_dim": 16, "sampling_rate": 160}
@@ -349,3 +352,38 @@ def put(codes, row, place, value):
     codes = codes.clone()
     codes[row, place] = value
     return codes
+
+
+def test_a_vocoder_of_ones_own_choice_is_taken(tmp_path):
+    build("vq_mels").save_pretrained(tmp_path)
+    (tmp_path / "other").mkdir()
+    vocoder().save_pretrained(tmp_path / "other" / "vocoder")
+    loaded = load_media_tokenizer(tmp_path, "audio", vocoder=str(tmp_path / "other"))
+    loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "vocoder").exists()  # it is named instead
+    other, again = loaded.vocoder.state_dict(), load_media_tokenizer(tmp_path / "again", "audio").vocoder.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize(
+    ("modality", "name", "options", "codes"),
+    [
+        ("image", "image_tokenizer", {}, 16),
+        ("video", "image_tokenizer", {"num_frames": 4}, 64),
+        ("audio", "audio_tokenizer", {}, 16),
+    ],
+)
+def test_the_zoos_tokenizers_keep_what_a_medium_shows(modality, name, options, codes):
+    """A share of the 500 renders that scripts/zoo_quality.py measures."""
+    tokenizer, judges = load_media_tokenizer(f"zoo:{name}", modality, **options), load_judges()
+    rng = np.random.default_rng(3)
+    motions = [MOTIONS[i % 4] for i in range(48)]
+    renders = [render(modality, thing, motion, rng) for thing, motion in zip(THINGS, motions, strict=True)]
+    given = [(one, 16_000) if modality == "audio" else one for one in renders]
+    found = tokenizer.encode(given)
+    assert found.shape == (48, codes) and tokenizer.codebook_size == 512
+    made = tokenizer.decode(found)
+    verdicts = getattr(judges, modality)(made)
+    assert np.mean([one == (x.shape, x.colour) for one, x in zip(verdicts, THINGS, strict=True)]) >= 0.93
+    if modality == "video":
+        assert np.mean(np.array(judges.motion(made)) == motions) >= 0.95

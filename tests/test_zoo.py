@@ -167,7 +167,7 @@ def test_a_seed_decides_the_weights_and_nothing_else_does(tmp_path):
     other = write_untrained(tmp_path / "other", seed=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # and nothing half-written
     expected = weights(write_untrained(tmp_path / "first"))
-    assert len(expected) == 13 + 4
+    assert len(expected) == 15 + 4
     assert weights(again) == expected
     different = {name for name, digest in weights(other).items() if digest != expected[name]}
     assert different == {name for name in expected if name.endswith(".safetensors")}
