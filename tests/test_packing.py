@@ -6,10 +6,12 @@ import torch
 from conftest import enlarge
 from tiny_parts import CLIP, LANGUAGE_MODELS
 from training_utils import argument_maker, assert_same_losses, logged, losses_of, train_here
+from transformers import MistralConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.data import UpdateSampler
-from anygpt.model.packing import Packing, check_packing
+from anygpt.model.packing import BY_ROW, Packing, check_packing
 
 CAPTIONS = ["a red ring", "a cross", "a blue star"]
 
@@ -125,6 +127,18 @@ def test_features_spans_and_labels_keep_their_places(parts, side, prepends, atte
     for pack_to in (1, 40, 1000):
         # transformers' eager attention turns the mask's least float64 into an infinity of float32 where all is masked
         assert_same(model, batch_of(processor, side, prepends), pack_to, not (side == "left" and attention == "eager"))
+
+
+@pytest.mark.parametrize(("window", "suffices"), [(4, True), (3, False)])
+def test_attention_by_row_needs_lengths_alone(window, suffices):
+    """Where each row is causal and complete; a window that is shorter than a row needs the mask."""
+    config = MistralConfig(sliding_window=window, attn_implementation=BY_ROW)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]])
+    arguments = (config, torch.zeros(2, 6, 8), None, None)
+    assert create_causal_mask(*arguments, positions).tolist() == [4, 2, 3, 3]
+    local = create_sliding_window_causal_mask(*arguments, positions)
+    assert local.tolist() == [4, 2, 3, 3] if suffices else local.shape == (2, 1, 6, 6)
+    assert create_causal_mask(*arguments, torch.arange(6)[None]) is None
 
 
 def test_where_tokens_go():
