@@ -87,6 +87,7 @@ def test_blank_lines_bom_crlf_and_number_ids_are_accepted(folder):
         ({"messages": [{"role": "assistent", "content": "x"}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "assistant", "content": 3}]}, "'content' must be a string or a list of parts"),
         (row(assistant=""), r"messages\[1\]: is empty"),
+        (row(assistant="\n"), r"messages\[1\]: is empty"),
         (row([{"type": "imge", "path": "a.jpg"}]), "did you mean 'image'"),
         (row([{"type": "image", "pth": "a.jpg"}]), "did you mean 'path'"),
         (row([{"type": "text"}]), "'text' must be a string, and is missing"),

@@ -531,6 +531,7 @@ def test_media_and_captions_that_changed_are_never_skipped(script, make_argument
         *("--data.cache_dir", str(tmp_path / "cache")),
     ]
     assert script(args) == 0
+    assert "image_encoder:   0%" in capsys.readouterr().err  # which is no terminal
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     images = [
         path.parent / part["path"]

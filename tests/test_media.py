@@ -21,6 +21,7 @@ from anygpt.data import (
 )
 from anygpt.errors import InputError
 from anygpt.media import videos
+from anygpt.media.types import media_type_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -246,12 +247,14 @@ def test_8_bit_wav_flac_and_the_sound_of_a_video(tmp_path):
         *[("wav", f"pcm_{x}", y) for x, y in (("u8", "u8"), ("s16le", "s16"), ("s24le", "s32"), ("s32le", "s32"))],
         *[("wav", f"pcm_{x}le", y) for x, y in (("f32", "flt"), ("f64", "dbl"))],
         ("flac", "flac", "s16"),
+        ("aiff", "pcm_s16be", "s16"),
         ("mp4", "aac", "fltp"),
     ],
 )
 @pytest.mark.parametrize("layout", ["mono", "stereo"])
 def test_samples_are_what_ffmpeg_converts_them_to(tmp_path, suffix, codec, kind, layout):
     path = tmp_path / f"a.{suffix}"
+    assert media_type_of(path).name == ("video" if suffix == "mp4" else "audio")
     noise = np.random.default_rng(0).uniform(-1, 1, (1 + (layout == "stereo"), 4800)).astype(np.float32)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=16000, layout=layout, format=kind)

@@ -10,6 +10,7 @@ after a user error, which is printed as one line.
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -85,7 +86,8 @@ def write(config: Config, options: argparse.Namespace) -> None:
             if (place / KEY).is_file():  # anything else is not a store
                 shutil.rmtree(place)
     accelerator.wait_for_everyone()
-    quiet = None if accelerator.is_main_process else True
+    shown = {"unit": "batch", "disable": not accelerator.is_main_process}
+    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 60  # a log, too, says how far it is
     CacheWriter(
         folder,
         model,
@@ -98,6 +100,6 @@ def write(config: Config, options: argparse.Namespace) -> None:
         on_bad_sample=data.on_bad_sample,
         leave_out=options.leave_out,
         collator=Collator(processor, data.max_length, cut=data.on_long_sample == "cut"),
-        progress=lambda batches, name: tqdm(batches, name, unit="batch", disable=quiet),
+        progress=lambda batches, name: tqdm(batches, name, **shown),
         say=accelerator.print,
     ).write()

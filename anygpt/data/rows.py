@@ -213,7 +213,7 @@ class MessageRow(RowModel):
                     "with: add one.",
                     "caption",
                 )
-        if not any(part.type != "text" or all(part.wordings) for part in self.content):
+        if not any(part.type != "text" or all(map(str.strip, part.wordings)) for part in self.content):
             raise fault("is empty: give it text or media, or leave the message out.")
         return self
 

@@ -153,7 +153,7 @@ class Sound(MediaType):
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CLIPS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif")
 # Signal tokens: the paper's names and counts (NExT-GPT, arXiv 2309.05519, §4.2).
 IMAGE = Picture("image", "images", PICTURES, "image/png", "IMG", 4, "image_url")
 VIDEO = Clip("video", "videos", CLIPS, "video/mp4", "VID", 24, "video_url")
