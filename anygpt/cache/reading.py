@@ -63,11 +63,11 @@ def entries(model: Composition) -> list[Entry]:
             obstacle = "preprocess_llm_callback reads its inputs"
         found.append(Entry(f"{key}_encoder", FEATURES, key, encoder.modality, obstacle))
     for key, module in model.decoders.items():
-        trained = "it trains" if any(map(trains, encoding_networks(module.module).values())) else None
         dropped = "captions are dropped at random" if model.loss_weights.caption_dropout else None
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
-        for kind, obstacle in ((CAPTIONS, trained or dropped), (LATENTS, trained or pixels)):
-            found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, obstacle))
+        for kind, obstacle in ((CAPTIONS, dropped), (LATENTS, pixels)):
+            trained = "it trains" if any(map(trains, encoding_networks(module.module, kind).values())) else None
+            found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, trained or obstacle))
     for key, tokenizer in model.tokenizers.items():
         obstacle = "it trains" if trains(tokenizer.module) else None
         found.append(Entry(f"{key}_tokenizer", CODES, key, tokenizer.modality, obstacle))
@@ -134,7 +134,7 @@ def store_key(
         }
     one = model.tokenizers if entry.kind == CODES else model.decoders
     decoder = one[entry.part].module
-    networks = encoding_networks(decoder)
+    networks = encoding_networks(decoder, entry.kind)
     key["class"] = class_name(decoder)
     key["weights"] = {name: fingerprint_tensors(network.state_dict()) for name, network in networks.items()}
     key["config"] = {name: plain(n.config.to_dict()) for name, n in networks.items() if hasattr(n.config, "to_dict")}
@@ -146,9 +146,15 @@ def store_key(
     return key | {"shape": list(decoder.condition_shape), "pooled": decoder.pooled_dim}
 
 
-def encoding_networks(decoder: DiffusionDecoder | MediaTokenizer) -> dict[str, nn.Module]:
-    denoiser = getattr(decoder, "denoiser", None)
-    return {name: network for name, network in decoder.named_children() if network is not denoiser}
+def encoding_networks(decoder: DiffusionDecoder | MediaTokenizer, kind: str) -> dict[str, nn.Module]:
+    """By name: a media tokenizer's networks, a decoder's VAE for latents, or for captions the others but the denoiser."""
+    networks = dict(decoder.named_children())
+    if kind == CODES:
+        return networks
+    left_out = (decoder.denoiser, decoder.vae)
+    return {
+        n: part for n, part in networks.items() if (part is decoder.vae if kind == LATENTS else part not in left_out)
+    }
 
 
 def trains(network: nn.Module) -> bool:
