@@ -147,7 +147,7 @@ def store_key(
 
 
 def encoding_networks(decoder: DiffusionDecoder | MediaTokenizer, kind: str) -> dict[str, nn.Module]:
-    """By name: a media tokenizer's networks, a decoder's VAE for latents, or for captions the others but the denoiser."""
+    """By name: a media tokenizer's, a decoder's VAE for latents, or for captions all others but the denoiser."""
     networks = dict(decoder.named_children())
     if kind == CODES:
         return networks

@@ -310,16 +310,17 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
     Raises:
         InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
     """
-    source = Source.of(path, options, "num_frames")
-    given = {"torch_dtype": source.torch_dtype, "num_frames": source.num_frames}
-    given = {name: value for name, value in given.items() if value is not None}
+    sizes = ("num_frames", "height", "width")
+    source = Source.of(path, options, *sizes)
+    given = {name: getattr(source, name) for name in ("torch_dtype", *sizes) if getattr(source, name) is not None}
 
     def build() -> DiffusionDecoder:
         decoder = DiffusionDecoder.from_pretrained(
             source.folder, variant=source.variant, weights=source.weights, **source.where, **given
         )
-        if source.num_frames is not None and "num_frames" not in decoder._setting_names():
-            raise InputError(f"num_frames is set, but a decoder of {decoder.modality} makes no clips; leave it out")
+        if unknown := [name for name in given if name in sizes and name not in decoder._setting_names()]:
+            made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
+            raise InputError(f"{unknown[0]} is set, but a decoder of {decoder.modality} makes no {made}; leave it out")
         return decoder
 
     return load(source, "decoder", build, unused=("attn_implementation", "quantization_config", "gguf_file"))

@@ -107,7 +107,10 @@ class TokenizerSettings(PartSettings):
 
 @dataclass
 class Source(EncoderSettings, TokenizerSettings):
-    """Origin and loading options of a frozen part; a decoder may have `num_frames` too."""
+    """Origin and loading options of a frozen part; decoders have `num_frames` and sizes in pixels, too."""
+
+    height: Tokens | None = None
+    width: Tokens | None = None
 
     def __post_init__(self) -> None:
         self.path = str(self.path)

@@ -73,7 +73,7 @@ class DecoderConfig(PartSettings):
 
     Attributes:
         modality: media type in the data; the decoder's own by default.
-        num_frames: frames per clip, for video decoders.
+        height, width, num_frames: size of what it makes and learns, in pixels and frames, if not the decoder's own.
         num_signal_tokens: tokens per span; the media type's by default (the paper's: image 4, video 24, audio 8).
         hidden_layer: index of the hidden states to read, -1 for the last, or `mix`.
         signal: `tokens`, or `queries`: learned queries after a single trigger token.
@@ -84,6 +84,8 @@ class DecoderConfig(PartSettings):
     """
 
     modality: str | None = None
+    height: Tokens | None = None
+    width: Tokens | None = None
     num_frames: Tokens | None = None
     num_signal_tokens: Tokens | None = None
     hidden_layer: int | str = -1
