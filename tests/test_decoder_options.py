@@ -6,6 +6,7 @@ import tiny_pipelines
 import torch
 from training_utils import REPOSITORY, arguments, train_here
 
+from anygpt import load_decoder
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.decoders import StableDiffusion3Decoder, StableDiffusionXLDecoder
 from anygpt.errors import InputError
@@ -52,6 +53,13 @@ def test_wrong_options_are_errors_before_anything_runs(full_model, key, wrong, m
     with pytest.raises(InputError, match=message):
         # nothing can be said in no tokens at all: the options are looked at first
         model.generate(**tokenize(processor, ["a"]), max_new_tokens=0, decoder_kwargs={key: wrong})
+
+
+def test_a_decoder_is_loaded_with_another_size():
+    decoder = load_decoder("zoo:image_decoder", height=64, width=48)
+    assert decoder.targets.note.startswith("48 × 64 pixels")
+    with pytest.raises(InputError, match="height is set, but a decoder of audio makes no pictures or clips"):
+        load_decoder("zoo:audio_decoder", height=64)
 
 
 def test_options_reach_their_decoder(full_model):
