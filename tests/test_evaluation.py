@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from anygpt import InputError
-from anygpt.evaluation.statistics import share, wilson_interval
 from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES, language
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import moving_caption
 from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
+from anygpt.toyworld.evaluation.formatting import share, wilson_interval
 from anygpt.toyworld.evaluation.matrix import cell_table, check_settings, motion_table
 from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
 from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests

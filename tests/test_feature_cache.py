@@ -506,7 +506,7 @@ def test_another_part_makes_the_cache_stale(world):
     world.model.train("image_encoder")  # then it is not asked
     with torch.no_grad():
         next(world.model.decoders["video"].module.vae.parameters()).add_(1e-3)
-    with pytest.raises(InputError, match=r"video_decoder\.captions is stale.*: weights\.vae changed"):
+    with pytest.raises(InputError, match=r"video_decoder\.latents is stale.*: weights\.vae changed"):
         world.open()
 
 

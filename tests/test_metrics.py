@@ -19,15 +19,14 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 from anygpt import InputError
+from anygpt.data.grammar import CATEGORIES, COLOURS, compose
 from anygpt.data.schema import ContentPart, Message, Sample
-from anygpt.evaluation.grammar import CATEGORIES, COLOURS, compose
 from anygpt.evaluation.metrics import METRICS, base
-from anygpt.evaluation.metrics.base import Batch, Item
+from anygpt.evaluation.metrics.base import Batch, Item, bootstrap_interval
 from anygpt.evaluation.metrics.composition import CompositionScore, is_composed, overlap, related
 from anygpt.evaluation.metrics.features import PretrainedNetwork
 from anygpt.evaluation.metrics.text import normalize_answer, vqa_accuracy, words_of
 from anygpt.evaluation.rows import Row
-from anygpt.evaluation.statistics import bootstrap_interval
 from anygpt.media.types import MEDIA, read_media
 
 

@@ -7,20 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
 from anygpt.errors import InputError
 from anygpt.evaluation.rows import Row
-from anygpt.evaluation.store import write
-
-
-def page_template(package: str, name: str) -> jinja2.Template:
-    """HTML template in a package."""
-    loader = jinja2.PackageLoader(package, "")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
+from anygpt.media.writing import write
+from anygpt.pages import page_template
 
 
 def text_table(report: Mapping[str, Any]) -> str:

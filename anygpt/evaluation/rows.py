@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
+from anygpt.data.grammar import compose
 from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.errors import InputError
-from anygpt.evaluation.grammar import compose
 from anygpt.evaluation.suite import Ask, Suite
 from anygpt.media.files import StoredMedium
 
@@ -32,7 +32,7 @@ class Row:
         targets, captions: first medium of each type in the reference answer, and its caption.
         sources: last medium of each type in the prompt.
         choices: answers to choose from; if empty, the model writes its answer.
-        expected: expected composition (see `anygpt.evaluation.grammar`).
+        expected: expected composition (see `anygpt.data.grammar`).
     """
 
     id: str

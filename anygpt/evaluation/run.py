@@ -19,8 +19,9 @@ from anygpt.errors import InputError
 from anygpt.evaluation.asking import Asker
 from anygpt.evaluation.report import write_report
 from anygpt.evaluation.rows import read_rows
-from anygpt.evaluation.store import AnswerStore, write
+from anygpt.evaluation.store import AnswerStore
 from anygpt.evaluation.suite import Suite
+from anygpt.media.writing import write
 from anygpt.version import __version__
 
 SHOWN = 24  # rows in the report

@@ -14,7 +14,7 @@ import xxhash
 from anygpt.data.schema import MediaRoot
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
-from anygpt.media.writing import replacing
+from anygpt.media.writing import write
 from anygpt.outputs import Answer
 
 INDEX, SETTINGS = "index.jsonl", "asked.json"
@@ -91,9 +91,3 @@ class AnswerStore:
             advice = "give another folder, or remove this one to ask again"
             raise InputError(f"--output: {self.folder} was asked for otherwise ({changed} changed); {advice}")
         write(path, (json.dumps(now, indent=1) + "\n").encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file atomically, by renaming."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)

@@ -77,3 +77,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def write(path: str | Path, content: bytes) -> None:
+    """Write a file atomically, by renaming."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

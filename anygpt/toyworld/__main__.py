@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from anygpt.errors import InputError
-from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, write_dataset
+from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, KINDS_OF, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
 SAMPLES = dict.fromkeys(KINDS, 1600) | {"stage3": 3200}  # conversations are more varied
@@ -24,21 +24,25 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
     add("--samples", type=int, help="rows for each stage (default: 1600, for stage 3 twice as many)")
     add("--eval-samples", type=int, default=160, help="rows to judge, for 16 cells (default: %(default)s)")
+    add("--world", type=int, choices=KINDS_OF, default=1, help="2: pictures of several things (default: %(default)s)")
     stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--kinds", nargs="+", choices=stages, default=stages, help="of these (default: all of them)")
+    which.add_argument("--kinds", nargs="+", choices=stages, help="of these (default: all of them)")
     which.add_argument("--components", action="store_true", help=f"the data of stage 0, about all {len(THINGS)} things")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
     samples = SAMPLES if options.samples is None else dict.fromkeys(KINDS, options.samples)
     samples = samples | {"eval": options.eval_samples}
-    kinds = COMPONENT_KINDS if options.components else options.kinds
+    kinds = COMPONENT_KINDS if options.components else options.kinds or stages
+    if options.kinds is None:
+        kinds = [kind for kind in kinds if kind in KINDS_OF[options.world]]
     try:
         with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
             written = {}
             for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
                 things = THINGS if options.components else HELD_OUT if kind == "eval" else SEEN
-                written[kind] = pool.submit(write_dataset, options.output, kind, samples[kind], options.seed, things)
+                given = (options.output, kind, samples[kind], options.seed, things, False, options.world)
+                written[kind] = pool.submit(write_dataset, *given)
             for kind in kinds:
                 print(written[kind].result(), flush=True)
     except InputError as error:

@@ -13,6 +13,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from anygpt.errors import InputError
 from anygpt.media.writing import write_audio, write_image, write_video
 from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render, render_video
+from anygpt.toyworld.scenes import KINDS as SCENE_KINDS
+from anygpt.toyworld.scenes import Scene, render_scene, scene_row
 from anygpt.toyworld.world import MODALITIES, MOTIONS, SEEN, Thing
 from anygpt.toyworld.zoo import digest
 
@@ -31,6 +34,8 @@ KINDS = {  # by kind, a number that is mixed into the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
     **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12, "dialogues": 13},
 }
+KINDS_OF = {1: tuple(KINDS), 2: tuple(SCENE_KINDS)}
+"""Kinds by world."""
 COMPONENT_KINDS = tuple(KINDS)[5:]
 """Kinds that stage 0 trains the parts on."""
 _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "audio"}
@@ -53,7 +58,13 @@ EXCHANGES = {"stage3": (1, 2, 3, 4, 4), "dialogues": (1, 2, 3, 4, 6, 8)}
 
 
 def write_dataset(
-    output: Path, kind: str, num_samples: int, seed: int, things: Sequence[Thing] = SEEN, progress: bool = False
+    output: Path,
+    kind: str,
+    num_samples: int,
+    seed: int,
+    things: Sequence[Thing] = SEEN,
+    progress: bool = False,
+    world: int = 1,
 ) -> Path:
     """Write a dataset, unless the same one exists; returns the path of its JSONL file.
 
@@ -73,13 +84,16 @@ def write_dataset(
     - `pictures`, `clips`, `sounds`: a text request, answered by that medium; half of the captions are paraphrases.
     - `stills`: as `pictures`, but half of them are frames of clips, in which things are smaller.
 
-    Row i depends on (kind, seed, things, i) only. The JSONL file appears last, when all media files exist.
+    In `world` 2 the rows are about scenes, see `anygpt.toyworld.scenes.KINDS`.
+
+    Row i depends on (world, kind, seed, things, i) only. The JSONL file appears last, when all media files exist.
 
     Raises:
         InputError: an unknown kind, or nothing to write.
     """
-    if kind not in KINDS:
-        raise InputError(f"Unknown kind of dataset {kind!r}: expected one of {', '.join(KINDS)}.")
+    kinds = KINDS_OF[world]
+    if kind not in kinds:
+        raise InputError(f"Unknown kind of dataset {kind!r} in world {world}: expected one of {', '.join(kinds)}.")
     if num_samples < 1 or seed < 0 or not things:
         raise InputError(
             "A dataset needs num_samples >= 1, seed >= 0 and at least one thing, "
@@ -88,7 +102,7 @@ def write_dataset(
     output = Path(output)
     rows_path, folder = output / f"{kind}.jsonl", output / kind
     temporary = output / f".{kind}-{secrets.token_hex(4)}"
-    writer = _RowWriter(temporary, kind, seed, things)
+    writer = _RowWriter(temporary, kind, seed, things, world)
     try:
         for modality in MODALITIES:
             (temporary / modality).mkdir(parents=True)
@@ -96,7 +110,8 @@ def write_dataset(
             first = min(_FIRST_ROWS, num_samples)
             writer.write(range(first), bar)
             made = {"kind": kind, "num_samples": num_samples, "seed": seed, "begins": digest(temporary)}
-            manifest = json.dumps(made | {"things": list(map(str, things))}, indent=1) + "\n"
+            made |= {"things": list(map(str, things))} | ({"world": world} if world > 1 else {})
+            manifest = json.dumps(made, indent=1) + "\n"
             known = folder / "manifest.json"
             if rows_path.is_file() and known.is_file() and known.read_bytes() == manifest.encode():
                 return rows_path
@@ -126,14 +141,19 @@ def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rn
 class _RowWriter:
     """Writes the rows of one kind to `folder`/rows.jsonl, and their media to `folder`/<modality>/."""
 
-    def __init__(self, folder: Path, kind: str, seed: int, things: Sequence[Thing]) -> None:
-        self.folder, self.kind, self.seed, self.things = folder, kind, seed, things
+    def __init__(self, folder: Path, kind: str, seed: int, things: Sequence[Thing], world: int) -> None:
+        self.folder, self.kind, self.seed, self.things, self.world = folder, kind, seed, things, world
 
     def write(self, rows: range, bar: tqdm) -> None:
         with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             for index in rows:
-                rng = np.random.default_rng([self.seed, KINDS[self.kind], index])
-                file.write(json.dumps(self._row(index, rng)) + "\n")
+                seeds = [self.seed, KINDS[self.kind], index]
+                if self.world == 1:
+                    row = self._row(index, np.random.default_rng(seeds))
+                else:
+                    rng = np.random.default_rng([*seeds, self.world])
+                    row = scene_row(self.kind, index, self.things, rng, partial(self._scene, rng))
+                file.write(json.dumps(row) + "\n")
                 bar.update()
 
     def _row(self, index: int, rng: Rng) -> dict[str, Any]:
@@ -175,6 +195,11 @@ class _RowWriter:
         roles = ("user", "assistant")
         messages = [{"role": r, "content": c} for said in (first, *later) for r, c in zip(roles, said, strict=True)]
         return {"id": name, "messages": messages}
+
+    def _scene(self, rng: Rng, name: str, scene: Scene) -> Part:
+        path = f"image/{name}.{SUFFIX['image']}"
+        write_image(self.folder / path, render_scene(scene, rng))
+        return {"type": "image", "path": f"{self.kind}/{path}"}
 
     def _thing(self, rng: Rng) -> Thing:
         return language.pick(rng, self.things)

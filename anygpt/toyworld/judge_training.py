@@ -23,9 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anygpt.evaluation.store import write
 from anygpt.media.videos import read_video
-from anygpt.media.writing import write_video
+from anygpt.media.writing import write, write_video
 from anygpt.toyworld.datasets import FPS
 from anygpt.toyworld.judges import NETWORKS, WEIGHTS, Judges, load_judges
 from anygpt.toyworld.render import SAMPLING_RATE, render_audio, render_image, render_video

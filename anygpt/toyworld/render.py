@@ -7,6 +7,7 @@ Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ _PARTIALS: dict[str, tuple[tuple[float, float], ...]] = {
 _DECAY = {"triangle": 5.0, "cross": 9.0, "ring": 1.5}
 """How fast a note dies away: plucked, struck, and ringing on."""
 _SUPERSAMPLING = 8
+Mark = tuple[str, np.ndarray, float, tuple[int, ...]]
+"""Shape, centre (x, y) and radius in pixels, RGB."""
 _MAX_HZ = 7_600.0
 """Partials above this frequency are omitted: they would alias, or fall outside the mel scale."""
 
@@ -74,7 +77,8 @@ def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Imag
     radius = size * rng.uniform(0.20, 0.36)
     room = size / 2 - radius - size / 32  # leaves a border of one pixel (at size 32)
     centre = size / 2 + rng.uniform(-room, room, size=2)
-    return _draw(thing.shape, size, centre, radius, *_colours(thing, rng))
+    colour, background = colour_of(thing, rng), background_of(rng)
+    return draw(size, background, [(thing.shape, centre, radius, colour)])
 
 
 def render_video(
@@ -100,9 +104,9 @@ def render_video(
     if motion in ("left", "up"):  # image rows grow downwards
         along = along[::-1]
     x, y = (along, across) if motion in ("left", "right") else (across, along)
-    colours = _colours(thing, rng)
+    colour, background = colour_of(thing, rng), background_of(rng)
     centres = np.stack([x, y], axis=1) + size / 2
-    return np.stack([np.asarray(_draw(thing.shape, size, centre, radius, *colours)) for centre in centres])
+    return np.stack([np.asarray(draw(size, background, [(thing.shape, at, radius, colour)])) for at in centres])
 
 
 def render_audio(
@@ -143,23 +147,26 @@ def _envelope(shape: str, beat: np.ndarray) -> np.ndarray:
     return edges * np.exp(-_DECAY[shape] * beat)
 
 
-def _colours(thing: Thing, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """RGB of the thing (at 80 to 100% brightness) and of its dark, slightly tinted background."""
-    foreground = np.array(RGB[thing.colour]) * rng.uniform(0.8, 1.0)
-    background = rng.uniform(5, 35) + rng.uniform(-5, 5, size=3)
-    return tuple(int(c) for c in foreground.round()), tuple(int(c) for c in background.round())
+def colour_of(thing: Thing, rng: np.random.Generator) -> tuple[int, ...]:
+    """RGB of the thing, at 80 to 100% brightness."""
+    return tuple(int(c) for c in (np.array(RGB[thing.colour]) * rng.uniform(0.8, 1.0)).round())
 
 
-def _draw(
-    shape: str, size: int, centre: np.ndarray, radius: float, colour: tuple[int, ...], background: tuple[int, ...]
-) -> Image.Image:
-    """Draw an anti-aliased shape: `_SUPERSAMPLING` times as large, then averaged down."""
-    if shape not in _FORMS:
-        raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
+def background_of(rng: np.random.Generator) -> tuple[int, ...]:
+    """RGB of a dark, slightly tinted background."""
+    return tuple(int(c) for c in (rng.uniform(5, 35) + rng.uniform(-5, 5, size=3)).round())
+
+
+def draw(size: int, background: tuple[int, ...], marks: Sequence[Mark]) -> Image.Image:
+    """Draw anti-aliased shapes: `_SUPERSAMPLING` times as large, then averaged down."""
     large = size * _SUPERSAMPLING
     image = Image.new("RGB", (large, large), background)
-    draw = ImageDraw.Draw(image)
-    for fill, (form, corners) in zip((colour, background if shape == "ring" else colour), _FORMS[shape], strict=False):
-        places = np.array(corners).reshape(-1, 2) * (radius * _SUPERSAMPLING) + centre * _SUPERSAMPLING
-        getattr(draw, form)(places.ravel().tolist(), fill=fill)
+    canvas = ImageDraw.Draw(image)
+    for shape, centre, radius, colour in marks:
+        if shape not in _FORMS:
+            raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
+        fills = (colour, background if shape == "ring" else colour)
+        for fill, (form, corners) in zip(fills, _FORMS[shape], strict=False):
+            places = np.array(corners).reshape(-1, 2) * (radius * _SUPERSAMPLING) + centre * _SUPERSAMPLING
+            getattr(canvas, form)(places.ravel().tolist(), fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)

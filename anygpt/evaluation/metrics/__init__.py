@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
 from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
-from anygpt.evaluation.metrics.composition import CompositionScore
+from anygpt.evaluation.metrics.composition import CompositionScore, SceneScore
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA
@@ -75,6 +75,7 @@ METRICS: dict[str, Kind] = {
     "clip_i": Kind(_TO_SOURCE, "image", ("source",), _CLIP),
     "dino": Kind(_TO_SOURCE, "image", ("source",), "facebook/dino-vits16"),
     "composition": Kind(CompositionScore, "image", ("expected",), _CLIP, ("detector", "threshold")),
+    "scenes": Kind(SceneScore, "image", ("caption",)),
     "fvd": _DISTANCE(Frechet, "video", features="MCG-NJU/videomae-base-finetuned-kinetics", options=("num_frames",)),
     "frame_fid": _DISTANCE(partial(Frechet, by_frame=True), "video", features="inception", options=("num_frames",)),
     "clipsim": _FRAMES(_mean(base.clipsim), needs=("caption",)),

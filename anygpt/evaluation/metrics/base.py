@@ -22,7 +22,6 @@ from torchmetrics.image.kid import poly_mmd
 
 from anygpt.errors import InputError
 from anygpt.evaluation.rows import Place, Row
-from anygpt.evaluation.statistics import bootstrap_interval
 from anygpt.media.types import read_media
 
 SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # CMMD: kernel width, scale, rows per block
@@ -102,6 +101,14 @@ def mean_value(scores: Sequence[float]) -> Value:
     """Mean with its bootstrap interval."""
     values = np.asarray(scores, np.float64)
     return {"value": float(values.mean()), "n": len(values), "interval": list(bootstrap_interval(values))}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Deterministic 95% bootstrap percentile interval of the mean of `(n,)` values, at least one (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def cosine(metric: Metric, batch: Batch, role: str) -> list[float]:

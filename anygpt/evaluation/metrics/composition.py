@@ -1,4 +1,4 @@
-"""Composition accuracy of images for prompts of `anygpt.evaluation.grammar`, judged by a detector.
+"""Composition accuracy of images for prompts of `anygpt.data.grammar`, judged by a detector or, in ToyWorld 2, exactly.
 
 Categories and rules are those of GenEval (arXiv 2310.11513): detections above a threshold, exact counts, colours by
 CLIP on the crop, positions by the boxes' centres.
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import pipeline
 
-from anygpt.evaluation.grammar import COLOURS, RELATIONS
+from anygpt.data.grammar import COLOURS, RELATIONS
+from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 from anygpt.evaluation.metrics.features import loading
+from anygpt.toyworld.scene_judge import find_things, fits
+from anygpt.toyworld.scenes import read_caption
 
 TOLERANCE = 0.1  # minimum offset between two things, relative to the boxes' extents
 OVERLAP = 0.5  # intersection over union above which two detections of a class count as one thing
@@ -62,8 +65,34 @@ def overlap(one: Box, other: Box) -> float:
     return wide * high / max(areas - wide * high, 1e-9)
 
 
-class CompositionScore(Metric):
-    """Share of images with the expected composition, by category; the first value is the mean over categories."""
+class ByCategory(Metric):
+    """Share of right answers by category; the first value is the mean over categories."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.right: dict[str, list[float]] = defaultdict(list)
+
+    def compute(self) -> dict[str, Value]:
+        found = {f"_{category}": mean_value(right) for category, right in self.right.items()}
+        value = float(np.mean([one["value"] for one in found.values()]))
+        return {"": {"value": value, "n": sum(one["n"] for one in found.values())}} | found
+
+
+class SceneScore(ByCategory):
+    """Share of images with exactly what their ToyWorld 2 caption says, by category and input."""
+
+    def update(self, batch: Batch) -> None:
+        images = batch.media("answer", self.modality)
+        for item, found in zip(batch.items, find_things(images), strict=True):
+            caption = item.find("caption", self.modality)
+            if (expected := read_caption(caption)) is None:
+                raise InputError(f"row {item.row.id!r}: {caption!r} is no caption of ToyWorld 2, as 'two red rings'")
+            given = next(iter(item.row.sources), "text")
+            self.right[f"{expected['category']}_from_{given}"].append(float(fits(expected, found)))
+
+
+class CompositionScore(ByCategory):
+    """Share of images with the expected composition."""
 
     def __init__(
         self, *arguments: Any, detector: str = "google/owlvit-base-patch32", threshold: float = 0.1, **options: Any
@@ -72,7 +101,6 @@ class CompositionScore(Metric):
         self.threshold = threshold
         with loading("detector", detector):
             self.detector = pipeline("zero-shot-object-detection", model=detector, device=self.network.device)
-        self.right: dict[str, list[float]] = defaultdict(list)
 
     def update(self, batch: Batch) -> None:
         for item, image in zip(batch.items, batch.media("answer", self.modality), strict=True):
@@ -97,8 +125,3 @@ class CompositionScore(Metric):
         """Colour whose description is closest to a crop."""
         texts = self.network.of_texts([f"a photo of a {colour} {name}" for colour in COLOURS])
         return COLOURS[int(F.cosine_similarity(self.network.of_media([crop]), texts).argmax())]
-
-    def compute(self) -> dict[str, Value]:
-        found = {f"_{category}": mean_value(right) for category, right in self.right.items()}
-        value = float(np.mean([one["value"] for one in found.values()]))
-        return {"": {"value": value, "n": sum(one["n"] for one in found.values())}} | found

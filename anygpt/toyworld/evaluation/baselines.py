@@ -16,13 +16,13 @@ import torch
 
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.module import ModalDecoderModule
-from anygpt.evaluation.statistics import share
 from anygpt.media.types import is_heard
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.tokenizers.base import MediaTokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, judge_media
+from anygpt.toyworld.evaluation.formatting import share
 from anygpt.toyworld.render import SAMPLING_RATE, render
 from anygpt.toyworld.world import MOTIONS, Thing
 

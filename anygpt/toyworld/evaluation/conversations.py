@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.chat_template import answer_message
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
+from anygpt.toyworld.evaluation.formatting import share
 from anygpt.toyworld.evaluation.requests import TALK, Request, matrix_requests, shuffled, talk_request
 from anygpt.toyworld.world import MOTIONS, Thing
 

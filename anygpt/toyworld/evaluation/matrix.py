@@ -17,7 +17,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
-from anygpt.evaluation.statistics import share
 from anygpt.media.types import media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
@@ -25,6 +24,7 @@ from anygpt.toyworld.datasets import SUFFIX
 from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
 from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
+from anygpt.toyworld.evaluation.formatting import share
 from anygpt.toyworld.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
 from anygpt.toyworld.world import HELD_OUT, SEEN, VALIDATION
 from anygpt.version import __version__

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anygpt.evaluation.statistics import share
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.answers import batches
+from anygpt.toyworld.evaluation.formatting import share
 from anygpt.toyworld.render import SAMPLING_RATE, render
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES
 

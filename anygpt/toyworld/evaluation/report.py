@@ -13,11 +13,11 @@ from typing import Any
 
 from PIL import Image
 
-from anygpt.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
-from anygpt.evaluation.report import page_template
-from anygpt.evaluation.store import write
 from anygpt.media.types import media_type
+from anygpt.media.writing import write
+from anygpt.pages import page_template
 from anygpt.toyworld.evaluation.answers import Judged
+from anygpt.toyworld.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
 from anygpt.toyworld.evaluation.matrix import sample_path
 from anygpt.toyworld.evaluation.requests import WAYS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ truck umbrella vase zebra
 """COCO classes that detectors recognize well, and that may have any number, place and colour."""
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {2: "two", 3: "three", 4: "four"}
-PLURALS = {"bench": "benches", "bus": "buses", "couch": "couches", "sheep": "sheep"}
+PLURALS = {"bench": "benches", "bus": "buses", "couch": "couches", "cross": "crosses", "sheep": "sheep"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
 
@@ -38,11 +39,15 @@ def compose(per_category: int, seed: int) -> list[tuple[str, str, dict[str, Any]
                 {"name": name, "count": count if category == "counting" else 1, "colour": colour if coloured else None}
                 for name, colour in zip(names, colours, strict=False)
             ]
-            link = f" {relation} " if category == "position" else " and "
-            caption = f"a photo of {link.join(map(_phrase, things))}"
-            expected = {"category": category, "things": things, "relation": relation if link != " and " else None}
-            wishes.append((f"{category}-{number:04d}", caption, expected))
+            relation = relation if category == "position" else None
+            expected = {"category": category, "things": things, "relation": relation}
+            wishes.append((f"{category}-{number:04d}", f"a photo of {describe(expected)}", expected))
     return wishes
+
+
+def describe(expected: Mapping[str, Any]) -> str:
+    """The caption of what is expected: "a cat left of a dog"."""
+    return f" {expected['relation'] or 'and'} ".join(map(_phrase, expected["things"]))
 
 
 def _phrase(thing: dict[str, Any]) -> str:

@@ -1,12 +1,10 @@
-"""Proportions and confidence intervals."""
+"""Proportions with their intervals, and the formatting of a report's numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-import numpy as np
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
@@ -29,9 +27,25 @@ def share(outcomes: Iterable[bool]) -> dict[str, Any]:
     return {"rate": right / n if n else None, "right": right, "n": n, "interval": list(wilson_interval(right, n))}
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Deterministic 95% bootstrap percentile interval of the mean of `(n,)` values, at least one (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def outputs_of(report: dict[str, Any]) -> list[str]:
+    return list(next(iter(report["matrix"].values())))
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}" if 0 < share < 1 else f"{share:.0%}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0] * 100:.0f}–{bounds[1] * 100:.0f}"
+
+
+def rate(found: dict[str, Any]) -> str:
+    return f"{percent(found['rate'])} ({found['right']} of {found['n']})"
+
+
+def turn_lines(turns: Sequence[dict[str, Any]]) -> list[str]:
+    """Results of conversations, one line per turn."""
+    return [
+        f"turn {number}: right {rate(turn['right'])}, missing {rate(turn['missing'])}, unasked {rate(turn['unasked'])}"
+        for number, turn in enumerate(turns, 1)
+    ]

@@ -1,0 +1,143 @@
+"""ToyWorld 2: scenes, their captions and split, the exact judge, and its suite."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from training_utils import REPOSITORY
+
+from anygpt.commands.evaluate import main as evaluate
+from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.data.grammar import CATEGORIES, describe
+from anygpt.errors import InputError
+from anygpt.toyworld import HELD_OUT, SEEN, THINGS
+from anygpt.toyworld.__main__ import main
+from anygpt.toyworld.datasets import write_dataset
+from anygpt.toyworld.scene_judge import find_things, fits
+from anygpt.toyworld.scenes import COUNTS_HELD_OUT, KINDS, PAIRS_HELD_OUT, invent, read_caption, render_scene
+
+
+def make(things, number, seed=0):
+    """`number` scenes of each category, and their pictures."""
+    rng = np.random.default_rng(seed)
+    scenes = [invent(category, things, rng) for category in CATEGORIES for _ in range(number)]
+    return scenes, [render_scene(scene, rng) for scene in scenes]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return make(THINGS, 15, seed=987_654)
+
+
+def share_right(images, scenes):
+    found = find_things(images)
+    return np.mean([fits(scene.expected, things) for scene, things in zip(scenes, found, strict=True)])
+
+
+def test_captions_say_what_is_expected(fresh):
+    for scene in fresh[0]:
+        assert read_caption(f"Here is the picture: {scene.caption}.") == scene.expected
+    assert read_caption("Three crosses") == {
+        "category": "counting",
+        "things": [{"name": "cross", "count": 3, "colour": None}],
+        "relation": None,
+    }
+    assert read_caption("a red ring left of an orange square")["relation"] == "left of"
+    assert read_caption("a smell of Tuesday") is None
+
+
+@pytest.mark.parametrize(("things", "held_out"), [(SEEN, False), (HELD_OUT, True)], ids=["seen", "held out"])
+def test_the_split_is_by_composition(things, held_out):
+    scenes, _ = make(things, 30)
+    for scene in scenes:
+        assert all((thing in HELD_OUT) == held_out for thing in scene.things)
+        category, shapes = scene.expected["category"], {thing.shape for thing in scene.things}
+        if category in ("two_objects", "position"):
+            assert (shapes in PAIRS_HELD_OUT) == held_out
+        if category == "counting":
+            assert (COUNTS_HELD_OUT[scene.things[0].shape] == len(scene.things)) == held_out
+    assert {scene.expected["category"] for scene in make(THINGS, 1)[0]} == set(CATEGORIES)
+
+
+def test_the_judge_is_right_on_renders(fresh):
+    scenes, images = fresh
+    found = find_things(images)
+    for scene, things in zip(
+        scenes, found, strict=True
+    ):  # every shape, colour and number, also where a caption says less
+        assert Counter((one.shape, one.colour) for one in things) == Counter((t.shape, t.colour) for t in scene.things)
+    assert share_right(images, scenes) == 1
+    assert share_right([image.filter(ImageFilter.GaussianBlur(0.6)) for image in images], scenes) >= 0.98
+    assert share_right([image.resize((128, 128), Image.Resampling.BICUBIC) for image in images], scenes) >= 0.98
+
+
+def test_the_judge_refuses_what_was_not_asked_for(fresh):
+    """Another number, another colour, colours that are swapped, the other side, and one thing too many."""
+    scenes, images = fresh
+    found = find_things(images)
+    for scene, things in zip(scenes, found, strict=True):
+        first, *others = scene.expected["things"]
+        wrong = [scene.expected | {"things": [first | {"count": first["count"] % 4 + 1}, *others]}]
+        if first["colour"]:
+            wrong.append(scene.expected | {"things": [first | {"colour": "none"}, *others]})
+        if first["colour"] and others:
+            swapped = [first | {"colour": others[0]["colour"]}, others[0] | {"colour": first["colour"]}]
+            wrong.append(scene.expected | {"things": swapped})
+        if scene.expected["relation"]:
+            other = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+            wrong.append(scene.expected | {"relation": other[scene.expected["relation"]]})
+            wrong.append(scene.expected | {"things": scene.expected["things"][::-1]})
+        for expected in wrong:
+            assert not fits(expected, things), describe(expected)
+        assert not fits(scene.expected, things[1:])
+    grey = Image.new("RGB", (64, 64), (20, 20, 20))
+    assert find_things([grey, Image.new("RGB", (64, 64), (250, 250, 250))])[0] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_datasets_are_valid(kind, tmp_path):
+    path = write_dataset(tmp_path / "a", kind, 24, seed=1, world=2)
+    samples = ConversationDataset.from_files([DataSource(str(path))]).samples
+    ways = Counter(tuple(sample.id.split("-")[2:]) for sample in samples)
+    assert len(samples) == 24 and len(ways) == 6 * len(KINDS[kind])
+    for sample in samples:
+        user, assistant = sample.messages
+        caption = next((part.caption for part in assistant.content if part.path), assistant.content[0].text)
+        assert read_caption(caption) and caption in assistant.content[0].text + caption
+        for part in (*user.content, *assistant.content):
+            if part.path:
+                assert Image.open(part.path).size == (64, 64) and fits(read_caption(caption), *find_things_in(part))
+    again = write_dataset(tmp_path / "b", kind, 24, seed=1, world=2)
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match="world 2"):
+        write_dataset(tmp_path, "dialogues", 1, seed=0, world=2)
+
+
+def find_things_in(part):
+    return find_things([Image.open(part.path)])
+
+
+def test_the_suite_scores_by_category_and_input(tmp_path):
+    """True pictures are all right; pictures of the next row are not."""
+    assert main(["--world", "2", "--output", str(tmp_path / "data"), "--kinds", "eval", "--eval-samples", "24"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "data/eval.jsonl").read_text().splitlines()]
+    pictures = [row["messages"][1]["content"][1]["path"] for row in rows]
+    scores = {}
+    for name, shift in (("right", 0), ("wrong", 1)):
+        lines = [
+            {"id": row["id"], "text": "", "files": [{"type": "image", "path": pictures[i - shift]}]}
+            for i, row in enumerate(rows)
+        ]
+        (tmp_path / "data/index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        suite = ["--suite", str(REPOSITORY / "configs/evaluation/toyworld2.yaml"), "--output", str(tmp_path / name)]
+        data = json.dumps([{"path": str(tmp_path / "data/eval.jsonl")}])
+        evaluate([*suite, "--answers", str(tmp_path / "data"), "--data", data])
+        scores[name] = json.loads((tmp_path / name / "metrics.json").read_text())["metrics"]
+    groups = {f"scenes_{category}_from_{source}" for category in CATEGORIES for source in ("text", "image")}
+    assert set(scores["right"]) == groups | {"scenes"}
+    assert all(found["model"]["value"] == 1 and found["model"]["n"] in (2, 24) for found in scores["right"].values())
+    assert scores["wrong"]["scenes"]["model"]["value"] < 0.2
