@@ -104,7 +104,10 @@ def test_the_mirror_has_every_repository_that_a_configuration_names():
         paths = [part["path"] for part in (*parts, model.get("language_model")) if part]
         named |= {path for path in paths if not path.startswith(("zoo:", "runs/"))}
     assert named == set(REPOSITORIES)
-    assert set(RECIPES) == {p.parent.name for p in (REPOSITORY / "configs").glob("*/stage[123].yaml")} - {"tiny"}
+    assert set(RECIPES) == {p.parent.name for p in (REPOSITORY / "configs").glob("*/stage[123].yaml")} - {
+        "tiny",
+        "real",
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,6 +156,10 @@ def test_check_of_every_stage(recipe, place, capsys):
     for stage in RECIPES[recipe]:
         code, out, err = run_check(stage, ["--config", str(path_of(recipe, stage)), "--run.device", "cpu"], capsys)
         assert (code, err) == (0, []) and "computed, not measured" in out and "not counted" not in out
+    if recipe == "small":
+        given = ["--config", str(REPOSITORY / "configs/small/all_at_once.yaml"), "--run.device", "cpu"]
+        code, out, err = run_check("all_at_once", given, capsys)
+        assert (code, err) == (0, []) and "image_tokenizer" in out and "not counted" not in out
     assert not (place / "runs").exists()
 
 
