@@ -181,6 +181,8 @@ def test_codes_are_the_librarys_own(name):
     tokenizer.check_codes(codes)
     assert torch.equal(tokenizer.encode(tokenizer.targets(given)), codes)
     assert torch.equal(torch.cat([tokenizer.encode([one]) for one in given]), codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.encode(given), codes)
 
 
 def library_media(name, tokenizer, codes):
@@ -330,6 +332,8 @@ def test_bad_input_is_named(tmp_path):
         r"size is 10 × 15 pixels, expected multiples of 2": lambda: MediaTokenizer(vq(), "image", size=[10, 15]),
         r"num_frames is 3, expected a multiple of 2": lambda: MediaTokenizer(vq(6), "video", num_frames=3),
         r"has 6 channels, expected 3": lambda: MediaTokenizer(vq(6), "image"),
+        r"has 1 channels, expected 3 a frame": lambda: MediaTokenizer(vq(1), "video"),
+        r"size is 0 × 0 pixels": lambda: MediaTokenizer(vq(), "image", size=0),
         r"name a vocoder": lambda: MediaTokenizer(vq(1), "audio"),
         r"vocoder takes 16 mels, but the VQModel has 32": lambda: MediaTokenizer(vq(1, 32), "audio", vocoder=vocoder()),
         r"it takes no image": lambda: MediaTokenizer(dac(), "image"),

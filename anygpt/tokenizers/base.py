@@ -26,7 +26,7 @@ SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
 UNIT_PIXELS = PIXELS | {"image_mean": 0.0, "image_std": 1.0}
-"""aMUSEd's, the one VQModel pipeline of diffusers that decodes from codes: pixels in [0, 1]."""
+"""aMUSEd's: pixels in [0, 1]; of diffusers' VQModels, its alone decode from codes."""
 
 
 class MediaTokenizer(nn.Module):
@@ -66,6 +66,7 @@ class MediaTokenizer(nn.Module):
         super().__init__()
         self.modality, self.network, self.vocoder = modality, network, vocoder
         self.family = family_of(network)
+        self.can_decode = self.family.decode is not None
         if pixels is None and getattr(network.config, "lookup_from_codebook", False):
             pixels = UNIT_PIXELS
         self.pixels = {name: (pixels or {}).get(name, value) for name, value in PIXELS.items()}
@@ -113,7 +114,7 @@ class MediaTokenizer(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         if not self.family.any_size and size != own:
             raise InputError(f"size is {size}, but this {self.family.network} takes {own} pixels only; leave it out")
-        if height % factor or width % factor:
+        if min(height, width) < factor or height % factor or width % factor:
             raise InputError(f"size is {height} × {width} pixels, expected multiples of {factor}, one code each way")
         grid = (height // factor, width // factor)
         if is_heard(self.modality):
@@ -122,7 +123,10 @@ class MediaTokenizer(nn.Module):
             if config.in_channels != 3:
                 raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3")
             return ImageTargets(height, width), grid
-        stack = self.family.clip_factor(config) if self.family.clip_factor else config.in_channels // 3
+        stack = self.family.clip_factor(config) if self.family.clip_factor else config.in_channels / 3
+        if stack != int(stack):
+            raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3 a frame")
+        stack = int(stack)
         frames = self.settings.get("num_frames", stack)
         if frames % stack:
             raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
@@ -167,10 +171,6 @@ class MediaTokenizer(nn.Module):
         return {"tokenizer": error.float() + made.commit_loss + pull}
 
     @property
-    def can_decode(self) -> bool:
-        return self.family.decode is not None
-
-    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
@@ -183,13 +183,16 @@ class MediaTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, media: list | Tensor) -> Tensor:
-        """Codes `(K, n)` int64 of raw media, or of a tensor from `targets`, on the network's device."""
-        grid = self.family.encode(self.network, self.to_network(media))
+        """Codes `(K, n)` int64 of raw media, or of a tensor from `targets`, on the network's device.
+
+        They are computed in the network's own dtype, also under autocast, so that a cache holds the same.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            grid = self.family.encode(self.network, self.to_network(media))
         if self.family.hop is not None:
-            grid = grid[:, : len(self.sizes)].transpose(1, 2) + self.bounds[: len(self.sizes), 0].to(grid.device)
-        codes = grid.reshape(-1, self.num_codes)
-        assert grid.numel() == codes.numel() and grid.shape[-1] == self.shape[-1], (grid.shape, self.shape)
-        return codes
+            grid = grid[:, : len(self.sizes)].transpose(1, 2)
+        assert grid.shape[-1] == self.shape[-1], (grid.shape, self.shape)
+        return grid.reshape(-1, self.num_codes) + self.bounds[:, 0].to(grid.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Any]:
@@ -204,14 +207,13 @@ class MediaTokenizer(nn.Module):
                 f"input, or name another tokenizer of {self.modality}"
             )
         self.check_codes(codes)
-        codes = codes.to(self.device)
+        grid = (codes.to(self.device) - self.bounds[:, 0].to(self.device)).view(-1, *self.shape)
         if self.family.hop is not None:
-            grid = (codes - self.bounds[:, 0].to(codes.device)).view(-1, *self.shape).transpose(1, 2)
-        else:
-            grid = codes.reshape(-1, *self.shape)
-            if is_timed(self.modality) and self.family.clip_factor is None:
-                grid = grid.flatten(0, 1)
-        return self.to_media(self.family.decode(self.network, grid))
+            grid = grid.transpose(1, 2)
+        elif is_timed(self.modality) and self.family.clip_factor is None:
+            grid = grid.flatten(0, 1)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.to_media(self.family.decode(self.network, grid))
 
     def check_codes(self, codes: Tensor) -> None:
         """Raise an `InputError` unless codes are `(K, n)` integers, each of the codebook of its place."""
@@ -251,12 +253,10 @@ class MediaTokenizer(nn.Module):
         """Mean and deviation that the network expects to be taken out of `targets`' values."""
         if self.vocoder is not None:
             return self.vocoder.mean.to(found), self.vocoder.scale.to(found)
-        mean, std = (torch.tensor(self.pixels[name]).to(found).view(-1, 1, 1) for name in ("image_mean", "image_std"))
+        settings = (torch.tensor(self.pixels[name]).to(found) for name in ("image_mean", "image_std"))
+        mean, std = (one.view(-1, *[1] * (found.dim() - 2)) for one in settings)
         unit = 127.5 * self.pixels["rescale_factor"]  # targets are x / 127.5 - 1, an image processor's x · rescale
-        mean, std = (mean - unit) / unit, std / unit
-        if len(mean) > 1 and found.dim() == 5:
-            mean, std = mean[:, None], std[:, None]
-        return mean, std
+        return mean / unit - 1, std / unit
 
     def to_media(self, made: Tensor) -> list[Any]:
         """Media of the network's output."""

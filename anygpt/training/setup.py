@@ -109,7 +109,7 @@ def compose(
     for key, entry in config.model.tokenizers.items():
         with collected(f"model.tokenizers.{key}"):
             if key not in tokenizers:
-                part = load_media_tokenizer(source(entry, precision), entry.modality or key)
+                part = load_media_tokenizer(source(entry, "no"), entry.modality or key)
                 tokenizers[key] = ModalTokenizerModule(part, entry.row_ends)
             tokenizers[key].defaults = entry.defaults or tokenizers[key].defaults
     kinds = (
