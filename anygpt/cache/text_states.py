@@ -2,8 +2,6 @@
 projectors' inputs. If nothing below trains, as in stage 2 with `signal_rows: output`, they are the same in every
 epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +55,7 @@ class TextStates(dict[str, Tensor]):
     """
 
     @classmethod
-    def join(cls, rows: Sequence[Mapping[str, Tensor]]) -> TextStates:
+    def join(cls, rows: Sequence[Mapping[str, Tensor]]) -> "TextStates":
         return cls({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
     def __call__(

@@ -1,7 +1,5 @@
 """Writing the feature cache: runs each medium and caption of the datasets through the frozen parts once."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +129,7 @@ class CacheWriter:
             writer.flush()
         return counts
 
-    def outputs(self, entry: Entry, batch: Prepared) -> Iterator[dict[str, Tensor]]:
+    def outputs(self, entry: Entry, batch: "Prepared") -> Iterator[dict[str, Tensor]]:
         """Yield the tensors to store for each content of a batch; features of several pieces have a first axis for
         them."""
         data = move(batch.data, self.model.device)

@@ -1,7 +1,5 @@
 """A map-style dataset of conversations whose media are decoded on access."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,7 +45,7 @@ class LoadedSample:
             for medium in itertools.islice(left.get((role, part.type), ()), 1):
                 yield role, part.type, medium
 
-    def first_messages(self, count: int) -> LoadedSample:
+    def first_messages(self, count: int) -> "LoadedSample":
         """The sample reduced to its first messages and their media."""
         sample = replace(self.sample, messages=self.sample.messages[:count])
         kept = Counter((role == "assistant", part.type) for role, part in sample.media())
@@ -78,7 +76,7 @@ class BadSample:
     kind: Literal["bad", "long", "stale"] = "bad"
 
     @classmethod
-    def of(cls, sample: Sample, error: InputError, kind: Literal["bad", "long", "stale"] = "bad") -> BadSample:
+    def of(cls, sample: Sample, error: InputError, kind: Literal["bad", "long", "stale"] = "bad") -> "BadSample":
         return cls(sample.id, sample.naming(error), kind)
 
 
@@ -128,7 +126,7 @@ class ConversationDataset(Dataset):
         num_video_frames: int | None = None,
         on_bad_sample: str = "error",
         limits: MediaLimits = DEFAULT_LIMITS,
-    ) -> ConversationDataset:
+    ) -> "ConversationDataset":
         """Build a dataset from the samples of all files, one file after the other; each must have a usable row."""
         faults: list[InputError] = []
         by_source = []

@@ -3,8 +3,6 @@
 `SampleRow` is the project's own format, one object per line of a `.jsonl` file; every other one is converted to it.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping
@@ -178,7 +176,7 @@ class PartRow(RowModel):
         return {"type", "text"} if kind == "text" else {"type", "path", "caption"}
 
     @model_validator(mode="after")
-    def _has_content(self) -> PartRow:
+    def _has_content(self) -> "PartRow":
         if self.type == "text" and self.text is None:
             raise fault("'text' must be a string, and is missing.")
         if self.type != "text" and self.path is None:
@@ -203,7 +201,7 @@ class MessageRow(RowModel):
     content: Annotated[list[PartRow], BeforeValidator(_text_as_parts)]
 
     @model_validator(mode="after")
-    def _suits_its_role(self) -> MessageRow:
+    def _suits_its_role(self) -> "MessageRow":
         for i, part in enumerate(self.content):
             if part.type != "text" and self.role == "system":
                 raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
@@ -223,7 +221,7 @@ class SampleRow(RowModel):
     id: Id = ""
 
     @model_validator(mode="after")
-    def _can_be_learnt(self) -> SampleRow:
+    def _can_be_learnt(self) -> "SampleRow":
         if not any(message.role == "assistant" for message in self.messages):
             raise fault("has no assistant message, so there is nothing to learn from it: add the answer.")
         counts = {len(part.wordings) for message in self.messages for part in message.content} - {1}

@@ -3,8 +3,6 @@
 Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -30,7 +28,7 @@ class Condition:
     mask: Tensor | None = None
 
     @classmethod
-    def of(cls, condition: Condition | Tensor) -> Condition:
+    def of(cls, condition: "Condition | Tensor") -> "Condition":
         """Wrap a plain tensor as `Condition(embeds=tensor)`."""
         return condition if isinstance(condition, cls) else cls(embeds=condition)
 
@@ -43,22 +41,22 @@ class Condition:
             return self.mask.bool()
         return self.mask >= self.mask.amax(dim=1, keepdim=True).clamp(max=0)
 
-    def without_padding(self) -> Condition:
+    def without_padding(self) -> "Condition":
         """The condition with zeros in place of padding."""
         return replace(self, embeds=self.embeds * self.real[..., None])
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
-    def __getitem__(self, rows: slice | list[int] | Tensor) -> Condition:
+    def __getitem__(self, rows: slice | list[int] | Tensor) -> "Condition":
         """The samples of `rows`, with the batch dimension kept."""
         return self._map(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`, and cast floating-point tensors to `dtype`. Differentiable."""
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         return Condition(*(None if x is None else function(x) for x in (self.embeds, self.pooled, self.mask)))
 
 

@@ -18,18 +18,8 @@ from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 
 from anygpt.errors import InputError
-from anygpt.media.files import (
-    DEFAULT_LIMITS,
-    MediaLimits,
-    Place,
-    Video,
-    codec_of,
-    decoded,
-    decoding,
-    open_container,
-    open_image,
-    to_rgb,
-)
+from anygpt.media import files
+from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, Place, Video
 
 # Containers whose packets have presentation times; others (such as AVI) have decoding times only.
 TIMED = {"mov", "matroska", "mpegts"}
@@ -88,7 +78,7 @@ def read_video(
         raise InputError(f"num_frames is {num_frames}, and must be at least 1, or None for all frames or with fps.")
     if fps is not None and not 0 < fps < math.inf:
         raise InputError(f"fps is {fps}, and must be a number above 0, or None.")
-    with decoding(path, "a video") as path:
+    with files.decoding(path, "a video") as path:
         with path.open("rb") as file:
             animated = re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavi", file.read(12), re.DOTALL) is not None
         header = (_animation_header if animated else _video_header)(path, limits)
@@ -155,7 +145,7 @@ def _in_order(
 
 
 def _animation_header(path: Place, limits: MediaLimits) -> Header:
-    with open_image(path, limits) as image:
+    with files.open_image(path, limits) as image:
         count = getattr(image, "n_frames", 1)
         if count == 1 and image.format != "GIF":
             raise ValueError("it is a still image")
@@ -171,23 +161,23 @@ def _animation_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
             milliseconds = image.info.get("duration") or 100  # the default of browsers
-            yield Frame(lambda: np.asarray(to_rgb(image)), None, Fraction(milliseconds) / 1000)
+            yield Frame(lambda: np.asarray(files.to_rgb(image)), None, Fraction(milliseconds) / 1000)
 
 
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # cover art is no video
             # Data workers already decode in parallel, and starting threads takes longer than decoding a few frames.
-            codec_of(stream).thread_count = 1
+            files.codec_of(stream).thread_count = 1
             return stream
     raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
 
 
 def _video_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
-    with open_container(path, limits) as (container, ending):
+    with files.open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
         unit, rate = Fraction(stream.time_base), _rate(stream)
-        for frame in decoded(container, stream, ending):
+        for frame in files.decoded(container, stream, ending):
             limits.check(path, pixels=_square_width(frame.width, stream) * frame.height)  # a later frame may be larger
             start = None if frame.pts is None else frame.pts * unit
             length = (frame.duration or 0) * unit or 1 / rate
@@ -221,10 +211,10 @@ def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
 
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:
-    with open_container(path, limits) as (container, ending):
+    with files.open_container(path, limits) as (container, ending):
         stream = _picture_stream(container, path)
         limits.check(path, seconds=ending.stated or 0)
-        codec, rate, unit = codec_of(stream), _rate(stream), Fraction(stream.time_base)
+        codec, rate, unit = files.codec_of(stream), _rate(stream), Fraction(stream.time_base)
         pixels = _square_width(codec.width, stream) * codec.height
         shown: list[tuple[int | None, int | None]] = []
         keys: list[int | None] = []
@@ -253,7 +243,7 @@ def _seek_frames(
     kept: dict[int, np.ndarray] = {}
     size = 0
     try:
-        with open_container(path, limits) as (container, _):
+        with files.open_container(path, limits) as (container, _):
             stream = _picture_stream(container, path)
             for key, indices in itertools.groupby(sorted(set(chosen)), lambda i: header.keys[i]):
                 left = {header.times[i]: i for i in indices}

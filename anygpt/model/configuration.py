@@ -1,7 +1,5 @@
 """`MultimodalConfig`: the parts of a composition, one entry each, as JSON beside its tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -61,7 +59,7 @@ class MultimodalConfig(PreTrainedConfig):
         self.language_model, self.signal_token_ids = self.language_model or {}, self.signal_token_ids or {}
 
     @classmethod
-    def of(cls, model: Composition) -> MultimodalConfig:
+    def of(cls, model: Composition) -> "MultimodalConfig":
         """Describe a model's current state; saving adds the fingerprints."""
         callback = model.preprocess_llm_callback
         encoders = {

@@ -3,8 +3,6 @@
 Only headers are read until a tensor is accessed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -76,7 +74,7 @@ class Place:
             return " (it is a file; name the folder that it is in)"
         return "" if Path(self.path).is_dir() else " (there is no such folder, so it is taken for a hub id)"
 
-    def inside(self, subfolder: str) -> Place:
+    def inside(self, subfolder: str) -> "Place":
         return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
 
     def file(self, name: str) -> Path | None:

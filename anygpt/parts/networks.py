@@ -11,17 +11,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from anygpt.errors import InputError
-from anygpt.parts.files import (
-    Place,
-    Weights,
-    built_from,
-    dtype_of,
-    find_weights,
-    rename,
-    shape_of,
-    some,
-    wants_shapes_only,
-)
+from anygpt.parts import files
+from anygpt.parts.files import Place, Weights
 
 
 def load_network(
@@ -45,30 +36,31 @@ def load_network(
     Raises:
         InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.
     """
-    weights = find_weights(place, names)
+    weights = files.find_weights(place, names)
     config_file = f"{place}/config.json"
     if not weights.files:  # not in the cache, and only shapes are wanted
-        with torch.device("meta"), built_from(config_file):
+        with torch.device("meta"), files.built_from(config_file):
             return cls(config).to(dtype or config.dtype or fallback_dtype or torch.float32)
     state, origin, twice = {}, {}, []
     for name, tensor in weights.tensors():
-        new = rename(names, name)
+        new = files.rename(names, name)
         if new is not None:
             twice += [name] if new in state else []
             state[new], origin[new] = tensor, name
     for prefix, arguments in optional.items():
         if not any(name.startswith(prefix) for name in state):
             options = {**arguments, **options}
-    dtype = dtype or config.dtype or fallback_dtype or next(filter(None, map(dtype_of, state.values())), torch.float32)
-    if wants_shapes_only():
-        state = {name: shape_of(tensor) for name, tensor in state.items()}
+    dtypes = filter(None, map(files.dtype_of, state.values()))
+    dtype = dtype or config.dtype or fallback_dtype or next(dtypes, torch.float32)
+    if files.wants_shapes_only():
+        state = {name: files.shape_of(tensor) for name, tensor in state.items()}
         options = {name: value for name, value in options.items() if name != "quantization_config"}
         options["device_map"] = "meta"
     options |= {"config": config, "state_dict": state, "dtype": dtype}
-    with _without_their_report(), built_from(config_file):
+    with _without_their_report(), files.built_from(config_file):
         network, info = cls.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     floats = {name for name, parameter in network.named_parameters() if parameter.is_floating_point()}
-    integers = [name for name, tensor in state.items() if dtype_of(tensor) is None and name in floats]
+    integers = [name for name, tensor in state.items() if files.dtype_of(tensor) is None and name in floats]
     faults = {
         "lacks": [_name_in_file(network, name, origin) for name in info["missing_keys"]],
         "has in another shape": [
@@ -81,14 +73,14 @@ def load_network(
     }
     check_report(weights, cls, faults)
     if network.can_generate() and (generation := place.json("generation_config.json")) is not None:
-        with built_from(f"{place}/generation_config.json"):
+        with files.built_from(f"{place}/generation_config.json"):
             network.generation_config = GenerationConfig.from_dict(generation)
     network.config.name_or_path = place.path
     return network
 
 
 def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[str]]) -> None:
-    found = [f"{verb} {some(sorted(names))}" for verb, names in faults.items() if names]
+    found = [f"{verb} {files.some(sorted(names))}" for verb, names in faults.items() if names]
     if found:
         where = weights.entry if len(weights.files) < 2 else f"{weights.entry} ({len(weights.files)} shards)"
         raise InputError(

@@ -1,7 +1,5 @@
 """The HTTP interface: OpenAI's `POST /v1/chat/completions` and `GET /v1/models`, `GET /health` and `GET /metrics`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac
@@ -182,7 +180,7 @@ class Interface:
         self._card(content.get("model"))
         return form.parse_request(content, self.engine.chat_model, self.limits)
 
-    async def _stream(self, wanted: form.Request, listening: Listening, event: Any) -> AsyncIterator[str]:
+    async def _stream(self, wanted: form.Request, listening: "Listening", event: Any) -> AsyncIterator[str]:
         try:
             yield _sse(wanted.chunk({"role": "assistant", "content": ""}))
             while not isinstance(event, Reply):

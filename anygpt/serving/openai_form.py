@@ -4,8 +4,6 @@ Media are content parts with data URLs (`image_url`, `video_url`) or base64 (`in
 `content`, and text and media in order in `parts`; clients may send both back in later requests.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import secrets

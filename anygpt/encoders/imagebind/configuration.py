@@ -1,7 +1,5 @@
 """`ImageBindConfig`, and the number of features of each modality."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +93,7 @@ class ImageBindConfig(PreTrainedConfig):
         """Number of tokens of a clip in the trunk; text has no class token."""
         return int(torch.Size(self.grid(tower)).numel()) + (tower != "text")
 
-    def encoder_of(self, modality: str, feature: str | None = None) -> ImageBindConfig:
+    def encoder_of(self, modality: str, feature: str | None = None) -> "ImageBindConfig":
         tower = MEDIA.get(modality, modality)
         if tower not in self.modalities or tower == "text":
             known = ", ".join((*MEDIA, *(t for t in self.modalities if t not in ("vision", "text"))))

@@ -1,7 +1,5 @@
 """ImageBind's networks. Shapes: `B` samples, `C` clips of each, `n` tokens, `F` width of a tower, `D` of embeddings."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -209,7 +207,7 @@ class ImageBindModel(PreTrainedModel):
                     nn.init.normal_(parameter, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> ImageBindModel:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "ImageBindModel":
         say_licence()
         return super().from_pretrained(*args, **kwargs)
 
