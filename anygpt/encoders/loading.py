@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    PreTrainedConfig,
-    ViTConfig,
-)
+from transformers import MODEL_MAPPING, AutoFeatureExtractor, AutoImageProcessor, AutoModel, PreTrainedConfig, ViTConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -95,13 +88,10 @@ WHOLE_MODELS: dict[str, Whole] = {
     ),
     "qwen2_audio": Whole(_audio, _tower("audio_tower")),
     "phi4_multimodal": Whole(
-        _audio,
-        {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))},
+        _audio, {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))}
     ),
     "imagebind": Whole(
-        lambda config, modality: config.encoder_of(modality),
-        lambda config: config.left_out(),
-        processor=processor_for,
+        lambda config, modality: config.encoder_of(modality), lambda config: config.left_out(), processor=processor_for
     ),
 }
 

@@ -11,12 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetModel,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-)
+from transformers import EfficientNetConfig, EfficientNetModel, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from anygpt.errors import InputError

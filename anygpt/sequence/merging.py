@@ -115,9 +115,7 @@ def _check_counts(key: str, per_row: list[int], lengths: list[int], available: i
 
 
 def prepend(
-    text: Merged,
-    features: Mapping[str, Tensor | list[Tensor]],
-    items_per_row: Mapping[str, list[int]] | None = None,
+    text: Merged, features: Mapping[str, Tensor | list[Tensor]], items_per_row: Mapping[str, list[int]] | None = None
 ) -> Merged:
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 

@@ -29,10 +29,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 # Routes that the page does not use.
-CLOSED = (
-    *("run/", "api/", "call/", "proxy=", "stream/"),
-    *("deep_link", "runs", "component_server", "monitoring"),
-)
+CLOSED = (*("run/", "api/", "call/", "proxy=", "stream/"), *("deep_link", "runs", "component_server", "monitoring"))
 
 
 class Guard:

@@ -124,12 +124,7 @@ FAMILIES: dict[str, TokenizerFamily] = {
         any_size=False,
     ),
     "chameleon_vqgan": TokenizerFamily(
-        "ChameleonVQVAE",
-        _encode_gan,
-        None,
-        _only_codebook,
-        factor=_halvings,
-        size=lambda config: config.resolution,
+        "ChameleonVQVAE", _encode_gan, None, _only_codebook, factor=_halvings, size=lambda config: config.resolution
     ),
     "encodec": TokenizerFamily(
         "EncodecModel",

@@ -32,12 +32,7 @@ class ModalTokenizerModule(nn.Module):
         module: the tokenizer.
     """
 
-    def __init__(
-        self,
-        model: MediaTokenizer,
-        row_ends: bool = False,
-        defaults: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, model: MediaTokenizer, row_ends: bool = False, defaults: Mapping[str, Any] | None = None):
         super().__init__()
         if not isinstance(model, MediaTokenizer):
             raise InputError(f"ModalTokenizerModule takes a MediaTokenizer, got {type(model).__name__}; wrap it first")
