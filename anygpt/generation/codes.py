@@ -27,13 +27,8 @@ def code_options(
 
 
 def choose_code(logits: Tensor, free: Tensor | None, allowed: range, options: Mapping[str, Any]) -> int:
-    """The next code's id.
-
-    Args:
-        logits, free: `(V',)` given all that precedes it, and given the span alone; None without guidance.
-        allowed: the ids that it may have.
-        options: of the tokenizer.
-    """
+    """The next code's id, among those `allowed`, from logits `(V',)` given all that precedes it and, for guidance,
+    given the span alone."""
     scores = logits[allowed.start : allowed.stop].log_softmax(dim=-1)
     if free is not None:
         base = free[allowed.start : allowed.stop].log_softmax(dim=-1)

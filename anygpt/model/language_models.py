@@ -34,16 +34,10 @@ _NAMES: dict[str, str | None] = {
 
 
 def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
-    """A causal language model with its head, loaded strictly.
+    """A causal language model with its head, loaded strictly: missing or unexpected tensors are an `InputError`.
 
-    From a whole multimodal model (`WHOLE_MODELS`) only the language model's tensors are read.
-
-    Args:
-        path: folder, hub id or `zoo:<name>`.
-        options: other fields of `Source`, as in a YAML.
-
-    Raises:
-        InputError: nothing at `path`, not a causal language model, or missing or unexpected tensors.
+    From a whole multimodal model (`WHOLE_MODELS`) only the language model's tensors are read. `path` is a folder, hub
+    id or `zoo:<name>`, and `options` are other fields of `Source`, as in a YAML.
     """
     source = Source.of(path, options)
 

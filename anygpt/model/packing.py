@@ -135,11 +135,8 @@ AttentionMaskInterface.register(BY_ROW, mask_by_row)
 
 @torch.no_grad()
 def check_packing(model: Composition) -> None:
-    """Make torch's attention run by row, and check that the language model does not attend across packed rows.
-
-    Raises:
-        InputError: it does (OPT's mask, for one, ignores positions), or a callback sets its arguments.
-    """
+    """Make torch's attention run by row; an `InputError` if the language model attends across packed rows (OPT's mask,
+    for one, ignores positions), or a callback sets its arguments."""
     language_model, kept_apart = model.language_model, False
     base = base_model(language_model)
     if base.config.get_text_config()._attn_implementation == "sdpa":

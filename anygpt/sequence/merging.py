@@ -59,11 +59,8 @@ def without_right_padding(mask: Any) -> Any:
 def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_ids: Mapping[str, int]) -> Merged:
     """Replace placeholders (`token_ids`, by encoder) by features, in order.
 
-    Features are `(items, n, H)`, a list of `(n, H)`, or packed `(features, H)`, by encoder.
-
-    Raises:
-        InputError: an encoder's numbers of features and placeholders differ (the message names modality, row and both
-            counts), or it has placeholders without inputs or the reverse.
+    Features are `(items, n, H)`, a list of `(n, H)`, or packed `(features, H)`, by encoder. Where their number is not
+    that of the placeholders, an `InputError` names modality, row and both counts.
     """
     embeds, media_in = text.inputs_embeds, text.media_in
     for key, token_id in token_ids.items():
@@ -120,10 +117,8 @@ def prepend(
     """Put features before the text: `[enc1][enc2]…[encN][text]`, in the order of `features`.
 
     In a left-padded row the features come after the padding. Features are `(items, n, H)` or a list of `(n, H)`, by
-    encoder; `items_per_row` is the number of inputs of each row, by default one each.
-
-    Raises:
-        InputError: the inputs cannot be assigned to rows.
+    encoder; `items_per_row` is the number of inputs of each row, by default one each, without which rows of others are
+    an `InputError`.
     """
     if not features:
         return text

@@ -68,12 +68,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Spans:
-    """The signal spans of one decoder in a batch, in row-major order.
-
-    Attributes:
-        rows: `(K,)` int64, the row of each span.
-        positions: `(K, N)` int64, the positions of its tokens.
-    """
+    """The signal spans of one decoder in a batch, in row-major order: rows `(K,)` and positions `(K, N)` of the tokens,
+    int64."""
 
     rows: Tensor
     positions: Tensor
@@ -183,11 +179,7 @@ class SignalTokens(nn.Module):
         return [i for key, span in self.ids.items() if self.signals[key] == "queries" for i in span[1:]]
 
     def set_ids(self, ids: Mapping[str, list[int]]) -> None:
-        """Set the token ids of the rows: `{key: …}`, for every key as in the attribute `ids`.
-
-        Raises:
-            InputError: a key without ids, the wrong number of them, or an id used twice.
-        """
+        """Set the token ids of the rows: `{key: …}`, for every key as in the attribute `ids`, each id for one."""
         if set(ids) != set(self.names):
             raise InputError(f"signal token ids are given for {sorted(ids)}; expected {sorted(self.names)}")
         for key, names in self.names.items():
@@ -211,11 +203,7 @@ class SignalTokens(nn.Module):
 
     def find_spans(self, input_ids: Tensor, key: str) -> Spans:
         """The spans of one decoder in `(B, S)` ids, with the `N` positions whose states are read; or of one tokenizer,
-        with the positions of the codes.
-
-        Raises:
-            InputError: a span is incomplete or out of order; the message names the row.
-        """
+        with the positions of the codes. An `InputError` names the row of a span that is incomplete or out of order."""
         span = self.spans.get(key, [-1])
         first, last = ([place[i] if isinstance(place, range) else place for place in span] for i in (0, -1))
         count, lowest, highest = len(span), input_ids.new_tensor(first), input_ids.new_tensor(last)
@@ -240,14 +228,11 @@ class SignalTokens(nn.Module):
     def write_codes(
         self, input_ids: Tensor, labels: Tensor | None, codes: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Replace each run of begin tokens, as long as a span, by the span of a medium's codes; so in the labels.
+        """Replace each run of begin tokens in ids and labels `(B, S)`, as long as a span, by the span of a medium's
+        codes.
 
-        Args:
-            input_ids, labels: `(B, S)`; the labels hold -100 or the ids.
-            codes: `{tokenizer key: (K, n) int64}`, in the order of the batch.
-
-        Raises:
-            InputError: another number or shape of media, codes out of range, or a span that is not whole.
+        `codes` are `{tokenizer key: (K, n) int64}`, in the order of the batch. An `InputError` refuses another number
+        or shape of media, codes out of range, and a span that is not whole.
         """
         for key, given in codes.items():
             if key not in self.ids:

@@ -16,15 +16,12 @@ from anygpt.encoders.callbacks import LlavaCallbacks, with_features
 
 
 class LlavaNextCallbacks(LlavaCallbacks):
-    """LLaVA-NeXT's any-resolution features: the whole image and a grid of tiles, packed row by row.
+    """LLaVA-NeXT's any-resolution features: the whole image and a grid of tiles, packed row by row; `image_newline`
+    `(H,)` ends each row.
 
-    Args:
-        feature_layer, select_strategy: as in `LlavaCallbacks`.
-        settings: `grid_pinpoints`, the resolutions `[[height, width], …]` that an image is fitted into, in pixels;
-            `tile_size` and `patch_size` of the vision tower, in pixels; `hidden_size` of the language model.
-
-    Attributes:
-        image_newline: `(H,)`, ends each row of features.
+    `settings` are `grid_pinpoints`, the resolutions `[[height, width], …]` that an image is fitted into, in pixels;
+    `tile_size` and `patch_size` of the vision tower, in pixels; `hidden_size` of the language model; others as in
+    `LlavaCallbacks`.
     """
 
     additional_args = ("image_sizes",)

@@ -80,12 +80,9 @@ class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
 class MRopePositions(SavedCallback):
     """The `preprocess_llm_callback` of Qwen2-VL: positions in time, height and width (M-RoPE, §2.1 of the paper).
 
-    Text advances on all three axes at once. An image's features share the time position of its start and count rows
-    and columns from there; what follows starts after the largest position used.
-
-    Args:
-        spatial_merge_size: patches per feature along each axis.
-        key: the image encoder.
+    Text advances on all three axes at once. An image's features, one for `spatial_merge_size` patches along each axis,
+    share the time position of its start and count rows and columns from there; what follows starts after the largest
+    position used.
     """
 
     def __init__(self, spatial_merge_size: int = 2, key: str = "image"):
