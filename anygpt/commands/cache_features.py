@@ -8,7 +8,6 @@ interrupted command resumes when repeated. Every setting can be overridden, as i
 after a user error, which is printed as one line.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
-from anygpt.training.config import Config, parse_config
+from anygpt.training.config import parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build, feed_back
 from anygpt.training.stages import (
@@ -47,15 +46,11 @@ def main(arguments: list[str]) -> None:
     add("--stage", choices=STAGES, help="of the run; without it, language model states are left out")
     add("--batch-size", type=int, default=8, help="media or captions at once (default: %(default)s)")
     add("--num-workers", type=int, help="processes that decode (default: data.num_workers)")
-    add("--leave-out", nargs="+", default=[], metavar="NAME", help="stores not to write")
     add("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")
     options, settings = parser.parse_known_args(arguments)
     check_range(options, 1, float("inf"), "batch_size")
     check_range(options, 0, float("inf"), "num_workers")
-    write(parse_config(["--config", options.config, *settings]), options)
-
-
-def write(config: Config, options: argparse.Namespace) -> None:
+    config = parse_config(["--config", options.config, *settings])
     data, precision = config.data, config.train.mixed_precision
     if data.cache_dir is None:
         raise InputError("data.cache_dir is null; name the folder to write, with --data.cache_dir or in the YAML")
@@ -68,7 +63,6 @@ def write(config: Config, options: argparse.Namespace) -> None:
     model, processor = build(config)
     if options.stage is None:
         model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
-        options.leave_out.append(LANGUAGE_MODEL)
         accelerator.print(f"{LANGUAGE_MODEL}: left out, since what trains below its states is unknown without --stage")
     else:
         prepare_stage(model, STAGES[options.stage], config)
@@ -98,7 +92,7 @@ def write(config: Config, options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_workers=data.num_workers if options.num_workers is None else options.num_workers,
         on_bad_sample=data.on_bad_sample,
-        leave_out=options.leave_out,
+        leave_out=[] if options.stage else [LANGUAGE_MODEL],
         collator=Collator(processor, data.max_length, cut=data.on_long_sample == "cut"),
         progress=lambda batches, name: tqdm(batches, name, **shown),
         say=accelerator.print,

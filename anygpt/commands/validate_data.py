@@ -18,7 +18,7 @@ from anygpt.data.formats.base import DataSource
 from anygpt.data.formats.dialects import TASKS
 from anygpt.data.formats.reading import FORMATS
 from anygpt.data.lengths import Lengths
-from anygpt.data.validation import Report, validate
+from anygpt.data.validation import validate
 from anygpt.processing.processor import MultimodalProcessor
 
 FAULTY = 1
@@ -43,34 +43,17 @@ def main(arguments: list[str]) -> int:
     check_range(args, 0, float("inf"), "num_workers")
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
-    with tqdm(unit=" rows", file=sys.stderr, disable=None) as bar:
-
-        def counted(rows):
-            for row in rows:
-                yield row
-                bar.update()
-
-        report = validate(
-            DataSource(
-                args.file,
-                args.format,
-                args.media_root,
-                columns=dict(pair.partition("=")[::2] for pair in args.columns) or None,
-                task=args.task,
-                follow_links=args.follow_links,
-            ),
-            deep=args.deep,
-            lengths=lengths,
-            max_tokens=args.max_tokens,
-            num_workers=args.num_workers,
-            on_fault=lambda fault: bar.write(str(fault)),
-            progress=counted,
-        )
-    print(summary(report))
-    return FAULTY if report.faults else 0
-
-
-def summary(report: Report) -> str:
+    columns = dict(pair.partition("=")[::2] for pair in args.columns) or None
+    more = {"columns": columns, "task": args.task, "follow_links": args.follow_links}
+    report = validate(
+        DataSource(args.file, args.format, args.media_root, **more),
+        deep=args.deep,
+        lengths=lengths,
+        max_tokens=args.max_tokens,
+        num_workers=args.num_workers,
+        on_fault=lambda fault: tqdm.write(str(fault)),
+        progress=lambda rows: tqdm(rows, unit=" rows", disable=None),
+    )
     rows = [("rows", report.rows), ("samples without a fault", report.samples)]
     rows += [(f"media: {what}", count) for what, count in sorted(report.media.items())]
     if report.tokens:
@@ -79,4 +62,5 @@ def summary(report: Report) -> str:
         rows += [(what, count)] if count else []
     rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
     width = max(len(what) for what, _ in rows)
-    return "\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows)
+    print("\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows))
+    return FAULTY if report.faults else 0

@@ -48,12 +48,8 @@ class CacheWriter:
 
     def write(self) -> Counter:
         """Write all stores; returns counts of "written", "known" and "unreadable" entries in this process's share."""
-        wanted = entries(self.model)
-        if unknown := sorted(set(self.leave_out) - {entry.name for entry in wanted}):
-            names = ", ".join(entry.name for entry in wanted)
-            raise InputError(f"there is no store {unknown[0]!r} to leave out; this model has {names}")
         counts: Counter = Counter()
-        for entry in wanted:
+        for entry in entries(self.model):
             contents = self.contents(entry)
             obstacle = entry.obstacle or self.no_use(entry) or (None if contents else "the data has nothing for it")
             if obstacle:

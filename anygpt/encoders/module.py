@@ -150,15 +150,11 @@ class ModalEncoderModule(nn.Module):
             )
 
     def forward(self, inputs: dict[str, Any]) -> Tensor | list[Tensor]:
-        """Encode and project inputs, with the callbacks in between.
+        """Encode and project `inputs`: arguments by name, or `features` alone, `(items, n, features)` or a list of
+        outputs of `encode`.
 
-        Args:
-            inputs: arguments by name, including the additional ones; or `features` alone, `(items, n, features)` or a
-                list of outputs of `encode`.
-
-        Returns:
-            `(items, n, H)`; a list of `(n, H)` if the number of features varies; or packed `(features, H)` if the last
-            callback returns that.
+        Returns `(items, n, H)`; a list of `(n, H)` if the number of features varies; or packed `(features, H)` if the
+        last callback returns that.
         """
         if FEATURES in inputs:
             if len(inputs) > 1:

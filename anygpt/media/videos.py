@@ -58,21 +58,15 @@ def read_video(
     fps: float | None = None,
     whole: bool = False,
 ) -> Video:
-    """Read a video file, or an animated GIF, WebP, PNG or AVIF.
+    """Read a video file, or an animated GIF, WebP, PNG or AVIF, with the file's rotation applied.
 
-    Args:
-        num_frames: None returns all n frames. k returns exactly k, the nearest to points evenly spaced in time from
-            the first frame to the last: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1
-            (halves up), the middle one for k = 1; for k > n, frames repeat. Only these are kept in memory.
-        fps: return a frame rate instead: the frames shown at 0, 1 / fps, 2 / fps … seconds, at least one; frames
-            repeat if the file has fewer.
-        whole: decode all frames, whichever are returned, to check that they can be decoded.
+    `num_frames` None returns all n frames. k returns exactly k, the nearest to points evenly spaced in time from the
+    first frame to the last: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1 (halves up), the
+    middle one for k = 1; for k > n, frames repeat. `fps` returns a frame rate instead: the frames shown at 0, 1 / fps,
+    2 / fps … seconds, at least one. Only these are kept in memory; with `whole` all are decoded, to check that they can
+    be.
 
-    Returns:
-        A `Video` with the file's rotation applied.
-
-    Raises:
-        InputError: no such file, empty, truncated, not a video, without a picture stream, or over a limit.
+    An `InputError` refuses what is missing, empty, truncated, no video, without a picture stream, or over a limit.
     """
     if num_frames is not None and (num_frames < 1 or fps is not None):
         raise InputError(f"num_frames is {num_frames}, and must be at least 1, or None for all frames or with fps.")
