@@ -8,18 +8,17 @@ CC BY-NC-SA 4.0, for non-commercial use only.
 """
 
 import argparse
-import pickle
 from functools import partial
 from pathlib import Path
 
 from anygpt.commands import execute
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
 from anygpt.encoders.imagebind.modeling import CARD
-from anygpt.errors import InputError
+from anygpt.errors import InputError, reading
 from anygpt.media.writing import replacing
+from anygpt.parts.files import read_pickle
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -38,16 +37,8 @@ def convert(arguments: list[str]) -> None:
     if options.untrained:
         ImageBindModel(config).save_pretrained(output)
         return
-    try:
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{file} cannot be read: {reason}; give the file as it was published") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{file} holds no tensors by name; expected imagebind_huge.pth as it was published")
+    with reading(file):
+        tensors = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     with torch.device("meta"):
         model = ImageBindModel(config)
     model.load_original_state_dict(tensors)

@@ -183,8 +183,6 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# -- reading --------------------------------------------------------------------------------------------
-
 CHUNK = 1024**2
 
 Content = Place | str | tuple[list[int], list[int]]

@@ -24,19 +24,11 @@ from anygpt.errors import InputError
 
 def main(arguments: list[str]) -> None:
     parser = server_parser("serve", __doc__, port=8000)
-    parser.add_argument("--model-name", default="anygpt", help="the model's name in requests (default: %(default)s)")
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("ANYGPT_API_KEY"),
-        help="the key that clients must send (default: ANYGPT_API_KEY of the environment, or none)",
-    )
-    parser.add_argument(
-        "--cors-origin",
-        nargs="*",
-        default=[],
-        metavar="ORIGIN",
-        help="sites whose pages may send requests, as https://example.com; * for any (default: none)",
-    )
+    add, key = parser.add_argument, os.environ.get("ANYGPT_API_KEY")
+    add("--model-name", default="anygpt", help="the model's name in requests (default: %(default)s)")
+    add("--api-key", default=key, help="what clients must send (default: ANYGPT_API_KEY of the environment, or none)")
+    sites = "sites whose pages may send requests, as https://example.com; * for any (default: none)"
+    add("--cors-origin", nargs="*", default=[], metavar="ORIGIN", help=sites)
     options = parser.parse_args(arguments)
     engine = load_engine(options)
     from anygpt.serving.http import Interface  # after the check for missing packages

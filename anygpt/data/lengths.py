@@ -124,14 +124,10 @@ def expanded(
     processor: Any, samples: Sequence[Sample], counts: Mapping[str, list[int] | None]
 ) -> list[list[dict[str, str]]]:
     """Messages of samples as text, with placeholders, one per feature of an input, and signal spans for the media."""
-    conversations = [
-        processor.flatten_messages(
-            [
-                {"role": m.role, "content": [{"type": part.type, "text": part.text} for part in m.content]}
-                for m in sample.messages
-            ]
-        )
-        for sample in samples
-    ]
+    conversations = []
+    for sample in samples:
+        contents = ([{"type": part.type, "text": part.text} for part in m.content] for m in sample.messages)
+        turns = zip(sample.messages, contents, strict=True)
+        conversations.append(processor.flatten_messages([{"role": m.role, "content": c} for m, c in turns]))
     contents = iter(processor.expand([m["content"] for messages in conversations for m in messages], counts))
     return [[m | {"content": next(contents)} for m in messages] for messages in conversations]

@@ -41,7 +41,7 @@ class ModalEncoderModule(nn.Module):
 
     Args:
         model: the encoder, a `PreTrainedModel` of a known family or one whose first output is `(items, n, features)`,
-            possibly PEFT-wrapped; the attribute `module`, which is also an alias.
+            possibly PEFT-wrapped; the attribute `module`, which is also an alias. One that reads tokens is refused.
         projector: if None, built by `MultimodalModel` with sizes from the two configs.
         additional_args: names of inputs for the callbacks alone; not passed to the encoder.
         preprocess_callback: `(inputs: dict) -> dict`, before the encoder.
@@ -51,9 +51,6 @@ class ModalEncoderModule(nn.Module):
         modality: media type in the data (`image`, `video`, `audio`); if None, the module's key in `MultimodalModel`.
         callbacks: the three callbacks in serializable form, in place of functions. Without either, those set by
             `load_encoder` from `feature_layer`, `drop_cls` or the whole model's config.
-
-    Raises:
-        InputError: the model is not a media encoder, or two models or two kinds of callbacks are given.
     """
 
     def __init__(

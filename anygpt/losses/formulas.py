@@ -128,12 +128,10 @@ def token_nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
 def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real: Tensor | None = None) -> Tensor:
     """Distance `(K,)` of each sample's projected condition from the decoder's text encoding, `(K, T, D)` each, in fp32.
 
-    `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean
-    squared difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos. Padding of the target is left out: with
-    dₜ the distance at token t and mₜ = 1 for `real` tokens `(K, T)`, 0 for padding, the loss is Σₜ mₜ·dₜ / Σₜ mₜ.
-
-    Raises:
-        InputError: shapes that differ, or another `kind`.
+    `l2` is the mean over the `T` condition tokens of ‖projected − encoding‖₂ (NExT-GPT, §4.2), `mse` the mean squared
+    difference over `T` and `D`, `cosine` the mean over `T` of 1 − cos. Padding of the target is left out: with dₜ the
+    distance at token t and mₜ = 1 for `real` tokens `(K, T)`, 0 for padding, the loss is Σₜ mₜ·dₜ / Σₜ mₜ. Shapes that
+    differ are an `InputError`, and so is another `kind`.
     """
     if condition.shape != target.shape:
         raise InputError(

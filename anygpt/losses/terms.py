@@ -88,12 +88,11 @@ class Pairs:
 
 @dataclass
 class Target:
-    """The `K` targets of one decoder, or media of a tokenizer. Captions and media may each be missing or encoded.
+    """The `K` targets of one decoder, or media of a tokenizer, at rows `(K,)` int64; any of captions and media may be
+    missing or encoded.
 
-    Attributes:
-        rows: `(K,)` int64.
-        given: the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`.
-        condition, generator: the projected condition, and one generator a target; None while losses are only counted.
+    `given` is the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`; `condition` and `generator` are
+    the projected condition, and one generator a target, None while losses are only counted.
     """
 
     key: str

@@ -112,9 +112,6 @@ def _evenly_spaced(starts: Sequence[Fraction], k: int) -> list[int]:
     return chosen
 
 
-# -- in order --------------------------------------------------------------------------------------------
-
-
 def _in_order(
     frames: Iterator[Frame], wanted: set[int], path: Place, limits: MediaLimits
 ) -> tuple[dict[int, np.ndarray], list[Fraction], Fraction]:
@@ -199,9 +196,6 @@ def _to_array(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
     if abs(a) + abs(d) < abs(b) + abs(c):
         array, a, d = array.swapaxes(0, 1), c, b
     return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-# -- from keyframes on -----------------------------------------------------------------------------------
 
 
 def _video_header(path: Place, limits: MediaLimits) -> Header:

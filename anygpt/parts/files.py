@@ -267,7 +267,7 @@ def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mappi
 
 
 def _open(path: Path) -> Any:
-    return _read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
+    return read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -279,7 +279,8 @@ def _open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
+def read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
+    """A state dict that was saved by torch, or an `InputError`; nothing in the file is run."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
