@@ -13,7 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anygpt
+from anygpt import (
+    ModalDecoderModule,
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    load_decoder,
+    load_encoder,
+    load_encoder_processor,
+    load_language_model,
+    load_tokenizer,
+)
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
 from anygpt.tokenizers import load_media_tokenizer
@@ -41,13 +51,11 @@ GUIDANCE = {"image": 2, "video": 2, "audio": 3}  # as in configs/tiny
 def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """`{part: {what: share}}` for the parts in a folder, from `samples` each, or 50 renders per thing for encoders."""
     options = {key: {"path": str(parts / name), "num_frames": frames} for key, (name, frames) in ENCODERS.items()}
-    encoders = {
-        key: anygpt.ModalEncoderModule(anygpt.load_encoder(modality=key, **given)) for key, given in options.items()
-    }
+    encoders = {key: ModalEncoderModule(load_encoder(modality=key, **given)) for key, given in options.items()}
     llm, settings = str(parts / "language_model"), Settings(samples=samples, seed=seed)
-    model = anygpt.MultimodalModel(encoders, anygpt.load_language_model(llm)).eval()
-    processors = {key: anygpt.load_encoder_processor(modality=key, **given) for key, given in options.items()}
-    processor = anygpt.MultimodalProcessor(processors, anygpt.load_tokenizer(llm), model=model)
+    model = MultimodalModel(encoders, load_language_model(llm)).eval()
+    processors = {key: load_encoder_processor(modality=key, **given) for key, given in options.items()}
+    processor = MultimodalProcessor(processors, load_tokenizer(llm), model=model)
     names = {"image": "a picture", "video": "a clip", "audio": "a sound"}
     quality: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for key, found in probe_encoders(model, processor, renders=40, fresh=50, seed=seed).items():
@@ -58,10 +66,10 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     decoders = {}
     for key, guidance in GUIDANCE.items():
         defaults = {"guidance_scale": guidance, "num_inference_steps": 20}
-        decoder = anygpt.load_decoder(str(parts / f"{key}_decoder"))
-        decoders[key] = anygpt.ModalDecoderModule(decoder, num_signal_tokens=1, defaults=defaults)
+        decoder = load_decoder(str(parts / f"{key}_decoder"))
+        decoders[key] = ModalDecoderModule(decoder, num_signal_tokens=1, defaults=defaults)
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
-        bounds = upper_bound(anygpt.MultimodalModel({}, model.language_model, decoders), HELD_OUT, settings, bar.update)
+        bounds = upper_bound(MultimodalModel({}, model.language_model, decoders), HELD_OUT, settings, bar.update)
     for key, bound in bounds.items():
         motion = {"motion under true captions": bound.pop("motion")} if "motion" in bound else {}
         quality[f"{key}_decoder"] = {"shape and colour under true captions": bound} | motion
