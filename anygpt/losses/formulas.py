@@ -14,7 +14,7 @@ term               rows                 sub-terms
 
 Three more train parts, with weight 0 by default: `encoder` (`info_nce/<encoder>`, over rows that hold that encoder's
 input and the one it is bound to), `decoder` (`denoising/<decoder>` under the decoder's own encoding of the caption) and
-stage 0's `reconstruction/<network>/<decoder>`. Decoders with a pooled condition, or with padding in it, also have
+stage 0's `reconstruction/<network>/<key>`. Decoders with a pooled condition, or with padding in it, also have
 `pooled_alignment/<decoder>` or `mask_alignment/<decoder>`, with the weight of `alignment`. Denominators: label tokens
 for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four terms; logs show each term's
 own mean. Shape legend: `anygpt.outputs`.
@@ -53,7 +53,7 @@ class LossWeights:
         llm_decoder, encoder_decoder: all sub-terms of rows that turn text (stage 2), or media (stage 3), into media.
         encoder: InfoNCE between the encoders' pooled features and those of `binding`.
         decoder: denoising under the decoder's own text encoding.
-        reconstruction: of the decoders' VAEs and vocoders, where they train (stage 0).
+        reconstruction: of the decoders' VAEs and vocoders, and of tokenizers, where they train (stage 0).
         nll: next-token negative log-likelihood, text and signal tokens alike.
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
