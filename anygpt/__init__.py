@@ -7,11 +7,15 @@ import os
 # wants one of these, every operation then waits for the scheduler, and small models take a hundred times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# diffusers imports image processors whose default needs torchvision. Nothing here does: the PIL versions are what we
-# want, so the two notes about them at every start say nothing new.
-logging.getLogger("transformers.utils.import_utils").addFilter(
-    lambda record: "requires torchvision" not in record.getMessage()
-)
+# Notes at every start that say nothing new. The image processors that diffusers imports have PIL versions, which are
+# what we want; torchao, where it is installed, looks for kernels of other machines, and diffusers for what it dropped.
+for name, note in {
+    "transformers.utils.import_utils": "requires torchvision",
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "register_constant",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import",
+}.items():
+    logging.getLogger(name).addFilter(lambda record, note=note: note not in record.getMessage())
 
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 

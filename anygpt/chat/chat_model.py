@@ -233,19 +233,11 @@ def check_device(device: str, offload: bool = False) -> None:
 
 
 def place(model: MultimodalModel, device: str | torch.device, offload: bool = False) -> None:
-    """Move a model to a device; with `offload`, its decoders' networks only while in use (diffusers' helper)."""
-    if not offload:
-        model.to(device)
-        return
-    modules = {key: decoder.module for key, decoder in model.decoders.items()}
-    for name, part in model.named_children():
-        if name.removesuffix("_decoder") not in modules or not name.endswith("_decoder"):
-            part.to(device)
+    """Move a model to a device; with `offload`, its decoders' networks only while in use, unless they say how."""
     for decoder in model.decoders.values():
-        decoder.projector.to(device)
-        if decoder.layer_weights is not None:
-            decoder.layer_weights.data = decoder.layer_weights.data.to(device)
-        decoder.module.pipeline.enable_model_cpu_offload(device=device)
+        if offload and decoder.module.offload is None:
+            decoder.module.save_memory(offload="model")
+    model.to(device)
 
 
 def modality_of(path: str | Path) -> str:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
 from anygpt.decoders.options import STEERING, check_options, expected_of, seeded
-from anygpt.decoders.pipelines import step_callback
+from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.decoders.wrapping import WrappedPipeline
 from anygpt.errors import InputError
-from anygpt.parts.source import Source, load
+from anygpt.parts.source import MEMORY, DecoderSettings, Source, load
 
 
 class DiffusionDecoder(WrappedPipeline, ABC):
@@ -181,6 +181,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         check_generators(generator, len(latents))
         # Noise, target and error in float32 (or more): bfloat16 has too few digits to subtract in.
         latents = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        if self.offload == "group" and is_hooked(self.pipeline) and torch.is_grad_enabled():
+            raise InputError(
+                "offload: group lets go of each layer's weights before the backward pass needs them; use offload: "
+                "model, or give the denoising loss weight 0"
+            )
         if noise is None:
             noise = randn_tensor(latents.shape, generator, self.device, latents.dtype)
         elif noise.shape != latents.shape:
@@ -311,8 +316,9 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
         InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
     """
     sizes = ("num_frames", "height", "width")
-    source = Source.of(path, options, *sizes)
-    given = {name: getattr(source, name) for name in ("torch_dtype", *sizes) if getattr(source, name) is not None}
+    source = Source.of(path, options, kind=DecoderSettings)
+    given = {name: getattr(source, name) for name in ("torch_dtype", "quantization_config", *sizes, *MEMORY)}
+    given = {name: value for name, value in given.items() if value is not None}
 
     def build() -> DiffusionDecoder:
         decoder = DiffusionDecoder.from_pretrained(
@@ -323,4 +329,4 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
             raise InputError(f"{unknown[0]} is set, but a decoder of {decoder.modality} makes no {made}; leave it out")
         return decoder
 
-    return load(source, "decoder", build, unused=("attn_implementation", "quantization_config", "gguf_file"))
+    return load(source, "decoder", build, unused=("attn_implementation", "gguf_file"))

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from anygpt.decoders.memory import quantize_outline, quantizers, refusing
 from anygpt.errors import InputError
 from anygpt.parts.files import Place, Weights, built_from, dtype_of, find_weights, shape_of, wants_shapes_only
 from anygpt.parts.networks import check_report, load_network
@@ -56,15 +57,21 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
 
 
 def load_pipeline(
-    cls: type[DiffusionPipeline], index: Mapping[str, Any], place: Place, **options: Any
+    cls: type[DiffusionPipeline],
+    index: Mapping[str, Any],
+    place: Place,
+    quantization_config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> DiffusionPipeline:
     """Load the pipeline at `place`, whose `model_index.json` is `index`, with `options` for its `from_pretrained`.
 
     Raises:
-        InputError: missing or unexpected tensors of a network.
+        InputError: missing or unexpected tensors of a network, or a `quantization_config` (see `quantizers`) that does
+            not apply.
     """
     dtype = options.get("torch_dtype") or DTYPE
     given: dict[str, Any] = {}
+    networks: dict[str, type[nn.Module]] = {}
     for name, entry in index.items():
         if not isinstance(entry, (list, tuple)) or name in options:
             continue
@@ -75,7 +82,12 @@ def load_pipeline(
             raise InputError(f"{place}/model_index.json has {list(entry)} as {name}; expected a library and a class")
         network = _class_of(*entry)
         if network is not None:
-            given[name] = load_network_of_pipeline(network, place.inside(name), dtype)
+            networks[name] = network
+    quantized = quantizers(quantization_config, networks)
+    for name, network in networks.items():
+        other = f"its {name}, a {network.__name__}, cannot be quantised; name others in components_to_quantize"
+        with refusing(other) if name in quantized else nullcontext():
+            given[name] = load_network_of_pipeline(network, place.inside(name), dtype, quantized.get(name))
     folder = place.download(weights=False)
     pipeline = cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
     if pipeline.components.get("unet") is None and pipeline.components.get("transformer") is None:
@@ -97,19 +109,23 @@ def _class_of(library: str, name: str) -> type[nn.Module] | None:
     return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
 
 
-def load_network_of_pipeline(cls: type[nn.Module], place: Place, dtype: torch.dtype) -> nn.Module:
+def load_network_of_pipeline(cls: type[nn.Module], place: Place, dtype: torch.dtype, quantizer: Any = None) -> nn.Module:
     """Load a network of diffusers or transformers; an `InputError` for missing or unexpected tensors."""
     if place.json("config.json") is None:
         raise InputError(f"{place} has no config.json")
     if not issubclass(cls, ModelMixin):
         with built_from(f"{place}/config.json"):
             config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
-        return load_network(cls, config, place, dtype=dtype)
+        options = {} if quantizer is None else {"quantization_config": quantizer}
+        return load_network(cls, config, place, dtype=dtype, **options)
     weights = find_weights(place)
     with built_from(f"{place}/config.json"):
         outline = _outline(cls, place, weights)
     if wants_shapes_only():
-        return outline.to(dtype)
+        outline = outline.to(dtype)
+        if quantizer is not None:
+            quantize_outline(outline, quantizer)
+        return outline
     with _quietly():
         network, info = cls.from_pretrained(
             place.path,
@@ -118,6 +134,7 @@ def load_network_of_pipeline(cls: type[nn.Module], place: Place, dtype: torch.dt
             variant=weights.variant,
             use_safetensors=not weights.pickled,
             torch_dtype=dtype,
+            quantization_config=quantizer,
             output_loading_info=True,
             **place.hub,
         )

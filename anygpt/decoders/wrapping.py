@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
 
+from anygpt.decoders.memory import OFFLOADS, start_offloading, use_vae
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
 from anygpt.decoders.schedules import check_scheme
 from anygpt.errors import InputError
@@ -37,6 +38,10 @@ class WrappedPipeline(nn.Module):
         pipeline: of the class named by `pipeline_name`.
         max_sequence_length: tokens of the text encoder, the pipeline's by default.
         weighting_scheme: of a flow (see `FlowSchedule`), the family's by default.
+        vae_tiling, vae_slicing: let the VAE work on overlapping tiles, or on one sample at a time, to save memory; by
+            default as the pipeline is set.
+        offload: keep weights on the CPU when the decoder is moved to an accelerator, to which they come as they are
+            used: a whole network at a time (`model`), or a layer (`group`, which gradients cannot pass through).
 
     Raises:
         InputError: a pipeline of another class, or a setting that does not apply or is not valid.
@@ -61,6 +66,9 @@ class WrappedPipeline(nn.Module):
         *,
         max_sequence_length: int | None = None,
         weighting_scheme: str | None = None,
+        vae_tiling: bool | None = None,
+        vae_slicing: bool | None = None,
+        offload: str | None = None,
     ):
         super().__init__()
         if not isinstance(pipeline, find_pipeline(self.pipeline_name)):
@@ -80,6 +88,8 @@ class WrappedPipeline(nn.Module):
                 raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")
             check_scheme(weighting_scheme)
             self.weighting_scheme = weighting_scheme
+        self.vae_tiling, self.vae_slicing, self.offload = vae_tiling, vae_slicing, offload
+        self.save_memory()
         self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
@@ -117,6 +127,11 @@ class WrappedPipeline(nn.Module):
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write the pipeline (safetensors, `options` of diffusers) and this decoder's own settings into `path`."""
+        if self.quantized:
+            raise InputError(
+                f"the {', '.join(self.quantized)} of this {self.pipeline_name} are quantised, and only a reference to "
+                "where they were loaded from can be saved: keep that source, or load it without quantization_config"
+            )
         self.pipeline.save_pretrained(str(path), safe_serialization=True, **options)
         settings = {name: getattr(self, name) for name in self._setting_names()}
         Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -144,6 +159,34 @@ class WrappedPipeline(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of quantised networks."""
+        return [name for name, network in self.named_children() if getattr(network, "is_quantized", False)]
+
+    def save_memory(self, **options: Any) -> None:
+        """Set `vae_tiling`, `vae_slicing` and `offload`, before the decoder is moved to an accelerator.
+
+        Raises:
+            InputError: a value that is unknown, or that the VAE lacks.
+        """
+        vars(self).update(options)
+        use_vae(self.pipeline, vae_tiling=self.vae_tiling, vae_slicing=self.vae_slicing)
+        if self.offload not in (None, *OFFLOADS):
+            raise InputError(f"offload of a {self.pipeline_name} is {self.offload!r}; expected {' or '.join(OFFLOADS)}")
+        if self.offload is not None and not torch.accelerator.is_available():
+            _warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WrappedPipeline:
+        """What `to` and its like call: an offloaded pipeline's tensors stay where they are, and hooks move them."""
+        device = fn(torch.empty(0)).device
+        if self.offload is None or device.type in ("cpu", "meta"):
+            return super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor).to(tensor.device), recurse)
+        if not is_hooked(self.pipeline):
+            start_offloading(self.pipeline, self.offload, device)
+        return self
 
     def set_adapter(self, adapter: PeftModel | None) -> None:
         """Keep PEFT's wrapper of the denoiser, frozen, but not as a submodule: tensors have one name each."""
@@ -180,6 +223,11 @@ class WrappedPipeline(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> WrappedPipeline:
         """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
         super().requires_grad_(False)
+        if requires_grad and (found := [name for name in self.trains if name in self.quantized]):
+            raise InputError(
+                f"the {found[0]} of a {self.pipeline_name} is quantised and cannot train: train an adapter "
+                "(`<key>_denoiser`), or leave it out of quantization_config"
+            )
         for name in self.trains:
             getattr(self, name).requires_grad_(requires_grad)
         return self

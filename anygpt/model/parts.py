@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
 from anygpt.parts.manifest import fingerprint_tensors
-from anygpt.parts.source import Source
+from anygpt.parts.source import MEMORY, Source
 
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
@@ -57,14 +58,19 @@ def source_of(part: nn.Module) -> Source | None:
     """Where a part was loaded from, or None if unknown; checkpoints then save the part whole."""
     part = base_model(part)
     if hasattr(part, "anygpt_source"):
-        return part.anygpt_source
+        return part.anygpt_source and replace(part.anygpt_source, **_memory_options(part))
     path = getattr(part.pipeline if isinstance(part, DiffusionDecoder) else part, "name_or_path", None)
     if not path:
         return None
     frames = VideoEncoder.settings if isinstance(part, VideoEncoder) else ()
     revision = getattr(getattr(part, "config", None), "_commit_hash", None)
-    options = {name: getattr(part.config, name) for name in frames}
+    options = {name: getattr(part.config, name) for name in frames} | _memory_options(part)
     return Source(str(path), revision=revision, dtype=next(part.parameters()).dtype, **options)
+
+
+def _memory_options(part: nn.Module) -> dict[str, Any]:
+    """A decoder's options that save memory, as they are now."""
+    return {name: getattr(part, name) for name in MEMORY if hasattr(part, name)}
 
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -55,5 +55,12 @@ def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for stored in stored_tensors(tensor):
+            digest.update(stored.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def stored_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that hold a quantised one, such as its integers and scales; else the tensor alone."""
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if parts is None else [x for name in parts()[0] for x in stored_tensors(getattr(tensor, name))]

@@ -54,7 +54,8 @@ def load_network(
     dtype = dtype or config.dtype or fallback_dtype or next(dtypes, torch.float32)
     if files.wants_shapes_only():
         state = {name: files.shape_of(tensor) for name, tensor in state.items()}
-        options = {name: value for name, value in options.items() if name != "quantization_config"}
+        if getattr(options.get("quantization_config"), "quant_method", None) != "torchao":  # the others need a GPU
+            options.pop("quantization_config", None)
         options["device_map"] = "meta"
     options |= {"config": config, "state_dict": state, "dtype": dtype}
     with _without_their_report(), files.built_from(config_file):

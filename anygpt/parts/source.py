@@ -48,7 +48,8 @@ class PartSettings:
         gguf_file: GGUF file of a language model, to read in place of safetensors.
         dtype: dtype to load the part in (`float32`, `bfloat16`); the checkpoint's by default, float32 for decoders.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, …; the library's choice by default.
-        quantization_config: arguments of transformers' `BitsAndBytesConfig`, for encoders and language models.
+        quantization_config: arguments of transformers' `BitsAndBytesConfig`; for decoders, of diffusers'
+            `PipelineQuantizationConfig`.
     """
 
     path: str
@@ -106,11 +107,31 @@ class TokenizerSettings(PartSettings):
 
 
 @dataclass
-class Source(EncoderSettings, TokenizerSettings):
-    """Origin and loading options of a frozen part; decoders have `num_frames` and sizes in pixels, too."""
+class DecoderSettings(PartSettings):
+    """Settings of a pretrained decoder in YAML.
+
+    Attributes:
+        height, width, num_frames: size of what it makes and learns, in pixels and frames, if not the decoder's own.
+        vae_tiling: let the VAE work on overlapping tiles.
+        vae_slicing: let the VAE work on one sample at a time.
+        offload: keep weights on the CPU but for the network (`model`) or layer (`group`) in use.
+    """
 
     height: Tokens | None = None
     width: Tokens | None = None
+    num_frames: Tokens | None = None
+    vae_tiling: bool | None = None
+    vae_slicing: bool | None = None
+    offload: str | None = None
+
+
+MEMORY = ("vae_tiling", "vae_slicing", "offload")
+"""Settings of decoders that save memory and leave their weights as they are."""
+
+
+@dataclass
+class Source(EncoderSettings, DecoderSettings, TokenizerSettings):
+    """Origin and loading options of a frozen part."""
 
     def __post_init__(self) -> None:
         self.path = str(self.path)
@@ -126,8 +147,9 @@ class Source(EncoderSettings, TokenizerSettings):
             )
 
     @classmethod
-    def of(cls, path: str | Path | Source, options: dict[str, Any], *others: str, kind: Any = PartSettings) -> Source:
-        known = [*(field.name for field in fields(kind) if field.name != "path"), *others]
+    def of(cls, path: str | Path | Source, options: dict[str, Any], kind: Any = PartSettings) -> Source:
+        """Build a source from a path and options of `kind`; raises `InputError` for an unknown option."""
+        known = [field.name for field in fields(kind) if field.name != "path"]
         if unknown := sorted(set(options) - set(known)):
             raise InputError(f"a part has no option {unknown[0]!r}; known are {', '.join(known)}")
         return replace(path, **options) if isinstance(path, Source) else cls(str(path), **options)

@@ -145,6 +145,10 @@ def report(found: Findings, config: Config) -> str:
         lines += ["", f"computed, not measured: {plan.total / GIB:.2f} GiB on one device, "]
         lines[-1] += f"and {process:.2f} GiB of the process with its libraries"
         lines += [f"note: not counted: {line}" for line in plan.left_out]
+        for part in (part for part in plan.parts if part.waiting):
+            lines.append(
+                f"note: not counted: {part.waiting / GIB:.3f} GiB of {part.part} that wait on the CPU (offload)"
+            )
     return "\n".join(lines + [f"note: {line}" for line in found.notes])
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
-from anygpt.parts.source import EncoderSettings, PartSettings, TokenizerSettings, Tokens
+from anygpt.parts.source import DecoderSettings, EncoderSettings, PartSettings, TokenizerSettings, Tokens
 from anygpt.settings import find_misfits, parse_settings
 
 # Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
@@ -68,12 +68,11 @@ class EncoderConfig(EncoderSettings):
 
 
 @dataclass
-class DecoderConfig(PartSettings):
+class DecoderConfig(DecoderSettings):
     """A diffusion decoder and its output projector.
 
     Attributes:
         modality: media type in the data; the decoder's own by default.
-        height, width, num_frames: size of what it makes and learns, in pixels and frames, if not the decoder's own.
         num_signal_tokens: tokens per span; the media type's by default (the paper's: image 4, video 24, audio 8).
         hidden_layer: index of the hidden states to read, -1 for the last, or `mix`.
         signal: `tokens`, or `queries`: learned queries after a single trigger token.
@@ -84,9 +83,6 @@ class DecoderConfig(PartSettings):
     """
 
     modality: str | None = None
-    height: Tokens | None = None
-    width: Tokens | None = None
-    num_frames: Tokens | None = None
     num_signal_tokens: Tokens | None = None
     hidden_layer: int | str = -1
     signal: Literal["tokens", "queries"] = "tokens"

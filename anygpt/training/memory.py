@@ -25,6 +25,7 @@ from anygpt.decoders.base import Condition
 from anygpt.encoders.module import base_model
 from anygpt.media.types import media_type
 from anygpt.model.multimodal import MultimodalModel
+from anygpt.parts.manifest import stored_tensors
 from anygpt.sequence.signal_tokens import CHUNK
 from anygpt.training.config import Config
 
@@ -33,7 +34,8 @@ ADAM_BYTES = 8  # two fp32 moments
 
 @dataclass(frozen=True)
 class PartMemory:
-    """Parameters of a part, those that train, bytes of all tensors by dtype, and the bytes that training adds."""
+    """Parameters of a part, those that train, bytes of all tensors by dtype, the bytes that training adds, and how many
+    bytes of the tensors wait on the CPU (`offload`)."""
 
     part: str
     parameters: int
@@ -41,6 +43,7 @@ class PartMemory:
     bytes_by_dtype: dict[str, int]
     gradients: int
     moments: int
+    waiting: int = 0
 
     @property
     def weights(self) -> int:
@@ -82,7 +85,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        held = sum(part.weights + part.gradients + part.moments for part in self.parts)
+        held = sum(part.weights - part.waiting + part.gradients + part.moments for part in self.parts)
         return held + max(self.activations.values(), default=0)
 
 
@@ -132,7 +135,7 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
     parts = [measure_part(model, name, known) for name in reversed(model.parts)][::-1]
     activations, flops, left_out = {}, {}, []
     networks = [network for decoder in model.decoders.values() for network in decoder.module.children()]
-    sizes = [sum(tensor.nbytes for tensor in _tensors([network])) for network in networks]
+    sizes = [_bytes([network]) for network in networks]
     offloaded = sum(part.weights for part in parts) - sum(sizes) + max(sizes, default=0)
     gradients = sum(part.gradients for part in parts)
     batch = BlankBatch(model, processor, config.train.batch_size)
@@ -162,13 +165,23 @@ def measure_part(model: MultimodalModel, name: str, known: set[int] | None = Non
     known = set() if known is None else known
     found, sizes = [x for x in _tensors(model.parts[name]) if id(x) not in known], Counter[str]()
     known.update(map(id, found))
-    for tensor in found:
+    for tensor in (stored for one in found for stored in stored_tensors(one)):
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     trained = [tensor for tensor in found if tensor.requires_grad]
     count = sum(tensor.numel() for tensor in trained)
     parameters = sum(tensor.numel() for tensor in found if isinstance(tensor, nn.Parameter))
     gradients = sum(tensor.nbytes for tensor in trained)
-    return PartMemory(name, parameters, count, sizes, gradients, ADAM_BYTES * count)
+    waiting = 0
+    if kind := getattr(model.parts[name][0], "offload", None):
+        pieces = [*model.parts[name][0].children()]
+        if kind == "group":  # the largest layer is on the device, not the largest network
+            pieces = [module for piece in pieces for module in piece.modules() if not [*module.children()]]
+        waiting = sizes.total() - max(_bytes([piece]) for piece in pieces)
+    return PartMemory(name, parameters, count, sizes, gradients, ADAM_BYTES * count, waiting)
+
+
+def _bytes(pieces: Iterable[nn.Module | nn.Parameter]) -> int:
+    return sum(stored.nbytes for tensor in _tensors(pieces) for stored in stored_tensors(tensor))
 
 
 def _tensors(pieces: Iterable[nn.Module | nn.Parameter]) -> list[Tensor]:
@@ -182,7 +195,13 @@ def _tensors(pieces: Iterable[nn.Module | nn.Parameter]) -> list[Tensor]:
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace a module's tensors by fake ones, which hold no data."""
-    module._apply(lambda tensor: FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu")))
+
+    def fake(tensor: Tensor) -> Tensor:
+        if len(stored_tensors(tensor)) > 1:  # quantised, and computed with in its own dtype
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+
+    module._apply(fake)
 
 
 class BlankBatch:

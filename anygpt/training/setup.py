@@ -34,7 +34,7 @@ from anygpt.losses.terms import is_read
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.parts.source import PartSettings, Source
+from anygpt.parts.source import MEMORY, PartSettings, Source
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.tokenizers.loading import load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
@@ -106,6 +106,8 @@ def compose(
             if key not in decoders:
                 decoders[key] = new_decoder(key, decoder, head, precision, ridge)
             decoders[key].defaults = decoder.defaults or decoders[key].defaults
+            given = {name: getattr(decoder, name) for name in MEMORY}
+            decoders[key].module.save_memory(**{name: value for name, value in given.items() if value is not None})
     for key, entry in config.model.tokenizers.items():
         with collected(f"model.tokenizers.{key}"):
             if key not in tokenizers:
@@ -251,7 +253,7 @@ def differences(wanted: PartSettings, found: dict[str, Any]) -> Iterator[tuple[s
                     yield f"projector.{name}", part, getattr(before, name)
             continue
         value = Source(value).path if setting.name == "path" else value
-        given = setting.name != "defaults" and (setting.default is MISSING or value != setting.default)
+        given = setting.name not in ("defaults", *MEMORY) and (setting.default is MISSING or value != setting.default)
         if given and setting.name in saved and saved[setting.name] != value:
             yield setting.name, value, saved[setting.name]
 
