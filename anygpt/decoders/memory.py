@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,12 +60,11 @@ def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.
 
 
 def _torchao_arguments(quant_type: str, modules_to_not_convert: list[str] | None = None, **options: Any) -> dict:
-    import torchao.quantization
-
-    kinds = [name for name in dir(torchao.quantization) if name.endswith("WeightOnlyConfig")]
+    library = importlib.import_module("torchao.quantization")
+    kinds = [name for name in dir(library) if name.endswith("WeightOnlyConfig")]  # gradients pass through these
     if quant_type not in kinds:
         raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(kinds)}")
-    kind = getattr(torchao.quantization, quant_type)(**options)
+    kind = getattr(library, quant_type)(**options)
     return {"quant_type": kind, "modules_to_not_convert": modules_to_not_convert}
 
 

@@ -171,7 +171,8 @@ class WrappedPipeline(nn.Module):
         Raises:
             InputError: a value that is unknown, or that the VAE lacks.
         """
-        vars(self).update(options)
+        for name, value in options.items():
+            setattr(self, name, value)
         use_vae(self.pipeline, vae_tiling=self.vae_tiling, vae_slicing=self.vae_slicing)
         if self.offload not in (None, *OFFLOADS):
             raise InputError(f"offload of a {self.pipeline_name} is {self.offload!r}; expected {' or '.join(OFFLOADS)}")
