@@ -33,6 +33,7 @@ from anygpt.encoders.imagebind.modeling import MASK
 COMMIT = hashlib.sha1(b"mirror").hexdigest()
 CHARACTERS = [chr(code) for code in range(33, 127)]
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_VARIANTS = {".fp16": torch.float16, ".bf16": torch.bfloat16}
 
 
 class Repository:
@@ -98,8 +99,8 @@ class Repository:
         self.json(f"{at}config.json", settings if config is None else config)
         state = {rename(name): tensor for name, tensor in state.items()} | dict(extra or {})
         for file in files:
-            half = ".fp16." in file
-            found = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+            narrow = next((dtype for mark, dtype in _VARIANTS.items() if mark in file), None)
+            found = {k: v.to(narrow) if narrow and v.is_floating_point() else v for k, v in state.items()}
             if "*" in file:
                 self.shards(f"{at}{file}", found)
             else:
@@ -113,7 +114,8 @@ class Repository:
             self.tensors(file, {name: state[name] for name in part})
             index["weight_map"] |= dict.fromkeys(part, Path(file).name)
         stem, suffix = pattern.split("-*")
-        self.json(f"{stem}{suffix}.index.json", index)
+        stem, mark, variant = stem.partition(".")
+        self.json(f"{stem}{suffix}.index{mark}{variant}.json", index)
 
     def tensors(self, name: str, state: dict[str, Tensor]) -> None:
         path = self.path(name)

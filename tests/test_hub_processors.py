@@ -133,3 +133,19 @@ def test_an_encoder_of_another_medium_is_refused(tmp_path):
         WHOLE[label].save(WHOLE[label].build(), folder, "today")
         with pytest.raises(InputError, match=f"model does not read {modality}"):
             load_encoder(folder, modality)
+
+
+def test_a_processor_that_transformers_does_not_have_is_named(tmp_path):
+    config = transformers.CLIPVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.save_pretrained(tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(json.dumps({"image_processor_type": "OurImageProcessor"}))
+    with pytest.raises(
+        InputError, match="names the class OurImageProcessor, which transformers .* does not have: name"
+    ):
+        load_processor(tmp_path, "image")
+    transformers.WhisperConfig(d_model=16, encoder_attention_heads=2).save_pretrained(tmp_path)
+    settings.write_text("{}")
+    with pytest.raises(InputError, match="cannot load the image processor") as caught:
+        load_processor(tmp_path, "image")
+    assert len(str(caught.value)) < 700

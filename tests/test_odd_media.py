@@ -83,6 +83,8 @@ def test_formats_that_are_not_read_are_named_with_what_reads_them(tmp_path, kind
         "SVG": b'<?xml version="1.0"?>\n<svg/>',
         "MIDI": b"MThd\0\0\0\6",
         "an HTML": page,
+        "AC-3": b"\x0bw" + bytes(range(200)),
+        "NUT": b"nut/multimedia container\0" + bytes(200),
     }
     for name, content in contents.items():
         (tmp_path / "a.jpg").write_bytes(content)

@@ -109,7 +109,9 @@ def _class_of(library: str, name: str) -> type[nn.Module] | None:
     return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
 
 
-def load_network_of_pipeline(cls: type[nn.Module], place: Place, dtype: torch.dtype, quantizer: Any = None) -> nn.Module:
+def load_network_of_pipeline(
+    cls: type[nn.Module], place: Place, dtype: torch.dtype, quantizer: Any = None
+) -> nn.Module:
     """Load a network of diffusers or transformers; an `InputError` for missing or unexpected tensors."""
     if place.json("config.json") is None:
         raise InputError(f"{place} has no config.json")

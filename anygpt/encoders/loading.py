@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import MODEL_MAPPING, AutoFeatureExtractor, AutoImageProcessor, AutoModel, PreTrainedConfig, ViTConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -189,11 +190,21 @@ def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
     whole = WHOLE_MODELS.get(config.model_type)
     if whole is not None and whole.processor is not None:
         processor = whole.processor(modality)
-    elif is_heard(modality):
-        processor = AutoFeatureExtractor.from_pretrained(source.folder, **source.auto)
     else:
-        replacement: Any = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
-        processor = (replacement or AutoImageProcessor).from_pretrained(source.folder, **source.auto)
+        heard = is_heard(modality)
+        auto: Any = AutoFeatureExtractor if heard else AutoImageProcessor
+        replacement: Any = None
+        if not heard:
+            replacement = whole.image_processor if whole is not None else PIL_PROCESSORS.get(config.model_type)
+        content = source.place.json("preprocessor_config.json") or {}
+        named = content.get("feature_extractor_type" if heard else "image_processor_type")
+        if replacement is None and isinstance(named, str) and not hasattr(transformers, named):
+            raise InputError(
+                f"{source.place}/preprocessor_config.json names the class {named}, which transformers "
+                f"{transformers.__version__} does not have: name one there that it has and that does the same, such as "
+                "CLIPImageProcessor or WhisperFeatureExtractor"
+            )
+        processor = (replacement or auto).from_pretrained(source.folder, **source.auto)
     if not source.processor:
         return processor
     settings = processor.to_dict()

@@ -98,6 +98,8 @@ UNREAD = (
     (rb"%PDF", "PDF", "pdftoppm draws it"),
     (rb"MThd", "MIDI", "fluidsynth plays it"),
     (rb"\.RMF|\.ra\xfd", "RealMedia", "ffmpeg converts it"),
+    (rb"\x0bw", "AC-3", "ffmpeg converts it"),
+    (rb"nut/multimedia container", "NUT", "ffmpeg converts it"),
     (rb"#EXTM3U|ffconcat|\[playlist\]", "a playlist", "give the files that it names"),
     (rb"\s*(<!doctype html|<html)", "an HTML page", "the download failed: fetch the file again"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -74,15 +75,17 @@ def save_pretrained(
             its own matrices and the tokenizer beside it. Works on copies of the adapted parts and the language model.
         standalone: write every part whole, so that loading needs no other files.
         portable: write parts whole whose sources are local folders.
-        max_shard_size: of each file of tensors.
+        max_shard_size: of each file of tensors, in bytes or as `5GB`.
         push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
             name.
         safe_serialization: only True.
         is_main_process: False writes nothing.
 
     Raises:
-        InputError: an unknown argument.
+        InputError: an unknown argument, or a `max_shard_size` that is no size.
     """
+    if not _is_size(max_shard_size):
+        raise InputError(f"max_shard_size is {max_shard_size!r}; expected a number of bytes, or a size such as '5GB'")
     if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
         raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
     if not safe_serialization:
@@ -137,6 +140,13 @@ def push_to_hub(
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
         write_card(Path(folder), repo_id)
         return push(folder, repo_id, **options)
+
+
+def _is_size(size: int | str) -> bool:
+    try:
+        return convert_file_size_to_int(size) > 0
+    except (ValueError, TypeError):
+        return False
 
 
 def _supplies(part: nn.Module, entry: dict[str, Any]) -> bool:

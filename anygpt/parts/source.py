@@ -19,6 +19,7 @@ from anygpt.errors import InputError
 from anygpt.parts.files import WEIGHTS, Place, built_from
 from anygpt.parts.manifest import fingerprint_tensors
 
+MOST = 500  # characters of a library's own message
 ZOO_PREFIX = "zoo:"
 ZOO = Path(__file__).parents[1] / "toyworld" / "weights" / "zoo"
 
@@ -226,6 +227,7 @@ def load(source: Source, kind: str, loader: Callable[[], Any], unused: Collectio
         raise InputError(f"cannot load the {kind} {source.path!r}: a package is missing: {reason}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = reason if len(reason) < MOST else f"{reason[:MOST]} …"  # some list every model that there is
         raise InputError(f"cannot load the {kind} {source.path!r}{source.place.taken_for}: {reason}") from error
     if isinstance(part, nn.Module):
         part.anygpt_source = source
