@@ -129,16 +129,14 @@ def load_network_of_pipeline(
             quantize_outline(outline, quantizer)
         return outline
     with _quietly():
+        # From the local folder: by a hub id, diffusers would ask the hub about shards that are all there.
         network, info = cls.from_pretrained(
-            place.path,
-            revision=place.revision,
-            subfolder=place.subfolder,
+            str(weights.entry.parent),
             variant=weights.variant,
             use_safetensors=not weights.pickled,
             torch_dtype=dtype,
             quantization_config=quantizer,
             output_loading_info=True,
-            **place.hub,
         )
     check_report(weights, cls, {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]})
     return network

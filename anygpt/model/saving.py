@@ -145,7 +145,7 @@ def push_to_hub(
 def _is_size(size: int | str) -> bool:
     try:
         return convert_file_size_to_int(size) > 0
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         return False
 
 

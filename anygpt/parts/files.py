@@ -222,7 +222,7 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
             "any to read their tensors (code in them is never run), or name a revision that has safetensors"
         )
     there = ", ".join(path.name for path in _here(place, SAFETENSORS)[:3])
-    hint = f"; it has {there}, so set the variant" if there else ""
+    hint = f"; it has {there}, so set the variant" if there else "; set the variant if their names have one"
     raise InputError(f"{place} has no weights: expected model.safetensors or diffusion_pytorch_model.safetensors{hint}")
 
 
