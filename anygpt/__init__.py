@@ -46,6 +46,9 @@ from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.tokenizers.base import MediaTokenizer
+from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.version import __version__
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig, exist_ok=True)
@@ -65,8 +68,10 @@ __all__ = [
     "InputError",
     "LTXDecoder",
     "LossWeights",
+    "MediaTokenizer",
     "ModalDecoderModule",
     "ModalEncoderModule",
+    "ModalTokenizerModule",
     "MultimodalConfig",
     "MultimodalModel",
     "MultimodalProcessor",
@@ -86,5 +91,6 @@ __all__ = [
     "load_encoder",
     "load_encoder_processor",
     "load_language_model",
+    "load_media_tokenizer",
     "load_tokenizer",
 ]

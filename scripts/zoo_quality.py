@@ -22,11 +22,11 @@ from anygpt import (
     load_encoder,
     load_encoder_processor,
     load_language_model,
+    load_media_tokenizer,
     load_tokenizer,
 )
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
-from anygpt.tokenizers import load_media_tokenizer
 from anygpt.toyworld.evaluation.answers import Settings, ask, judge
 from anygpt.toyworld.evaluation.baselines import upper_bound
 from anygpt.toyworld.evaluation.matrix import talk_table

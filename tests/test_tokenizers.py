@@ -352,6 +352,14 @@ def test_bad_input_is_named(tmp_path):
             run()
 
 
+def test_damaged_settings_are_named(tmp_path):
+    build("vq").save_pretrained(tmp_path)
+    for damaged in ({"size": "large"}, {"size": [16]}, {"pixels": {"image_mean": "grey"}}, {"speed": 3}):
+        (tmp_path / "anygpt_tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="cannot load the image tokenizer"):
+            load_media_tokenizer(tmp_path, "image")
+
+
 def put(codes, row, place, value):
     codes = codes.clone()
     codes[row, place] = value

@@ -70,6 +70,7 @@ class MediaTokenizer(nn.Module):
         if pixels is None and getattr(network.config, "lookup_from_codebook", False):
             pixels = UNIT_PIXELS
         self.pixels = {name: (pixels or {}).get(name, value) for name, value in PIXELS.items()}
+        self._mean, self._std = (torch.tensor(self.pixels[name]) for name in ("image_mean", "image_std"))
         self.settings = {name: value for name, value in settings.items() if value is not None}
         heard, timed, codec = is_heard(modality), is_timed(modality), self.family.hop is not None
         has = {"size": not heard, "num_frames": timed, "frame_rate": timed, "seconds": codec, "codebooks": codec}
@@ -253,8 +254,7 @@ class MediaTokenizer(nn.Module):
         """Mean and deviation that the network expects to be taken out of `targets`' values."""
         if self.vocoder is not None:
             return self.vocoder.mean.to(found), self.vocoder.scale.to(found)
-        settings = (torch.tensor(self.pixels[name]).to(found) for name in ("image_mean", "image_std"))
-        mean, std = (one.view(-1, *[1] * (found.dim() - 2)) for one in settings)
+        mean, std = (one.to(found).view(-1, *[1] * (found.dim() - 2)) for one in (self._mean, self._std))
         unit = 127.5 * self.pixels["rescale_factor"]  # targets are x / 127.5 - 1, an image processor's x · rescale
         return mean / unit - 1, std / unit
 

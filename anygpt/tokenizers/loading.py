@@ -11,6 +11,7 @@ from transformers import SpeechT5HifiGan
 
 from anygpt.decoders.pipelines import load_network_of_pipeline
 from anygpt.errors import InputError
+from anygpt.parts.files import built_from
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source, TokenizerSettings, load
 from anygpt.tokenizers.base import OWN_VOCODER, SETTINGS_FILE, MediaTokenizer
@@ -39,7 +40,9 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
         vocoder = source.vocoder or own
         settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
         voice = _load_vocoder(source, vocoder) if vocoder else None
-        tokenizer = MediaTokenizer(_load_network(source), modality, vocoder=voice, pixels=pixels, **settings)
+        network = _load_network(source)
+        with built_from(f"{source.place}/{SETTINGS_FILE}"):
+            tokenizer = MediaTokenizer(network, modality, vocoder=voice, pixels=pixels, **settings)
         if vocoder not in (None, OWN_VOCODER):
             tokenizer.settings["vocoder"] = vocoder
         return tokenizer
