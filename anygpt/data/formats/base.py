@@ -71,14 +71,12 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model, convert: the row model, and `convert(row,
-    where)`; None for `Pair`s, which need a task, and the project's own form. suffixes: of files that imply this format.
-    media_by_type: see `MediaRoot`.
+    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model: the row model, None for `Pair`s, which need
+    a task, and the project's own form. suffixes: of files that imply this format. media_by_type: see `MediaRoot`.
     """
 
     rows: Callable[..., Iterator[Row]]
     model: type[RowModel] | None = None
-    convert: Callable[[Any, str], dict] | None = None
     suffixes: tuple[str, ...] = ()
     media_by_type: bool = False
     takes_columns: bool = False

@@ -1,4 +1,7 @@
-"""Rows of other projects' JSON (NExT-GPT, LLaVA, Alpaca, VideoChat), and pairs, converted to the project's own form."""
+"""Rows of other projects' JSON (NExT-GPT, LLaVA, Alpaca, VideoChat), and pairs, converted to the project's own form.
+
+A row's `converted(where)` is a row in the project's own form; `where` is its name in messages.
+"""
 
 import re
 from collections.abc import Mapping
@@ -87,7 +90,11 @@ def _count_error(where: str, speaker: str, kind: str, markers: int, key: str, fi
 
 
 class LlavaRow(TurnsRow):
-    """LLaVA's row; the last five keys are ignored."""
+    """LLaVA's row; the last five keys are ignored.
+
+    `image` (and `video`, `audio`, as in LLaVA's successors) names one file or a list. `<image>` in the human turns
+    marks their places; without markers they open the first human turn. Rows without media are text.
+    """
 
     media_keys = ("{}",)
 
@@ -97,27 +104,13 @@ class LlavaRow(TurnsRow):
     width: Any = None
     height: Any = None
 
-
-def convert_llava(row: LlavaRow, where: str) -> dict:
-    """Convert one row.
-
-    `image` (and `video`, `audio`, as in LLaVA's successors) names one file or a list. `<image>` in the human turns
-    marks their places; without markers they open the first human turn. Rows without media are text.
-    """
-    # Markers in answers stay text: LLaVA's assistant produces nothing else.
-    return row.in_place({"human": {kind: row.inputs(kind, kind, where) for kind in MEDIA}})
+    def converted(self, where: str) -> dict:
+        # Markers in answers stay text: LLaVA's assistant produces nothing else.
+        return self.in_place({"human": {kind: self.inputs(kind, kind, where) for kind in MEDIA}})
 
 
 class NextGptRow(TurnsRow):
-    """NExT-GPT's row; `*_caption_embeddings` (pickled arrays) and `source_data` are ignored."""
-
-    media_keys = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
-
-    source_data: Any = None
-
-
-def convert_nextgpt(row: NextGptRow, where: str) -> dict:
-    """Convert one row.
+    """NExT-GPT's row; `*_caption_embeddings` (pickled arrays) and `source_data` are ignored.
 
     `<image>`, `<video>` and `<audio>` in the turns mark the places of the media: in a human turn the next of
     `input_<type>`, in a gpt turn the next of `output_<type>` with the next of `<type>_captions` (each a string or a
@@ -125,29 +118,31 @@ def convert_nextgpt(row: NextGptRow, where: str) -> dict:
     the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely on precomputed
     encodings) is an error, as it has no target to decode.
     """
-    human = {kind: row.inputs(f"input_{kind}", kind, where) for kind in MEDIA}
-    return row.in_place({"human": human, "gpt": {kind: _targets(row, kind, where) for kind in MEDIA}})
 
+    media_keys = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
 
-def _targets(row: NextGptRow, kind: str, where: str) -> list[dict]:
-    files, captions = row.listed(f"output_{kind}"), row.listed(f"{kind}_captions")
-    if captions and not files:
-        raise InputError(
-            f"{where} has '{kind}_captions' but no 'output_{kind}': a target is a {kind} file with its caption; "
-            f"add the file names, or take the '<{kind}>' markers and captions out."
-        )
-    if (markers := row.markers("gpt", kind)) != len(files):
-        raise _count_error(where, "gpt", kind, markers, f"output_{kind}", files)
-    if not captions:
-        turns = (turn for turn in row.conversations if turn.speaker == "gpt" and turn.output_modality == kind)
-        captions = [turn.caption for turn in turns if turn.caption]
-    if len(captions) != len(files):
-        raise DataError(
-            f"{where}: 'output_{kind}' names {len(files)} file(s) and '{kind}_captions' holds {len(captions)} "
-            "caption(s): give one caption a file.",
-            "caption",
-        )
-    return [{"type": kind, "path": f, "caption": c} for f, c in zip(files, captions, strict=True)]
+    source_data: Any = None
+
+    def converted(self, where: str) -> dict:
+        human = {kind: self.inputs(f"input_{kind}", kind, where) for kind in MEDIA}
+        return self.in_place({"human": human, "gpt": {kind: self.targets(kind, where) for kind in MEDIA}})
+
+    def targets(self, kind: str, where: str) -> list[dict]:
+        files, captions = self.listed(f"output_{kind}"), self.listed(f"{kind}_captions")
+        if captions and not files:
+            raise InputError(
+                f"{where} has '{kind}_captions' but no 'output_{kind}': a target is a {kind} file with its caption; "
+                f"add the file names, or take the '<{kind}>' markers and captions out."
+            )
+        if (markers := self.markers("gpt", kind)) != len(files):
+            raise _count_error(where, "gpt", kind, markers, f"output_{kind}", files)
+        if not captions:
+            turns = (turn for turn in self.conversations if turn.speaker == "gpt" and turn.output_modality == kind)
+            captions = [turn.caption for turn in turns if turn.caption]
+        if len(captions) != len(files):
+            text = f"'output_{kind}' names {len(files)} file(s) and '{kind}_captions' holds {len(captions)} caption(s)"
+            raise DataError(f"{where}: {text}: give one caption a file.", "caption")
+        return [{"type": kind, "path": f, "caption": c} for f, c in zip(files, captions, strict=True)]
 
 
 class AlpacaRow(RowModel):
@@ -159,10 +154,9 @@ class AlpacaRow(RowModel):
     text: Any = None
     id: Id = ""
 
-
-def convert_alpaca(row: AlpacaRow, where: str) -> dict:
-    asked = "\n\n".join(filter(None, (row.instruction, row.input)))
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]}
+    def converted(self, where: str) -> dict:
+        asked = "\n\n".join(filter(None, (self.instruction, self.input)))
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": self.output}]}
 
 
 class Question(RowModel):
@@ -172,6 +166,12 @@ class Question(RowModel):
 
 
 class VideoChatRow(RowModel):
+    """One medium, which opens the first user turn, and questions about it, which may be empty (captions).
+
+    The first question's instruction `i` becomes a system message, and the others are ignored, as in VideoChat2's own
+    loader; questions keep their order.
+    """
+
     QA: Annotated[list[Question], at_least_one("pair of question and answer")]
     video: Text | None = None
     image: Text | None = None
@@ -187,21 +187,15 @@ class VideoChatRow(RowModel):
             raise fault("means a part of its video, from 'start' to 'end': cut that part out beforehand.")
         return self
 
-
-def convert_videochat(row: VideoChatRow, where: str) -> dict:
-    """Convert one row.
-
-    The medium opens the first user turn, whose question may be empty (captions). The first question's instruction `i`
-    becomes a system message, and the others are ignored, as in VideoChat2's own loader; questions keep their order.
-    """
-    kind = "image" if row.video is None else "video"
-    messages: list[dict] = [{"role": "system", "content": row.QA[0].i}] if row.QA[0].i else []
-    medium = [{"type": kind, "path": getattr(row, kind)}]
-    for pair in row.QA:
-        said = [*medium, *([{"type": "text", "text": pair.q}] if pair.q else [])]
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": pair.a}]
-        medium = []
-    return {"messages": messages}
+    def converted(self, where: str) -> dict:
+        kind = "image" if self.video is None else "video"
+        messages: list[dict] = [{"role": "system", "content": self.QA[0].i}] if self.QA[0].i else []
+        medium = [{"type": kind, "path": getattr(self, kind)}]
+        for pair in self.QA:
+            said = [*medium, *([{"type": "text", "text": pair.q}] if pair.q else [])]
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": pair.a}]
+            medium = []
+        return {"messages": messages}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------
@@ -210,14 +204,6 @@ TASKS = ("comprehension", "generation")
 # The user's text where the data has no prompt.
 COMPREHENSION_PROMPT = "Describe this {kind}."
 GENERATION_PROMPT = "Make this {kind}: {caption}"
-
-
-def check_task(task: str | None, where: str) -> None:
-    if task not in TASKS:
-        raise InputError(
-            f"{where} holds media with captions, and task is {task!r}: give comprehension (the medium is asked about, "
-            "and its caption is the answer) or generation (the caption is asked for, and the medium is the answer)."
-        )
 
 
 def convert_pair(pair: Pair, where: str, task: str | None) -> dict:

@@ -19,10 +19,10 @@ from anygpt.media.types import MEDIA
 
 FORMATS: dict[str, Format] = {
     "jsonl": Format(line_rows, suffixes=(".jsonl",)),
-    "nextgpt": Format(json_rows, dialects.NextGptRow, dialects.convert_nextgpt, (".json",), media_by_type=True),
-    "llava": Format(json_rows, dialects.LlavaRow, dialects.convert_llava, media_by_type=True),
-    "alpaca": Format(json_rows, dialects.AlpacaRow, dialects.convert_alpaca),
-    "videochat": Format(json_rows, dialects.VideoChatRow, dialects.convert_videochat, media_by_type=True),
+    "nextgpt": Format(json_rows, dialects.NextGptRow, (".json",), media_by_type=True),
+    "llava": Format(json_rows, dialects.LlavaRow, media_by_type=True),
+    "alpaca": Format(json_rows, dialects.AlpacaRow),
+    "videochat": Format(json_rows, dialects.VideoChatRow, media_by_type=True),
     "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True),
     "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
 }
@@ -89,8 +89,12 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
         if value is not None and not used:
             raise InputError(f"{setting} is given for {path}, whose format {name!r} has no use for it: leave it out.")
     rows = chosen.rows(path, source.columns) if chosen.takes_columns else chosen.rows(path)
-    if chosen.pairs and not (source.columns and not set(MEDIA) & set(source.columns)):  # a table may hold only text
-        dialects.check_task(source.task, str(path))
+    text_alone = source.columns and not set(MEDIA) & set(source.columns)  # as in a table
+    if chosen.pairs and not text_alone and source.task not in dialects.TASKS:
+        raise InputError(
+            f"{path} holds media with captions, and task is {source.task!r}: give comprehension (the medium is asked "
+            "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)."
+        )
     folder = source.media_root
     if folder is None:
         folder = path.parent if path.exists() else find_files(path)[0].parent
@@ -106,7 +110,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
                 value = dialects.convert_pair(value, where, source.task)
             elif chosen.model is not None:
                 found = checked(chosen.model, value, where)
-                value = chosen.convert(found, where) | ({"id": found.id} if found.id else {})
+                value = found.converted(where) | ({"id": found.id} if found.id else {})
             yield parse_sample(value, row.source, row.id, root)
         except InputError as fault:
             yield fault
