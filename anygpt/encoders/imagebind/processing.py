@@ -6,7 +6,7 @@ All except the text processor are saved and loaded like feature extractors, and 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +23,17 @@ MEAN, DEVIATION = -4.268, 9.138  # log-mel energies
 
 
 class ImageBindProcessor(FeatureExtractionMixin):
-    """Base of the processors: converts one medium, of `ndim` dimensions as an array, or a list to one tensor."""
+    """Base of the processors: converts one medium, of `ndim` dimensions as an array, or a list to one tensor.
+
+    Keyword arguments override `defaults`, and are saved with them; they become attributes.
+    """
 
     model_input_names = (MAIN_INPUT,)
     ndim: int
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, **settings: Any):
+        super().__init__(**(self.defaults | settings))
 
     def convert(self, item: Any) -> np.ndarray:
         raise NotImplementedError
@@ -45,10 +52,7 @@ class ImageBindImageProcessor(ImageBindProcessor):
     """
 
     ndim, do_center_crop = 3, True
-
-    def __init__(self, size: int = IMAGE_SIZE, channels: int = 3, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.size, self.channels = size, channels
+    defaults: ClassVar = {"size": IMAGE_SIZE, "channels": 3}
 
     @property
     def crop_size(self) -> dict[str, int]:
@@ -80,18 +84,7 @@ class ImageBindVideoProcessor(ImageBindProcessor):
     """
 
     ndim, reads_times = 4, True
-
-    def __init__(
-        self,
-        size: int = IMAGE_SIZE,
-        clips: int = 5,
-        seconds: float = 2.0,
-        frames: int = 2,
-        num_frames: int = 40,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.size, self.clips, self.seconds, self.frames, self.num_frames = size, clips, seconds, frames, num_frames
+    defaults: ClassVar = {"size": IMAGE_SIZE, "clips": 5, "seconds": 2.0, "frames": 2, "num_frames": 40}
 
     @property
     def reads(self) -> str:
@@ -128,19 +121,7 @@ class ImageBindAudioProcessor(ImageBindProcessor):
     """
 
     ndim = 1
-
-    def __init__(
-        self,
-        sampling_rate: int = 16000,
-        num_mel_bins: int = 128,
-        target_length: int = 204,
-        clips: int = 3,
-        seconds: float = 2.0,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.sampling_rate, self.num_mel_bins, self.target_length = sampling_rate, num_mel_bins, target_length
-        self.clips, self.seconds = clips, seconds
+    defaults: ClassVar = {"sampling_rate": 16000, "num_mel_bins": 128, "target_length": 204, "clips": 3, "seconds": 2.0}
 
     @property
     def reads(self) -> str:
