@@ -234,7 +234,7 @@ VALUES = [
     ("loss.nll", "-1", "expected"),
     ("loss.encoder_llm", ".nan", "expected"),
     ("loss.by_modality.image", "-1", "expected"),
-    ("lora.r", "0", "greater than"),
+    ("lora.r", "-1", "greater than"),
     ("lora.alpha", "0", "greater than"),
     ("lora.dropout", "1", "less than 1"),
     ("model.encoders.video.num_frames", "0", "greater than"),
@@ -260,7 +260,7 @@ def test_a_negative_weight_of_data():
 
 
 def test_all_values_out_of_range_are_named():
-    said = fault(*STAGE_1, "--train.learning_rate", "-1", "--lora.r=0", "--data.train=[]")
+    said = fault(*STAGE_1, "--train.learning_rate", "-1", "--lora.r=-1", "--data.train=[]")
     assert all(name in said for name in ("train.learning_rate", "lora.r", "data.train"))
 
 
