@@ -82,6 +82,8 @@ class VideoEncoder(PreTrainedModel):
         options = {} if layer is None else {"output_hidden_states": True}
         output = self.image_encoder(pixel_values_videos.flatten(0, 1), **options)
         states = output[0] if layer is None else output.hidden_states[layer]
+        if layer is None and (select := FAMILIES.get(self.image_encoder.config.model_type, UNKNOWN).select):
+            states = select(self.image_encoder.config, output)
         states = states[:, 1:] if self.config.drop_cls else states
         if self.config.pool_frames:
             states = states.mean(dim=1, keepdim=True)
