@@ -21,6 +21,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     LTXPipeline,
@@ -32,6 +33,7 @@ from diffusers import (
     StableAudioPipeline,
     StableAudioProjectionModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     TextToVideoSDPipeline,
@@ -278,6 +280,21 @@ def sana() -> SanaPipeline:
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
             ),
         )
+
+
+def instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
+    """`stable_diffusion` with random weights on the reference's channels too."""
+    parts = stable_diffusion().components
+    with _seeded():
+        parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=8).eval()
+    return StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+
+
+def flux_kontext(guidance_embeds: bool = True) -> FluxKontextPipeline:
+    """`flux` in the pipeline that takes a reference."""
+    pipeline = FluxKontextPipeline(**flux(guidance_embeds).components)
+    pipeline.default_sample_size = 8
+    return pipeline
 
 
 def flux(guidance_embeds: bool = True) -> FluxPipeline:

@@ -11,6 +11,7 @@ from anygpt.cache.reading import STATES, Cached, FeatureCache, StaleCache
 from anygpt.cache.text_states import TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
 from anygpt.data.lengths import expanded, refuse_reserved, reserved_tokens
+from anygpt.data.schema import Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
@@ -58,6 +59,7 @@ class Collator:
         try:
             for item in items:
                 refuse_reserved(reserved_tokens(self.processor), item.sample)
+                self.refuse_sources(item.sample)
             data, counts = self.encoder_inputs(items)
             targets, target_ids = self.decoder_targets(items)
         except InputError as error:
@@ -86,6 +88,15 @@ class Collator:
                 TARGET_IDS: target_ids,
             }
         )
+
+    def refuse_sources(self, sample: Sample) -> None:
+        """Raise an `InputError` for a target that names a source which its decoder could not use."""
+        for _, part in sample.media():
+            if part.source is not None and not self.processor.targets[self.processor.decoder_key(part.type)].reference:
+                raise InputError(
+                    f"{sample.name}: a target of type {part.type!r} names its source, but the decoder takes no "
+                    "reference: leave it out, or take a decoder that edits"
+                )
 
     def nothing(self) -> dict[str, Any]:
         """A row without loss for an empty batch: every process must take part in each step."""
@@ -168,6 +179,12 @@ class Collator:
                     continue
                 target, stored = raw.setdefault(key, {"captions": []}), cached.setdefault(key, {})
                 target["captions"] += captions
+                if any(reference is not None for reference in item.references.get(modality, ())):
+                    given = item.references[modality]
+                    target.setdefault("references", [None] * (len(target["captions"]) - len(captions)))
+                    target["references"] += [None if one is None else kind.to_target(one) for one in given]
+                elif "references" in target:
+                    target["references"] += [None] * len(captions)
                 for medium in item.targets.get(modality, ()):  # none if the dataset does not decode targets
                     if isinstance(medium, Cached):
                         stored.setdefault("posterior", []).append(medium.values)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,12 +28,14 @@ class LoadedSample:
     `targets` with one caption each, and cached encodings of the captions.
 
     A `Cached` replaces a cached medium. A file that occurs twice is the same object twice: do not modify it in place.
+    `references` has one entry for each target of a decoder that takes them, None without.
     """
 
     sample: Sample
     inputs: dict[str, list[Media | Any]] = field(default_factory=dict)
     targets: dict[str, list[Media | Any]] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)
+    references: dict[str, list[Media | None]] = field(default_factory=dict)
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
     cut: int = 0
 
@@ -59,6 +61,7 @@ class LoadedSample:
             of(self.inputs, False),
             of(self.targets, True),
             of(self.captions, True),
+            of(self.references, True),
             of(self.conditions, True),
             self.cut + len(self.sample.messages) - count,
         )
@@ -93,6 +96,7 @@ class ConversationDataset(Dataset):
         lengths, weights: one per data source, for `UpdateSampler`.
         in_memory: keep decoded media, so that a process decodes each file once.
         decode_targets: whether to decode the assistant's media; False if only captions are needed.
+        references: media types whose targets get a reference: their `source`, else the last such medium before them.
         faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
     """
 
@@ -110,6 +114,7 @@ class ConversationDataset(Dataset):
         self.samples = with_unique_ids(samples)
         self.num_video_frames = num_video_frames
         self.decode_targets = True
+        self.references: Collection[str] = ()
         self.cache: FeatureCache | None = None
         self.in_memory = False
         self._kept: dict[tuple[str, Place], Media] = {}
@@ -163,6 +168,7 @@ class ConversationDataset(Dataset):
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
         decoded: dict[tuple[bool, str, Place], Any] = {}  # each file is decoded once
+        before: dict[str, Place] = {}
         for role, part in sample.media():
             answered = role == "assistant"
             if answered:
@@ -171,6 +177,11 @@ class ConversationDataset(Dataset):
                     loaded.conditions.setdefault(part.type, []).append(Condition(**found))
                 if not self.decode_targets:
                     continue
+                if part.type in self.references:
+                    source = part.source or before.get(part.type)
+                    found = None if source is None else self.decode(sample, "user", part.type, source)
+                    loaded.references.setdefault(part.type, []).append(found)
+            before[part.type] = part.path
             # Inputs and targets differ only in a cache: features of the former, latents of the latter.
             key = (
                 self.cache is not None and answered and part.type not in self.cache.stores[CODES],

@@ -161,19 +161,21 @@ class PartRow(RowModel):
     """Text, or a medium: an input in a user's turn, a target in an assistant's, where it needs a caption.
 
     `path` is relative to the media root and must stay inside it; readers of shards and tables set a `StoredMedium`.
+    `source` is the medium that a target was edited from: its number among the media of the conversation, from 0.
     """
 
     type: str
     text: Texts | None = None
     path: Annotated[Any, AfterValidator(_place), WithJsonSchema({"type": "string"})] = None
     caption: Texts | None = None
+    source: Annotated[int, Field(ge=0)] | None = None
 
     @classmethod
     def keys(cls, value: Mapping[str, Any]) -> set[str]:
         kind = value.get("type")
         if not isinstance(kind, str) or kind not in ("text", *MEDIA):
             raise fault(f"the part type {shown(kind)} is not known{nearest(kind, ('text', *MEDIA))}.")
-        return {"type", "text"} if kind == "text" else {"type", "path", "caption"}
+        return {"type", "text"} if kind == "text" else {"type", "path", "caption", "source"}
 
     @model_validator(mode="after")
     def _has_content(self) -> "PartRow":
@@ -203,6 +205,8 @@ class MessageRow(RowModel):
     @model_validator(mode="after")
     def _suits_its_role(self) -> "MessageRow":
         for i, part in enumerate(self.content):
+            if part.source is not None and self.role != "assistant":
+                raise fault(f"content[{i}]: this {part.type} has a 'source', which only a target of the assistant has.")
             if part.type != "text" and self.role == "system":
                 raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
             if part.type != "text" and self.role == "assistant" and not all(map(str.strip, part.wordings)):
@@ -230,4 +234,18 @@ class SampleRow(RowModel):
                 f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, of which one place is "
                 "drawn for all: give each as many."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_come_before(self) -> SampleRow:
+        media = [part for message in self.messages for part in message.content if part.type != "text"]
+        for number, part in enumerate(media):
+            if part.source is None:
+                continue
+            what = f"medium {number} has the source {part.source}, "
+            if part.source >= number:
+                least = f"{number - 1} at most" if number else "none, being the first"
+                raise fault(what + f"which does not come before it: name an earlier medium, counted from 0 ({least}).")
+            if media[part.source].type != part.type:
+                raise fault(what + f"which is no {part.type} but a medium of type {media[part.source].type!r}.")
         return self

@@ -20,14 +20,15 @@ from anygpt.media.types import MEDIA
 @dataclass(frozen=True)
 class ContentPart:
     """One piece of a message. `type` is `text` or a media type; a medium has `path` (resolved inside the media root, or
-    a `StoredMedium`) and, if it is a target, the `caption` that its decoder is aligned with. `others` are other
-    wordings."""
+    a `StoredMedium`) and, if it is a target, the `caption` that its decoder is aligned with, and the `source` that it
+    was edited from, if the row names one. `others` are other wordings."""
 
     type: str
     text: str | None = None
     path: Path | StoredMedium | None = None
     caption: str | None = None
     others: tuple[str, ...] = ()
+    source: Path | StoredMedium | None = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,9 @@ def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) 
     part."""
     where = row_name(row, source, default_id)
     found = checked(SampleRow, row, where)
+    media: list[ContentPart] = []
     messages = tuple(
-        Message(message.role, tuple(_part(part, where, media_root) for part in message.content))
+        Message(message.role, tuple(_part(part, where, media_root, media) for part in message.content))
         for message in found.messages
     )
     return Sample(found.id or default_id, messages, source)
@@ -164,12 +166,15 @@ def row_name(row: Any, source: str, default_id: str) -> str:
     return f"{source} (sample {shown(given if isinstance(given, str | int) else default_id)})"
 
 
-def _part(row: PartRow, where: str, media_root: MediaRoot) -> ContentPart:
+def _part(row: PartRow, where: str, media_root: MediaRoot, media: list[ContentPart]) -> ContentPart:
+    """The part of a row; `media` are those before it, to which a medium is added."""
     first, *others = row.wordings
     if row.type == "text":
         return ContentPart("text", text=first, others=tuple(others))
     path = row.path if isinstance(row.path, StoredMedium) else media_root.resolve(row.path, row.type, where)
-    return ContentPart(row.type, path=path, caption=first or None, others=tuple(others))
+    source = None if row.source is None else media[row.source].path
+    media.append(ContentPart(row.type, path=path, caption=first or None, others=tuple(others), source=source))
+    return media[-1]
 
 
 def checked_text(value: Any, what: str) -> str:

@@ -4,7 +4,8 @@ from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.audioldm2 import AudioLDM2Decoder
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.flux import FluxDecoder
+from anygpt.decoders.flux import FluxDecoder, FluxKontextDecoder
+from anygpt.decoders.instruct_pix2pix import InstructPix2PixDecoder
 from anygpt.decoders.ltx import LTXDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
@@ -31,7 +32,9 @@ __all__ = [
     "Condition",
     "DiffusionDecoder",
     "FluxDecoder",
+    "FluxKontextDecoder",
     "ImageTargets",
+    "InstructPix2PixDecoder",
     "LTXDecoder",
     "ModalDecoderModule",
     "OutputProjector",

@@ -45,6 +45,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     """Whether padding is zeros, which the network attends to."""
     mask_argument: ClassVar[str | None] = None
     """Name of the mask in the pipeline's call."""
+    takes_reference: ClassVar[bool] = False
+    """Whether the denoiser also reads a reference medium, which it is to edit."""
 
     # ---- what a family defines
 
@@ -136,6 +138,12 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         mean, std = (torch.as_tensor(x).to(latents).view(-1, *[1] * (latents.dim() - 2)) for x in (mean, std))
         return (latents - mean) * scale / std
 
+    def encode_reference(self, reference: Tensor) -> Tensor:
+        """Scaled latents `(B, C, …)` of references from `targets`, without noise; zeros (none) give zeros."""
+        given = reference.flatten(1).any(dim=1).to(self.device)
+        latents = self.encode_media(reference)
+        return latents * given.view(-1, *[1] * (latents.dim() - 1))
+
     # ---- the denoising loss
 
     @cached_property
@@ -163,19 +171,22 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         timesteps: Tensor | None = None,
         generator: Generators = None,
         snr_gamma: float | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the prediction by sample: `(B,)`, float32.
 
         Args:
             condition: `(B, T, D)`; gradients reach it through the frozen network.
             latents: `(B, C, …)` from `encode_media`.
+            reference: `(B, …)` from `targets`, for a decoder that takes one; zeros (or None for all) are none.
             noise, timesteps: like `latents`, and `(B,)`; drawn by default.
             generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
                 its batch. A CPU generator works on any device.
             snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
 
         Raises:
-            InputError: wrong shapes, a scheduler unfit for training, or a `snr_gamma` that it does not support.
+            InputError: wrong shapes, a scheduler unfit for training, a `snr_gamma` that it does not support, or a
+                reference for a decoder that takes none.
         """
         condition = self._ready(condition, len(latents))
         check_generators(generator, len(latents))
@@ -198,7 +209,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         timesteps = timesteps.to(self.device)
         weight = self.schedule.weight(timesteps, snr_gamma)
         noisy, target = self.schedule.noise_and_target(latents, noise.to(latents), timesteps)
-        prediction = self.predict(noisy.to(self.dtype), timesteps, condition)
+        more = {}
+        if reference is not None:
+            self.check_reference(reference, len(latents))
+            more["reference"] = self.encode_reference(reference).to(self.dtype)
+        prediction = self.predict(noisy.to(self.dtype), timesteps, condition, **more)
         return weight * F.mse_loss(prediction.to(target.dtype), target, reduction="none").flatten(1).mean(1)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -216,6 +231,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         negative_condition: Tensor | Condition | None = None,
         generator: Generators = None,
         on_step: Callable[[int, int], None] | None = None,
+        reference: Sequence[Any] | None = None,
         **size: float,
     ) -> list:
         """Generate `B` media by calling the pipeline with the condition in place of prompt embeddings.
@@ -226,7 +242,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             negative_condition: `(B, T, D)`; the pipeline's default if None.
             generator: one, or a list with one a sample.
             on_step: called with the numbers of finished and of all denoising steps; an exception ends the sampling.
-            size: the family's `size_names`; the decoder's own by default.
+            reference: one raw medium a sample, to edit.
+            size: the family's `size_names`, the decoder's own by default, and its other options.
 
         Raises:
             InputError: wrong shapes, or an argument that this decoder does not have or cannot use.
@@ -241,9 +258,19 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         # All sizes are passed, because diffusers drops height or width given alone.
         arguments = {name: getattr(self, name) for name in self.size_names} | given
         arguments |= self.prompt_arguments(condition, negative_condition)
+        if reference is not None:
+            self.check_reference(reference, len(condition), given)
+            arguments["reference"] = reference
         if on_step is not None:
             arguments |= step_callback(self.pipeline, on_step)
         return self.collect(self.call_pipeline(**arguments, generator=generator))
+
+    def check_reference(self, reference: Any, batch_size: int, options: Mapping[str, Any] | None = None) -> None:
+        """Raise an `InputError` unless there is one reference a sample, and this decoder can use it."""
+        if not self.takes_reference:
+            raise InputError(f"{type(self).__name__} takes no reference: leave it out.")
+        if len(reference) != batch_size:
+            raise InputError(f"{len(reference)} references for {batch_size} samples: give one a sample.")
 
     def call_pipeline(self, **arguments: Any) -> Any:
         """Call the pipeline; a hook for families whose pipelines name arguments otherwise."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
@@ -51,23 +52,35 @@ class FluxDecoder(ImageDecoder):
     def count_tokens(self, latents: Tensor) -> int:
         return super().count_tokens(latents) // 4
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The transformer's velocity prediction, of packed latents."""
-        rows, channels, height, width = noisy.shape
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, condition: Condition, reference: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's velocity prediction, of packed latents; those of `reference` are further tokens."""
+        rows, _, height, width = noisy.shape
+        tokens, ids = self._tokens(noisy)
+        if reference is not None:
+            more, places = self._tokens(reference)
+            places[:, 0] = 1
+            tokens, ids = torch.cat([tokens, more], dim=1), torch.cat([ids, places])
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = timesteps.new_full((rows,), self.call_default("guidance_scale"), dtype=noisy.dtype)
-        ids = self.pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, noisy.device, noisy.dtype)
         prediction = self.denoiser(
-            self.pipeline._pack_latents(noisy, rows, channels, height, width),
+            tokens,
             encoder_hidden_states=condition.embeds,
             pooled_projections=condition.pooled,
             timestep=timesteps.to(noisy.dtype) / 1000,
             img_ids=ids,
             txt_ids=ids.new_zeros(condition.embeds.shape[1], 3),
             guidance=guidance,
-        ).sample
+        ).sample[:, : height * width // 4]
         return self.pipeline._unpack_latents(prediction, height, width, vae_scale_factor=1)
+
+    def _tokens(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed latents, and the places of the tokens."""
+        rows, channels, height, width = latents.shape
+        ids = self.pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, latents.device, latents.dtype)
+        return self.pipeline._pack_latents(latents, rows, channels, height, width), ids
 
     @property
     def option_names(self) -> tuple[str, ...]:
@@ -96,3 +109,31 @@ class FluxDecoder(ImageDecoder):
                 f"the {self.modality} decoder is given only one of true_cfg_scale and a negative prompt, which FLUX "
                 "ignores without the other: give both, or neither."
             )
+
+
+class FluxKontextDecoder(FluxDecoder):
+    """FLUX.1 Kontext (arXiv 2506.15742): edits a reference, whose latents are further tokens; without, as FLUX.1."""
+
+    pipeline_name = "FluxKontextPipeline"
+    takes_reference = True
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, condition: Condition, reference: Tensor | None = None
+    ) -> Tensor:
+        """The velocity prediction; rows without a reference, whose latents are zeros, run by themselves."""
+        given = torch.zeros_like(timesteps, dtype=torch.bool) if reference is None else reference.flatten(1).any(dim=1)
+        prediction = torch.empty_like(noisy)
+        for rows in filter(len, (given.nonzero()[:, 0], (~given).nonzero()[:, 0])):
+            own = reference[rows] if given[rows[0]] else None
+            prediction = prediction.index_copy(
+                0, rows, super().predict(noisy[rows], timesteps[rows], condition[rows], own)
+            )
+        return prediction
+
+    def call_pipeline(self, **arguments: Any) -> Any:
+        """Call the pipeline with the reference's latents, at exactly the size that was asked for."""
+        height, width, reference = arguments["height"], arguments["width"], arguments.pop("reference", None)
+        image = None
+        if reference is not None:
+            image = self.encode_reference(self.reference_pixels(reference, height, width) * 2 - 1).to(self.dtype)
+        return self.pipeline(image=image, max_area=height * width, _auto_resize=False, **arguments)

@@ -1,22 +1,28 @@
 """Decoders by the form of what they generate: images, videos, sounds. Sizes default to those of the network."""
 
+import inspect
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.options import is_number
 from anygpt.decoders.targets import ImageTargets, TargetProcessor, VideoTargets
+from anygpt.errors import InputError
 
 
 class ImageDecoder(DiffusionDecoder):
     """Conditions -> PIL images of `height` × `width` pixels, which are also the targets' size.
 
-    A pipeline's safety checker, if any, blackens images that it flags.
+    A pipeline's safety checker, if any, blackens images that it flags. With `strength`, from 0 to 1, sampling starts
+    from a reference under that share of the noise (SDEdit, arXiv 2108.01073), in the family's image-to-image pipeline.
     """
 
     modality = "image"
@@ -41,7 +47,47 @@ class ImageDecoder(DiffusionDecoder):
     @property
     def targets(self) -> TargetProcessor:
         """PIL images -> `(B, channels, height, width)` in [-1, 1], with the VAE's number of channels."""
-        return ImageTargets(self.height, self.width, self.vae.config.in_channels)
+        return ImageTargets(self.height, self.width, self.vae.config.in_channels, self.takes_reference)
+
+    @property
+    def starts_from_reference(self) -> bool:
+        """Whether diffusers has an image-to-image pipeline of this family, for `strength`."""
+        return hasattr(diffusers, self.pipeline_name.replace("Pipeline", "Img2ImgPipeline"))
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        return (*super().option_names, "strength") if self.starts_from_reference else super().option_names
+
+    def expected_of(self, name: str, value: Any) -> str | None:
+        if name == "strength":
+            return None if is_number(value) and 0 < value <= 1 else "a number above 0, up to 1"
+        return super().expected_of(name, value)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Also refuses a `strength` so small that no step is left."""
+        super().check_options(options)
+        steps = options.get("num_inference_steps") or self.call_default("num_inference_steps")
+        if (strength := options.get("strength")) is not None and int(steps * strength) < 1:
+            raise InputError(f"strength {strength} of {steps} steps is less than one step: raise either")
+
+    def check_reference(self, reference: Any, batch_size: int, options: Mapping[str, Any] | None = None) -> None:
+        if self.takes_reference or "strength" not in (options or {}):
+            super().check_reference(reference, batch_size)
+
+    def call_pipeline(self, **arguments: Any) -> Any:
+        """Call the pipeline, or with a reference and `strength` the image-to-image one; without one, strength is 1."""
+        strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
+        if reference is None:
+            return super().call_pipeline(**arguments)
+        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        image, taken = self.reference_pixels(reference, **arguments), inspect.signature(pipeline.__call__).parameters
+        arguments = {name: value for name, value in arguments.items() if name in taken or name not in self.size_names}
+        return pipeline(image=image, strength=strength, **arguments)
+
+    def reference_pixels(self, reference: Sequence[Any], height: int, width: int, **_: Any) -> Tensor:
+        """References as pipelines take them: `(B, channels, height, width)` in [0, 1]."""
+        return ImageTargets(height, width, self.vae.config.in_channels)(list(reference)) / 2 + 0.5
 
     def collect(self, output: Any) -> list:
         """PIL images: the pipeline's RGB, or 16-bit grey converted from one channel of floats in [0, 1]."""
@@ -66,6 +112,7 @@ class VideoDecoder(ImageDecoder):
     frame_multiple: ClassVar[int] = 1
     """Frames per latent frame after the first, which stands for one."""
     size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
+    starts_from_reference = False  # type: ignore[assignment]
 
     def __init__(
         self,

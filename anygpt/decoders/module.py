@@ -88,6 +88,10 @@ class ModalDecoderModule(nn.Module):
         replaced = {name for pair in ALTERNATIVES for name in pair if set(pair) & set(given)}
         return {name: value for name, value in self._defaults.items() if name not in replaced} | given
 
+    def edits(self, given: Mapping[str, Any]) -> bool:
+        """Whether a request with these options edits, or starts from, the last medium shown."""
+        return self.module.takes_reference or "strength" in self.options(given)
+
     @property
     def needs_all_states(self) -> bool:
         """Whether the language model must return the states of all layers, which costs memory."""

@@ -186,7 +186,7 @@ def step_callback(pipeline: DiffusionPipeline, on_step: Callable[[int, int], Non
     if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
 
         def at_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, len(scheduler.timesteps))
+            on_step(step + 1, getattr(pipeline, "num_timesteps", len(scheduler.timesteps)))  # fewer from a picture
             return tensors
 
         return {"callback_on_step_end": at_step_end}

@@ -30,6 +30,10 @@ class TargetProcessor(ABC):
     """A converter of raw media to a float32 batch; subclasses are frozen dataclasses of JSON-able settings."""
 
     modality: ClassVar[str]
+    editable: ClassVar[bool] = False
+    """Whether generation passes on the conversation's last such medium, for decoders that edit it or start from it."""
+    reference: bool = False
+    """Whether the decoder trains with references, media that it edits."""
     _registry: ClassVar[dict[str, type[TargetProcessor]]] = {}
 
     def __init_subclass__(cls, **kwargs):
@@ -45,6 +49,13 @@ class TargetProcessor(ABC):
         if not isinstance(media, (list, tuple)) or not media:
             raise InputError(f"{type(self).__name__} needs a list of at least one {self.modality}, not {media!r:.80}.")
         return torch.stack([torch.from_numpy(self.one(item, row)) for row, item in enumerate(media)])
+
+    def or_zeros(self, media: list) -> Tensor:
+        """Convert `B` media, of which some but not all may be None: these are zeros, which no 8-bit picture is."""
+        made = iter(self([medium for medium in media if medium is not None]))
+        made = [None if medium is None else next(made) for medium in media]
+        blank = torch.zeros_like(next(one for one in made if one is not None))
+        return torch.stack([blank if one is None else one for one in made])
 
     @abstractmethod
     def one(self, item: Any, row: int) -> np.ndarray:
@@ -83,9 +94,11 @@ class ImageTargets(TargetProcessor):
     """
 
     modality: ClassVar[str] = "image"
+    editable: ClassVar[bool] = True
     height: int
     width: int
     channels: int = 3
+    reference: bool = False
 
     @property
     def note(self) -> str:

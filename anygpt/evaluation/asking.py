@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
 import xxhash
+from transformers import BatchFeature
 
 from anygpt.data.collation import NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
@@ -62,10 +64,13 @@ class Asker:
             "upper_bound": (_in_words, lambda rows, _: self.draw(rows, [row.captions for row in rows])),
             "caption_baseline": (_to_describe, self.draw_described),
             "without_media": (_in_words, say),
+            "without_reference": (lambda row: row.prompt, partial(self.write, edit=False)),
         }
         draws = any(set(row.captions) & set(self.looked_at) for row in rows)
         shown = any(row.sources for row in rows)
-        fit = [name for name in get_args(Baseline) if (words and shown if name == "without_media" else draws)]
+        edits = shown and any(self.model.decoders[self.makes[k]].module.takes_reference for k in self.looked_at)
+        does_fit = {"without_media": words and shown, "without_reference": draws and edits}
+        fit = [name for name in get_args(Baseline) if does_fit.get(name, draws)]
         chosen = fit if self.suite.baselines is None else self.suite.baselines
         if wrong := [name for name in chosen if name not in fit]:
             raise InputError(f"baselines: {wrong[0]} does not fit the rows and metrics of this suite")
@@ -85,12 +90,15 @@ class Asker:
                 answers = answer(batch, [dataset[start + i] for i in range(len(batch))])
             yield from zip(batch, answers, strict=True)
 
-    def write(self, rows: list[Row], items: list[LoadedSample], describe: bool = False) -> list[Answer]:
-        """The model's answers; text only if `describe`."""
+    def write(
+        self, rows: list[Row], items: list[LoadedSample], describe: bool = False, edit: bool = True
+    ) -> list[Answer]:
+        """The model's answers; text only if `describe`; unless `edit`, decoders do not see what they are to edit."""
         ask, seeds = self.suite.ask, self._seeds(rows)
         require, forbid = ([], list(self.makes.values())) if describe else (self.require, self.forbid)
         messages = [conversation(item) for item in items]
         batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+        batch = batch if edit else BatchFeature({k: v for k, v in batch.items() if k != "references"})
         return self.model.generate(
             **batch.to(self.model.device),
             max_new_tokens=ask.max_new_tokens + sum(len(self.model.signal_tokens.spans[key]) for key in require),

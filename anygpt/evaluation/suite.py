@@ -15,7 +15,7 @@ from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 from anygpt.settings import parse_settings
 
-Baseline = Literal["upper_bound", "caption_baseline", "without_media"]
+Baseline = Literal["upper_bound", "caption_baseline", "without_media", "without_reference"]
 
 
 @dataclass

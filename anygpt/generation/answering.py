@@ -34,12 +34,14 @@ class SpanStates:
         row, start: the row, and the index of the span's first token in the answer.
         key: the decoder or tokenizer key.
         states: `(N, H)`, states plus token embeddings; or codes `(n,)` int64.
+        place: index among the key's spans of this row.
     """
 
     row: int
     start: int
     key: str
     states: Tensor
+    place: int = 0
 
 
 def assemble(
@@ -48,21 +50,41 @@ def assemble(
     spans: list[SpanStates],
     decoder_kwargs: Mapping[str, Mapping[str, Any]],
     emitters: Sequence[EventEmitter] = (),
+    references: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Answer]:
     """Run each decoder once, batched over its spans, and put text and media in order.
+
+    A decoder that edits runs once for the first medium of each answer, then for the second, and so on, and apart for
+    rows without a reference.
 
     Args:
         sequences: `(B, new tokens)`.
         spans: those in `sequences`, in any order.
         decoder_kwargs: checked sampling options by decoder.
         emitters: one a row, or none. Closed rows get no media.
+        references: see `generate`.
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.makers:
         wanted = [span for span in spans if span.key == key and not (emitters and emitters[span.row].closed)]
-        if wanted:
-            wanted.sort(key=lambda span: (span.row, span.start))
-            media |= _decode_media(model, key, wanted, decoder_kwargs.get(key, {}), emitters)
+        wanted.sort(key=lambda span: (span.row, span.start))
+        rows = [span.row for span in wanted]
+        for index, span in enumerate(wanted):
+            span.place = index - rows.index(span.row)
+        decoder, last = model.makers[key], dict(enumerate((references or {}).get(key, ())))
+        options = decoder_kwargs.get(key, {})
+        edits = not isinstance(decoder, ModalTokenizerModule) and decoder.edits(options)
+
+        def turn(span: SpanStates) -> tuple[int, bool]:
+            return (span.place, last.get(span.row) is None) if edits else (0, True)  # noqa: B023  # used at once
+
+        while wanted:
+            first = min(map(turn, wanted))
+            now, wanted = ([span for span in wanted if (turn(span) == first) is this] for this in (True, False))
+            shown = None if first[1] else [last[span.row] for span in now]
+            made = _decode_media(model, key, now, options, emitters, shown)
+            media |= made
+            last |= {row: segment.content for (row, _), segment in made.items()}
     answers = [_in_order(model, ids, row, media) for row, ids in enumerate(sequences.tolist())]
     for emitter, answer in zip(emitters, answers, strict=False):
         emitter.emit(AnswerDone, answer)
@@ -76,8 +98,10 @@ def _decode_media(
     spans: list[SpanStates],
     options: Mapping[str, Any],
     emitters: Sequence[EventEmitter],
+    reference: list[Any] | None,
 ) -> dict[tuple[int, int], Segment]:
-    """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order."""
+    """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order, and perhaps one
+    medium each to edit."""
     decoder = model.makers[key]
     rows = [span.row for span in spans]
     if emitters:
@@ -98,14 +122,13 @@ def _decode_media(
             Segment(decoder.modality, one, key, codes=span.states) for one, span in zip(contents, spans, strict=True)
         ]
     else:
-        places = [index - rows.index(row) for index, row in enumerate(rows)]
         options = decoder.options(options)
         if isinstance(seed := options.get("seed"), (list, tuple)):
             options["seed"] = [seed[row] for row in rows]
-        arguments = decoder.module.sampling_arguments(options, places) | ({"on_step": on_step} if emitters else {})
+        arguments = decoder.module.sampling_arguments(options, [span.place for span in spans]) | ({"on_step": on_step} if emitters else {})
         condition = decoder.condition(stacked)
         try:
-            contents = decoder.module.sample(condition, **arguments)
+            contents = decoder.module.sample(condition, reference=reference, **arguments)
         except Closed:  # all rows of this decoder are closed, other rows may not be
             return {}
         finally:

@@ -189,6 +189,7 @@ def generate(
     stop: Sequence[str] = (),
     budgets: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    references: Mapping[str, Sequence[Any]] | None = None,
     **kwargs: Any,
 ) -> GenerationOutput:
     """Answer a batch of prompts with text and media.
@@ -209,6 +210,9 @@ def generate(
         stop: texts that end a row's text (which still holds them; its events do not); not with beam search.
         budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
         seeds: one a row, which makes sampled text independent of the other rows; not with beam search.
+        references: `{decoder key: [medium or None, one a row]}`, the last medium shown, which a decoder that takes
+            references edits, or others start from if their options have a `strength`; later media of an answer edit
+            the one before.
         kwargs: encoder inputs, as in `forward`, and generation options.
 
     Returns:
@@ -277,7 +281,7 @@ def generate(
             else:
                 options |= prompt | added
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
-        answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters)
+        answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters, references or {})
         return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
     finally:
         model.train(training)

@@ -124,7 +124,22 @@ class Target:
         dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
         if captions is None or not dropped or is_read("captions", replace(self.weights, decoder=0.0), self.key):
             return captions
-        return drop_captions(captions, self.weights, self.generator)
+        return ["" if empty else text for text, empty in zip(captions, self._drop("caption"), strict=True)]
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """The references, some replaced by zeros where the decoder trains."""
+        given = self.given.get("references")
+        if given is None or not self.weights.decoder:
+            return given
+        kept = ~torch.tensor(self._drop("reference"), device=given.device)
+        return given * kept.view(-1, *[1] * (given.dim() - 1))
+
+    def _drop(self, what: str) -> list[bool]:
+        """Whether to drop each target's condition, drawn from its generator with the probability of the weights."""
+        share = getattr(self.weights, f"{what}_dropout")
+        generators = self.generator or [None] * len(self.rows)
+        return [bool(share) and torch.rand((), generator=g).item() < share for g in generators]
 
     @cached_property
     def reconstructions(self) -> dict[str, Tensor]:
@@ -151,8 +166,8 @@ class Target:
         return caption_alignment(*pooled, self.weights.alignment_kind)
 
     def denoising(self, condition: Condition) -> Tensor:
-        gamma = self.weights.snr_gamma
-        return self.decoder.denoising_loss(condition, self.latents, generator=self.generator, snr_gamma=gamma)
+        options = {"generator": self.generator, "snr_gamma": self.weights.snr_gamma, "reference": self.reference}
+        return self.decoder.denoising_loss(condition, self.latents, **options)
 
 
 @dataclass
@@ -331,7 +346,7 @@ def compute_losses(
     batch.labels.reading = reading
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)
-        _ = target.captions  # caption dropout is the first draw from the generators
+        _ = target.captions, target.reference  # dropout is the first draw from the generators
     losses: dict[str, LossTerm] = {}
     for sub, key, thing in wanted(batch, model.loss_weights):
         losses |= sum_by_term(sub.values(thing), thing.rows, batch.terms, sub.suffix(key), sub.terms)

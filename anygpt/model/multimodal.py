@@ -187,6 +187,7 @@ class MultimodalModel(Composition):
         loss_counts: Mapping[str, int] | None = None,
         generators: Mapping[str, list[torch.Generator]] | None = None,
         text_states: Reader | None = None,
+        references: Any = None,
         **encoder_inputs: Any,
     ) -> MultimodalOutput:
         """Compute logits, conditions and losses from text and media.
@@ -197,11 +198,13 @@ class MultimodalModel(Composition):
             labels: `(B, S)` int64, not shifted, `-100` where no loss is taken.
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
                 spans. Without captions there is no alignment, without media no denoising. `"conditions"` of the
-                decoder's `encode_text` may replace captions, and its `"posterior"`, `(K, 2, C, …)`, the media.
+                decoder's `encode_text` may replace captions, and its `"posterior"`, `(K, 2, C, …)`, the media. A
+                decoder that edits may have `"references"`, like the media, with zeros for none.
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
             return_logits: return full logits `(B, S, V')`; by default only if there are no labels.
             loss_counts: denominators by term instead of this batch's own (see `losses.formulas.weighted_total`).
             generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
+            references: of `generate`; not used here, where targets have their own.
             text_states: replaces the language model, as `cache.TextStates` does; gives no full logits or hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) if only one encoder takes it, or as
                 `<key>.<name>`; `<key>.features` replaces all others of an encoder (see `ModalEncoderModule.encode`).
@@ -250,7 +253,8 @@ class MultimodalModel(Composition):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, text_states: Reader | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
         """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_targets")}
+        unused = ("labels", "decoder_targets", "references")
+        inputs = {name: value for name, value in inputs.items() if name not in unused}
         with self.signal_tokens.attached(self.language_model) as tap:
             input_ids, _, inputs = self.write_codes(input_ids, None, inputs)
             merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))

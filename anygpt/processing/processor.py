@@ -148,14 +148,15 @@ class MultimodalProcessor(ConversationProcessor):
                 tokens are added if it comes from a chat template or begins with the BOS token.
             return_tensors: framework of the tensors; PyTorch by default.
             decoder_targets: `{decoder key: {"captions": [str], "images": [media]}}` (or another plural), in the order
-                of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`.
+                of the signal spans; either may be missing. Audio is given as `(waveform, sampling rate)`. A decoder
+                that edits also takes `"references"`, media or None.
             text, images, videos, audio: the short form of transformers' processors, in place of `encoder_inputs` and
                 `llm_inputs`; other media types by their plurals.
             kwargs: passed to every processor that accepts them.
 
         Returns:
             The arguments of `MultimodalModel.forward`. An encoder argument whose name processors share is written
-            `<key>.<name>`.
+            `<key>.<name>`. `references` are for `generate`: the last picture of each row.
 
         Raises:
             InputError: numbers of placeholders and inputs that differ; names key, row and both counts.
@@ -179,6 +180,8 @@ class MultimodalProcessor(ConversationProcessor):
             options = {"return_tensors": return_tensors, "padding": len(texts) > 1}
             options |= repeatable.accepted(self.llm_tokenizer.__call__, kwargs) | llm_inputs
             data |= dict(self.llm_tokenizer(expanded[0] if one else expanded, **options))
+            if references := self.find_references(texts, encoder_inputs or {}):
+                data["references"] = references
         if decoder_targets:
             data["decoder_targets"] = self.process_targets(decoder_targets)
         if per_row and not self.injects:
@@ -287,8 +290,24 @@ class MultimodalProcessor(ConversationProcessor):
                 texts[row] = head + "".join(token * next(numbers) + tail for tail in tails)
         return texts
 
+    def find_references(
+        self, texts: Sequence[str], encoder_inputs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, list[Any]]:
+        """The last medium that each row shows, or None, by decoder that could edit it."""
+        found: dict[str, list[Any]] = {}
+        for key, made in self.makes.items():
+            for shown in set(self.encoder_processors) & set(encoder_inputs):
+                media, rows = _flatten(encoder_inputs[shown].get(self.media_argument(shown)))
+                if media is None or self.modalities[shown] != made or not self.targets[key].editable:
+                    continue
+                media = media if isinstance(media, list) else [media]
+                rows = rows or [text.count(self.tokens[shown]) for text in texts]
+                ends = itertools.accumulate(rows)
+                found[key] = [media[end - 1] if count else None for end, count in zip(ends, rows, strict=True)]
+        return found
+
     def process_targets(self, decoder_targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Convert targets to `{decoder key: {"captions": [str], "media": tensor}}`."""
+        """Convert targets to `{decoder key: {"captions": [str], "media": tensor, "references": tensor}}`."""
         processed: dict[str, dict[str, Any]] = {}
         for key, target in decoder_targets.items():
             if key not in self.targets:
@@ -297,14 +316,18 @@ class MultimodalProcessor(ConversationProcessor):
                     "model= to make them known)"
                 )
             media_name = media_type(self.makes[key]).plural
-            if unknown := sorted(set(target) - {"captions", media_name}):
+            if unknown := sorted(set(target) - {"captions", media_name, "references"}):
                 raise InputError(f"{key!r} targets have the keys {unknown}; expected 'captions' and {media_name!r}")
-            captions, media = target.get("captions"), target.get(media_name)
+            captions, media, references = (target.get(name) for name in ("captions", media_name, "references"))
             if captions is not None and media is not None and len(captions) != len(media):
                 raise InputError(f"{key!r} targets have {len(captions)} captions but {len(media)} {media_name}")
             processed[key] = {} if captions is None else {"captions": list(captions)}
             if media is not None:
                 processed[key]["media"] = self.targets[key](list(media))
+            if references is not None:
+                if not self.targets[key].reference:
+                    raise InputError(f"{key!r} targets have references, but this decoder takes none; leave them out")
+                processed[key]["references"] = self.targets[key].or_zeros(list(references))
         return processed
 
 

@@ -169,8 +169,10 @@ def use_cache(
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
-    """Decode only as many frames of a clip as its consumers sample, and leave bad samples to the loop."""
+    """Decode only as many frames of a clip as its consumers sample, references for decoders that take them, and leave
+    bad samples to the loop."""
     consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
     timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # a sound's frames are others
     dataset.num_video_frames = max((c.num_frames for c in timed if hasattr(c, "num_frames")), default=None)
+    dataset.references = {processor.makes[key] for key, one in processor.targets.items() if one.reference}
     dataset.on_bad_sample = "skip"
