@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, D
 from anygpt.decoders.reconstruction import KL_WEIGHT, autoencoder_loss, vocoder_loss
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
-from anygpt.losses.terms import drop_captions
+from anygpt.losses.terms import Target
 from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import THINGS
@@ -66,16 +66,22 @@ def test_a_vocoder_that_trains_is_given_the_samples_of_each_frame(parts):
     torch.testing.assert_close(losses["vocoder"].detach(), vocoder_loss(made, torch.from_numpy(waveform)[None]))
 
 
-def test_captions_are_dropped_by_share_and_by_their_own_generators():
-    captions = [f"a {thing}" for thing in THINGS] * 20
-    weights = LossWeights(caption_dropout=0.25)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
-    first = drop_captions(captions, weights, generators)
+def test_captions_are_dropped_by_share_and_by_their_own_generators(parts):
+    captions, decoder = [f"a {thing}" for thing in THINGS] * 20, parts.decoder("image")
+
+    def dropped(rows, **weights):
+        generators = [torch.Generator().manual_seed(i) for i in range(len(captions))][rows]
+        given = {"captions": captions[rows], "media": captions[rows]}
+        return Target(
+            "image", torch.arange(len(generators)), given, decoder, LossWeights(**weights), None, generators
+        ).captions
+
+    own = {"decoder": 1, "alignment": 0}
+    first = dropped(slice(None), caption_dropout=0.25, **own)
     assert 0.2 < np.mean([text == "" for text in first]) < 0.3
     assert set(first) == {"", *captions}
-    again = drop_captions(captions[5:9], weights, [torch.Generator().manual_seed(i) for i in range(5, 9)])
-    assert again == first[5:9]
-    assert drop_captions(captions, LossWeights(), generators) is captions
+    assert dropped(slice(5, 9), caption_dropout=0.25, **own) == first[5:9]
+    assert dropped(slice(None), **own) == dropped(slice(None), caption_dropout=0.25) == captions
 
 
 def test_a_decoder_trains_the_networks_it_is_told(parts):

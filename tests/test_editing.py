@@ -3,22 +3,29 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from decoder_families import CAPTIONS
-from decoder_families import FAMILIES as NEWER
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 from training_utils import REPOSITORY
 
-from anygpt import ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor, load_encoder
-from anygpt import load_language_model
+from anygpt import (
+    ModalDecoderModule,
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    load_encoder,
+    load_language_model,
+)
 from anygpt.data.collation import BAD, Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.formats.base import DataSource
+from anygpt.data.schema import MediaRoot, parse_sample
 from anygpt.decoders import (
     Condition,
     DiffusionDecoder,
@@ -31,8 +38,17 @@ from anygpt.decoders import (
     StableDiffusionXLDecoder,
     ZeroscopeDecoder,
 )
+from anygpt.encoders.loading import load_encoder_processor
 from anygpt.errors import InputError
+from anygpt.generation.answering import SpanStates, assemble
+from anygpt.losses.formulas import LossWeights
+from anygpt.losses.terms import Target
 from anygpt.model.language_models import load_tokenizer
+from anygpt.toyworld import edits, language
+from anygpt.training.config import parse_config
+from anygpt.training.loading import use_frames_of
+from anygpt.training.stages import INSTRUCTION_TUNING
+from anygpt.training.trainer import train
 
 STARTING = {
     "sd": (StableDiffusionDecoder, tiny_pipelines.stable_diffusion),
@@ -240,3 +256,296 @@ def test_gradients_reach_the_condition_alone(decoder):
     decoder.denoising_loss(condition, latents, generator=generator(), reference=reference)[1].backward()
     assert (condition.embeds.grad.flatten(1).norm(dim=1) > 0).tolist() == [False, True, False]
     assert all(p.grad is None for p in decoder.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- data and chat
+
+
+def conversation(**source) -> dict:
+    """A picture that is described, a sound's picture, and an edit."""
+    said = {"type": "text", "text": "Here it is."}
+    return {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Draw a ring."}]},
+            {"role": "assistant", "content": [said, {"type": "image", "path": "b.png", "caption": "a ring"} | source]},
+            {"role": "user", "content": "Make it blue."},
+            {"role": "assistant", "content": [said, {"type": "image", "path": "c.png", "caption": "a blue ring"}]},
+        ]
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, image in zip("abc", pictures(3, (16, 16)), strict=True):
+        image.save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def read(folder, *rows):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ConversationDataset.from_files([DataSource(str(folder / "rows.jsonl"))], on_bad_sample="error")
+
+
+def composed(decoder):
+    """A model that reads pictures and makes them."""
+    encoders = {"image": ModalEncoderModule(load_encoder("zoo:image_encoder", "image"))}
+    module = ModalDecoderModule(decoder, num_signal_tokens=2)
+    model = MultimodalModel(encoders, load_language_model("zoo:language_model"), {"image": module}).eval()
+    processors = {"image": load_encoder_processor("zoo:image_encoder", "image")}
+    return model, MultimodalProcessor(processors, load_tokenizer("zoo:language_model"), model=model)
+
+
+def test_a_target_names_its_source_or_edits_the_last_medium_of_its_type(made, folder):
+    decoder = made("pix2pix")
+    _, processor = composed(decoder)
+    alone = {"messages": [{"role": "user", "content": "Draw."}, conversation()["messages"][1]]}
+    rows = read(folder, conversation(), conversation() | {"messages": conversation()["messages"][:2]}, alone)
+    use_frames_of(rows, processor)
+    assert rows.references == {"image"}
+    a, b, _ = decoder.targets([Image.open(folder / f"{name}.png") for name in "abc"])
+    batch = Collator(processor)([rows[0], rows[1], rows[2]])
+    references = batch["decoder_targets"]["image"]["references"]
+    torch.testing.assert_close(references, torch.stack([a, b, a, torch.zeros_like(a)]))
+    assert Collator(processor)([rows[2]])["decoder_targets"]["image"].keys() == {"captions", "media"}
+    named = conversation()
+    named["messages"][3]["content"][1]["source"] = 0
+    rows = read(folder, named)
+    use_frames_of(rows, processor)
+    rows.samples = [sample.fed_back({"image"}) for sample in rows.samples]  # which does not move what it names
+    references = Collator(processor)([rows[0]])["decoder_targets"]["image"]["references"]
+    torch.testing.assert_close(references, torch.stack([a, a]))
+    assert rows[0].first_messages(2).references["image"] == rows[0].references["image"][:1]
+
+
+def test_bad_sources_are_named_by_row(folder):
+    sound = {"type": "audio", "path": "a.wav", "caption": "a ring"}
+    said = {"role": "assistant", "content": [sound, {"type": "image", "path": "b.png", "caption": "a", "source": 0}]}
+    wrong = {
+        "rows.jsonl:1 .* medium 1 has the source 1, which does not come before it": conversation(source=1),
+        "rows.jsonl:1 .* medium 1 has the source 7, which does not come before it": conversation(source=7),
+        r"content\[1\]: 'source' is -1": conversation(source=-1),
+        "'source' is 'a.png'": conversation(source="a.png"),
+        "rows.jsonl:1 .* medium 1 has the source 0, which is no image but a medium of type 'audio'": {
+            "messages": [{"role": "user", "content": "a"}, said]
+        },
+        "which only a target": {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "path": "a.png", "source": 0}]},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        "'source' is not known": {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": [{"type": "text", "text": "b", "source": 0}]},
+            ]
+        },
+    }
+    for message, row in wrong.items():
+        with pytest.raises(InputError, match=message):
+            read(folder, row)
+
+
+def test_a_source_for_a_decoder_that_takes_none_is_refused(made, folder):
+    _, processor = composed(made("sd"))
+    rows = read(folder, conversation(source=0), conversation())
+    use_frames_of(rows, processor)
+    batch = Collator(processor)([rows[0], rows[1]])
+    (bad,) = batch[BAD]
+    assert "rows.jsonl:1" in bad.reason and "the decoder takes no reference" in bad.reason
+    assert "references" not in batch["decoder_targets"]["image"]
+    with pytest.raises(InputError, match="this decoder takes none"):
+        processor(llm_inputs={"text": "a"}, decoder_targets={"image": {"references": pictures(1, (8, 8))}})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_references_are_dropped_where_the_decoder_trains(made, share):
+    decoder, given = made("pix2pix"), torch.ones(200, 3, 4, 4)
+    generators = [generator(seed) for seed in range(200)]
+    for weights, dropped in (
+        (LossWeights(reference_dropout=share), 0),
+        (LossWeights(decoder=1, reference_dropout=share), share),
+    ):
+        target = Target("image", torch.arange(200), {"references": given}, decoder, weights, generator=generators)
+        kept = target.reference.flatten(1).all(dim=1)
+        assert abs(kept.float().mean() - (1 - dropped)) < 0.1 and not target.reference[~kept].any()
+
+
+def answer(model, processor, messages, **options):
+    batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    options = {"image": {"num_inference_steps": 1, "seed": 3} | options}
+    return model.generate(**batch, max_new_tokens=12, require=["image"], decoder_kwargs=options).answers
+
+
+def test_generation_edits_the_last_picture_of_the_conversation(made):
+    """In a batch of one that shows several, one that shows none, and one that the model made."""
+    decoder = made("pix2pix")
+    decoder.unet.conv_in.weight.data[:, 4:] *= 5
+    model, processor = composed(decoder)
+    first, last, _ = pictures(3, (16, 16))
+    shown = [{"role": "user", "content": [{"type": "image", "image": one} for one in (first, last)]}]
+    none = [{"role": "user", "content": "Draw a ring."}]
+    again = [
+        *none,
+        {"role": "assistant", "content": [{"type": "image", "image": last}]},
+        {"role": "user", "content": "Blue."},
+    ]
+    calls = []
+    call = decoder.call_pipeline
+    decoder.call_pipeline = lambda **given: calls.append(given.get("reference")) or call(**given)
+    try:
+        answers = answer(model, processor, [shown, none, again])
+    finally:
+        del decoder.call_pipeline
+    with_one, without = sorted(calls, key=lambda one: one is None)
+    assert without is None and with_one == [last, last]
+    for row, messages in enumerate((shown, none, again)):
+        same(answers[row].images, answer(model, processor, [messages])[0].images)
+    batch = processor.apply_chat_template(shown, tokenize=True, add_generation_prompt=True)
+    assert batch["references"] == {"image": [last]}
+    model(**batch)  # where references have no use
+
+
+def test_a_second_picture_of_an_answer_edits_the_first(made):
+    decoder = made("pix2pix")
+    model, processor = composed(decoder)
+    (shown,) = pictures(1, (16, 16))
+    spans = [SpanStates(0, start, "image", torch.randn(2, 128, generator=generator(start))) for start in (0, 2)]
+    ids = torch.tensor([processor.signal_token_ids["image"] * 2])
+    options = {"image": {"num_inference_steps": 1, "seed": 3}}
+    one, two = assemble(model, ids, spans, options, references={"image": [shown]})[0].images
+    module, arguments = model.decoders["image"], {"num_inference_steps": 1, "generator": [generator(4)]}
+    condition = module.condition(spans[1].states[None])
+    same([two], module.module.sample(condition, reference=[one], **arguments))
+
+
+def test_a_strength_starts_from_the_last_picture(made):
+    model, processor = composed(made("sd"))
+    one = pictures(1, (16, 16))[0]
+
+    def draw(image, **options):
+        shown = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+        return np.asarray(answer(model, processor, shown, num_inference_steps=4, **options)[0].images[0], float)
+
+    assert np.abs(draw(one) - one).mean() > np.abs(draw(one, strength=0.3) - draw(one)).mean() > 0
+    model.decoders["image"].defaults = {"strength": 0.3}
+    assert (draw(one) == draw(one, strength=0.3)).all()
+
+
+SCRIPT = """
+import sys, numpy as np
+from PIL import Image
+from anygpt import MultimodalModel, MultimodalProcessor
+model = MultimodalModel.from_pretrained(sys.argv[1])
+processor = MultimodalProcessor.from_pretrained(sys.argv[1], model=model)
+shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(sys.argv[2])}]}]
+batch = processor.apply_chat_template(shown, tokenize=True, add_generation_prompt=True)
+options = {"image": {"num_inference_steps": 1, "seed": 3}}
+answer = model.generate(**batch, max_new_tokens=12, require=["image"], decoder_kwargs=options).answers[0]
+np.save(sys.argv[3], np.asarray(answer.images[0]))
+"""
+
+
+@pytest.mark.parametrize("name", ["pix2pix", "kontext"])
+def test_stage_3_trains_saves_and_generates_in_a_new_process(name, folder):
+    """Rows with references and without; denoising falls on four pictures that only their references tell apart."""
+    kind, pipeline = EDITING[name]
+    kind(pipeline(), **({} if name == "pix2pix" else {"max_sequence_length": 8})).save_pretrained(folder / "decoder")
+    read(folder, conversation(), conversation(source=0))
+    arguments = {
+        "run.output_dir": str(folder / "run"),
+        "run.device": "cpu",
+        "model.encoders": json.dumps(
+            {"image": {"path": "zoo:image_encoder", "projector": {"projection_type": "linear"}}}
+        ),
+        "model.language_model.path": "zoo:language_model",
+        "model.decoders": json.dumps(
+            {
+                "image": {
+                    "path": str(folder / "decoder"),
+                    "num_signal_tokens": 2,
+                    "projector": {"projection_type": "linear"},
+                }
+            }
+        ),
+        "data.train": json.dumps([{"path": str(folder / "rows.jsonl")}]),
+        "train.batch_size": 2,
+        "train.max_steps": 2,
+    }
+    final = train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), INSTRUCTION_TUNING)
+    model = MultimodalModel.from_pretrained(final)
+    processor = MultimodalProcessor.from_pretrained(final, model=model)
+    assert processor.targets["image"].reference
+    shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(folder / "a.png")}]}]
+    ours = answer(model, processor, [shown])[0].images
+    run = [sys.executable, "-c", SCRIPT, str(final), str(folder / "a.png"), str(folder / "made.npy")]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(ours, [np.load(folder / "made.npy")])
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_options_that_cannot_be_are_refused(made):
+    sd, editor, kontext = made("sd"), made("pix2pix"), made("kontext, undistilled")
+    condition, shown = sd.encode_text(CAPTIONS[:1]), pictures(1, (16, 16))
+    for strength in (-0.5, 0, 1.01, float("nan"), "half"):
+        with pytest.raises(InputError, match=r"strength of the image decoder is .* expected a number above 0, up to 1"):
+            sd.sample(condition, reference=shown, strength=strength)
+    with pytest.raises(InputError, match=r"strength 0.1 of 5 steps is less than one step"):
+        sd.sample(condition, reference=shown, strength=0.1, num_inference_steps=5)
+    with pytest.raises(InputError, match="takes no reference"):
+        sd.sample(condition, reference=shown)
+    with pytest.raises(InputError, match="takes no reference"):
+        sd.denoising_loss(condition, torch.zeros(1, 4, 8, 8), reference=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(InputError, match="takes no reference"):
+        ZeroscopeDecoder(tiny_pipelines.zeroscope()).sample(torch.zeros(1, 10, 24), reference=[None])
+    for decoder in (editor, kontext, SanaDecoder(tiny_pipelines.sana())):  # diffusers has no image-to-image SANA
+        with pytest.raises(InputError, match="has no option 'strength'"):
+            decoder.check_options({"strength": 0.5})
+    with pytest.raises(InputError, match="2 references for 1 samples"):
+        editor.sample(condition, reference=shown * 2)
+    with pytest.raises(InputError, match="Image 0 is a str, expected a PIL image"):
+        editor.sample(condition, reference=["a.png"])
+    for decoder in (editor, kontext):
+        with pytest.raises(InputError, match=f"expected a multiple of {decoder.size_multiple}"):
+            decoder.sample(decoder.encode_text(CAPTIONS[:1]), reference=shown, height=decoder.size_multiple + 2)
+    for scale in (0.5, -1, "much"):
+        with pytest.raises(InputError, match=r"image_guidance_scale of the image decoder is .* a number from 1"):
+            editor.check_options({"image_guidance_scale": scale})
+    with pytest.raises(InputError, match="no guidance_embeds; true_cfg_scale guides"):
+        kontext.check_options({"guidance_scale": 3.0})
+
+
+# --------------------------------------------------------------------------------------------------------- ToyWorld
+
+
+def test_edits_of_toyworld_are_judged_by_what_was_asked_and_by_the_rest(tmp_path):
+    for name, things in edits.FILES.items():
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            row = edits.row_of(tmp_path, name, index, np.random.default_rng(index))
+            results = [m["content"][1]["caption"] for m in row["messages"] if m["role"] == "assistant"]
+            assert all(any(str(thing) in caption for thing in things) for caption in results)
+            read_back = parse_sample(row, "here", "0", MediaRoot(tmp_path))
+            assert not read_back.missing_files()
+    scenes = [edits.Scene.drawn(thing, np.random.default_rng(i)) for i, thing in enumerate(edits.THINGS)]
+    seen = edits.look([scene.picture() for scene in scenes])
+    for scene, found in zip(scenes, seen, strict=True):
+        assert found.thing == scene.thing and np.abs(found.centre - (scene.x, scene.y)).max() < 1
+        assert abs(found.radius - scene.radius) < 1
+    scene = edits.Scene.drawn(edits.Thing("ring", "red"), np.random.default_rng(0))
+    for kind, wrong in (
+        ("colour", {"x": 16.0}),
+        ("shape", {"radius": scene.radius + 3}),
+        ("place", {"background": (90, 0, 0)}),
+    ):
+        _, _, result = language.pick(np.random.default_rng(0), scene.edits(kind, edits.THINGS))
+        others = (result, replace(result, **wrong), scene)
+        source, target, *more = edits.look([one.picture() for one in (scene, *others)])
+        assert [edits.judge(source, target, one) for one in (target, *more)] == [
+            (True, True),
+            (True, False),
+            (False, True),
+        ]
