@@ -9,16 +9,12 @@ import torch
 from torch import Generator, Tensor
 
 from anygpt.composition import Composition
-from anygpt.losses.formulas import LossWeights
 from anygpt.sequence.merging import IGNORE
 
 
-def drop_captions(captions: list[str], weights: LossWeights, generators: list[Generator] | None) -> list[str]:
-    """Empty each caption with probability `weights.caption_dropout`, drawn from its target's generator."""
-    if not weights.caption_dropout:
-        return captions
-    draws = [torch.rand((), generator=g).item() for g in generators or [None] * len(captions)]
-    return ["" if draw < weights.caption_dropout else text for text, draw in zip(captions, draws, strict=True)]
+def dropped(share: float, count: int, generators: list[Generator] | None) -> list[bool]:
+    """Whether to drop each of `count` targets' conditions, with probability `share`, drawn from its generator."""
+    return [bool(share) and torch.rand((), generator=g).item() < share for g in generators or [None] * count]
 
 
 def hide_conditions(

@@ -18,7 +18,7 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
-from anygpt.losses.dropout import drop_captions
+from anygpt.losses.dropout import dropped
 from anygpt.losses.formulas import MEDIA_OUT, TERMS, TEXT, LossWeights, caption_alignment, route, sum_by_term, token_nll
 from anygpt.outputs import LossTerm
 from anygpt.sequence import signal_tokens
@@ -121,10 +121,11 @@ class Target:
     def captions(self) -> list[str] | None:
         """The captions, some replaced by the empty one where only the decoder's own training uses them."""
         captions = self.given.get("captions")
-        dropped = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
-        if captions is None or not dropped or is_read("captions", replace(self.weights, decoder=0.0), self.key):
+        trains = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
+        if captions is None or not trains or is_read("captions", replace(self.weights, decoder=0.0), self.key):
             return captions
-        return ["" if empty else text for text, empty in zip(captions, self._drop("caption"), strict=True)]
+        drawn = dropped(self.weights.caption_dropout, len(captions), self.generator)
+        return ["" if empty else text for text, empty in zip(captions, drawn, strict=True)]
 
     @cached_property
     def reference(self) -> Tensor | None:
@@ -132,14 +133,8 @@ class Target:
         given = self.given.get("references")
         if given is None or not self.weights.decoder:
             return given
-        kept = ~torch.tensor(self._drop("reference"), device=given.device)
-        return given * kept.view(-1, *[1] * (given.dim() - 1))
-
-    def _drop(self, what: str) -> list[bool]:
-        """Whether to drop each target's condition, drawn from its generator with the probability of the weights."""
-        share = getattr(self.weights, f"{what}_dropout")
-        generators = self.generator or [None] * len(self.rows)
-        return [bool(share) and torch.rand((), generator=g).item() < share for g in generators]
+        drawn = dropped(self.weights.reference_dropout, len(given), self.generator)
+        return given * ~torch.tensor(drawn, device=given.device).view(-1, *[1] * (given.dim() - 1))
 
     @cached_property
     def reconstructions(self) -> dict[str, Tensor]:
