@@ -22,7 +22,9 @@ from anygpt.training.config import Config, parse_config
 from anygpt.training.stages import ENCODER_LLM
 
 TINY = [
-    p for p in sorted((REPOSITORY / "configs/tiny").rglob("*.yaml")) if p.name not in ("ablations.yaml", "matrix.yaml")
+    p
+    for p in sorted((REPOSITORY / "configs/tiny").rglob("*.yaml"))
+    if p.name not in ("ablations.yaml", "matrix.yaml", "suite.yaml")
 ]
 STAGE_1 = ["--config", str(REPOSITORY / "tests/configs/stage1.yaml")]
 STAGE_2 = ["--config", str(REPOSITORY / "tests/configs/stage2.yaml")]

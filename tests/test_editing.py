@@ -22,6 +22,7 @@ from anygpt import (
     load_encoder,
     load_language_model,
 )
+from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.data.collation import BAD, Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.formats.base import DataSource
@@ -482,6 +483,12 @@ def test_stage_3_trains_saves_and_generates_in_a_new_process(name, folder):
     done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
     same(ours, [np.load(folder / "made.npy")])
+    steps = {"image": {"num_inference_steps": 1}}
+    settings = Settings(max_new_tokens=12, seed=3, require=("image",), decoder_kwargs=steps)
+    chat = ChatModel(final)
+    same(ours, chat.answer(shown, settings).answer.images)
+    turned = [{"role": "user", "content": [{"type": "image", "image": shown[0]["content"][0]["image"].rotate(180)}]}]
+    assert (np.asarray(chat.answer(turned, settings).answer.images[0]) != np.asarray(ours[0])).any()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

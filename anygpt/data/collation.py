@@ -179,12 +179,8 @@ class Collator:
                     continue
                 target, stored = raw.setdefault(key, {"captions": []}), cached.setdefault(key, {})
                 target["captions"] += captions
-                if any(reference is not None for reference in item.references.get(modality, ())):
-                    given = item.references[modality]
-                    target.setdefault("references", [None] * (len(target["captions"]) - len(captions)))
-                    target["references"] += [None if one is None else kind.to_target(one) for one in given]
-                elif "references" in target:
-                    target["references"] += [None] * len(captions)
+                for one in item.references.get(modality, ()):  # one for each target, or none
+                    target.setdefault("references", []).append(None if one is None else kind.to_target(one))
                 for medium in item.targets.get(modality, ()):  # none if the dataset does not decode targets
                     if isinstance(medium, Cached):
                         stored.setdefault("posterior", []).append(medium.values)

@@ -82,7 +82,7 @@ class Sample:
         for message in self.messages:
             if message.role == "assistant":
                 media = (part for part in message.content if part.path is not None and part.type in reads)
-                made += [replace(part, caption=None, others=()) for part in media]
+                made += [replace(part, caption=None, others=(), source=None) for part in media]
             elif message.role == "user" and made:
                 given = {(part.type, part.path) for part in message.content}
                 new = [part for part in made if (part.type, part.path) not in given]

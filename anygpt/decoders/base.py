@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -265,9 +265,9 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             arguments |= step_callback(self.pipeline, on_step)
         return self.collect(self.call_pipeline(**arguments, generator=generator))
 
-    def check_reference(self, reference: Any, batch_size: int, options: Mapping[str, Any] | None = None) -> None:
-        """Raise an `InputError` unless there is one reference a sample, and this decoder can use it."""
-        if not self.takes_reference:
+    def check_reference(self, reference: Any, batch_size: int, options: Collection[str] = ()) -> None:
+        """Raise an `InputError` unless there is one reference a sample, and this decoder uses it with such options."""
+        if not self.takes_reference and "strength" not in options:
             raise InputError(f"{type(self).__name__} takes no reference: leave it out.")
         if len(reference) != batch_size:
             raise InputError(f"{len(reference)} references for {batch_size} samples: give one a sample.")

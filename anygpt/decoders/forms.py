@@ -70,10 +70,6 @@ class ImageDecoder(DiffusionDecoder):
         if (strength := options.get("strength")) is not None and int(steps * strength) < 1:
             raise InputError(f"strength {strength} of {steps} steps is less than one step: raise either")
 
-    def check_reference(self, reference: Any, batch_size: int, options: Mapping[str, Any] | None = None) -> None:
-        if self.takes_reference or "strength" not in (options or {}):
-            super().check_reference(reference, batch_size)
-
     def call_pipeline(self, **arguments: Any) -> Any:
         """Call the pipeline, or with a reference and `strength` the image-to-image one; without one, strength is 1."""
         strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))

@@ -52,10 +52,9 @@ class TargetProcessor(ABC):
 
     def or_zeros(self, media: list) -> Tensor:
         """Convert `B` media, of which some but not all may be None: these are zeros, which no 8-bit picture is."""
-        made = iter(self([medium for medium in media if medium is not None]))
-        made = [None if medium is None else next(made) for medium in media]
-        blank = torch.zeros_like(next(one for one in made if one is not None))
-        return torch.stack([blank if one is None else one for one in made])
+        given = torch.tensor([medium is not None for medium in media])
+        made = self([medium for medium in media if medium is not None])
+        return made.new_zeros(len(media), *made.shape[1:]).index_copy(0, given.nonzero()[:, 0], made)
 
     @abstractmethod
     def one(self, item: Any, row: int) -> np.ndarray:

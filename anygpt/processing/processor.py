@@ -327,7 +327,8 @@ class MultimodalProcessor(ConversationProcessor):
             if references is not None:
                 if not self.targets[key].reference:
                     raise InputError(f"{key!r} targets have references, but this decoder takes none; leave them out")
-                processed[key]["references"] = self.targets[key].or_zeros(list(references))
+                if any(one is not None for one in references):
+                    processed[key]["references"] = self.targets[key].or_zeros(references)
         return processed
 
 
