@@ -19,7 +19,8 @@ def table() -> str:
     ]
     rows.append(("language models", [language_model.label for language_model in LANGUAGE_MODELS]))
     first = ["Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Zeroscope", "AudioLDM"]
-    rows.append(("decoders", [*first, *(family.label for family in FAMILIES.values())]))
+    edit = ["InstructPix2Pix", "FLUX.1 Kontext"]  # in test_editing.py
+    rows.append(("decoders", [*first, *(family.label for family in FAMILIES.values()), *edit]))
     lines = [f"| {what} | {', '.join(labels)} |" for what, labels in rows]
     return "\n".join(["| parts | tested in every combination |", "|---|---|", *lines])
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -50,13 +50,10 @@ class ImageDecoder(DiffusionDecoder):
         return ImageTargets(self.height, self.width, self.vae.config.in_channels, self.takes_reference)
 
     @property
-    def starts_from_reference(self) -> bool:
-        """Whether diffusers has an image-to-image pipeline of this family, for `strength`."""
-        return hasattr(diffusers, self.pipeline_name.replace("Pipeline", "Img2ImgPipeline"))
-
-    @property
     def option_names(self) -> tuple[str, ...]:
-        return (*super().option_names, "strength") if self.starts_from_reference else super().option_names
+        """Also `strength`, if diffusers has an image-to-image pipeline of this family."""
+        starts = hasattr(diffusers, self.pipeline_name.replace("Pipeline", "Img2ImgPipeline"))
+        return (*super().option_names, "strength") if starts else super().option_names
 
     def expected_of(self, name: str, value: Any) -> str | None:
         if name == "strength":
@@ -75,7 +72,7 @@ class ImageDecoder(DiffusionDecoder):
         strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
         if reference is None:
             return super().call_pipeline(**arguments)
-        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+        pipeline = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         image, taken = self.reference_pixels(reference, **arguments), inspect.signature(pipeline.__call__).parameters
         arguments = {name: value for name, value in arguments.items() if name in taken or name not in self.size_names}
@@ -108,7 +105,6 @@ class VideoDecoder(ImageDecoder):
     frame_multiple: ClassVar[int] = 1
     """Frames per latent frame after the first, which stands for one."""
     size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
-    starts_from_reference = False  # type: ignore[assignment]
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
@@ -25,24 +25,23 @@ class InstructPix2PixDecoder(ImageDecoder):
     takes_reference = True
 
     @classmethod
-    def widened(cls, pipeline: StableDiffusionPipeline) -> InstructPix2PixDecoder:
-        """A text-to-image pipeline with further input channels, whose weights are zeros, as training starts from."""
+    def widened(cls, pipeline: DiffusionPipeline) -> InstructPix2PixDecoder:
+        """A Stable Diffusion pipeline with further input channels, whose weights are zeros, as training starts from."""
         unet = pipeline.unet
         wide = UNet2DConditionModel.from_config(unet.config, in_channels=2 * unet.config.in_channels)
         weights = unet.state_dict()
         weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], 0 * weights["conv_in.weight"]], dim=1)
         wide.load_state_dict(weights)
         parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
-        return cls(find_pipeline(cls.pipeline_name)(unet=wide, **parts, requires_safety_checker=False))
+        safe = {"requires_safety_checker": pipeline.config.requires_safety_checker}
+        return cls(find_pipeline(cls.pipeline_name)(unet=wide, **parts, **safe))
 
     def encode_text(self, captions: list[str]) -> Tensor:
         return self.pipeline._encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
 
     def encode_reference(self, reference: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` without noise, unscaled as in the pipeline."""
-        with torch.no_grad():
-            latents, _ = self.posterior(reference.to(self.device, self.vae.dtype))
-        return latents * reference.flatten(1).any(dim=1).to(latents).view(-1, 1, 1, 1)
+        return super().encode_reference(reference) / self.vae.config.scaling_factor
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, reference: Tensor | None = None

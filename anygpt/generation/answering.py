@@ -125,7 +125,9 @@ def _decode_media(
         options = decoder.options(options)
         if isinstance(seed := options.get("seed"), (list, tuple)):
             options["seed"] = [seed[row] for row in rows]
-        arguments = decoder.module.sampling_arguments(options, [span.place for span in spans]) | ({"on_step": on_step} if emitters else {})
+        arguments = decoder.module.sampling_arguments(options, [span.place for span in spans]) | (
+            {"on_step": on_step} if emitters else {}
+        )
         condition = decoder.condition(stacked)
         try:
             contents = decoder.module.sample(condition, reference=reference, **arguments)
