@@ -1,5 +1,6 @@
 """Decoders that edit a reference, and others that start from one: samples, losses, data, generation, bad input."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from accelerate import Accelerator
 from decoder_families import CAPTIONS
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
@@ -41,6 +43,8 @@ from anygpt.decoders import (
 )
 from anygpt.encoders.loading import load_encoder_processor
 from anygpt.errors import InputError
+from anygpt.evaluation.run import evaluate
+from anygpt.evaluation.suite import read_suite
 from anygpt.generation.answering import SpanStates, assemble
 from anygpt.losses.formulas import LossWeights
 from anygpt.losses.terms import Target
@@ -556,3 +560,22 @@ def test_edits_of_toyworld_are_judged_by_what_was_asked_and_by_the_rest(tmp_path
             (True, False),
             (False, True),
         ]
+
+
+def test_a_suite_scores_edits_beside_the_same_model_without_references(made, tmp_path):
+    importlib.import_module("anygpt.toyworld.evaluation.edits")
+    (tmp_path / "eval").mkdir()
+    rows = [edits.row_of(tmp_path, "eval", index, np.random.default_rng(index)) for index in range(3)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = read_suite(REPOSITORY / "configs/tiny/edits/suite.yaml", ["--ask.num_inference_steps", "1"])
+    suite.data = [DataSource(str(tmp_path / "eval.jsonl"))]
+    parts = dict(zip(("model", "processor"), composed(made("pix2pix")), strict=True))
+    report = evaluate(suite, tmp_path / "out", Accelerator(cpu=True), **parts)
+    assert report["metrics"].keys() == {"edit_changed", "edit_kept", "edit_right"}
+    assert all(found[way]["n"] == 3 for found in report["metrics"].values() for way in ("model", "without_reference"))
+    ours, without = (sorted((tmp_path / "out" / folder).rglob("*.png")) for folder in ("samples", "baselines"))
+    for one, other in zip(ours, without, strict=True):
+        assert (np.asarray(Image.open(one)) != np.asarray(Image.open(other))).any()
+    suite.baselines = ["without_reference"]
+    with pytest.raises(InputError, match="without_reference does not fit"):
+        evaluate(suite, tmp_path / "out2", Accelerator(cpu=True), *composed(made("sd")))
