@@ -441,58 +441,53 @@ SCRIPT = """
 import sys, numpy as np
 from PIL import Image
 from anygpt import MultimodalModel, MultimodalProcessor
-model = MultimodalModel.from_pretrained(sys.argv[1])
-processor = MultimodalProcessor.from_pretrained(sys.argv[1], model=model)
-shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(sys.argv[2])}]}]
-batch = processor.apply_chat_template(shown, tokenize=True, add_generation_prompt=True)
-options = {"image": {"num_inference_steps": 1, "seed": 3}}
-answer = model.generate(**batch, max_new_tokens=12, require=["image"], decoder_kwargs=options).answers[0]
-np.save(sys.argv[3], np.asarray(answer.images[0]))
+for name in sys.argv[2:]:
+    final = f"{sys.argv[1]}/{name}/run/final"
+    model = MultimodalModel.from_pretrained(final)
+    processor = MultimodalProcessor.from_pretrained(final, model=model)
+    shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(f"{sys.argv[1]}/a.png")}]}]
+    batch = processor.apply_chat_template(shown, tokenize=True, add_generation_prompt=True)
+    options = {"image": {"num_inference_steps": 1, "seed": 3}}
+    answer = model.generate(**batch, max_new_tokens=12, require=["image"], decoder_kwargs=options).answers[0]
+    np.save(f"{sys.argv[1]}/{name}.npy", np.asarray(answer.images[0]))
 """
 
 
-@pytest.mark.parametrize("name", ["pix2pix", "kontext"])
-def test_stage_3_trains_saves_and_generates_in_a_new_process(name, folder):
-    """Rows with references and without; denoising falls on four pictures that only their references tell apart."""
-    kind, pipeline = EDITING[name]
-    kind(pipeline(), **({} if name == "pix2pix" else {"max_sequence_length": 8})).save_pretrained(folder / "decoder")
+def test_stage_3_trains_saves_and_generates_in_a_new_process(folder):
+    """Rows with references and without, and a chat with what was trained."""
     read(folder, conversation(), conversation(source=0))
-    arguments = {
-        "run.output_dir": str(folder / "run"),
-        "run.device": "cpu",
-        "model.encoders": json.dumps(
-            {"image": {"path": "zoo:image_encoder", "projector": {"projection_type": "linear"}}}
-        ),
-        "model.language_model.path": "zoo:language_model",
-        "model.decoders": json.dumps(
-            {
-                "image": {
-                    "path": str(folder / "decoder"),
-                    "num_signal_tokens": 2,
-                    "projector": {"projection_type": "linear"},
-                }
-            }
-        ),
-        "data.train": json.dumps([{"path": str(folder / "rows.jsonl")}]),
-        "train.batch_size": 2,
-        "train.max_steps": 2,
-    }
-    final = train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), INSTRUCTION_TUNING)
-    model = MultimodalModel.from_pretrained(final)
-    processor = MultimodalProcessor.from_pretrained(final, model=model)
-    assert processor.targets["image"].reference
-    shown = [{"role": "user", "content": [{"type": "image", "image": Image.open(folder / "a.png")}]}]
-    ours = answer(model, processor, [shown])[0].images
-    run = [sys.executable, "-c", SCRIPT, str(final), str(folder / "a.png"), str(folder / "made.npy")]
+    linear, made = {"projector": {"projection_type": "linear"}}, {}
+    for name in ("pix2pix", "kontext"):
+        kind, pipeline = EDITING[name]
+        settings = {} if name == "pix2pix" else {"max_sequence_length": 8}
+        kind(pipeline(), **settings).save_pretrained(folder / name / "decoder")
+        decoder = {"path": str(folder / name / "decoder"), "num_signal_tokens": 2, **linear}
+        arguments = {
+            "run.output_dir": str(folder / name / "run"),
+            "run.device": "cpu",
+            "model.encoders": json.dumps({"image": {"path": "zoo:image_encoder", **linear}}),
+            "model.language_model.path": "zoo:language_model",
+            "model.decoders": json.dumps({"image": decoder}),
+            "data.train": json.dumps([{"path": str(folder / "rows.jsonl")}]),
+            "train.batch_size": 2,
+            "train.max_steps": 2,
+        }
+        final = train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), INSTRUCTION_TUNING)
+        chat = ChatModel(final)
+        assert chat.processor.targets["image"].reference
+        steps = {"image": {"num_inference_steps": 1}}
+        settings = Settings(max_new_tokens=12, seed=3, require=("image",), decoder_kwargs=steps)
+        image = Image.open(folder / "a.png")
+        shown, turned = (
+            [{"role": "user", "content": [{"type": "image", "image": one}]}] for one in (image, image.rotate(90))
+        )
+        made[name] = chat.answer(shown, settings).answer.images
+        assert (np.asarray(chat.answer(turned, settings).answer.images[0]) != np.asarray(made[name][0])).any()
+    run = [sys.executable, "-c", SCRIPT, str(folder), *made]
     done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
-    same(ours, [np.load(folder / "made.npy")])
-    steps = {"image": {"num_inference_steps": 1}}
-    settings = Settings(max_new_tokens=12, seed=3, require=("image",), decoder_kwargs=steps)
-    chat = ChatModel(final)
-    same(ours, chat.answer(shown, settings).answer.images)
-    turned = [{"role": "user", "content": [{"type": "image", "image": shown[0]["content"][0]["image"].rotate(180)}]}]
-    assert (np.asarray(chat.answer(turned, settings).answer.images[0]) != np.asarray(ours[0])).any()
+    for name, ours in made.items():
+        same(ours, [np.load(folder / f"{name}.npy")])
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
