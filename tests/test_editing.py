@@ -1,6 +1,5 @@
 """Decoders that edit a reference, and others that start from one: samples, losses, data, generation, bad input."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -558,7 +557,6 @@ def test_edits_of_toyworld_are_judged_by_what_was_asked_and_by_the_rest(tmp_path
 
 
 def test_a_suite_scores_edits_beside_the_same_model_without_references(made, tmp_path):
-    importlib.import_module("anygpt.toyworld.evaluation.edits")
     (tmp_path / "eval").mkdir()
     rows = [edits.row_of(tmp_path, "eval", index, np.random.default_rng(index)) for index in range(3)]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,10 +10,8 @@ stages 1 to 3 never saw, or with `--things seen` the others.
 """
 
 import argparse
-import importlib
 import secrets
 import shutil
-from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -119,9 +117,6 @@ def run_matrix(options: argparse.Namespace) -> str:
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     suite = read_suite(options.suite, overrides)
     suite.baselines = [] if options.no_baselines else suite.baselines
-    if any(spec.metric == "toyworld_edit" for spec in suite.metrics):
-        with suppress(ImportError):  # the metrics' libraries are an extra, and `evaluate` says so
-            importlib.import_module("anygpt.toyworld.evaluation.edits")  # adds the metric
     # Processes may wait long for each other. Without a device, accelerate must be told to use the CPU.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()

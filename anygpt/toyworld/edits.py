@@ -28,7 +28,7 @@ from anygpt.errors import InputError
 from anygpt.media.writing import write_image
 from anygpt.toyworld import language
 from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.render import _FORMS, RGB, _draw
+from anygpt.toyworld.render import _FORMS, RGB, draw
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MOTIONS, SEEN, SHAPES, THINGS, Thing
 
 SIZE = 32
@@ -66,7 +66,7 @@ class Scene:
     def picture(self) -> Image.Image:
         """An RGB image of 32 × 32 pixels."""
         colour = tuple(int(c) for c in (np.array(RGB[self.thing.colour]) * self.shade).round())
-        return _draw(self.thing.shape, SIZE, np.array([self.x, self.y]), self.radius, colour, self.background)
+        return draw(SIZE, self.background, [(self.thing.shape, np.array([self.x, self.y]), self.radius, colour)])
 
     def moved(self, motion: str) -> Scene:
         """The scene with the thing at the border of the picture."""

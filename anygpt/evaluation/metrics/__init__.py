@@ -18,6 +18,7 @@ from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
 from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
 from anygpt.evaluation.metrics.composition import CompositionScore, SceneScore
+from anygpt.evaluation.metrics.edits import EditScore
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA
@@ -76,6 +77,7 @@ METRICS: dict[str, Kind] = {
     "dino": Kind(_TO_SOURCE, "image", ("source",), "facebook/dino-vits16"),
     "composition": Kind(CompositionScore, "image", ("expected",), _CLIP, ("detector", "threshold")),
     "scenes": Kind(SceneScore, "image", ("caption",)),
+    "toyworld_edit": Kind(EditScore, "image", ("target", "source")),
     "fvd": _DISTANCE(Frechet, "video", features="MCG-NJU/videomae-base-finetuned-kinetics", options=("num_frames",)),
     "frame_fid": _DISTANCE(partial(Frechet, by_frame=True), "video", features="inception", options=("num_frames",)),
     "clipsim": _FRAMES(_mean(base.clipsim), needs=("caption",)),

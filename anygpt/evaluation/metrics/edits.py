@@ -1,11 +1,10 @@
-"""A metric of suites: ToyWorld's edits, by what was asked for and by the rest (see `anygpt.toyworld.edits.judge`)."""
+"""ToyWorld's edits, by what was asked for and by the rest (see `anygpt.toyworld.edits.judge`)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
 
-from anygpt.evaluation.metrics import METRICS, Kind
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 from anygpt.toyworld.edits import judge, look
 
@@ -27,6 +26,3 @@ class EditScore(Metric):
 
     def compute(self) -> dict[str, Value]:
         return {name: mean_value(scores) for name, scores in self.scores.items()}
-
-
-METRICS["toyworld_edit"] = Kind(EditScore, "image", ("target", "source"))
