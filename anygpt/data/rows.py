@@ -237,7 +237,7 @@ class SampleRow(RowModel):
         return self
 
     @model_validator(mode="after")
-    def _sources_come_before(self) -> SampleRow:
+    def _sources_come_before(self) -> "SampleRow":
         media = [part for message in self.messages for part in message.content if part.type != "text"]
         for number, part in enumerate(media):
             if part.source is None:
