@@ -13,7 +13,7 @@ import torch
 import transformers
 from diffusers import VQModel
 from torch import Tensor, nn
-from transformers import DacModel, Emu3VQVAE, EncodecModel, JanusVQVAE, MimiModel
+from transformers import Emu3VQVAE, EncodecModel, JanusVQVAE, MimiModel
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,6 @@ def _encode_encodec(network: EncodecModel, waveforms: Tensor) -> Tensor:
     return network.encode(waveforms, bandwidth=network.config.target_bandwidths[-1]).audio_codes[0]
 
 
-def _decode_dac(network: DacModel, codes: Tensor) -> Tensor:
-    return network.decode(audio_codes=codes).audio_values[:, None]
-
-
 def _mimi_codebooks(network: MimiModel) -> list[Tensor]:
     halves = network.quantizer.semantic_residual_vector_quantizer, network.quantizer.acoustic_residual_vector_quantizer
     return [layer.codebook.embed for half in halves for layer in half.layers]
@@ -136,7 +132,7 @@ FAMILIES: dict[str, TokenizerFamily] = {
     "dac": TokenizerFamily(
         "DacModel",
         lambda network, waveforms: network.encode(waveforms).audio_codes,
-        _decode_dac,
+        lambda network, codes: network.decode(audio_codes=codes).audio_values[:, None],
         lambda network: [layer.codebook.weight for layer in network.quantizer.quantizers],
         hop=lambda config: config.hop_length,
     ),
