@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from anygpt.data.grammar import CATEGORIES, COUNTS, RELATIONS, describe
+from anygpt.errors import InputError
 from anygpt.toyworld.language import pick
 from anygpt.toyworld.render import background_of, colour_of, draw
 from anygpt.toyworld.world import COLOURS, HELD_OUT, SHAPES, Thing
@@ -68,11 +69,16 @@ def invent(category: str, things: Sequence[Thing], rng: np.random.Generator) -> 
     """A scene of a category, of some of the things.
 
     If all of these are held out, so are pairs of shapes and counts; if none is, these are not.
+
+    Raises:
+        InputError: no two things differ in both shape and colour.
     """
     wanted = {thing in HELD_OUT for thing in things}
     while True:
         first, count = pick(rng, things), pick(rng, tuple(COUNTS))
         others = [other for other in things if other.shape != first.shape and other.colour != first.colour]
+        if not others:
+            raise InputError(f"ToyWorld 2 needs things of several shapes and colours beside {first}, but got {things}.")
         second, relation = pick(rng, others), pick(rng, tuple(RELATIONS))
         pair = category in ("two_objects", "position", "colour_attribution")
         held_out = {
@@ -142,7 +148,8 @@ def scene_row(
     elif draws and (target == "image" or rng.integers(2)):
         asked = pick(rng, _ASKED).format(scene.caption)
     else:
-        asked = f"There is {scene.caption}. {about[draws]}"
+        verb = "are" if scene.expected["things"][0]["count"] > 1 else "is"
+        asked = f"There {verb} {scene.caption}. {about[draws]}"
     user.append({"type": "text", "text": asked})
     answer = [{"type": "text", "text": f"{'Here is the picture: ' if draws else ''}{scene.caption}"}]
     if target == "image":
