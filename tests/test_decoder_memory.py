@@ -22,7 +22,6 @@ from anygpt import (
     load_language_model,
 )
 from anygpt.decoders import Condition, DiffusionDecoder, wrapping
-from anygpt.decoders.memory import start_offloading
 from anygpt.decoders.pipelines import is_hooked
 from anygpt.errors import InputError
 from anygpt.model.language_models import load_tokenizer
@@ -289,13 +288,14 @@ def test_offloading_is_said_to_do_nothing_without_an_accelerator(caplog):
     assert not is_hooked(decoder.to("cpu").pipeline)
 
 
-def test_weights_stay_where_they_are_when_an_offloaded_decoder_moves(monkeypatch):
-    decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion(), offload="model")
-    started = []
-    monkeypatch.setattr(wrapping, "start_offloading", lambda *arguments: started.append(arguments))
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_weights_stay_where_they_are_when_an_offloaded_decoder_moves(monkeypatch, kind):
+    decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion(), offload=kind)
+    started = Mock()
+    monkeypatch.setattr(decoder.pipeline, f"enable_{'model_cpu' if kind == 'model' else 'group'}_offload", started)
     elsewhere = torch.device("cuda", 1)  # which this machine may not have
     decoder._apply(lambda tensor: SimpleNamespace(device=elsewhere, to=lambda device: tensor.double().to(device)))
-    assert started == [(decoder.pipeline, "model", elsewhere)]
+    assert elsewhere in (*started.call_args.args, *started.call_args.kwargs.values())
     assert {(p.device.type, p.dtype) for p in decoder.parameters()} == {("cpu", torch.float64)}
 
 
@@ -304,7 +304,7 @@ def test_groups_make_the_same_media_and_refuse_gradients(tmp_path):
     for kind in (None, "group"):
         decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion(), offload=kind)
         if kind:
-            start_offloading(decoder.pipeline, kind, torch.device("cpu"))
+            decoder.pipeline.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
         condition = decoder.encode_text(CAPTIONS)
         draw = [torch.Generator().manual_seed(seed) for seed in range(3)]
         made.append([np.asarray(x) for x in decoder.sample(condition, num_inference_steps=1, generator=draw)])

@@ -98,7 +98,10 @@ class ChatModel:
         check_device(device, offload)
         self.model, self.processor = load_checkpoint(checkpoint)
         self.model.eval()
-        place(self.model, device, offload)
+        for decoder in self.model.decoders.values():
+            if offload and decoder.module.offload is None:
+                decoder.module.save_memory(offload="model")
+        self.model.to(device)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -230,14 +233,6 @@ def check_device(device: str, offload: bool = False) -> None:
         raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if offload and torch.device(device).type == "cpu":
         raise InputError("--offload keeps decoders on the CPU while they are idle; name another --device, like cuda")
-
-
-def place(model: MultimodalModel, device: str | torch.device, offload: bool = False) -> None:
-    """Move a model to a device; with `offload`, its decoders' networks only while in use, unless they say how."""
-    for decoder in model.decoders.values():
-        if offload and decoder.module.offload is None:
-            decoder.module.save_memory(offload="model")
-    model.to(device)
 
 
 def modality_of(path: str | Path) -> str:

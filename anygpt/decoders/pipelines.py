@@ -1,10 +1,9 @@
 """Diffusers pipelines: strict loading, offloading hooks, callbacks at each step."""
 
 import inspect
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from anygpt.decoders.memory import quantize_outline, quantizers, refusing
+from anygpt.decoders.quantization import quantize_outline, quantizers, refusing
 from anygpt.errors import InputError
 from anygpt.parts.files import Place, Weights, built_from, dtype_of, find_weights, shape_of, wants_shapes_only
-from anygpt.parts.networks import check_report, load_network
+from anygpt.parts.networks import check_report, load_network, without_report
 from anygpt.parts.source import check_vocabulary
 
 TESTED = ">=0.36,<0.43"
@@ -128,7 +127,7 @@ def load_network_of_pipeline(
         if quantizer is not None:
             quantize_outline(outline, quantizer)
         return outline
-    with _quietly():
+    with without_report("diffusers.models.modeling_utils"):
         # From the local folder: by a hub id, diffusers would ask the hub about shards that are all there.
         network, info = cls.from_pretrained(
             str(weights.entry.parent),
@@ -158,18 +157,6 @@ def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixi
     integers = [name for name, tensor in weights.tensors() if name in floats and dtype_of(tensor) is None]
     check_report(weights, cls, faults | {"has in another shape": odd, "has as integers": integers})
     return network
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence diffusers' warnings about unexpected tensors, which are errors here."""
-    reports = logging.getLogger("diffusers.models.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        reports.setLevel(level)
 
 
 def is_hooked(pipeline: DiffusionPipeline) -> bool:

@@ -17,8 +17,8 @@ class StableAudioDecoder(AudioDecoder):
     """Conditions `(B, T, D)` of T5, projected, with their mask -> float32 waveforms `(C, N)` (arXiv 2407.14358).
 
     The transformer attends to padding, which is zeros, and to the beginning, 0 s, and the end, `audio_length_in_s`
-    (by default all of the model's window). Targets are cut at the end, and latents always span the window. Training tells
-    that end, too, not a target's own as the model's authors do: set it to the data's length.
+    (by default all of the model's window). Targets are cut at the end, and latents always span the window. In training,
+    too, that is the end told, not a target's own as in its authors' training: set it to the data's length.
     """
 
     pipeline_name = "StableAudioPipeline"

@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
 
-from anygpt.decoders.memory import OFFLOADS, start_offloading, use_vae
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
 from anygpt.decoders.schedules import check_scheme
 from anygpt.errors import InputError
@@ -88,8 +87,7 @@ class WrappedPipeline(nn.Module):
                 raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")
             check_scheme(weighting_scheme)
             self.weighting_scheme = weighting_scheme
-        self.vae_tiling, self.vae_slicing, self.offload = vae_tiling, vae_slicing, offload
-        self.save_memory()
+        self.save_memory(vae_tiling=vae_tiling, vae_slicing=vae_slicing, offload=offload)
         self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
@@ -166,16 +164,19 @@ class WrappedPipeline(nn.Module):
         return [name for name, network in self.named_children() if getattr(network, "is_quantized", False)]
 
     def save_memory(self, **options: Any) -> None:
-        """Set `vae_tiling`, `vae_slicing` and `offload`, before the decoder is moved to an accelerator.
-
-        Raises:
-            InputError: a value that is unknown, or that the VAE lacks.
-        """
+        """Set `vae_tiling`, `vae_slicing` and `offload`, before the decoder is moved to an accelerator; an `InputError`
+        for a value that is unknown, or that the VAE lacks."""
         for name, value in options.items():
+            expected = ("model", "group") if name == "offload" else (True, False)
+            if value is not None and value not in expected:
+                said = " or ".join(map(str, expected)).lower()
+                raise InputError(f"{name} of a {self.pipeline_name} is {value!r}; expected {said}")
             setattr(self, name, value)
-        use_vae(self.pipeline, vae_tiling=self.vae_tiling, vae_slicing=self.vae_slicing)
-        if self.offload not in (None, *OFFLOADS):
-            raise InputError(f"offload of a {self.pipeline_name} is {self.offload!r}; expected {' or '.join(OFFLOADS)}")
+            attribute = name.replace("vae", "use")
+            if value and name != "offload" and not hasattr(self.vae, attribute):
+                raise InputError(f"{name} is set, but the vae is a {type(self.vae).__name__}, which cannot do it")
+            if value is not None and name != "offload":
+                setattr(self.vae, attribute, value)
         if self.offload is not None and not torch.accelerator.is_available():
             _warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
 
@@ -185,8 +186,10 @@ class WrappedPipeline(nn.Module):
         if self.offload is None or device.type in ("cpu", "meta"):
             return super()._apply(fn, recurse)
         super()._apply(lambda tensor: fn(tensor).to(tensor.device), recurse)
-        if not is_hooked(self.pipeline):
-            start_offloading(self.pipeline, self.offload, device)
+        if self.offload == "model" and not is_hooked(self.pipeline):
+            self.pipeline.enable_model_cpu_offload(device=device)
+        elif not is_hooked(self.pipeline):
+            self.pipeline.enable_group_offload(device, offload_type="leaf_level")
         return self
 
     def set_adapter(self, adapter: PeftModel | None) -> None:

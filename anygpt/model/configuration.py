@@ -7,9 +7,10 @@ from transformers import PreTrainedConfig
 from anygpt.composition import Composition
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.model.parts import adapter_of, callback_dict, class_name, source_of
+from anygpt.model.parts import KINDS, adapter_of, callback_dict, class_name, source_of
 
 FORMAT_VERSION = 1
+OF_DECODERS = ("modality", "num_signal_tokens", "hidden_layer", "signal", "defaults")
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -51,7 +52,7 @@ class MultimodalConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for kind in ("encoder", "decoder", "tokenizer"):
+        for kind in KINDS:
             entries = getattr(self, f"{kind}s") or {}
             keys = getattr(self, f"{kind}_keys") or list(entries)
             setattr(self, f"{kind}_keys", keys)
@@ -71,9 +72,8 @@ class MultimodalConfig(PreTrainedConfig):
             }
             for key, encoder in model.encoders.items()
         }
-        chosen = ("num_signal_tokens", "hidden_layer", "signal", "defaults")
         decoders = {
-            key: _module(decoder) | {name: getattr(decoder, name) for name in chosen}
+            key: _module(decoder) | {name: getattr(decoder, name) for name in OF_DECODERS}
             for key, decoder in model.decoders.items()
         }
         return cls(
@@ -94,12 +94,8 @@ class MultimodalConfig(PreTrainedConfig):
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
         """The entries of the parts, named as in `part_modules`."""
-        return {
-            **{f"{key}_encoder": entry for key, entry in self.encoders.items()},
-            "language_model": self.language_model,
-            **{f"{key}_decoder": entry for key, entry in self.decoders.items()},
-            **{f"{key}_tokenizer": entry for key, entry in self.tokenizers.items()},
-        }
+        entries = {f"{key}_{kind}": entry for kind in KINDS for key, entry in getattr(self, f"{kind}s").items()}
+        return {"language_model": self.language_model, **entries}
 
 
 def _module(module: Any) -> dict[str, Any]:

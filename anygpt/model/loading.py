@@ -20,7 +20,7 @@ from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
-from anygpt.model.configuration import FORMAT_VERSION, MultimodalConfig
+from anygpt.model.configuration import FORMAT_VERSION, OF_DECODERS, MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.parts import adapter_name, build_callback, fingerprint, import_class, own_tensors, source_of
 from anygpt.parts.files import Place, find_weights, open_composition, wants_shapes_only
@@ -95,11 +95,7 @@ def from_pretrained(
         decoders[key] = ModalDecoderModule(
             parts[f"{key}_decoder"],
             projector=OutputProjector(projector, projections.get(f"{key}_output_projector")),
-            num_signal_tokens=entry["num_signal_tokens"],
-            hidden_layer=entry["hidden_layer"],
-            modality=entry["modality"],
-            signal=entry["signal"],
-            defaults=entry.get("defaults"),
+            **{name: entry.get(name) for name in OF_DECODERS},
         )
     tokenizers = {
         key: ModalTokenizerModule(parts[f"{key}_tokenizer"], entry["row_ends"], entry["defaults"])

@@ -19,17 +19,14 @@ from anygpt.errors import InputError
 from anygpt.parts.manifest import fingerprint_tensors
 from anygpt.parts.source import MEMORY, Source
 
+KINDS = ("encoder", "decoder", "tokenizer")
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
 
 
 def part_modules(model: Composition) -> dict[str, nn.Module]:
-    return {
-        **{f"{key}_encoder": encoder.module for key, encoder in model.encoders.items()},
-        "language_model": model.language_model,
-        **{f"{key}_decoder": decoder.module for key, decoder in model.decoders.items()},
-        **{f"{key}_tokenizer": tokenizer.module for key, tokenizer in model.tokenizers.items()},
-    }
+    modules = {f"{key}_{kind}": one.module for kind in KINDS for key, one in getattr(model, f"{kind}s").items()}
+    return {"language_model": model.language_model, **modules}
 
 
 def own_tensors(model: Composition) -> dict[str, torch.Tensor]:
@@ -57,20 +54,16 @@ def adapter_name(part: str) -> str:
 def source_of(part: nn.Module) -> Source | None:
     """Where a part was loaded from, or None if unknown; checkpoints then save the part whole."""
     part = base_model(part)
+    options = {name: getattr(part, name) for name in MEMORY if hasattr(part, name)}
     if hasattr(part, "anygpt_source"):
-        return part.anygpt_source and replace(part.anygpt_source, **_memory_options(part))
+        return part.anygpt_source and replace(part.anygpt_source, **options)
     path = getattr(part.pipeline if isinstance(part, DiffusionDecoder) else part, "name_or_path", None)
     if not path:
         return None
     frames = VideoEncoder.settings if isinstance(part, VideoEncoder) else ()
     revision = getattr(getattr(part, "config", None), "_commit_hash", None)
-    options = {name: getattr(part.config, name) for name in frames} | _memory_options(part)
+    options |= {name: getattr(part.config, name) for name in frames}
     return Source(str(path), revision=revision, dtype=next(part.parameters()).dtype, **options)
-
-
-def _memory_options(part: nn.Module) -> dict[str, Any]:
-    """A decoder's options that save memory, as they are now."""
-    return {name: getattr(part, name) for name in MEMORY if hasattr(part, name)}
 
 
 def own_state(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -58,7 +58,7 @@ def load_network(
             options.pop("quantization_config", None)
         options["device_map"] = "meta"
     options |= {"config": config, "state_dict": state, "dtype": dtype}
-    with _without_their_report(), files.built_from(config_file):
+    with without_report("transformers.modeling_utils", "LOAD REPORT"), files.built_from(config_file):
         network, info = cls.from_pretrained(None, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     floats = {name for name, parameter in network.named_parameters() if parameter.is_floating_point()}
     integers = [name for name, tensor in state.items() if files.dtype_of(tensor) is None and name in floats]
@@ -91,18 +91,15 @@ def check_report(weights: Weights, cls: type, faults: Mapping[str, Collection[st
 
 
 @contextmanager
-def _without_their_report() -> Iterator[None]:
-    """Suppress transformers' own report of mismatched tensors; `check_report` raises an error instead."""
-    reports = logging.getLogger("transformers.modeling_utils")
-    reports.addFilter(_is_no_report)
+def without_report(logger: str, phrase: str = "") -> Iterator[None]:
+    """Suppress a library's messages that hold `phrase`, about tensors for which `check_report` raises an error."""
+    reports, others = logging.getLogger(logger), logging.Filter()
+    others.filter = lambda record: phrase not in record.getMessage()
+    reports.addFilter(others)
     try:
         yield
     finally:
-        reports.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+        reports.removeFilter(others)
 
 
 def _name_in_file(network: PreTrainedModel, name: str, origin: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Precision and memory of a pipeline: quantised networks, tiled VAEs, weights that wait on the CPU."""
+"""Quantised networks of a pipeline."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.quantizers import auto as diffusers_quantizers
 from torch import nn
 from transformers.quantizers import auto as transformers_quantizers
@@ -18,7 +17,6 @@ from anygpt.errors import InputError
 
 BACKENDS = {"torchao": "torchao", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 """Package by quantisation backend, as diffusers calls them."""
-OFFLOADS = ("model", "group")
 
 
 def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
@@ -38,25 +36,22 @@ def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.
     who, known = "quantization_config", ("quant_backend", "quant_kwargs", "components_to_quantize")
     if not isinstance(config, Mapping) or set(config) - set(known):
         raise InputError(f"{who} is {config!r:.200}; expected a mapping of {', '.join(known)}")
-    backend, arguments = config.get("quant_backend"), config.get("quant_kwargs") or {}
+    backend, arguments, names = (config.get(name) for name in known)
     if backend not in BACKENDS:
         raise InputError(f"quant_backend of {who} is {backend!r}; expected {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
         raise InputError(f"{who} needs the package {BACKENDS[backend]}, which is not installed")
-    names = config.get("components_to_quantize") or list(networks)
-    names = [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else names or list(networks)
     if unknown := [name for name in names if name not in networks]:
-        raise InputError(
-            f"components_to_quantize of {who} names {unknown[0]!r}; expected some of {', '.join(networks)}"
-        )
+        there = ", ".join(networks)
+        raise InputError(f"components_to_quantize of {who} names {unknown[0]!r}; expected some of {there}")
+    found = {}
     with refusing(f"quant_kwargs of {who} are {arguments!r:.200}, which its library refuses"):
-        if backend == "torchao":
-            arguments = _torchao_arguments(**arguments)
-        homes = {name: diffusers_quantizers if issubclass(networks[name], ModelMixin) else None for name in names}
-        return {
-            name: (home or transformers_quantizers).AUTO_QUANTIZATION_CONFIG_MAPPING[backend](**arguments)
-            for name, home in homes.items()
-        }
+        for name in names:
+            home = diffusers_quantizers if issubclass(networks[name], ModelMixin) else transformers_quantizers
+            given = _torchao_arguments(**arguments or {}) if backend == "torchao" else arguments
+            found[name] = home.AUTO_QUANTIZATION_CONFIG_MAPPING[backend](**given or {})
+    return found
 
 
 def _torchao_arguments(quant_type: str, modules_to_not_convert: list[str] | None = None, **options: Any) -> dict:
@@ -87,23 +82,3 @@ def quantize_outline(network: ModelMixin, config: Any) -> None:
         for name, parameter in list(network.named_parameters()):
             if quantizer.check_if_quantized_param(network, parameter, name, {}):
                 quantizer.create_quantized_param(network, parameter, name, "meta", {}, [])
-
-
-def use_vae(pipeline: DiffusionPipeline, **options: bool | None) -> None:
-    """Set `vae_tiling` and `vae_slicing`, None leaving it as it is; an `InputError` if the VAE cannot do it."""
-    for option, value in options.items():
-        attribute = option.replace("vae", "use")
-        if value not in (None, True, False):
-            raise InputError(f"{option} of a {type(pipeline).__name__} is {value!r}; expected true or false")
-        if value and not hasattr(pipeline.vae, attribute):
-            raise InputError(f"{option} is set, but the vae is a {type(pipeline.vae).__name__}, which cannot do it")
-        if value is not None and hasattr(pipeline.vae, attribute):
-            setattr(pipeline.vae, attribute, value)
-
-
-def start_offloading(pipeline: DiffusionPipeline, kind: str, device: torch.device) -> None:
-    """Keep a pipeline's weights on the CPU, and bring them to `device` as they are used, by diffusers' hooks."""
-    if kind == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_group_offload(device, offload_type="leaf_level")
