@@ -98,8 +98,8 @@ def test_unknown_arguments_are_errors(composed, tmp_path):
     for one in (model, processor):
         with pytest.raises(InputError, match="save_pretrained has no argument 'max_shard'"):
             one.save_pretrained(tmp_path, max_shard="1GB")
-    for size in ("abc", "-1GB", None, 0):
-        with pytest.raises(InputError, match=r"max_shard_size is .*; expected a number of bytes, or a size"):
+    for size in ("abc", "-1GB", None):
+        with pytest.raises(InputError, match=r"max_shard_size is .*; expected bytes, or a size"):
             model.save_pretrained(tmp_path / "none", max_shard_size=size)
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="safe_serialization can only be True"):

@@ -20,16 +20,11 @@ BACKENDS = {"torchao": "torchao", "bitsandbytes_4bit": "bitsandbytes", "bitsandb
 
 
 def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    """The library's quantization config for each of a pipeline's networks that `config` names.
+    """The library's quantization config for each of a pipeline's `networks` (their classes) that `config` names.
 
-    Args:
-        config: arguments of diffusers' `PipelineQuantizationConfig`: `quant_backend`, `quant_kwargs` and
-            `components_to_quantize`, all networks by default. The `quant_type` of torchao is the name of one of its
-            config classes (`Int8WeightOnlyConfig`), whose arguments stand beside it.
-        networks: classes of the pipeline's networks.
-
-    Raises:
-        InputError: an unknown key, backend or network, an argument that the backend does not take, a missing package.
+    `config` are arguments of diffusers' `PipelineQuantizationConfig`: `quant_backend`, `quant_kwargs` and
+    `components_to_quantize`, by default all. torchao's `quant_type` is the name of one of its config classes
+    (`Int8WeightOnlyConfig`), whose arguments stand beside it. Whatever is unknown or missing is an `InputError`.
     """
     if config is None:
         return {}

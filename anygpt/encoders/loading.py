@@ -200,9 +200,8 @@ def _processor(source: Source, config: PreTrainedConfig, modality: str) -> Any:
         named = content.get("feature_extractor_type" if heard else "image_processor_type")
         if replacement is None and isinstance(named, str) and not hasattr(transformers, named):
             raise InputError(
-                f"{source.place}/preprocessor_config.json names the class {named}, which transformers "
-                f"{transformers.__version__} does not have: name one there that it has and that does the same, such as "
-                "CLIPImageProcessor or WhisperFeatureExtractor"
+                f"{source.place}/preprocessor_config.json names the class {named}, which this transformers does not "
+                "have: name one there that does the same, such as CLIPImageProcessor or WhisperFeatureExtractor"
             )
         processor = (replacement or auto).from_pretrained(source.folder, **source.auto)
     if not source.processor:

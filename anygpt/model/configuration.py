@@ -11,6 +11,7 @@ from anygpt.model.parts import KINDS, adapter_of, callback_dict, class_name, sou
 
 FORMAT_VERSION = 1
 OF_DECODERS = ("modality", "num_signal_tokens", "hidden_layer", "signal", "defaults")
+OF_TOKENIZERS = ("modality", "row_ends", "defaults")
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -64,7 +65,7 @@ class MultimodalConfig(PreTrainedConfig):
         """Describe a model's current state; saving adds the fingerprints."""
         callback = model.preprocess_llm_callback
         encoders = {
-            key: _module(encoder)
+            key: _module(encoder, ("modality",))
             | {
                 "additional_args": list(encoder.additional_args),
                 "callbacks": encoder.own_functions,
@@ -72,18 +73,11 @@ class MultimodalConfig(PreTrainedConfig):
             }
             for key, encoder in model.encoders.items()
         }
-        decoders = {
-            key: _module(decoder) | {name: getattr(decoder, name) for name in OF_DECODERS}
-            for key, decoder in model.decoders.items()
-        }
         return cls(
             encoders=encoders,
             language_model=_part(model.language_model),
-            decoders=decoders,
-            tokenizers={
-                key: _part(one.module) | {name: getattr(one, name) for name in ("modality", "row_ends", "defaults")}
-                for key, one in model.tokenizers.items()
-            },
+            decoders={key: _module(decoder, OF_DECODERS) for key, decoder in model.decoders.items()},
+            tokenizers={key: _module(one, OF_TOKENIZERS) for key, one in model.tokenizers.items()},
             token_ids=model.token_ids,
             signal_token_ids=model.signal_tokens.ids,
             preprocess_llm_callback=callback_dict(callback) or callback is not None,
@@ -98,10 +92,10 @@ class MultimodalConfig(PreTrainedConfig):
         return {"language_model": self.language_model, **entries}
 
 
-def _module(module: Any) -> dict[str, Any]:
-    """What encoders and decoders have in common."""
-    projector = module.projector.config.to_diff_dict()
-    return _part(module.module) | {"modality": module.modality, "projector": projector}
+def _module(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    entry = _part(module.module) | {name: getattr(module, name) for name in names}
+    projector = getattr(module, "projector", None)
+    return entry if projector is None else entry | {"projector": projector.config.to_diff_dict()}
 
 
 def _part(part: Any) -> dict[str, Any]:

@@ -84,8 +84,10 @@ def save_pretrained(
     Raises:
         InputError: an unknown argument, or a `max_shard_size` that is no size.
     """
-    if not _is_size(max_shard_size):
-        raise InputError(f"max_shard_size is {max_shard_size!r}; expected a number of bytes, or a size such as '5GB'")
+    try:
+        convert_file_size_to_int(max_shard_size)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"max_shard_size is {max_shard_size!r}; expected bytes, or a size such as '5GB'") from error
     if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
         raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
     if not safe_serialization:
@@ -140,13 +142,6 @@ def push_to_hub(
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
         write_card(Path(folder), repo_id)
         return push(folder, repo_id, **options)
-
-
-def _is_size(size: int | str) -> bool:
-    try:
-        return convert_file_size_to_int(size) > 0
-    except (ValueError, TypeError, AttributeError):
-        return False
 
 
 def _supplies(part: nn.Module, entry: dict[str, Any]) -> bool:
