@@ -4,8 +4,6 @@ Losses, generation, the cache and the processor are functions that take a compos
 them, adds its constructor, `forward`, saving and loading. Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -122,11 +120,8 @@ class Composition(PreTrainedModel):
         self.token_ids = dict(token_ids) if token_ids is not None else None
 
     def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it.
-
-        Raises:
-            InputError: no encoder takes an argument, or several do.
-        """
+        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it, of
+        which there must be one."""
         by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
         for full_name, value in inputs.items():
             if value is None:
@@ -197,9 +192,8 @@ class Composition(PreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Run the language model, its head only where `tap` selects. Call inside `signal_tokens.attached`.
 
-        Returns:
-            Logits, `(B, S, V')` or `(1, M, V')` at the selected positions; and the `(B, S, H)` states of all layers if
-            a decoder reads others than the last.
+        Returns logits, `(B, S, V')` or `(1, M, V')` at the selected positions; and the `(B, S, H)` states of all layers
+        if a decoder reads others than the last.
         """
         arguments = {
             "inputs_embeds": merged.inputs_embeds,

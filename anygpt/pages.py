@@ -1,7 +1,5 @@
 """HTML templates of the reports."""
 
-from __future__ import annotations
-
 import jinja2
 
 

@@ -1,7 +1,5 @@
 """Prompts for compositions of things, in the six categories of GenEval (arXiv 2310.11513)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Quantised networks of a pipeline."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping

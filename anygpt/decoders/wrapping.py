@@ -1,7 +1,5 @@
 """A diffusers pipeline as a module: its networks, loading and saving, which of them train."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json
@@ -52,7 +50,7 @@ class WrappedPipeline(nn.Module):
     """None if the denoiser is not trained by flow matching."""
     denoiser_adapter: PeftModel | None = None
     """PEFT's wrapper of the denoiser, which it changes in place (see `set_adapter`)."""
-    _registry: ClassVar[dict[str, type[WrappedPipeline]]] = {}
+    _registry: ClassVar[dict[str, "type[WrappedPipeline]"]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -105,10 +103,8 @@ class WrappedPipeline(nn.Module):
 
         `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
         of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`torch_dtype`, …). Pickled weights
-        are refused unless `weights="any"`, which still refuses any code in them.
-
-        Raises:
-            InputError: no pipeline, one of another or unknown class, or missing or unexpected tensors.
+        are refused unless `weights="any"`, which still refuses any code in them. Missing or unexpected tensors, and
+        pipelines of another class, are an `InputError`.
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
@@ -180,7 +176,7 @@ class WrappedPipeline(nn.Module):
         if self.offload is not None and not torch.accelerator.is_available():
             _warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WrappedPipeline:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WrappedPipeline":
         """What `to` and its like call: an offloaded pipeline's tensors stay where they are, and hooks move them."""
         device = fn(torch.empty(0)).device
         if self.offload is None or device.type in ("cpu", "meta"):
@@ -197,7 +193,7 @@ class WrappedPipeline(nn.Module):
         object.__setattr__(self, "denoiser_adapter", adapter)
         self.requires_grad_(False)
 
-    def without_adapter(self, merge: bool = False) -> WrappedPipeline:
+    def without_adapter(self, merge: bool = False) -> "WrappedPipeline":
         """A copy whose denoiser has no adapter, or with `merge` holds it in its weights; the rest is shared."""
         if self.denoiser_adapter is None:
             return self
@@ -216,7 +212,7 @@ class WrappedPipeline(nn.Module):
             raise InputError(f"the decoder has no network {unknown[0]!r}; it has {', '.join(known)}")
         self.trains = tuple(names)
 
-    def train(self, mode: bool = True) -> WrappedPipeline:
+    def train(self, mode: bool = True) -> "WrappedPipeline":
         """Set torch's mode on the networks that train; the others stay in eval mode for repeatable encodings."""
         super().train(False)
         for name in self.trains:
@@ -224,7 +220,7 @@ class WrappedPipeline(nn.Module):
         self.training = mode
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> WrappedPipeline:
+    def requires_grad_(self, requires_grad: bool = True) -> "WrappedPipeline":
         """Freeze or unfreeze the networks chosen by `train_networks`; the others stay frozen."""
         super().requires_grad_(False)
         if requires_grad and (found := [name for name in self.trains if name in self.quantized]):

@@ -1,7 +1,5 @@
 """Report of a suite: a table for the terminal, an HTML page with images and players, and a run of a tracker."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,11 +67,7 @@ def flat_values(report: dict[str, Any]) -> dict[str, float]:
 
 
 def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images: Image.Image) -> None:
-    """Log numbers and images to `wandb` or `tensorboard` (or `none`), with files in `folder`.
-
-    Raises:
-        InputError: the tracker cannot start.
-    """
+    """Log numbers and images to `wandb` or `tensorboard` (or `none`), with files in `folder`."""
     if tracker == "none":
         return
     os.environ.setdefault("WANDB_SILENT", "true")

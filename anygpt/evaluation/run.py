@@ -1,7 +1,5 @@
 """Evaluation of a suite: all processes generate answers, the first one scores them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import platform

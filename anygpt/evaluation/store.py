@@ -1,7 +1,5 @@
 """Answers on disk: media, and an index with one line per finished row, so that evaluations can resume."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -32,11 +30,7 @@ class AnswerStore:
         self.own = self.folder / (f"index.{rank}.jsonl" if rank else INDEX)
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All finished lines by row id; a truncated last line is ignored.
-
-        Raises:
-            InputError: another invalid line.
-        """
+        """All finished lines by row id; a truncated last line is ignored, another invalid one is an `InputError`."""
         lines: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("index*.jsonl")):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):

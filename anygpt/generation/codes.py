@@ -1,7 +1,5 @@
 """Choice of the codes of a span, and the spans of codes in an answer. Shape legend: `anygpt.outputs`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Text is streamed first, with a `MediumCalled` where a medium belongs; then each 
 media. `segment` is the index into the row's `Answer.segments`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """One row of a batch that is answered: its tokens so far, and the choice of the next ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Constraints on the next token of an answer: only whole spans, within the budget, and required ones included."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

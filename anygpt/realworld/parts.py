@@ -1,7 +1,5 @@
 """Conversion of the packages' weights to `from_pretrained` folders of transformers."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import struct
@@ -126,11 +124,7 @@ _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
 def read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name of a model file of CTranslate2, binary version 6.
-
-    Raises:
-        InputError: another version, or the file ends early.
-    """
+    """All tensors by name of a model file of CTranslate2, of binary version 6."""
     with path.open("rb") as file:
         try:
             (version,) = _read(file, "<I")

@@ -8,8 +8,6 @@ The map is ridge regression from a picture's mean feature to its name's embeddin
 `retrieval`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ queries. A media tokenizer's span is `<image> c₁ … cₙ </image>` (Chameleon
 with a row for each of its codes. Shape legend: `anygpt.outputs`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: `K` media, `n` codes of a medium; others as in `anygpt.tokenizers.families`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -154,12 +152,10 @@ class MediaTokenizer(nn.Module):
         return ("tokenizer",) if any(p.requires_grad for p in self.network.parameters()) else ()
 
     def reconstruction_losses(self, media: list | Tensor, generator: Any = None) -> dict[str, Tensor]:
-        """Stage 0's loss `{"tokenizer": (K,)}`: mean absolute error, VQModel's own loss of the codebook, and a pull.
+        """Stage 0's loss `{"tokenizer": (K,)}` of a VQModel: mean absolute error, its own loss of the codebook, and a
+        pull.
 
         The pull, the mean squared distance of every code to the nearest latent of the batch, keeps codes in use.
-
-        Raises:
-            InputError: another network than a VQModel.
         """
         if not isinstance(self.network, VQModel):
             raise InputError(f"a {self.family.network} is not trained here, only a VQModel is; leave it out")
@@ -197,11 +193,8 @@ class MediaTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Any]:
-        """Media of codes `(K, n)`: PIL images, uint8 clips `(F, H, W, 3)`, or float32 mono waveforms `(N,)`.
-
-        Raises:
-            InputError: codes that are out of range or of another number, or a network without a decoder.
-        """
+        """Media of codes `(K, n)`: PIL images, uint8 clips `(F, H, W, 3)`, or float32 mono waveforms `(N,)`. Codes that
+        are out of range or of another number are an `InputError`, and so is a network without a decoder."""
         if self.family.decode is None:
             raise InputError(
                 f"a {self.family.network} only encodes: it has no decoder, so it cannot make a medium; use it for "

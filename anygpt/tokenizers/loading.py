@@ -1,7 +1,5 @@
 """Loading of media tokenizers from a folder or the Hub, also out of a whole model that contains one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,9 @@ _OPTIONS = ("size", "num_frames", "frame_rate", "seconds", "codebooks")
 def load_media_tokenizer(path: str | Path | Source, modality: str, **options: Any) -> MediaTokenizer:
     """Load a tokenizer; from a whole model (Emu3, Janus, Chameleon) only the tokenizer's tensors are read.
 
-    Args:
-        path: folder, Hub id or `zoo:<name>`.
-        modality: `image`, `video` or `audio`.
-        options: the other fields of `TokenizerSettings`, as in YAML.
-
-    Raises:
-        InputError: no such path, no tokenizer of that modality, or files that do not hold exactly its tensors.
+    `path` is a folder, Hub id or `zoo:<name>`, and `options` are the other fields of `TokenizerSettings`, as in YAML.
+    An `InputError` names a path that does not exist, has no tokenizer of the modality, or does not hold exactly its
+    tensors.
     """
     source = Source.of(path, options, kind=TokenizerSettings)
 

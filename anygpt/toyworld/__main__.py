@@ -1,7 +1,5 @@
 """`python -m anygpt.toyworld --output DIR`: write ToyWorld's datasets for the stages, joint training and evaluation."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

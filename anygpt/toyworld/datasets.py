@@ -7,8 +7,6 @@
 Rows are chat messages. User media are inputs; assistant media are targets and have a caption.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 import shutil

@@ -4,8 +4,6 @@ Renders are slightly degraded (blur, noise, chroma subsampling, MP4; for sounds 
 phases), so that the judges accept media that are right but imperfect. No generated media are used.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -4,8 +4,6 @@ Everything is drawn from a `numpy.random.Generator`: the same state gives the sa
 Size, position, brightness, speed, tempo, loudness and hiss vary; shape and colour stay unambiguous.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -84,12 +82,10 @@ def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Imag
 def render_video(
     thing: Thing, motion: str | None, rng: np.random.Generator, size: int = 32, num_frames: int = 8
 ) -> np.ndarray:
-    """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`.
+    """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`, at least two
+    frames.
 
     `rng` determines radius, path, speed, brightness and background; it is advanced.
-
-    Raises:
-        InputError: an unknown motion, or fewer than two frames.
     """
     if motion not in MOTIONS:
         raise InputError(f"Unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}.")
@@ -112,13 +108,11 @@ def render_video(
 def render_audio(
     thing: Thing, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE, seconds: float = AUDIO_SECONDS
 ) -> np.ndarray:
-    """Render a few notes at the colour's pitch, with the shape's partials and envelope, in a faint hiss.
+    """Render a few notes at the colour's pitch, with the shape's partials and envelope, in a faint hiss: float32
+    `(round(sampling_rate · seconds),)` in [-1, 1]; `sampling_rate` is in Hz.
 
     All partials start at phase zero, so that the waveform follows from its magnitudes and a vocoder can be trained by
     regression, without discriminators. `rng` determines tempo, loudness and hiss; it is advanced.
-
-    Returns:
-        float32 `(round(sampling_rate · seconds),)` in [-1, 1]; `sampling_rate` is in Hz.
     """
     time = np.arange(round(sampling_rate * seconds)) / sampling_rate
     pitch = PITCH_HZ[thing.colour]

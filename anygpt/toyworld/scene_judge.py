@@ -4,8 +4,6 @@ Things are connected regions brighter than the dark background; the judge of sin
 pictures are scaled to 64 × 64 pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any, NamedTuple

@@ -14,8 +14,6 @@ The files are in half precision and load as float32. The parts differ in size so
 Their configs and tokenizers define the untrained parts, too, which training starts from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

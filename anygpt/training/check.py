@@ -4,8 +4,6 @@ Resolves every part's id, reads its config, and compares the names and shapes in
 those that its class needs; reads and counts the first rows of the data. All faults are reported together.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

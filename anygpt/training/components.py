@@ -1,7 +1,5 @@
 """Output of stage 0: each trained part as an ordinary `from_pretrained` folder."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

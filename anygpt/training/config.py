@@ -270,11 +270,8 @@ class Config:
 
 
 def parse_config(arguments: Sequence[str], description: str = "") -> Config:
-    """Parse and check settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`).
-
-    Raises:
-        InputError: all unknown keys, a value of a wrong type, or all values out of range.
-    """
+    """Parse and check settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`); an
+    `InputError` names all unknown keys, or all values out of range."""
     config = parse_settings(arguments, Config, description)
     check_values(config)
     return config

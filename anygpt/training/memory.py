@@ -4,8 +4,6 @@ Parameters are counted in the dtypes in which they are loaded and trained. Activ
 tracked while one update, forward and backward, runs on torch's fake tensors.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping

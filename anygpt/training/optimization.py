@@ -21,11 +21,8 @@ _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_wit
 def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[str, Any]]:
     """Groups of trainable parameters by peak rate, with the `name` under which the rate is logged.
 
-    A part's own entry in `train.learning_rates` takes precedence over that of its kind, and `train.learning_rate` is
-    the default.
-
-    Raises:
-        InputError: a rate for a part that does not exist or does not train.
+    A part's own entry in `train.learning_rates`, which must train, takes precedence over that of its kind, and
+    `train.learning_rate` is the default.
     """
     kinds, rates, base = part_kinds(model), train.learning_rates, train.learning_rate
     if unknown := sorted(set(rates) - {*kinds, *kinds.values()}):

@@ -62,14 +62,8 @@ class RidgeRegression:
         self.count += len(x)
 
     def solve(self, strength: float | None = None) -> tuple[Tensor, Tensor, float]:
-        """Weight `(outputs, inputs)` and bias `(outputs,)` in float64, and the λ used.
-
-        Args:
-            strength: λ of ‖Y − XW‖² + λ‖W‖²; by default chosen on the held-back samples, which then join the fit.
-
-        Raises:
-            InputError: no samples.
-        """
+        """Weight `(outputs, inputs)` and bias `(outputs,)` in float64, and the λ of ‖Y − XW‖² + λ‖W‖², by default
+        chosen on the held-back samples, which then join the fit."""
         if not self.count and not self.held:
             raise InputError("ridge regression was given no samples")
         if strength is None and self.count:
@@ -125,12 +119,10 @@ def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Set the linear path of output projectors to the ridge solution, in one pass over the captions.
+    """Set the linear path, which they must have, of output projectors to the ridge solution, in one pass over the
+    captions.
 
     `batches` are arguments of `model.read_states` with captions in `decoder_targets`; returns each decoder's strength.
-
-    Raises:
-        InputError: a projector without a linear path, or without captions.
     """
     lines = {}
     for key in keys:

@@ -1,7 +1,5 @@
 """Construction of a model, its processor and its data from settings."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import logging

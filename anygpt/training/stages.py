@@ -1,7 +1,5 @@
 """Trained parts and losses of each stage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -4,8 +4,6 @@ An update consists of micro-batches on every process. Losses are sums divided by
 the gradient does not depend on how the update is split.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -88,7 +86,7 @@ class Trainer:
         self.tracker_run: str | None = None
         self.notes: list[str] = []
 
-    def setup(self, checkpoint: Path | None = None) -> Trainer:
+    def setup(self, checkpoint: Path | None = None) -> "Trainer":
         """Build model, data and optimizer, anew or from a checkpoint; writes nothing."""
         config, data, accelerator = self.config, self.config.data, self.accelerator
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)

@@ -3,8 +3,6 @@
 Shapes: `M` items of a batch, `F` frames of a clip, `D` width of a network's features.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import tempfile

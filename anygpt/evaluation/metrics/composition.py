@@ -4,8 +4,6 @@ Categories and rules are those of GenEval (arXiv 2310.11513): detections above a
 CLIP on the crop, positions by the boxes' centres.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

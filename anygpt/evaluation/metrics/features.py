@@ -3,8 +3,6 @@
 Shapes: `M` media or texts, `D` width of the features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +38,7 @@ def loading(what: str, path: str) -> Iterator[None]:
 
 
 class PretrainedNetwork:
-    """A transformers model as a source of features.
+    """A transformers model as a source of features, loaded strictly.
 
     Features of a medium are `get_image_features` (or video, audio) if the model has it, as CLIP, SigLIP and CLAP do;
     else the pooled output; else the mean of the last states. For clips, an image model's features are averaged over
@@ -48,9 +46,6 @@ class PretrainedNetwork:
     encoder: the mean of the tokens' last states (arXiv 1908.10084).
 
     Sounds longer than CLAP's window are truncated: its extractor would take a random part.
-
-    Raises:
-        InputError: the model does not exist, is damaged, or lacks tensors.
     """
 
     def __init__(

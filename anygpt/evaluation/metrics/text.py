@@ -1,7 +1,5 @@
 """Metrics of text answers: captions with pycocoevalcap, questions by VQA's rules."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """The model's answers to requests, and their judgement."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,7 +46,7 @@ class Settings:
     steps: Mapping[str, int] = field(default_factory=dict)
     guidance: Mapping[str, float] = field(default_factory=dict)
 
-    def resolved(self, model: MultimodalModel) -> Settings:
+    def resolved(self, model: MultimodalModel) -> "Settings":
         """A copy with the decoders' own steps and guidance where none are given."""
         own = {maker.modality: maker.own_options for maker in model.makers.values()}
         steps, guidance = (

@@ -5,8 +5,6 @@ describes its input in words, and the decoder's own text encoder reads the descr
 itself is the caption.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any

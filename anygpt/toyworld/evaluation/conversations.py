@@ -3,8 +3,6 @@
 Each turn's context has the model's own earlier answers, including media.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Proportions with their intervals, and the formatting of a report's numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The any-to-any matrix: the share of right answers for each input and output modality."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform
@@ -35,13 +33,8 @@ THINGS = {"held_out": HELD_OUT, "seen": SEEN, "validation": VALIDATION}
 def evaluate(
     model: MultimodalModel, processor: MultimodalProcessor, folder: Path, settings: Settings
 ) -> tuple[dict[str, Any], list[Judged]]:
-    """Measure every cell of the matrix that the model has encoders and decoders for.
-
-    Input and generated media, and `index.jsonl`, are written to `folder`.
-
-    Returns:
-        The content of `matrix.json`, and every answer of the matrix.
-    """
+    """Measure every cell of the matrix that the model has encoders and decoders for; returns the content of
+    `matrix.json`, and every answer. Input and generated media, and `index.jsonl`, are written to `folder`."""
     began = time.perf_counter()
     settings, things = settings.resolved(model), THINGS[settings.things]
     sources = [way for way in WAYS if way == "text" or way in {e.modality for e in model.readers.values()}]
@@ -150,11 +143,6 @@ def sample_path(one: Judged) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the settings before anything is loaded.
-
-    Raises:
-        InputError: a number is out of range, or `things` is unknown.
-    """
     least = {"samples": 1, "talk_samples": 1, "conversations": 1, "batch_size": 1, "seed": 0, "max_new_tokens": 1}
     numbers = [(f"--{name.replace('_', '-')}", getattr(settings, name), low) for name, low in least.items()]
     numbers += [(f"--steps {way}", steps, 1) for way, steps in settings.steps.items()]

@@ -3,8 +3,6 @@
 Shapes: `M` media, `D` width of an encoder's features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

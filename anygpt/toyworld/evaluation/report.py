@@ -1,7 +1,5 @@
 """Outputs of an evaluation: matrix.json, contact_sheet.png, report.html and a table for the terminal."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
