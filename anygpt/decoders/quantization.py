@@ -15,13 +15,14 @@ from anygpt.errors import InputError
 
 BACKENDS = {"torchao": "torchao", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 """Package by quantisation backend, as diffusers calls them."""
+DENOISERS = ("unet", "transformer")
 
 
 def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
     """The library's quantization config for each of a pipeline's `networks` (their classes) that `config` names.
 
     `config` are arguments of diffusers' `PipelineQuantizationConfig`: `quant_backend`, `quant_kwargs` and
-    `components_to_quantize`, by default all. torchao's `quant_type` is the name of one of its config classes
+    `components_to_quantize`, by default the denoiser. torchao's `quant_type` is the name of one of its config classes
     (`Int8WeightOnlyConfig`), whose arguments stand beside it. Whatever is unknown or missing is an `InputError`.
     """
     if config is None:
@@ -34,7 +35,7 @@ def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.
         raise InputError(f"quant_backend of {who} is {backend!r}; expected {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
         raise InputError(f"{who} needs the package {BACKENDS[backend]}, which is not installed")
-    names = [names] if isinstance(names, str) else names or list(networks)
+    names = [names] if isinstance(names, str) else names or [name for name in DENOISERS if name in networks]
     if unknown := [name for name in names if name not in networks]:
         there = ", ".join(networks)
         raise InputError(f"components_to_quantize of {who} names {unknown[0]!r}; expected some of {there}")
