@@ -63,6 +63,20 @@ LAYOUTS = {
         {"tokenizer_2": T5_FAST},
         beside=("flux1-schnell.safetensors", "ae.safetensors"),
     ),
+    "black-forest-labs/FLUX.1-Kontext-dev": Layout(
+        tiny_pipelines.flux_kontext,
+        "0.34.0.dev0",
+        {"text_encoder_2": [SHARDS], "transformer": [SHARDS]},
+        {"tokenizer_2": T5_FAST},
+        beside=("flux1-kontext-dev.safetensors", "ae.safetensors"),
+    ),
+    "timbrooks/instruct-pix2pix": Layout(
+        tiny_pipelines.instruct_pix2pix,
+        "0.12.0.dev0",
+        {"unet": [WHOLE, "{}.fp16.safetensors", "{}.bin"], "vae": [WHOLE, "{}.fp16.safetensors", "{}.bin"]}
+        | {"text_encoder": [WHOLE, "{}.fp16.safetensors", "pytorch_{}.bin"]},
+        beside=("instruct-pix2pix-00-22000.safetensors",),
+    ),
     "Lightricks/LTX-Video": Layout(
         tiny_pipelines.ltx,
         "0.32.0.dev0",
@@ -105,6 +119,7 @@ def write(cache: Path, name: str) -> Any:
     index: dict[str, Any] = {"_class_name": type(pipeline).__name__, "_diffusers_version": layout.version}
     for part, component in pipeline.components.items():
         if component is None:
+            index[part] = [None, None]
             continue
         kind = type(component)
         own = ["transformers" if kind.__module__.startswith("transformers") else "diffusers", kind.__name__]

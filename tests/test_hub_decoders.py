@@ -3,11 +3,12 @@
 import huggingface_hub
 import pytest
 import torch
-from decoder_families import CAPTIONS, FAMILIES
+from decoder_families import CAPTIONS
 from hub_decoders import LAYOUTS, write
 
 from anygpt import load_decoder
 from anygpt.decoders import Condition
+from anygpt.decoders.wrapping import WrappedPipeline
 from anygpt.errors import InputError
 from anygpt.parts.files import shapes_only
 
@@ -19,10 +20,6 @@ def cache(tmp_path_factory):
     return folder, lambda name: made.setdefault(name, write(folder, name))
 
 
-def family_of(pipeline):
-    return next(family for family in FAMILIES.values() if family.kind.pipeline_name == type(pipeline).__name__)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_repository_loads_by_its_id(name, cache, monkeypatch):
     folder, pipeline = cache[0], cache[1](name)
@@ -32,7 +29,8 @@ def test_a_repository_loads_by_its_id(name, cache, monkeypatch):
         with pytest.raises(InputError, match=r"has no weights.*set the variant if their names have one"):
             load_decoder(name)
     decoder = load_decoder(name, variant=variant) if variant else load_decoder(name)
-    assert type(decoder) is family_of(pipeline).kind
+    kind = WrappedPipeline._registry[type(pipeline).__name__]
+    assert type(decoder) is kind
     assert {p.dtype for p in decoder.parameters()} == {torch.float32}
     for part, network in pipeline.components.items():
         if isinstance(network, torch.nn.Module):
@@ -41,7 +39,7 @@ def test_a_repository_loads_by_its_id(name, cache, monkeypatch):
                 torch.testing.assert_close(
                     ours[tensor], value, rtol=1e-2 if variant else 0, atol=1e-2 if variant else 0
                 )
-    expected = family_of(pipeline).kind(pipeline).encode_text(CAPTIONS)
+    expected = kind(pipeline).encode_text(CAPTIONS)
     found, expected = Condition.of(decoder.encode_text(CAPTIONS)), Condition.of(expected)
     tolerance = {"rtol": 0.05, "atol": 0.05} if variant else {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(found.embeds, expected.embeds, **tolerance)
