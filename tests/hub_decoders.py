@@ -47,6 +47,15 @@ class Layout:
     variant: str | None = None
 
 
+def _audioldm2_of_then() -> Any:
+    """With the language model's trunk alone, as pipelines took it until transformers 4.52."""
+    pipeline = tiny_pipelines.audioldm2()
+    config, trunk = pipeline.language_model.config, pipeline.language_model.transformer
+    trunk.config = config
+    pipeline.register_modules(language_model=trunk)
+    return pipeline
+
+
 T5_FAST = ["transformers", "T5TokenizerFast"]
 LAYOUTS = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": Layout(
@@ -96,6 +105,11 @@ LAYOUTS = {
         "0.30.0.dev0",
         classes={"tokenizer": T5_FAST, "projection_model": ["stable_audio", "StableAudioProjectionModel"]},
         beside=("model.safetensors", "model.ckpt"),
+    ),
+    "cvssp/audioldm2-large": Layout(
+        _audioldm2_of_then,
+        "0.21.0.dev0",
+        classes={"tokenizer": ["transformers", "RobertaTokenizerFast"], "tokenizer_2": T5_FAST},
     ),
     "cvssp/audioldm2": Layout(
         tiny_pipelines.audioldm2,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from transformers import GenerationMixin, GPT2LMHeadModel
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.conditions import Condition
@@ -24,6 +25,12 @@ class AudioLDM2Decoder(AudioLDMDecoder):
     masked = True
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: Any):
+        if not isinstance(pipeline.language_model, GenerationMixin):  # older repositories have the trunk alone
+            with torch.device("meta"):
+                whole = GPT2LMHeadModel(pipeline.language_model.config)
+            whole.transformer = pipeline.language_model
+            whole.tie_weights()
+            pipeline.register_modules(language_model=whole.eval())
         super().__init__(pipeline, **settings)
         if self.text_encoder_2.config.model_type == "vits":
             raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription.")
