@@ -360,7 +360,7 @@ def test_the_wrong_class_and_no_pipeline_are_said(image_decoder, tmp_path):
         ZeroscopeDecoder(image_decoder.pipeline)
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "ShapEPipeline"}))
-    with pytest.raises(InputError, match=r"ShapEPipeline; known are AudioLDM2Pipeline, AudioLDMPipeline, FluxPipeline"):
+    with pytest.raises(InputError, match=r"ShapEPipeline; known are AudioLDM2Pipeline, AudioLDMPipeline, Flux"):
         DiffusionDecoder.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="No diffusers pipeline at"):
         DiffusionDecoder.from_pretrained(tmp_path / "unet")
