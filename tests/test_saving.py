@@ -38,7 +38,8 @@ save_file({"logits": output.logits, **output.conditions}, sys.argv[3])
 
 
 def run_in_new_process(folder, batch, tmp_path):
-    save_file({key: tensor.contiguous() for key, tensor in batch.items()}, tmp_path / "batch.safetensors")
+    tensors = {key: tensor.contiguous() for key, tensor in batch.items() if key != "references"}
+    save_file(tensors, tmp_path / "batch.safetensors")
     result = tmp_path / "result.safetensors"
     command = [sys.executable, "-c", IN_NEW_PROCESS, folder, tmp_path / "batch.safetensors", result]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
