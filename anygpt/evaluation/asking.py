@@ -42,7 +42,7 @@ class Asker:
     def __init__(self, model: Any, processor: Any, suite: Suite, looked_at: Sequence[str]):
         self.model, self.processor, self.suite, ask = model, processor, suite, suite.ask
         self.looked_at = list(looked_at)
-        self.makes = {decoder.modality: key for key, decoder in model.decoders.items()}
+        self.makes = {maker.modality: key for key, maker in model.makers.items()}
         if lacking := sorted({*ask.require, *looked_at} - set(self.makes)):
             makes = ", ".join(self.makes) or "text alone"
             raise InputError(
@@ -66,7 +66,8 @@ class Asker:
             "without_media": (_in_words, say),
             "without_reference": (lambda row: row.prompt, partial(self.write, edit=False)),
         }
-        draws = any(set(row.captions) & set(self.looked_at) for row in rows)
+        drawn = {decoder.modality for decoder in self.model.decoders.values()} & set(self.looked_at)
+        draws = any(set(row.captions) & drawn for row in rows)
         shown = any(row.sources for row in rows)
         edits = shown and any(self.model.decoders[self.makes[k]].module.takes_reference for k in self.looked_at)
         does_fit = {"without_media": words and shown, "without_reference": draws and edits}
@@ -82,7 +83,8 @@ class Asker:
         if not rows:
             return
         # keep as many video frames as any encoder samples
-        counts = (getattr(one, "num_frames", None) for one in self.processor.encoder_processors.values())
+        readers = [*self.processor.encoder_processors.values(), *map(self.processor.targets.get, self.processor.spans)]
+        counts = (getattr(one, "num_frames", None) for one in readers)
         dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))
         for start in range(0, len(rows), size):
             batch = list(rows[start : start + size])
@@ -137,8 +139,8 @@ class Asker:
         answers = [Answer() for _ in rows]
         for kind in self.looked_at:
             key = self.makes[kind]
-            decoder = self.model.decoders[key]
-            if not (wanted := [i for i, caption in enumerate(captions) if kind in caption]):
+            decoder = self.model.decoders.get(key)
+            if decoder is None or not (wanted := [i for i, caption in enumerate(captions) if kind in caption]):
                 continue
             options = decoder.options(self.options[key] | {"seed": self._seeds([rows[i] for i in wanted])})
             condition = Condition.of(decoder.module.encode_text([captions[i][kind] for i in wanted]))

@@ -119,13 +119,16 @@ def reworded(message: Message, text: str) -> Message:
     return replace(message, content=(*(part for part in message.content if part.path), ContentPart("text", text)))
 
 
-def conversation(item: LoadedSample) -> list[dict[str, Any]]:
-    """Messages of a loaded sample for `MultimodalProcessor.apply_chat_template`, with the users' media."""
-    media = {kind: iter(found) for kind, found in item.inputs.items()}
+def conversation(item: LoadedSample, answered: bool = False) -> list[dict[str, Any]]:
+    """Messages of a loaded sample for `MultimodalProcessor.apply_chat_template`, with the users' media; `answered`: and
+    the assistant's, which tokenizers read."""
+    media = {("user", kind): iter(found) for kind, found in item.inputs.items()}
+    media |= {("assistant", kind): iter(found) for kind, found in item.targets.items() if answered}
 
     def part_of(role: str, part: ContentPart) -> dict[str, Any]:
         if part.type == "text":
             return {"type": "text", "text": part.text}
-        return {"type": part.type} if role == "assistant" else {"type": part.type, part.type: next(media[part.type])}
+        found = media.get((role, part.type))
+        return {"type": part.type} if found is None else {"type": part.type, part.type: next(found)}
 
     return [{"role": m.role, "content": [part_of(m.role, part) for part in m.content]} for m in item.sample.messages]

@@ -37,6 +37,13 @@ MAX_QUEUE = 16
 KEPT_SECONDS = 3600
 MAX_CONVERSATIONS = 100
 REDRAW_SECONDS = 0.1
+SLIDERS = {
+    "num_inference_steps": (1, 100, 1, "Denoising steps"),
+    "guidance_scale": (0, 20, 0.5, "Guidance"),
+    "temperature": (0, 2, 0.05, "Temperature of codes"),
+    "top_k": (0, 1000, 1, "Most probable codes to draw from (0: all)"),
+}
+"""Least and most value, step, whose type is the option's, and label of the options of decoders and tokenizers."""
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 EXAMPLES = [
@@ -157,13 +164,15 @@ class Page:
         ]
         for key in makes:
             own = self.engine.chat_model.options(key)
-            steps, guidance = own["num_inference_steps"], own["guidance_scale"]
             with gr.Accordion(f"Decoder: {key}", open=False, elem_id=f"decoder-{key}"):
-                settings += [
-                    gr.Slider(1, max(100, steps), steps, step=1, label="Denoising steps", elem_id=f"steps-{key}"),
-                    gr.Slider(0, max(20, guidance), guidance, step=0.5, label="Guidance"),
-                    gr.Textbox(own.get("negative_prompt", ""), label="Negative prompt", max_length=500),
-                ]
+                for name, (least, most, step, label) in SLIDERS.items():
+                    value, shown = own.get(name, least), name in own
+                    named = f"steps-{key}" if name == "num_inference_steps" else None
+                    settings.append(
+                        gr.Slider(least, max(most, value), value, step=step, label=label, elem_id=named, visible=shown)
+                    )
+                negative, drawn = own.get("negative_prompt", ""), key in self.engine.chat_model.model.decoders
+                settings.append(gr.Textbox(negative, label="Negative prompt", max_length=500, visible=drawn))
         return settings
 
     def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
@@ -220,8 +229,10 @@ class Page:
         require, forbid, tokens, temperature, seed, *by_decoder = values
         decoders = {}
         for place, key in enumerate(self.engine.chat_model.makes):
-            steps, guidance, negative = by_decoder[3 * place : 3 * place + 3]
-            decoders[key] = {"num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+            count, own = len(SLIDERS) + 1, self.engine.chat_model.options(key)
+            *values, negative = by_decoder[count * place : count * (place + 1)]
+            chosen = zip(SLIDERS.items(), values, strict=True)
+            decoders[key] = {name: type(step)(value) for (name, (*_, step, _)), value in chosen if name in own}
             if negative and negative.strip():
                 decoders[key]["negative_prompt"] = _whole(negative).strip()
         return Settings(

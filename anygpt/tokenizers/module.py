@@ -58,9 +58,9 @@ class ModalTokenizerModule(nn.Module):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise an `InputError` for an option of generation that there is not, or an invalid value."""
         who = f"the {self.modality} tokenizer"
-        if unknown := sorted(set(options) - set(OPTIONS)):
-            raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {', '.join(OPTIONS)}")
         given = {name: value for name, value in options.items() if value is not None}
+        if unknown := sorted(set(given) - set(OPTIONS)):
+            raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {', '.join(OPTIONS)}")
         if {*ALTERNATIVES[1]} <= set(given):
             raise InputError(f"{who} is given both seed and generator; give one of them")
         for name, value in given.items():

@@ -170,16 +170,16 @@ def generate_answers(
                 continue
             asked = {part.type for part in messages[turns[-1]].content if part.type != "text"}
             require = [processor.decoder_key(modality) for modality in sorted(asked)]
-            prompt = conversation(item.first_messages(turns[-1]))
+            prompt = conversation(item.first_messages(turns[-1]), answered=bool(model.tokenizer_keys))
             batch = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
-            options = {"seed": seed, "num_inference_steps": DENOISING_STEPS}
+            options = {key: {"seed": seed, "num_inference_steps": DENOISING_STEPS} for key in model.decoder_keys}
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 output = model.generate(
                     **batch.to(model.device),
                     max_new_tokens=TEXT_TOKENS + sum(len(model.signal_tokens.spans[key]) for key in require),
                     require=require,
-                    decoder_kwargs=dict.fromkeys(model.decoder_keys, options),
+                    decoder_kwargs=options | {key: {"seed": seed} for key in model.makers if key not in options},
                 )
             yield item.sample.id, output.answers[0]
     finally:

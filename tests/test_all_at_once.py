@@ -1,0 +1,144 @@
+"""All at once: rows of text, pictures, clips and sounds under one cross-entropy, cached, resumed, and said back."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from code_utils import vq_model
+from training_utils import (
+    REPOSITORY,
+    assert_same_losses,
+    environment,
+    load_script,
+    losses_of,
+    tensors_of,
+    train_here,
+)
+from transformers import EncodecConfig, EncodecModel
+
+from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt.chat.chat_model import ChatModel, Settings
+from anygpt.media.types import media_type, read_media
+from anygpt.tokenizers.base import MediaTokenizer
+from anygpt.toyworld.datasets import write_render
+from anygpt.toyworld.world import SEEN
+
+ASKED = {"image": "Draw it.", "video": "Film it.", "audio": "Play it."}
+SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
+CONFIG = """
+model:
+  language_model: {{path: "zoo:language_model"}}
+  tokenizers:
+    image: &greedy {{path: {0}/image, defaults: {{temperature: 0}}}}
+    video: {{<<: *greedy, path: {0}/video}}
+    audio: {{<<: *greedy, path: {0}/audio}}
+data: {{train: [{{path: {0}/rows.jsonl}}], pack_to: 64, in_memory: true}}
+run: {{tracker: tensorboard}}
+train: {{batch_size: 4, learning_rate: 3.0e-3, learning_rates: {{signal_tokens: 1.0e-2}}, log_steps: 1}}
+lora: {{r: 0}}
+"""
+READ_BACK = """
+import json, sys
+from anygpt.chat.chat_model import ChatModel, Settings
+chat = ChatModel(sys.argv[1])
+for line in open(sys.argv[2]):
+    question = json.loads(line)["messages"][0]
+    reply = chat.answer([question], Settings(max_new_tokens=64)).answer
+    print(json.dumps([reply.text, [segment.codes.tolist() for segment in reply.segments if segment.type != "text"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Tiny tokenizers, four rows (a picture, a clip, a sound, and a picture of the user's in words), and a config."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    codec = {
+        "upsampling_ratios": [8, 5, 4],
+        "num_filters": 4,
+        "hidden_size": 16,
+        "codebook_size": 32,
+        "codebook_dim": 16,
+    }
+    sounds = EncodecModel(EncodecConfig(target_bandwidths=[1.5], sampling_rate=16000, normalize=False, **codec))
+    MediaTokenizer(vq_model(), "image").save_pretrained(folder / "image")
+    MediaTokenizer(vq_model(48), "video", num_frames=2).save_pretrained(folder / "video")
+    MediaTokenizer(sounds, "audio", seconds=0.1, codebooks=2).save_pretrained(folder / "audio")
+    rows, rng = [], np.random.default_rng(0)
+    for number, (kind, question) in enumerate(ASKED.items()):
+        path = f"{kind}.{SUFFIX[kind]}"
+        write_render(folder / path, SEEN[number], kind, "left" if kind == "video" else None, rng)
+        answer = [{"type": "text", "text": "Here:"}, {"type": kind, "path": path, "caption": "a thing"}]
+        rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    shown = [{"type": "image", "path": "image.png"}, {"type": "text", "text": "What is it?"}]
+    rows.append([{"role": "user", "content": shown}, {"role": "assistant", "content": "A thing."}])
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(CONFIG.format(folder))
+    return folder
+
+
+def arguments(world, output, steps, *more):
+    settings = ("--run.output_dir", str(output), "--run.device", "cpu", "--train.max_steps", str(steps))
+    return ["--config", str(world / "config.yaml"), *settings, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    train_here("all_at_once", arguments(world, output, 45))
+    return output / "final"
+
+
+def test_codes_come_back_exactly_in_a_new_process(world, trained):
+    command = [sys.executable, "-c", READ_BACK, str(trained), str(world / "asked.jsonl")]
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    (world / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    run = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    model = MultimodalModel.from_pretrained(trained)
+    for line, kind in zip(run.stdout.splitlines(), ASKED, strict=True):
+        tokenizer = model.tokenizers[kind].module
+        medium = read_media(kind, world / f"{kind}.{SUFFIX[kind]}", getattr(tokenizer.targets, "num_frames", None))
+        codes = tokenizer.encode([media_type(kind).to_target(medium)])
+        assert json.loads(line) == ["Here:", codes.tolist()], kind
+
+
+def test_media_of_a_user_are_read(world, trained):
+    chat = ChatModel(trained)
+    shown = [chat.read("image", str(world / "image.png")), {"type": "text", "text": "What is it?"}]
+    assert chat.answer([{"role": "user", "content": shown}], Settings(max_new_tokens=16)).answer.text == "A thing."
+
+
+def test_everything_trains_and_the_tokenizers_do_not(trained, world):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["tokenizers"]["image"]["source"]["path"] == str(world / "image")
+    assert config["trained"]["stage"] == "all at once"
+    assert config["language_model"]["source"] is None, "it is another one now"
+
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_same_losses_from_the_cache_split_and_resumed(world, tmp_path, dropout):
+    run = lambda name, steps, *more: train_here(  # noqa: E731
+        "all_at_once", arguments(world, tmp_path / name, steps, "--loss.caption_dropout", dropout, *more)
+    )
+    run("whole", 4)
+    more = ["--data.cache_dir", tmp_path / "cache"]
+    load_script("cache_features").main(["--stage", "all_at_once", *arguments(world, tmp_path, 4, *more)])
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {f"{key}_tokenizer" for key in ASKED}
+    run("split", 2, *more, "--train.batch_size=1", "--train.gradient_accumulation_steps=4", "--train.save_steps=1")
+    run("split", 4, *more, "--train.batch_size=1", "--train.gradient_accumulation_steps=4", "--data.pack_to=null")
+    assert_same_losses(losses_of(tmp_path / "whole"), losses_of(tmp_path / "split"), relative=2e-3)
+
+
+def test_lora(world, tmp_path):
+    train_here("all_at_once", arguments(world, tmp_path / "run", 1, "--lora.r", 4))
+    model = MultimodalModel.from_pretrained(tmp_path / "run/final")
+    names = tensors_of(model)
+    assert any(".lora_A." in name for name in names) and "signal_tokens.input_rows.audio" in names
+    processor = MultimodalProcessor.from_pretrained(tmp_path / "run/final", model=model)
+    talk = [{"role": "user", "content": "Draw it."}]
+    batch = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
+    (answer,) = model.generate(**batch, max_new_tokens=20, require=["image"]).answers
+    assert len(answer.images) == 1
