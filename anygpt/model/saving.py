@@ -185,10 +185,8 @@ def _merge_adapter(part: nn.Module) -> nn.Module:
     """A copy of a part with its adapter merged into its weights; the part itself if it has no adapter."""
     if adapter_of(part) is None:
         return part
-    if isinstance(part, DiffusionDecoder):
-        merged = part.without_adapter(merge=True)
-    else:
-        merged = copy.deepcopy(part).merge_and_unload()
+    is_decoder = isinstance(part, DiffusionDecoder)
+    merged = part.without_adapter(merge=True) if is_decoder else copy.deepcopy(part).merge_and_unload()
     merged.anygpt_source = None  # its source has other weights
     return merged
 

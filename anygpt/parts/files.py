@@ -267,10 +267,8 @@ def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mappi
 
 
 def _open(path: Path) -> Any:
-    return read_pickle(path) if path.suffix in PICKLES else _open_safetensors(path)
-
-
-def _open_safetensors(path: Path) -> Any:
+    if path.suffix in PICKLES:
+        return read_pickle(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
