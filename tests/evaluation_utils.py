@@ -22,9 +22,10 @@ _SQUARE = {"height": SIZE, "width": SIZE}
 
 
 def write_networks(folder, tokenizer_folder):
-    """`clip`, `dino`, `videomae`, `clap`, `ast`, `owlvit` under `folder`."""
+    """`clip`, `dino`, `videomae`, `clap`, `ast`, `owlvit`, `bert` under `folder`."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    padding_side = tokenizer.padding_side
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {
         "vocab_size": len(tokenizer),
@@ -89,6 +90,7 @@ def write_networks(folder, tokenizer_folder):
             ),
             OwlViTImageProcessorPil(size=_SQUARE, do_center_crop=False),
         ),
+        "bert": (transformers.BertModel(transformers.BertConfig(**text)), None),
     }
     for name, (network, processor) in networks.items():
         with torch.no_grad():
@@ -96,7 +98,9 @@ def write_networks(folder, tokenizer_folder):
                 if parameter.dim() > 1:  # or random weights would hardly look at what they are given
                     parameter.mul_(4)
         network.eval().save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+        if processor is not None:
+            processor.save_pretrained(folder / name)
+        tokenizer.padding_side = "right" if name == "bert" else padding_side
         tokenizer.save_pretrained(folder / name)
 
 

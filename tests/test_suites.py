@@ -457,7 +457,7 @@ def layout(suite, folder):
 def test_shipped_suites_run(path, talker, networks, tmp_path):
     """End to end on tiny parts, with networks of the same kinds in the place of those of the hub."""
     suite = read_suite(path)
-    tiny = {"image": "clip", "video": "videomae", "audio": "clap"}
+    tiny = {"text": "bert", "image": "clip", "video": "videomae", "audio": "clap"}
     for spec in suite.metrics:
         kind = METRICS[spec.metric]
         if kind.features is not None:
@@ -474,7 +474,7 @@ def test_shipped_suites_run(path, talker, networks, tmp_path):
     # the first turns of the dialogues ask the same
     assert report["rows"] == {"geneval": 6, "dialogues": 6}.get(suite.name, 5) and not report["unanswered"]
     for name, ways in report["metrics"].items():
-        words = name.split("_")[0] in ("bleu", "rouge", "cider", "vqa", "exact")
+        words = name.split("_")[0] in ("bleu", "rouge", "cider", "vqa", "exact", "retrieval")
         assert len(ways) == (2 if words else 3), name
         for way, found in ways.items():  # nothing asks the untrained model for pictures in dialogues
             lacks = (suite.name, name, way) == ("dialogues", "clip_score", "model")
