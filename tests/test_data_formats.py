@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from anygpt.data import ContentPart, Message, Sample, read_samples
+from anygpt.data.formats.json_files import list_rows
 from anygpt.errors import InputError
 
 
@@ -188,6 +189,29 @@ def test_a_key_that_stands_twice(tmp_path, name):
     assert [sample.id for sample in read_samples(tmp_path / name, format="nextgpt", faults=faults)] == ["a", "z"]
     (fault,) = faults
     assert f"{name}:2 has the key 'value' more than once" in str(fault)
+
+
+def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+    """Places and the limit of a row hold across pieces; blanks and faults in each row cost no memory and no time."""
+    monkeypatch.setattr("anygpt.data.formats.json_files.MAX_ROW_BYTES", 200)
+    monkeypatch.setattr("anygpt.data.formats.json_files.BLOCK", 61)
+    path = tmp_path / "data.json"
+    good = [{"k": "é\n" * (i % 60)} for i in range(300)]
+    path.write_text("\ufeff[" + ",\n\n".join(json.dumps(row, ensure_ascii=False) for row in good) + "\n]", "utf-8")
+    assert [row.value for row in list_rows(path)] == good
+    path.write_text("[1," + " " * 5000 + "2 x]")
+    with pytest.raises(InputError, match=r"data\.json:1 .* at column 5006"):
+        list(list_rows(path))
+    path.write_text("[1, [" + "[], " * 100 + "2]]")
+    with pytest.raises(InputError, match=r"data\.json:1 is longer than 200 bytes"):
+        list(list_rows(path))
+
+
+@pytest.mark.timeout(30)
+def test_many_rows_with_a_key_that_stands_twice(tmp_path):
+    (tmp_path / "data.json").write_text("[" + ",\n".join(['{"a": 1, "a": 2}'] * 100_000) + "]")
+    *_, last = list_rows(tmp_path / "data.json")
+    assert "data.json:100000 has the key 'a' more than once" in str(last.value)
 
 
 def test_the_file_the_format_and_the_media_root_are_checked(folder):

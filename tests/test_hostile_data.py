@@ -396,6 +396,22 @@ def test_hostile_shards(tmp_path, what):
     assert [file.name for file in tmp_path.iterdir()] == ["s.tar"]
 
 
+def test_a_sparse_file_behind_a_huge_header(tmp_path):
+    """The claimed bytes are there, as a hole: 8 GB that no one may read."""
+    path = tmp_path / "s.tar"
+    path.write_bytes(pair("good") + member("x", type=tarfile.XHDTYPE, size=2**33))
+    os.truncate(path, 2**33 + 10_000)
+    with pytest.raises(InputError, match="a header claims"):
+        read_samples(path, task="generation")
+
+
+@pytest.mark.parametrize("name", ["{00000..99999999}.tar", "{0..-99999999}.tar", "{0..9}" * 12 + ".tar"])
+@pytest.mark.timeout(20)
+def test_braces_for_too_many_files(tmp_path, name):
+    with pytest.raises(InputError, match="more than 100,000 files"):
+        read_samples(tmp_path / name, task="generation")
+
+
 def test_other_files_as_shards(tmp_path, good):
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:

@@ -3,7 +3,9 @@
 from __future__ import annotations  # jsonargparse leaves bounds in annotations to the check of all values at once
 
 import glob
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from anygpt.media.files import StoredMedium
 
 # Longer than any conversation; parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2
+MAX_FILES = 100_000
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,18 @@ class Format(NamedTuple):
 
 def find_files(path: str | Path) -> list[Path]:
     """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`). An
-    `InputError` names one that does not exist, a glob without matches, or unbalanced braces."""
+    `InputError` names one that does not exist, a glob without matches, or braces that are unbalanced or stand for
+    too many files."""
     if os.path.isfile(path):
         return [Path(path)]
     try:
-        names = list(braceexpand(str(path)))
+        # braceexpand builds a whole range before it yields the first name
+        large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in RANGE.findall(str(path)))
+        names = [] if large else list(itertools.islice(braceexpand(str(path)), MAX_FILES + 1))
     except ValueError as error:  # unbalanced braces, or numbers with thousands of digits
         raise InputError(f"The braces of {str(path)[:80]} are not right: {error}.") from error
+    if not 0 < len(names) <= MAX_FILES:
+        raise InputError(f"The braces of {str(path)[:80]} stand for more than {MAX_FILES:,} files: give fewer.")
     found: list[Path] = []
     for name in names:
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]

@@ -1,17 +1,20 @@
-"""JSON lines, read in constant memory, and JSON lists, whose text is kept in memory while it is read."""
+"""JSON lines and JSON lists, read row by row in constant memory."""
 
+import codecs
+import io
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from anygpt.data.formats.base import MAX_ROW_BYTES, Row
 from anygpt.errors import InputError
 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
+BLOCK = 4 * 1024**2
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -44,82 +47,118 @@ def list_rows(path: Path) -> Iterator[Row]:
     ijson's memory is quadratic in the nesting depth (24 GiB for a file of 100 kB), it accepts repeated keys, turns lone
     surrogates into "?", and reports no line numbers.
     """
-    text = _decoded(path.read_bytes().removeprefix(BOM), str(path), 1)
-    place = _after_space(text, 0)
-    if place == len(text):
-        return
-    if text[place] != "[":
-        raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
-    place = _after_space(text, place + 1)
-    if ended := text.startswith("]", place):
-        place = _after_space(text, place + 1)
-    for index in itertools.count():
-        if ended:
-            break
-        value, end = _value_at(text, place, str(path), 1)
-        yield Row(f"{path}[{index}]", f"{path.stem}-{index}", value)
-        place = _after_space(text, end)
-        ended = text.startswith("]", place)
-        if not ended and not text.startswith(",", place):
-            raise _invalid(text, place, str(path), 1, "Expecting ',' or ']'")
-        place = _after_space(text, place + 1)
-    if place < len(text):
-        raise _invalid(text, place, str(path), 1, "Extra data")
+    with path.open("rb") as file:
+        if file.read(len(BOM)) != BOM:
+            file.seek(0)
+        text = _Text(file, str(path), 1)
+        if not text.next():
+            return
+        if not text.took("["):
+            raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
+        ended = text.took("]")
+        for index in itertools.count():
+            if ended:
+                break
+            yield Row(f"{path}[{index}]", f"{path.stem}-{index}", text.value())
+            ended = text.took("]")
+            if not ended and not text.took(","):
+                raise text.invalid("Expecting ',' or ']'", text.place)
+        if text.next():
+            raise text.invalid("Extra data", text.place)
 
 
 def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
     """Parse one JSON value; `name` and `line`, the number of its first line, are for messages. An `InputError` refuses
     invalid JSON, an object with a repeated key (of which Python would keep the last), and what is too long."""
+    text = _Text(io.BytesIO(content), name, line)
     if len(content) > MAX_ROW_BYTES:
-        where = _where("", 0, name, line)
-        raise InputError(f"{where} is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is: check the file.")
-    text = _decoded(content, name, line)
-    value, end = _value_at(text, _after_space(text, 0), name, line)
+        raise text.too_long()
+    text.next()
+    value = text.value()
     if isinstance(value, InputError):
         raise value
-    if _after_space(text, end) < len(text):
-        raise _invalid(text, end, name, line, "Extra data")
+    if text.next():
+        raise text.invalid("Extra data", text.place)
     return value
 
 
-def _value_at(text: str, place: int, name: str, line: int | None) -> tuple[Any, int]:
-    repeated: list[str] = []
+class _Text:
+    """The text of a file from `place` on, of which little more than a row is in memory; its current line starts at
+    `begin`, which is negative if that is gone."""
 
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            repeated.append(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
+    def __init__(self, file: BinaryIO, name: str, line: int | None):
+        self.file, self.name, self.line = file, name, line
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.text, self.place, self.begin = "", 0, 0
+
+    def next(self) -> str:
+        """Go to the next character that is no space, and read on until a whole row follows it."""
+        while True:
+            self.move(SPACE.match(self.text, self.place).end())
+            if len(self.text) - self.place > MAX_ROW_BYTES:
+                break
+            block = self.file.read(BLOCK)
+            try:
+                more = self.decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                self.move(len(self.text))
+                where = self.where(error.object[: error.start].count(b"\n"))
+                byte = error.object[error.start]
+                raise InputError(f"{where} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
+            if not block:
+                break
+            self.text, self.begin, self.place = self.text[self.place :] + more, self.begin - self.place, 0
+        return self.text[self.place : self.place + 1]
+
+    def took(self, mark: str) -> bool:
+        found = self.next() == mark
+        self.move(self.place + found)
         return found
 
-    try:
-        value, end = json.JSONDecoder(object_pairs_hook=object_of).raw_decode(text, place)
-    except json.JSONDecodeError as error:
-        raise _invalid(text, error.pos, name, line, error.msg) from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
-        raise InputError(f"{_where(text, place, name, line)} is not JSON that can be read: {error}.") from error
-    if repeated:
-        where = _where(text, place, name, line)
-        value = InputError(f"{where} has the key {repeated[0][:80]!r} more than once in one object: leave one.")
-    return value, end
+    def move(self, to: int) -> None:
+        if (end := self.text.rfind("\n", self.place, to)) >= 0:
+            self.begin = end + 1
+        if self.line is not None:
+            self.line += self.text.count("\n", self.place, to)
+        self.place = to
 
+    def value(self) -> Any:
+        """The value here, or the fault of one that can be passed over."""
+        self.next()
+        repeated: list[str] = []
 
-def _after_space(text: str, place: int) -> int:
-    return SPACE.match(text, place).end()
+        def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            return found
 
+        try:
+            value, end = json.JSONDecoder(object_pairs_hook=object_of).raw_decode(self.text, self.place)
+        except json.JSONDecodeError as error:
+            cut = len(self.text) - self.place > MAX_ROW_BYTES
+            if cut and (error.pos - self.place > MAX_ROW_BYTES or error.msg.startswith("Unterminated")):
+                raise self.too_long() from error
+            raise self.invalid(error.msg, error.pos) from error
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
+            raise InputError(f"{self.where()} is not JSON that can be read: {error}.") from error
+        if repeated:
+            key = repeated[0][:80]
+            value = InputError(f"{self.where()} has the key {key!r} more than once in one object: leave one.")
+        if end - self.place > MAX_ROW_BYTES:
+            value = self.too_long()
+        self.move(end)
+        return value
 
-def _decoded(content: bytes, name: str, line: int | None) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = _where(content[: error.start].decode("utf-8"), error.start, name, line)
-        byte = content[error.start]
-        raise InputError(f"{where} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
+    def where(self, lines: int = 0) -> str:
+        return self.name if self.line is None else f"{self.name}:{self.line + lines}"
 
+    def too_long(self) -> InputError:
+        what = f"is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is"
+        return InputError(f"{self.where()} {what}: check the file.")
 
-def _where(text: str, place: int, name: str, line: int | None) -> str:
-    return name if line is None else f"{name}:{line + text[:place].count(chr(10))}"
-
-
-def _invalid(text: str, place: int, name: str, line: int | None, reason: str) -> InputError:
-    column = place - text.rfind("\n", 0, place)
-    return InputError(f"{_where(text, place, name, line)} is not valid JSON: {reason} at column {column}.")
+    def invalid(self, reason: str, place: int) -> InputError:
+        end = self.text.rfind("\n", self.place, place)
+        column = place - (self.begin - 1 if end < 0 else end)
+        where = self.where(self.text.count("\n", self.place, place))
+        return InputError(f"{where} is not valid JSON: {reason} at column {column}.")

@@ -24,6 +24,7 @@ NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 META = re.compile(r"__[^/]*__($|/|[.])")
 TEXTS, JSONS = ("txt", "text", "transcript"), ("json", "jsn")
 BLOCK = 512
+MAX_HEADER_BYTES = 1024**2  # room for long names; tarfile would read a header of any claimed size
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
     """Headers of all members; raises `InputError` for an invalid one, which tarfile would take for the end."""
     size, end = shard.stat().st_size, 0
     try:
-        with tarfile.open(shard, "r:") as tar:
-            while info := tar.next():
+        with _Guarded(shard) as guarded, tarfile.open(fileobj=guarded, mode="r:") as tar:
+            while info := guarded.next_header(tar):
                 tar.members = []  # tarfile would keep them all
                 if info.size < 0 or info.offset < end:
                     raise tarfile.ReadError("a member has a negative size")
@@ -102,11 +103,27 @@ def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
             file.seek(end)
             if file.read(BLOCK).strip(b"\0"):
                 raise tarfile.ReadError(f"there is no header at byte {end:,}")
-    except Exception as error:  # on broken headers tarfile raises many types, and MemoryError for a claimed size
+    except Exception as error:  # on broken headers tarfile raises many types
         raise InputError(
             f"{shard} is not a whole, uncompressed tar file, and only what comes before the fault is read: "
             f"{str(error) or type(error).__name__}."
         ) from error
+
+
+class _Guarded(io.FileIO):
+    """A file for tarfile that limits the size of a header with its extensions."""
+
+    left = MAX_HEADER_BYTES
+
+    def next_header(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        self.left = MAX_HEADER_BYTES
+        return tar.next()
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header claims more than {MAX_HEADER_BYTES:,} bytes")
+        self.left -= size
+        return super().read(size)
 
 
 def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
