@@ -29,7 +29,7 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import REPOSITORY, load_script
 
-from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong, place
+from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong
 from anygpt.generation.events import TextPiece
 from anygpt.media.writing import write_audio, write_video
 from anygpt.serving.engine import Busy, Engine, Job
@@ -698,7 +698,8 @@ def test_offloaded_decoders_make_the_same(tiny_model):
     kwargs = {key: {"num_inference_steps": 2, "seed": 1, "negative_prompt": "a"} for key in model.decoder_keys}
     options = {"max_new_tokens": 8, "require": ["image", "audio"], "decoder_kwargs": kwargs}
     expected = model.generate(**batch, **options).answers[0]
-    place(model, "cpu", offload=True)
+    for decoder in model.decoders.values():
+        decoder.module.pipeline.enable_model_cpu_offload(device="cpu")
     assert all(hasattr(d.module.denoiser, "_hf_hook") for d in model.decoders.values())
     for _ in range(2):
         found = model.generate(**batch, **options).answers[0]

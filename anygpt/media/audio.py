@@ -41,7 +41,14 @@ def _downmix(layout: str) -> np.ndarray | None:
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples."""
+    """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples.
+
+    Raises:
+        InputError: a rate is not a positive integer.
+    """
+    for rate in (source_rate, target_rate):
+        if rate != int(rate) or rate <= 0:
+            raise InputError(f"A sampling rate is a positive whole number of Hz, not {rate}.")
     if source_rate == target_rate:
         return waveform
     length = math.ceil(waveform.shape[-1] * target_rate / source_rate)
