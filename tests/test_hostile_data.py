@@ -15,10 +15,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from anygpt.data import BadSample, ConversationDataset, DataSource, read_media, read_samples, write_audio, write_image
+from anygpt.data.formats.tables import check_row_groups
 from anygpt.errors import InputError
 from anygpt.media.writing import write_video
 
@@ -455,3 +458,54 @@ def test_a_sound_that_goes_on(tmp_path):
         file.writeframes(b"\x80" * 8000 * 7200)
     with pytest.raises(InputError, match="more than max_seconds"):
         read_media("audio", tmp_path / "a.wav")
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def repeated(value, count: int) -> pa.Table:
+    """One value many times, which a dictionary says in a few bytes."""
+    said = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([value]))
+    return pa.table({"said": said, "question": said})
+
+
+BOMBS = {
+    "by a dictionary": (lambda: repeated("y" * 2**22, 1000), {"store_schema": False}),
+    "by what values share": (
+        lambda: pa.table({"said": ["y" * 60_000 + str(i) for i in range(6000)]}),
+        {"use_dictionary": False, "column_encoding": {"said": "DELTA_BYTE_ARRAY"}},
+    ),
+    "by packing": (lambda: pa.table({"said": ["y" * 600_000] * 600}), {"use_dictionary": False, "compression": "zstd"}),
+    "by run lengths": (lambda: pa.table({"n": pa.array(np.zeros(60_000_000), pa.float64())}), {}),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+@pytest.mark.timeout(60)
+def test_row_groups_that_are_far_larger_in_memory(tmp_path, what):
+    table, options = BOMBS[what]
+    path = tmp_path / ("t.PARQUET" if what == "by packing" else "t.parquet")
+    pa.parquet.write_table(table(), path, row_group_size=10**9, **options)
+    assert path.stat().st_size < 5 * 2**20
+    with pytest.raises(InputError, match=r"(?i)t\.parquet: row group 0, of .* rows, takes more than 335,544,320 bytes"):
+        read_samples(path, "datasets", columns={"text": "said", "prompt": "question"})
+
+
+def test_row_groups_that_are_as_large_in_the_file(tmp_path, monkeypatch):
+    """A few values are repeated, many are not, and of the lengths nothing is known before they are decoded."""
+    monkeypatch.setattr("anygpt.data.formats.tables.MAX_ROW_GROUP", 2**20)
+    texts = [random.Random(i).randbytes(2000).hex() for i in range(1000)] + ["a caption"] * 1000
+    pa.parquet.write_table(pa.table({"said": texts, "more": [[text] * 2 for text in texts]}), tmp_path / "t.parquet")
+    check_row_groups(tmp_path / "t.parquet")
+
+
+@pytest.mark.timeout(60)
+def test_row_groups_of_categories(tmp_path):
+    """Read as dictionaries, a whole one with each few rows; and one long value, of which one row is decoded at once."""
+    labels = pa.array([f"kind {i} of a thing" for i in range(5000)])
+    kinds = pa.DictionaryArray.from_arrays(pa.array(np.arange(60_000) % 5000, pa.int32()), labels)
+    pa.parquet.write_table(pa.table({"said": kinds}), tmp_path / "t.parquet")
+    check_row_groups(tmp_path / "t.parquet")
+    pa.parquet.write_table(repeated("y" * 2**28, 16), tmp_path / "t.parquet", store_schema=False)
+    with pytest.raises(InputError, match="row group 0, of 16 rows"):
+        check_row_groups(tmp_path / "t.parquet")

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet
 
 from anygpt.data.formats.base import Pair, Row, find_files
 from anygpt.data.rows import nearest
@@ -24,6 +25,14 @@ from anygpt.media.types import MEDIA
 COLUMNS = ("text", "prompt", "id")
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 ROWS_AT_ONCE = 32
+MAX_ROW_GROUP = 320 * 1024**2
+"""Bytes in memory that are always allowed; reading texts takes up to five times as much."""
+MAX_RATIO = 4  # bytes in memory per byte in the file, for larger row groups
+ROWS_MEASURED = 16  # decoded to measure values; fewer if values may be long
+REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
+"""Encodings in which many values may share the bytes of one."""
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
+"""Bytes of a value in memory, 8 for other types; for byte arrays, of the offset."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +114,14 @@ def _load(path: Path) -> Any:
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(str(path))
         elif os.path.isdir(path):
-            table = datasets.load_dataset(str(path), split="train")
+            table = _build(datasets.load_dataset_builder(str(path)))
         else:
             files = [str(file) for file in find_files(path)]
             builder = BUILDERS.get(Path(files[0]).suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
                 raise InputError(f"{path} is no table that can be read: its suffix must be one of {known}.")
-            table = datasets.load_dataset(builder, data_files=files, split="train")
+            table = _build(datasets.load_dataset_builder(builder, data_files=files))
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
@@ -121,6 +130,16 @@ def _load(path: Path) -> Any:
     if not isinstance(table, datasets.Dataset):
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
     return table
+
+
+def _build(builder: Any) -> Any:
+    """Dataset of a builder; row groups of Parquet files that it has not read before are checked first."""
+    if not os.path.isdir(builder.cache_dir):
+        for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+            if (builder.name == "parquet" or file.lower().endswith(".parquet")) and os.path.isfile(file):
+                check_row_groups(Path(file))
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -146,3 +165,46 @@ def _media(column: pa.ChunkedArray, places: list[tuple[int, int | None]], cell: 
         raise InputError(f"{cell.args[1]} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
     stored = there.is_valid().to_pylist()
     return [cell(*place) if has else name for place, has, name in zip(places, stored, paths, strict=True)]
+
+
+def check_row_groups(path: Path) -> None:
+    """Check every row group of a Parquet file by its metadata; columns that may repeat long values are decoded.
+
+    `datasets` reads a row group at a time, and a file of kilobytes may repeat a value of megabytes a million times
+    through Parquet's dictionary, run-length and delta encodings.
+
+    An `InputError` names a row group that exceeds `MAX_ROW_GROUP` and `MAX_RATIO`.
+    """
+    with pa.parquet.ParquetFile(path, buffer_size=2**20) as file:
+        for number in range(file.metadata.num_row_groups):
+            group, total = file.metadata.row_group(number), 0
+            columns = [group.column(i) for i in range(group.num_columns)]
+            packed = sum(column.total_compressed_size for column in columns)
+            limit = max(MAX_ROW_GROUP, MAX_RATIO * min(packed, path.stat().st_size))
+            for i, column in enumerate(columns):
+                values, stored = max(0, column.num_values), max(0, column.total_uncompressed_size)
+                size = values * (max(0, file.schema.column(i).length) or WIDTHS.get(column.physical_type, 8))
+                if column.physical_type == "BYTE_ARRAY":
+                    size += stored
+                    most = total + size + stored * values  # if each value were as long as all together
+                    if total + size <= limit < most and not REPEATING.isdisjoint(column.encodings):
+                        size = _decoded(file, number, column.path_in_schema, limit - total, stored)
+                total += size
+                if total > limit:
+                    raise InputError(
+                        f"{path}: row group {number}, of {group.num_rows:,} rows, takes more than {limit:,} bytes in "
+                        f"memory, of {packed:,} in the file, and can only be read whole: write the file again with "
+                        "smaller ones (row_group_size of pyarrow.parquet.write_table)."
+                    )
+
+
+def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, longest: int) -> int:
+    size, rows = 0, max(1, min(ROWS_MEASURED, limit // max(1, longest)))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+        leaf = batch.column(0)
+        while pa.types.is_nested(leaf.type):  # lists, and structs of which one field is read
+            leaf = leaf.flatten()[0] if pa.types.is_struct(leaf.type) else leaf.flatten()
+        size += (leaf.dictionary_decode() if pa.types.is_dictionary(leaf.type) else batch).nbytes
+        if size > limit:
+            break
+    return size
