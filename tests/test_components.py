@@ -121,7 +121,9 @@ def run(folder, data, kind, parts, names, **settings):
     config = parse_config([f"--{name}={value}" for name, value in arguments.items()])
     final = train(config, COMPONENTS)
     write_components(final, config)
-    return Path(config.run.output_dir) / "parts"
+    made = Path(config.run.output_dir) / "parts"
+    assert len({path.stat().st_mode for path in made.rglob("*") if path.is_file()}) == 1  # as the umask says
+    return made
 
 
 def decoder_of(parts, modality):

@@ -418,7 +418,10 @@ def test_tensors_of_any_length_width_and_type(tmp_path):
     writer = StoreWriter(tmp_path / "s")
     for i, tensors in enumerate(given):
         writer.add(f"{i:032x}", tensors)
+    before = os.umask(0o027)
     writer.flush()
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("s/shard*")} == {0o640}
     store = Store(tmp_path / "s", {})
     for i, tensors in enumerate(given):
         found = store.get(f"{i:032x}")

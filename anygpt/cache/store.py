@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anygpt.errors import InputError
 from anygpt.media.writing import replacing
+from anygpt.parts.publishing import let_umask_decide
 
 KEY = "key.json"
 SHARD = "shard-*.safetensors"
@@ -97,6 +98,7 @@ class StoreWriter:
             shard = self.folder / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
             with _writing(self.folder), replacing(shard) as temporary:
                 save_file(self.held, temporary, metadata={"format": "pt"})
+                let_umask_decide(temporary)
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
         self.held, self.size, self.since = {}, 0, time.monotonic()

@@ -10,11 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from anygpt.errors import InputError
 
 
-def let_umask_decide(folder: Path) -> None:
-    """Give files the permissions that `open` would: safetensors makes them readable by their owner only."""
+def let_umask_decide(place: Path) -> None:
+    """Give a file, or those of a folder, the permissions that `open` would: safetensors makes them their owner's."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.rglob("*"):
+    for path in (place, *place.rglob("*")):
         if path.is_file() and not path.is_symlink():
             path.chmod(0o666 & ~umask)
 

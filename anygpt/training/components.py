@@ -9,6 +9,7 @@ import torch
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.model.multimodal import MultimodalModel
+from anygpt.parts.publishing import let_umask_decide
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
 from anygpt.training.loading import use_frames_of
@@ -46,6 +47,7 @@ def write_components(final: Path, config: Config) -> None:
             model.tokenizers[key].module.save_pretrained(folder)
         else:
             continue  # a projector belongs to this composition
+        let_umask_decide(folder)
         logger.info("%s", folder)
 
 
