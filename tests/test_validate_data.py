@@ -1,6 +1,7 @@
 """`scripts/validate_data.py`: every fault with its place, the summary, the exit code; and the written schema."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -93,6 +94,14 @@ def test_no_fault_is_kept(folder):
     faults = []
     report = validate(DataSource(write(folder, *[row("x.png")] * 5)), on_fault=faults.append)
     assert (report.rows, report.samples, len(faults), report.repeated) == (5, 0, 5, 4)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers must inherit what is patched")
+def test_a_decoder_that_ends_its_process_is_said_to(folder, main, monkeypatch, capsys):
+    monkeypatch.setattr("anygpt.data.validation.read_media", lambda *_, **__: os._exit(1))  # as a crash in C would
+    assert main([str(write(folder, row(id="1"))), "--deep", "--num-workers", "1"]) == 2
+    shown = capsys.readouterr().err
+    assert "(sample '1')" in shown and "ended the process that decoded it" in shown
 
 
 def test_faults_go_to_any_terminal_and_into_head(folder):

@@ -4,6 +4,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import xxhash
@@ -65,8 +66,7 @@ def validate(
     report = Report()
     ids, conversations = array("Q"), array("Q")
     rows = CheckedRows(source, deep, limits, lengths, max_tokens)
-    ahead = AHEAD if num_workers else None
-    for row in progress(DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)):
+    for row in progress(_checked(rows, num_workers)):
         if row.unreadable and not report.rows:
             raise row.faults[0]
         report.rows += 1
@@ -84,6 +84,22 @@ def validate(
         len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))) for hashes in (conversations, ids)
     )
     return report
+
+
+def _checked(rows: "CheckedRows", num_workers: int) -> Iterator["CheckedRow"]:
+    done, ahead = 0, AHEAD if num_workers else None
+    try:
+        for row in DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead):
+            yield row
+            done += 1
+    except RuntimeError as error:
+        if isinstance(error, InputError) or "DataLoader worker" not in str(error):
+            raise
+        row = next(islice(iterate_samples(rows.source), done, None))
+        raise InputError(
+            f"{row.name if isinstance(row, Sample) else row}, or one of the rows behind it, ended the process that "
+            "decoded it (its decoder crashed, or memory was full): check the rows from there on with --num-workers 0"
+        ) from error
 
 
 @dataclass
