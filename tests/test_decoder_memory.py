@@ -212,6 +212,10 @@ def test_a_network_that_the_library_cannot_quantise_is_named(folders):
         ),
         ({"quant_backend": "bitsandbytes_4bit"}, "needs the package bitsandbytes, which is not installed"),
         (INT8 | {"components_to_quantize": ["transformer"]}, "names 'transformer'; expected some of .*unet"),
+        (INT8 | {"components_to_quantize": 5}, "names 5; expected some of .*unet"),
+        (INT8 | {"components_to_quantize": [["unet"]]}, "names .'unet'.; expected some of .*unet"),
+        (INT8 | {"components_to_quantize": []}, "names ..; expected some of .*unet"),
+        (INT8 | {"quant_backend": ["torchao"]}, "quant_backend of quantization_config is .'torchao'."),
         (
             {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int7"}},
             "'Int7' is none of .*Int8Weight",

@@ -521,6 +521,55 @@ def test_options_that_cannot_be_are_refused(made):
             editor.check_options({"image_guidance_scale": scale})
     with pytest.raises(InputError, match="no guidance_embeds; true_cfg_scale guides"):
         kontext.check_options({"guidance_scale": 3.0})
+    assert "guidance_scale" not in kontext.pipeline_options  # the page has a slider for each
+
+
+def test_references_of_a_generation_are_one_a_row_for_a_decoder_that_could_use_them(made):
+    model, processor = composed(made("pix2pix"))
+    batch = processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, add_generation_prompt=True)
+    (shown,) = pictures(1, (16, 16))
+    for wrong, message in (
+        ({"image": [shown, None]}, "for 1 rows; expected .* one a row"),
+        ({"image": shown}, "one a row"),
+        ({"image": None}, "one a row"),
+        ([shown], "expected {decoder key"),
+        ({"picture": [shown]}, "references name the decoder 'picture'; there are"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.generate(**batch, max_new_tokens=4, references=wrong)
+    for options in (None, ["height"], 3):
+        with pytest.raises(InputError, match="expected {decoder key: {option: value}}"):
+            model.generate(**batch, max_new_tokens=4, decoder_kwargs={"image": options})
+    for name in ("generator", "negative_condition"):
+        with pytest.raises(InputError, match=f"{name} of the image decoder is 'x'"):
+            model.generate(**batch, max_new_tokens=4, decoder_kwargs={"image": {name: "x"}})
+    targets = {"captions": ["a"], "images": [shown]}
+    for references in ([shown] * 2, [], shown):
+        with pytest.raises(InputError, match="one for each target"):
+            processor(llm_inputs={"text": "a"}, decoder_targets={"image": targets | {"references": references}})
+    module = ModalDecoderModule(ZeroscopeDecoder(tiny_pipelines.zeroscope()), num_signal_tokens=2)
+    model = MultimodalModel({}, load_language_model("zoo:language_model"), {"video": module})
+    batch.pop("references", None)
+    with pytest.raises(InputError, match="ZeroscopeDecoder takes no reference"):
+        model.generate(**batch, max_new_tokens=4, references={"video": [[shown]]})
+
+
+def test_options_of_a_request_are_checked_over_the_defaults(made):
+    module = ModalDecoderModule(made("sd"), num_signal_tokens=2, defaults={"strength": 0.2, "num_inference_steps": 20})
+    with pytest.raises(InputError, match=r"strength 0.2 of 2 steps is less than one step"):
+        module.check_options({"num_inference_steps": 2})
+    module = ModalDecoderModule(made("flux"), defaults={"true_cfg_scale": 3.0, "negative_prompt": "a"})
+    module.check_options({"negative_prompt": "b"})
+
+
+@pytest.mark.parametrize("settings", [{"height": 0}, {"width": 0}, {"height": "16"}, {"height": 20}])
+def test_a_size_of_nothing_is_refused_and_not_the_default(settings):
+    with pytest.raises(InputError, match="expected a multiple of 8"):
+        StableDiffusionDecoder(tiny_pipelines.stable_diffusion(), **settings)
+    with pytest.raises(InputError, match="num_frames of the video decoder is 0"):
+        ZeroscopeDecoder(tiny_pipelines.zeroscope(), num_frames=0)
+    with pytest.raises(InputError, match="max_sequence_length is 0"):
+        SanaDecoder(tiny_pipelines.sana(), max_sequence_length=0)
 
 
 # --------------------------------------------------------------------------------------------------------- ToyWorld

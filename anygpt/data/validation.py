@@ -158,7 +158,11 @@ class CheckedRows(IterableDataset):
             if self.max_tokens is not None and tokens > self.max_tokens:
                 text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
                 faults.append(DataError(f"{sample.name} has {text}: shorten it.", "too long"))
-        parts = [(m.role, p.type, p.text, str(p.path), p.caption, p.others) for m in sample.messages for p in m.content]
+        parts = [
+            (m.role, p.type, p.text, str(p.path), p.caption, p.others, str(p.source))
+            for m in sample.messages
+            for p in m.content
+        ]
         hashes = (_hash(sample.id), _hash(repr(parts)))
         return CheckedRow(faults, tokens, [f"{role} {part.type}" for role, part in sample.media()], hashes)
 

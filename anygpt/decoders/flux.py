@@ -89,7 +89,9 @@ class FluxDecoder(ImageDecoder):
     @property
     def pipeline_options(self) -> dict[str, Any]:
         found = super().pipeline_options
-        return found if self.transformer.config.guidance_embeds else found | {"guidance_scale": None}
+        if not self.transformer.config.guidance_embeds:
+            del found["guidance_scale"]
+        return found
 
     def expected_of(self, name: str, value: Any) -> str | None:
         """Also refuses a guidance that the model would ignore."""

@@ -33,8 +33,8 @@ class ImageDecoder(DiffusionDecoder):
     ):
         super().__init__(pipeline, **settings)
         native_height, native_width = self.native_size
-        self.height = height or native_height
-        self.width = width or native_width
+        self.height = native_height if height is None else height
+        self.width = native_width if width is None else width
         self.check_options({"height": self.height, "width": self.width})
 
     @property
@@ -115,7 +115,7 @@ class VideoDecoder(ImageDecoder):
         **settings: Any,
     ):
         super().__init__(pipeline, **settings)
-        self.num_frames = num_frames or self.call_default("num_frames")
+        self.num_frames = self.call_default("num_frames") if num_frames is None else num_frames
         self.check_options({"num_frames": self.num_frames})
         self.frame_rate = frame_rate or self.call_default("frame_rate") or self.native_rate
 
@@ -157,7 +157,8 @@ class AudioDecoder(DiffusionDecoder):
 
     def __init__(self, pipeline: DiffusionPipeline, *, audio_length_in_s: float | None = None, **settings: Any):
         super().__init__(pipeline, **settings)
-        self.audio_length_in_s = audio_length_in_s or self.denoiser.config.sample_size * self.seconds_per_latent
+        whole = self.denoiser.config.sample_size * self.seconds_per_latent
+        self.audio_length_in_s = whole if audio_length_in_s is None else audio_length_in_s
         self.check_options({"audio_length_in_s": self.audio_length_in_s})
 
     @property

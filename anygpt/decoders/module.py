@@ -79,8 +79,8 @@ class ModalDecoderModule(nn.Module):
     own_options = property(lambda self: self.module.pipeline_options | self.options({}))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise an `InputError` for an option of generation that the decoder does not have or cannot use."""
-        self.module.check_options(options)
+        """Raise an `InputError` for an option of generation that, over the defaults, the decoder cannot use."""
+        self.module.check_options(dict.fromkeys(options) | self.options(options))
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Merge a request's options over the defaults; None stands for the default."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 
 STEERING = ("num_inference_steps", "guidance_scale", "negative_prompt", "negative_condition", "seed", "generator")
@@ -17,7 +18,7 @@ MAX_SEED = 2**63 - 1
 def check_options(decoder: Any, options: Mapping[str, Any]) -> None:
     """Raise `InputError` for an unknown option of generation or an invalid value (None is the default), ahead of it."""
     who = f"the {decoder.modality} decoder"
-    if unknown := sorted(set(options) - set(decoder.option_names)):
+    if unknown := sorted(set(options) - set(decoder.option_names), key=str):
         known = ", ".join(decoder.option_names)
         raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {known}")
     given = {name: value for name, value in options.items() if value is not None}
@@ -43,6 +44,11 @@ def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> s
         seeds = value if isinstance(value, (list, tuple)) else [value]
         good = all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds)
         return None if good else "a whole number from 0, or a list of such with one a row"
+    if name == "generator":
+        good = all(isinstance(one, torch.Generator) for one in (value if isinstance(value, list) else [value]))
+        return None if good else "a torch.Generator, or a list with one a sample"
+    if name == "negative_condition":
+        return None if isinstance(value, (torch.Tensor, Condition)) else "a tensor or a Condition"
     if name == "negative_prompt":
         return None if isinstance(value, str) and is_text(value) else "a text of whole characters"
     if name in ("height", "width"):

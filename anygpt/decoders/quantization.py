@@ -31,14 +31,16 @@ def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.
     if not isinstance(config, Mapping) or set(config) - set(known):
         raise InputError(f"{who} is {config!r:.200}; expected a mapping of {', '.join(known)}")
     backend, arguments, names = (config.get(name) for name in known)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(f"quant_backend of {who} is {backend!r}; expected {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
         raise InputError(f"{who} needs the package {BACKENDS[backend]}, which is not installed")
-    names = [names] if isinstance(names, str) else names or [name for name in DENOISERS if name in networks]
-    if unknown := [name for name in names if name not in networks]:
+    if names is None:
+        names = [name for name in DENOISERS if name in networks]
+    names = list(names) if isinstance(names, (list, tuple)) and names else [names]
+    if unknown := [name for name in names if name not in list(networks)]:
         there = ", ".join(networks)
-        raise InputError(f"components_to_quantize of {who} names {unknown[0]!r}; expected some of {there}")
+        raise InputError(f"components_to_quantize of {who} names {unknown[0]!r:.80}; expected some of {there}")
     found = {}
     with refusing(f"quant_kwargs of {who} are {arguments!r:.200}, which its library refuses"):
         for name in names:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
 
+from anygpt.decoders.options import is_integer
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
 from anygpt.decoders.schedules import check_scheme
 from anygpt.errors import InputError
@@ -77,9 +78,13 @@ class WrappedPipeline(nn.Module):
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 self.add_module(name, component)
-        self.max_sequence_length = max_sequence_length or self.call_default("max_sequence_length")
-        if max_sequence_length and self.call_default("max_sequence_length") is None:
-            raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed.")
+        self.max_sequence_length = self.call_default("max_sequence_length")
+        if max_sequence_length is not None:
+            if self.max_sequence_length is None:
+                raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed.")
+            if not is_integer(max_sequence_length) or max_sequence_length < 1:
+                raise InputError(f"max_sequence_length is {max_sequence_length!r:.80}; expected a number of tokens")
+            self.max_sequence_length = max_sequence_length
         if weighting_scheme is not None:
             if self.weighting_scheme is None:
                 raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")

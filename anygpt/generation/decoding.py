@@ -224,6 +224,8 @@ def generate(
         Closed: the listener has closed every row.
     """
     require, forbid = check_request(model, require, forbid, decoder_kwargs)
+    references = references or {}
+    check_references(model, references, len(input_ids))
     for key, given in (decoder_kwargs or {}).items():
         if isinstance(own := given.get("seed"), (list, tuple)) and len(own) != len(input_ids):
             raise InputError(f"{key} is given {len(own)} seeds for {len(input_ids)} rows; give one a row")
@@ -281,7 +283,7 @@ def generate(
             else:
                 options |= prompt | added
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
-        answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters, references or {})
+        answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters, references)
         return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
     finally:
         model.train(training)
@@ -303,11 +305,27 @@ def check_request(
             raise InputError(f"{name} is the text {keys!r}; give a list of decoders, as [{keys!r}]")
     require, forbid = tuple(dict.fromkeys(require)), tuple(dict.fromkeys(forbid))
     decoder_kwargs = decoder_kwargs or {}
-    if unknown := sorted({*require, *forbid, *decoder_kwargs} - set(model.makers)):
-        raise InputError(f"there is no decoder {', '.join(unknown)}; there are {list(model.makers)}")
+    if not isinstance(decoder_kwargs, Mapping) or not all(isinstance(own, Mapping) for own in decoder_kwargs.values()):
+        raise InputError(f"decoder_kwargs is {decoder_kwargs!r:.80}; expected {{decoder key: {{option: value}}}}")
+    if unknown := sorted({*require, *forbid, *decoder_kwargs} - set(model.makers), key=str):
+        raise InputError(f"there is no decoder {', '.join(map(str, unknown))}; there are {list(model.makers)}")
     for key, given in decoder_kwargs.items():
         model.makers[key].check_options(given)
     return require, forbid
+
+
+def check_references(model: Composition, references: Mapping[str, Sequence[Any]], rows: int) -> None:
+    """Raise an `InputError` unless there is one reference, or None, a row for decoders that could use it."""
+    form = "expected {decoder key: [medium or None, one a row]}"
+    if not isinstance(references, Mapping):
+        raise InputError(f"references are {references!r:.80}; {form}")
+    for key, given in references.items():
+        if key not in model.makers:
+            raise InputError(f"references name the decoder {key!r}; there are {list(model.makers)}")
+        if not isinstance(given, (list, tuple)) or len(given) != rows:
+            raise InputError(f"references of {key!r} are {given!r:.80} for {rows} rows; {form}")
+        if not model.makers[key].module.targets.editable and any(one is not None for one in given):
+            raise InputError(f"{type(model.makers[key].module).__name__} takes no reference: leave it out")
 
 
 def _decode_with_beams(

@@ -172,7 +172,7 @@ class Source(EncoderSettings, DecoderSettings, TokenizerSettings):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else getattr(torch, self.dtype, None)
+        return None if self.dtype is None else getattr(torch, str(self.dtype), None)
 
     @property
     def where(self) -> dict[str, Any]:

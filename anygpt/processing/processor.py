@@ -327,6 +327,12 @@ class MultimodalProcessor(ConversationProcessor):
             if references is not None:
                 if not self.targets[key].reference:
                     raise InputError(f"{key!r} targets have references, but this decoder takes none; leave them out")
+                targets = next((given for given in (captions, media) if given is not None), references)
+                if not isinstance(references, (list, tuple)) or len(references) != len(targets):
+                    raise InputError(
+                        f"{key!r} targets have the references {references!r:.80}; expected a list of media or None, one "
+                        f"for each target"
+                    )
                 if any(one is not None for one in references):
                     processed[key]["references"] = self.targets[key].or_zeros(references)
         return processed
