@@ -538,7 +538,7 @@ def test_references_of_a_generation_are_one_a_row_for_a_decoder_that_could_use_t
         with pytest.raises(InputError, match=message):
             model.generate(**batch, max_new_tokens=4, references=wrong)
     for options in (None, ["height"], 3):
-        with pytest.raises(InputError, match="expected {decoder key: {option: value}}"):
+        with pytest.raises(InputError, match=r"expected \{decoder key: \{option: value\}\}"):
             model.generate(**batch, max_new_tokens=4, decoder_kwargs={"image": options})
     for name in ("generator", "negative_condition"):
         with pytest.raises(InputError, match=f"{name} of the image decoder is 'x'"):

@@ -330,8 +330,8 @@ class MultimodalProcessor(ConversationProcessor):
                 targets = next((given for given in (captions, media) if given is not None), references)
                 if not isinstance(references, (list, tuple)) or len(references) != len(targets):
                     raise InputError(
-                        f"{key!r} targets have the references {references!r:.80}; expected a list of media or None, one "
-                        f"for each target"
+                        f"{key!r} targets have the references {references!r:.80}; expected a list of media or None, "
+                        "one for each target"
                     )
                 if any(one is not None for one in references):
                     processed[key]["references"] = self.targets[key].or_zeros(references)
