@@ -27,6 +27,7 @@ from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.data.collation import BAD, Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.data.formats.base import DataSource
+from anygpt.data.lengths import Lengths
 from anygpt.data.schema import MediaRoot, parse_sample
 from anygpt.decoders import (
     Condition,
@@ -358,6 +359,8 @@ def test_a_source_for_a_decoder_that_takes_none_is_refused(made, folder):
     (bad,) = batch[BAD]
     assert "rows.jsonl:1" in bad.reason and "the decoder takes no reference" in bad.reason
     assert "references" not in batch["decoder_targets"]["image"]
+    with pytest.raises(InputError, match=r"rows.jsonl:1.*the decoder takes no reference"):
+        Lengths(processor).of(rows.samples[0])  # of --check and validate-data
     with pytest.raises(InputError, match="this decoder takes none"):
         processor(llm_inputs={"text": "a"}, decoder_targets={"image": {"references": pictures(1, (8, 8))}})
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from anygpt.cache.reading import STATES, Cached, FeatureCache, StaleCache
 from anygpt.cache.text_states import TextStates
 from anygpt.data.dataset import BadSample, LoadedSample
-from anygpt.data.lengths import expanded, refuse_reserved, reserved_tokens
-from anygpt.data.schema import Sample
+from anygpt.data.lengths import expanded, refuse_reserved, refuse_sources, reserved_tokens
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
@@ -59,7 +58,7 @@ class Collator:
         try:
             for item in items:
                 refuse_reserved(reserved_tokens(self.processor), item.sample)
-                self.refuse_sources(item.sample)
+                refuse_sources(self.processor, item.sample)
             data, counts = self.encoder_inputs(items)
             targets, target_ids = self.decoder_targets(items)
         except InputError as error:
@@ -88,15 +87,6 @@ class Collator:
                 TARGET_IDS: target_ids,
             }
         )
-
-    def refuse_sources(self, sample: Sample) -> None:
-        """Raise an `InputError` for a target that names a source which its decoder could not use."""
-        for _, part in sample.media():
-            if part.source is not None and not self.processor.targets[self.processor.decoder_key(part.type)].reference:
-                raise InputError(
-                    f"{sample.name}: a target of type {part.type!r} names its source, but the decoder takes no "
-                    "reference: leave it out, or take a decoder that edits"
-                )
 
     def nothing(self) -> dict[str, Any]:
         """A row without loss for an empty batch: every process must take part in each step."""

@@ -40,6 +40,7 @@ class Lengths:
         counts: dict[str, list[int]] = {}
         try:
             refuse_reserved(reserved_tokens(self.processor), sample)
+            refuse_sources(self.processor, sample)
             for role, part in sample.media():
                 key = self.processor.key_of(role, part.type)
                 if key in self.processor.spans:
@@ -106,6 +107,16 @@ def usual_reserved_tokens() -> list[str]:
     return [f"<{kind.name}>" for kind in MEDIA.values()] + [
         f"[{kind.prefix}{i}]" for kind in MEDIA.values() for i in range(kind.signal_tokens)
     ]
+
+
+def refuse_sources(processor: Any, sample: Sample) -> None:
+    """Raise an `InputError` for a target that names a source which its decoder could not use."""
+    for _, part in sample.media():
+        if part.source is not None and not processor.targets[processor.decoder_key(part.type)].reference:
+            raise InputError(
+                f"{sample.name}: a target of type {part.type!r} names its source, but the decoder takes no "
+                "reference: leave it out, or take a decoder that edits"
+            )
 
 
 def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:

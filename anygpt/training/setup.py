@@ -18,6 +18,7 @@ from torch import nn
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.data.lengths import refuse_sources
 from anygpt.data.schema import Sample
 from anygpt.decoders.base import load_decoder
 from anygpt.decoders.module import ModalDecoderModule
@@ -313,6 +314,8 @@ def build_data(
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
     for rows in filter(None, (dataset, held_out)):
         use_frames_of(rows, processor)
+        for sample in rows.samples if data.on_bad_sample == "error" else ():
+            refuse_sources(processor, sample)
         rows.decode_targets = bool(model.tokenizer_keys) or is_read("media", model.loss_weights)
         rows.in_memory = data.in_memory
     return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
