@@ -334,7 +334,7 @@ class MultimodalProcessor(ConversationProcessor):
                         "one for each target"
                     )
                 if any(one is not None for one in references):
-                    processed[key]["references"] = self.targets[key].or_zeros(references)
+                    processed[key]["references"] = self.targets[key].or_zeros(list(references))
         return processed
 
 
