@@ -495,6 +495,32 @@ def test_stage_3_trains_saves_and_generates_in_a_new_process(folder):
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
+def test_a_strength_of_sana_runs_its_schedule_from_a_later_step():
+    """Equal to a loop over the scheduler's last steps; and a later call without is as before."""
+    decoder, steps = SanaDecoder(tiny_pipelines.sana()), 5
+    condition = decoder.encode_text(CAPTIONS[:2])
+    options = {"num_inference_steps": steps, "guidance_scale": 1.0}
+    before = latents_of(decoder, condition, **options, generator=generator())
+    shown, told = pictures(2, (decoder.height, decoder.width)), []
+    given = {"reference": shown, "strength": 0.6, "on_step": lambda step, all_steps: told.append((step, all_steps))}
+    ours = latents_of(decoder, condition, **options, **given, generator=generator())
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    scheduler = type(decoder.pipeline.scheduler).from_config(decoder.pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(2)
+    latents = decoder.encode_media(shown)
+    noise = torch.randn(latents.shape, generator=generator())
+    latents = scheduler.add_noise(latents, noise, scheduler.timesteps[2:3].expand(2))
+    for timestep in scheduler.timesteps[2:]:
+        prediction = decoder.predict(latents, timestep.expand(2), condition)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    torch.testing.assert_close(ours, latents / decoder.vae.config.scaling_factor, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latents_of(decoder, condition, **options, generator=generator()), before)
+    again = latents_of(decoder, condition, **options, **given, generator=[generator(1), generator(2)])
+    alone = latents_of(decoder, condition[[1]], **options, **given | {"reference": shown[1:]}, generator=generator(2))
+    torch.testing.assert_close(again[1:], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_options_that_cannot_be_are_refused(made):
     sd, editor, kontext = made("sd"), made("pix2pix"), made("kontext, undistilled")
     condition, shown = sd.encode_text(CAPTIONS[:1]), pictures(1, (16, 16))
@@ -509,7 +535,7 @@ def test_options_that_cannot_be_are_refused(made):
         sd.denoising_loss(condition, torch.zeros(1, 4, 8, 8), reference=torch.zeros(1, 3, 16, 16))
     with pytest.raises(InputError, match="takes no reference"):
         ZeroscopeDecoder(tiny_pipelines.zeroscope()).sample(torch.zeros(1, 10, 24), reference=[None])
-    for decoder in (editor, kontext, SanaDecoder(tiny_pipelines.sana())):  # diffusers has no image-to-image SANA
+    for decoder in (editor, kontext):
         with pytest.raises(InputError, match="has no option 'strength'"):
             decoder.check_options({"strength": 0.5})
     with pytest.raises(InputError, match="2 references for 1 samples"):

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
@@ -48,6 +49,38 @@ class SanaDecoder(ImageDecoder):
         if negative is not None:
             more["negative_prompt"] = None  # the default is a text, which the pipeline takes for a second negative
         return super().prompt_arguments(condition, negative) | more
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """Also `strength`, though diffusers has no image-to-image pipeline of this family."""
+        return (*super().option_names, "strength")
+
+    def call_pipeline(self, **arguments: Any) -> Any:
+        """Call the pipeline; with a reference, at the step of its schedule that `strength` says, from the reference's
+        latents under that step's noise."""
+        strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
+        if reference is None:
+            return self.pipeline(**arguments)
+        pixels = self.reference_pixels(reference, **arguments) * 2 - 1
+        scheduler, steps = self.pipeline.scheduler, arguments.get("num_inference_steps")
+        steps = steps or self.call_default("num_inference_steps")
+        scheduler.set_timesteps(steps, device=self.device)
+        timesteps, first = scheduler.timesteps, int(steps - steps * strength)
+        scheduler.set_begin_index(first)
+        latents = self.encode_media(pixels).float()
+        noise = randn_tensor(latents.shape, arguments["generator"], self.device, latents.dtype)
+        noisy = torch.lerp(latents, noise, float(scheduler.sigmas[first]))
+
+        def begin(*_: Any, **__: Any) -> Tensor:
+            scheduler.timesteps = timesteps  # by whose number it knows the last step
+            return noisy
+
+        scheduler.timesteps = timesteps[first:]
+        scheduler.set_timesteps, self.pipeline.prepare_latents = (lambda *_, **__: None), begin
+        try:
+            return self.pipeline(**arguments)
+        finally:
+            del scheduler.set_timesteps, self.pipeline.prepare_latents
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction, without its learned variance if it has one."""
