@@ -22,6 +22,8 @@ from anygpt import (
     MultimodalProjector,
     MultimodalProjectorConfig,
 )
+from anygpt.encoders.callbacks import LlavaCallbacks
+from anygpt.model.parts import import_class
 
 IN_NEW_PROCESS = """
 import sys, torch
@@ -285,3 +287,7 @@ def test_callbacks_are_never_lost_in_silence(parts, tmp_path):
     again = MultimodalModel.from_pretrained(tmp_path, callbacks=callbacks, preprocess_llm_callback=lambda input_ids: {})
     pixels = torch.randn(1, 3, 32, 32)
     assert torch.equal(again.encode({"pixel_values": pixels})["image"], model.encode({"pixel_values": pixels})["image"])
+
+
+def test_a_checkpoint_that_names_a_module_of_before_the_move():
+    assert import_class("anygpt.encoders.selection.LlavaCallbacks") is LlavaCallbacks

@@ -20,6 +20,7 @@ from anygpt.parts.source import MEMORY, Source
 KINDS = ("encoder", "decoder", "tokenizer")
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
+MOVED = {"anygpt.encoders.selection": "anygpt.encoders.callbacks"}  # modules that older checkpoints name
 
 
 def part_modules(model: Composition) -> dict[str, nn.Module]:
@@ -96,7 +97,7 @@ def import_class(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(MOVED.get(module, module)), attribute)
 
 
 def callback_dict(callback: Any) -> dict[str, Any] | None:
