@@ -130,7 +130,7 @@ def row_of(folder: Path, name: str, index: int, rng: np.random.Generator) -> dic
 
 @dataclass(frozen=True)
 class Seen:
-    """What is measured of a picture: its thing by the judge, centre and radius in pixels, the background's levels."""
+    """Measurements of a picture: its thing by the judge, centre and radius in pixels, background levels (0 to 255)."""
 
     thing: Thing
     centre: np.ndarray
