@@ -1,10 +1,14 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and what a command prints of it."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+MISTAKE, INTERRUPTED = 2, 128 + 2  # exit codes: of a user error, and after Ctrl-C, as in shells
 
 
 class InputError(ValueError):
@@ -28,3 +32,20 @@ def reading(folder: str | Path) -> Iterator[None]:
         raise InputError(
             f"{folder} is damaged or incomplete ({type(error).__name__}: {reason}); copy it again, or train it again"
         ) from error
+
+
+def exit_code(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
+    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one
+    line."""
+    try:
+        return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # such as from `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,10 +1,6 @@
 """`anygpt cache-features` from a checkout (`--help` says what it does)."""
 
-from functools import partial
-
 from anygpt.commands import run
 
-main = partial(run, "cache-features")
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("cache-features"))

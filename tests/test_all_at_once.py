@@ -12,14 +12,13 @@ from training_utils import (
     REPOSITORY,
     assert_same_losses,
     environment,
-    load_script,
     losses_of,
     tensors_of,
     train_here,
 )
 from transformers import EncodecConfig, EncodecModel
 
-from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt import MultimodalModel, MultimodalProcessor, commands
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.media.types import media_type, read_media
 from anygpt.tokenizers.base import MediaTokenizer
@@ -127,7 +126,7 @@ def test_same_losses_from_the_cache_split_and_resumed(world, tmp_path, dropout):
 
     run("whole", 4)
     more = ["--data.cache_dir", tmp_path / "cache"]
-    load_script("cache_features").main(["--stage", "all_at_once", *arguments(world, tmp_path, 4, *more)])
+    commands.run("cache-features", ["--stage", "all_at_once", *arguments(world, tmp_path, 4, *more)])
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {f"{key}_tokenizer" for key in ASKED}
     more += ["--train.batch_size=1", "--train.gradient_accumulation_steps=4"]
     run("split", 2, *more, "--train.save_steps=1")

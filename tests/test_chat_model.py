@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from training_utils import load_script
 
+from anygpt import commands
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.errors import InputError
 
@@ -122,17 +122,16 @@ def test_a_conversation_in_the_terminal(checkpoint, media, tmp_path):
     ],
 )
 def test_mistakes_on_the_command_line(checkpoint, arguments, message, capsys):
-    chat = load_script("chat")
     given = arguments if "--checkpoint" in arguments else ["--checkpoint", str(checkpoint), *arguments]
     given = given if "--steps" in given else [*given, "--steps", "1"]
-    assert chat.main(given) == 2
+    assert commands.run("chat", given) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("script", ["demo", "serve"])
 def test_servers_without_a_checkpoint_say_so(script, capsys):
-    assert load_script(script).main(["--checkpoint", "nowhere", "--port", "0"]) == 2
+    assert commands.run(script, ["--checkpoint", "nowhere", "--port", "0"]) == 2
     said = capsys.readouterr().err
     assert "nowhere does not exist; name a run's final/ folder" in said and said.count("\n") == 1, said
 

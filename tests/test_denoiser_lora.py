@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from training_utils import (
     arguments,
     check_mistake,
     cli_here,
-    load_script,
     start_of,
     tensors_of,
     toy_data,
@@ -22,7 +22,7 @@ from training_utils import (
     trained_tensors,
 )
 
-from anygpt import MultimodalModel
+from anygpt import MultimodalModel, commands
 from anygpt.decoders.base import load_decoder
 from anygpt.training.memory import measure_part
 
@@ -106,7 +106,7 @@ def test_reloaded_saved_again_and_merged_give_the_same_sample(run, tmp_path, mon
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
     np.testing.assert_array_equal(sample_here(tmp_path / "whole", tmp_path / "whole.npy", monkeypatch), ours)
 
-    main = load_script("merge_lora").main
+    main = partial(commands.run, "merge-lora")
     assert main(["--output", str(tmp_path / "merged"), "--checkpoint", str(final)]) == 0
     assert not (tmp_path / "merged/adapters").exists()
     merged = sample_here(tmp_path / "merged", tmp_path / "merged.npy", monkeypatch)

@@ -24,7 +24,6 @@ from training_utils import (
     check_mistake,
     cli_here,
     environment,
-    load_script,
     losses_of,
     reset_accelerate,
     toy_data,
@@ -32,7 +31,7 @@ from training_utils import (
     trained_tensors,
 )
 
-from anygpt import InputError, ModalEncoderModule
+from anygpt import InputError, ModalEncoderModule, commands
 from anygpt.cache.reading import Cached, Entry, entries, open_cache
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.data.caching import CacheWriter, Preparation, Prepared
@@ -68,12 +67,11 @@ def accelerator():
 
 @pytest.fixture(scope="module")
 def script():
-    """`scripts/cache_features.py` in this process: arguments to exit code."""
-    module = load_script("cache_features")
+    """`anygpt cache-features` in this process: arguments to exit code."""
 
     def main(arguments):
         reset_accelerate()
-        return module.main(arguments)
+        return commands.run("cache-features", arguments)
 
     return main
 

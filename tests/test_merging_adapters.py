@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import enlarge
 from peft import LoraConfig, PeftModel, get_peft_model
-from training_utils import load_script
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt import MultimodalModel, MultimodalProcessor, commands
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -119,7 +120,7 @@ def test_the_script_merges_a_folder(parts, tiny_model, tmp_path, capsys):
     model, processor = tiny_model(("image",), ("image",), language_model=llm)
     model.save_pretrained(tmp_path / "final")
     processor.save_pretrained(tmp_path / "final")
-    main = load_script("merge_lora").main
+    main = partial(commands.run, "merge-lora")
     arguments = ["--output", str(tmp_path / "merged"), "--checkpoint", str(tmp_path / "final")]
     assert main(arguments) == 0
     merged = MultimodalModel.from_pretrained(tmp_path / "merged")

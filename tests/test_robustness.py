@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from training_utils import REPOSITORY, STAGES, load_script, toy_data
+from training_utils import REPOSITORY, STAGES, toy_data
 
-from anygpt import InputError
+from anygpt import InputError, commands
 from anygpt.data.dataset import DataSource
 from anygpt.sequence.merging import Merged, inject
 from anygpt.training.checkpoint import load_tensors, load_training_state
@@ -119,7 +119,7 @@ def test_damaged_folders_are_said_to_be(final, tmp_path, damage):
 
 def test_chat_finds_mistakes_before_it_loads(capsys):
     for arguments in (["--max-new-tokens", "0"], ["--steps", "0"], ["--guidance", "nan"], ["--device", "nonsense"]):
-        assert load_script("chat").main(["--prompt", "x", *arguments]) == 2
+        assert commands.run("chat", ["--prompt", "x", *arguments]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: --") and len(said.splitlines()) == 1
 

@@ -27,8 +27,9 @@ import openai
 import pytest
 from PIL import Image
 from serving_utils import send_without_end, serving
-from training_utils import REPOSITORY, load_script
+from training_utils import REPOSITORY
 
+from anygpt import commands
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong
 from anygpt.generation.events import TextPiece
 from anygpt.media.writing import write_audio, write_video
@@ -721,6 +722,6 @@ def test_the_scripts_find_mistakes_first(script, capsys):
         (["--device", "nonsense"], "--device 'nonsense'"),
         (["--offload"], "--offload"),
     ):
-        assert load_script(script).main(arguments) == 2
+        assert commands.run(script, arguments) == 2
         said = capsys.readouterr().err
         assert message in said and len(said.splitlines()) == 1, said

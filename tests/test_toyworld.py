@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from anygpt.data.schema import MediaRoot, parse_sample
-from anygpt.errors import InputError
+from anygpt.errors import InputError, exit_code
 from anygpt.media.files import read_audio, read_image
 from anygpt.media.videos import read_video
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
@@ -314,18 +314,18 @@ def test_dataset_arguments_are_checked(tmp_path):
 
 
 def test_the_command_writes_all_kinds(tmp_path, capsys):
-    assert main(["--output", str(tmp_path), "--samples", "4", "--eval-samples", "16"]) == 0
+    main(["--output", str(tmp_path), "--samples", "4", "--eval-samples", "16"])
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{kind}.jsonl") for kind in STAGE_KINDS]
     held_out = [str(thing) for thing in HELD_OUT]
     for kind in STAGE_KINDS:
         about = (tmp_path / f"{kind}.jsonl").read_text()
         assert any(thing in about for thing in held_out) == (kind == "eval")
-    assert main(["--output", str(tmp_path), "--samples", "0"]) == 2
+    assert exit_code(main, ["--output", str(tmp_path), "--samples", "0"]) == 2
     assert "num_samples=0" in capsys.readouterr().err
 
 
 def test_the_command_writes_the_kinds_that_it_is_asked_for(tmp_path):
-    assert main(["--output", str(tmp_path), "--samples", "2", "--kinds", "stage2", "stage1"]) == 0
+    main(["--output", str(tmp_path), "--samples", "2", "--kinds", "stage2", "stage1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage1", "stage1.jsonl", "stage2", "stage2.jsonl"]
 
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_utils import load_script
 
+from anygpt import commands
 from anygpt.data import DataSource, write_image
 from anygpt.data.rows import SampleRow
 from anygpt.data.validation import validate
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def main():
-    return load_script("validate_data").main
+    return partial(commands.run, "validate-data")
 
 
 def row(path="a.png", answer="yes", **more) -> dict:

@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from anygpt.errors import InputError
-from anygpt.training.cli import MISTAKE, quiet_libraries
+from anygpt.errors import InputError, exit_code
+from anygpt.training.cli import quiet_libraries
 
 COMMANDS = {
     "chat": "chat with a trained model in the terminal",
@@ -23,7 +22,6 @@ COMMANDS = {
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "runs/quickstart/stage3/final"
-INTERRUPTED = 128 + 2  # exit code after Ctrl-C, as in shells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,21 +43,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one
-    line."""
+    """Run a command's or a script's `main` as `exit_code` does, with the libraries quiet."""
     quiet_libraries()
-    try:
-        return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
-    except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # such as from `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_code(main, arguments)
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from anygpt.errors import InputError
+from anygpt.errors import exit_code
 from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, KINDS_OF, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
@@ -15,8 +15,8 @@ DESCRIPTION = f"""Write ToyWorld's datasets: pictures, clips, sounds and words a
 {len(SEEN)} things; the evaluation is about the other {len(HELD_OUT)}. A dataset that is there already is kept."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the datasets and print their paths; returns the exit code."""
+def main(arguments: list[str]) -> None:
+    """Write the datasets and print their paths."""
     parser = argparse.ArgumentParser("python -m anygpt.toyworld", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")
@@ -34,20 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = COMPONENT_KINDS if options.components else options.kinds or stages
     if options.kinds is None:
         kinds = [kind for kind in kinds if kind in KINDS_OF[options.world]]
-    try:
-        with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
-            written = {}
-            for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
-                things = THINGS if options.components else HELD_OUT if kind == "eval" else SEEN
-                given = (options.output, kind, samples[kind], options.seed, things, False, options.world)
-                written[kind] = pool.submit(write_dataset, *given)
-            for kind in kinds:
-                print(written[kind].result(), flush=True)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
+        written = {}
+        for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
+            things = THINGS if options.components else HELD_OUT if kind == "eval" else SEEN
+            given = (options.output, kind, samples[kind], options.seed, things, False, options.world)
+            written[kind] = pool.submit(write_dataset, *given)
+        for kind in kinds:
+            print(written[kind].result(), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

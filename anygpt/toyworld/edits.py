@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from anygpt.decoders.base import load_decoder
 from anygpt.decoders.instruct_pix2pix import InstructPix2PixDecoder
-from anygpt.errors import InputError
+from anygpt.errors import InputError, exit_code
 from anygpt.media.writing import write_image
 from anygpt.toyworld import language
 from anygpt.toyworld.judges import load_judges
@@ -196,21 +196,15 @@ def write(output: Path, samples: dict[str, int], seed: int = 0) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write everything; returns the exit code."""
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m anygpt.toyworld.edits", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/edits")
     for name, count in {"pictures": 4000, "train": 2400, "eval": 300}.items():
         parser.add_argument(f"--{name}", type=int, default=count, help=f"rows of {name}.jsonl (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        write(options.output, {name: getattr(options, name) for name in FILES}, options.seed)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    write(options.output, {name: getattr(options, name) for name in FILES}, options.seed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from anygpt.errors import exit_code
 from anygpt.media.videos import read_video
 from anygpt.media.writing import write, write_video
 from anygpt.toyworld.datasets import FPS
@@ -35,11 +36,10 @@ Wear = Callable[[Tensor, torch.Generator], Tensor]
 _BATCH, _LEARNING_RATE = 96, 3e-3
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m anygpt.toyworld.judge_training", description=__doc__)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write to (default: the package's own)")
     print(json.dumps(train_judges(parser.parse_args(arguments).output), indent=2))
-    return 0
 
 
 def train_judges(
@@ -207,4 +207,4 @@ def _wear_waveforms(waveforms: Tensor, generator: torch.Generator) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

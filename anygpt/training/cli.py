@@ -14,7 +14,7 @@ import diffusers.utils.logging
 import psutil
 import transformers.utils.logging
 
-from anygpt.errors import InputError
+from anygpt.errors import MISTAKE, InputError
 from anygpt.training.check import FLAG, check, report
 from anygpt.training.config import Config, parse_config
 from anygpt.training.loading import BadSampleError
@@ -23,7 +23,7 @@ from anygpt.training.stages import Stage
 from anygpt.training.tiny import with_tiny_config
 from anygpt.training.trainer import train
 
-MISTAKE, NON_FINITE, ABORTED = 2, 3, 4
+NON_FINITE, ABORTED = 3, 4
 # Disk errors: no space, quota or file size exceeded, read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
