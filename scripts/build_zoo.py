@@ -18,6 +18,7 @@ from typing import Any
 
 from anygpt.commands import REPOSITORY, execute
 from anygpt.errors import InputError
+from anygpt.media.writing import replacing
 from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.toyworld.zoo import PARTS, digest, write_untrained, zoo
@@ -136,20 +137,18 @@ def collect(output: Path) -> None:
 
     Only the files are in half precision: the configs keep float32, in which a CPU is faster.
     """
-    temporary = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part in PARTS:
-        shutil.copytree(WORK / MADE_BY[part][-1] / "parts" / part, temporary / part)
-    for file in temporary.rglob("*.safetensors"):
-        tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)
-    for file in temporary.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:  # a local path
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.rename(output)
+    with replacing(output) as temporary:
+        for part in PARTS:
+            shutil.copytree(WORK / MADE_BY[part][-1] / "parts" / part, temporary / part)
+        for file in temporary.rglob("*.safetensors"):
+            tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+            file.chmod(0o644)
+        for file in temporary.rglob("*.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:  # a local path
+                file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def card(part: str, shares: dict[str, Any]) -> str:

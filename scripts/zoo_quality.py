@@ -9,6 +9,7 @@ nonsense. Decoders: judged samples for plain true captions. Tokenizers: judged d
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,21 @@ from anygpt import (
     load_tokenizer,
 )
 from anygpt.commands import REPOSITORY, execute
+from anygpt.data.collation import move
 from anygpt.errors import InputError
-from anygpt.toyworld.evaluation.answers import Settings, ask, judge
+from anygpt.toyworld import language
+from anygpt.toyworld.evaluation.answers import Settings, ask, batches, judge, share
 from anygpt.toyworld.evaluation.baselines import upper_bound
 from anygpt.toyworld.evaluation.matrix import talk_table
-from anygpt.toyworld.evaluation.probes import probe_encoders
 from anygpt.toyworld.evaluation.requests import talk_requests
-from anygpt.toyworld.world import HELD_OUT, THINGS
+from anygpt.toyworld.render import SAMPLING_RATE, render
+from anygpt.toyworld.world import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS
 from anygpt.toyworld.zoo import PARTS, zoo
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 TOKENIZERS = {
@@ -46,6 +53,7 @@ TOKENIZERS = {
 ENCODERS = {"image": ("image_encoder", None), "video": ("image_encoder", 8), "audio": ("audio_encoder", None)}
 """Folders and numbers of frames."""
 GUIDANCE = {"image": 2, "video": 2, "audio": 3}  # as in configs/tiny
+PROPERTIES = {"shape": SHAPES, "colour": COLOURS}
 
 
 def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
@@ -59,7 +67,7 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     names = {"image": "a picture", "video": "a clip", "audio": "a sound"}
     quality: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for key, found in probe_encoders(model, processor, renders=40, fresh=50, seed=seed).items():
-        shares = {f"{what} of {names[key]}, linear probe": share for what, share in found.items()}
+        shares = {f"{what} of {names[key]}, linear probe": one for what, one in found.items()}
         quality[ENCODERS[key][0]] |= shares
     asked = ask(model, processor, talk_requests(HELD_OUT, samples, seed), settings)
     quality["language_model"] = talk_table([judge(*pair) for pair in asked])
@@ -81,6 +89,52 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     return quality
 
 
+def probe_encoders(
+    model: MultimodalModel, processor: MultimodalProcessor, renders: int, fresh: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Fit linear probes, and return `{encoder key: {"shape": share, "colour": share}}` on held-out things.
+
+    They are fitted on `renders` of each seen thing, and tested on `fresh` ones of each held-out thing.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, modality in ((key, encoder.modality) for key, encoder in model.encoders.items()):
+        features, shown = [], []
+        for number, (things, count) in enumerate(((SEEN, renders), (HELD_OUT, fresh))):
+            rng = np.random.default_rng([seed, 4, MODALITIES.index(modality), number])
+            shown.append([thing for thing in things for _ in range(count)])
+            media = []
+            for thing in shown[-1]:
+                medium = render(modality, thing, language.pick(rng, MOTIONS) if modality == "video" else None, rng)
+                media.append((medium, SAMPLING_RATE) if modality == "audio" else medium)
+            features.append(pooled_features(model, processor, key, media))
+        found[key] = {}
+        for name, values in PROPERTIES.items():
+            labels, expected = (torch.tensor([values.index(getattr(t, name)) for t in things]) for things in shown)
+            given = fit_probe(features[0], labels, len(values))(features[1]).argmax(-1)
+            found[key][name] = share((given == expected).tolist())
+    return found
+
+
+@torch.inference_mode()
+def pooled_features(model: MultimodalModel, processor: MultimodalProcessor, key: str, media: Sequence[Any]) -> Tensor:
+    """The mean of the features of each medium that an encoder's projector gets, `(media, width)`."""
+    encoder, pooled = model.encoders[key], []
+    for batch in batches(media, 128):
+        data = processor.process_media(processor.arrange_media((encoder.modality, one) for one in batch))[0]
+        inputs = model.assign_inputs(move(data, model.device))[key]
+        pooled += [features.float().mean(0).cpu() for features in encoder.encode(inputs)]
+    return torch.stack(pooled)
+
+
+def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-3) -> Callable[[Tensor], Tensor]:
+    """Ridge regression of classes on standardised features `(M, D)` of labels `(M,)`; gives scores `(M, classes)`."""
+    mean, std = features.double().mean(0), features.double().std(0).clamp(min=1e-6)
+    x, y = (features - mean) / std, F.one_hot(labels, classes).double()
+    gram = x.T @ x + decay * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, x.T @ (y - y.mean(0)))
+    return lambda new: (new - mean) / std @ weight + y.mean(0)
+
+
 def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--samples", type=int, default=200, help="of each kind (default: %(default)s)")
@@ -96,8 +150,8 @@ def report(arguments: list[str]) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
     for part, found in quality.items():
-        for what, share in found.items():
-            print(f"{part}: {what}: {share['rate']:.3f} ({share['right']} of {share['n']})")
+        for what, one in found.items():
+            print(f"{part}: {what}: {one['rate']:.3f} ({one['right']} of {one['n']})")
 
 
 main = partial(execute, report)

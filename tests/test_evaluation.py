@@ -12,23 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from anygpt import InputError
+from anygpt import InputError, commands
 from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES, language
-from anygpt.toyworld.evaluation.answers import Settings, ask, judge
+from anygpt.toyworld.evaluation.answers import Settings, ask, hold, judge, share, wilson_interval
 from anygpt.toyworld.evaluation.baselines import moving_caption
-from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
-from anygpt.toyworld.evaluation.formatting import share, wilson_interval
-from anygpt.toyworld.evaluation.matrix import cell_table, check_settings, motion_table
-from anygpt.toyworld.evaluation.probes import fit_probe, probe_encoders
-from anygpt.toyworld.evaluation.requests import WAYS, matrix_requests, plain, talk_requests
+from anygpt.toyworld.evaluation.matrix import cell_table, check_settings, motion_table, turn_table
+from anygpt.toyworld.evaluation.requests import TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.render import render_audio, render_image, render_video
 from anygpt.toyworld.world import VALIDATION
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import evaluate as script
+from zoo_quality import fit_probe, probe_encoders
 
 CELLS = [(source, target) for source in WAYS for target in WAYS]
 
@@ -69,7 +66,7 @@ def test_every_cell_is_asked_about_every_thing(requests):
         for request in cell:
             assert (request.path is None) == (source == "text")
             if request.path:
-                stored = plain(read_media(source, folder / request.path))
+                stored = read_media(source, folder / request.path)
                 assert type(stored) is type(request.medium)
             assert ("moving" in request.prompt or "move" in request.prompt) <= (target == "video" or source == "video")
     assert not any(str(thing) in request.prompt for request in asked for thing in SEEN)
@@ -182,7 +179,8 @@ def evaluated(tiny_model, tmp_path_factory):
     (output / "mine.txt").write_text("stays")
     (output / "matrix.json").write_text("old")
     arguments = ["--checkpoint", str(folder / "run/final"), "--output", str(output), "--tracker", "tensorboard"]
-    code = script.main(
+    code = commands.run(
+        "evaluate",
         [
             *arguments,
             "--samples",
@@ -196,7 +194,7 @@ def evaluated(tiny_model, tmp_path_factory):
             "video=2",
             "--max-new-tokens",
             "16",
-        ]
+        ],
     )
     assert code == 0
     return output
@@ -286,7 +284,7 @@ def test_report_and_sheet(evaluated):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
-    assert script.main(["--output", str(tmp_path / "out"), *arguments]) == 2
+    assert commands.run("evaluate", ["--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -294,9 +292,9 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
 def test_what_is_not_of_an_evaluation_is_not_replaced(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/own.txt").write_text("mine")
-    assert script.main(["--output", str(tmp_path), "--checkpoint", "nowhere"]) == 2
+    assert commands.run("evaluate", ["--output", str(tmp_path), "--checkpoint", "nowhere"]) == 2
     assert "is of no evaluation" in capsys.readouterr().err
-    assert script.main(["--output", str(tmp_path / "samples/own.txt/out"), "--checkpoint", "nowhere"]) == 2
+    assert commands.run("evaluate", ["--output", str(tmp_path / "samples/own.txt/out"), "--checkpoint", "nowhere"]) == 2
     assert "own.txt is a file" in capsys.readouterr().err
     assert (tmp_path / "samples/own.txt").read_text() == "mine"
 

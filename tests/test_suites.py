@@ -17,7 +17,7 @@ import torch
 from evaluation_utils import text, write_medium, write_rows
 from training_utils import argument_maker, start_process, toy_data, train_here, wait_for
 
-from anygpt import InputError
+from anygpt import InputError, commands
 from anygpt.data.collation import NOT_FOR_MODEL
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.evaluation.asking import Asker, answered
@@ -30,8 +30,6 @@ from anygpt.evaluation.suite import read_suite
 from anygpt.media.types import MEDIA, read_media
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import evaluate as script  # noqa: E402
 
 ROWS = 6
 
@@ -379,7 +377,7 @@ def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
     model.save_pretrained(tmp_path / "final")
     processor.save_pretrained(tmp_path / "final")
     arguments = ["--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml"), "--limit", "2"]
-    assert script.main([*arguments, "--output", str(tmp_path / "out"), "--tracker", "tensorboard"]) == 0
+    assert commands.run("evaluate", [*arguments, "--output", str(tmp_path / "out"), "--tracker", "tensorboard"]) == 0
     assert "clip_score" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/metrics.json").read_text())["rows"] == 2
     assert list((tmp_path / "out").rglob("events*"))
@@ -388,7 +386,7 @@ def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
         (["--suite", "nowhere.yaml"], "is no file"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
     ):
-        assert script.main([*arguments, "--output", str(tmp_path / "other"), *more]) == 2
+        assert commands.run("evaluate", [*arguments, "--output", str(tmp_path / "other"), *more]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -407,7 +405,7 @@ def test_a_killed_command_goes_on(draw_suite, drawn, talker, tmp_path):
     before, found = index.read_text(), []
     assert not (tmp_path / "killed/metrics.json").exists()
     for name in ("killed", "alone"):
-        assert script.main([*arguments, "--output", str(tmp_path / name)]) == 0
+        assert commands.run("evaluate", [*arguments, "--output", str(tmp_path / name)]) == 0
         found.append(json.loads((tmp_path / name / "metrics.json").read_text()) | {"seconds": None})
     kept, all_lines = ([json.loads(line) for line in text.splitlines()] for text in (before, index.read_text()))
     assert all(line in all_lines for line in kept[:2]) and len(all_lines) == ROWS

@@ -5,6 +5,7 @@ Each encoder and media tokenizer has a store (`image_encoder`), each decoder two
 that they depend on trains.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -183,8 +184,6 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-CHUNK = 1024**2
-
 Content = Place | str | tuple[list[int], list[int]]
 """What a store holds tensors for: a medium, a caption, or the ids and labels of a row without input media."""
 
@@ -262,8 +261,5 @@ def fingerprint(content: Content) -> str:
         return xxhash.xxh3_128_hexdigest(content.encode())
     if isinstance(content, tuple):
         return xxhash.xxh3_128_hexdigest(np.asarray(content, dtype=np.int64).tobytes())
-    digest = xxhash.xxh3_128()
     with content.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

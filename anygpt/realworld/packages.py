@@ -60,14 +60,3 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
         else:
             shutil.unpack_archive(archive, folder, "gztar", filter="data")
         yield Path(folder)
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` if nothing is raised, so that nothing half-written bears its name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        made = Path(folder, target.name)
-        made.mkdir()
-        yield made
-        made.rename(target)

@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from anygpt.errors import InputError
-from anygpt.media.writing import write_audio, write_image, write_video
+from anygpt.media.types import MEDIA
+from anygpt.media.writing import write_image
 from anygpt.toyworld import language
 from anygpt.toyworld.render import SAMPLING_RATE, render, render_video
 from anygpt.toyworld.scenes import KINDS as SCENE_KINDS
@@ -45,7 +46,6 @@ _CLIP_SCALE = 2
 """Enlargement of written clips: H.264 halves the resolution of chroma, which would wash out thin shapes."""
 _FIRST_ROWS = 48
 """Rows that tell whether a dataset on disk is the one that this code writes."""
-SUFFIX = {"image": "png", "video": "mp4", "audio": "wav"}
 
 Part = dict[str, str]
 Rng = np.random.Generator
@@ -126,14 +126,11 @@ def write_dataset(
 
 
 def write_render(path: Path, thing: Thing, modality: str, motion: str | None, rng: np.random.Generator) -> None:
-    """Render a picture, clip or sound to a file with the modality's `SUFFIX`; only clips use `motion`."""
+    """Render a picture, clip or sound to a file; only clips use `motion`."""
     medium = render(modality, thing, motion, rng)
-    if modality == "image":
-        write_image(path, medium)
-    elif modality == "video":
-        write_video(path, medium.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2), FPS)
-    else:
-        write_audio(path, medium, SAMPLING_RATE)
+    if modality == "video":
+        medium = medium.repeat(_CLIP_SCALE, axis=1).repeat(_CLIP_SCALE, axis=2)
+    MEDIA[modality].write(path, medium, SAMPLING_RATE if modality == "audio" else FPS)
 
 
 class _RowWriter:
@@ -195,7 +192,7 @@ class _RowWriter:
         return {"id": name, "messages": messages}
 
     def _scene(self, rng: Rng, name: str, scene: Scene) -> Part:
-        path = f"image/{name}.{SUFFIX['image']}"
+        path = f"image/{name}.png"
         write_image(self.folder / path, render_scene(scene, rng))
         return {"type": "image", "path": f"{self.kind}/{path}"}
 
@@ -276,7 +273,7 @@ class _RowWriter:
         return user, given
 
     def _medium(self, name: str, thing: Thing, modality: str, motion: str | None, rng: Rng) -> Part:
-        path = f"{modality}/{name}.{SUFFIX[modality]}"
+        path = f"{modality}/{name}{MEDIA[modality].suffixes[0]}"
         if self.kind == "stills" and rng.integers(2):
             frame = language.pick(rng, render_video(thing, language.pick(rng, MOTIONS), rng))
             write_image(self.folder / path, Image.fromarray(frame))

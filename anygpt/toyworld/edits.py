@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +23,10 @@ from tqdm import tqdm
 from anygpt.decoders.base import load_decoder
 from anygpt.decoders.instruct_pix2pix import InstructPix2PixDecoder
 from anygpt.errors import InputError, exit_code
-from anygpt.media.writing import write_image
+from anygpt.media.writing import replacing, write_image
 from anygpt.toyworld import language
 from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.render import _FORMS, RGB, draw
+from anygpt.toyworld.render import _FORMS, RGB, background_of, draw
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MOTIONS, SEEN, SHAPES, THINGS, Thing
 
 SIZE = 32
@@ -60,8 +58,8 @@ class Scene:
         """A scene that leaves room to move the thing; `rng` is advanced."""
         radius = SIZE * rng.uniform(0.20, 0.28)
         x, y = SIZE / 2 + rng.uniform(-1, 1, size=2) * room(radius)
-        background = rng.uniform(5, 35) + rng.uniform(-5, 5, size=3)
-        return cls(thing, x, y, radius, rng.uniform(0.8, 1.0), tuple(int(c) for c in background.round()))
+        background = background_of(rng)
+        return cls(thing, x, y, radius, rng.uniform(0.8, 1.0), background)
 
     def picture(self) -> Image.Image:
         """An RGB image of 32 × 32 pixels."""
@@ -182,8 +180,7 @@ def write(output: Path, samples: dict[str, int], seed: int = 0) -> None:
     """Write the files of rows, and the untrained decoder, to `output`, which appears when all are there."""
     if output.exists():
         raise InputError(f"--output {output} exists; give a new folder, or remove it")
-    temporary = output.parent / f".{output.name}-{secrets.token_hex(4)}"
-    try:
+    with replacing(output) as temporary:
         for number, name in enumerate(FILES):
             (temporary / name).mkdir(parents=True)
             with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as file:
@@ -191,9 +188,6 @@ def write(output: Path, samples: dict[str, int], seed: int = 0) -> None:
                     rng = np.random.default_rng([seed, 100 + number, index])
                     file.write(json.dumps(row_of(temporary, name, index, rng)) + "\n")
         InstructPix2PixDecoder.widened(load_decoder("zoo:image_decoder").pipeline).save_pretrained(temporary / "start")
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str]) -> None:

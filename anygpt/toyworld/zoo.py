@@ -16,8 +16,6 @@ Their configs and tokenizers define the untrained parts, too, which training sta
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import torch
 import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from anygpt.media.writing import replacing
 from anygpt.parts.source import ZOO
 from anygpt.toyworld.language import caption, plain_caption
 from anygpt.toyworld.world import THINGS
@@ -66,19 +65,14 @@ def write_untrained(folder: Path, seed: int = 0) -> Path:
     """
     if folder.is_dir():
         return folder
-    temporary = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
-    try:
-        with torch.random.fork_rng(devices=[]):  # preserves the caller's random state
-            for index, part in enumerate(PARTS):
-                torch.manual_seed(seed * len(PARTS) + index)
-                without = shutil.ignore_patterns("*.safetensors", "README.md", "anygpt_decoder.json")
-                shutil.copytree(ZOO / part, temporary / part, ignore=without)
-                for path in (temporary / part / name for name in _NETWORKS):
-                    if (path / "config.json").is_file():
-                        _initialise(path).save_pretrained(path)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(folder) as temporary, torch.random.fork_rng(devices=[]):  # preserves the caller's random state
+        for index, part in enumerate(PARTS):
+            torch.manual_seed(seed * len(PARTS) + index)
+            without = shutil.ignore_patterns("*.safetensors", "README.md", "anygpt_decoder.json")
+            shutil.copytree(ZOO / part, temporary / part, ignore=without)
+            for path in (temporary / part / name for name in _NETWORKS):
+                if (path / "config.json").is_file():
+                    _initialise(path).save_pretrained(path)
     return folder
 
 

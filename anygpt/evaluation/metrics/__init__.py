@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
 from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
-from anygpt.evaluation.metrics.composition import CompositionScore, SceneScore
-from anygpt.evaluation.metrics.edits import EditScore
+from anygpt.evaluation.metrics.composition import CompositionScore, EditScore, SceneScore
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA

@@ -1,4 +1,5 @@
-"""Composition accuracy of images for prompts of `anygpt.data.grammar`, judged by a detector or, in ToyWorld 2, exactly.
+"""Whether images show what was asked for: compositions (prompts of `anygpt.data.grammar`), judged by a detector or, in
+ToyWorld 2, exactly; and ToyWorld's edits.
 
 Categories and rules are those of GenEval (arXiv 2310.11513): detections above a threshold, exact counts, colours by
 CLIP on the crop, positions by the boxes' centres.
@@ -17,6 +18,7 @@ from anygpt.data.grammar import COLOURS, RELATIONS
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 from anygpt.evaluation.metrics.features import loading
+from anygpt.toyworld.edits import judge, look
 from anygpt.toyworld.scene_judge import find_things, fits
 from anygpt.toyworld.scenes import read_caption
 
@@ -123,3 +125,22 @@ class CompositionScore(ByCategory):
         """Colour whose description is closest to a crop."""
         texts = self.network.of_texts([f"a photo of a {colour} {name}" for colour in COLOURS])
         return COLOURS[int(F.cosine_similarity(self.network.of_media([crop]), texts).argmax())]
+
+
+class EditScore(Metric):
+    """Share of pictures that changed what was asked (`_changed`), that kept the rest (`_kept`), and both (`_right`)."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.scores: dict[str, list[float]] = defaultdict(list)
+
+    def update(self, batch: Batch) -> None:
+        seen = (look(batch.media(role, self.modality)) for role in ("source", "target", "answer"))
+        for pictures in zip(*seen, strict=True):
+            changed, kept = judge(*pictures)
+            self.scores["_changed"].append(changed)
+            self.scores["_kept"].append(kept)
+            self.scores["_right"].append(changed and kept)
+
+    def compute(self) -> dict[str, Value]:
+        return {name: mean_value(scores) for name, scores in self.scores.items()}

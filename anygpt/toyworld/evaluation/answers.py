@@ -1,5 +1,6 @@
-"""The model's answers to requests, and their judgement."""
+"""The model's answers to requests, their judgement, and shares of right ones."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,13 +10,15 @@ import torch
 
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
+from anygpt.processing.chat_template import answer_message
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.toyworld.evaluation.requests import WAYS, Request
+from anygpt.toyworld.evaluation.requests import TURNS, WAYS, Request
 from anygpt.toyworld.judges import answers_question, load_judges, read_words
 from anygpt.toyworld.render import SAMPLING_RATE
 
 Verdict = tuple[str | None, str | None]
 """(shape, colour), each None if it is not clear."""
+Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,27 @@ def ask(
         progress(len(batch))
 
 
+def hold(
+    model: MultimodalModel,
+    processor: MultimodalProcessor,
+    conversations: Sequence[Sequence[Request]],
+    settings: Settings,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[list[Judged]]:
+    """Hold all conversations and judge the answers, `[turn][conversation]`; a turn's context has the model's own
+    earlier answers, including media."""
+    said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
+    judged = []
+    for turn in range(TURNS):
+        requests = [replace(turns[turn], before=tuple(said[turns[turn].id[:-2]])) for turns in conversations]
+        found = {}
+        for request, answer in ask(model, processor, requests, settings, progress):
+            said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
+            found[request.id] = judge(request, answer)
+        judged.append([found[turns[turn].id] for turns in conversations])
+    return judged
+
+
 def judge(request: Request, answer: Answer) -> Judged:
     """Judge an answer."""
     media = {way: [segment for segment in answer.segments if segment.type == way] for way in WAYS[1:]}
@@ -168,3 +192,21 @@ def judge_media(modality: str, media: Sequence[Any], rate: float | None) -> list
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927), also valid at 0 and 1 and for few trials; (0, 1) for none."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z = right / n, Z_95
+    centre = share + z * z / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def share(outcomes: Iterable[bool]) -> dict[str, Any]:
+    """`{"rate", "right", "n", "interval"}` of outcomes; the rate is None if there are none."""
+    outcomes = list(outcomes)
+    right, n = sum(outcomes), len(outcomes)
+    return {"rate": right / n if n else None, "right": right, "n": n, "interval": list(wilson_interval(right, n))}

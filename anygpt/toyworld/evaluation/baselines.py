@@ -19,8 +19,7 @@ from anygpt.model.multimodal import MultimodalModel
 from anygpt.tokenizers.base import MediaTokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.toyworld import language
-from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, judge_media
-from anygpt.toyworld.evaluation.formatting import share
+from anygpt.toyworld.evaluation.answers import Judged, Settings, batches, judge_media, share
 from anygpt.toyworld.render import SAMPLING_RATE, render
 from anygpt.toyworld.world import MOTIONS, Thing
 

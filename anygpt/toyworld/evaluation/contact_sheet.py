@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.media.types import read_media
+from anygpt.media.types import media_type, read_media
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.requests import Request, plain
+from anygpt.toyworld.evaluation.requests import Request
 
 ROWS = 3
 """Things shown for each input modality."""
@@ -70,9 +70,9 @@ def spectrogram_image(waveform: np.ndarray, sampling_rate: float) -> Image.Image
 def _given(request: Request, folder: Path) -> Image.Image:
     if request.path is None:
         return _tile("input", f"(in words) {request.thing}")
-    medium: Any = plain(read_media(request.source, folder / request.path))
-    wave, rate = (medium[0][0], medium[1]) if request.source == "audio" else (medium, None)
-    return _tile("input", _picture(request.source, wave, rate), [(f"{request.source}: {request.thing}", _INK)])
+    medium = media_type(request.source).to_target(read_media(request.source, folder / request.path))
+    medium, rate = medium if request.source == "audio" else (medium, None)
+    return _tile("input", _picture(request.source, medium, rate), [(f"{request.source}: {request.thing}", _INK)])
 
 
 def _made(one: Judged) -> Image.Image:

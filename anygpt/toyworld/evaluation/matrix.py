@@ -15,15 +15,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from anygpt.errors import InputError
-from anygpt.media.types import media_type
+from anygpt.media.types import MEDIA, media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.toyworld.datasets import SUFFIX
-from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, judge
+from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, hold, judge, share
 from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
-from anygpt.toyworld.evaluation.conversations import TURNS, conversation_requests, hold, turn_table
-from anygpt.toyworld.evaluation.formatting import share
-from anygpt.toyworld.evaluation.requests import TALK, WAYS, matrix_requests, talk_requests
+from anygpt.toyworld.evaluation.requests import TALK, TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.world import HELD_OUT, SEEN, VALIDATION
 from anygpt.version import __version__
 
@@ -121,6 +118,12 @@ def talk_table(talked: Sequence[Judged]) -> dict[str, Any]:
     return table | {"unasked": share(bool(one.unasked) for one in talked)}
 
 
+def turn_table(judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
+    """For each turn, the shares of right answers, of missing media and of unrequested media."""
+    kinds = ("right", "missing", "unasked")
+    return [{kind: share(bool(getattr(one, kind)) for one in ones) for kind in kinds} for ones in judged]
+
+
 def write_samples(folder: Path, judged: Sequence[Judged]) -> None:
     """Write the generated media, and `index.jsonl`: one line per sample, paths relative to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,7 @@ def write_samples(folder: Path, judged: Sequence[Judged]) -> None:
 
 
 def sample_path(one: Judged) -> str:
-    return f"{one.request.id}.{SUFFIX[one.request.target]}"
+    return one.request.id + MEDIA[one.request.target].suffixes[0]
 
 
 def check_settings(settings: Settings) -> None:

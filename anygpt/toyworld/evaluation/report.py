@@ -15,14 +15,13 @@ from anygpt.media.types import media_type
 from anygpt.media.writing import write
 from anygpt.pages import page_template
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.formatting import interval, outputs_of, percent, rate, turn_lines
 from anygpt.toyworld.evaluation.matrix import sample_path
 from anygpt.toyworld.evaluation.requests import WAYS
 
 
 def text_table(report: dict[str, Any]) -> str:
     """Format the matrix with its intervals and baselines for the terminal."""
-    targets, talk = outputs_of(report), report["text_only"]
+    targets, talk = targets_of(report), report["text_only"]
     shown = {"in / out": dict(zip(targets, targets, strict=True))}
     for source, row in report["matrix"].items():
         bounds = report["intervals"][source]
@@ -84,7 +83,7 @@ def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, s
         first.setdefault(one.request.source, {}).setdefault(one.request.target, one)
     return page_template("anygpt.toyworld.evaluation", "matrix.html.jinja").render(
         report=report,
-        targets=outputs_of(report),
+        targets=targets_of(report),
         motion=motion_rates(report),
         turns=turn_lines(report["turns"]),
         sheet=base64.b64encode(sheet).decode(),
@@ -95,3 +94,27 @@ def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, s
         mime=lambda modality: media_type(modality).mime,
         **{tool.__name__: tool for tool in (interval, percent, rate, sample_path)},
     )
+
+
+def targets_of(report: dict[str, Any]) -> list[str]:
+    return list(next(iter(report["matrix"].values())))
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}" if 0 < share < 1 else f"{share:.0%}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0] * 100:.0f}–{bounds[1] * 100:.0f}"
+
+
+def rate(found: dict[str, Any]) -> str:
+    return f"{percent(found['rate'])} ({found['right']} of {found['n']})"
+
+
+def turn_lines(turns: Sequence[dict[str, Any]]) -> list[str]:
+    """Results of conversations, one line per turn."""
+    return [
+        f"turn {number}: right {rate(turn['right'])}, missing {rate(turn['missing'])}, unasked {rate(turn['unasked'])}"
+        for number, turn in enumerate(turns, 1)
+    ]

@@ -1,27 +1,29 @@
-"""Requests to the model: the 16 cells of the any-to-any matrix, and talk without media.
+"""Requests to the model: the 16 cells of the any-to-any matrix, talk without media, and conversations of four turns.
 
 The four cells in a row of the matrix have the same input media, so that they differ in the request alone. Media go
 through files, as in training.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anygpt.media.files import Audio, Video
-from anygpt.media.types import read_media
+from anygpt.media.types import MEDIA, read_media
 from anygpt.toyworld import language
-from anygpt.toyworld.datasets import SUFFIX, write_render
+from anygpt.toyworld.datasets import write_render
 from anygpt.toyworld.world import MODALITIES, MOTIONS, Thing
 
 WAYS = ("text", *MODALITIES)
 """Input and output modalities, in the order of the matrix."""
 TALK = ("question", "small talk", "nonsense")
-_STREAM = 20_09
-"""Separates the evaluation's random draws from those of a dataset with the same seed."""
+TURNS = 4
+"""Of a conversation; they measure whether later answers are as accurate as first ones."""
+_STREAM, _CONVERSATIONS = 20_09, 20_10
+"""Separate the evaluation's random draws from those of a dataset with the same seed."""
+_LATER = ("anew", "anew", "it", "it", "first", "talk")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,50 @@ def talk_request(name: str, kind: str, thing: Thing | None, rng: np.random.Gener
     return Request(name, "text", "text", prompt, reference=(answer,) if kind == "small talk" else language.REFUSALS)
 
 
+def conversation_requests(
+    folder: Path, sources: Sequence[str], targets: Sequence[str], things: Sequence[Thing], count: int, seed: int
+) -> list[list[Request]]:
+    """Make `count` conversations of `TURNS` requests; input media are written to `folder`/conversations.
+
+    First turns go through the cells of the matrix. Later turns are a cell with another thing, refer to an earlier
+    thing ("it", "the first one"), or are small talk.
+    """
+    things = shuffled(things, seed)
+    cells = [(source, target) for source in sources for target in targets]
+    conversations = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, _CONVERSATIONS, number])
+        told: list[Thing] = []
+        turns = []
+        for turn in range(TURNS):
+            way = language.pick(rng, _LATER) if turn else "anew"
+            name = f"conversation-{number:04d}-{turn + 1}"
+            if way == "anew":
+                source, target = language.pick(rng, cells) if turn else cells[number % len(cells)]
+                thing = language.pick(rng, things)
+                draw = int(rng.integers(2**31))
+                [request] = matrix_requests(folder / "conversations" / name, [source], [target], [thing], 1, draw)
+                path = f"conversations/{name}/{request.path}" if request.path else None
+                turns.append(replace(request, id=name, path=path))
+                told.append(thing)
+            elif way == "talk":
+                kind = language.pick(rng, TALK[1:])
+                turns.append(talk_request(name, kind, None, rng))
+            else:
+                it, thing = (language.LATEST, told[-1]) if way == "it" else (language.FIRST, told[0])
+                told.append(thing)
+                target = language.pick(rng, targets)
+                if target == "text":
+                    prompt, answer = language.later_question(it, thing, rng)
+                    turns.append(Request(name, "text", "text", prompt, thing, reference=(answer,)))
+                else:
+                    motion = language.pick(rng, MOTIONS) if target == "video" else None
+                    prompt = language.later_request(target, it, rng, motion)
+                    turns.append(Request(name, "text", target, prompt, thing, motion))
+        conversations.append(turns)
+    return conversations
+
+
 def shuffled(things: Sequence[Thing], seed: int) -> list[Thing]:
     """Shuffle things by the seed, so that few samples cover several shapes."""
     return [things[i] for i in np.random.default_rng([seed, _STREAM]).permutation(len(things))]
@@ -119,13 +165,6 @@ def _show(folder: Path, source: str, thing: Thing, number: int, seed: int) -> tu
         return None, None, None
     rng = np.random.default_rng([seed, _STREAM, WAYS.index(source), 0, number])
     motion = language.pick(rng, MOTIONS) if source == "video" else None
-    path = f"inputs/{source}-{number:04d}.{SUFFIX[source]}"
+    path = f"inputs/{source}-{number:04d}{MEDIA[source].suffixes[0]}"
     write_render(folder / path, thing, source, motion, rng)
-    return motion, path, plain(read_media(source, folder / path))
-
-
-def plain(medium: Any) -> Any:
-    """Convert a decoded medium to processor input: a PIL image, frames, or (waveform, rate)."""
-    if isinstance(medium, Video):
-        return medium.frames
-    return (medium.waveform, medium.sampling_rate) if isinstance(medium, Audio) else medium
+    return motion, path, read_media(source, folder / path)
