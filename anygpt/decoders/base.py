@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
-from anygpt.decoders.options import STEERING, check_options, expected_of, seeded
+from anygpt.decoders.options import STEERING, Rule, check_options, is_integer, seeded
 from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
@@ -298,9 +298,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     # ---- the options of generation
 
     @property
-    def option_names(self) -> tuple[str, ...]:
-        """The options that `generate(decoder_kwargs={key: …})` takes for this decoder."""
-        return (*STEERING, *self.size_names)
+    def option_rules(self) -> dict[str, Rule]:
+        """The options that `generate(decoder_kwargs={key: …})` takes for this decoder; families add their sizes."""
+        most = self.pipeline.scheduler.config.num_train_timesteps
+        steps = (lambda value: is_integer(value) and 1 <= value <= most, f"a whole number from 1 to {most}")
+        return {"num_inference_steps": steps, **STEERING}
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -310,11 +312,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise an `InputError` for an option that this decoder does not have or cannot use."""
-        check_options(self, options)
-
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """What was expected instead of an option's value, or None if it is valid; families add their own sizes."""
-        return expected_of(name, value, self.pipeline.scheduler.config.num_train_timesteps, self.size_multiple)
+        check_options(f"the {self.modality} decoder", self.option_rules, options)
 
     @property
     def size_multiple(self) -> int:

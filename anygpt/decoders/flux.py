@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.forms import ImageDecoder
-from anygpt.decoders.options import is_number
+from anygpt.decoders.options import Rule, is_number
 from anygpt.errors import InputError
 
 
@@ -83,8 +83,14 @@ class FluxDecoder(ImageDecoder):
         return self.pipeline._pack_latents(latents, rows, channels, height, width), ids
 
     @property
-    def option_names(self) -> tuple[str, ...]:
-        return (*super().option_names, "true_cfg_scale")
+    def option_rules(self) -> dict[str, Rule]:
+        """Also `true_cfg_scale`; a guidance that the model would ignore is refused."""
+        rules = super().option_rules
+        rules["true_cfg_scale"] = (lambda value: is_number(value) and value > 1, "a number above 1")
+        if not self.transformer.config.guidance_embeds:
+            advice = "none: this FLUX has no guidance_embeds; true_cfg_scale guides away from a negative_prompt"
+            rules["guidance_scale"] = (lambda value: is_number(value) and value <= 1, advice)
+        return rules
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -92,15 +98,6 @@ class FluxDecoder(ImageDecoder):
         if not self.transformer.config.guidance_embeds:
             del found["guidance_scale"]
         return found
-
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """Also refuses a guidance that the model would ignore."""
-        if name == "true_cfg_scale":
-            return None if is_number(value) and value > 1 else "a number above 1"
-        expected = super().expected_of(name, value)
-        if name == "guidance_scale" and not expected and value > 1 and not self.transformer.config.guidance_embeds:
-            return "none: this FLUX has no guidance_embeds; true_cfg_scale guides away from a negative_prompt"
-        return expected
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Also refuses a negative or `true_cfg_scale` without the other, which the pipeline would ignore."""

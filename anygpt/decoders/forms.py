@@ -13,9 +13,11 @@ from torch import Tensor
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.options import is_number
+from anygpt.decoders.options import Rule, is_integer, is_number
 from anygpt.decoders.targets import ImageTargets, TargetProcessor, VideoTargets
 from anygpt.errors import InputError
+
+STRENGTH: Rule = (lambda value: is_number(value) and 0 < value <= 1, "a number above 0, up to 1")
 
 
 class ImageDecoder(DiffusionDecoder):
@@ -50,15 +52,12 @@ class ImageDecoder(DiffusionDecoder):
         return ImageTargets(self.height, self.width, self.vae.config.in_channels, self.takes_reference)
 
     @property
-    def option_names(self) -> tuple[str, ...]:
-        """Also `strength`, if diffusers has an image-to-image pipeline of this family."""
+    def option_rules(self) -> dict[str, Rule]:
+        """Also the sizes, and `strength` if diffusers has an image-to-image pipeline of this family."""
+        part = self.size_multiple
+        side = (lambda value: is_integer(value) and value > 0 and value % part == 0, f"a multiple of {part}")
         starts = hasattr(diffusers, self.pipeline_name.replace("Pipeline", "Img2ImgPipeline"))
-        return (*super().option_names, "strength") if starts else super().option_names
-
-    def expected_of(self, name: str, value: Any) -> str | None:
-        if name == "strength":
-            return None if is_number(value) and 0 < value <= 1 else "a number above 0, up to 1"
-        return super().expected_of(name, value)
+        return super().option_rules | {"height": side, "width": side} | ({"strength": STRENGTH} if starts else {})
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Also refuses a `strength` so small that no step is left."""
@@ -125,12 +124,13 @@ class VideoDecoder(ImageDecoder):
         height, width = self.call_default("height"), self.call_default("width")
         return super().native_size if height is None else (height, width)
 
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """Also refuses frames that would not be whole latent frames."""
-        expected = super().expected_of(name, value)
-        if name == "num_frames" and not expected and (value - 1) % self.frame_multiple:
-            return f"a multiple of {self.frame_multiple}, and one more"
-        return expected
+    @property
+    def option_rules(self) -> dict[str, Rule]:
+        """Also the number of frames, which must be whole latent frames."""
+        part = self.frame_multiple
+        expected = "a whole number from 1" if part == 1 else f"a multiple of {part}, and one more"
+        frames = (lambda value: is_integer(value) and value > 0 and (value - 1) % part == 0, expected)
+        return super().option_rules | {"num_frames": frames}
 
     @property
     def rate(self) -> float:
@@ -175,12 +175,12 @@ class AudioDecoder(DiffusionDecoder):
     def rate(self) -> float:
         return self.sampling_rate
 
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """Also checks that the length in seconds gives at least one latent."""
-        if name != "audio_length_in_s":
-            return super().expected_of(name, value)
+    @property
+    def option_rules(self) -> dict[str, Rule]:
+        """Also the length in seconds, which gives at least one latent."""
         least = self.seconds_per_latent
-        return None if is_number(value) and value >= least else f"a number of seconds from {least:.4g}"
+        length = (lambda value: is_number(value) and value >= least, f"a number of seconds from {least:.4g}")
+        return super().option_rules | {"audio_length_in_s": length}
 
     def collect(self, output: Any) -> list[np.ndarray]:
         """float32 waveforms, cut by the pipeline to the requested length."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.forms import ImageDecoder
-from anygpt.decoders.options import is_number
+from anygpt.decoders.options import Rule, is_number
 from anygpt.decoders.pipelines import find_pipeline
 
 
@@ -68,15 +68,11 @@ class InstructPix2PixDecoder(ImageDecoder):
             del self.pipeline.prepare_image_latents
 
     @property
-    def option_names(self) -> tuple[str, ...]:
-        return (*super().option_names, "image_guidance_scale")
+    def option_rules(self) -> dict[str, Rule]:
+        """Also `image_guidance_scale`; below 1 the pipeline would not guide at all."""
+        scale = (lambda value: is_number(value) and value >= 1, "a number from 1")
+        return super().option_rules | {"image_guidance_scale": scale}
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
         return super().pipeline_options | {"image_guidance_scale": self.call_default("image_guidance_scale")}
-
-    def expected_of(self, name: str, value: Any) -> str | None:
-        """Also refuses an `image_guidance_scale` below 1, with which the pipeline would not guide at all."""
-        if name == "image_guidance_scale":
-            return None if is_number(value) and value >= 1 else "a number from 1"
-        return super().expected_of(name, value)

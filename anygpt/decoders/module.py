@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.options import ALTERNATIVES
+from anygpt.decoders.options import MediaMaker
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
 from anygpt.sequence.signal_tokens import SIGNALS
 
 
-class ModalDecoderModule(nn.Module):
+class ModalDecoderModule(MediaMaker):
     """One output modality: states at a signal span → output projector → condition → diffusion decoder.
 
     Args:
@@ -64,29 +64,10 @@ class ModalDecoderModule(nn.Module):
         self.layer_weights: nn.Parameter | None = None
         self.defaults = defaults or {}
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """A copy of the default options of generation."""
-        return dict(self._defaults)
-
-    @defaults.setter
-    def defaults(self, options: Mapping[str, Any]) -> None:
-        if by_request := {"seed", "generator", "negative_condition"} & set(options):
-            raise InputError(f"defaults of the {self.modality} decoder cannot set {', '.join(sorted(by_request))}")
-        self.module.check_options(options)
-        self._defaults = dict(options)
-
     own_options = property(lambda self: self.module.pipeline_options | self.options({}))
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise an `InputError` for an option of generation that, over the defaults, the decoder cannot use."""
-        self.module.check_options(dict.fromkeys(options) | self.options(options))
-
-    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge a request's options over the defaults; None stands for the default."""
-        given = {name: value for name, value in given.items() if value is not None}
-        replaced = {name for pair in ALTERNATIVES for name in pair if set(pair) & set(given)}
-        return {name: value for name, value in self._defaults.items() if name not in replaced} | given
+    def check_values(self, options: Mapping[str, Any]) -> None:
+        self.module.check_options(options)
 
     def edits(self, given: Mapping[str, Any]) -> bool:
         """Whether a request with these options edits, or starts from, the last medium shown."""

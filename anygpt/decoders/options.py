@@ -1,71 +1,19 @@
-"""Options of generation for a decoder: `generate(decoder_kwargs={key: options})`."""
+"""Options of generation for what makes media: `generate(decoder_kwargs={key: options})`."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 
-STEERING = ("num_inference_steps", "guidance_scale", "negative_prompt", "negative_condition", "seed", "generator")
-"""Options of every decoder, besides its family's sizes."""
 ALTERNATIVES = (("negative_prompt", "negative_condition"), ("seed", "generator"))
 MAX_SEED = 2**63 - 1
-
-
-def check_options(decoder: Any, options: Mapping[str, Any]) -> None:
-    """Raise `InputError` for an unknown option of generation or an invalid value (None is the default), ahead of it."""
-    who = f"the {decoder.modality} decoder"
-    if unknown := sorted(set(options) - set(decoder.option_names), key=str):
-        known = ", ".join(decoder.option_names)
-        raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {known}")
-    given = {name: value for name, value in options.items() if value is not None}
-    for one, other in ALTERNATIVES:
-        if one in given and other in given:
-            raise InputError(f"{who} is given both {one} and {other}; give one of them")
-    for name, value in given.items():
-        if expected := decoder.expected_of(name, value):
-            raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
-
-
-def expected_of(name: str, value: Any, most_steps: int, size_multiple: int) -> str | None:
-    """What was expected instead of an option's value; None if it is valid, or not checked here.
-
-    Heights and widths are multiples of `size_multiple`; there are at most `most_steps`, as in training.
-    """
-    if name == "num_inference_steps":
-        good = is_integer(value) and 1 <= value <= most_steps
-        return None if good else f"a whole number from 1 to {most_steps}"
-    if name == "guidance_scale":
-        return None if is_number(value) else "a finite number"
-    if name == "seed":
-        seeds = value if isinstance(value, (list, tuple)) else [value]
-        good = all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds)
-        return None if good else "a whole number from 0, or a list of such with one a row"
-    if name == "generator":
-        good = all(isinstance(one, torch.Generator) for one in (value if isinstance(value, list) else [value]))
-        return None if good else "a torch.Generator, or a list with one a sample"
-    if name == "negative_condition":
-        return None if isinstance(value, (torch.Tensor, Condition)) else "a tensor or a Condition"
-    if name == "negative_prompt":
-        return None if isinstance(value, str) and is_text(value) else "a text of whole characters"
-    if name in ("height", "width"):
-        good = is_integer(value) and value > 0 and value % size_multiple == 0
-        return None if good else f"a multiple of {size_multiple}"
-    if name == "num_frames":
-        return None if is_integer(value) and value > 0 else "a whole number from 1"
-    return None
-
-
-def seeded(seed: int | Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
-    """One generator a sample, seeded by the seed (one, or one a sample) plus the sample's place in its answer."""
-    seeds = [seed] * len(places) if isinstance(seed, int) else seed
-    return [
-        torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)
-        for own, place in zip(seeds, places, strict=True)
-    ]
+Rule: TypeAlias = tuple[Callable[[Any], bool], str]
+"""A test of an option's value, and the words for what is expected."""
 
 
 def is_integer(value: Any) -> bool:
@@ -77,6 +25,80 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def is_text(value: str) -> bool:
-    """Whether a text has no lone surrogates, which JSON and command lines may hold but tokenizers refuse."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+def is_text(value: Any) -> bool:
+    """Whether a value is a text without lone surrogates, which JSON may hold but tokenizers refuse."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def are_seeds(value: Any) -> bool:
+    seeds = value if isinstance(value, (list, tuple)) else [value]
+    return all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def are_generators(value: Any) -> bool:
+    return all(isinstance(one, torch.Generator) for one in (value if isinstance(value, list) else [value]))
+
+
+STEERING: dict[str, Rule] = {
+    "guidance_scale": (is_number, "a finite number"),
+    "negative_prompt": (is_text, "a text of whole characters"),
+    "negative_condition": (lambda value: isinstance(value, (torch.Tensor, Condition)), "a tensor or a Condition"),
+    "seed": (are_seeds, "a whole number from 0, or a list of such with one a row"),
+    "generator": (are_generators, "a torch.Generator, or a list with one a sample"),
+}
+"""Options of every decoder, besides its steps and its family's sizes."""
+
+
+def check_options(who: str, rules: Mapping[str, Rule], options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for an option that has no rule, or whose value (None is the default) breaks its rule."""
+    if unknown := sorted(set(options) - set(rules), key=str):
+        raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {', '.join(rules)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    for one, other in ALTERNATIVES:
+        if one in given and other in given:
+            raise InputError(f"{who} is given both {one} and {other}; give one of them")
+    for name, value in given.items():
+        fits, expected = rules[name]
+        if not fits(value):
+            raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
+
+
+class MediaMaker(nn.Module):
+    """A module that makes media of one modality, with default options of generation that are saved with the model."""
+
+    modality: str
+
+    def check_values(self, options: Mapping[str, Any]) -> None:
+        """Raise an `InputError` for options that, without any defaults, the module cannot use."""
+        raise NotImplementedError
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise an `InputError` for options of a request that, over the defaults, the module cannot use."""
+        self.check_values(dict.fromkeys(options) | self.options(options))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """A copy of the default options of generation."""
+        return dict(self._defaults)
+
+    @defaults.setter
+    def defaults(self, options: Mapping[str, Any]) -> None:
+        if by_request := {"seed", "generator", "negative_condition"} & set(options):
+            raise InputError(f"the defaults of {self.modality} cannot set {', '.join(sorted(by_request))}")
+        self.check_values(options)
+        self._defaults = dict(options)
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge a request's options over the defaults; None stands for the default."""
+        given = {name: value for name, value in given.items() if value is not None}
+        replaced = {name for pair in ALTERNATIVES for name in pair if set(pair) & set(given)}
+        return {name: value for name, value in self._defaults.items() if name not in replaced} | given
+
+
+def seeded(seed: int | Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
+    """One generator a sample, seeded by the seed (one, or one a sample) plus the sample's place in its answer."""
+    seeds = [seed] * len(places) if isinstance(seed, int) else seed
+    return [
+        torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)
+        for own, place in zip(seeds, places, strict=True)
+    ]

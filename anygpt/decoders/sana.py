@@ -8,7 +8,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.forms import ImageDecoder
+from anygpt.decoders.forms import STRENGTH, ImageDecoder
+from anygpt.decoders.options import Rule
 
 
 class SanaDecoder(ImageDecoder):
@@ -51,9 +52,9 @@ class SanaDecoder(ImageDecoder):
         return super().prompt_arguments(condition, negative) | more
 
     @property
-    def option_names(self) -> tuple[str, ...]:
+    def option_rules(self) -> dict[str, Rule]:
         """Also `strength`, though diffusers has no image-to-image pipeline of this family."""
-        return (*super().option_names, "strength")
+        return super().option_rules | {"strength": STRENGTH}
 
     def call_pipeline(self, **arguments: Any) -> Any:
         """Call the pipeline; with a reference, at the step of its schedule that `strength` says, from the reference's

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.forms import AudioDecoder
+from anygpt.decoders.options import Rule
 from anygpt.decoders.schedules import AngularSchedule
 from anygpt.decoders.targets import WaveformTargets
 
@@ -34,11 +35,13 @@ class StableAudioDecoder(AudioDecoder):
     def seconds_per_latent(self) -> float:
         return self.vae.hop_length / self.sampling_rate
 
-    def expected_of(self, name: str, value: Any) -> str | None:
+    @property
+    def option_rules(self) -> dict[str, Rule]:
         """Also refuses a length beyond the window."""
-        expected, most = super().expected_of(name, value), self.transformer.config.sample_size * self.seconds_per_latent
-        too_long = name == "audio_length_in_s" and not expected and value > most
-        return f"a number of seconds up to {most:.4g}" if too_long else expected
+        rules, most = super().option_rules, self.transformer.config.sample_size * self.seconds_per_latent
+        fits, expected = rules["audio_length_in_s"]
+        length = (lambda value: fits(value) and value <= most, f"{expected} to {most:.4g}")
+        return rules | {"audio_length_in_s": length}
 
     @property
     def condition_shape(self) -> tuple[int, int]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anygpt.decoders.options import ALTERNATIVES, MAX_SEED, is_integer, is_number
+from anygpt.decoders.options import MediaMaker, Rule, are_seeds, check_options, is_integer, is_number
 from anygpt.errors import InputError
 from anygpt.sequence.signal_tokens import Grid
 from anygpt.tokenizers.base import MediaTokenizer
@@ -15,10 +15,16 @@ MEDIA, CODES = "media", "codes"
 """Inputs of a tokenizer, `<key>.media` from its `targets` or `<key>.codes`."""
 SAMPLING = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0}
 """Options of generation and their defaults: no guidance, and codes drawn from the model's own probabilities."""
-OPTIONS = (*SAMPLING, "seed", "generator")
+OPTIONS: dict[str, Rule] = {
+    "guidance_scale": (is_number, "a finite number"),
+    "temperature": (lambda value: is_number(value) and value >= 0, "a number from 0"),
+    "top_k": (lambda value: is_integer(value) and value >= 0, "a whole number from 0"),
+    "seed": (are_seeds, "whole numbers from 0"),
+    "generator": (lambda value: isinstance(value, torch.Generator), "a torch.Generator"),
+}
 
 
-class ModalTokenizerModule(nn.Module):
+class ModalTokenizerModule(MediaMaker):
     """One modality whose media are spans of codes, `<key> c₁ … cₙ </key>`, in questions and answers alike.
 
     Args:
@@ -39,45 +45,18 @@ class ModalTokenizerModule(nn.Module):
         self.module, self.modality, self.row_ends = model, model.modality, row_ends
         self.defaults = defaults or {}
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """A copy of the default options of generation."""
-        return dict(self._defaults)
-
-    @defaults.setter
-    def defaults(self, options: Mapping[str, Any]) -> None:
-        self.check_options(options)
-        self._defaults = dict(options)
-
     def grid(self) -> Grid:
         """What its spans hold."""
         bounds = [(low, high) for low, high in self.module.bounds.tolist()]
         columns = self.module.shape[-1] if self.row_ends else None
         return Grid(self.module.codebook_size, bounds, columns, self.module.codebook())
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise an `InputError` for an option of generation that there is not, or an invalid value."""
-        who = f"the {self.modality} tokenizer"
-        given = {name: value for name, value in options.items() if value is not None}
-        if unknown := sorted(set(given) - set(OPTIONS)):
-            raise InputError(f"{who} has no option {', '.join(map(repr, unknown))}; it has {', '.join(OPTIONS)}")
-        if {*ALTERNATIVES[1]} <= set(given):
-            raise InputError(f"{who} is given both seed and generator; give one of them")
-        for name, value in given.items():
-            seeds = value if isinstance(value, (list, tuple)) else [value]
-            good, expected = {
-                "seed": (all(is_integer(seed) and 0 <= seed <= MAX_SEED for seed in seeds), "whole numbers from 0"),
-                "generator": (isinstance(value, torch.Generator), "a torch.Generator"),
-                "top_k": (is_integer(value) and value >= 0, "a whole number from 0"),
-                "temperature": (is_number(value) and value >= 0, "a number from 0"),
-                "guidance_scale": (is_number(value), "a finite number"),
-            }[name]
-            if not good:
-                raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
+    def check_values(self, options: Mapping[str, Any]) -> None:
+        check_options(f"the {self.modality} tokenizer", OPTIONS, options)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge a request's options over the defaults; None stands for the default."""
-        return SAMPLING | self._defaults | {name: value for name, value in given.items() if value is not None}
+        """Merge a request's options over the defaults, and those over `SAMPLING`."""
+        return SAMPLING | super().options(given)
 
     own_options = property(lambda self: self.options({}))
 
