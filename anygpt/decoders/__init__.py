@@ -1,4 +1,5 @@
 """Diffusion decoders: frozen diffusers pipelines that turn conditions into images, video and audio."""
+# ruff: noqa: F401 (the names of the package)
 
 from anygpt.decoders.audioldm import AudioLDMDecoder
 from anygpt.decoders.audioldm2 import AudioLDM2Decoder
@@ -24,30 +25,3 @@ from anygpt.decoders.targets import (
 )
 from anygpt.decoders.wan import WanDecoder
 from anygpt.decoders.zeroscope import ZeroscopeDecoder
-
-__all__ = [
-    "AudioLDM2Decoder",
-    "AudioLDMDecoder",
-    "AudioTargets",
-    "Condition",
-    "DiffusionDecoder",
-    "FluxDecoder",
-    "FluxKontextDecoder",
-    "ImageTargets",
-    "InstructPix2PixDecoder",
-    "LTXDecoder",
-    "ModalDecoderModule",
-    "OutputProjector",
-    "OutputProjectorConfig",
-    "SanaDecoder",
-    "StableAudioDecoder",
-    "StableDiffusion3Decoder",
-    "StableDiffusionDecoder",
-    "StableDiffusionXLDecoder",
-    "TargetProcessor",
-    "VideoTargets",
-    "WanDecoder",
-    "WaveformTargets",
-    "ZeroscopeDecoder",
-    "target_processor_from_dict",
-]
