@@ -35,8 +35,7 @@ def reading(folder: str | Path) -> Iterator[None]:
 
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, which is printed as one
-    line."""
+    """Run a command's or a script's `main`; returns the exit code: 2 after a user error, printed as one line."""
     try:
         return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
     except InputError as error:

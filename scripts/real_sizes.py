@@ -3,9 +3,8 @@
     python tests/hub_mirror.py runs/real/hub ID … --real      # or a cache with the real repositories
     python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
 
-`DIR` holds `cc3m/`, `webvid/` and `audiocap/` in NExT-GPT's layout. Each stage is a separate process with
-micro-batches of one row in bfloat16. Its memory, without mapped files, is sampled ten times a second, and printed
-beside the estimate of `--check`.
+`DIR` holds `cc3m/`, `webvid/` and `audiocap/` in NExT-GPT's layout. Each stage is a process with micro-batches of one
+row in bfloat16, whose memory without mapped files, sampled ten times a second, stands beside `--check`'s estimate.
 """
 
 import argparse

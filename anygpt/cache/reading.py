@@ -1,8 +1,7 @@
 """The cache's stores for a model, their keys (what their tensors depend on), and their reading by a dataset.
 
-Each encoder and media tokenizer has a store (`image_encoder`), each decoder two, `image_decoder.captions` and
-`image_decoder.latents` (its VAE's posterior). `language_model` holds the states of rows without input media, if nothing
-that they depend on trains.
+An encoder or media tokenizer has one store (`image_encoder`), a decoder two, `image_decoder.captions` and
+`image_decoder.latents` (its VAE's posterior). `language_model` has the states of rows without input media, while fixed.
 """
 
 import hashlib
@@ -194,8 +193,7 @@ class StaleCache(InputError):
 
 @dataclass(frozen=True)
 class Cached:
-    """A medium's replacement: an encoder's features, `(n, features)`; mean and standard deviation of a VAE's posterior,
-    `(2, C, …)`; or codes `(n,)`."""
+    """In place of a medium: features `(n, features)`, a VAE's posterior `(2, C, …)` (mean and std), or codes `(n,)`."""
 
     values: Tensor
 

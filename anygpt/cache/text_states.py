@@ -1,6 +1,5 @@
 """Cached language-model states of rows without input media: those that labels are predicted from, and the output
-projectors' inputs. If nothing below trains, as in stage 2 with `signal_rows: output`, they are the same in every
-epoch."""
+projectors' inputs. If nothing below them trains (stage 2 with `signal_rows: output`), no epoch changes them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

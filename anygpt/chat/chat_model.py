@@ -35,8 +35,7 @@ class Settings:
     """Settings of an answer.
 
     Attributes:
-        max_new_tokens: maximum tokens of an answer, including signal tokens; also limited by the model's context
-        length.
+        max_new_tokens: maximum tokens of an answer, signal tokens included; the model's context is a limit, too.
         temperature: sampling temperature; 0 for greedy decoding.
         top_p: probability mass of the tokens to sample from.
         seed: seed of sampled text and of the media.
@@ -91,8 +90,7 @@ class TooLong(InputError):
 
 
 class ChatModel:
-    """A model and its processor, from a run's `final/` folder; with `offload`, decoders are on the device only in
-    use."""
+    """A model with its processor, from a run's `final/` folder; `offload` keeps idle decoders off the device."""
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", offload: bool = False):
         check_device(device, offload)
@@ -115,14 +113,11 @@ class ChatModel:
         return self.model.makers[key].own_options
 
     def read(self, modality: str, place: str | Place, limits: MediaLimits = INPUT_LIMITS) -> dict[str, Any]:
-        """Read a medium as a content part; an `InputError` if it has no encoder, is damaged, over a limit, or too
-        elongated."""
-        key = self.processor.encoder_key(modality)
+        """Read a medium as a content part; an `InputError` if nothing reads it, or it is damaged or beyond a limit."""
+        key, kind = self.processor.encoder_key(modality), media_type(modality)
         # keep only the video frames that the encoder samples
         consumer = self.processor.encoder_processors.get(key) or self.processor.targets[key]
-        frames = getattr(consumer, "num_frames", None) if media_type(modality).timed else None
-        kind = media_type(modality)
-        medium = kind.read(place, frames, limits, whole=False)
+        medium = kind.read(place, getattr(consumer, "num_frames", None) if kind.timed else None, limits, whole=False)
         if size := kind.size(medium):
             width, height = size
             if max(size) > MAX_ASPECT * min(size):
@@ -139,9 +134,8 @@ class ChatModel:
         if settings.max_new_tokens < 1:
             raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
         require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
-        SpanRules(
-            self.model.signal_tokens.spans, settings.max_new_tokens, require, forbid
-        )  # raises if spans do not fit
+        # raises if the spans do not fit
+        SpanRules(self.model.signal_tokens.spans, settings.max_new_tokens, require, forbid)
 
     def answer(
         self, messages: Sequence[Mapping[str, Any]], settings: Settings, on_event: Listener | None = None

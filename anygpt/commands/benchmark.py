@@ -7,8 +7,7 @@ Each way runs in its own process, so that peak memories are separate. A benchmar
 with a docstring and three functions:
 
     add_arguments(parser)          its settings
-    sides(options) -> list[str]    the ways to compare, as "group: way"; the first of a group is what the others are
-                                   compared with
+    sides(options) -> list[str]    the ways to compare, as "group: way", with the first of their group
     measure(side, options) -> dict numbers by name, measured in a fresh process: times in seconds have names ending in
                                    `_s`; peak memory is added automatically
 
@@ -42,8 +41,7 @@ Numbers = dict[str, dict[str, float]]  # by side and name
 
 
 def names() -> list[str]:
-    """Names of the benchmarks; an `InputError` without any: they are in the repository, not in the installed
-    package."""
+    """Names of the benchmarks; an `InputError` outside a checkout, since no package has them."""
     found = sorted(path.stem for path in (HERE / "benchmarks").glob("[!_]*.py"))
     if not found:
         raise InputError("there are no benchmarks here; they are in scripts/benchmarks/ of the repository")

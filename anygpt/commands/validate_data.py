@@ -5,8 +5,7 @@
     anygpt validate-data 'shards/{00000..00012}.tar' --task generation
     anygpt validate-data table.parquet --columns image=picture text=caption --task comprehension
 
-Faults are printed to stdout, one per line. The exit code is 0 without faults, 1 with faults, 2 if the file or the
-arguments are invalid.
+Faults are printed to stdout, one per line. The exit code is 1 if there are any, 2 for an invalid file or argument.
 """
 
 import sys

@@ -72,8 +72,7 @@ class CacheWriter:
         return None if used else "no loss looks at it"
 
     def contents(self, entry: Entry) -> list:
-        """What an entry stores tensors for: captions, samples without input media (in each wording), or media as
-        `(dataset, sample, role, part)`."""
+        """What to store tensors for: captions, samples in each wording, or media as `(dataset, sample, role, part)`."""
         samples = [(data, sample) for data in self.datasets for sample in data.samples]
         if entry.kind == STATES:
             worded = (sample.worded(i) for _, sample in samples for i in range(sample.wordings))
@@ -126,8 +125,7 @@ class CacheWriter:
         return counts
 
     def outputs(self, entry: Entry, batch: "Prepared") -> Iterator[dict[str, Tensor]]:
-        """Yield the tensors to store for each content of a batch; features of several pieces have a first axis for
-        them."""
+        """Yield the tensors to store for each content of a batch; a split medium's have a first axis for its pieces."""
         data = move(batch.data, self.model.device)
         if entry.kind == STATES:
             yield from read_text(self.model, *data)

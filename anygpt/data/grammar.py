@@ -21,8 +21,7 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position",
 def compose(per_category: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
     """`(id, caption, expected)` for each category, determined by the seed.
 
-    `expected` has `category`, `things` (each with `name`, `count` and `colour` or None) and `relation` (of the first
-    thing to the second, or None).
+    `expected` has `category`, `things` (each with `name`, `count`, and `colour` or None) and their `relation` or None.
     """
     wishes = []
     for place, category in enumerate(CATEGORIES):

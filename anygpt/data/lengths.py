@@ -120,8 +120,7 @@ def refuse_sources(processor: Any, sample: Sample) -> None:
 
 
 def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
-    """Raise `InputError`, without the sample's name, if a text contains a placeholder or signal token: it would be
-    taken for one."""
+    """Raise `InputError`, without the sample's name, for a text that contains a placeholder or signal token."""
     parts = (part for message in sample.messages for part in message.content if part.text)
     for text in (text for part in parts for text in (part.text, *part.others)):
         if found := next((token for token in reserved if token in text), None):

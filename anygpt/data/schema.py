@@ -149,8 +149,7 @@ class MediaRoot:
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:
-    """Build a `Sample` from a row in the project's own form (`SampleRow`); errors name source, sample, message and
-    part."""
+    """Build a `Sample` from a row in the project's own form (`SampleRow`); errors name source, sample and place."""
     where = row_name(row, source, default_id)
     found = checked(SampleRow, row, where)
     media: list[ContentPart] = []

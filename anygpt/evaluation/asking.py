@@ -28,8 +28,7 @@ Way = tuple[Callable[[Row], Sample], Callable[[list[Row], list[LoadedSample]], l
 class Asker:
     """Answers rows with a model.
 
-    An answer depends only on the suite's settings and the row: text is decoded deterministically, and the noise of its
-    media is seeded by (seed, id).
+    An answer depends on the suite's settings and the row alone: text is decoded greedily, noise seeded by (seed, id).
 
     Args:
         model, processor: in eval mode, on its device.

@@ -53,8 +53,7 @@ class Row:
 def read_rows(suite: Suite) -> list[Row]:
     """Rows of a suite in the order of its data, up to its limit.
 
-    Rows with the same text and media in the prompt and a text answer are merged into one with several references, such
-    as the five captions of an image.
+    Rows of text with the same prompt become one with several references, such as the five captions of an image.
 
     Raises:
         InputError: unreadable data, or rows without a prompt.

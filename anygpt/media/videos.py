@@ -30,9 +30,8 @@ ANIMATION_PIXELS = 2**32
 
 
 class Header(NamedTuple):
-    """Properties of a video known before decoding: pixels per frame, presentation time of each frame and the end of the
-    last one in seconds, and in the stream's time base, where the container states them, each frame's own time and its
-    keyframe's."""
+    """A video before decoding: pixels of a frame, start of each frame and end of the last in seconds; and, where the
+    container states them, each frame's time and its keyframe's, in the stream's time base."""
 
     pixels: int
     starts: Sequence[Fraction]
@@ -42,8 +41,7 @@ class Header(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A decoded frame: `to_array` gives it as uint8 RGB (H, W, 3); its start (None if not stated) and duration in
-    seconds."""
+    """A decoded frame, which `to_array` makes uint8 RGB (H, W, 3); its start (or None) and duration in seconds."""
 
     to_array: Callable[[], np.ndarray]
     start: Fraction | None
@@ -63,8 +61,7 @@ def read_video(
     `num_frames` None returns all n frames. k returns exactly k, the nearest to points evenly spaced in time from the
     first frame to the last: at a constant rate, frame round(i · (n − 1) / (k − 1)) for i = 0 … k − 1 (halves up), the
     middle one for k = 1; for k > n, frames repeat. `fps` returns a frame rate instead: the frames shown at 0, 1 / fps,
-    2 / fps … seconds, at least one. Only these are kept in memory; with `whole` all are decoded, to check that they can
-    be.
+    2 / fps … seconds, at least one. Only these are kept in memory; with `whole` all are decoded, as a check.
 
     An `InputError` refuses what is missing, empty, truncated, no video, without a picture stream, or over a limit.
     """

@@ -28,8 +28,7 @@ _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 def plain(text: str, special: Iterable[str]) -> str:
     """Insert a space into special tokens that occur literally in a text.
 
-    Otherwise "<image>" in a message would demand an input, "[IMG0]" break the signal spans, and the template's own
-    tokens end the turn.
+    Otherwise "<image>" would demand an input, "[IMG0]" break the signal spans, and the template's tokens end the turn.
     """
     for token in special:
         if len(token) > 1 and token in text:
@@ -61,8 +60,7 @@ def answer_message(answer: Answer) -> dict[str, Any]:
 def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
     """Put media from the assistant's turns also at the beginning of the user's next turn, as inputs.
 
-    The assistant's turns keep their signal spans. Parts without a medium, and of types that no encoder `reads`, are
-    not fed back.
+    The assistant's turns keep their signal spans. Left out are parts without a medium, and types that nothing `reads`.
     """
     result, made = [], []
     for message in messages:
@@ -80,8 +78,7 @@ class Rendered(str):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
-    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses the
-    conversation."""
+    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it."""
     with _refusals():
         return Rendered(
             tokenizer.apply_chat_template(
@@ -103,8 +100,7 @@ def tokenize_with_labels(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels of equal length, `-100` outside the assistant's turns.
 
-    Turns are located by the template's `{% generation %}` marks, else by `find_turns`, for which the tokenizer must map
-    offsets.
+    Turns are found by the template's `{% generation %}` marks, else by `find_turns`, which needs offsets of tokens.
     """
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     if _MARKS_GENERATION.search(template):

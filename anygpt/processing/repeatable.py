@@ -29,8 +29,7 @@ def _fixed_draws() -> Iterator[None]:
 def call(processor: Any, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Call a processor so that an input's tensors depend neither on the rest of the batch nor on the process.
 
-    If it drew random numbers (transformers' CLAP crops long sounds at random), call it again for each of the media,
-    in the argument `name`, alone.
+    If it drew random numbers (CLAP crops long sounds at random), call it again for each medium (argument `name`).
     """
 
     def states() -> tuple[Any, ...]:

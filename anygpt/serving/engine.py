@@ -19,8 +19,7 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request: see `ChatModel.answer`; `deliver` is called in the engine's thread with the events, then with the
-    `Reply` or the exception."""
+    """A request; `deliver` is called in the engine's thread with its events, then with the `Reply` or the exception."""
 
     messages: Sequence[Mapping[str, Any]]
     settings: Settings

@@ -21,8 +21,7 @@ UNCOUNTED = ("/health", "/metrics")
 
 
 class Gate:
-    """ASGI middleware that accepts the names of this machine, `host` (its address) and `hosts`, and pages of `origins`;
-    `*` is any.
+    """ASGI middleware that accepts this machine's names, `host` and `hosts`, and pages of `origins` (`*`: any).
 
     Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine". `refuse` builds
     a response from a status and a message.

@@ -33,8 +33,7 @@ CLOSED = (*("run/", "api/", "call/", "proxy=", "stream/"), *("deep_link", "runs"
 
 
 class Guard:
-    """ASGI middleware, for a page whose `uploads` are in a folder; bytes limit the body of an event, and of an
-    upload."""
+    """ASGI middleware, for a page whose `uploads` are in a folder; bytes limit the body of an event or an upload."""
 
     def __init__(self, app: ASGIApp, uploads: Path, event_bytes: int = 256 * 1024, upload_bytes: int = 64 * 1024**2):
         self.app = app
@@ -66,8 +65,7 @@ class Guard:
                 await refuse(400, "this request cannot be understood")(scope, receive, with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        """A `receive` of the request, whose body has been read and checked, except for uploads; raises
-        `HTTPException`."""
+        """A `receive` of the request, whose body, if no upload, was read and checked; raises `HTTPException`."""
         route = scope["path"].partition("/gradio_api/")[2]
         is_upload = route.rstrip("/") == "upload"
         if route.startswith(CLOSED):

@@ -75,8 +75,7 @@ DESCRIBE_PICTURES = """() => {
 
 @dataclass
 class Conversation:
-    """A visitor's conversation, kept on the server under a token that the browser stores: for the model, and as
-    shown."""
+    """A visitor's conversation, for the model and as shown; the server keeps it under a token in the browser."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)

@@ -153,8 +153,7 @@ class Judges:
 
     @torch.inference_mode()
     def audio(self, sounds: Sequence[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> list[Verdict]:
-        """Judge waveforms, float `(N,)` or `(C, N)` at `sampling_rate` Hz, by their first 0.64 s (padded with silence):
-        (shape, colour) of each."""
+        """Judge the first 0.64 s of waveforms, float `(N,)` or `(C, N)`, at a rate in Hz: (shape, colour) of each."""
         heard = []
         for sound in sounds:
             sound = resample(to_mono(np.asarray(sound, dtype=np.float32)), sampling_rate, SAMPLING_RATE)[:_SAMPLES]

@@ -103,8 +103,7 @@ def plain_caption(thing: Thing, motion: str | None = None) -> str:
 
 
 def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
-    """A sentence or phrase that names the thing (and its motion); with a `modality` it may mention "the picture" and so
-    on."""
+    """A sentence or phrase that names the thing (and its motion), maybe as what "the picture" of a `modality` shows."""
     what = plain_caption(thing)
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
     forms = ["{what}{moves}", "This is {what}{moves}.", "It is {what}{moves}."]

@@ -82,8 +82,7 @@ def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Imag
 def render_video(
     thing: Thing, motion: str | None, rng: np.random.Generator, size: int = 32, num_frames: int = 8
 ) -> np.ndarray:
-    """Render the thing moving in a straight line at constant speed: uint8 `(num_frames, size, size, 3)`, at least two
-    frames.
+    """Render the thing moving straight at constant speed: uint8 `(num_frames, size, size, 3)`, at least two frames.
 
     `rng` determines radius, path, speed, brightness and background; it is advanced.
     """

@@ -28,16 +28,14 @@ RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 class DataSource:
     """One data file.
 
-    path: the file. For "webdataset" and "datasets" also a glob or braces (see `find_files`); for "datasets" also a
-        folder.
+    path: the file; for "webdataset" and "datasets" also a glob or braces (see `find_files`), for the latter a folder.
     format: a key of `FORMATS`; by default by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`: "webdataset",
         `.parquet` and `.arrow`: "datasets").
     media_root: folder that media paths are relative to and may not leave; by default the folder of `path`. For
         "nextgpt", "llava" and "videochat", names missing there are looked up in its `images`, `videos` and `audios`
         (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
     weight: passes over the file per epoch: 1 is once, 0.5 half of it, 2 twice (see `UpdateSampler`).
-    columns: columns of a table (format "datasets"): `{image: <image column>, text: <caption column>}`, or video or
-        audio; see `tables.table_rows`.
+    columns: of a table (format "datasets"), as in `{image: <column>, text: <column>}`; see `tables.table_rows`.
     task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
         input and learns the caption, "generation" the reverse.
     follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.
@@ -89,8 +87,7 @@ class Format(NamedTuple):
 
 def find_files(path: str | Path) -> list[Path]:
     """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`). An
-    `InputError` names one that does not exist, a glob without matches, or braces that are unbalanced or stand for
-    too many files."""
+    `InputError` refuses one that does not exist, a glob without matches, and unbalanced or too many braces."""
     if os.path.isfile(path):
         return [Path(path)]
     try:

@@ -41,8 +41,7 @@ def line_rows(path: Path) -> Iterator[Row]:
 
 
 def list_rows(path: Path) -> Iterator[Row]:
-    """Elements of one JSON list, named `file.json[0]`, `file.json[1]`, …; an `InputError` follows the rows before a
-    fault.
+    """Elements of one JSON list, named `file.json[0]` and so on; at a fault, an `InputError` after the rows before it.
 
     ijson's memory is quadratic in the nesting depth (24 GiB for a file of 100 kB), it accepts repeated keys, turns lone
     surrogates into "?", and reports no line numbers.

@@ -37,9 +37,8 @@ def read_samples(
 ) -> list[Sample]:
     """Read one data file, validate every row, and check that every media file exists.
 
-    Arguments are those of `DataSource`; without a list of `faults`, the first one is raised, with it their rows are
-    left out. Rows without an id get `<file stem>-<row index>`, from 0; repeated ids (LLaVA's are those of the images)
-    get a number.
+    Arguments are those of `DataSource`. Rows with a fault are left out if there is a list for their `faults`, else the
+    first one is raised. A row without an id gets `<file stem>-<row index>`, from 0; repeated ids get a number.
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []

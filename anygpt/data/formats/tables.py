@@ -60,8 +60,7 @@ def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
 
     `columns` names the columns of one media type (or none, for text), of `text` (caption or answer, or a list of
     wordings), and optionally of `prompt` (the user's text) and `id`. A medium is bytes, a `datasets` Image, Audio or
-    Video feature, or a path below the media root; or a list of these, in the order of their markers (`<image>`) in the
-    prompt.
+    Video feature, or a path below the media root; or a list of these, in the order of the prompt's markers (`<image>`).
     """
     if not columns:
         raise InputError(f"{path} is a table: give columns, as {{image: <its image column>, text: <its captions>}}.")

@@ -34,8 +34,7 @@ class Kind:
     Attributes:
         make: `(network, modality, **options) -> Metric`.
         modality: `text`, a media type, or None for the one that the spec or the suite names.
-        needs: required of a row: `references`, `choices`, `caption`, `expected`, `target` (reference medium), `source`
-            (input medium).
+        needs: of a row: `references`, `choices`, `caption`, `expected`, `target` (medium to make), `source` (given).
         features: default network; None for no network, `""` if the spec must name one.
         options: options of `MetricSpec` that it takes beside those of its network.
         higher: whether higher is better.

@@ -72,8 +72,7 @@ class Metric:
     def __init__(self, network: Any = None, modality: str = "text", num_frames: int | None = None):
         self.network, self.modality, self.num_frames = network, modality, num_frames
 
-    def features(self, batch: Batch, role: str) -> Tensor:
-        """Features `(M, D)`."""
+    def features(self, batch: Batch, role: str) -> Tensor:  # (M, D)
         return batch.features(self.network, role, self.modality, self.num_frames)
 
     def frames(self, batch: Batch, role: str) -> list[Tensor]:
@@ -175,8 +174,7 @@ class Frechet(Distance):
 class Kid(Distance):
     """Unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), averaged over blocks of samples.
 
-    Blocks are consecutive samples, where the paper draws random subsets: the expectation is the same, and only one
-    block is held in memory.
+    Blocks are consecutive samples, of which one is in memory; the paper's random subsets have the same expectation.
     """
 
     def __init__(self, *arguments: Any, subset_size: int = 1000, **options: Any):

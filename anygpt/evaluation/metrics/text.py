@@ -20,8 +20,7 @@ _DROPPED = set("'\"`()[]{}.?!,:;-–—…“”‘’")
 def words_of(text: str) -> str:
     """Lower-case words separated by spaces, tokenized as in the Penn Treebank, without punctuation.
 
-    `doesn't` is two words, `t-shirt` is one. Replaces pycocoevalcap's Java tokenizer, and agrees with it on plain
-    captions.
+    `doesn't` is two words, `t-shirt` one. On plain captions it agrees with pycocoevalcap's Java tokenizer.
     """
     spaced = _CLITICS.sub(r" \1", text.lower())
     return " ".join(word for word in _WORDS.findall(spaced) if word not in _DROPPED)
@@ -103,8 +102,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 def normalize_answer(text: str) -> str:
     """Normalize an answer as VQA's evaluation does (arXiv 1505.00468).
 
-    Lower case; punctuation removed, or replaced by a space between words; numbers as digits; no articles; contractions
-    with apostrophes.
+    Lower case, numbers as digits, no articles, contractions with apostrophes, punctuation removed or made a space.
     """
     text = " ".join(text.split())
     tight = re.search(r"\d,\d", text) is not None

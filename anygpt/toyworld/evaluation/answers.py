@@ -139,8 +139,7 @@ def hold(
     settings: Settings,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[Judged]]:
-    """Hold all conversations and judge the answers, `[turn][conversation]`; a turn's context has the model's own
-    earlier answers, including media."""
+    """Hold all conversations, in which the model sees its own answers, and judge these: `[turn][conversation]`."""
     said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
     judged = []
     for turn in range(TURNS):

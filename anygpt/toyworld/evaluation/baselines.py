@@ -1,8 +1,7 @@
 """Baselines of the matrix: the decoders conditioned on true captions, and on captions written by the model.
 
-The upper bound gives the decoders true captions. The caption baseline replaces the learned link by text: the model
-describes its input in words, and the decoder's own text encoder reads the description. For text inputs the request
-itself is the caption.
+The upper bound gives the decoders true captions. The caption baseline replaces the learned link by text: the decoder's
+own text encoder reads the model's description of its input, or of a text the request itself.
 """
 
 import re

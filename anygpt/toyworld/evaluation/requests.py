@@ -1,7 +1,6 @@
 """Requests to the model: the 16 cells of the any-to-any matrix, talk without media, and conversations of four turns.
 
-The four cells in a row of the matrix have the same input media, so that they differ in the request alone. Media go
-through files, as in training.
+The four cells in a row of the matrix differ in the request alone, not in the media, which go through files.
 """
 
 from collections.abc import Sequence
