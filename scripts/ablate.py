@@ -167,7 +167,7 @@ def ablate(arguments: list[str]) -> None:
     add("--output", type=Path, default=REPOSITORY / "runs/ablations", help="(default: %(default)s)")
     add("--only", nargs="*", default=[], metavar="NAME", help="run these alone")
     add("--seeds", nargs="+", type=int, default=[0], help="train and measure with each of them (default: 0)")
-    add("--things", choices=sorted(TRAINING_THINGS), default="validation", help="to measure on (default: %(default)s)")
+    add("--things", choices=sorted(TRAINING_THINGS), default="validation", help="things to measure on (%(default)s)")
     options = parser.parse_args(arguments)
     plan, results = read_plan(options.config), dict[str, list[Report]]()
     if unknown := sorted(set(options.only) - set(plan.ablations)):

@@ -163,7 +163,7 @@ def needs(condition: object, what: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = torch.cuda.device_count()
-    parser.add_argument("--gpus", type=int, default=count, help="of runs on several (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=count, help="GPUs of runs on several (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[*RATES, *CHECKS], default=[*RATES, *CHECKS], help="rows")
     parser.add_argument("--tiny", action="store_true", help="rates of tiny parts")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of a rate (default: %(default)s)")

@@ -137,9 +137,9 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-
 
 def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--samples", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=zoo(), help="folder of the parts (default: the package's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of renders, questions and noise (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs/zoo/quality.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.samples < 1:

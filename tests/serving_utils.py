@@ -10,7 +10,7 @@ import time
 import httpx
 import uvicorn
 
-from anygpt.serving.connections import server_config
+from anygpt.serving.gate import server_config
 
 
 @contextlib.contextmanager

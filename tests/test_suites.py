@@ -328,7 +328,7 @@ def test_a_limit_draws_from_all_rows(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--metrics", "[{metric: fidd}]"], "no metric 'fidd'; did you mean 'fid'"),
+        (["--metrics", "[{metric: fidd}]"], "no metric 'fidd': did you mean 'fid'"),
         (["--metrics", "[{metric: fid, threshold: 0.1}]"], "metric fid takes no threshold"),
         (["--metrics", "[{metric: fvd}]"], r"metric fvd \(video\) does not fit: none of 6 rows has target"),
         (["--metrics", "[{metric: composition}]"], "none of 6 rows has expected"),
@@ -384,7 +384,7 @@ def test_the_command(draw_suite, drawn, talker, whole, tmp_path, capsys):
     for more, message in (
         (["--samples", "3"], "unknown setting samples"),
         (["--suite", "nowhere.yaml"], "is no file"),
-        (["--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
+        (["--checkpoint", "nowhere"], "nowhere does not exist"),
     ):
         assert commands.run("evaluate", [*arguments, "--output", str(tmp_path / "other"), *more]) == 2
         assert message in capsys.readouterr().err

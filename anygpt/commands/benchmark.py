@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
         command.add_argument("--rounds", type=int, default=1, help="measurements of every way (default: %(default)s)")
         module.add_arguments(command)
         command.add_argument("--only", metavar="TEXT", default="", help="only the ways whose names contain this")
-        command.add_argument("--cpu-seconds", action="store_true", help="of the process, for a machine that is busy")
+        command.add_argument("--cpu-seconds", action="store_true", help="the process's CPU time, on a busy machine")
         command.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this file, as JSON")
         command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

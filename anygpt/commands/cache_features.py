@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     parser = new_parser("cache-features", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="the run's YAML; its other settings as in the stages")
-    add("--stage", choices=STAGES, help="of the run; without it, language model states are left out")
+    add("--stage", choices=STAGES, help="the run's stage; without it, language model states are left out")
     add("--batch-size", type=int, default=8, help="media or captions at once (default: %(default)s)")
     add("--num-workers", type=int, help="processes that decode (default: data.num_workers)")
     add("--overwrite", action="store_true", help="remove this model's stores first, stale ones too")

@@ -81,13 +81,6 @@ def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
     return values
 
 
-def load(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    if not options.checkpoint.is_dir():
-        raise InputError(f"--checkpoint {options.checkpoint} is no folder; give a run's final/")
-    model, processor = load_checkpoint(options.checkpoint)
-    return {"model": model.to(device).eval(), "processor": processor}
-
-
 def run_matrix(options: argparse.Namespace) -> str:
     options.steps = by_kind("--steps", options.steps, int)
     options.guidance = by_kind("--guidance", options.guidance, float)
@@ -98,9 +91,10 @@ def run_matrix(options: argparse.Namespace) -> str:
     if file := next((path for path in (made, *made.parents) if path.exists() and not path.is_dir()), None):
         raise InputError(f"--output {made}: {file} is a file; give a folder")
     if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
-        raise InputError(f"--output {made}: {samples} is of no evaluation, and would be replaced; give another folder")
+        raise InputError(f"--output {made}: {samples} is not an evaluation's, and would be replaced; give another")
     check_device(options.device)
-    model, processor = load(options, options.device).values()
+    model, processor = load_checkpoint(options.checkpoint)
+    model.to(options.device).eval()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     samples = options.output.parent / f".{options.output.name}-{secrets.token_hex(4)}"
     try:
@@ -123,7 +117,8 @@ def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
     parts: dict[str, Any] = {"answers": options.answers}
     if options.answers is None:
-        parts = load(options, options.device or accelerator.device)
+        model, processor = load_checkpoint(options.checkpoint)
+        parts = {"model": model.to(options.device or accelerator.device).eval(), "processor": processor}
         written = max(path.stat().st_mtime for path in options.checkpoint.rglob("*"))
         parts["facts"] = {"checkpoint": str(options.checkpoint), "written": written}
     report = suite_run.evaluate(suite, options.output, accelerator, **parts)

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a run's final/ or checkpoint-<step>/ folder")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--dtype", choices=DTYPES, help="of the merged language model (default: its own; merging in bfloat16 rounds)")
+    add("--dtype", choices=DTYPES, help="dtype of the language model (default: its own; merging in bfloat16 rounds)")
     options = parser.parse_args(arguments)
     output = options.output
     if output.exists():

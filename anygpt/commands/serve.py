@@ -70,6 +70,6 @@ def load_engine(options: argparse.Namespace) -> Any:
 def listen(app: Any, options: argparse.Namespace) -> None:
     import uvicorn  # after the check for missing packages
 
-    from anygpt.serving.connections import server_config
+    from anygpt.serving.gate import server_config
 
     uvicorn.Server(server_config(app, host=options.host, port=options.port)).run()

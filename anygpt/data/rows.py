@@ -231,8 +231,8 @@ class SampleRow(RowModel):
         counts = {len(part.wordings) for message in self.messages for part in message.content} - {1}
         if len(counts) > 1:
             raise fault(
-                f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, of which one place is "
-                "drawn for all: give each as many."
+                f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, and one number is "
+                "drawn for all: give each list as many."
             )
         return self
 

@@ -1,7 +1,5 @@
 """Answers of the model, the upper bound and the baselines to the rows of a suite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,8 +32,7 @@ class Asker:
         model, processor: in eval mode, on its device.
         looked_at: media types that the metrics use.
 
-    Raises:
-        InputError: a required media type without a decoder, or an option that a decoder does not have.
+    An `InputError` refuses a required media type without a decoder, and an option that a decoder does not have.
     """
 
     def __init__(self, model: Any, processor: Any, suite: Suite, looked_at: Sequence[str]):

@@ -29,7 +29,6 @@ def ways_of(report: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Mapping[str, Any] | None) -> str:
-    """A formatted value with its interval."""
     if value is None or value["value"] is None:
         return "–"
     low, high = value.get("interval", (None, None))
@@ -37,7 +36,6 @@ def shown(value: Mapping[str, Any] | None) -> str:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """Notes on the numbers."""
     told = [f"{report['rows']} rows; in brackets 95% intervals."]
     told += [f"{report['unanswered']} of them have no answer."] if report["unanswered"] else []
     told += [f"{count} answers lack the {kind}." for kind, count in report["missing"].items() if count]

@@ -1,7 +1,5 @@
 """Rows of a suite: prompts with their references."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,8 +53,7 @@ def read_rows(suite: Suite) -> list[Row]:
 
     Rows of text with the same prompt become one with several references, such as the five captions of an image.
 
-    Raises:
-        InputError: unreadable data, or rows without a prompt.
+    An `InputError` refuses unreadable data, and rows without a prompt.
     """
     found: dict[Any, Row] = {}
     if suite.composition is not None:

@@ -48,8 +48,7 @@ def evaluate(
     Returns:
         Content of `metrics.json` in the first process; None in the others.
 
-    Raises:
-        InputError: metrics, rows, model and answers do not fit together, or `output` holds other answers.
+    An `InputError` refuses metrics, rows, model and answers that do not fit together, and an `output` of other answers.
     """
     try:  # their libraries are an extra
         from anygpt.evaluation.metrics import Item, choose, score

@@ -83,5 +83,5 @@ class AnswerStore:
         if known not in (None, now):
             changed = ", ".join(name for name in sorted({*known, *now}) if known.get(name) != now.get(name))
             advice = "give another folder, or remove this one to ask again"
-            raise InputError(f"--output: {self.folder} was asked for otherwise ({changed} changed); {advice}")
+            raise InputError(f"--output: {self.folder} holds answers to other questions ({changed} changed); {advice}")
         write(path, (json.dumps(now, indent=1) + "\n").encode())

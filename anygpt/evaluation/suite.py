@@ -100,8 +100,7 @@ class Suite:
 def read_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Read a suite file with dotted overrides (`--ask.seed 1`); data paths are relative to the working directory.
 
-    Raises:
-        InputError: no such file, unknown settings, or values of a wrong type or out of range.
+    An `InputError` refuses a missing file, unknown settings, and values of a wrong type or out of range.
     """
     if not Path(path).is_file():
         raise InputError(f"--suite {str(path)!r} is no file; give toyworld, or a YAML file as in configs/evaluation/")

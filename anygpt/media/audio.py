@@ -43,8 +43,7 @@ def _downmix(layout: str) -> np.ndarray | None:
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
     """Resample with soxr at its best quality: `(N,)` or `(C, N)` float32 -> `ceil(N · target / source)` samples.
 
-    Raises:
-        InputError: a rate is not a positive integer.
+    An `InputError` refuses a rate that is no positive integer.
     """
     for rate in (source_rate, target_rate):
         if rate != int(rate) or rate <= 0:

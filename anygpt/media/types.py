@@ -27,9 +27,9 @@ class MediaType:
 
     Attributes:
         plural: key of such media in decoder targets, the processor's arguments and answers.
-        suffixes: of its files, in lower case; files are written with the first.
+        suffixes: file suffixes in lower case; files are written with the first.
         mime: MIME type of written files.
-        prefix, signal_tokens: of its signal tokens (`IMG` gives `[IMG0]`), and their default number in a span.
+        prefix, signal_tokens: name of its signal tokens (`IMG` gives `[IMG0]`), and their default number in a span.
         content_part: its content part in OpenAI's chat completions; a `…_url` holds a URL, any other base64.
         timed: whether reading samples a number of frames.
         heard: whether its encoders have a feature extractor rather than an image processor.

@@ -1,23 +1,33 @@
-"""Middleware of both servers: rejects requests from other sites' pages and too many at once; drops unread bodies.
+"""What stands before both servers: middleware that rejects requests from other sites' pages, and too many at once, and
+drops unread bodies; and uvicorn's HTTP/1.1 with a bounded number of connections.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
 """
 
+import asyncio
 import ipaddress
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
 MAX_REQUESTS = 256  # requests handled at once, including those waiting for the model
 UNCOUNTED = ("/health", "/metrics")
+MAX_CONNECTIONS = 512  # open connections; beyond it, those idle longest are closed
+KEEP_ALIVE = 20
+"""Seconds that an idle connection stays open after an answer: more than the 5 of httpx (and OpenAI's client), so that
+the server does not close it just as a request arrives."""
 
 
 class Gate:
@@ -106,3 +116,31 @@ class Unread:
             await send(message)
 
         await self.app(scope, receiving, sending)
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol, where idle connections make room for new ones: uvicorn itself answers 503 beyond its limit,
+    and waits for a request's first line without end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        if len(self.connections) > MAX_CONNECTIONS:
+            idle = [one for one in self.connections if one is not self and one.idle]
+            for one in sorted(idle, key=lambda one: one.since)[: len(self.connections) - MAX_CONNECTIONS]:
+                one.transport.abort()
+
+    @property
+    def idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+def server_config(app: Any, **options: Any) -> uvicorn.Config:
+    # Answers in progress are cancelled on shutdown, which needs no traceback.
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options
+    return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, **options)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -25,9 +25,9 @@ def main(arguments: list[str]) -> None:
     add("--world", type=int, choices=KINDS_OF, default=1, help="2: pictures of several things (default: %(default)s)")
     stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--kinds", nargs="+", choices=stages, help="of these (default: all of them)")
+    which.add_argument("--kinds", nargs="+", choices=stages, help="only these (default: all)")
     which.add_argument("--components", action="store_true", help=f"the data of stage 0, about all {len(THINGS)} things")
-    add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
     samples = SAMPLES if options.samples is None else dict.fromkeys(KINDS, options.samples)
     samples = samples | {"eval": options.eval_samples}

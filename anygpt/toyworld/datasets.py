@@ -86,8 +86,7 @@ def write_dataset(
 
     Row i depends on (world, kind, seed, things, i) only. The JSONL file appears last, when all media files exist.
 
-    Raises:
-        InputError: an unknown kind, or nothing to write.
+    An `InputError` refuses an unknown kind, and arguments without a row or a thing.
     """
     kinds = KINDS_OF[world]
     if kind not in kinds:
@@ -153,7 +152,7 @@ class _RowWriter:
 
     def _row(self, index: int, rng: Rng) -> dict[str, Any]:
         """Row number `index`; `rng` determines everything that the index does not."""
-        thing, name, modality = self._thing(rng), f"{self.kind}-{index}", MODALITIES[index % 3]
+        thing, name, modality = language.pick(rng, self.things), f"{self.kind}-{index}", MODALITIES[index % 3]
         later: list[Exchange] = []
         if self.kind == "stage1":
             first = self._media_to_text(name, thing, modality, rng)
@@ -196,9 +195,6 @@ class _RowWriter:
         write_image(self.folder / path, render_scene(scene, rng))
         return {"type": "image", "path": f"{self.kind}/{path}"}
 
-    def _thing(self, rng: Rng) -> Thing:
-        return language.pick(rng, self.things)
-
     def _exchange(self, name: str, thing: Thing, way: int, rng: Rng) -> tuple[Exchange, bool]:
         """An exchange of the type `way` (0 to 3), and whether it is about the thing."""
         modality = language.pick(rng, MODALITIES)
@@ -218,7 +214,7 @@ class _RowWriter:
             if way == "talk":
                 exchanges.append(_said(language.pick(rng, (language.small_talk, language.refusal))(rng)))
             elif way == "anew" or not told:
-                thing = self._thing(rng)
+                thing = language.pick(rng, self.things)
                 if self.kind in _TOLD:
                     exchange, about = _in_words(thing, language.pick(rng, MODALITIES), rng)
                 else:

@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/edits")
     for name, count in {"pictures": 4000, "train": 2400, "eval": 300}.items():
         parser.add_argument(f"--{name}", type=int, default=count, help=f"rows of {name}.jsonl (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
     write(options.output, {name: getattr(options, name) for name in FILES}, options.seed)
 

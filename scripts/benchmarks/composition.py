@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows, an image each (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=32, help="text tokens before the answer (default: %(default)s)")
     parser.add_argument("--answer", type=int, default=32, help="tokens of the answer (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of all parts (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of all parts (default: %(default)s)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of all parts (default: %(default)s)")
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from anygpt.chat.chat_model import ChatModel
 from anygpt.commands import CHECKPOINT
-from anygpt.serving.connections import server_config
 from anygpt.serving.engine import Engine
+from anygpt.serving.gate import server_config
 from anygpt.serving.http import Interface
 
 import httpx
@@ -33,9 +33,9 @@ BATCHES = {"one by one": 1, "together": 8}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="(default: the quickstart's last)")
-    parser.add_argument("--clients", type=int, default=8, help="that ask for pictures (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=4, help="of each of them (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30, help="of hang-ups (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=8, help="clients that ask for pictures (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=4, help="requests of each client (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="duration of hang-ups (default: %(default)s)")
     parser.add_argument("--sides", nargs="*", default=list(BATCHES), choices=[*BATCHES, HANG_UPS])
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"), help="(default: %(default)s)")
-    parser.add_argument("--rows", help="of stage 3, in place of ToyWorld's: [{path: rows.json, media_root: media}]")
+    parser.add_argument("--rows", help="stage 3's data, not ToyWorld's: [{path: rows.json, media_root: media}]")
     parser.add_argument("--compile", action="store_true", help="with train.compile on")
 
 

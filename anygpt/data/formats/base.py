@@ -35,7 +35,7 @@ class DataSource:
         "nextgpt", "llava" and "videochat", names missing there are looked up in its `images`, `videos` and `audios`
         (NExT-GPT keeps `cc3m.json` beside `cc3m/images`).
     weight: passes over the file per epoch: 1 is once, 0.5 half of it, 2 twice (see `UpdateSampler`).
-    columns: of a table (format "datasets"), as in `{image: <column>, text: <column>}`; see `tables.table_rows`.
+    columns: a table's columns (format "datasets"), as in `{image: <column>, text: <column>}`; see `tables.table_rows`.
     task: for pairs of media and captions (formats "webdataset" and "datasets"): "comprehension" takes the medium as
         input and learns the caption, "generation" the reverse.
     follow_links: allow links below the media root to lead out of it, as in a snapshot of the Hub's cache.

@@ -1,8 +1,5 @@
 """Table of metrics: their inputs, requirements and constructors. A new metric is an entry."""
 
-from __future__ import annotations
-
-import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +11,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tqdm.auto import tqdm
 
+from anygpt.data.rows import nearest
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
 from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
@@ -34,7 +32,7 @@ class Kind:
     Attributes:
         make: `(network, modality, **options) -> Metric`.
         modality: `text`, a media type, or None for the one that the spec or the suite names.
-        needs: of a row: `references`, `choices`, `caption`, `expected`, `target` (medium to make), `source` (given).
+        needs: what a row must have: `references`, `choices`, `caption`, `expected`, `target` or `source` medium.
         features: default network; None for no network, `""` if the spec must name one.
         options: options of `MetricSpec` that it takes beside those of its network.
         higher: whether higher is better.
@@ -125,17 +123,13 @@ class Chosen:
 def choose(specs: Sequence[MetricSpec], rows: Sequence[Row], only: str | None) -> list[Chosen]:
     """Check the metrics of a suite; `only` is the single media type of its answers, or None.
 
-    Raises:
-        InputError: an unknown metric, an option that it does not take, or needs that no row meets.
+    An `InputError` refuses an unknown metric, an option that it does not take, and needs that no row meets.
     """
     chosen = []
     named = Counter(spec.name or spec.metric for spec in specs)
     for spec in specs:
         if spec.metric not in METRICS:
-            close = difflib.get_close_matches(spec.metric, METRICS, n=1, cutoff=0)[0]
-            raise InputError(
-                f"there is no metric {spec.metric!r}; did you mean {close!r}? (known: {', '.join(METRICS)})"
-            )
+            raise InputError(f"there is no metric {spec.metric!r}{nearest(spec.metric, METRICS)}")
         kind = METRICS[spec.metric]
         takes = {"metric", "name", *kind.options} | ({"modality"} if kind.modality is None else set())
         takes |= set() if kind.features is None else {"features", "revision"}
@@ -158,10 +152,7 @@ def choose(specs: Sequence[MetricSpec], rows: Sequence[Row], only: str | None) -
 
 def score(metrics: Sequence[Chosen], load: Load, items: Sequence[Item], rows: int, way: str) -> dict[str, Value]:
     """Values by name of one way of answering, None for a metric without answers; `left_out` of `rows` were skipped.
-
-    Raises:
-        InputError: no metric got an answer.
-    """
+    An `InputError` says that no metric got an answer."""
     made = {one: one.make(load) for one in metrics}
     count: Counter[Chosen] = Counter()
     for start in tqdm(range(0, len(items), SCORED), f"scoring {way}", unit="batch"):

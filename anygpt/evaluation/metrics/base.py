@@ -95,7 +95,6 @@ class Mean(Metric):
 
 
 def mean_value(scores: Sequence[float]) -> Value:
-    """Mean with its bootstrap interval."""
     values = np.asarray(scores, np.float64)
     return {"value": float(values.mean()), "n": len(values), "interval": list(bootstrap_interval(values))}
 

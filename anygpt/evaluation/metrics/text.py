@@ -124,7 +124,6 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def vqa_accuracies(metric: Metric, batch: Batch) -> list[float]:
-    """`vqa_accuracy` of each item."""
     return [vqa_accuracy(item.text, item.row.references) for item in batch.items]
 
 

@@ -29,13 +29,13 @@ class Settings:
         samples: requests per cell of the matrix.
         talk_samples: number of questions in words, and also of lines of small talk and of nonsense requests.
         conversations: number of conversations of four exchanges.
-        batch_size: of requests, and of captions for the baselines.
-        seed: of requests, renders and the decoders' noise; the latter also depends on `batch_size`.
+        batch_size: requests answered at once, and captions drawn at once for the baselines.
+        seed: seed of requests, renders and noise; the noise also depends on `batch_size`.
         things: `held_out`, never seen in alignment; `seen`; or `validation`, a subset of the seen ones, for choosing
             settings with a model that was trained on the others.
         baselines: whether to measure the upper bound and the caption baseline.
         max_new_tokens: per answer, signal tokens included; a medium's codes come on top.
-        steps, guidance: of the decoders, by modality; by default the checkpoint's own.
+        steps, guidance: settings of the decoders by modality; by default the checkpoint's own.
     """
 
     samples: int = 20
@@ -74,10 +74,9 @@ class Judged:
     """A judged answer.
 
     Attributes:
-        request: that was answered.
         text: all text of the answer.
         medium: the first medium of the requested type; None if it is missing, and for text.
-        rate: of the medium, in frames or samples per second.
+        rate: frames or samples per second of the medium.
         verdict: (shape, colour) found by the judge; None if there is nothing to judge.
         right: whether shape and colour are both right, or, for a question in words, whether the answer is.
         motion: direction in which the clip moves, or in which the text says that it moves.
@@ -153,7 +152,6 @@ def hold(
 
 
 def judge(request: Request, answer: Answer) -> Judged:
-    """Judge an answer."""
     media = {way: [segment for segment in answer.segments if segment.type == way] for way in WAYS[1:]}
     unasked = tuple(way for way, found in media.items() if len(found) > (way == request.target))
     judged = Judged(request, answer.text, unasked=unasked)

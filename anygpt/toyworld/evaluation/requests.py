@@ -35,7 +35,7 @@ class Request:
         prompt: the user's words.
         thing: subject of the request; None for small talk and nonsense.
         motion: expected motion of a requested clip, or of an input clip that the answer describes.
-        path: of the input medium, relative to the folder of the samples; None for text.
+        path: file of the input medium, relative to the folder of the samples; None for text.
         medium: the input medium, decoded.
         reference: acceptable answers in words.
         before: the messages of earlier turns.
