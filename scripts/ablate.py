@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,7 +178,5 @@ def ablate(arguments: list[str]) -> None:
         print(table(results), flush=True)
 
 
-main = partial(execute, ablate)
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(execute(ablate))

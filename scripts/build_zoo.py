@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,5 @@ def card(part: str, shares: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-main = partial(execute, build)
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(execute(build))

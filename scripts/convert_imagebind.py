@@ -8,7 +8,6 @@ CC BY-NC-SA 4.0, for non-commercial use only.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from anygpt.commands import execute
@@ -51,7 +50,5 @@ def convert(arguments: list[str]) -> None:
     print(output)
 
 
-main = partial(execute, convert)
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(execute(convert))

@@ -10,7 +10,6 @@ nonsense. Decoders: judged samples for plain true captions. Tokenizers: judged d
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,5 @@ def report(arguments: list[str]) -> None:
             print(f"{part}: {what}: {one['rate']:.3f} ({one['right']} of {one['n']})")
 
 
-main = partial(execute, report)
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(execute(report))

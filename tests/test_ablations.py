@@ -134,11 +134,11 @@ def test_ablations_run_and_what_is_done_is_not_done_again(tmp_path, capfd):
     path = tmp_path / "ablations.yaml"
     path.write_text(yaml.safe_dump(content))
     arguments = ["--config", str(path), "--output", str(tmp_path / "out")]
-    assert ablate.main(arguments) == 0
+    assert ablate.execute(ablate.ablate, arguments) == 0
     assert len(list((tmp_path / "out/runs").iterdir())) == 4  # stages 1 and 2 once
     first = capfd.readouterr().out
     assert first.count("== stage") == 4 and "| none |" in first
-    assert ablate.main(arguments) == 0
+    assert ablate.execute(ablate.ablate, arguments) == 0
     assert "== stage" not in capfd.readouterr().out
     assert (tmp_path / "out/table-validation.md").read_text().count("\n") == 4
     reports = [json.loads(p.read_text()) for p in (tmp_path / "out/reports").glob("*/matrix.json")]

@@ -1,6 +1,7 @@
 """ImageBind: the original's outputs, its tensors' names, its preprocessing, its place as an encoder, its loss."""
 
 import json
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from training_utils import load_script
 from transformers import CLIPImageProcessor
 
 from anygpt import ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from anygpt.commands import execute
 from anygpt.encoders.contrast import info_nce
 from anygpt.encoders.imagebind import (
     ImageBindAudioProcessor,
@@ -117,7 +119,7 @@ def test_the_script_makes_a_folder_that_loads(original, reference, tmp_path, cap
     config, weights, tensors = reference
     settings = tmp_path / "sizes.json"
     settings.write_text(json.dumps(config.to_dict()))
-    convert = load_script("convert_imagebind").main
+    convert = partial(execute, load_script("convert_imagebind").convert)
     torch.save(weights | {MASK: torch.zeros(77, 77)}, tmp_path / "tiny.pth")
     save_file(weights, tmp_path / "tiny.safetensors")
     for file in ("tiny.pth", "tiny.safetensors"):
