@@ -34,8 +34,17 @@ def test_the_autoencoders_loss_is_its_formula():
     for row in range(2):
         posterior = torch.distributions.Normal(mean[row].double(), std[row].double())
         divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
-        expected = (decoded[row] - media[row]).double().abs().mean() + KL_WEIGHT * divergence
+        error = (decoded[row] - media[row]).double().abs().sum()
+        expected = (error + KL_WEIGHT * divergence) / media[row].numel()
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_autoencoders_loss_weighs_error_and_divergence_alike_in_media_of_any_size():
+    generator = torch.Generator().manual_seed(0)
+    media, decoded, mean, std = (torch.rand(1, 3, n, n, generator=generator) for n in (32, 32, 4, 4))
+    tiled = [x.repeat(1, 1, 2, 2) for x in (decoded, media, mean, std)]
+    torch.testing.assert_close(autoencoder_loss(*tiled), autoencoder_loss(decoded, media, mean, std))
+    torch.testing.assert_close(KL_WEIGHT / media.numel(), 1e-5)  # the weight that the zoo's pictures were trained with
 
 
 def test_the_vocoders_loss_is_the_relative_power_of_the_error():
