@@ -49,7 +49,5 @@ def describe(expected: Mapping[str, Any]) -> str:
 
 def _phrase(thing: dict[str, Any]) -> str:
     name, count = thing["name"], thing["count"]
-    if count > 1:
-        return f"{COUNTS[count]} {PLURALS.get(name, name + 's')}"
-    words = " ".join(filter(None, (thing["colour"], name)))
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    words = " ".join(filter(None, (thing["colour"], PLURALS.get(name, name + "s") if count > 1 else name)))
+    return f"{COUNTS.get(count) or ('an' if words[0] in 'aeiou' else 'a')} {words}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,18 @@ def invent(category: str, things: Sequence[Thing], rng: np.random.Generator) -> 
     return Scene({"category": category, "things": named, "relation": relation}, shown, tuple(places))
 
 
+def in_full(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene with a caption that leaves out neither the colours nor, of two things, the relation."""
+    expected, shown = scene.expected, zip(scene.expected["things"], scene.things, strict=False)
+    relation = expected["relation"]
+    if len(expected["things"]) > 1 and relation is None:
+        (x, y), (other_x, other_y) = (PLACES[place] for place in scene.places)
+        true = [name for name, (across, down) in RELATIONS.items() if across * (x - other_x) + down * (y - other_y) > 0]
+        relation = pick(rng, true)
+    named = [thing | {"colour": one.colour} for thing, one in shown]
+    return replace(scene, expected=expected | {"things": named, "relation": relation})
+
+
 def render_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene as an RGB image of 64 × 64 pixels; `rng` determines radii, positions, brightness and background."""
     side, marks = SIZE / 2, []
@@ -138,6 +150,8 @@ def scene_row(
     """Row number `index` of a kind of dataset; `show(name, scene)` writes a picture and returns its content part."""
     category, way = CATEGORIES[index % len(CATEGORIES)], index // len(CATEGORIES) % len(KINDS[kind])
     (source, target), scene = KINDS[kind][way], invent(category, things, rng)
+    if kind == "pictures" and rng.integers(2):
+        scene = in_full(scene, rng)
     about = _ABOUT["colours" if category.startswith("colour") else category if category == "position" else "shapes"]
     name = f"{kind}-{index}-{source}-{target}-{category}"
     draws = target == "image" or (source == "text" and bool(rng.integers(2)))
