@@ -25,6 +25,8 @@ from anygpt.decoders import (
     ZeroscopeDecoder,
 )
 from anygpt.errors import InputError
+from anygpt.losses.formulas import LossWeights
+from anygpt.losses.terms import Target
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 FAMILIES = {
@@ -353,3 +355,19 @@ def test_the_flows_sampling_schedule_is_not_used():
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(InputError, match="DDIMScheduler is not configured for it"):
         StableDiffusion3Decoder(pipeline).denoising_loss(condition, latents)
+
+
+def test_denoising_learns_samples_of_the_posterior_or_its_mode():
+    """From media and from what the feature cache keeps of them."""
+    decoder = image_decoder()
+    height, width = decoder.height, decoder.width
+    media = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mean, std = decoder.posterior(media)
+    for given in ({"media": media}, {"posterior": torch.stack([mean, std], dim=1)}):
+        for latents, noise in (("samples", 1), ("mode", 0)):
+            generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+            drawn = torch.cat([torch.randn(mean[:1].shape, generator=generator) for generator in generators])
+            generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+            target = Target("image", torch.arange(2), given, decoder, LossWeights(latents=latents), None, generators)
+            torch.testing.assert_close(target.latents, decoder.scale_latents(mean + noise * std * drawn))

@@ -63,6 +63,7 @@ class LossWeights:
         caption_dropout: share of captions that `decoder` replaces by the empty one, and of answers with codes that are
             trained without all that precedes the codes, for classifier-free guidance (arXiv 2207.12598).
         reference_dropout: share of references that `decoder` drops, where it edits (arXiv 2211.09800, §3.2).
+        latents: whether denoising learns samples of the VAE's posterior, or its `mode`, without the posterior's noise.
         media_weight: factor on the NLL of codes.
         label_smoothing: ε of the NLL: (1 − ε) of it, and ε of the mean over all tokens that can be generated.
         binding: what the other encoders are contrasted with: an encoder key, as images in ImageBind (arXiv 2305.05665),
@@ -85,6 +86,7 @@ class LossWeights:
     snr_gamma: PositiveFloat | None = None
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     reference_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    latents: Literal["samples", "mode"] = "samples"
     media_weight: Weight = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     binding: str = "image"

@@ -142,10 +142,11 @@ class Target:
 
     @cached_property
     def latents(self) -> Tensor:
+        generator = self.generator if self.weights.latents == "samples" else None
         if self.given.get("posterior") is not None:
             mean, std = self.given["posterior"].to(self.decoder.device).unbind(1)
-            return self.decoder.sample_posterior(mean, std, self.generator)
-        return self.decoder.encode_media(self.given["media"], generator=self.generator)
+            return self.decoder.sample_posterior(mean, std, generator)
+        return self.decoder.encode_media(self.given["media"], generator=generator)
 
     def alignment(self) -> Tensor:
         real = self.encoding.real if self.decoder.masked else None
