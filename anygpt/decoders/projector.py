@@ -74,7 +74,6 @@ class OutputProjector(PreTrainedModel):
         if missing:
             raise InputError(f"an output projector needs {', '.join(missing)} in its OutputProjectorConfig")
         self.projection = projection if projection is not None else _BUILDERS[config.projection_type](config)
-        self.wraps_own_module = projection is not None
         flat = config.num_signal_tokens * config.in_features
         self.pooled_head = nn.Linear(flat, config.pooled_dim) if config.pooled_dim is not None else None
         self.mask_head = nn.Linear(flat, config.condition_shape[0]) if config.masked else None
@@ -180,13 +179,13 @@ def _layer_sizes(config: OutputProjectorConfig) -> dict[str, Any]:
 def _qformer(config: OutputProjectorConfig) -> nn.Module:
     tokens, width = config.condition_shape
     return QFormerProjection(
-        in_features=config.in_features,
-        width=config.d_model,
-        out_features=width,
-        num_queries=tokens,
-        num_layers=config.num_decoder_layers,
-        num_heads=config.num_attention_heads,
-        ffn_dim=config.ffn_dim,
+        config.in_features,
+        width,
+        tokens,
+        hidden_size=config.d_model,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.num_decoder_layers,
+        num_attention_heads=config.num_attention_heads,
     )
 
 

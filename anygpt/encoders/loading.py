@@ -35,7 +35,7 @@ class Whole:
     """An encoder inside a whole model, whose config determines its family.
 
     Attributes:
-        config: extracts the encoder's config from the whole model's, for a modality.
+        config: its name in the whole model's, or a function that extracts it from there, for a modality.
         names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
             A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
         processor: builds the processor of a modality if the folder has none.
@@ -43,7 +43,7 @@ class Whole:
         take.
     """
 
-    config: Callable[[PreTrainedConfig, str], PreTrainedConfig]
+    config: str | Callable[[PreTrainedConfig, str], PreTrainedConfig]
     names: Mapping[str, str | None] | Callable[[PreTrainedConfig], Mapping[str, str | None]]
     processor: Callable[[str], Any] | None = None
     image_processor: type | None = None
@@ -54,42 +54,35 @@ def _tower(name: str, *others: str) -> dict[str, str | None]:
     return {f"model.{name}.": "", f"{name}.": "", **dict.fromkeys(rest)}
 
 
-def _vision(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
-    return config.vision_config
-
-
-def _audio(config: PreTrainedConfig, _: str) -> PreTrainedConfig:
-    return config.audio_config
-
-
+_VISION, _AUDIO = "vision_config", "audio_config"
 _DUAL_IMAGE = {
     "vision_model.": "",
     **dict.fromkeys(("text_model.", "visual_projection.", "text_projection.", "logit_", "classifier.")),
 }
 WHOLE_MODELS: dict[str, Whole] = {
-    "clip": Whole(_vision, _DUAL_IMAGE),
-    "siglip": Whole(_vision, _DUAL_IMAGE),
-    "siglip2": Whole(_vision, _DUAL_IMAGE),
-    "llava": Whole(_vision, _tower("vision_tower")),
-    "llava_next": Whole(_vision, _tower("vision_tower", "image_newline"), image_processor=CLIPImageProcessorPil),
-    "llava_onevision": Whole(_vision, _tower("vision_tower", "image_newline"), image_processor=SiglipImageProcessorPil),
-    "mistral3": Whole(_vision, _tower("vision_tower")),
-    "gemma3": Whole(_vision, _tower("vision_tower")),
-    "paligemma": Whole(_vision, _tower("vision_tower")),
-    "internvl": Whole(_vision, _tower("vision_tower")),
-    "qwen2_vl": Whole(_vision, _tower("visual")),
-    "qwen2_5_vl": Whole(_vision, _tower("visual")),
+    "clip": Whole(_VISION, _DUAL_IMAGE),
+    "siglip": Whole(_VISION, _DUAL_IMAGE),
+    "siglip2": Whole(_VISION, _DUAL_IMAGE),
+    "llava": Whole(_VISION, _tower("vision_tower")),
+    "llava_next": Whole(_VISION, _tower("vision_tower", "image_newline"), image_processor=CLIPImageProcessorPil),
+    "llava_onevision": Whole(_VISION, _tower("vision_tower", "image_newline"), image_processor=SiglipImageProcessorPil),
+    "mistral3": Whole(_VISION, _tower("vision_tower")),
+    "gemma3": Whole(_VISION, _tower("vision_tower")),
+    "paligemma": Whole(_VISION, _tower("vision_tower")),
+    "internvl": Whole(_VISION, _tower("vision_tower")),
+    "qwen2_vl": Whole(_VISION, _tower("visual")),
+    "qwen2_5_vl": Whole(_VISION, _tower("visual")),
     "vit_mae": Whole(  # as a ViT, since its own class drops patches at random
         lambda config, _: ViTConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}),
         {"vit.": "", "decoder.": None},
     ),
     "clap": Whole(
-        _audio,
+        _AUDIO,
         {"audio_model.": "", **dict.fromkeys(("text_model.", "audio_projection.", "text_projection.", "logit_scale_"))},
     ),
-    "qwen2_audio": Whole(_audio, _tower("audio_tower")),
+    "qwen2_audio": Whole(_AUDIO, _tower("audio_tower")),
     "phi4_multimodal": Whole(
-        _audio, {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))}
+        _AUDIO, {"model.embed_tokens_extend.audio_embed.encoder.": "", **dict.fromkeys(("model.", "lm_head."))}
     ),
     "imagebind": Whole(
         lambda config, modality: config.encoder_of(modality), lambda config: config.left_out(), processor=processor_for
@@ -151,7 +144,9 @@ def _find_encoder(
     config: PreTrainedConfig, modality: str, feature: str | None
 ) -> tuple[PreTrainedConfig, EncoderFamily, Mapping[str, str | None]]:
     whole = WHOLE_MODELS.get(config.model_type)
-    own = whole.config(config, modality) if whole is not None else config
+    own = config
+    if whole is not None:
+        own = getattr(config, whole.config) if isinstance(whole.config, str) else whole.config(config, modality)
     if feature is not None:
         if not hasattr(own, "feature"):
             raise InputError(f"feature is {feature!r}, but a {own.model_type!r} encoder has no such choice")

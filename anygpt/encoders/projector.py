@@ -101,7 +101,6 @@ class MultimodalProjector(PreTrainedModel):
     def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
         super().__init__(config)
         self.projection = projection if projection is not None else _build(config)
-        self.wraps_own_module = projection is not None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -162,34 +161,17 @@ class MergerProjection(nn.Module):
 class QFormerProjection(nn.Module):
     """`num_queries` learned queries that attend to the features of each input (arXiv 2301.12597), then one Linear.
 
-    Wraps transformers' `Blip2QFormerModel`, of `num_layers` layers of `width`. Queries are initialized randomly:
-    identical ones would stay identical.
+    Wraps transformers' `Blip2QFormerModel`, whose config takes `sizes`. Queries are initialized randomly: identical
+    ones would stay identical.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        out_features: int,
-        num_queries: int,
-        num_layers: int,
-        num_heads: int,
-        ffn_dim: int,
-    ):
+    def __init__(self, in_features: int, out_features: int, num_queries: int, **sizes: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(1, num_queries, width) * 0.02)
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=width,
-                encoder_hidden_size=in_features,
-                intermediate_size=ffn_dim,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
-        self.output = nn.Linear(width, out_features)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = Blip2QFormerConfig(encoder_hidden_size=in_features, **sizes, **no_dropout)
+        self.queries = nn.Parameter(torch.randn(1, num_queries, config.hidden_size) * 0.02)
+        self.qformer = Blip2QFormerModel(config)
+        self.output = nn.Linear(config.hidden_size, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, n, in_features)` to `(B, num_queries, out_features)`."""
@@ -214,11 +196,10 @@ def _build(config: MultimodalProjectorConfig) -> nn.Module:
     if config.projection_type == "merger":
         return MergerProjection(config)
     return QFormerProjection(
-        in_features=config.in_features,
-        width=config.in_features,
-        out_features=config.out_features,
-        num_queries=config.num_query_tokens,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        ffn_dim=4 * config.in_features,
+        *sizes,
+        config.num_query_tokens,
+        hidden_size=config.in_features,
+        intermediate_size=4 * config.in_features,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
     )
