@@ -1,12 +1,16 @@
 """The one exception for mistakes that the user can mend, and what a command prints of it."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 MISTAKE, INTERRUPTED = 2, 128 + 2  # exit codes: of a user error, and after Ctrl-C, as in shells
 
@@ -28,10 +32,18 @@ def reading(folder: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise InputError(
-            f"{folder} is damaged or incomplete ({type(error).__name__}: {reason}); copy it again, or train it again"
-        ) from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{folder} is damaged or incomplete ({said}); copy it again, or train it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:

@@ -21,9 +21,9 @@ from anygpt import (
     load_decoder,
     load_language_model,
 )
-from anygpt.decoders import Condition, DiffusionDecoder, wrapping
+from anygpt.decoders import Condition, DiffusionDecoder
 from anygpt.decoders.pipelines import is_hooked
-from anygpt.errors import InputError
+from anygpt.errors import InputError, warn_once
 from anygpt.model.language_models import load_tokenizer
 from anygpt.parts.files import shapes_only
 from anygpt.parts.manifest import stored_tensors
@@ -295,7 +295,7 @@ def test_a_later_stage_may_save_memory_otherwise(folders, tmp_path):
 
 
 def test_offloading_is_said_to_do_nothing_without_an_accelerator(caplog):
-    wrapping._warn_once.cache_clear()
+    warn_once.cache_clear()
     decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion(), offload="group")
     if torch.accelerator.is_available():
         pytest.skip("there is one")

@@ -559,7 +559,7 @@ def test_a_safety_checker_stays_in_force_and_its_absence_is_logged_once(caplog):
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessorPil
 
-    from anygpt.decoders import wrapping
+    from anygpt.errors import warn_once
 
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     checker = StableDiffusionSafetyChecker(
@@ -570,7 +570,7 @@ def test_a_safety_checker_stays_in_force_and_its_absence_is_logged_once(caplog):
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
     guarded = type(plain)(**{**plain.components, "safety_checker": checker, "feature_extractor": processor})
 
-    wrapping._warn_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.INFO):
         decoder = StableDiffusionDecoder(guarded)
         assert "safety checker" not in caplog.text

@@ -30,7 +30,7 @@ from anygpt.encoders.imagebind import (
     processor_for,
 )
 from anygpt.encoders.imagebind.modeling import MASK
-from anygpt.errors import InputError
+from anygpt.errors import InputError, warn_once
 from anygpt.media.files import Video
 
 DATA = Path(__file__).parent / "data"
@@ -143,10 +143,8 @@ def test_the_script_makes_a_folder_that_loads(original, reference, tmp_path, cap
 
 
 def test_loading_says_the_licence(tmp_path, caplog):
-    from anygpt.encoders.imagebind import modeling
-
     ImageBindModel(ImageBindConfig(**IMAGEBIND)).save_pretrained(tmp_path)
-    modeling.say_licence.cache_clear()
+    warn_once.cache_clear()
     assert "CC BY-NC-SA" not in caplog.text
     ImageBindModel.from_pretrained(tmp_path)
     assert "CC BY-NC-SA" in caplog.text

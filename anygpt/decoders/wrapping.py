@@ -3,9 +3,7 @@
 import copy
 import inspect
 import json
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +15,8 @@ from torch import nn
 from anygpt.decoders.options import is_integer
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
 from anygpt.decoders.schedules import check_scheme
-from anygpt.errors import InputError
+from anygpt.errors import InputError, warn_once
 from anygpt.parts.files import Place
-
-logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "anygpt_decoder.json"
 
@@ -95,7 +91,7 @@ class WrappedPipeline(nn.Module):
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         if pipeline.components.get("safety_checker") is None:
-            _warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
+            warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
 
     def call_default(self, name: str) -> Any:
         """Default of an argument of the pipeline's call; None if it has no such argument."""
@@ -179,7 +175,7 @@ class WrappedPipeline(nn.Module):
             if value is not None and name != "offload":
                 setattr(self.vae, attribute, value)
         if self.offload is not None and not torch.accelerator.is_available():
-            _warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
+            warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WrappedPipeline":
         """What `to` and its like call: an offloaded pipeline's tensors stay where they are, and hooks move them."""
@@ -236,8 +232,3 @@ class WrappedPipeline(nn.Module):
         for name in self.trains:
             getattr(self, name).requires_grad_(requires_grad)
         return self
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -4,17 +4,15 @@ FFmpeg marks a partially read packet as corrupt, and most containers state their
 hint, such as a stream cut between two packets, is not detected.
 """
 
-import logging
 import math
 import os
 import re
 import struct
-from functools import cache
 from typing import BinaryIO
 
 import av
 
-logger = logging.getLogger(__name__)
+from anygpt.errors import warn_once
 
 STREAMED = 0x7F000000
 """Bytes. A program that writes to a pipe cannot fill in the header's size: sox and FFmpeg leave at least this, or 0."""
@@ -61,7 +59,7 @@ class Ending:
         if self.last_corrupt and not self._has_wrong_size():
             raise ValueError("it is truncated: its last packet is not whole")
         if self.corrupt > self.last_corrupt:
-            _warn_once(f"{self.name} has {self.corrupt} damaged packets; what FFmpeg makes of them is used")
+            warn_once(f"{self.name} has {self.corrupt} damaged packets; what FFmpeg makes of them is used")
         if self.stated is None or self.end == -math.inf:
             return
         there = max(self.end, self.end - self.begin)
@@ -74,11 +72,6 @@ class Ending:
             return b"data" + 8 * b"\xff" in self.head
         stated = int.from_bytes(self.head[4:8], "little")
         return self.head.startswith(b"RIFF") and not 0 < stated - self.container.size < STREAMED
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def check_tables(file: BinaryIO, head: bytes) -> None:

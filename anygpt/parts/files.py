@@ -4,14 +4,12 @@ Only headers are read until a tensor is accessed.
 """
 
 import json
-import logging
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, __version__
 from transformers.utils import cached_file
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, warn_once
 from anygpt.parts.manifest import MANIFEST, find_fault
-
-logger = logging.getLogger(__name__)
 
 SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth")
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -209,12 +205,12 @@ def find_weights(place: Place, names: Mapping[str, str | None] | None = None) ->
             if entry is None:
                 continue
             if variant != place.variant:
-                _say_once(f"{place} has no files of variant {place.variant!r}; those without a variant are read")
+                warn_once(f"{place} has no files of variant {place.variant!r}; those without a variant are read")
             if suffixes is PICKLES:
-                _say_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
+                warn_once(f"{place} has no safetensors; {entry.name} is read with torch.load(weights_only=True)")
             return Weights(entry, _open_all(place, entry, suffixes, names or {}), variant)
     if wants_shapes_only() and not Path(place.path).is_dir():
-        _say_once(f"{place} has no weight files in the cache: its tensors are not compared with them")
+        warn_once(f"{place} has no weight files in the cache: its tensors are not compared with them")
         return Weights(Path(place.path), {})
     if place.weights != "any" and (found := _first(place, PICKLES, place.variant) or _first(place, PICKLES, None)):
         raise InputError(
@@ -308,11 +304,6 @@ def shape_of(tensor: Any) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor):
         return tensor.to("meta")
     return torch.empty(tensor.get_shape(), dtype=dtype_of(tensor) or torch.int64, device="meta")
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def some(names: list[str], most: int = 5) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, first_line
 
 
 def let_umask_decide(place: Path) -> None:
@@ -37,7 +37,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token
             api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit).commit_url)
     except (HfHubHTTPError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(
             f"{repo_id!r} cannot be written at the hub: {reason}; run `hf auth login`, or give token="
         ) from error

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, first_line
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.sharding import is_sharded
@@ -86,7 +86,7 @@ def compile_layers(model: MultimodalModel) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
     except Exception as error:  # the compiler's toolchain raises many types
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(
             f"train.compile is on, but torch.compile does not work here ({reason}); install what it needs (on a CPU a "
             "C++ compiler, on a GPU Triton), or leave it off"

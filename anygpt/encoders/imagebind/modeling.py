@@ -1,7 +1,5 @@
 """ImageBind's networks. Shapes: `B` samples, `C` clips of each, `n` tokens, `F` width of a tower, `D` of embeddings."""
 
-import functools
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,9 +20,7 @@ from anygpt.encoders.imagebind.configuration import (
     VOCABULARY,
     ImageBindConfig,
 )
-from anygpt.errors import InputError
-
-logger = logging.getLogger(__name__)
+from anygpt.errors import InputError, warn_once
 
 LICENCE = "ImageBind's published weights are under CC BY-NC-SA 4.0: they are for non-commercial use only"
 CARD = f"""---
@@ -208,12 +204,12 @@ class ImageBindModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "ImageBindModel":
-        say_licence()
+        warn_once(LICENCE)
         return super().from_pretrained(*args, **kwargs)
 
     def load_original_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the original's tensors, except the text mask; an `InputError` names those that do not fit."""
-        say_licence()
+        warn_once(LICENCE)
         given = {name: tensor for name, tensor in tensors.items() if name != MASK}
         for tower in WITH_BIAS_KV:
             name = f"modality_postprocessors.{tower}.1.log_logit_scale"
@@ -307,8 +303,3 @@ class ImageBindEncoder(ImageBindModel):
             return BaseModelOutput(last_hidden_state=self.embed_clips(tower, media_values))
         states, clips = self.encode(tower, media_values)
         return BaseModelOutput(last_hidden_state=states.unflatten(0, (-1, clips)).flatten(1, 2))
-
-
-@functools.cache
-def say_licence() -> None:
-    logger.warning(LICENCE)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from anygpt.encoders.video import VideoFrameProcessor
-from anygpt.errors import InputError
+from anygpt.errors import InputError, first_line
 from anygpt.media.files import Audio
 from anygpt.media.types import MEDIA, is_heard, is_timed
 
@@ -32,7 +32,7 @@ def loading(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         advice = f"where there is a network, download it with: hf download {path}"
         raise InputError(f"the {what} {path!r} cannot be loaded ({reason}); {advice}") from error
 
