@@ -28,11 +28,10 @@ from anygpt.outputs import LossTerm
 from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
 from anygpt.training import loading, processes, sharding
-from anygpt.training.averages import Averages
 from anygpt.training.config import Config
 from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
-from anygpt.training.optimization import clip_gradients, compile_layers, make_optimizer, set_rates
+from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, Metrics, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
