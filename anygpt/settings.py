@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 from pydantic import TypeAdapter, ValidationError
+from transformers.utils.generic import flatten_dict
 
 from anygpt.errors import InputError
 
@@ -40,15 +41,10 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
     return kind(**{section.name: getattr(parsed, section.name) for section in fields(kind)})
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any]) -> dict[str, Any]:
     """Flatten nested settings to `section.key: value`, lists as text, for trackers and comparisons."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value) if isinstance(value, list | tuple) else value
-    return flat
+    flat = {name: value for name, value in flatten_dict(settings).items() if value != {}}
+    return {name: str(value) if isinstance(value, list | tuple) else value for name, value in flat.items()}
 
 
 def find_misfits(settings: Any) -> list[str]:

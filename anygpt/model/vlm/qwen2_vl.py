@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers import AutoConfig, GenerationMixin, Qwen2ForCausalLM
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
@@ -52,29 +52,13 @@ class Qwen2VLForCausalLM(Qwen2VLPreTrainedModel, GenerationMixin):
 
     config_class = Qwen2VLTextConfig
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    forward = Qwen2ForCausalLM.forward
 
     def __init__(self, config: Qwen2VLTextConfig):
         super().__init__(config)
         self.model = Qwen2VLTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = self.model(input_ids=input_ids, **kwargs)
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(outputs.last_hidden_state),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 class MRopePositions(SavedCallback):
