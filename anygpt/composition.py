@@ -5,7 +5,8 @@ them, adds its constructor, `forward`, saving and loading. Shape legend: `anygpt
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +231,17 @@ class Composition(PreTrainedModel):
             for key, decoder in self.decoders.items()
             if key in spans and len(spans[key])
         }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and at the end of the block back in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]

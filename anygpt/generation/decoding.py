@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
-from anygpt.composition import Composition
+from anygpt.composition import Composition, evaluating
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.generation.answering import SpanStates, assemble, text_of
@@ -259,9 +259,7 @@ def generate(
     rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, _placeholders(model))
     if generation_config is not None:
         options["generation_config"] = generation_config
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with model.signal_tokens.attached(model.language_model) as tap:
             input_ids, _, inputs = model.write_codes(input_ids, None, inputs)
             merged = model.merge(model.embed(input_ids, attention_mask, None), model.encode(inputs), items_per_row)
@@ -285,8 +283,6 @@ def generate(
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
         answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters, references)
         return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
-    finally:
-        model.train(training)
 
 
 def check_request(

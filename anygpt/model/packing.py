@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from anygpt.composition import Composition, Reading
+from anygpt.composition import Composition, Reading, evaluating
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.sequence.merging import Merged
@@ -142,11 +142,9 @@ def check_packing(model: Composition) -> None:
     if "position_ids" in argument_names(language_model) and model.preprocess_llm_callback is None:
         embeds = language_model.get_input_embeddings().weight[None, :8].detach()
         positions = torch.arange(4, device=embeds.device).repeat(2)[None]
-        training = language_model.training
-        language_model.eval()
-        alone = language_model(inputs_embeds=embeds[:, 4:], position_ids=positions[:, 4:], use_cache=False).logits
-        packed = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[:, 4:]
-        language_model.train(training)
+        with evaluating(language_model):
+            alone = language_model(inputs_embeds=embeds[:, 4:], position_ids=positions[:, 4:], use_cache=False).logits
+            packed = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[:, 4:]
         kept_apart = bool((packed - alone).norm() < 0.02 * alone.norm())
     if not kept_apart:
         raise InputError(

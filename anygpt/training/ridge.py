@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from anygpt.composition import evaluating
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
@@ -135,17 +136,15 @@ def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[
             )
     check_room({key: (line.in_features, line.out_features) for key, line in lines.items()})
     fits = {key: RidgeRegression(line.in_features, line.out_features) for key, line in lines.items()}
-    training = model.training
-    model.eval()
-    for batch in batches:
-        states = model.read_states(**batch)
-        for key in set(fits) & set(states):
-            target = batch["decoder_targets"][key]
-            encoding = target.get("conditions")
-            if encoding is None:
-                encoding = model.decoders[key].module.encode_text(target["captions"])
-            fits[key].add(states[key].flatten(1), Condition.of(encoding).embeds.flatten(1))
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            states = model.read_states(**batch)
+            for key in set(fits) & set(states):
+                target = batch["decoder_targets"][key]
+                encoding = target.get("conditions")
+                if encoding is None:
+                    encoding = model.decoders[key].module.encode_text(target["captions"])
+                fits[key].add(states[key].flatten(1), Condition.of(encoding).embeds.flatten(1))
     empty = [key for key, fit in fits.items() if not fit.count and not fit.held]
     if empty:
         raise InputError(

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from anygpt.composition import evaluating
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.errors import InputError
 from anygpt.evaluation.report import flat_values
@@ -139,14 +140,10 @@ def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: 
     """Run a suite and write its results to `folder`; returns `{"<suite>/<metric>": value}`, equal on all processes."""
     if is_sharded(accelerator):
         raise InputError("train.eval_suite: processes that share a model's layers cannot answer rows of their own")
-    suite, training = read_suite(path), model.training
+    suite = read_suite(path)
     suite.baselines = suite.baselines or []  # baselines do not change during training
-    model.eval()
-    try:
-        with torch.random.fork_rng(), accelerator.autocast():
-            report = evaluate(suite, folder, accelerator, model, processor, facts={"updates": folder.name})
-    finally:
-        model.train(training)
+    with evaluating(model), torch.random.fork_rng(), accelerator.autocast():
+        report = evaluate(suite, folder, accelerator, model, processor, facts={"updates": folder.name})
     return broadcast_object_list([flat_values(report) if report else {}])[0]
 
 
@@ -158,32 +155,27 @@ def generate_answers(
 
     Restores the random state of the process, so that sampling does not change the training.
     """
-    training = model.training
-    model.eval()
-    try:
-        for item in (dataset[i] for i in range(min(rows, len(dataset)))):
-            if not isinstance(item, LoadedSample):
-                continue
-            messages = item.sample.messages
-            turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-            if not turns:
-                continue
-            asked = {part.type for part in messages[turns[-1]].content if part.type != "text"}
-            require = [processor.decoder_key(modality) for modality in sorted(asked)]
-            prompt = conversation(item.first_messages(turns[-1]), answered=bool(model.tokenizer_keys))
-            batch = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
-            options = {key: {"seed": seed, "num_inference_steps": DENOISING_STEPS} for key in model.decoder_keys}
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                output = model.generate(
-                    **batch.to(model.device),
-                    max_new_tokens=TEXT_TOKENS + sum(len(model.signal_tokens.spans[key]) for key in require),
-                    require=require,
-                    decoder_kwargs=options | {key: {"seed": seed} for key in model.makers if key not in options},
-                )
-            yield item.sample.id, output.answers[0]
-    finally:
-        model.train(training)
+    for item in (dataset[i] for i in range(min(rows, len(dataset)))):
+        if not isinstance(item, LoadedSample):
+            continue
+        messages = item.sample.messages
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if not turns:
+            continue
+        asked = {part.type for part in messages[turns[-1]].content if part.type != "text"}
+        require = [processor.decoder_key(modality) for modality in sorted(asked)]
+        prompt = conversation(item.first_messages(turns[-1]), answered=bool(model.tokenizer_keys))
+        batch = processor.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True)
+        options = {key: {"seed": seed, "num_inference_steps": DENOISING_STEPS} for key in model.decoder_keys}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = model.generate(
+                **batch.to(model.device),
+                max_new_tokens=TEXT_TOKENS + sum(len(model.signal_tokens.spans[key]) for key in require),
+                require=require,
+                decoder_kwargs=options | {key: {"seed": seed} for key in model.makers if key not in options},
+            )
+        yield item.sample.id, output.answers[0]
 
 
 def _track(tracker: Any, tag: str, answer: Answer, paths: list[Path], step: int) -> None:
