@@ -22,7 +22,7 @@ from anygpt import (
     MultimodalProjector,
     MultimodalProjectorConfig,
 )
-from anygpt.encoders.callbacks import LlavaCallbacks
+from anygpt.encoders.callbacks import LlavaCallbacks, LlavaNextCallbacks
 from anygpt.model.parts import import_class
 
 IN_NEW_PROCESS = """
@@ -291,3 +291,4 @@ def test_callbacks_are_never_lost_in_silence(parts, tmp_path):
 
 def test_a_checkpoint_that_names_a_module_of_before_the_move():
     assert import_class("anygpt.encoders.selection.LlavaCallbacks") is LlavaCallbacks
+    assert import_class("anygpt.model.vlm.llava.LlavaNextCallbacks") is LlavaNextCallbacks

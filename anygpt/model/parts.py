@@ -20,7 +20,8 @@ from anygpt.parts.source import MEMORY, Source
 KINDS = ("encoder", "decoder", "tokenizer")
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
-MOVED = {"anygpt.encoders.selection": "anygpt.encoders.callbacks"}  # modules that older checkpoints name
+MOVED = dict.fromkeys(("anygpt.encoders.selection", "anygpt.model.vlm.llava"), "anygpt.encoders.callbacks")
+"""Modules that older checkpoints name."""
 
 
 def part_modules(model: Composition) -> dict[str, nn.Module]:

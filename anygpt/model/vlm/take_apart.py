@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
-from anygpt.encoders.callbacks import LlavaCallbacks
+from anygpt.encoders.callbacks import LlavaCallbacks, LlavaNextCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError
-from anygpt.model.vlm.llava import LlavaNextCallbacks
 from anygpt.model.vlm.qwen2_vl import MRopePositions, Qwen2VLForCausalLM, Qwen2VLPatchConfig, Qwen2VLPatchEncoder
 
 
