@@ -4,8 +4,11 @@ Text is streamed first, with a `MediumCalled` where a medium belongs; then each 
 media. `segment` is the index into the row's `Answer.segments`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anygpt.outputs import Answer, Segment
@@ -137,6 +140,41 @@ class EventEmitter:
         if text.startswith(self._told) and len(text) > len(self._told):
             piece, self._told = text[len(self._told) :], text
             self.emit(TextPiece, self._begun, piece)
+
+
+def generate_stream(model: Any, *args: Any, **kwargs: Any) -> Iterator[Event]:
+    """Run `model.generate`, whose arguments it takes (beams excepted), in a thread, and yield its events.
+
+    Closing the iterator ends the generation at its next token or denoising step. Do not use the model elsewhere before
+    the iterator has ended.
+    """
+    events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    closed = threading.Event()
+
+    def on_event(event: Event) -> None:
+        if closed.is_set():
+            raise Closed
+        events.put(event)
+
+    def work() -> None:
+        try:
+            model.generate(*args, on_event=on_event, **kwargs)
+            events.put(None)
+        except Closed:
+            pass
+        except BaseException as error:  # re-raised in the consumer's thread
+            events.put(error)
+
+    worker = threading.Thread(target=work, name="generate_stream", daemon=True)
+    worker.start()
+    try:
+        for event in iter(partial(events.get), None):
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        closed.set()
+        worker.join()
 
 
 def end_where_all_are_closed(emitters: Sequence[EventEmitter]) -> None:

@@ -1,4 +1,4 @@
-"""Loss formulas and weights, and the routing of rows to the terms.
+"""Loss formulas and weights, the routing of rows to the terms, and what training leaves out at random.
 
 A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). Each row of a
 batch feeds exactly one NLL term:
@@ -29,10 +29,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import Tensor
+from torch import Generator, Tensor
 
+from anygpt.composition import Composition
 from anygpt.errors import InputError
 from anygpt.outputs import LossTerm
+from anygpt.sequence.merging import IGNORE
 
 TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
 """Terms that rows are routed to: without media, media in, media out, both."""
@@ -171,6 +173,36 @@ def sum_by_term(
         if len(chosen):
             sums[name] = LossTerm(chosen.sum(), len(chosen))
     return sums
+
+
+def dropped(share: float, count: int, generators: list[Generator] | None) -> list[bool]:
+    """Whether to drop each of `count` targets' conditions, with probability `share`, drawn from its generator."""
+    return [bool(share) and torch.rand((), generator=g).item() < share for g in generators or [None] * count]
+
+
+def hide_conditions(
+    model: Composition,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    generators: Mapping[str, list[Generator]] | None,
+) -> Tensor | None:
+    """Mask all but the codes of a share `caption_dropout` of the rows `(B, S)` that answer with codes, in training.
+
+    So nothing is learned of these rows' texts. A row's draw is from the generator of its first medium.
+    """
+    share, signals = model.loss_weights.caption_dropout, model.signal_tokens
+    if not (share and model.training and labels is not None and model.tokenizer_keys):
+        return attention_mask
+    draws, codes = torch.ones_like(input_ids, dtype=torch.float32), torch.zeros_like(input_ids, dtype=torch.bool)
+    for key in model.tokenizer_keys:
+        begins = (labels == signals.ids[key][0]) & (input_ids == labels)
+        own = (generators or {}).get(key) or [None] * int(begins.sum())
+        draws[begins] = draws.new_tensor([torch.rand((), generator=g).item() for g in own])
+        codes |= (labels != IGNORE) & (signals.row_of(input_ids, key) >= 0)
+    first = (draws < 1).int().argmax(dim=1, keepdim=True)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return torch.where(draws.gather(1, first) < share, mask * codes, mask)
 
 
 def denominators(counts: Mapping[str, float]) -> dict[str, float]:

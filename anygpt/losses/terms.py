@@ -18,8 +18,17 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.encoders.contrast import info_nce
 from anygpt.errors import InputError
-from anygpt.losses.dropout import dropped
-from anygpt.losses.formulas import MEDIA_OUT, TERMS, TEXT, LossWeights, caption_alignment, route, sum_by_term, token_nll
+from anygpt.losses.formulas import (
+    MEDIA_OUT,
+    TERMS,
+    TEXT,
+    LossWeights,
+    caption_alignment,
+    dropped,
+    route,
+    sum_by_term,
+    token_nll,
+)
 from anygpt.outputs import LossTerm
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import IGNORE, Merged

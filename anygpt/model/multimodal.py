@@ -18,9 +18,8 @@ from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
 from anygpt.generation.decoding import check_request, generate
-from anygpt.generation.streaming import generate_stream
-from anygpt.losses.dropout import hide_conditions
-from anygpt.losses.formulas import LossWeights, weighted_total
+from anygpt.generation.events import generate_stream
+from anygpt.losses.formulas import LossWeights, hide_conditions, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, find_losses, loss_names
 from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
