@@ -121,8 +121,8 @@ class Composition(PreTrainedModel):
         self.token_ids = dict(token_ids) if token_ids is not None else None
 
     def assign_inputs(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sort keyword arguments by encoder: `<key>.<name>` by key, a bare name to the only encoder that takes it, of
-        which there must be one."""
+        """Sort keyword arguments by encoder: `<key>.<name>` goes to that encoder, a bare name to the one that takes it;
+        an `InputError` if none or several do."""
         by_encoder: dict[str, dict[str, Any]] = {key: {} for key in self.encoder_keys}
         for full_name, value in inputs.items():
             if value is None:

@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 @contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
-    """Say of whatever the libraries raise over a saved folder that it is damaged, and where."""
+    """Turn what libraries raise while they read a saved folder into an `InputError` that names it."""
     try:
         yield
     except InputError:

@@ -10,9 +10,8 @@ from anygpt.decoders.forms import ImageDecoder
 class StableDiffusionXLDecoder(ImageDecoder):
     """Conditions of two CLIP text encoders, embeds `(B, T, D)` and pooled `(B, P)` -> PIL images (arXiv 2307.01952).
 
-    Training and sampling use the pipeline's default size conditioning: the
-    target size, uncropped. The default negative condition is zeros if the pipeline has `force_zeros_for_empty_prompt`,
-    else the encoding of "".
+    Training and sampling use the pipeline's default size conditioning: the target size, uncropped. The default negative
+    condition is zeros if the pipeline has `force_zeros_for_empty_prompt`, else the encoding of "".
     """
 
     pipeline_name = "StableDiffusionXLPipeline"

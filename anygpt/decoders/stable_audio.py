@@ -18,8 +18,8 @@ class StableAudioDecoder(AudioDecoder):
     """Conditions `(B, T, D)` of T5, projected, with their mask -> float32 waveforms `(C, N)` (arXiv 2407.14358).
 
     The transformer attends to padding, which is zeros, and to the beginning, 0 s, and the end, `audio_length_in_s`
-    (by default all of the model's window). Targets are cut at the end, and latents always span the window. In training,
-    too, that is the end told, not a target's own as in its authors' training: set it to the data's length.
+    (by default all of the model's window). Targets are cut at the end, and latents always span the window. Training
+    uses this end too, where the authors used each target's own: set it to the length of the data's sounds.
     """
 
     pipeline_name = "StableAudioPipeline"

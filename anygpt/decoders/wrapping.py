@@ -178,7 +178,7 @@ class WrappedPipeline(nn.Module):
             warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WrappedPipeline":
-        """What `to` and its like call: an offloaded pipeline's tensors stay where they are, and hooks move them."""
+        """Apply what `to` asks for; an offloaded pipeline's tensors stay where they are, and hooks move them."""
         device = fn(torch.empty(0)).device
         if self.offload is None or device.type in ("cpu", "meta"):
             return super()._apply(fn, recurse)

@@ -40,7 +40,7 @@ class Whole:
             A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
         processor: builds the processor of a modality if the folder has none.
         image_processor: class for the folder's settings, where the model's own makes tiles, which the tower does not
-        take.
+            take.
     """
 
     config: str | Callable[[PreTrainedConfig, str], PreTrainedConfig]

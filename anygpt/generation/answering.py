@@ -54,8 +54,8 @@ def assemble(
 ) -> list[Answer]:
     """Run each decoder once, batched over its spans, and put text and media in order.
 
-    A decoder that edits runs once for the first medium of each answer, then for the second, and so on, and apart for
-    rows without a reference.
+    A decoder that edits runs once for the first medium of each answer, then for the second, which edits the first, and
+    so on; rows without a reference run by themselves.
 
     Args:
         sequences: `(B, new tokens)`.

@@ -210,9 +210,9 @@ def generate(
         stop: texts that end a row's text (which still holds them; its events do not); not with beam search.
         budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
         seeds: one a row, which makes sampled text independent of the other rows; not with beam search.
-        references: `{decoder key: [medium or None, one a row]}`, the last medium shown, which a decoder that takes
-            references edits, or others start from if their options have a `strength`; later media of an answer edit
-            the one before.
+        references: `{decoder key: [medium or None, one a row]}`: the last medium shown. Decoders that take references
+            edit it, others start from it if their options have a `strength`; later media of an answer edit the one
+            before.
         kwargs: encoder inputs, as in `forward`, and generation options.
 
     Returns:

@@ -97,7 +97,7 @@ def mask_by_row(
 ) -> Tensor | None:
     """Lengths of the packed rows `(R,)`, int64, padding included; transformers' own mask where that does not suffice.
 
-    It does not where attention is not causal and complete within each row (sliding windows, tokens that look ahead).
+    It does not where attention within a row is not causal and complete (sliding windows, tokens that look ahead).
     """
     packed = options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True)
     if packed and not options.get("use_vmap") and torch.device(device).type == "cpu":

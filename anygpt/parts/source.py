@@ -112,7 +112,8 @@ class DecoderSettings(PartSettings):
     """Settings of a pretrained decoder in YAML.
 
     Attributes:
-        height, width, num_frames: size of what it makes and learns, in pixels and frames, if not the decoder's own.
+        height, width, num_frames: size of its media, generated or trained on, in pixels and frames; the decoder's own
+            by default.
         vae_tiling: let the VAE work on overlapping tiles.
         vae_slicing: let the VAE work on one sample at a time.
         offload: keep weights on the CPU but for the network (`model`) or layer (`group`) in use.

@@ -159,7 +159,7 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
 
 
 def measure_part(model: MultimodalModel, name: str, known: set[int] | None = None) -> PartMemory:
-    """Measure a part without the tensors of which `known` has the ids; its own are added there."""
+    """Measure a part, except for tensors whose ids are in `known`; the ids of the others are added there."""
     known = set() if known is None else known
     found, sizes = [x for x in _tensors(model.parts[name]) if id(x) not in known], Counter[str]()
     known.update(map(id, found))
