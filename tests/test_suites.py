@@ -190,9 +190,9 @@ def test_after_a_kill_nothing_is_asked_twice(whole, draw_suite, talker, tmp_path
 
 
 def test_answers_of_other_settings_are_not_mixed(whole, draw_suite, talker):
-    with pytest.raises(InputError, match=r"asked for otherwise \(ask changed\)"):
+    with pytest.raises(InputError, match=r"other questions \(ask changed\)"):
         evaluate(draw_suite("--ask.seed", "1"), whole[0], process(), *talker)
-    with pytest.raises(InputError, match=r"asked for otherwise \(checkpoint changed\)"):
+    with pytest.raises(InputError, match=r"other questions \(checkpoint changed\)"):
         evaluate(draw_suite(), whole[0], process(), *talker, facts={"checkpoint": "another"})
 
 

@@ -298,7 +298,7 @@ def test_a_failure_leaves_the_old_dataset(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("anygpt.toyworld.datasets.write_audio", fail)
+    monkeypatch.setattr("anygpt.media.types.write_audio", fail)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path, "stage1", 6, seed=0)
     assert path.read_bytes() == old

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
@@ -157,10 +156,7 @@ class ChatModel:
         shared = settings[0]
         for one in settings:
             self.check(one)
-        try:
-            batch = self.processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InputError(f"the model's chat template refuses this conversation: {error}") from error
+        batch = self.processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
         prompt_tokens = batch["attention_mask"].sum(dim=1).tolist()
         pairs = list(zip(settings, prompt_tokens, strict=True))
         budgets = [min(one.max_new_tokens, self._room(tokens)) for one, tokens in pairs]

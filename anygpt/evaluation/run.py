@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +101,12 @@ def evaluate(
         "settings": asdict(suite),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {"anygpt": __version__, "python": platform.python_version()}
-        | {library: installed_version(library) for library in LIBRARIES},
+        | {library: version(library) for library in LIBRARIES},
         **facts,
     }
     write_report(output / "report.html", report, rows[:SHOWN], lines)
     write(output / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
-
-
-def installed_version(library: str) -> str | None:
-    """The version of a library, or None where it is not installed: the metrics' own are an extra."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def first_media(line: Mapping[str, Any]) -> dict[str, Path]:
