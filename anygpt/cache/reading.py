@@ -106,7 +106,7 @@ def store_key(
 ) -> dict[str, Any]:
     """Everything that a store's tensors depend on, apart from the media files or captions themselves.
 
-    `num_frames` are those that are decoded of a clip, and `precision` is `train.mixed_precision`.
+    `num_frames` is the number of frames decoded of a clip, `precision` is `train.mixed_precision`.
     """
     key: dict[str, Any] = {"version": VERSION, "precision": precision}
     if is_timed(entry.modality) and entry.kind != CAPTIONS:

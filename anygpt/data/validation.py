@@ -104,8 +104,8 @@ def _checked(rows: "CheckedRows", num_workers: int) -> Iterator["CheckedRow"]:
 
 @dataclass
 class CheckedRow:
-    """What `validate` must know of a row: among others hashes of its id and conversation (None if it is no sample), and
-    whether its fault keeps the rest of the file from being read."""
+    """What `validate` counts of a row. `hashes` are of its id and its conversation (None if it is no sample);
+    `unreadable`: its fault keeps the rest of the file from being read."""
 
     faults: list[InputError]
     tokens: int = 0

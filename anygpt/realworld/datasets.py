@@ -58,7 +58,7 @@ _SOUNDS = {  # by the first part of a file's name
 def emoji(package: Path, clips: Path) -> list[Thing]:
     """Pictures without skin tones, and clips where there are animated ones.
 
-    Those are one concept whose names differ in who does something, or whose pictures look almost the same.
+    Pictures are of one concept if their names differ in who does something only, or if they look almost the same.
     """
     found, keys, thumbnails = [], {}, {}
     for row in json.loads((package / "package/emoji.json").read_text(encoding="utf-8")):
@@ -103,7 +103,7 @@ def sounds(samples: Path, animals: Path) -> list[Thing]:
 
 
 def split(things: Sequence[Thing], seed: int = 0) -> tuple[list[Thing], list[Thing]]:
-    """Things to learn, and of each concept that is held out one of each type; of few things a quarter is held out."""
+    """Things to learn, and one of each type for every held-out concept: at most a quarter of a type is held out."""
     members = defaultdict(list)
     for one in things:
         members[one.concept].append(one)
@@ -137,12 +137,12 @@ WANTED = {
 
 
 def describe(one: Thing, wordings: slice = slice(None)) -> Row:
-    """The medium is shown, and its name asked for."""
+    """A row that shows the medium and asks for its name."""
     return row(one.id, [_medium(one), _text(ASKED[one.modality][wordings])], [_text(one.name)])
 
 
 def make(one: Thing, wordings: slice = slice(None)) -> Row:
-    """The medium is asked for by its name."""
+    """A row that asks for the medium by its name."""
     asked = [wording.format(one.name) for wording in WANTED[one.modality][wordings]]
     return row(f"{one.id}-made", [_text(asked)], [_text(f"Here is {one.name}."), _medium(one) | {"caption": one.name}])
 

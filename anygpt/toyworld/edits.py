@@ -34,7 +34,7 @@ KINDS = ("colour", "shape", "place")
 FILES = {"pictures": THINGS, "train": SEEN, "eval": HELD_OUT}
 """Files of rows, and the things that may be the result of an edit."""
 _LEAST_WAY = 4.0
-"""Pixels that a thing has to move at least, to be moved."""
+"""Least distance, in pixels, of an edit that moves a thing."""
 _WORDS = {
     "colour": ("Make it {0}.", "Paint it {0}.", "The same, but {0}."),
     "shape": ("Make it {0}.", "Turn it into {0}.", "The same, but as {0}."),
@@ -86,7 +86,7 @@ class Scene:
 
 
 def room(radius: float) -> float:
-    """How far from the middle a centre may be, which leaves a border of one pixel."""
+    """Largest distance of a centre from the middle that leaves a border of one pixel."""
     return SIZE / 2 - radius - 1
 
 

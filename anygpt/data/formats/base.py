@@ -74,7 +74,7 @@ class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
     rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model: the row model, None for `Pair`s, which need
-    a task, and the project's own form. suffixes: of files that imply this format. media_by_type: see `MediaRoot`.
+    a task, and the project's own form. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
     """
 
     rows: Callable[..., Iterator[Row]]
