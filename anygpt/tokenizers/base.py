@@ -20,6 +20,8 @@ from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
 from anygpt.tokenizers.families import FAMILIES, TokenizerFamily
 
+PATIENCE, COMMITMENT = 25, 0.125
+"""Of training: batches without use after which a code moves, and the weight of the network's own loss."""
 SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
@@ -86,6 +88,8 @@ class MediaTokenizer(nn.Module):
         self.rate: float | None = None
         self.targets, self.shape = self._waveforms() if self.family.hop else self._grid()
         self.num_codes = math.prod(self.shape)
+        self._idle: Tensor
+        self.register_buffer("_idle", torch.zeros(self.codebook_size, dtype=torch.long), persistent=False)
         self.requires_grad_(False).eval()
 
     def _waveforms(self) -> tuple[TargetProcessor, tuple[int, ...]]:
@@ -152,20 +156,37 @@ class MediaTokenizer(nn.Module):
         return ("tokenizer",) if any(p.requires_grad for p in self.network.parameters()) else ()
 
     def reconstruction_losses(self, media: list | Tensor, generator: Any = None) -> dict[str, Tensor]:
-        """Stage 0's loss `{"tokenizer": (K,)}` of a VQModel: mean absolute error, its own loss of the codebook, and a
-        pull.
+        """Stage 0's loss `{"tokenizer": (K,)}` of a VQModel: mean squared error, and `COMMITMENT` of its own loss.
 
-        The pull, the mean squared distance of every code to the nearest latent of the batch, keeps codes in use.
+        Squares spend the codes on edges and colours; absolute errors spend most of them on shades of the background.
+        Where it trains, a new codebook begins as latents of the first batch, and codes out of use move to badly coded
+        ones.
         """
         if not isinstance(self.network, VQModel):
             raise InputError(f"a {self.family.network} is not trained here, only a VQModel is; leave it out")
         given = self.to_network(media)
         latents = self.network.encode(given).latents
+        if self.trains and torch.is_grad_enabled() and not torch.distributed.is_initialized():  # ranks must agree
+            self._keep_in_use(latents.detach().movedim(1, -1).flatten(0, 2))
         made = self.network.decode(latents)
-        error = (made.sample - given).abs().reshape(len(media), -1).mean(1)
-        points = latents.detach().movedim(1, -1).flatten(0, 2)
-        pull = torch.cdist(self.network.quantize.embedding.weight, points).square().amin(1).mean()
-        return {"tokenizer": error.float() + made.commit_loss + pull}
+        error = (made.sample - given).square().reshape(len(media), -1).mean(1)
+        return {"tokenizer": error.float() + COMMITMENT * made.commit_loss}
+
+    @torch.no_grad()
+    def _keep_in_use(self, latents: Tensor) -> None:
+        """Move codes that `PATIENCE` batches did not use, of a new codebook all, to some of the latents `(M, d)`.
+
+        They are drawn by their squared distance to the nearest code.
+        """
+        codes = self.network.quantize.embedding.weight
+        nearest, code = torch.cdist(latents, codes).min(1)
+        used = torch.bincount(code, minlength=len(codes)) > 0
+        self._idle = (self._idle + 1).masked_fill(used, 0)
+        new = codes.abs().amax() <= 1 / len(codes)  # as the class makes them
+        moved = (self._idle > PATIENCE) | new
+        if bool(moved.any()):
+            codes[moved] = latents[nearest.square().clamp(min=1e-12).multinomial(int(moved.sum()), replacement=True)]
+        self._idle.masked_fill_(moved, 0)
 
     @property
     def device(self) -> torch.device:

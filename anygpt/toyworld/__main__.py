@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     add("--world", type=int, choices=KINDS_OF, default=1, help="2: pictures of several things (default: %(default)s)")
     stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--kinds", nargs="+", choices=stages, help="only these (default: all)")
+    which.add_argument("--kinds", nargs="+", choices=KINDS, help=f"only these (default: {', '.join(stages)})")
     which.add_argument("--components", action="store_true", help=f"the data of stage 0, about all {len(THINGS)} things")
     add("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
     with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
         written = {}
         for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
-            things = THINGS if options.components else HELD_OUT if kind == "eval" else SEEN
+            whole = options.components or kind in COMPONENT_KINDS
+            things = THINGS if whole else HELD_OUT if kind == "eval" else SEEN
             given = (options.output, kind, samples[kind], options.seed, things, False, options.world)
             written[kind] = pool.submit(write_dataset, *given)
         for kind in kinds:
