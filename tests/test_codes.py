@@ -2,15 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from code_utils import clip, code_model, picture, turn
+from code_utils import clip, code_model, picture, turn, vq_model
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.signal_tokens import SignalTokens
+from anygpt.tokenizers.base import MediaTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,31 @@ def test_rows_begin_as_a_linear_map_of_the_codebook(parts):
     ]
     assert torch.corrcoef(torch.stack(flat))[0, 1] > 0.7
     assert not torch.equal(new[0], new[1])
+
+
+def test_one_codebook_has_one_set_of_rows(parts, tmp_path):
+    """The frames of a clip are, code for code, the pictures that they are; saved and loaded too."""
+    network = vq_model()
+    tokenizers = {"video": MediaTokenizer(network, "video", num_frames=2), "image": MediaTokenizer(network, "image")}
+    model = MultimodalModel({}, parts.language_model(), tokenizers=tokenizers).eval()
+    processor = MultimodalProcessor({}, parts.tokenizer(), model=model)
+    signal = model.signal_tokens
+    assert {key: len(rows) for key, rows in signal.input_rows.items()} == {"video": 2, "image": 34}
+    moving = np.stack([np.asarray(picture(0)), np.asarray(picture(1))])
+    asked = [turn("user", moving, picture(0), "What?"), turn("assistant", "It is."), turn("user", picture(1), "And?")]
+    batch = processor.apply_chat_template(asked, tokenize=True)
+    ids, _, _ = model.write_codes(
+        batch["input_ids"], None, {name: batch[name] for name in ("image.media", "video.media")}
+    )
+    codes = {key: ids[0][signal.find_spans(ids, key).positions].flatten() for key in ("image", "video")}
+    assert torch.equal(codes["image"], codes["video"])
+    with pytest.raises(InputError, match="row 0 holds a broken"):
+        signal.find_spans(torch.cat([ids, codes["image"][None, :1]], dim=1), "video")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = MultimodalModel.from_pretrained(tmp_path).eval()
+    MultimodalProcessor.from_pretrained(tmp_path, model=loaded)
+    torch.testing.assert_close(loaded(ids, return_logits=True).logits, model(ids, return_logits=True).logits)
 
 
 def test_row_ends_are_part_of_a_span(parts):

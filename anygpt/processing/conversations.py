@@ -57,9 +57,11 @@ class ConversationProcessor(ProcessorMixin):
         model.set_token_ids(self.token_ids)
         ids, first = self.signal_token_ids, max(self.llm_tokenizer.get_vocab().values()) + 1
         first = max(first, model.get_input_embeddings().weight.shape[0])
+        starts: dict[str, int] = {}
         for key, grid in model.signal_tokens.grids.items():
-            ids[key].append(first)
-            first += grid.size
+            start = starts.setdefault(model.signal_tokens.owners[key], first)
+            ids[key].append(start)
+            first = max(first, start + grid.size)
         model.signal_tokens.set_ids(ids)
         model.tokenizer = self.llm_tokenizer
 

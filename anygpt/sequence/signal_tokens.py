@@ -109,6 +109,8 @@ class SignalTokens(nn.Module):
     Attributes:
         input_rows: `{key: (span length, H)}` float32 parameters; a span has `N` tokens, or a trigger and `N` queries.
             Of a grid: its named tokens, then its codes.
+        owners: `{key of a grid: the first key, sorted, with the same codebook}`, whose rows of codes it uses: so the
+            frames of clips are read and written as pictures are.
         output_rows: `{key: (N, H)}`, or `(1, H)` for the trigger of queries; of a grid as many as input rows.
         ids: `{key: [id, …]}`, the tokenizer's ids of a span; empty until `set_ids`. A padded vocabulary puts some of
             them inside the model's own matrices and others beyond them, so rows are looked up by id, never by offset.
@@ -134,10 +136,14 @@ class SignalTokens(nn.Module):
             queries = self.signals[key] == "queries"
             self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count + queries))
             self.output_rows[key] = nn.Parameter(_rows_like(head.weight, 1 if queries else count))
+        books = {key: grid.codebook for key, grid in sorted(self.grids.items())}
+        self.owners = {key: next((one for one in books if _same(books[one], books[key])), key) for key in books}
         for key, grid in self.grids.items():
             for rows, matrix in ((self.input_rows, embedding.weight), (self.output_rows, head.weight)):
-                named = _rows_like(matrix, len(grid.names(key)))
-                rows[key] = nn.Parameter(torch.cat([named, _rows_like(matrix, grid.size, grid.codebook)]))
+                rows[key] = nn.Parameter(_rows_like(matrix, len(grid.names(key))))
+                if self.owners[key] == key:
+                    codes = _rows_like(matrix, grid.size, grid.codebook)
+                    rows[key] = nn.Parameter(torch.cat([rows[key].detach(), codes]))
         self._row_of_id: Tensor
         self.register_buffer("_row_of_id", torch.empty(0, dtype=torch.long), persistent=False)
 
@@ -157,7 +163,7 @@ class SignalTokens(nn.Module):
         if key not in self.grids:
             return self.ids[key]
         *named, first = self.ids[key]
-        return [*named, *range(first, first + self.grids[key].size)]
+        return [*named, *range(first, first + self.grids[key].size * (self.owners[key] == key))]
 
     @property
     def spans(self) -> dict[str, list[int | range]]:
@@ -210,8 +216,10 @@ class SignalTokens(nn.Module):
         inside = positions[:, -1] < input_ids.shape[1] if len(rows) else rows.bool()
         found = input_ids[rows[:, None], positions.clamp(max=input_ids.shape[1] - 1)]
         whole = inside & ((lowest <= found) & (found <= highest)).all(dim=1)
-        held = self.row_of(input_ids, key) >= 0 if key in self.ids else input_ids == -1
-        stray = held.sum(dim=1) - torch.bincount(rows, minlength=input_ids.shape[0]) * count
+        stray = torch.zeros_like(input_ids[:, 0])
+        for other in (one for one in self.ids if self.owners.get(one, one) == self.owners.get(key, key)):
+            begun = (input_ids == self.ids[other][0]).sum(dim=1)
+            stray += (self.row_of(input_ids, other) >= 0).sum(dim=1) - begun * len(self.spans[other])
         if not bool(whole.all()) or bool(stray.any()):
             bad = int(rows[~whole][0]) if not bool(whole.all()) else int(stray.nonzero()[0])
             expected = f"the {count} tokens {' '.join(self.names[key])} one after the other"
@@ -357,6 +365,10 @@ def run_after_layers(language_model: nn.Module, states: Tensor) -> Tensor:
         del layers.forward
         if before is not None:
             layers.forward = before
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _rows_like(matrix: Tensor, count: int, codebook: Tensor | None = None) -> Tensor:
