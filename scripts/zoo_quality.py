@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 TOKENIZERS = {
     "image": ("image_tokenizer", {}),
-    "video": ("image_tokenizer", {"num_frames": 4}),
+    "video": ("image_tokenizer", {"num_frames": 2}),
     "audio": ("audio_tokenizer", {}),
 }
 """Folders and options."""

@@ -6,8 +6,8 @@
     image_decoder    StableDiffusionPipeline                   condition (B, 16, 64) -> 32×32 RGB
     video_decoder    TextToVideoSDPipeline                     condition (B, 16, 48) -> 8 frames of 32×32
     audio_decoder    AudioLDMPipeline                          condition (B, 32) -> 0.64 s at 16 kHz
-    image_tokenizer  VQModel                                   32×32 RGB, or each frame of a clip -> 4×4 codes
-    audio_tokenizer  VQModel                                   log-mels (audio_decoder's vocoder) -> 4×4 codes
+    image_tokenizer  VQModel                                   32×32 RGB, or each frame of a clip -> 8×8 codes
+    audio_tokenizer  VQModel                                   log-mels (audio_decoder's vocoder) -> 8×8 codes
 
 Stage 0 trained them on ToyWorld (`scripts/build_zoo.py`); each folder's README.md gives the data and the results.
 The files are in half precision and load as float32. The parts differ in size so that code that confuses them fails.
