@@ -78,7 +78,7 @@ class BadSample:
 
 
 class ConversationDataset(Dataset):
-    """Samples by index, in the order given, in their first wording or the one that the sampler's `Place` draws.
+    """Samples in the order given, by index in their first wording, by `(index, number)` in that wording.
 
     Args:
         samples: from `read_samples`; repeated ids get a number appended.
@@ -150,8 +150,9 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> LoadedSample | BadSample:
-        sample = self.samples[index].worded(getattr(index, "draw", 0))
+    def __getitem__(self, index: int | tuple[int, int]) -> LoadedSample | BadSample:
+        index, draw = index if isinstance(index, tuple) else (index, 0)
+        sample = self.samples[index].worded(draw)
         try:
             return self._load(sample)
         except InputError as error:

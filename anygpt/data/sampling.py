@@ -14,29 +14,16 @@ MAX_ROWS = 2**20
 SORTED_BATCHES = 64  # batches sorted by size together; a larger window makes the order less random
 
 
-class Place(int):
-    """A dataset index with a number that selects one of the sample's wordings in `ConversationDataset`."""
-
-    draw: int
-
-    def __new__(cls, index: int, draw: int) -> "Place":
-        place = super().__new__(cls, index)
-        place.draw = draw
-        return place
-
-    def __getnewargs__(self) -> tuple[int, int]:  # for pickling: indices are sent to workers
-        return int(self), self.draw
-
-
 @dataclass(eq=False)
-class UpdateSampler(Sampler[list[int]]):
-    """A batch sampler that yields the micro-batches of one rank, lists of `batch_size` dataset indices.
+class UpdateSampler(Sampler[list[tuple[int, int]]]):
+    """A batch sampler that yields the micro-batches of one rank: lists of `batch_size` pairs of a dataset index and a
+    number that chooses one of the sample's wordings.
 
     Epochs, each in its own order, form one endless sequence, which micro-batches of all ranks together cut in turn, so
     that none is left out: one process with batch size 2b and two with b see the same samples in the same micro-batches.
     An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and the remainder at
-    random without repetition. Order and wordings (indices are `Place`s) depend on `(seed, epoch)` alone, so starting at
-    update k continues as the uninterrupted run would. Do not let accelerate shard the batches again.
+    random without repetition. Order and wordings depend on `(seed, epoch)` alone, so starting at update k continues as
+    the uninterrupted run would. Do not let accelerate shard the batches again.
 
     With `groups` or `sizes` of the samples, micro-batches are formed within an epoch, from one group or from similar
     sizes within a window of `SORTED_BATCHES` micro-batches, and shuffled; the last one of a group may be shorter. With
@@ -80,11 +67,11 @@ class UpdateSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return (self.num_updates - self.start_update) * self.gradient_accumulation_steps
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.start_update * self.gradient_accumulation_steps
         batches = self._ungrouped(first) if self.groups is None and self.sizes is None else self._grouped(first)
         for draws, indices in itertools.islice(batches, len(self)):
-            yield [Place(index, int(draw)) for index, draw in zip(indices, draws, strict=True)]
+            yield list(zip(indices.tolist(), draws.tolist(), strict=True))
 
     def _ungrouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, from micro-batch `first` on and endlessly, the draws and the indices of this rank."""
