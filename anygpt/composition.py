@@ -85,7 +85,8 @@ class Composition(PreTrainedModel):
     @property
     def makers(self) -> dict[str, ModalDecoderModule | ModalTokenizerModule]:
         """Whatever makes media, by key."""
-        return self.decoders | {key: one for key, one in self.tokenizers.items() if one.module.can_decode}
+        decoders, decode = self.decoders, {key: one for key, one in self.tokenizers.items() if one.module.can_decode}
+        return decoders | {key: one for key, one in decode.items() if key not in decoders}
 
     @property
     def input_modalities(self) -> tuple[str, ...]:
@@ -156,14 +157,14 @@ class Composition(PreTrainedModel):
     def write_codes(
         self, input_ids: Tensor, labels: Tensor | None, inputs: Mapping[str, Any], needed: bool = True
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Write the codes of the tokenizers' inputs into ids and labels, if `needed`; returns both and other inputs."""
+        """Write the codes of the tokenizers' inputs, or any if not `needed`, into ids and labels; returns both and
+        other inputs."""
         codes, others = {}, dict(inputs)
         for key, tokenizer in self.tokenizers.items():
             own = {name: value for name in (CODES, MEDIA) if (value := others.pop(f"{key}.{name}", None)) is not None}
-            if own and needed:
-                codes[key] = tokenizer.codes(own)
-        if not needed:
-            return input_ids, labels, others
+            if own:
+                low, media = self.signal_tokens.grids[key].bounds, next(iter(own.values()))
+                codes[key] = tokenizer.codes(own) if needed else torch.tensor([[at for at, _ in low]] * len(media))
         return *self.signal_tokens.write_codes(input_ids, labels, codes), others
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Merged:

@@ -67,9 +67,13 @@ def entries(model: Composition) -> list[Entry]:
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
         for kind, obstacle in ((CAPTIONS, dropped), (LATENTS, pixels)):
             trained = "it trains" if any(map(trains, encoding_networks(module.module, kind).values())) else None
+            if kind == LATENTS and module.signal == "codes":
+                trained = "its media tokenizer encodes the same media"
             found.append(Entry(f"{key}_decoder.{kind}", kind, key, module.modality, trained or obstacle))
     for key, tokenizer in model.tokenizers.items():
         obstacle = "it trains" if trains(tokenizer.module) else None
+        if key in model.decoder_keys:
+            obstacle = "its decoder encodes the same media"
         found.append(Entry(f"{key}_tokenizer", CODES, key, tokenizer.modality, obstacle))
     found.append(Entry(LANGUAGE_MODEL, STATES, LANGUAGE_MODEL, "text", states_obstacle(model)))
     return found
@@ -84,6 +88,8 @@ def states_obstacle(model: Composition) -> str | None:
         return "input rows of signal tokens train"
     if any(decoder.layer_weights is not None for decoder in model.decoders.values()):
         return "a decoder mixes its layers"
+    if any(decoder.signal == "codes" for decoder in model.decoders.values()):
+        return "codes of media are among its inputs"
     return None if model.preprocess_llm_callback is None else "preprocess_llm_callback changes its inputs"
 
 

@@ -115,7 +115,7 @@ class ChatModel:
         """Read a medium as a content part; an `InputError` if nothing reads it, or it is damaged or beyond a limit."""
         key, kind = self.processor.encoder_key(modality), media_type(modality)
         # keep only the video frames that the encoder samples
-        consumer = self.processor.encoder_processors.get(key) or self.processor.targets[key]
+        consumer = self.processor.encoder_processors.get(key) or self.processor.coded[key]
         medium = kind.read(place, getattr(consumer, "num_frames", None) if kind.timed else None, limits, whole=False)
         if size := kind.size(medium):
             width, height = size

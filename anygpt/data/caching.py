@@ -205,7 +205,8 @@ class Preparation:
         if self.entry.kind == CAPTIONS:
             return contents, []
         if self.entry.kind in (LATENTS, CODES):
-            return self.processor.targets[part]([media_type(kind).to_target(medium) for medium in contents]), []
+            targets = self.processor.coded if self.entry.kind == CODES else self.processor.targets
+            return targets[part]([media_type(kind).to_target(medium) for medium in contents]), []
         arranged = self.processor.arrange_media((kind, medium) for medium in contents)
         pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in contents]
         return self.processor.process_media(arranged)[0], [len(found) for found in pieces]

@@ -165,7 +165,7 @@ class Collator:
             for modality, captions in item.captions.items():
                 key, kind = self.processor.decoder_key(modality), media_type(modality)
                 ids.setdefault(key, []).extend(f"{item.sample.id}/{modality}/{i}" for i in range(len(captions)))
-                if key in self.processor.spans:
+                if key not in self.processor.targets:
                     continue
                 target, stored = raw.setdefault(key, {"captions": []}), cached.setdefault(key, {})
                 target["captions"] += captions

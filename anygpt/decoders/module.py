@@ -25,7 +25,8 @@ class ModalDecoderModule(MediaMaker):
         hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the paper),
             another index into `hidden_states` (0: embeddings), or `"mix"`, a learned softmax over all of them.
         modality: media type in the data; if None, the decoder's own.
-        signal: `tokens` (the paper's), or `queries` (learned ones after a trigger; see `SignalTokens`).
+        signal: `tokens` (the paper's), `queries` (learned ones after a trigger), or `codes` (those of the media
+            tokenizer of the same key, which the language model predicts); see `SignalTokens`.
         defaults: default options of generation, such as `{"guidance_scale": 2}`, before the pipeline's own. Saved with
             the model.
 
@@ -77,6 +78,19 @@ class ModalDecoderModule(MediaMaker):
     def needs_all_states(self) -> bool:
         """Whether the language model must return the states of all layers, which costs memory."""
         return self.hidden_layer != -1
+
+    def read_codes_of(self, key: str, tokenizer: nn.Module | None) -> None:
+        """Read the codes of this tokenizer, `N` a medium; an `InputError` if it is none of the key and media type."""
+        modality = getattr(tokenizer, "modality", None)
+        if modality != self.modality:
+            raise InputError(
+                f"the decoder {key!r} has signal 'codes', and makes {self.modality}; expected a media tokenizer of the "
+                f"same key and media type, but there is {f'one of {modality}' if modality else 'none'}"
+            )
+        count = len(tokenizer.module.bounds)
+        if self.num_signal_tokens not in (None, count):
+            raise InputError(f"the decoder {key!r} has {self.num_signal_tokens} signal tokens; its codes are {count}")
+        self.num_signal_tokens = count
 
     def projector_sizes(self, in_features: int) -> dict[str, Any]:
         """The sizes of an output projector from `H = in_features` to this decoder."""

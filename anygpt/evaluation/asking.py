@@ -79,7 +79,7 @@ class Asker:
         if not rows:
             return
         # keep as many video frames as any encoder samples
-        readers = [*self.processor.encoder_processors.values(), *map(self.processor.targets.get, self.processor.spans)]
+        readers = [*self.processor.encoder_processors.values(), *self.processor.coded.values()]
         counts = (getattr(one, "num_frames", None) for one in readers)
         dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))
         for start in range(0, len(rows), size):

@@ -15,7 +15,10 @@ def code_options(
     """Each row's options of the tokenizers, `{key: options}`, with its own `generator` if there are seeds."""
     options: list[dict[str, dict[str, Any]]] = [{} for _ in range(rows)]
     for key, tokenizer in model.tokenizers.items():
-        given = tokenizer.options(decoder_kwargs.get(key, {}))
+        given = decoder_kwargs.get(key, {})
+        if key in model.decoder_keys:  # whose options these are
+            given = {name: value for name, value in given.items() if name in ("seed", "generator")}
+        given = tokenizer.options(given)
         seeds = given.get("seed")
         seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * rows
         for own, seed in zip(options, seeds, strict=True):
@@ -42,7 +45,7 @@ def choose_code(logits: Tensor, free: Tensor | None, allowed: range, options: Ma
 
 def spans_of_codes(model: Composition, answer: Sequence[int]) -> Iterator[tuple[int, str, Tensor]]:
     """Yield index, tokenizer key and codes `(n,)` of each whole span of codes in an answer."""
-    for key in model.tokenizer_keys:
+    for key in (key for key in model.tokenizer_keys if key not in model.decoder_keys):
         span, first = model.signal_tokens.spans.get(key), model.signal_tokens.ids.get(key, [0])[-1]
         for start, token in enumerate(answer):
             if span and token == span[0] and len(answer) >= start + len(span):

@@ -161,16 +161,19 @@ class SpanDecoder:
             count = len(row.fed)
             key = row.rules.key_of_first.get(row.fed[0]) if count else None
             if key in self.model.decoder_keys:
-                row.begun = (key, len(row.answer) - len(row.rules.spans[key]), [])
+                row.begun = (key, len(row.answer) - len(row.waiting) - count, [])
             if not count or row.begun is None:
                 continue
             key, start, found = row.begun
             decoder = self.model.decoders[key]
             states = decoder.select_states(self.tap.hidden, all_states)[index, -count:]
             found.append(states + chunk[index, -count:])
-            if sum(map(len, found)) == len(row.rules.spans[key]):
-                # without the trigger that precedes queries
-                self.spans.append(SpanStates(index, start, key, torch.cat(found)[-decoder.num_signal_tokens :]))
+            span = row.rules.spans[key]
+            if sum(map(len, found)) == len(span):
+                # without the trigger that precedes queries, and the tokens around codes
+                read = [place for place, held in enumerate(span) if isinstance(held, range)]
+                states = torch.cat(found)[read or slice(-decoder.num_signal_tokens, None)]
+                self.spans.append(SpanStates(index, start, key, states))
                 row.begun = None
 
 
@@ -271,6 +274,7 @@ def generate(
                 rows = [Row(replace(rules, budget=own)) for own in budgets or [budget] * len(input_ids)]
                 for index, row in enumerate(rows):
                     row.emitter, row.codes = emitters[index] if emitters else None, sampling[index]
+                    row.conditions = model.decoder_keys
                     row.generator = (
                         torch.Generator(merged.inputs_embeds.device).manual_seed(seeds[index]) if seeds else None
                     )

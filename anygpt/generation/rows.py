@@ -1,6 +1,6 @@
 """One row of a batch that is answered: its tokens so far, and the choice of the next ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,9 @@ class Row:
         running: whether another token will be chosen.
         begun: key, index in the answer, and states so far of the span that is read.
         left: what the places of the begun span of codes that follow may hold.
-        codes: options of the tokenizers, and the key of the span of codes that the last tokens belong to.
+        codes: options of the tokenizers.
+        coding: the key of the span of codes that the last tokens belong to.
+        conditions: the keys of spans whose states condition a decoder.
     """
 
     rules: SpanRules
@@ -39,6 +41,7 @@ class Row:
     left: list[Any] = field(default_factory=list)
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     coding: str | None = None
+    conditions: Collection[str] = ()
 
     def choose(
         self, score: Tensor, free: Tensor | None, process: Callable, stops: Callable, config: GenerationConfig
@@ -62,7 +65,7 @@ class Row:
         said = torch.tensor([self.answer], dtype=torch.long, device=score.device)
         self.running = bool(self.left) or (len(self.answer) < rules.budget and not bool(stops(said, None).any()))
         # A span that ends the answer is still fed, because its states condition the decoder.
-        self.waiting = list(new) if self.running or key else []
+        self.waiting = list(new) if self.running or (key or self.coding) in self.conditions else []
         if self.emitter is not None:
             if key or not self.coding:
                 self.emitter.said(rules.spans[key] if key else new, key)

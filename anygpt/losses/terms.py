@@ -211,6 +211,9 @@ def find_losses(
     """
     ids, labels, signals, weights = merged.input_ids, merged.labels, model.signal_tokens, model.loss_weights
     spans = {key: signals.find_spans(ids, key) for key in signals.ids if key in model.decoder_keys}
+    for key in set(spans) & set(signals.grids) if labels is not None else ():  # a user's codes have no targets
+        answered = labels[spans[key].rows, spans[key].positions[:, 0]] != IGNORE
+        spans[key] = Spans(spans[key].rows[answered], spans[key].positions[answered])
     media_in, media_out = merged.media_in, torch.zeros_like(merged.media_in)
     for found in spans.values():
         media_out[found.rows] = True
@@ -238,6 +241,8 @@ def find_losses(
         _check_target(model, key, given, spans)
         batch.targets[key] = Target(key, spans[key].rows, given, model.decoders[key].module, weights)
     for key, one in media.items():
+        if key in batch.targets:
+            raise InputError(f"the {key!r} tokenizer trains, so give no targets for the decoder that reads its codes")
         rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # its sub-term has no term of rows
         batch.targets[key] = Target(key, rows, {"media": one}, model.tokenizers[key].module, weights)
     return batch
@@ -363,7 +368,8 @@ def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]
 
     A training loop adds the counts up over micro-batches and ranks before the first backward of an update.
     """
-    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    ids, labels, _ = model.write_codes(batch["input_ids"], batch.get("labels"), batch, needed=False)
+    mask = batch.get("attention_mask")
     placeholders = torch.tensor(list((model.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
     media = torch.isin(ids, placeholders)
     labels = None if labels is None else labels.masked_fill(media, IGNORE)
@@ -381,4 +387,4 @@ def loss_names(model: Composition) -> list[str]:
     """Every sub-term that a batch can have, in a fixed order, so that processes can reduce them by index."""
     keys: dict[type, Iterable[str]] = {Labels: ("",), Pairs: model.encoder_keys, Target: model.decoder_keys}
     names = [name for sub in SUB_TERMS for key in keys[sub.of] for name in sub.names(key)]
-    return names + [f"reconstruction/tokenizer/{key}" for key in model.tokenizer_keys]
+    return list(dict.fromkeys([*names, *(f"reconstruction/tokenizer/{key}" for key in model.tokenizer_keys)]))

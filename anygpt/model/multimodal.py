@@ -92,8 +92,16 @@ class MultimodalModel(Composition):
     ):
         super().__init__(MultimodalConfig())
         decoders, tokenizers = decoders or {}, tokenizers or {}
-        if both := sorted(set(tokenizers) & {*encoders, *decoders}):
-            raise InputError(f"{', '.join(both)} is both a tokenizer and an encoder or decoder; name one otherwise")
+        tokenizers = {
+            key: ModalTokenizerModule(one) if isinstance(one, MediaTokenizer) else one
+            for key, one in tokenizers.items()
+        }
+        other = [key for key in decoders if decoders[key].signal != "codes"]
+        if both := sorted(set(tokenizers) & {*encoders, *other}):
+            raise InputError(
+                f"{', '.join(both)} is both a tokenizer and an encoder or decoder; name one otherwise, or give the "
+                "decoder signal='codes', with which it reads the tokenizer's codes"
+            )
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         if head is None:
             raise InputError(
@@ -108,12 +116,14 @@ class MultimodalModel(Composition):
         self.language_model = language_model
         for key, decoder in decoders.items():
             num_layers = base_model(language_model).config.get_text_config().num_hidden_layers
+            if decoder.signal == "codes":
+                decoder.read_codes_of(key, tokenizers.get(key))
             decoder.init_projector(head.weight.shape[1], num_layers, init_output_projector_type)
             self.add_module(f"{key}_decoder", decoder)
-        counts = {key: decoder.num_signal_tokens for key, decoder in decoders.items()}
+        counts = {key: decoders[key].num_signal_tokens for key in other}
         signals = {key: decoder.signal for key, decoder in decoders.items()}
         for key, one in tokenizers.items():
-            self.add_module(f"{key}_tokenizer", ModalTokenizerModule(one) if isinstance(one, MediaTokenizer) else one)
+            self.add_module(f"{key}_tokenizer", one)
         grids = {key: tokenizer.grid() for key, tokenizer in self.tokenizers.items()}
         self.signal_tokens = SignalTokens(counts, embedding, head, signals, grids)
         self.preprocess_llm_callback = preprocess_llm_callback
@@ -249,14 +259,19 @@ class MultimodalModel(Composition):
 
     @torch.no_grad()
     def read_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, text_states: Reader | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        text_states: Reader | None = None,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
         """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
-        unused = ("labels", "decoder_targets", "references")
+        unused = ("decoder_targets", "references")
         inputs = {name: value for name, value in inputs.items() if name not in unused}
         with self.signal_tokens.attached(self.language_model) as tap:
-            input_ids, _, inputs = self.write_codes(input_ids, None, inputs)
-            merged = self.merge(self.embed(input_ids, attention_mask, None), self.encode(inputs))
+            input_ids, labels, inputs = self.write_codes(input_ids, labels, inputs)
+            merged = self.merge(self.embed(input_ids, attention_mask, labels), self.encode(inputs))
             batch = find_losses(self, merged)
             tap.select, tap.most = batch.nll, 0
             read = text_states or MultimodalModel.read

@@ -32,11 +32,13 @@ class ConversationProcessor(ProcessorMixin):
     encoder_configs: dict[str, PreTrainedConfig]
     encoder_callbacks: dict[str, EncoderCallbacks | None]
     projector_configs: dict[str, MultimodalProjectorConfig]
-    # by decoder and tokenizer key: the named tokens of a span, the media type, and the target format
+    # by decoder and tokenizer key: the named tokens of a span, and the media type that it makes
     signal_tokens: dict[str, list[str]]
     makes: dict[str, str]
-    targets: dict[str, TargetProcessor]
-    spans: dict[str, int]  # by tokenizer key: the tokens of a medium, which its placeholder stands for
+    targets: dict[str, TargetProcessor]  # by decoder key
+    # by tokenizer key: the tokens of a medium, which its placeholder stands for, and the format that it encodes
+    spans: dict[str, int]
+    coded: dict[str, TargetProcessor]
 
     @property
     def token_ids(self) -> dict[str, int]:

@@ -60,7 +60,16 @@ def save_pretrained(
         key: {"tokens": tokens[key], "targets": targets.to_dict(), "modality": makes.get(key)}
         for key, targets in processor.targets.items()
     }
-    tokenizers = {key: {"span": count, "modality": processor.modalities[key]} for key, count in processor.spans.items()}
+    tokenizers = {
+        key: {
+            "span": count,
+            "modality": processor.modalities[key],
+            "tokens": tokens[key],
+            "targets": processor.coded[key].to_dict(),
+            "makes": makes.get(key),
+        }
+        for key, count in processor.spans.items()
+    }
     name, injects = type(processor).__name__, processor.injects
     content = {"processor_class": name, "injects": injects, "encoders": encoders, "decoders": decoders}
     content["tokenizers"] = tokenizers
@@ -116,9 +125,12 @@ def from_pretrained(
     processor.encoder_callbacks = {key: build_callback(entry["callbacks"]) for key, entry in encoders.items()}
     processor.signal_tokens = {key: entry["tokens"] for key, entry in decoders.items()}
     processor.targets = {key: target_processor_from_dict(entry["targets"]) for key, entry in decoders.items()}
-    makes = {key: e.get("modality", processor.targets[key].modality) for key, e in decoders.items()}
-    processor.makes = {key: modality for key, modality in makes.items() if modality}
     tokenizers = content.get("tokenizers", {})
+    makes = {key: entry.get("modality", processor.targets[key].modality) for key, entry in decoders.items()}
+    makes |= {key: entry["makes"] for key, entry in tokenizers.items() if entry["makes"] and key not in makes}
+    processor.makes = makes
+    processor.signal_tokens |= {key: entry["tokens"] for key, entry in tokenizers.items()}
+    processor.coded = {key: target_processor_from_dict(entry["targets"]) for key, entry in tokenizers.items()}
     processor.spans = {key: entry["span"] for key, entry in tokenizers.items()}
     processor.modalities |= {key: entry["modality"] for key, entry in tokenizers.items()}
     processor.tokens |= {key: processor.signal_tokens[key][0] for key in tokenizers}

@@ -65,7 +65,7 @@ class MultimodalProcessor(ConversationProcessor):
                 raise InputError(f"a {what} is given for {unknown}; the processors are {list(self.encoder_processors)}")
         self.modalities = {key: key for key in self.encoder_processors}
         self.encoder_configs, self.encoder_callbacks, self.projector_configs = {}, {}, {}
-        self.signal_tokens, self.makes, self.targets, self.spans = {}, {}, {}, {}
+        self.signal_tokens, self.makes, self.targets, self.spans, self.coded = {}, {}, {}, {}, {}
         self.injects = model is not None
         if model is not None:
             if set(model.encoder_keys) != set(self.encoder_processors):
@@ -93,7 +93,8 @@ class MultimodalProcessor(ConversationProcessor):
     def describe_targets(self, model: Composition) -> None:
         """Read the target formats, which depend on what currently trains in the decoders."""
         self.makes = {key: maker.modality for key, maker in model.makers.items()}
-        self.targets = {key: one.module.targets for key, one in (model.decoders | model.tokenizers).items()}
+        self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
+        self.coded = {key: tokenizer.module.targets for key, tokenizer in model.tokenizers.items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
@@ -204,7 +205,7 @@ class MultimodalProcessor(ConversationProcessor):
         for key in self.spans:
             media, rows = _flatten(encoder_inputs.get(key, {}).get("media", []))
             if media:
-                data[f"{key}.media"], counts[key] = self.targets[key](media), [self.spans[key]] * len(media)
+                data[f"{key}.media"], counts[key] = self.coded[key](media), [self.spans[key]] * len(media)
                 per_row |= {} if rows is None else {key: rows}
         for key, inputs in encoder_inputs.items():
             if key in self.spans:
@@ -298,7 +299,9 @@ class MultimodalProcessor(ConversationProcessor):
         for key, made in self.makes.items():
             for shown in set(self.encoder_processors) & set(encoder_inputs):
                 media, rows = _flatten(encoder_inputs[shown].get(self.media_argument(shown)))
-                if media is None or self.modalities[shown] != made or not self.targets[key].editable:
+                if media is None or self.modalities[shown] != made or key not in self.targets:
+                    continue
+                if not self.targets[key].editable:
                     continue
                 media = media if isinstance(media, list) else [media]
                 rows = rows or [text.count(self.tokens[shown]) for text in texts]

@@ -8,7 +8,8 @@ whether PEFT wraps it, and whatever it does after its head (soft-capping, scalin
 With `queries` in place of `tokens` a span is one trigger, `[IMG]`, followed by `N` learned queries (MetaQuery,
 arXiv 2504.06256): only the trigger is generated, so only it has an output row and an NLL; the states are read at the
 queries. A media tokenizer's span is `<image> c₁ … cₙ </image>` (Chameleon, arXiv 2405.09818; Emu3, arXiv 2409.18869),
-with a row for each of its codes. Shape legend: `anygpt.outputs`.
+with a row for each of its codes; a decoder with `codes` reads the states at those of the tokenizer with its key, as
+BLIP3o-NEXT does. Shape legend: `anygpt.outputs`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
 
-SIGNALS = ("tokens", "queries")  # of decoders
+SIGNALS = ("tokens", "queries", "codes")  # of decoders
 NOISE = 0.1  # of rows from a codebook, in standard deviations: entries that are not in use may be equal
 SET_IDS = "build the MultimodalProcessor with model=, or call model.signal_tokens.set_ids"
 CHUNK = 512

@@ -75,7 +75,8 @@ class DecoderConfig(DecoderSettings):
         modality: media type in the data; the decoder's own by default.
         num_signal_tokens: tokens per span; the media type's by default (the paper's: image 4, video 24, audio 8).
         hidden_layer: index of the hidden states to read, -1 for the last, or `mix`.
-        signal: `tokens`, or `queries`: learned queries after a single trigger token.
+        signal: `tokens`; `queries`: learned queries after a single trigger token; or `codes`: those of the media
+            tokenizer of the same key.
         projector: arguments of `OutputProjectorConfig`: `projection_type` (linear, mlp, transformer, qformer),
             `d_model`, ….
         defaults: default generation options, such as `{guidance_scale: 2, num_inference_steps: 20}`; saved with the
@@ -85,7 +86,7 @@ class DecoderConfig(DecoderSettings):
     modality: str | None = None
     num_signal_tokens: Tokens | None = None
     hidden_layer: int | str = -1
-    signal: Literal["tokens", "queries"] = "tokens"
+    signal: Literal["tokens", "queries", "codes"] = "tokens"
     projector: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
 

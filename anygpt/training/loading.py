@@ -130,10 +130,11 @@ def leave_signals_to_the_loop(worker: int) -> None:
 def ridge_batches(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
-    """Yield the training captions in batches, the same on every process, without decoding targets."""
+    """Yield the training captions in batches, the same on every process, without decoding targets that no
+    tokenizer encodes."""
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
     captions = copy.copy(dataset)
-    captions.decode_targets = False
+    captions.decode_targets = bool(collator.processor.spans)
     chosen, size = Subset(captions, rows[: config.train.ridge_captions]), config.train.batch_size
     loader = DataLoader(chosen, batch_size=size, collate_fn=collator, **loader_options(config))
     quiet = None if accelerator.is_main_process else True
@@ -171,7 +172,7 @@ def use_cache(
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
     """Decode only as many frames of a clip as its consumers sample, references for decoders that take them, and leave
     bad samples to the loop."""
-    consumers = [*processor.encoder_processors.values(), *processor.targets.values()]
+    consumers = [*processor.encoder_processors.values(), *processor.targets.values(), *processor.coded.values()]
     timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # a sound's frames are others
     dataset.num_video_frames = max((c.num_frames for c in timed if hasattr(c, "num_frames")), default=None)
     dataset.references = {processor.makes[key] for key, one in processor.targets.items() if one.reference}

@@ -100,19 +100,19 @@ def compose(
         if key not in encoders:
             with collected(f"model.encoders.{key}"):
                 encoders[key], processors[key] = new_encoder(key, encoder, width, precision)
-    for key, decoder in config.model.decoders.items():
-        with collected(f"model.decoders.{key}"):
-            if key not in decoders:
-                decoders[key] = new_decoder(key, decoder, head, precision, ridge)
-            decoders[key].defaults = decoder.defaults or decoders[key].defaults
-            given = {name: getattr(decoder, name) for name in MEMORY}
-            decoders[key].module.save_memory(**{name: value for name, value in given.items() if value is not None})
     for key, entry in config.model.tokenizers.items():
         with collected(f"model.tokenizers.{key}"):
             if key not in tokenizers:
                 part = load_media_tokenizer(source(entry, "no"), entry.modality or key)
                 tokenizers[key] = ModalTokenizerModule(part, entry.row_ends)
             tokenizers[key].defaults = entry.defaults or tokenizers[key].defaults
+    for key, decoder in config.model.decoders.items():
+        with collected(f"model.decoders.{key}"):
+            if key not in decoders:
+                decoders[key] = new_decoder(key, decoder, head, precision, ridge, tokenizers.get(key))
+            decoders[key].defaults = decoder.defaults or decoders[key].defaults
+            given = {name: getattr(decoder, name) for name in MEMORY}
+            decoders[key].module.save_memory(**{name: value for name, value in given.items() if value is not None})
     kinds = (
         (config.model.encoders, encoders),
         (config.model.decoders, decoders),
@@ -166,8 +166,10 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     return module, load_encoder_processor(part, modality)
 
 
-def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool) -> ModalDecoderModule:
-    """A decoder with its output projector, which has a linear path if `ridge`."""
+def new_decoder(
+    key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool, codes: ModalTokenizerModule | None
+) -> ModalDecoderModule:
+    """A decoder with its output projector, which has a linear path if `ridge`; `codes` is the tokenizer of its key."""
     module = ModalDecoderModule(
         load_decoder(source(entry, precision)),
         None,
@@ -176,6 +178,8 @@ def new_decoder(key: str, entry: DecoderConfig, width: int, precision: str, ridg
         entry.modality,
         signal=entry.signal,
     )
+    if entry.signal == "codes":
+        module.read_codes_of(key, codes)
     sizes = module.projector_sizes(width)
     if ridge and entry.projector.get("projection_type", "transformer") == "transformer":
         sizes["linear_path"] = True

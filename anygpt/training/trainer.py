@@ -104,7 +104,9 @@ class Trainer:
         self.notes += [f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
-        self.notes += [f"{key}: {targets.note}" for key, targets in self.processor.targets.items()]
+        self.notes += [
+            f"{key}: {targets.note}" for key, targets in (self.processor.coded | self.processor.targets).items()
+        ]
         if checkpoint is not None:
             checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with the tensors
         datasets = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
