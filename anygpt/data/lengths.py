@@ -112,8 +112,8 @@ def usual_reserved_tokens() -> list[str]:
 def refuse_sources(processor: Any, sample: Sample) -> None:
     """Raise an `InputError` for a target that names a source which its decoder could not use."""
     for _, part in sample.media():
-        targets = processor.targets.get(processor.decoder_key(part.type))
-        if part.source is not None and not (targets and targets.reference):
+        targets = None if part.source is None else processor.targets.get(processor.decoder_key(part.type))
+        if part.source is not None and (targets is None or not targets.reference):
             raise InputError(
                 f"{sample.name}: a target of type {part.type!r} names its source, but the decoder takes no "
                 "reference: leave it out, or take a decoder that edits"
