@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -71,26 +70,20 @@ def run_side(arguments: list[str], side: str) -> dict[str, float]:
     return json.loads(done.stdout.rpartition(RESULT)[2].splitlines()[0])
 
 
-def medians(rounds: list[Numbers]) -> Numbers:
-    return {
-        side: {name: statistics.median(found[side][name] for found in rounds) for name in numbers}
-        for side, numbers in rounds[0].items()
-    }
-
-
 def table(rounds: list[Numbers]) -> str:
     """Markdown table of medians: a line per side, a column per number; ratios of times and memory in brackets."""
-    results = medians(rounds)
-    names = list(dict.fromkeys(name for numbers in results.values() for name in numbers))
+    sides = rounds[0]
+    names = list(dict.fromkeys(name for numbers in sides.values() for name in numbers))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for side, numbers in results.items():
-        cells = [f"{numbers[name]:.4g}" if name in numbers else "" for name in names]
+    for side, numbers in sides.items():
         group = side.rpartition(": ")[0]
-        first = next(other for other in results if other.rpartition(": ")[0] == group)
-        for i, name in enumerate(names):
-            if name.endswith(("_s", "_gib")) and name in numbers and name in results[first]:
+        first = next(other for other in sides if other.rpartition(": ")[0] == group)
+        cells = []
+        for name in names:
+            cells.append(f"{statistics.median(found[side][name] for found in rounds):.4g}" if name in numbers else "")
+            if name.endswith(("_s", "_gib")) and name in numbers and name in sides[first]:
                 ratios = [found[side][name] / found[first][name] for found in rounds]
-                cells[i] += f" ({statistics.median(ratios):.2f}×)"
+                cells[-1] += f" ({statistics.median(ratios):.2f}×)"
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -111,7 +104,6 @@ def main(arguments: list[str]) -> None:
         module.add_arguments(command)
         command.add_argument("--only", metavar="TEXT", default="", help="only the ways whose names contain this")
         command.add_argument("--cpu-seconds", action="store_true", help="the process's CPU time, on a busy machine")
-        command.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this file, as JSON")
         command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     module = load(options.benchmark)
@@ -128,5 +120,3 @@ def main(arguments: list[str]) -> None:
         print(f"{options.benchmark}: round {number} of {options.rounds}", file=sys.stderr)
         rounds.append({side: run_side(arguments, side) for side in sides})
     print(f"{options.benchmark} on {machine()}\n\n{table(rounds)}")
-    if options.output is not None:
-        options.output.write_text(json.dumps({"machine": machine(), "sides": medians(rounds)}, indent=1) + "\n")

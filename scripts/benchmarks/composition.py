@@ -17,13 +17,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 VOCABULARIES = {"49k": 49152, "128k": 128256}
 IMAGE_TOKEN = 5
+PROMPT, ANSWER = 32, 32  # tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows, an image each (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=32, help="text tokens before the answer (default: %(default)s)")
-    parser.add_argument("--answer", type=int, default=32, help="tokens of the answer (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of all parts (default: %(default)s)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of all parts (default: %(default)s)")
 
@@ -49,11 +48,11 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     else:
         model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
     model.train()
-    words = torch.randint(10, text.vocab_size, (options.batch_size, options.prompt + options.answer))
+    words = torch.randint(10, text.vocab_size, (options.batch_size, PROMPT + ANSWER))
     patches = torch.full((options.batch_size, (vision.image_size // vision.patch_size) ** 2), IMAGE_TOKEN)
     ids = torch.cat([patches, words], dim=1).to(DEVICE)
     labels = ids.clone()
-    labels[:, : -options.answer] = -100
+    labels[:, :-ANSWER] = -100
     pixels = torch.rand(options.batch_size, 3, vision.image_size, vision.image_size, device=DEVICE, dtype=dtype)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -27,13 +27,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 APART, TOGETHER = "generate, then the pipeline", "any-to-any call"
 QUIET, BUSY = "quiet", "one core busy"
 VIDEO_TOKENS, IMAGE_TOKENS = 24, 4
+PROMPT, NEW, REPEATS = 128, 32, 15  # tokens of a prompt, new tokens of an answer, timed forwards of a kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=15, help="timed forwards of a kind (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=3, help="timed any-to-any calls (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of an answer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=32, help="height of the latents; SD 1.5 has 64 (%(default)s)")
     parser.add_argument("--busy", action="store_true", help="only the answer on a quiet and on a busy machine")
@@ -54,50 +52,50 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         return {"median_s": measure_busy(side, options)}
     if group == "answer":
         return {"median_s": measure_answer(way, options)}
-    return {"median_s": measure_span(way, DTYPES[group], options)}
+    return {"median_s": measure_span(way, DTYPES[group])}
 
 
 @torch.no_grad()
-def measure_span(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> float:
+def measure_span(kind: str, dtype: torch.dtype) -> float:
     model = make_model(8, VIDEO_TOKENS, dtype)
     llm = model.language_model
-    prompt = torch.randint(49152, (1, options.prompt), device=DEVICE)
+    prompt = torch.randint(49152, (1, PROMPT), device=DEVICE)
     span = torch.tensor([model.signal_tokens.ids["image"]], device=DEVICE)
     with model.signal_tokens.attached(llm) as tap:
-        decoder = SpanDecoder(model, tap, [Row(SpanRules(model.signal_tokens.ids, budget=options.tokens))])
+        decoder = SpanDecoder(model, tap, [Row(SpanRules(model.signal_tokens.ids, budget=NEW))])
         cache = llm(prompt, use_cache=True).past_key_values
         embeds = llm.get_input_embeddings()(span[:, :1] if kind == ONE else span)
         chunks = embeds.split(1, dim=1) if kind == STEPWISE else [embeds]
 
         def work() -> None:
-            cache.crop(options.prompt - cache.get_seq_length())
-            length = options.prompt
+            cache.crop(PROMPT - cache.get_seq_length())
+            length = PROMPT
             for chunk in chunks:
                 length += chunk.shape[1]
                 mask = torch.ones(1, length, dtype=torch.long, device=DEVICE)
                 decoder.forward(llm, chunk, mask, cache)
 
-        return seconds(work, options.repeats)
+        return seconds(work, REPEATS)
 
 
 @torch.no_grad()
 def measure_answer(side: str, options: argparse.Namespace) -> float:
     model = make_model(options.latents, IMAGE_TOKENS, torch.bfloat16)
-    prompt = torch.randint(49152, (1, options.prompt), device=DEVICE)
+    prompt = torch.randint(49152, (1, PROMPT), device=DEVICE)
     mask, decoder = torch.ones_like(prompt), model.decoders["image"].module
 
     def together() -> None:
         kwargs = {"image": {"num_inference_steps": options.steps, "seed": 0}}
-        output = model.generate(prompt, mask, max_new_tokens=options.tokens, require=["image"], decoder_kwargs=kwargs)
-        assert len(output.answers[0].images) == 1 and output.sequences.shape[1] == options.tokens
+        output = model.generate(prompt, mask, max_new_tokens=NEW, require=["image"], decoder_kwargs=kwargs)
+        assert len(output.answers[0].images) == 1 and output.sequences.shape[1] == NEW
 
     # Forward passes of an answer with one picture: the prompt, each text token, and the span.
-    forwards = options.tokens - IMAGE_TOKENS + 2
+    forwards = NEW - IMAGE_TOKENS + 2
     condition = torch.randn(1, *decoder.condition_shape, device=DEVICE)
 
     def apart() -> None:
         ids = model.language_model.generate(prompt, attention_mask=mask, max_new_tokens=forwards, do_sample=False)
-        assert ids.shape[1] == options.prompt + forwards
+        assert ids.shape[1] == PROMPT + forwards
         generator = torch.Generator().manual_seed(0)
         size = {"height": decoder.height, "width": decoder.width}
         decoder.pipeline(prompt_embeds=condition, num_inference_steps=options.steps, generator=generator, **size)

@@ -29,12 +29,11 @@ import uvicorn
 
 HANG_UPS = "hang-ups"
 BATCHES = {"one by one": 1, "together": 8}
+CLIENTS, REQUESTS = 8, 32  # clients that ask for pictures, and the requests of all of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="(default: the quickstart's last)")
-    parser.add_argument("--clients", type=int, default=8, help="clients that ask for pictures (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=4, help="requests of each client (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="duration of hang-ups (default: %(default)s)")
     parser.add_argument("--sides", nargs="*", default=list(BATCHES), choices=[*BATCHES, HANG_UPS])
 
@@ -52,7 +51,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         while not server.started:
             time.sleep(0.05)
         ask(url, 0)  # warm-up
-        found = hang_ups(url, options.seconds) if side == HANG_UPS else pictures(url, options)
+        found = hang_ups(url, options.seconds) if side == HANG_UPS else pictures(url)
         server.should_exit = True
     return found
 
@@ -62,13 +61,13 @@ def ask(url: str, seed: int, timeout: float = 600, **more) -> httpx.Response:
     return httpx.post(url, json=body | {"messages": [{"role": "user", "content": "Draw a red ring."}]}, timeout=timeout)
 
 
-def pictures(url: str, options: argparse.Namespace) -> dict[str, float]:
+def pictures(url: str) -> dict[str, float]:
     """Seconds per request, with all clients active."""
-    began, count = time.perf_counter(), options.clients * options.requests
-    with ThreadPoolExecutor(options.clients) as pool:
-        for answer in pool.map(lambda seed: ask(url, seed), range(count)):
+    began = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for answer in pool.map(lambda seed: ask(url, seed), range(REQUESTS)):
             answer.raise_for_status()
-    return {"request_s": (time.perf_counter() - began) / count}
+    return {"request_s": (time.perf_counter() - began) / REQUESTS}
 
 
 def hang_ups(url: str, seconds: float, clients: int = 32) -> dict[str, float]:
