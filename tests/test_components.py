@@ -18,6 +18,7 @@ from anygpt.losses.terms import Target
 from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.world import THINGS
+from anygpt.toyworld.zoo import zoo
 from anygpt.training.components import write_components
 from anygpt.training.config import parse_config
 from anygpt.training.stages import COMPONENTS
@@ -185,6 +186,11 @@ def test_encoders_and_language_model_become_parts(tmp_path, data, parts):
     after = AutoModelForCausalLM.from_pretrained(made / "language_model")
     assert len(changed(parts.language_model(lively=False), after)) > 30
     assert len(AutoTokenizer.from_pretrained(made / "language_model")) == after.config.vocab_size
+    made = run(
+        tmp_path / "on", data, "words", parts, ["language_model"], **{"model.language_model.path": "zoo:language_model"}
+    )
+    tokenizers = (AutoTokenizer.from_pretrained(folder / "language_model") for folder in (made, zoo()))
+    assert len({tokenizer.backend_tokenizer.to_str() for tokenizer in tokenizers}) == 1
 
 
 def test_a_tokenizer_is_trained_by_its_formula(tmp_path, data, parts):

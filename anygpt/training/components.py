@@ -8,11 +8,13 @@ import torch
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
+from anygpt.model.language_models import load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.parts.publishing import let_umask_decide
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
 from anygpt.training.loading import use_frames_of
+from anygpt.training.setup import source
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def write_components(final: Path, config: Config) -> None:
         if part == "language_model":
             model.language_model.save_pretrained(folder)
             # The original tokenizer, without the tokens added by this composition.
-            type(processor.llm_tokenizer).from_pretrained(config.model.language_model.path).save_pretrained(folder)
+            load_tokenizer(source(config.model.language_model, "no")).save_pretrained(folder)
         elif kind == "encoder":
             model.encoders[key].module.save_pretrained(folder)
             processor.encoder_processors[key].save_pretrained(folder)
