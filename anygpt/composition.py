@@ -40,12 +40,6 @@ class Reading:
     everywhere: bool = False
     places: int = 0
 
-    def logits_at(self, places: tuple[Tensor, Tensor]) -> Tensor | None:
-        """Logits `(M, V')` at positions, which must be the selected ones if the tap selected any."""
-        if self.logits is None:
-            return None
-        return self.logits[places] if self.everywhere else self.logits[0]
-
 
 class Composition(PreTrainedModel):
     """Encoders, a language model with its signal tokens, decoders, and media tokenizers; see `MultimodalModel` for the

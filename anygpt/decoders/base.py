@@ -97,7 +97,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """Normalise a projected condition as the text encoder's output is (idempotent); loss and sampling apply it."""
         if not self.zero_padding or isinstance(condition, Tensor):
             return condition
-        return condition.without_padding()
+        return replace(condition, embeds=condition.embeds * condition.real[..., None])
 
     @torch.no_grad()
     def encode_media(self, media: list | Tensor, generator: Generators = None) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -40,10 +40,6 @@ class Condition:
         if not self.mask.is_floating_point():
             return self.mask.bool()
         return self.mask >= self.mask.amax(dim=1, keepdim=True).clamp(max=0)
-
-    def without_padding(self) -> "Condition":
-        """The condition with zeros in place of padding."""
-        return replace(self, embeds=self.embeds * self.real[..., None])
 
     def __len__(self) -> int:
         return self.embeds.shape[0]

@@ -3,8 +3,8 @@
 A new family is an entry of `FAMILIES`, keyed by the config's `model_type`.
 """
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +57,7 @@ class EncoderFamily:
     optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def load_class(self) -> Any:
-        if self.encoder_class is None:
-            return AutoModel
-        module, name = self.encoder_class.rsplit(".", 1)
-        return getattr(importlib.import_module(module), name)
+        return AutoModel if self.encoder_class is None else pkgutil.resolve_name(self.encoder_class)
 
 
 # ------------------------------------------------------------------------------------------------ numbers of features

@@ -50,24 +50,19 @@ class Labels:
 
     def nll(self) -> Tensor:
         """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
-        weights, factor = self.model.loss_weights, torch.ones_like(self.values, dtype=torch.float32)
+        weights, signals, places = self.model.loss_weights, self.model.signal_tokens, (self.rows, self.positions)
+        factor = torch.ones_like(self.values, dtype=torch.float32)
         for key in self.model.tokenizer_keys:
-            factor[self.model.signal_tokens.row_of(self.values, key) >= 0] = weights.media_weight
-        return self._nll(weights.label_smoothing) * factor
-
-    def _nll(self, smoothing: float) -> Tensor:
-        places = self.rows, self.positions
-        logits = self.reading.logits_at(places)
-        if len(logits) == len(self.values):
-            return token_nll(logits, self.values, smoothing)
+            factor[signals.row_of(self.values, key) >= 0] = weights.media_weight
 
         def nll(states: Tensor, values: Tensor) -> Tensor:
-            return token_nll(self.model.signal_tokens.run_head(self.model.language_model, states), values, smoothing)
+            return token_nll(signals.run_head(self.model.language_model, states), values, weights.label_smoothing)
 
-        chunks = zip(
-            self.reading.hidden[places].split(signal_tokens.CHUNK), self.values.split(signal_tokens.CHUNK), strict=True
-        )
-        return torch.cat([checkpoint(nll, states, values, use_reentrant=False) for states, values in chunks])
+        logits = self.reading.logits[places] if self.reading.everywhere else self.reading.logits[0]
+        if len(logits) == len(self.values):
+            return token_nll(logits, self.values, weights.label_smoothing) * factor
+        parts = (x.split(signal_tokens.CHUNK) for x in (self.reading.hidden[places], self.values))
+        return factor * torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
 
 
 @dataclass

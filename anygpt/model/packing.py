@@ -81,17 +81,6 @@ class Packing:
         return flat // self.source.shape[1], flat % self.source.shape[1]
 
 
-@dataclass
-class PackedBatch(Merged):
-    """A merged batch packed into sequences `(P, L)`, without a mask."""
-
-    positions: Tensor | None = None
-
-    @property
-    def position_ids(self) -> Tensor:
-        return self.positions
-
-
 def mask_by_row(
     batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: Any, **options: Any
 ) -> Tensor | None:
@@ -164,7 +153,7 @@ def read_packed(
     """`MultimodalModel.read` with rows packed into sequences of `pack_to` tokens; see `check_packing`."""
     packing = Packing.of(merged.attention_mask, pack_to)
     embeds, ids = packing.pack(merged.inputs_embeds), packing.pack(merged.input_ids)
-    batch = PackedBatch(embeds, ids, None, None, merged.media_in, packing.position_ids)
+    batch = Merged(embeds, ids, None, None, merged.media_in, packing.position_ids)
     everywhere = tap.select is None
     tap.select = None if everywhere else packing.places(tap.select)
     logits, all_states = model.run_language_model(batch, encoder_inputs)

@@ -28,6 +28,7 @@ class Merged:
         attention_mask: `(B, S)` int64.
         labels: `(B, S)` int64 or None; `-100` at features.
         media_in: `(B,)` bool, whether the row contains any feature.
+        packed_positions: `(B, S)` int64, where several rows of a batch are packed into each, without a mask.
     """
 
     inputs_embeds: Tensor
@@ -35,10 +36,13 @@ class Merged:
     attention_mask: Tensor
     labels: Tensor | None
     media_in: Tensor
+    packed_positions: Tensor | None = None
 
     @property
     def position_ids(self) -> Tensor:
         """`(B, S)` int64, counted over unmasked tokens, so that a row's positions do not depend on its padding."""
+        if self.packed_positions is not None:
+            return self.packed_positions
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
