@@ -108,8 +108,7 @@ class Composition(PreTrainedModel):
         An unknown encoder, or one id for two encoders, is an `InputError`.
         """
         if token_ids is not None:
-            unknown = sorted(set(token_ids) - set(self.encoder_keys))
-            if unknown:
+            if unknown := sorted(set(token_ids) - set(self.encoder_keys)):
                 raise InputError(f"set_token_ids names {unknown}; the encoders are {list(self.encoder_keys)}")
             if len(set(token_ids.values())) != len(token_ids):
                 raise InputError(f"every encoder needs a placeholder token of its own, got {dict(token_ids)}")

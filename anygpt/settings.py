@@ -23,18 +23,29 @@ from anygpt.errors import InputError
 
 def parse_settings(arguments: Sequence[str], kind: type, description: str = "") -> Any:
     """An instance of the dataclass `kind`, whose fields have defaults, from `--config FILE` and dotted overrides
-    (`--train.learning_rate 1e-3`). An `InputError` names all unknown keys, or values of a wrong type."""
+    (`--train.learning_rate 1e-3`).
+
+    Later settings override earlier ones. Mappings are merged key by key; all else, including lists, is replaced, so
+    that an overridden list of files inherits nothing from the YAML.
+
+    Raises:
+        InputError: unknown keys, and values that are null, or not a section or list, where `kind` requires otherwise,
+            all of them by file or option; or a value of another wrong type.
+    """
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
     types, defaults = typing.get_type_hints(kind), kind()
     for section in fields(kind):
         parser.add_argument(f"--{section.name}", type=types[section.name], default=getattr(defaults, section.name))
-    check_keys(arguments, kind)
+    merged: dict[str, Any] = {}
+    faults: list[str] = []
+    for at, content in _given(arguments, kind):
+        faults += [f"{at}: {fault}" for fault in _faults(content, kind, "")]
+        _put(merged, content)
+    if faults:
+        raise InputError("; ".join(faults))
     try:
-        if asks_for_help(arguments):
-            parsed = parser.parse_args(list(arguments))
-        else:
-            parsed = parser.parse_object(merge(arguments, kind))
+        parsed = parser.parse_args(list(arguments)) if asks_for_help(arguments) else parser.parse_object(merged)
         parsed = parser.instantiate(parsed)
     except (TypeError, ValueError, OSError, KeyError, ArgumentError) as error:
         raise InputError(" ".join(str(error).split())) from error
@@ -71,33 +82,12 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return odd or loose or any(a.partition("=")[0] in ("--help", "--print_config") for a in names)
 
 
-def merge(arguments: Sequence[str], kind: type) -> dict[str, Any]:
-    """All settings of a command line as one mapping; later ones override earlier ones.
-
-    Mappings are merged key by key; all else, including lists, is replaced, so that an overridden list of files
-    inherits nothing from the YAML.
-    """
-    merged: dict[str, Any] = {}
-    for _, content in _given(arguments, kind):
-        _put(merged, content)
-    return merged
-
-
 def _put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
     for key, value in content.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _put(into[key], value)
         else:
             into[key] = copy.deepcopy(value)
-
-
-def check_keys(arguments: Sequence[str], kind: type) -> None:
-    """Raise one `InputError` for all unknown keys in the files and on the command line, and for all values that are
-    null, or not a section or list, where `kind` requires otherwise.
-    """
-    faults = [f"{at}: {fault}" for at, content in _given(arguments, kind) for fault in _faults(content, kind, "")]
-    if faults:
-        raise InputError("; ".join(faults))
 
 
 _BOOL = "tag:yaml.org,2002:bool"
