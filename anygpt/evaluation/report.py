@@ -70,9 +70,8 @@ def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images
         return
     os.environ.setdefault("WANDB_SILENT", "true")
     accelerator = Accelerator(log_with=tracker, project_dir=str(folder), cpu=True)
-    options = {"wandb": {"name": folder.name, "dir": str(folder)}} if tracker == "wandb" else {}
     try:
-        accelerator.init_trackers("anygpt", init_kwargs=options)
+        accelerator.init_trackers("anygpt", init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
     except Exception as error:  # each tracker raises its own types
         raise InputError(f"--tracker {tracker} cannot start: {' '.join(str(error).split())}") from error
     accelerator.log(dict(values), step=0)

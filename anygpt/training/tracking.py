@@ -69,16 +69,14 @@ class RunLog:
             self.start_tracker(config, flatten(config.to_dict() | facts))
 
     def start_tracker(self, config: Config, settings: dict[str, Any]) -> None:
-        name, project, options = config.run.name or self.folder.name, config.run.project, {}
+        name, project = config.run.name or self.folder.name, config.run.project
         if config.run.tracker == "tensorboard":  # it separates projects by folder and takes no nulls
             project = name
             settings = {key: "null" if value is None else value for key, value in settings.items()}
-        else:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            wandb = {"name": name, "dir": str(self.folder), "id": self.run_id, "resume": "allow"}
-            options = {"wandb": wandb}
+        os.environ.setdefault("WANDB_SILENT", "true")
+        wandb = {"name": name, "dir": str(self.folder), "id": self.run_id, "resume": "allow"}
         try:
-            self.accelerator.init_trackers(project, settings, init_kwargs=options)
+            self.accelerator.init_trackers(project, settings, init_kwargs={"wandb": wandb})
         except Exception as error:  # each tracker raises its own types
             self.accelerator.trackers.clear()  # a tracker that did not start cannot be ended
             reason = " ".join(str(error).split())
