@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +25,21 @@ class InputError(ValueError):
 
 
 @contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Turn what libraries raise while they read a saved folder into an `InputError` that names it."""
+def refusing(what: str, kinds: tuple[type[Exception], ...] = (Exception,), advice: str = "") -> Iterator[None]:
+    """Turn errors of these kinds that a library raises into an `InputError`: `what`, why, `advice`."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{folder} is damaged or incomplete ({said}); copy it again, or train it again") from error
+    except kinds as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise InputError(f"{what} ({reason}){advice}") from error
+
+
+def reading(folder: str | Path) -> AbstractContextManager[None]:
+    """Context in which a saved folder is read; what libraries raise becomes an `InputError` that names the folder."""
+    kinds = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError)
+    return refusing(f"{folder} is damaged or incomplete", kinds, "; copy it again, or train it again")
 
 
 def first_line(error: BaseException) -> str:

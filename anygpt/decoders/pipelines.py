@@ -13,8 +13,8 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from anygpt.decoders.quantization import quantize_outline, quantizers, refusing
-from anygpt.errors import InputError
+from anygpt.decoders.quantization import quantize_outline, quantizers
+from anygpt.errors import InputError, refusing
 from anygpt.parts.files import Place, Weights, built_from, dtype_of, find_weights, shape_of, wants_shapes_only
 from anygpt.parts.networks import check_report, load_network, without_report
 from anygpt.parts.source import check_vocabulary

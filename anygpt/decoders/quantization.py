@@ -2,8 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import ModelMixin
@@ -11,7 +10,7 @@ from diffusers.quantizers import auto as diffusers_quantizers
 from torch import nn
 from transformers.quantizers import auto as transformers_quantizers
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 
 BACKENDS = {"torchao": "torchao", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 """Package by quantisation backend, as diffusers calls them."""
@@ -57,17 +56,6 @@ def _torchao_arguments(quant_type: str, modules_to_not_convert: list[str] | None
         raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(kinds)}")
     kind = getattr(library, quant_type)(**options)
     return {"quant_type": kind, "modules_to_not_convert": modules_to_not_convert}
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises into an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def quantize_outline(network: ModelMixin, config: Any) -> None:

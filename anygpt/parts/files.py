@@ -7,7 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, __version__
 from transformers.utils import cached_file
 
-from anygpt.errors import InputError, warn_once
+from anygpt.errors import InputError, refusing, warn_once
 from anygpt.parts.manifest import MANIFEST, find_fault
 
 SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth")
@@ -140,14 +140,10 @@ class Place:
         return content
 
 
-@contextmanager
-def built_from(file: Path | str) -> Iterator[None]:
+def built_from(file: Path | str) -> AbstractContextManager[None]:
     """Context in which errors that libraries raise about a file's values become an `InputError` that names it."""
-    try:
-        yield
-    except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, struct.error) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{file} is damaged, or has a value that no model can be built from ({reason})") from error
+    kinds = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, struct.error)
+    return refusing(f"{file} is damaged, or has a value that no model can be built from", kinds)
 
 
 @dataclass(frozen=True)
