@@ -19,7 +19,7 @@ from anygpt.encoders.loading import load_encoder
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.encoders.video import VideoEncoder
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.model.configuration import FORMAT_VERSION, OF_DECODERS, MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.parts import adapter_name, build_callback, fingerprint, import_class, own_tensors, source_of
@@ -136,13 +136,12 @@ def _device(device_map: Any) -> torch.device | None:
         device_map = device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
+    advice = (
+        "; a composition goes to one device ('cuda:0', …) or to the accelerator ('auto'); to spread it, shard it with "
+        "FSDP (configs/accelerate)"
+    )
+    with refusing(f"device_map is {device_map!r}", (RuntimeError, TypeError), advice):
         return None if device_map is None else torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"device_map is {device_map!r}; a composition goes to one device ('cuda:0', …) or to the accelerator "
-            "('auto'); to spread it, shard it with FSDP (configs/accelerate)"
-        ) from error
 
 
 def read_config(folder: Path) -> MultimodalConfig:
@@ -302,10 +301,8 @@ def _load_adapter(part: nn.Module, folder: Path) -> PeftModel:
     if not path.is_file():
         raise InputError(f"the checkpoint lacks its adapter {path}")
     stored = load_file(path)
-    try:
+    with refusing(f"{path} does not fit the part that it adapts", (RuntimeError,)):  # such as other sizes
         wrapped = PeftModel.from_pretrained(part, folder, is_trainable=True)
-    except RuntimeError as error:  # sizes that do not fit
-        raise InputError(f"{path} does not fit the part that it adapts: {' '.join(str(error).split())}") from error
     _check_tensors(path, get_peft_model_state_dict(wrapped, save_embedding_layers=False), stored)
     for name, parameter in wrapped.named_parameters():  # PEFT casts adapters to float32
         saved = stored.get(name.replace(".default", ""))

@@ -261,12 +261,9 @@ def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mappi
 def _open(path: Path) -> Any:
     if path.suffix in PICKLES:
         return read_pickle(path)
-    try:
+    what = f"{path} cannot be read as safetensors: it is cut off or of another format"
+    with refusing(what, (SafetensorError, OSError), "; download it again"):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read as safetensors: it is cut off or of another format ({error}); download it again"
-        ) from error
 
 
 def read_pickle(path: Path) -> Mapping[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from anygpt.errors import InputError, first_line
+from anygpt.errors import InputError, refusing
 
 
 def let_umask_decide(place: Path) -> None:
@@ -31,13 +31,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token
     if unknown := sorted(set(commit) - set(PUSH_ARGUMENTS)):
         raise InputError(f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(PUSH_ARGUMENTS)}")
     api, commit = HfApi(token=token), {"commit_message": "Upload composition"} | commit
-    try:
+    advice = "; run `hf auth login`, or give token="
+    with refusing(f"{repo_id!r} cannot be written at the hub", (HfHubHTTPError, OSError), advice):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if commit.get("revision") is not None and not commit.get("create_pr"):
             api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit).commit_url)
-    except (HfHubHTTPError, OSError) as error:
-        reason = first_line(error)
-        raise InputError(
-            f"{repo_id!r} cannot be written at the hub: {reason}; run `hf auth login`, or give token="
-        ) from error

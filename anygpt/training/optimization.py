@@ -12,7 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anygpt.errors import InputError, first_line
+from anygpt.errors import InputError, refusing
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.checkpoint import read_optimizer_state
 from anygpt.training.config import Config, TrainConfig
@@ -125,14 +125,9 @@ def compile_layers(model: MultimodalModel) -> None:
     Whole parts would recompile at each step, because hooks insert the signal tokens into the language model; and layers
     of one class share their compiled code. Where torch.compile does not work, an `InputError` says so.
     """
-    try:
+    advice = "; install what it needs (on a CPU a C++ compiler, on a GPU Triton), or leave it off"
+    with refusing("train.compile is on, but torch.compile does not work here", advice=advice):
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
-    except Exception as error:  # the compiler's toolchain raises many types
-        reason = first_line(error)
-        raise InputError(
-            f"train.compile is on, but torch.compile does not work here ({reason}); install what it needs (on a CPU a "
-            "C++ compiler, on a GPU Triton), or leave it off"
-        ) from error
     torch._dynamo.reset()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):

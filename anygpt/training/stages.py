@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.losses.formulas import TERMS
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import adapter_of, is_peft
@@ -88,10 +88,8 @@ def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, t
         target_modules=lora.target_modules,
         task_type=task,
     )
-    try:
+    with refusing(f"{section}.target_modules={lora.target_modules!r} does not fit", (ValueError,)):
         return get_peft_model(network, adapter)
-    except ValueError as error:
-        raise InputError(f"{section}.target_modules={lora.target_modules!r} does not fit: {error}") from error
 
 
 def part_kinds(model: MultimodalModel) -> dict[str, str]:

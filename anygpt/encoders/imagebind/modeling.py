@@ -20,7 +20,7 @@ from anygpt.encoders.imagebind.configuration import (
     VOCABULARY,
     ImageBindConfig,
 )
-from anygpt.errors import InputError, warn_once
+from anygpt.errors import InputError, refusing, warn_once
 
 LICENCE = "ImageBind's published weights are under CC BY-NC-SA 4.0: they are for non-commercial use only"
 CARD = f"""---
@@ -216,11 +216,8 @@ class ImageBindModel(PreTrainedModel):
             scale = given[name].item() if name in given else math.log(SCALES[tower])
             if abs(scale - math.log(SCALES[tower])) > 0.02:
                 raise InputError(f"{name} is {scale:.4f}; this ImageBind multiplies by {SCALES[tower]:g}")
-        try:
+        with refusing("these are not the tensors of this ImageBind", (RuntimeError,), "; give its config"):
             self.load_state_dict(given, assign=self.device.type == "meta")
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise InputError(f"these are not the tensors of this ImageBind ({said[:600]}); give its config") from error
 
     def tower_of(self, modality: str) -> str:
         tower = MEDIA.get(modality, modality)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrai
 from anygpt.encoders.callbacks import LlavaCallbacks, LlavaNextCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.model.vlm.qwen2_vl import MRopePositions, Qwen2VLForCausalLM, Qwen2VLPatchConfig, Qwen2VLPatchEncoder
 
 
@@ -35,12 +35,9 @@ def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> P
     unsupported kind is an `InputError`, and so is one that cannot be loaded.
     """
     if isinstance(model, (str, Path)):
-        try:
-            model = AutoModelForMultimodalLM.from_pretrained(
-                model, **{"use_safetensors": True, "dtype": "auto"} | loading_options
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"cannot load the multimodal model {str(model)!r}: {error}") from error
+        options = {"use_safetensors": True, "dtype": "auto"} | loading_options
+        with refusing(f"cannot load the multimodal model {str(model)!r}", (OSError, ValueError, KeyError)):
+            model = AutoModelForMultimodalLM.from_pretrained(model, **options)
     config = model.config
     kind = getattr(config, "model_type", None)
     if kind not in TAKERS:
