@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from anygpt.errors import InputError
+from anygpt.errors import refusing
 from anygpt.evaluation.rows import Row
 from anygpt.media.writing import write
 from anygpt.pages import page_template
@@ -70,10 +70,8 @@ def log_values(tracker: str, folder: Path, values: Mapping[str, float], **images
         return
     os.environ.setdefault("WANDB_SILENT", "true")
     accelerator = Accelerator(log_with=tracker, project_dir=str(folder), cpu=True)
-    try:
+    with refusing(f"--tracker {tracker} cannot start"):
         accelerator.init_trackers("anygpt", init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
-    except Exception as error:  # each tracker raises its own types
-        raise InputError(f"--tracker {tracker} cannot start: {' '.join(str(error).split())}") from error
     accelerator.log(dict(values), step=0)
     for name, image in images.items():
         content, form = ([image], {}) if tracker == "wandb" else (np.asarray(image)[None], {"dataformats": "NHWC"})
