@@ -26,13 +26,11 @@ DTYPE = torch.float32  # diffusers' default, whatever the dtype of the files
 
 def find_pipeline(name: str) -> type[DiffusionPipeline]:
     """The diffusers pipeline class of this name; an `InputError` if the installed version lacks it."""
-    try:
+    what = (
+        f"diffusers {diffusers.__version__} has no {name}; versions {TESTED} have it (pip install 'diffusers{TESTED}')"
+    )
+    with refusing(what, (AttributeError, ImportError, RuntimeError)):
         return getattr(diffusers, name)
-    except (AttributeError, ImportError, RuntimeError) as error:
-        raise InputError(
-            f"diffusers {diffusers.__version__} has no {name}; versions {TESTED} have it "
-            f"(pip install 'diffusers{TESTED}')"
-        ) from error
 
 
 def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

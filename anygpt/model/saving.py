@@ -29,7 +29,7 @@ from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.model.card import write_card
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.loading import load_source
@@ -84,10 +84,9 @@ def save_pretrained(
     Raises:
         InputError: an unknown argument, or a `max_shard_size` that is no size.
     """
-    try:
+    expected = "expected bytes, or a size such as '5GB'"
+    with refusing(f"max_shard_size is {max_shard_size!r}; {expected}", (ValueError, AttributeError)):
         convert_file_size_to_int(max_shard_size)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"max_shard_size is {max_shard_size!r}; expected bytes, or a size such as '5GB'") from error
     if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
         raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
     if not safe_serialization:

@@ -131,10 +131,8 @@ class Place:
         path = self.file(name)
         if path is None:
             return None
-        try:
+        with refusing(f"{path} is damaged", (ValueError,)):  # not JSON, or not text
             content = json.loads(path.read_text())
-        except ValueError as error:  # not JSON, or not text
-            raise InputError(f"{path} is damaged: {error}") from error
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
         return content
