@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.errors import InputError, refusing
+from anygpt.errors import InputError
 from anygpt.media.audio import resample, to_mono
 from anygpt.media.files import to_mode
 
@@ -106,8 +106,10 @@ class ImageTargets(TargetProcessor):
     def one(self, item: Image.Image, row: int) -> np.ndarray:
         if not isinstance(item, Image.Image):
             raise InputError(f"Image {row} is a {type(item).__name__}, expected a PIL image.")
-        with refusing(f"Image {row} cannot be used", (ValueError,)):
+        try:
             item = to_mode(item, "I;16" if self.channels == 1 else "RGB")
+        except ValueError as error:
+            raise InputError(f"Image {row} cannot be used: {error}") from error
         if self.channels == 1:
             item = Image.fromarray(np.asarray(item, dtype=np.float32) / 257)  # to the 8-bit range: 65535 -> 255
         return _pixels(item, self.height, self.width)

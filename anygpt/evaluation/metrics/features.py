@@ -3,8 +3,8 @@
 Shapes: `M` media or texts, `D` width of the features.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,20 @@ from transformers import (
 )
 
 from anygpt.encoders.video import VideoFrameProcessor
-from anygpt.errors import InputError, refusing
+from anygpt.errors import InputError, first_line
 from anygpt.media.files import Audio
 from anygpt.media.types import MEDIA, is_heard, is_timed
 
 
-def loading(what: str, path: str) -> AbstractContextManager[None]:
+@contextmanager
+def loading(what: str, path: str) -> Iterator[None]:
     """Convert the libraries' errors about an id or folder to an `InputError` with advice."""
-    advice = f"; where there is a network, download it with: hf download {path}"
-    return refusing(f"the {what} {path!r} cannot be loaded", (OSError, ValueError, KeyError, SafetensorError), advice)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = first_line(error)
+        advice = f"where there is a network, download it with: hf download {path}"
+        raise InputError(f"the {what} {path!r} cannot be loaded ({reason}); {advice}") from error
 
 
 class PretrainedNetwork:
