@@ -48,7 +48,7 @@ def test_rows_and_parts_are_valid(document, tmp_path):
     for block in blocks(document.read_text(), "json"):
         sample = parse_sample(json.loads(block), "README", "0", MediaRoot(tmp_path))
         assert sample.messages[0].role == "user"
-    known = set(Source.__dataclass_fields__) | {"projector", "modality", "num_signal_tokens"}
+    known = set(Source.__dataclass_fields__) | {"projector", "modality", "num_signal_tokens", "signal"}
     for block in blocks(document.read_text(), "yaml"):
         model = yaml.safe_load(block).get("model", {})
         parts = [*model.get("encoders", {}).values(), *model.get("decoders", {}).values()]
