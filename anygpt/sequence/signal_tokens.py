@@ -369,7 +369,9 @@ def run_after_layers(language_model: nn.Module, states: Tensor) -> Tensor:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return one.is_meta or torch.equal(one, other)  # without weights, as in a check of a plan, by shape
 
 
 def _rows_like(matrix: Tensor, count: int, codebook: Tensor | None = None) -> Tensor:
