@@ -1,15 +1,17 @@
 """Media as codes in the language model: rows, loss, spans, saving."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from code_utils import clip, code_model, picture, turn, vq_model
 
-from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt import MultimodalModel, MultimodalProcessor, load_language_model, load_media_tokenizer
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
+from anygpt.parts.files import shapes_only
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.signal_tokens import SignalTokens
 from anygpt.tokenizers.base import MediaTokenizer
@@ -138,6 +140,23 @@ def test_one_codebook_has_one_set_of_rows(parts, tmp_path):
     loaded = MultimodalModel.from_pretrained(tmp_path).eval()
     MultimodalProcessor.from_pretrained(tmp_path, model=loaded)
     torch.testing.assert_close(loaded(ids, return_logits=True).logits, model(ids, return_logits=True).logits)
+
+
+def test_a_check_shares_rows_as_a_run_does():
+    """On the meta device codebooks have no values to compare."""
+    found = []
+    for place in (nullcontext, shapes_only):
+        with place():
+            picked = {"audio": "audio", "image": "image", "video": "image"}
+            options = {"audio": {}, "image": {}, "video": {"num_frames": 2}}
+            made = {
+                key: load_media_tokenizer(f"zoo:{one}_tokenizer", key, **options[key]) for key, one in picked.items()
+            }
+            language_model = load_language_model("zoo:language_model")
+            signal = MultimodalModel({}, language_model, tokenizers=made).signal_tokens
+        assert signal.owners == picked
+        found.append({name: rows.shape for name, rows in signal.named_parameters()})
+    assert found[0] == found[1]
 
 
 def test_row_ends_are_part_of_a_span(parts):

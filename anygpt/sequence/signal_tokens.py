@@ -15,6 +15,7 @@ BLIP3o-NEXT does. Shape legend: `anygpt.outputs`.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,14 @@ class Grid:
         bounds: for each code of a medium, the first that it may be and the end of those.
         columns: codes before each token that ends a row, `<key-row>`; None for no such tokens.
         codebook: `(size, d)`, whose linear map the codes' new rows are; None for random ones.
+        origin: where the tokenizer is from, which tells codebooks on the meta device apart.
     """
 
     size: int
     bounds: Sequence[tuple[int, int]]
     columns: int | None = None
     codebook: Tensor | None = None
+    origin: Any = None
 
     def names(self, key: str) -> list[str]:
         """The tokens that are no codes: begin, end and, if there are any, the end of a row."""
@@ -137,8 +140,8 @@ class SignalTokens(nn.Module):
             queries = self.signals[key] == "queries"
             self.input_rows[key] = nn.Parameter(_rows_like(embedding.weight, count + queries))
             self.output_rows[key] = nn.Parameter(_rows_like(head.weight, 1 if queries else count))
-        books = {key: grid.codebook for key, grid in sorted(self.grids.items())}
-        self.owners = {key: next((one for one in books if _same(books[one], books[key])), key) for key in books}
+        found = dict(sorted(self.grids.items()))
+        self.owners = {key: next((one for one in found if _share(found[one], found[key])), key) for key in found}
         for key, grid in self.grids.items():
             for rows, matrix in ((self.input_rows, embedding.weight), (self.output_rows, head.weight)):
                 rows[key] = nn.Parameter(_rows_like(matrix, len(grid.names(key))))
@@ -368,10 +371,13 @@ def run_after_layers(language_model: nn.Module, states: Tensor) -> Tensor:
             layers.forward = before
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None or one.shape != other.shape:
+def _share(one: Grid, other: Grid) -> bool:
+    """Whether two grids have the same codebook; on the meta device, which has no values, of the same origin."""
+    if one.codebook is None or other.codebook is None or one.codebook.shape != other.codebook.shape:
         return False
-    return one.is_meta or torch.equal(one, other)  # without weights, as in a check of a plan, by shape
+    if one.codebook.is_meta or other.codebook.is_meta:
+        return one.origin is not None and one.origin == other.origin
+    return torch.equal(one.codebook, other.codebook.to(one.codebook.device))
 
 
 def _rows_like(matrix: Tensor, count: int, codebook: Tensor | None = None) -> Tensor:

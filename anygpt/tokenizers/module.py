@@ -49,7 +49,8 @@ class ModalTokenizerModule(MediaMaker):
         """What its spans hold."""
         bounds = [(low, high) for low, high in self.module.bounds.tolist()]
         columns = self.module.shape[-1] if self.row_ends else None
-        return Grid(self.module.codebook_size, bounds, columns, self.module.codebook())
+        origin = getattr(getattr(self.module, "anygpt_source", None), "place", None)
+        return Grid(self.module.codebook_size, bounds, columns, self.module.codebook(), origin)
 
     def check_values(self, options: Mapping[str, Any]) -> None:
         check_options(f"the {self.modality} tokenizer", OPTIONS, options)
