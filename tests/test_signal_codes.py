@@ -102,6 +102,19 @@ def test_generated_media_are_the_decoders_from_states_as_in_training(built, toke
     assert alone.answers[0].text == output.answers[0].text
 
 
+def test_pictures_shown_as_codes_are_references_and_generators_may_be_a_list(parts):
+    model, processor = build(parts, ModalTokenizerModule(MediaTokenizer(vq_model(), "image")))
+    batch = prompted(processor, [turn("user", "Draw a ring.")], [turn("user", picture(1), picture(2), "Paint it red.")])
+    first, second = batch["references"]["image"]
+    assert first is None and second.tobytes() == picture(2).tobytes()
+    made, several = [], [torch.Generator().manual_seed(seed) for seed in range(2)]
+    for more in ({"seed": 0}, {"seed": 0, "strength": 0.5}, {"generator": several}):
+        options = {"image": {"num_inference_steps": 2} | more}
+        answers = model.generate(**batch, max_new_tokens=18, require=["image"], decoder_kwargs=options).answers
+        made.append([answer.images[0].tobytes() for answer in answers])
+    assert made[0][0] == made[1][0] and made[0][1] != made[1][1], "the row without a picture starts from noise"
+
+
 def test_a_tokenizer_that_only_encodes_suffices(parts):
     class Encoding(MediaTokenizer):
         can_decode = False

@@ -19,10 +19,13 @@ def code_options(
         if key in model.decoder_keys:  # whose options these are
             given = {name: value for name, value in given.items() if name in ("seed", "generator")}
         given = tokenizer.options(given)
-        seeds = given.get("seed")
-        seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * rows
-        for own, seed in zip(options, seeds, strict=True):
-            generator = given.get("generator") if seed is None else torch.Generator().manual_seed(seed)
+        seeds, generators = (
+            found if isinstance(found, (list, tuple)) else [found] * rows
+            for found in (given.get("seed"), given.get("generator"))
+        )
+        for row, (own, seed) in enumerate(zip(options, seeds, strict=True)):
+            # a decoder takes a list with one generator a medium, which need not be one a row
+            generator = generators[row % len(generators)] if seed is None else torch.Generator().manual_seed(seed)
             own[key] = given | {"generator": generator}
     return options
 

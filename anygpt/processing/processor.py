@@ -297,7 +297,7 @@ class MultimodalProcessor(ConversationProcessor):
         """The last medium that each row shows, or None, by decoder that could edit it."""
         found: dict[str, list[Any]] = {}
         for key, made in self.makes.items():
-            for shown in set(self.encoder_processors) & set(encoder_inputs):
+            for shown in set(self.tokens) & set(encoder_inputs):
                 media, rows = _flatten(encoder_inputs[shown].get(self.media_argument(shown)))
                 if media is None or self.modalities[shown] != made or key not in self.targets:
                     continue
