@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from code_utils import picture, turn, vq_model
@@ -111,8 +112,9 @@ def test_pictures_shown_as_codes_are_references_and_generators_may_be_a_list(par
     for more in ({"seed": 0}, {"seed": 0, "strength": 0.5}, {"generator": several}):
         options = {"image": {"num_inference_steps": 2} | more}
         answers = model.generate(**batch, max_new_tokens=18, require=["image"], decoder_kwargs=options).answers
-        made.append([answer.images[0].tobytes() for answer in answers])
-    assert made[0][0] == made[1][0] and made[0][1] != made[1][1], "the row without a picture starts from noise"
+        made.append([np.asarray(answer.images[0], np.float32) for answer in answers])
+    np.testing.assert_allclose(made[0][0], made[1][0], atol=2, err_msg="the row without a picture starts from noise")
+    assert np.abs(made[0][1] - made[1][1]).max() > 10
 
 
 def test_a_tokenizer_that_only_encodes_suffices(parts):
