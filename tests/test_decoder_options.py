@@ -46,6 +46,7 @@ def tokenize(processor, texts):
         ("audio", {"seed": "1"}, "seed of the audio decoder is '1'"),
         ("image", {"negative_prompt": ["a"]}, "expected a text"),
         ("image", {"seed": 1, "generator": torch.Generator()}, "both seed and generator"),
+        ("image", {"generator": []}, "a torch.Generator, or a list with one a sample"),
     ],
 )
 def test_wrong_options_are_errors_before_anything_runs(full_model, key, wrong, message):

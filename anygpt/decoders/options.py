@@ -36,7 +36,8 @@ def are_seeds(value: Any) -> bool:
 
 
 def are_generators(value: Any) -> bool:
-    return all(isinstance(one, torch.Generator) for one in (value if isinstance(value, list) else [value]))
+    generators = value if isinstance(value, list) else [value]
+    return bool(generators) and all(isinstance(one, torch.Generator) for one in generators)
 
 
 STEERING: dict[str, Rule] = {

@@ -21,7 +21,7 @@ from anygpt.media.types import is_heard, is_timed
 from anygpt.tokenizers.families import FAMILIES, TokenizerFamily
 
 PATIENCE, COMMITMENT = 25, 0.125
-"""Of training: batches without use after which a code moves, and the weight of the network's own loss."""
+"""In training: batches without use after which a code moves, and the weight of the network's own loss."""
 SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""

@@ -19,7 +19,7 @@ WAYS = ("text", *MODALITIES)
 """Input and output modalities, in the order of the matrix."""
 TALK = ("question", "small talk", "nonsense")
 TURNS = 4
-"""Of a conversation; they measure whether later answers are as accurate as first ones."""
+"""Turns of a conversation, which measure whether later answers are as accurate as first ones."""
 _STREAM, _CONVERSATIONS = 20_09, 20_10
 """Separate the evaluation's random draws from those of a dataset with the same seed."""
 _LATER = ("anew", "anew", "it", "it", "first", "talk")
