@@ -210,9 +210,10 @@ def test_memory_of_rows_is_theirs_alone(parts):
     signal.set_ids({"image": [683, 684, 700]})
     width = llm.config.hidden_size
     assert sum(p.numel() for p in signal.parameters()) == 2 * (131_072 + 2) * width
-    with torch.no_grad(), signal.attached(llm) as tap:
+    with torch.no_grad(), signal.attached(llm) as tap, torch.profiler.profile(profile_memory=True) as profile:
         tap.select = torch.tensor([0]), torch.tensor([1])
         logits = llm(inputs_embeds=llm.get_input_embeddings()(torch.tensor([[683, 131_771]]))).logits
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 4 * 131_072 * width / 10
     assert logits.shape == (1, 1, 131_772) and bool(logits[..., 700:].isfinite().all())
 
 

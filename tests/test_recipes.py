@@ -151,7 +151,9 @@ def test_all_at_once_with_tokenizers_of_the_hub(recipe, place):
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name == "nextgpt" else name for name in RECIPES]
+)
 def test_check_of_every_stage(recipe, place, capsys):
     for stage in RECIPES[recipe]:
         code, out, err = run_check(stage, ["--config", str(path_of(recipe, stage)), "--run.device", "cpu"], capsys)

@@ -32,6 +32,7 @@ from anygpt.toyworld.zoo import digest
 KINDS = {  # by kind, a number that is mixed into the seed
     **{"stage1": 0, "stage2": 1, "stage3": 2, "eval": 3, "joint": 4},
     **{"words": 11, "pairs": 6, "pictures": 7, "clips": 8, "sounds": 9, "views": 10, "stills": 12, "dialogues": 13},
+    "captions": 14,
 }
 KINDS_OF = {1: tuple(KINDS), 2: tuple(SCENE_KINDS)}
 """Kinds by world."""
@@ -79,6 +80,7 @@ def write_dataset(
     - `dialogues`: conversations of up to eight exchanges like those of `words`.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
+    - `captions`: as `stage1`, for stage 0: a medium in, any caption out.
     - `pictures`, `clips`, `sounds`: a text request, answered by that medium; half of the captions are paraphrases.
     - `stills`: as `pictures`, but half of them are frames of clips, in which things are smaller.
 
@@ -154,7 +156,7 @@ class _RowWriter:
         """Row number `index`; `rng` determines everything that the index does not."""
         thing, name, modality = language.pick(rng, self.things), f"{self.kind}-{index}", MODALITIES[index % 3]
         later: list[Exchange] = []
-        if self.kind == "stage1":
+        if self.kind in ("stage1", "captions"):
             first = self._media_to_text(name, thing, modality, rng)
         elif self.kind == "stage2":
             first = self._to_media(name, thing, None, [modality], rng)
