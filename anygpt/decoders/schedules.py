@@ -20,9 +20,15 @@ WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 
 
 class TrainingSchedule(ABC):
-    """Timesteps, noise, targets and weights of a denoising loss; `scheduler` of diffusers holds the noise levels."""
+    """Timesteps, noise, targets and weights of a denoising loss.
+
+    Attributes:
+        scheduler: of diffusers, holds the noise levels.
+        method: what the training is called, in messages.
+    """
 
     scheduler: Any
+    method: str
 
     def draw(self, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
         """Draw training timesteps `(B,)` on `device`, each with its own generator if a list is given."""
@@ -46,7 +52,7 @@ class TrainingSchedule(ABC):
         """Loss weights `(B,)` of the samples; an `InputError` if min-SNR-γ does not apply."""
         if snr_gamma is not None:
             raise InputError(
-                f"snr_gamma is {snr_gamma}, but the decoder is trained by flow matching, where snr_gamma means nothing."
+                f"snr_gamma is {snr_gamma}, but the decoder trains by {self.method}, where snr_gamma means nothing."
             )
         return 1.0
 
@@ -57,6 +63,8 @@ class DiffusionSchedule(TrainingSchedule):
     A config without betas, as for flow matching (`DDPMScheduler` would silently use its default ones), is an
     `InputError`, and so is a prediction type other than epsilon, v_prediction and sample.
     """
+
+    method = "diffusion"
 
     def __init__(self, scheduler: Any):
         config = scheduler.config
@@ -111,6 +119,8 @@ class FlowSchedule(TrainingSchedule):
     unknown one, or a scheduler that is not configured for flow matching, is an `InputError`.
     """
 
+    method = "flow matching"
+
     def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
         check_scheme(scheme)
         self.scheme = scheme
@@ -164,6 +174,8 @@ class AngularSchedule(TrainingSchedule):
     The v-objective of Stable Audio (arXiv 2407.14358). The pipeline's scheduler samples at noise levels tan(πt/2); one
     of another parametrisation is an `InputError`.
     """
+
+    method = "the v-objective in continuous time"
 
     def __init__(self, scheduler: Any):
         config = scheduler.config
