@@ -34,6 +34,7 @@ from transformers import (
 from anygpt.errors import InputError
 from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
 from anygpt.tokenizers.base import PATIENCE
+from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.render import render
 from anygpt.toyworld.world import MOTIONS, THINGS
@@ -233,6 +234,29 @@ def test_media_are_the_librarys_own(name):
     assert found.dtype == np.uint8 and found.std() > 1
     assert np.abs(found - expected).max() <= 0.5 + 1e-3  # rounded
     assert np.abs(np.stack([np.asarray(one) for one in alone]).astype(int) - found).max() <= 1
+
+
+@torch.no_grad()
+def test_delayed_codes_are_the_same_in_another_order(tmp_path):
+    plain = build("dac")
+    delayed = MediaTokenizer(plain.network, "audio", delay=True, seconds=0.25)
+    plain = MediaTokenizer(plain.network, "audio", seconds=0.25)
+    given = media(plain)
+    codes, grid = delayed.encode(given), plain.encode(given).view(3, *plain.shape)
+    frames, books = plain.shape
+    written = [
+        (t, q) for step in range(frames + books - 1) for t in range(frames) for q in range(books) if t + q == step
+    ]
+    assert torch.equal(codes, torch.stack([grid[:, t, q] for t, q in written], dim=1))
+    assert all(np.array_equal(*pair) for pair in zip(delayed.decode(codes), plain.decode(grid.flatten(1)), strict=True))
+    with pytest.raises(InputError, match="of audio 0 is"):
+        delayed.check_codes(grid.flatten(1))
+    delayed.save_pretrained(tmp_path)
+    assert torch.equal(load_media_tokenizer(tmp_path, "audio").encode(given), codes)
+    with pytest.raises(InputError, match="row_ends is set, but with delay"):
+        ModalTokenizerModule(delayed, row_ends=True)
+    with pytest.raises(InputError, match="delay is set, but a VQModel under image has none"):
+        MediaTokenizer(vq(), "image", delay=True)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

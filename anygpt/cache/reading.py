@@ -146,7 +146,8 @@ def store_key(
     key["config"] = {name: plain(n.config.to_dict()) for name, n in networks.items() if hasattr(n.config, "to_dict")}
     key["config"] |= {name: plain(n.config) for name, n in networks.items() if isinstance(n.config, Mapping)}
     if entry.kind in (LATENTS, CODES):
-        return key | {"preprocessing": decoder.targets.to_dict()}
+        delayed = {"delay": True} if isinstance(decoder, MediaTokenizer) and decoder.delayed else {}
+        return key | {"preprocessing": decoder.targets.to_dict() | delayed}
     parts = decoder.pipeline.components.items()
     key["tokenizers"] = {name: tokenizer(part) for name, part in parts if name.startswith("tokenizer") and part}
     return key | {"shape": list(decoder.condition_shape), "pooled": decoder.pooled_dim}

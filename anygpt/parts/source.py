@@ -96,6 +96,7 @@ class TokenizerSettings(PartSettings):
         frame_rate: frames per second of decoded clips.
         seconds: length of sounds.
         codebooks: number of codebooks used of a codec, from the first; all by default.
+        delay: whether the codes of codebook q of a codec come q frames later; by default they alternate in a frame.
         vocoder: folder or Hub id of a pipeline with the vocoder for a tokenizer of log-mels.
     """
 
@@ -104,6 +105,7 @@ class TokenizerSettings(PartSettings):
     frame_rate: float | None = None
     seconds: float | None = None
     codebooks: Tokens | None = None
+    delay: bool | None = None
     vocoder: str | None = None
 
 

@@ -32,7 +32,8 @@ UNIT_PIXELS = PIXELS | {"image_mean": 0.0, "image_std": 1.0}
 class MediaTokenizer(nn.Module):
     """A tokenizer of one medium: its grid of codes is flattened row by row, frame by frame.
 
-    The codes of several codebooks are numbered on, so that each has its own range, and alternate within a frame.
+    The codes of several codebooks are numbered on, so that each has its own range, and alternate within a frame. With
+    `delay`, that of codebook q comes q frames later (MusicGen's pattern, arXiv 2306.05284, §2.2, in one sequence).
 
     Args:
         network: a network of `FAMILIES`.
@@ -42,7 +43,7 @@ class MediaTokenizer(nn.Module):
         pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default.
         settings: `size`, height and width in pixels, one for both if an int (the network's own by default);
             `num_frames` and `frame_rate` of clips (the fewest that the network takes, and 8 per second); `seconds` of a
-            codec's sounds (1), and `codebooks`, the number of those used, from the first (all).
+            codec's sounds (1), `codebooks`, the number of those used, from the first (all), and `delay` (False).
 
     Attributes:
         targets: converts raw media to `encode`'s input, without weights.
@@ -73,7 +74,8 @@ class MediaTokenizer(nn.Module):
         self._mean, self._std = (torch.tensor(self.pixels[name]) for name in ("image_mean", "image_std"))
         self.settings = {name: value for name, value in settings.items() if value is not None}
         heard, timed, codec = is_heard(modality), is_timed(modality), self.family.hop is not None
-        has = {"size": not heard, "num_frames": timed, "frame_rate": timed, "seconds": codec, "codebooks": codec}
+        has = {"size": not heard, "num_frames": timed, "frame_rate": timed}
+        has |= dict.fromkeys(("seconds", "codebooks", "delay"), codec)
         for name in self.settings:
             if not has.get(name):
                 raise InputError(f"{name} is set, but a {self.family.network} under {modality} has none; leave it out")
@@ -88,6 +90,7 @@ class MediaTokenizer(nn.Module):
         self.rate: float | None = None
         self.targets, self.shape = self._waveforms() if self.family.hop else self._grid()
         self.num_codes = math.prod(self.shape)
+        self.delayed = bool(self.settings.get("delay"))
         self._idle: Tensor
         self.register_buffer("_idle", torch.zeros(self.codebook_size, dtype=torch.long), persistent=False)
         self.requires_grad_(False).eval()
@@ -193,11 +196,20 @@ class MediaTokenizer(nn.Module):
         return next(self.network.parameters()).device
 
     @property
+    def order(self) -> Tensor:
+        """The place in the grid of each code in turn, `(n,)` int64."""
+        places = torch.arange(self.num_codes)
+        if not self.delayed:
+            return places
+        frame, book = places // self.shape[-1], places % self.shape[-1]
+        return (frame + book).argsort(stable=True)
+
+    @property
     def bounds(self) -> Tensor:
         """The first code and the end of the codes that each place may hold, `(n, 2)` int64."""
         ends = torch.tensor(self.sizes).cumsum(0)
         pairs = torch.stack([ends - torch.tensor(self.sizes), ends], dim=1)
-        return pairs.repeat(self.num_codes // len(pairs), 1)
+        return pairs.repeat(self.num_codes // len(pairs), 1)[self.order]
 
     @torch.no_grad()
     def encode(self, media: list | Tensor) -> Tensor:
@@ -210,7 +222,7 @@ class MediaTokenizer(nn.Module):
         if self.family.hop is not None:
             grid = grid[:, : len(self.sizes)].transpose(1, 2)
         assert grid.shape[-1] == self.shape[-1], (grid.shape, self.shape)
-        return grid.reshape(-1, self.num_codes) + self.bounds[:, 0].to(grid.device)
+        return grid.reshape(-1, self.num_codes)[:, self.order] + self.bounds[:, 0].to(grid.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Any]:
@@ -222,7 +234,8 @@ class MediaTokenizer(nn.Module):
                 f"input, or name another tokenizer of {self.modality}"
             )
         self.check_codes(codes)
-        grid = (codes.to(self.device) - self.bounds[:, 0].to(self.device)).view(-1, *self.shape)
+        grid = codes.to(self.device) - self.bounds[:, 0].to(self.device)
+        grid = grid[:, self.order.argsort()].view(-1, *self.shape)
         if self.family.hop is not None:
             grid = grid.transpose(1, 2)
         elif is_timed(self.modality) and self.family.clip_factor is None:

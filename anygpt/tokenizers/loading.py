@@ -15,7 +15,7 @@ from anygpt.parts.source import Source, TokenizerSettings, load
 from anygpt.tokenizers.base import OWN_VOCODER, SETTINGS_FILE, MediaTokenizer
 from anygpt.tokenizers.families import FAMILIES, WHOLE_MODELS
 
-_OPTIONS = ("size", "num_frames", "frame_rate", "seconds", "codebooks")
+_OPTIONS = ("size", "num_frames", "frame_rate", "seconds", "codebooks", "delay")
 
 
 def load_media_tokenizer(path: str | Path | Source, modality: str, **options: Any) -> MediaTokenizer:

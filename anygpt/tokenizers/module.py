@@ -42,6 +42,10 @@ class ModalTokenizerModule(MediaMaker):
         super().__init__()
         if not isinstance(model, MediaTokenizer):
             raise InputError(f"ModalTokenizerModule takes a MediaTokenizer, got {type(model).__name__}; wrap it first")
+        if row_ends and model.delayed:
+            raise InputError(
+                "row_ends is set, but with delay the codes of a frame do not stand in one row; leave one out"
+            )
         self.module, self.modality, self.row_ends = model, model.modality, row_ends
         self.defaults = defaults or {}
 
