@@ -87,7 +87,14 @@ def _put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _put(into[key], value)
         else:
-            into[key] = copy.deepcopy(value)
+            into[key] = _own(value)
+
+
+def _own(value: Any) -> Any:
+    """A copy in which nothing is shared: to YAML's anchors and `<<`, one mapping may stand in several places."""
+    if isinstance(value, Mapping):
+        return {key: _own(one) for key, one in value.items()}
+    return [_own(one) for one in value] if isinstance(value, list) else copy.copy(value)
 
 
 _BOOL = "tag:yaml.org,2002:bool"

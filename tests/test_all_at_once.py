@@ -11,6 +11,7 @@ from code_utils import vq_model
 from training_utils import (
     REPOSITORY,
     assert_same_losses,
+    cli_here,
     environment,
     losses_of,
     tensors_of,
@@ -108,6 +109,31 @@ def test_media_of_a_user_are_read(world, trained):
     chat = ChatModel(trained)
     shown = [chat.read("image", str(world / "image.png")), {"type": "text", "text": "What is it?"}]
     assert chat.answer([{"role": "user", "content": shown}], Settings(max_new_tokens=16)).answer.text == "A thing."
+
+
+def test_commands_talk_with_it(world, trained, tmp_path, capsys):
+    """The terminal's chat and an evaluation suite, neither of which asks for options that tokenizers do not have."""
+    asked = ["--checkpoint", str(trained), "--output", str(tmp_path / "chat"), "--require", "image"]
+    assert commands.run("chat", [*asked, "--prompt", next(iter(ASKED.values()))]) == 0
+    assert [path.suffix for path in (tmp_path / "chat").iterdir()] == [".png"]
+    suite = {"name": "few", "data": [{"path": str(world / "rows.jsonl")}], "metrics": [{"metric": "exact_match"}]}
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+    given = [
+        "--checkpoint",
+        str(trained),
+        "--suite",
+        str(tmp_path / "suite.yaml"),
+        "--output",
+        str(tmp_path / "report"),
+    ]
+    assert commands.run("evaluate", [*given, "--no-baselines"]) == 0, capsys.readouterr().err
+
+
+def test_a_limit_shorter_than_one_medium_is_refused(world, tmp_path, capsys):
+    limit = ["--data.pack_to=null", "--data.max_length", 5, "--data.on_long_sample", "cut"]
+    code, lines = cli_here("all_at_once", arguments(world, tmp_path / "run", 2, *limit), capsys)
+    assert code != 0 and "data.max_length is 5, but one medium of" in lines[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_everything_trains_and_the_tokenizers_do_not(trained, world):

@@ -119,6 +119,18 @@ def test_overrides():
     assert config.model.init_from is None
 
 
+def test_what_an_anchor_shares_is_overridden_alone(tmp_path):
+    path = tmp_path / "config.yaml"
+    tokenizers = "{image: &one {path: a, defaults: {temperature: 1}}, video: {<<: *one, num_frames: 2}}"
+    path.write_text(f"model: {{language_model: {{path: x}}, tokenizers: {tokenizers}}}\ndata: {{train: [{{path: a}}]}}\n")
+    given = ["--config", str(path), "--model.tokenizers.image.defaults.temperature", "0.5"]
+    found = parse_config(given).model.tokenizers
+    assert {key: one.defaults for key, one in found.items()} == {
+        "image": {"temperature": 0.5},
+        "video": {"temperature": 1},
+    }
+
+
 def test_no_is_a_precision_and_no_truth_value(tmp_path):
     """YAML 1.1, which PyYAML reads, takes a bare `no` for false."""
     path = tmp_path / "c.yaml"

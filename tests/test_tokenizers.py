@@ -362,6 +362,8 @@ def test_bad_input_is_named(tmp_path):
         r"name a vocoder": lambda: MediaTokenizer(vq(1), "audio"),
         r"vocoder takes 16 mels, but the VQModel has 32": lambda: MediaTokenizer(vq(1, 32), "audio", vocoder=vocoder()),
         r"it takes no image": lambda: MediaTokenizer(dac(), "image"),
+        r"frame_rate is 0, expected a number above 0": lambda: MediaTokenizer(vq(), "video", frame_rate=0),
+        r"size is \[8\], expected one number, or height and width": lambda: MediaTokenizer(vq(), "image", size=[8]),
         r"codebooks is 4, but the DacModel has 3": lambda: MediaTokenizer(dac(), "audio", codebooks=4),
         r"seconds is 0.001, shorter than one code": lambda: MediaTokenizer(dac(), "audio", seconds=0.001),
         r"num_frames is set, but a VQModel under image has none": lambda: MediaTokenizer(vq(), "image", num_frames=2),

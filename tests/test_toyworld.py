@@ -15,7 +15,7 @@ from anygpt.media.files import read_audio, read_image
 from anygpt.media.videos import read_video
 from anygpt.toyworld import COLOURS, HELD_OUT, MODALITIES, MOTIONS, SEEN, SHAPES, THINGS, Thing, language
 from anygpt.toyworld.__main__ import main
-from anygpt.toyworld.datasets import COMPONENT_KINDS, EXCHANGES, KINDS, write_dataset
+from anygpt.toyworld.datasets import EXCHANGES, KINDS, WHOLE_KINDS, write_dataset
 from anygpt.toyworld.judges import read_words
 from anygpt.toyworld.render import AUDIO_SECONDS, render_audio, render_image, render_video
 
@@ -187,7 +187,7 @@ def test_kinds_draw_from_seeds_of_their_own():
     assert [KINDS[kind] for kind in ("stage1", "stage2", "stage3", "eval", "joint", "words")] == [0, 1, 2, 3, 4, 11]
 
 
-STAGE_KINDS = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
+STAGE_KINDS = [kind for kind in KINDS if kind not in WHOLE_KINDS]
 
 
 @pytest.mark.parametrize("kind", KINDS)

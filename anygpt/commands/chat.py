@@ -39,7 +39,8 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         self.chat_model = ChatModel(options.checkpoint, options.device, options.offload)
-        kwargs = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        kwargs = {name: value for name, value in asked.items() if value is not None}
         self.settings = Settings(
             max_new_tokens=options.max_new_tokens,
             temperature=1.0 if options.sample else 0.0,

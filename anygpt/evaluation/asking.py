@@ -47,7 +47,8 @@ class Asker:
         self.require = [self.makes[kind] for kind in ask.require]
         unwanted = set(self.makes) - {*ask.require, *looked_at} if ask.forbid is None else set(ask.forbid)
         self.forbid = [self.makes[kind] for kind in sorted(unwanted & set(self.makes))]
-        steering = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": ask.guidance_scale}
+        asked = {"num_inference_steps": ask.num_inference_steps, "guidance_scale": ask.guidance_scale}
+        steering = {name: value for name, value in asked.items() if value is not None}
         self.options = {key: steering | ask.decoders.get(kind, {}) for kind, key in self.makes.items()}
         model.check_request(self.require, self.forbid, self.options)
         self.collator = Collator(processor)

@@ -34,6 +34,7 @@ def zoo_part(name: str) -> Path:
 
 # A bound far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
 Tokens = Annotated[int, Field(ge=1, le=2**12)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -102,8 +103,8 @@ class TokenizerSettings(PartSettings):
 
     size: int | list[int] | None = None
     num_frames: Tokens | None = None
-    frame_rate: float | None = None
-    seconds: float | None = None
+    frame_rate: Positive | None = None
+    seconds: Positive | None = None
     codebooks: Tokens | None = None
     delay: bool | None = None
     vocoder: str | None = None

@@ -393,4 +393,4 @@ def _rows_like(matrix: Tensor, count: int, codebook: Tensor | None = None) -> Te
         mapped = codebook.detach().float().to(matrix.device)
         mapped = (mapped - mapped.mean(dim=0)) @ torch.randn(mapped.shape[1], matrix.shape[1], device=matrix.device)
         drawn = (mapped - mapped.mean(dim=0)) / mapped.std(dim=0).clamp(min=1e-6) + NOISE * drawn
-    return drawn.mul_(std).add_(mean)  # in place: with many codes, rows are gigabytes
+    return drawn.mul_(std).add_(mean)  # in place, since rows of many codes are gigabytes

@@ -117,7 +117,10 @@ class MediaTokenizer(nn.Module):
         size = self.settings.get("size", own)
         if size is None:
             raise InputError(f"a {self.family.network} has no size of its own; set size to pixels, as in size: 512")
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = [size, size] if isinstance(size, int) else list(size)
+        if len(sides) != 2:
+            raise InputError(f"size is {size}, expected one number, or height and width")
+        height, width = sides
         if not self.family.any_size and size != own:
             raise InputError(f"size is {size}, but this {self.family.network} takes {own} pixels only; leave it out")
         if min(height, width) < factor or height % factor or width % factor:
@@ -137,6 +140,8 @@ class MediaTokenizer(nn.Module):
         if frames % stack:
             raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
         self.rate = self.settings.get("frame_rate", 8.0)
+        if not 0 < self.rate < math.inf:
+            raise InputError(f"frame_rate is {self.rate}, expected a number above 0")
         return VideoTargets(height, width, frames), (frames // stack, *grid)
 
     def _mels(self, frames: int, bins: int) -> TargetProcessor:

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from anygpt.errors import exit_code
-from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, KINDS_OF, write_dataset
+from anygpt.toyworld.datasets import COMPONENT_KINDS, KINDS, KINDS_OF, WHOLE_KINDS, write_dataset
 from anygpt.toyworld.world import HELD_OUT, SEEN, THINGS
 
 SAMPLES = dict.fromkeys(KINDS, 1600) | {"stage3": 3200}  # conversations are more varied
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     add("--samples", type=int, help="rows for each stage (default: 1600, for stage 3 twice as many)")
     add("--eval-samples", type=int, default=160, help="rows to judge, for 16 cells (default: %(default)s)")
     add("--world", type=int, choices=KINDS_OF, default=1, help="2: pictures of several things (default: %(default)s)")
-    stages = [kind for kind in KINDS if kind not in COMPONENT_KINDS]
+    stages = [kind for kind in KINDS if kind not in WHOLE_KINDS]
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--kinds", nargs="+", choices=KINDS, help=f"only these (default: {', '.join(stages)})")
     which.add_argument("--components", action="store_true", help=f"the data of stage 0, about all {len(THINGS)} things")
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     with ProcessPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
         written = {}
         for kind in sorted(kinds, key=lambda kind: -samples[kind]):  # the longest first
-            whole = options.components or kind in COMPONENT_KINDS
+            whole = options.components or kind in WHOLE_KINDS
             things = THINGS if whole else HELD_OUT if kind == "eval" else SEEN
             given = (options.output, kind, samples[kind], options.seed, things, False, options.world)
             written[kind] = pool.submit(write_dataset, *given)

@@ -36,7 +36,9 @@ KINDS = {  # by kind, a number that is mixed into the seed
 }
 KINDS_OF = {1: tuple(KINDS), 2: tuple(SCENE_KINDS)}
 """Kinds by world."""
-COMPONENT_KINDS = tuple(KINDS)[5:]
+WHOLE_KINDS = tuple(KINDS)[5:]
+"""Kinds about all things."""
+COMPONENT_KINDS = tuple(kind for kind in WHOLE_KINDS if kind != "captions")
 """Kinds that stage 0 trains the parts on."""
 _SHOWN = {"pictures": "image", "stills": "image", "clips": "video", "sounds": "audio"}
 _TOLD = ("words", "dialogues")
@@ -80,7 +82,7 @@ def write_dataset(
     - `dialogues`: conversations of up to eight exchanges like those of `words`.
     - `views`: a picture in, the plain caption out.
     - `pairs`: a picture and a sound of one thing, or a sound alone, in turn, and the plain caption out.
-    - `captions`: as `stage1`, for stage 0: a medium in, any caption out.
+    - `captions`: as `stage1`, for all at once.
     - `pictures`, `clips`, `sounds`: a text request, answered by that medium; half of the captions are paraphrases.
     - `stills`: as `pictures`, but half of them are frames of clips, in which things are smaller.
 

@@ -290,7 +290,11 @@ def build_dataset(
 def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
     """Loss term of a sample; its media must have encoders and decoders, and the stage must train on the term."""
     has_media = []
-    for modules, answered, what in ((model.readers, False, "an encoder"), (model.makers, True, "a decoder")):
+    mute = {one.modality for one in model.tokenizers.values() if not one.module.can_decode}
+    for modules, answered, what in (
+        (model.readers, False, "an encoder or tokenizer"),
+        (model.makers, True, "a decoder or tokenizer"),
+    ):
         known = {module.modality for module in modules.values()}
         kinds = {part.type for role, part in sample.media() if (role == "assistant") == answered}
         if kinds - known:
@@ -298,6 +302,11 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
                 f"{sample.name} needs {what} for {', '.join(sorted(kinds - known))}, but "
                 f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
                 "such rows out"
+                + (
+                    ""
+                    if not answered or not kinds & mute
+                    else f" (the tokenizer of {', '.join(kinds & mute)} only encodes)"
+                )
             )
         has_media.append(bool(kinds))
     read, made = has_media
@@ -314,6 +323,11 @@ def build_data(
     model: MultimodalModel, processor: MultimodalProcessor, config: Config, stage: Stage
 ) -> tuple[ConversationDataset, ConversationDataset | None, Collator]:
     data = config.data
+    for key, span in model.signal_tokens.spans.items():
+        if data.max_length and len(span) > data.max_length:
+            raise InputError(
+                f"data.max_length is {data.max_length:,}, but one medium of {key} takes {len(span):,} tokens; raise it"
+            )
     dataset = build_dataset(data.train, model, config, stage)
     held_out = build_dataset(data.eval, model, config, stage) if data.eval else None
     for rows in filter(None, (dataset, held_out)):
