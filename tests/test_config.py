@@ -122,7 +122,9 @@ def test_overrides():
 def test_what_an_anchor_shares_is_overridden_alone(tmp_path):
     path = tmp_path / "config.yaml"
     tokenizers = "{image: &one {path: a, defaults: {temperature: 1}}, video: {<<: *one, num_frames: 2}}"
-    path.write_text(f"model: {{language_model: {{path: x}}, tokenizers: {tokenizers}}}\ndata: {{train: [{{path: a}}]}}\n")
+    path.write_text(
+        f"model: {{language_model: {{path: x}}, tokenizers: {tokenizers}}}\ndata: {{train: [{{path: a}}]}}\n"
+    )
     given = ["--config", str(path), "--model.tokenizers.image.defaults.temperature", "0.5"]
     found = parse_config(given).model.tokenizers
     assert {key: one.defaults for key, one in found.items()} == {
