@@ -348,7 +348,7 @@ def killing():
 def test_a_killed_run_ends_as_if_it_had_not_been(killing, tmp_path):
     runner = killing.Runner()
     killing.prepare(runner, tmp_path, [1])
-    assert killing.survives(runner, 1, tmp_path, kills=2, steps=12, processes=1, seed=0)
+    assert killing.survives(runner, 1, tmp_path, kills=1, steps=12, processes=1, seed=0)
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_all_at_once_with_tokenizers_of_the_hub(recipe, place):
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name == "nextgpt" else name for name in RECIPES]
+    "recipe", [name if name == "llava" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_check_of_every_stage(recipe, place, capsys):
     for stage in RECIPES[recipe]:
