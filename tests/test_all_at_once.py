@@ -17,7 +17,7 @@ from training_utils import (
     tensors_of,
     train_here,
 )
-from transformers import EncodecConfig, EncodecModel
+from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, EncodecConfig, EncodecModel
 
 from anygpt import MultimodalModel, MultimodalProcessor, commands
 from anygpt.chat.chat_model import ChatModel, Settings
@@ -133,6 +133,16 @@ def test_a_limit_shorter_than_one_medium_is_refused(world, tmp_path, capsys):
     limit = ["--data.pack_to=null", "--data.max_length", 5, "--data.on_long_sample", "cut"]
     code, lines = cli_here("all_at_once", arguments(world, tmp_path / "run", 2, *limit), capsys)
     assert code != 0 and "data.max_length is 5, but one medium of" in lines[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_whose_tokenizer_only_encodes_is_refused(world, tmp_path, capsys):
+    sizes = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 16}
+    tokenizer = ChameleonVQVAE(ChameleonVQVAEConfig(**sizes, num_embeddings=16, embed_dim=8, latent_channels=8))
+    MediaTokenizer(tokenizer, "image").save_pretrained(tmp_path / "encodes")
+    given = arguments(world, tmp_path / "run", 1, "--model.tokenizers.image.path", tmp_path / "encodes")
+    code, lines = cli_here("all_at_once", given, capsys)
+    assert code != 0 and "needs a decoder or tokenizer for image" in lines[-1] and "only encodes" in lines[-1]
     assert not (tmp_path / "run").exists()
 
 

@@ -290,23 +290,18 @@ def build_dataset(
 def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
     """Loss term of a sample; its media must have encoders and decoders, and the stage must train on the term."""
     has_media = []
-    mute = {one.modality for one in model.tokenizers.values() if not one.module.can_decode}
     for modules, answered, what in (
         (model.readers, False, "an encoder or tokenizer"),
         (model.makers, True, "a decoder or tokenizer"),
     ):
         known = {module.modality for module in modules.values()}
         kinds = {part.type for role, part in sample.media() if (role == "assistant") == answered}
-        if kinds - known:
+        if lacking := sorted(kinds - known):
+            mute = any(one.modality in lacking and not one.module.can_decode for one in model.tokenizers.values())
             raise InputError(
-                f"{sample.name} needs {what} for {', '.join(sorted(kinds - known))}, but "
-                f"the model has {what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave "
-                "such rows out"
-                + (
-                    ""
-                    if not answered or not kinds & mute
-                    else f" (the tokenizer of {', '.join(kinds & mute)} only encodes)"
-                )
+                f"{sample.name} needs {what} for {', '.join(lacking)}, but the model has "
+                f"{what} for {', '.join(sorted(known)) or 'nothing'}; add it under model, or leave such rows out"
+                + (" (the tokenizer there only encodes)" if answered and mute else "")
             )
         has_media.append(bool(kinds))
     read, made = has_media
