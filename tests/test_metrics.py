@@ -312,6 +312,25 @@ def test_retrieval_is_the_naive_one(networks, network):
     assert found["_1"]["value"] < found["_5"]["value"]
 
 
+def test_retrieval_of_media_is_the_naive_one(network, files):
+    pictures = [picture(i) for i in range(7)]
+    targets = [files("image", one) for one in pictures]
+    answers = [files("image", pictures[i].filter(ImageFilter.GaussianBlur(2 * i))) for i in range(7)]
+    known, made = (
+        torch.cat([network("clip", "image").of_media([read_media("image", one)]) for one in places])
+        for places in (targets, answers)
+    )
+    order = (made.double() / made.norm(dim=1, keepdim=True) @ (known / known.norm(dim=1, keepdim=True)).double().T)
+    order = order.argsort(dim=1, descending=True).tolist()
+    metric = METRICS["media_retrieval"].make(network("clip", "image"), "image")
+    for part in (slice(0, 4), slice(4, 7)):
+        metric.update(Batch(items("image", answers[part], targets=targets[part])))
+    found = metric.compute()
+    for k in (1, 5):
+        assert found[f"_{k}"]["value"] == pytest.approx(np.mean([i in places[:k] for i, places in enumerate(order)]))
+    assert 0 < found["_1"]["value"] < 1
+
+
 def score_of(make, kind, answers, size=16, **options):
     metric = make()
     found = items(kind, answers, **options)

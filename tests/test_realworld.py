@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import WhisperConfig, WhisperModel
+from transformers import AutoTokenizer, WhisperConfig, WhisperModel
 
-from anygpt import InputError, load_encoder
+from anygpt import InputError, load_decoder, load_encoder
 from anygpt.commands import execute
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.realworld import datasets, packages
 from anygpt.realworld.__main__ import main
-from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder
+from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder, write_image_decoder
 
 
 @pytest.fixture
@@ -232,11 +232,31 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
     datasets.write_data(folder, learnt, held)
-    assert f"names.jsonl: {len(learnt)} rows" in capsys.readouterr().out
+    shown = sum(one.modality == "image" for one in learnt)
+    assert f"\nimage_names.jsonl: {shown} rows" in capsys.readouterr().out
     for file in folder.glob("*.jsonl"):
         if file.stat().st_size:
             rows = ConversationDataset.from_files([DataSource(path=str(file))])
             assert all(rows[i].sample.messages for i in range(len(rows)))
+
+
+def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path):
+    """Words do not depend on padding, and stage 0's losses, sampling and a second saving work."""
+    write_image_decoder(networks / "bert", tmp_path / "part")
+    decoder = load_decoder(tmp_path / "part")
+    assert decoder.condition_shape == (12, 16) and decoder.height == 64
+    tokenizer, encoder = AutoTokenizer.from_pretrained(networks / "bert"), decoder.text_encoder
+    found = decoder.encode_text(["a red ring", "two green squares and a cross"])
+    for states, text in zip(found, ["a red ring", "two green squares and a cross"], strict=True):
+        with torch.no_grad():
+            alone = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(states[: len(alone)], alone)
+    picture = Image.new("RGB", (64, 64), "red")
+    latents = decoder.encode_media([picture] * 2)
+    assert latents.shape == (2, 8, 8, 8) and decoder.denoising_loss(found, latents).shape == (2,)
+    assert decoder.sample(found[:1], num_inference_steps=1)[0].size == (64, 64)
+    decoder.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load_decoder(tmp_path / "again").encode_text(["a red ring"]), found[:1])
 
 
 @pytest.mark.slow
@@ -244,7 +264,7 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
 def test_the_command_on_24_items(tmp_path):
     arguments = ["--output", str(tmp_path), "--cache", os.environ["ANYGPT_REALWORLD_CACHE"], "--items", "24"]
     assert execute(main, arguments) == 0
-    names = (tmp_path / "data/names.jsonl").read_text().splitlines()
+    names = [line for file in tmp_path.glob("data/[aiv]*_names.jsonl") for line in file.read_text().splitlines()]
     held = (tmp_path / "data/held_image_names.jsonl").read_text().splitlines()
     assert len(held) == 6 and 40 < len(names) <= 72 - 18
     assert {path.name for path in tmp_path.iterdir()} == {"parts", "data"}

@@ -20,7 +20,7 @@ from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.realworld import datasets
 from anygpt.realworld.packages import PACKAGES, fetch, unpacked
-from anygpt.realworld.parts import CONVERSIONS
+from anygpt.realworld.parts import CONVERSIONS, write_image_decoder
 
 TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
 TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "paper", "rain", "dreams"]
@@ -51,6 +51,11 @@ def main(arguments: list[str]) -> None:
                 folder.mkdir()
                 convert(content, folder)
             print(target, flush=True)
+    decoder = output / "parts/untrained_image_decoder"
+    if not decoder.exists():
+        with replacing(decoder) as folder:
+            write_image_decoder(output / "parts/sentence_encoder", folder)
+        print(decoder, flush=True)
     if not (output / "data").exists():
         with ExitStack() as stack, replacing(output / "data") as folder:
             content = {n: stack.enter_context(unpacked(file, output / "data")) for n, file in archives.items()}

@@ -170,22 +170,20 @@ def _medium(one: Thing) -> Row:
 def write_data(folder: Path, learnt: Sequence[Thing], held: Sequence[Thing], seed: int = 0) -> None:
     """Copy all media to `folder`, and write rows that ask for a name, for a medium, and whether it is of a group.
 
-    The rows about held-out things are in files of their own by media type, each asked in a single wording.
+    Names and media are in files by media type; held-out things, in files of their own, are asked in a single wording.
     """
     for one in [*learnt, *held]:
         target = folder / _medium(one)["path"]
         target.parent.mkdir(exist_ok=True)
         shutil.copy(one.file, target)
     draw, groups = random.Random(seed), sorted({one.group for one in [*learnt, *held] if one.group})
-    for side, things in (("", learnt), ("held_", held)):
+    for side, things, wordings in (("", learnt, slice(None)), ("held_", held, slice(1))):
         pictures = [one for one in things if one.modality == "image"]
         write_rows(folder / f"{side}questions.jsonl", [question(one, groups, draw) for one in pictures])
-    write_rows(folder / "names.jsonl", map(describe, learnt))
-    write_rows(folder / "made.jsonl", map(make, learnt))
-    for kind in HELD_OUT:
-        shown = [one for one in held if one.modality == kind]
-        write_rows(folder / f"held_{kind}_names.jsonl", [describe(one, slice(1)) for one in shown])
-        write_rows(folder / f"held_{kind}_made.jsonl", [make(one, slice(1)) for one in shown])
+        for kind in HELD_OUT:
+            shown = [one for one in things if one.modality == kind]
+            write_rows(folder / f"{side}{kind}_names.jsonl", [describe(one, wordings) for one in shown])
+            write_rows(folder / f"{side}{kind}_made.jsonl", [make(one, wordings) for one in shown])
 
 
 def write_rows(file: Path, rows: Any) -> None:

@@ -8,19 +8,33 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import EfficientNetConfig, EfficientNetModel, WhisperConfig, WhisperFeatureExtractor
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    EfficientNetConfig,
+    EfficientNetModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
+from anygpt.decoders.base import load_decoder
 from anygpt.errors import InputError
 from anygpt.model.language_models import load_language_model, load_tokenizer
 
 
 def convert_language_model(source: Path, target: Path) -> None:
-    """SmolLM2-135M-Instruct from its 4-bit GGUF file, in bfloat16."""
+    """SmolLM2-135M-Instruct from its 4-bit GGUF file, in bfloat16.
+
+    The chat template loses its default system turn, which would be half of the tokens of a short question.
+    """
     (file,) = source.rglob("*.gguf")
     load_language_model(file.parent, gguf_file=file.name, dtype="bfloat16").save_pretrained(target)
-    load_tokenizer(file.parent, gguf_file=file.name).save_pretrained(target)
+    tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
+    tokenizer.chat_template = re.sub(r"{% if loop\.first.*?{% endif %}", "", tokenizer.chat_template, flags=re.S)
+    tokenizer.save_pretrained(target)
 
 
 def convert_sentence_encoder(source: Path, target: Path) -> None:
@@ -73,6 +87,30 @@ def convert_image_encoder(source: Path, target: Path) -> None:
     network.save_pretrained(target)
     size = {"height": 224, "width": 224}
     EfficientNetImageProcessorPil(size=size, include_top=False).save_pretrained(target)
+
+
+CONDITION_TOKENS = 12
+"""Of a name, with those at its ends, that the decoder of pictures reads: enough for all but one of the 1,884."""
+
+
+def write_image_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:
+    """A Stable Diffusion pipeline of 64 × 64 pictures for stage 0, whose text encoder is MiniLM.
+
+    The VAE is that of `zoo:image_decoder`, which has learned coloured shapes; the denoiser's weights are random.
+    """
+    start = load_decoder("zoo:image_decoder").pipeline
+    tokenizer, text_encoder = (
+        AutoTokenizer.from_pretrained(sentence_encoder),
+        BertModel.from_pretrained(sentence_encoder),
+    )
+    tokenizer.model_max_length = CONDITION_TOKENS
+    text_encoder.config.use_attention_mask = True  # read by diffusers, which otherwise lets words attend to padding
+    sizes = {"block_out_channels": (64, 128), "cross_attention_dim": text_encoder.config.hidden_size, "sample_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
+    parts = start.components | {"unet": unet, "tokenizer": tokenizer, "text_encoder": text_encoder}
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(target)
 
 
 # --------------------------------------------------------------------------------------------------------- the sounds

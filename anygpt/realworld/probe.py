@@ -3,7 +3,7 @@
     python -m anygpt.realworld.probe runs/realworld
 
 The map is ridge regression from a picture's mean feature to its name's embedding, fitted to the pictures of
-`names.jsonl`; its penalty is chosen on a tenth of them. Answers are ranked as by the metric `retrieval`.
+`image_names.jsonl`; its penalty is chosen on a tenth of them. Answers are ranked as by the metric `retrieval`.
 """
 
 import json
@@ -28,13 +28,12 @@ def main(arguments: list[str]) -> None:
 
     def read(name: str) -> tuple[Tensor, Tensor]:
         said = [json.loads(line)["messages"] for line in (folder / "data" / name).read_text("utf-8").splitlines()]
-        rows = [(asked["content"][0], answer["content"][0]["text"]) for asked, answer in said]
-        rows = [(medium["path"], text) for medium, text in rows if medium["type"] == "image"]
+        rows = [(asked["content"][0]["path"], answer["content"][0]["text"]) for asked, answer in said]
         media = (read_media("image", folder / "data" / path) for path, _ in rows)
         features = torch.cat([eyes.of_media([medium]) for medium in media])
         return features.double(), F.normalize(judge.of_texts([text for _, text in rows]), dim=-1).double()
 
-    (x, y), (held, names) = read("names.jsonl"), read("held_image_names.jsonl")
+    (x, y), (held, names) = read("image_names.jsonl"), read("held_image_names.jsonl")
     fold = torch.arange(len(x)) % 10 == 0
     tried = {recalls(ridge(x[~fold], y[~fold], x[fold], penalty), y[fold])[1]: penalty for penalty in PENALTIES}
     penalty = tried[max(tried)]

@@ -85,6 +85,7 @@ METRICS: dict[str, Kind] = {
     ),
     "frechet_distance": _DISTANCE(Frechet, None, features="", options=("num_frames",)),
     "kernel_distance": _DISTANCE(Kid, None, features="", options=("num_frames", "subset_size")),
+    "media_retrieval": Kind(text.Retrieval, None, ("target",), "", ("num_frames",)),
     "similarity": Kind(_mean(base.cosine, role="target"), None, ("target",), "", ("num_frames",)),
 }
 

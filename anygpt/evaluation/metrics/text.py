@@ -52,8 +52,8 @@ class CaptionMetric(Metric):
 
 
 class Retrieval(Metric):
-    """R@1 and R@5: how often the row's first reference is among the 1 or 5 that a sentence encoder finds closest to the
-    answer (by cosine), out of the first references of all rows.
+    """R@1 and R@5: how often what is right is among the 1 or 5 closest to the answer, by cosine of a network's features,
+    out of what is right in all rows: the first reference of a row, or its true medium.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -63,9 +63,14 @@ class Retrieval(Metric):
         self.right: list[str] = []
 
     def update(self, batch: Batch) -> None:
-        self.answers.append(self.network.of_texts([item.text for item in batch.items]))
-        right = [item.row.references[0] for item in batch.items]
-        self.references |= dict(zip(right, self.network.of_texts(right), strict=True))
+        if self.modality == "text":
+            right = [item.row.references[0] for item in batch.items]
+            answers, features = self.network.of_texts([item.text for item in batch.items]), self.network.of_texts(right)
+        else:
+            right = [str(item.find("target", self.modality)) for item in batch.items]
+            answers, features = self.features(batch, "answer"), self.features(batch, "target")
+        self.answers.append(answers)
+        self.references |= dict(zip(right, features, strict=True))
         self.right += right
 
     def compute(self) -> dict[str, Value]:
