@@ -320,7 +320,7 @@ def test_retrieval_of_media_is_the_naive_one(network, files):
         torch.cat([network("clip", "image").of_media([read_media("image", one)]) for one in places])
         for places in (targets, answers)
     )
-    order = (made.double() / made.norm(dim=1, keepdim=True) @ (known / known.norm(dim=1, keepdim=True)).double().T)
+    order = made.double() / made.norm(dim=1, keepdim=True) @ (known / known.norm(dim=1, keepdim=True)).double().T
     order = order.argsort(dim=1, descending=True).tolist()
     metric = METRICS["media_retrieval"].make(network("clip", "image"), "image")
     for part in (slice(0, 4), slice(4, 7)):

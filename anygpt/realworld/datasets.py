@@ -134,6 +134,7 @@ WANTED = {
     "video": ["Show {} moving.", "Make a clip of {}.", "Animate {}."],
     "audio": ["What does {} sound like?", "Let me hear {}.", "Play {}."],
 }
+AGAIN = ["Make this again.", "Make one like this.", "I want the same."]
 
 
 def describe(one: Thing, wordings: slice = slice(None)) -> Row:
@@ -144,7 +145,12 @@ def describe(one: Thing, wordings: slice = slice(None)) -> Row:
 def make(one: Thing, wordings: slice = slice(None)) -> Row:
     """A row that asks for the medium by its name."""
     asked = [wording.format(one.name) for wording in WANTED[one.modality][wordings]]
-    return row(f"{one.id}-made", [_text(asked)], [_text(f"Here is {one.name}."), _medium(one) | {"caption": one.name}])
+    return row(f"{one.id}-made", [_text(asked)], _made(one))
+
+
+def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
+    """A row that shows the medium and asks for it."""
+    return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
 
 
 def question(one: Thing, groups: Sequence[str], draw: random.Random) -> Row:
@@ -159,6 +165,10 @@ def row(name: str, user: Any, assistant: Any) -> Row:
     return {"id": name, "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
+def _made(one: Thing) -> list[Row]:
+    return [_text(f"Here is {one.name}."), _medium(one) | {"caption": one.name}]
+
+
 def _text(text: str | list[str]) -> Row:
     return {"type": "text", "text": text}
 
@@ -168,7 +178,7 @@ def _medium(one: Thing) -> Row:
 
 
 def write_data(folder: Path, learnt: Sequence[Thing], held: Sequence[Thing], seed: int = 0) -> None:
-    """Copy all media to `folder`, and write rows that ask for a name, for a medium, and whether it is of a group.
+    """Copy all media to `folder`, and write rows that ask for a name, for a medium (by name, by itself), for a group.
 
     Names and media are in files by media type; held-out things, in files of their own, are asked in a single wording.
     """
@@ -184,6 +194,7 @@ def write_data(folder: Path, learnt: Sequence[Thing], held: Sequence[Thing], see
             shown = [one for one in things if one.modality == kind]
             write_rows(folder / f"{side}{kind}_names.jsonl", [describe(one, wordings) for one in shown])
             write_rows(folder / f"{side}{kind}_made.jsonl", [make(one, wordings) for one in shown])
+            write_rows(folder / f"{side}{kind}_again.jsonl", [make_again(one, wordings) for one in shown])
 
 
 def write_rows(file: Path, rows: Any) -> None:

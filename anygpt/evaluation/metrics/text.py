@@ -52,8 +52,8 @@ class CaptionMetric(Metric):
 
 
 class Retrieval(Metric):
-    """R@1 and R@5: how often what is right is among the 1 or 5 closest to the answer, by cosine of a network's features,
-    out of what is right in all rows: the first reference of a row, or its true medium.
+    """R@1 and R@5: how often what is right is among the 1 or 5 closest to the answer, by cosine of a network's
+    features, out of what is right in all rows: a row's first reference, or its true medium.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
