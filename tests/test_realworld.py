@@ -240,7 +240,7 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
             assert all(rows[i].sample.messages for i in range(len(rows)))
 
 
-def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path):
+def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path, caplog):
     """Words do not depend on padding, and stage 0's losses, sampling and a second saving work."""
     write_image_decoder(networks / "bert", tmp_path / "part")
     decoder = load_decoder(tmp_path / "part")
@@ -251,6 +251,10 @@ def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path)
         with torch.no_grad():
             alone = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         torch.testing.assert_close(states[: len(alone)], alone)
+    for _ in range(2):  # diffusers alone says so of each batch, at length
+        cut = decoder.encode_text(["a red ring", "two green squares " * 5])
+    torch.testing.assert_close(cut[0], found[0])
+    assert caplog.text.count("reads 12 tokens of a caption") == 1 and "truncated" not in caplog.text
     picture = Image.new("RGB", (64, 64), "red")
     latents = decoder.encode_media([picture] * 2)
     assert latents.shape == (2, 8, 8, 8) and decoder.denoising_loss(found, latents).shape == (2,)

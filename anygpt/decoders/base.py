@@ -25,7 +25,8 @@ from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.decoders.wrapping import WrappedPipeline
-from anygpt.errors import InputError
+from anygpt.errors import InputError, warn_once
+from anygpt.parts.networks import without_report
 from anygpt.parts.source import MEMORY, DecoderSettings, Source, load
 
 
@@ -80,9 +81,14 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     def encode_text(self, captions: list[str]) -> Tensor | Condition:
         """The pipeline's own encoding of `B` captions: `(B, T, D)`, or a `Condition` if it has a pooled part or a mask.
 
-        Differentiable only if the text encoder trains.
+        Differentiable only if the text encoder trains. Captions with too many tokens are cut.
         """
-        return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
+        most, tokenizer = self.condition_shape[0], self.pipeline.tokenizer
+        if any(len(ids) > most for ids in tokenizer(captions, verbose=False)["input_ids"]):
+            warn_once(f"the {self.modality} decoder reads {most} tokens of a caption: longer captions are cut")
+        # diffusers says so of each batch, with the padding of every other caption in it
+        with without_report(type(self.pipeline).__module__, "was truncated because"):
+            return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def encode_prompt(self, captions: list[str], **more: Any) -> tuple:
         """What the pipeline's `encode_prompt` returns for `max_sequence_length` tokens and no negative prompt."""
