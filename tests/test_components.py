@@ -95,6 +95,18 @@ def test_captions_are_dropped_by_share_and_by_their_own_generators(parts):
     assert dropped(slice(None), **own) == dropped(slice(None), caption_dropout=0.25) == captions
 
 
+def test_captions_that_are_encoded_already_are_dropped_likewise(parts):
+    captions, decoder = [f"a {thing}" for thing in THINGS], parts.decoder("image")
+    weights, encodings = LossWeights(decoder=1, alignment=0, caption_dropout=0.5), []
+    for given in ({"captions": captions}, {"conditions": decoder.encode_text(captions)}):
+        generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+        rows, given = torch.arange(len(captions)), given | {"media": captions}
+        target = Target("image", rows, given, decoder, weights, None, generators)
+        encodings.append(target.encoding.embeds)
+        assert 0 < sum(target.dropped) < len(captions)
+    torch.testing.assert_close(*encodings)
+
+
 def test_a_decoder_trains_the_networks_it_is_told(parts):
     decoder = parts.decoder("audio")
     assert decoder.trains == ("unet",)

@@ -63,9 +63,8 @@ def entries(model: Composition) -> list[Entry]:
             obstacle = "preprocess_llm_callback reads its inputs"
         found.append(Entry(f"{key}_encoder", FEATURES, key, encoder.modality, obstacle))
     for key, module in model.decoders.items():
-        dropped = "captions are dropped at random" if model.loss_weights.caption_dropout else None
         pixels = "a loss looks at the media themselves" if model.loss_weights.reconstruction else None
-        for kind, obstacle in ((CAPTIONS, dropped), (LATENTS, pixels)):
+        for kind, obstacle in ((CAPTIONS, None), (LATENTS, pixels)):
             trained = "it trains" if any(map(trains, encoding_networks(module.module, kind).values())) else None
             if kind == LATENTS and module.signal == "codes":
                 trained = "its media tokenizer encodes the same media"

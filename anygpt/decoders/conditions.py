@@ -48,6 +48,12 @@ class Condition:
         """The samples of `rows`, with the batch dimension kept."""
         return self._map(lambda tensor: tensor[rows])
 
+    def replaced(self, rows: list[bool], by: "Condition") -> "Condition":
+        """The samples, with the only one of `by` in place of those that `rows` marks."""
+        parts = ((self.embeds, by.embeds), (self.pooled, by.pooled), (self.mask, by.mask))
+        both = Condition(*(None if x is None else torch.cat([x, y.to(x)]) for x, y in parts))
+        return both[[len(self) if marked else i for i, marked in enumerate(rows)]]
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`, and cast floating-point tensors to `dtype`. Differentiable."""
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))

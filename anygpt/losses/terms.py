@@ -116,20 +116,24 @@ class Target:
         return frozenset(found | set(self.decoder.trains) | {name for name, there in parts.items() if there})
 
     @cached_property
+    def dropped(self) -> list[bool]:
+        """Which captions the empty one replaces, where only the decoder's own training uses them."""
+        trains = self.weights.decoder and self.has.issuperset(("captions", "media"))
+        alone = trains and not is_read("captions", replace(self.weights, decoder=0.0), self.key)
+        return dropped(self.weights.caption_dropout if alone else 0.0, len(self.rows), self.generator)
+
+    @cached_property
     def encoding(self) -> Condition:
         given = self.given.get("conditions")
         encoding = Condition.of(self.decoder.encode_text(self.captions) if given is None else given)
+        if given is not None and any(self.dropped):
+            encoding = encoding.replaced(self.dropped, Condition.of(self.decoder.encode_text([""])))
         return encoding if self.condition is None else encoding.to(self.condition.embeds.device)
 
-    @cached_property
+    @property
     def captions(self) -> list[str] | None:
-        """The captions, some replaced by the empty one where only the decoder's own training uses them."""
         captions = self.given.get("captions")
-        trains = self.weights.decoder and "media" in self.has and self.given.get("conditions") is None
-        if captions is None or not trains or is_read("captions", replace(self.weights, decoder=0.0), self.key):
-            return captions
-        drawn = dropped(self.weights.caption_dropout, len(captions), self.generator)
-        return ["" if empty else text for text, empty in zip(captions, drawn, strict=True)]
+        return captions and ["" if empty else text for text, empty in zip(captions, self.dropped, strict=True)]
 
     @cached_property
     def reference(self) -> Tensor | None:
@@ -351,7 +355,7 @@ def compute_losses(
     batch.labels.reading = reading
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)
-        _ = target.captions, target.reference  # dropout is the first draw from the generators
+        _ = target.dropped, target.reference  # dropout is the first draw from the generators
     losses: dict[str, LossTerm] = {}
     for sub, key, thing in wanted(batch, model.loss_weights):
         losses |= sum_by_term(sub.values(thing), thing.rows, batch.terms, sub.suffix(key), sub.terms)

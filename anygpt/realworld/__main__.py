@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from anygpt.commands import execute
 from anygpt.media.writing import replacing
@@ -63,6 +64,9 @@ def main(arguments: list[str]) -> None:
             things = datasets.emoji(content["emoji"], content["clips"])
             things += datasets.sounds(content["samples"], content["animals"])
             datasets.write_data(folder, *datasets.split(choose(things, options.items)))
+            vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab()
+            datasets.write_rows(folder / "words.jsonl", datasets.phrases(sorted(vocabulary, key=vocabulary.get)))
+            Image.new("RGB", (64, 64), "white").save(folder / "image/none.png")
             write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
 
 

@@ -153,6 +153,18 @@ def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
     return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
 
 
+def phrases(vocabulary: Sequence[str], count: int = 2000, seed: int = 0) -> list[Row]:
+    """Rows that ask for words and pairs of words: held-out names have words that no learnt one has.
+
+    Stage 2 aligns captions alone, so all name one picture, which is never read.
+    """
+    draw, words = random.Random(seed), [word for word in vocabulary if re.fullmatch("[a-z]{3,}", word)][:8000]
+    asked = [" ".join(draw.sample(words, 1 + i % 2)) for i in range(count)]
+    return [
+        make(Thing("none", "image", text, Path("none.png"), "")) | {"id": f"word-{i}"} for i, text in enumerate(asked)
+    ]
+
+
 def question(one: Thing, groups: Sequence[str], draw: random.Random) -> Row:
     """Whether the picture belongs to a group: to its own in half of the rows, to any in the others."""
     group = draw.choice([one.group, draw.choice(groups)])
