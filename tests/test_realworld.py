@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, WhisperConfig, WhisperModel
 from anygpt import InputError, load_decoder, load_encoder
 from anygpt.commands import execute
 from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.model.language_models import load_tokenizer
 from anygpt.realworld import datasets, packages
 from anygpt.realworld.__main__ import main
 from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder, write_image_decoder
@@ -273,4 +274,6 @@ def test_the_command_on_24_items(tmp_path):
     assert len(held) == 6 and 40 < len(names) <= 72 - 18
     assert {path.name for path in tmp_path.iterdir()} == {"parts", "data"}
     assert load_encoder(tmp_path / "parts/audio_encoder", "audio").config.d_model == 384
+    assert "<|im_start|>system" not in load_tokenizer(tmp_path / "parts/language_model").chat_template
+    assert load_decoder(tmp_path / "parts/untrained_image_decoder").condition_shape == (12, 384)
     assert execute(main, arguments) == 0  # finds everything there
