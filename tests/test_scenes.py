@@ -13,13 +13,13 @@ from PIL import Image, ImageFilter
 from training_utils import REPOSITORY
 from transformers import AutoTokenizer
 
-from anygpt import load_decoder
+from anygpt import load_decoder, load_encoder
 from anygpt.commands.evaluate import main as evaluate
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.grammar import CATEGORIES, describe
 from anygpt.errors import InputError
 from anygpt.parts.source import ZOO
-from anygpt.toyworld import HELD_OUT, SEEN, THINGS, scene_words
+from anygpt.toyworld import HELD_OUT, SEEN, THINGS, scene_parts
 from anygpt.toyworld.__main__ import main
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.scene_judge import find_things, fits
@@ -183,14 +183,14 @@ def test_the_suite_scores_by_category_and_input(tmp_path):
 )
 def test_the_text_encoder_learns_what_is_told_by_each_word(caption, told):
     tokenizer = AutoTokenizer.from_pretrained(ZOO / "image_decoder/tokenizer")
-    ids, labels = scene_words.read([Scene(read_caption(caption), (), ())], tokenizer, 16)
+    ids, labels = scene_parts.read_captions([Scene(read_caption(caption), (), ())], tokenizer, 16)
     assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == caption
     found, after = {}, []
     for token, (shape, colour, side, number) in zip(ids[0].tolist(), labels[0].tolist(), strict=True):
         if shape >= 0:
-            colour = scene_words.COLOURS[colour - 1] if colour else None
-            side = list(scene_words.RELATIONS)[side - 1] if side else None
-            what = (scene_words.SHAPES[shape], colour, side, number)
+            colour = scene_parts.COLOURS[colour - 1] if colour else None
+            side = list(scene_parts.RELATIONS)[side - 1] if side else None
+            what = (scene_parts.SHAPES[shape], colour, side, number)
             if token == tokenizer.eos_token_id:
                 after.append(what)
             else:
@@ -203,7 +203,7 @@ def test_the_text_encoder_learns_what_is_told_by_each_word(caption, told):
 
 def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
     """After a few updates already the states tell more than chance; the rest of the decoder stays as it was."""
-    scene_words.main([str(ZOO / "image_decoder"), "--output", str(tmp_path / "made"), "--steps", "100"])
+    scene_parts.main(["text", str(ZOO / "image_decoder"), "--output", str(tmp_path / "made"), "--steps", "100"])
     share = float(capsys.readouterr().out.split("%")[0].split()[-1])
     assert share > 15  # the most frequent label of each property: less than 5
     made, before = load_decoder(tmp_path / "made"), load_decoder(ZOO / "image_decoder")
@@ -213,4 +213,20 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
         pair = zip(getattr(made.pipeline, name).parameters(), getattr(before.pipeline, name).parameters(), strict=True)
         assert all(torch.equal(*one) for one in pair)
     with pytest.raises(InputError, match="tokenizer"):
-        scene_words.train(tmp_path)
+        scene_parts.main(["text", str(tmp_path), "--output", str(tmp_path / "other")])
+
+
+def test_an_image_encoder_learns_what_is_in_each_quarter(tmp_path, capsys):
+    red, blue = (next(t for t in THINGS if str(t) == name) for name in ("red ring", "blue square"))
+    (labels,) = scene_parts.read_pictures([Scene({}, (red, blue), (1, 2))], 4)
+    nothing, one, other = (0, 0), (5, 1), (2, 3)
+    upper, lower = [nothing, nothing, one, one], [other, other, nothing, nothing]
+    assert list(map(tuple, labels.tolist())) == [(-100, -100), *upper, *upper, *lower, *lower]
+
+    scene_parts.main(["image", str(ZOO / "image_encoder"), "--output", str(tmp_path / "made"), "--steps", "30"])
+    assert float(capsys.readouterr().out.split("%")[0].split()[-1]) > 50  # without training: less than 10
+    before, made = (load_encoder(str(folder), "image") for folder in (ZOO / "image_encoder", tmp_path / "made"))
+    assert {name: p.shape for name, p in before.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+    assert {file.name for file in (tmp_path / "made").iterdir()} == {
+        file.name for file in (ZOO / "image_encoder").iterdir()
+    }
