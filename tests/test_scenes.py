@@ -219,9 +219,9 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
 def test_an_image_encoder_learns_what_is_in_each_quarter(tmp_path, capsys):
     red, blue = (next(t for t in THINGS if str(t) == name) for name in ("red ring", "blue square"))
     (labels,) = scene_parts.read_pictures([Scene({}, (red, blue), (1, 2))], 4)
-    nothing, one, other = (0, 0), (5, 1), (2, 3)
+    nothing, one, other = (0, 0, 0), (5, 1, 2), (2, 3, 3)
     upper, lower = [nothing, nothing, one, one], [other, other, nothing, nothing]
-    assert list(map(tuple, labels.tolist())) == [(-100, -100), *upper, *upper, *lower, *lower]
+    assert list(map(tuple, labels.tolist())) == [(-100, -100, -100), *upper, *upper, *lower, *lower]
 
     scene_parts.main(["image", str(ZOO / "image_encoder"), "--output", str(tmp_path / "made"), "--steps", "30"])
     assert float(capsys.readouterr().out.split("%")[0].split()[-1]) > 50  # without training: less than 10

@@ -32,8 +32,8 @@ _SIDES = list(RELATIONS)
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _SAID = (len(SHAPES), 1 + len(COLOURS), 1 + len(_SIDES), 1 + max(COUNTS))
 """Classes of shape, colour, side and number in a caption; the first colour and side are "not said"."""
-_SHOWN = (1 + len(SHAPES), 1 + len(COLOURS))
-"""Classes of shape and colour in a quarter of a picture; the first is "nothing"."""
+_SHOWN = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(PLACES))
+"""Classes of shape, colour and place in a quarter of a picture; the first is "nothing"."""
 _EMBEDDING_GAIN = 10.0
 """Factor on the embeddings of words and positions, which CLIP draws so small that attention hardly tells them apart."""
 _LEARNING_RATE, _WARMUP = 1e-3, 100
@@ -83,7 +83,7 @@ def make_text_encoder(decoder: Path, steps: int = 1000) -> tuple[nn.Module, floa
 
 
 def train_image_encoder(folder: Path, steps: int = 1200) -> tuple[nn.Module, float]:
-    """The image encoder, trained on, and the share of patches that tell shape and colour rightly."""
+    """The image encoder, trained on, and the share of patches that tell rightly what is in their quarter."""
     network, processor = CLIPVisionModel.from_pretrained(folder), load_encoder_processor(str(folder), "image")
     head = nn.Linear(network.config.hidden_size, sum(_SHOWN))
     rng = np.random.default_rng(0)
@@ -149,11 +149,12 @@ def read_captions(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerBase, l
 
 
 def read_pictures(scenes: Sequence[Scene], side: int) -> Tensor:
-    """Shape and colour in the quarter of each token `(B, 1 + side², 2)`: 0 for nothing; -100 for the class token."""
+    """Shape, colour and place in each token's quarter `(B, 1 + side², 3)`: 0 for nothing; -100 for the class token."""
     quarters = torch.zeros(len(scenes), len(PLACES), len(_SHOWN), dtype=torch.long)
     for row, scene in enumerate(scenes):
         for thing, place in zip(scene.things, scene.places, strict=True):
-            quarters[row, place] = torch.tensor([1 + SHAPES.index(thing.shape), 1 + COLOURS.index(thing.colour)])
+            shape, colour = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
+            quarters[row, place] = torch.tensor([1 + shape, 1 + colour, 1 + place])
     half = torch.arange(side) * 2 // side
     labels = quarters[:, (2 * half[:, None] + half).flatten()]
     return F.pad(labels, (0, 0, 1, 0), value=-100)
