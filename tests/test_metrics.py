@@ -329,6 +329,12 @@ def test_retrieval_of_media_is_the_naive_one(network, files):
     for k in (1, 5):
         assert found[f"_{k}"]["value"] == pytest.approx(np.mean([i in places[:k] for i, places in enumerate(order)]))
     assert 0 < found["_1"]["value"] < 1
+    # Answers without a picture are wrong, and their true pictures stay among those that may be found.
+    metric = METRICS["media_retrieval"].make(network("clip", "image"), "image")
+    asked = items("image", answers, targets=targets)
+    metric.update(Batch([Item(one.row, "", one.media if i < 2 else {}) for i, one in enumerate(asked)]))
+    found = metric.compute()["_1"]
+    assert found["n"] == 7 and found["value"] == np.mean([i == order[i][0] and i < 2 for i in range(7)]) > 0
 
 
 def score_of(make, kind, answers, size=16, **options):

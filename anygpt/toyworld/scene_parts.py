@@ -9,6 +9,7 @@ picture shows, but not which belong together.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from anygpt.data.grammar import CATEGORIES, COUNTS, RELATIONS
 from anygpt.encoders.loading import load_encoder_processor
 from anygpt.errors import InputError, exit_code
 from anygpt.media.writing import replacing
+from anygpt.parts.publishing import let_umask_decide
 from anygpt.toyworld.scenes import PLACES, Scene, in_full, invent, render_scene
 from anygpt.toyworld.world import COLOURS, SHAPES, THINGS
 
@@ -47,17 +49,19 @@ def main(arguments: list[str]) -> None:
     add("--output", type=Path, required=True, help="folder to write to")
     add("--steps", type=int, help="updates (default: 1000 for text, 1200 for image)")
     options = parser.parse_args(arguments)
-    needed = ("tokenizer", "text_encoder") if options.part == "text" else ("config.json",)
-    if missing := [name for name in needed if not (options.source / name).exists()]:
-        raise InputError(f"{options.source} has no {' and no '.join(missing)}; see --help for what it has to be")
+    subfolder, model_type = ("text_encoder", "clip_text_model") if options.part == "text" else ("", "clip_vision_model")
+    config = options.source / subfolder / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else "no config.json"
+    if found != model_type:
+        raise InputError(f"{config.parent} holds {found}, expected {model_type}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         make = make_text_encoder if options.part == "text" else train_image_encoder
         network, share = make(options.source, *[options.steps] * (options.steps is not None))
-    own = "text_encoder" if options.part == "text" else "*.safetensors"
     with replacing(options.output) as folder:
-        shutil.copytree(options.source, folder, ignore=shutil.ignore_patterns(own))
-        network.save_pretrained(folder / "text_encoder" if options.part == "text" else folder)
+        shutil.copytree(options.source, folder, ignore=shutil.ignore_patterns(subfolder or "*.safetensors"))
+        network.save_pretrained(folder / subfolder)
+        let_umask_decide(folder)
     print(f"{options.output}: {100 * share:.1f}% of fresh tokens tell everything rightly")
 
 

@@ -195,7 +195,6 @@ class TrainConfig:
             learned queries), or `none`.
         projector_init: initialization of new output projectors: `random`, or `ridge`, the closed-form solution of
             caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
-            `refit` also sets those of `model.init_from` anew, after a stage 3 that changed the language model's states.
         ridge_captions: maximum number of captions for ridge.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
             joint configuration. `image_denoiser` is LoRA on the image decoder's denoiser, set by `denoiser_lora`.
@@ -227,7 +226,7 @@ class TrainConfig:
     sample_steps: Every = 0
     sample_rows: PositiveInt = 4
     signal_rows: Literal["both", "output", "none"] = "both"
-    projector_init: Literal["random", "ridge", "refit"] = "random"
+    projector_init: Literal["random", "ridge"] = "random"
     ridge_captions: PositiveInt = 10_000
     parts: list[str] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

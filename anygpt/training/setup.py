@@ -68,7 +68,7 @@ def compose(
 ) -> tuple[MultimodalModel, MultimodalProcessor] | None:
     """See `build`. Each part is loaded within `collected(<setting>)`; None if that swallowed a fault."""
     check_parts_by_key(config)
-    precision, ridge = config.train.mixed_precision, config.train.projector_init != "random"
+    precision, ridge = config.train.mixed_precision, config.train.projector_init == "ridge"
     encoders, decoders, tokenizers, processors = {}, {}, {}, {}
     language_model = tokenizer = start = None
     fit: dict[str, str | None] = {}
@@ -349,11 +349,10 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
 def init_projectors(
     model: MultimodalModel, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> list[str]:
-    """Initialize output projectors by `train.projector_init`; returns lines for the log."""
-    start, way = config.model.init_from, config.train.projector_init
-    before = set() if start is None or way == "refit" else set(read_config(Path(start)).decoders)
+    """Initialize new output projectors by `train.projector_init`; returns lines for the log."""
+    before = set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
     new = [key for key in model.decoder_keys if key not in before]
-    if way == "random" or not new:
+    if config.train.projector_init != "ridge" or not new:
         return []
     model.to(accelerator.device)
     strengths = set_by_ridge(model, new, ridge_batches(dataset, collator, config, accelerator))

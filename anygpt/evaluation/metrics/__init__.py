@@ -37,6 +37,7 @@ class Kind:
         options: options of `MetricSpec` that it takes beside those of its network.
         higher: whether higher is better.
         classify: whether its network is a classifier.
+        unanswered: whether it also takes rows whose answer lacks the medium, in place of leaving them out.
     """
 
     make: Callable[..., Metric]
@@ -46,6 +47,7 @@ class Kind:
     options: tuple[str, ...] = ()
     higher: bool = True
     classify: bool = False
+    unanswered: bool = False
 
 
 def _mean(score: Callable, **options: Any) -> Callable[..., Metric]:
@@ -85,7 +87,7 @@ METRICS: dict[str, Kind] = {
     ),
     "frechet_distance": _DISTANCE(Frechet, None, features="", options=("num_frames",)),
     "kernel_distance": _DISTANCE(Kid, None, features="", options=("num_frames", "subset_size")),
-    "media_retrieval": Kind(text.Retrieval, None, ("target",), "", ("num_frames",)),
+    "media_retrieval": Kind(text.Retrieval, None, ("target",), "", ("num_frames",), unanswered=True),
     "similarity": Kind(_mean(base.cosine, role="target"), None, ("target",), "", ("num_frames",)),
 }
 
@@ -101,7 +103,7 @@ class Chosen:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return self.kind.needs + (() if self.modality == "text" else ("answer",))
+        return self.kind.needs + (() if self.modality == "text" or self.kind.unanswered else ("answer",))
 
     def make(self, load: Load) -> Metric:
         """An empty metric; raises `InputError` if its network cannot be loaded."""

@@ -53,7 +53,8 @@ class CaptionMetric(Metric):
 
 class Retrieval(Metric):
     """R@1 and R@5: how often what is right is among the 1 or 5 closest to the answer, by cosine of a network's
-    features, out of what is right in all rows: a row's first reference, or its true medium.
+    features, out of what is right in all rows: a row's first reference, or its true medium. An answer without the
+    medium is wrong, and so is one that is as close to something else.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -68,7 +69,11 @@ class Retrieval(Metric):
             answers, features = self.network.of_texts([item.text for item in batch.items]), self.network.of_texts(right)
         else:
             right = [str(item.find("target", self.modality)) for item in batch.items]
-            answers, features = self.features(batch, "answer"), self.features(batch, "target")
+            features = self.features(batch, "target")
+            made = [i for i, item in enumerate(batch.items) if item.find("answer", self.modality)]
+            answers = torch.full_like(features, torch.nan)
+            if made:
+                answers[made] = self.features(Batch([batch.items[i] for i in made]), "answer").to(features)
         self.answers.append(answers)
         self.references |= dict(zip(right, features, strict=True))
         self.right += right
@@ -78,7 +83,7 @@ class Retrieval(Metric):
         known = F.normalize(torch.stack(list(self.references.values())), dim=-1)
         scores = F.normalize(torch.cat(self.answers), dim=-1) @ known.T
         own = scores.gather(1, torch.tensor([names.index(name) for name in self.right], device=scores.device)[:, None])
-        closer = (scores > own).sum(1)
+        closer = (~(scores < own)).sum(1) - 1  # of NaN, all are
         return {f"_{k}": mean_value((closer < k).tolist()) for k in (1, 5)}
 
 
