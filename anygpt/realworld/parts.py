@@ -90,7 +90,7 @@ def convert_image_encoder(source: Path, target: Path) -> None:
 
 
 CONDITION_TOKENS = 12
-"""Of a name, with those at its ends, that the decoder of pictures reads: enough for all but one of the 1,884."""
+"""Length of the decoder's text encoding, start and end tokens included; only one of the emoji's names is longer."""
 
 
 def write_image_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:

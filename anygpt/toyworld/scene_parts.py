@@ -165,7 +165,10 @@ def read_pictures(scenes: Sequence[Scene], side: int) -> Tensor:
 
 
 def _told(scene: Scene) -> list[tuple[int, list[int]]]:
-    """What is told of a thing, and after how many characters of the caption; of two things the first is told twice."""
+    """Pairs of a position in the caption, in characters, and the label of the token that ends there.
+
+    One pair for a single thing. Of two, the first thing has a pair before the relation and one after it.
+    """
     things, relation, caption = scene.expected["things"], scene.expected["relation"], scene.caption
     named = [
         (SHAPES.index(thing["name"]), COLOURS.index(thing["colour"]) + 1 if thing["colour"] else 0) for thing in things
