@@ -34,8 +34,9 @@ _SIDES = list(RELATIONS)
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _SAID = (len(SHAPES), 1 + len(COLOURS), 1 + len(_SIDES), 1 + max(COUNTS))
 """Classes of shape, colour, side and number in a caption; the first colour and side are "not said"."""
-_SHOWN = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(PLACES))
-"""Classes of shape, colour and place in a quarter of a picture; the first is "nothing"."""
+_SHOWN = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(PLACES), 3, 3)
+"""Classes of shape, colour and place in a quarter of a picture, and of how far across and down the other of two things
+lies from there (-1, 0 or 1 places, modulo 3). The first is "nothing"."""
 _EMBEDDING_GAIN = 10.0
 """Factor on the embeddings of words and positions, which CLIP draws so small that attention hardly tells them apart."""
 _LEARNING_RATE, _WARMUP = 1e-3, 100
@@ -153,12 +154,16 @@ def read_captions(scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerBase, l
 
 
 def read_pictures(scenes: Sequence[Scene], side: int) -> Tensor:
-    """Shape, colour and place in each token's quarter `(B, 1 + side², 3)`: 0 for nothing; -100 for the class token."""
+    """What `_SHOWN` says of each token's quarter `(B, 1 + side², 5)`: 0 for nothing; -100 for the class token."""
     quarters = torch.zeros(len(scenes), len(PLACES), len(_SHOWN), dtype=torch.long)
     for row, scene in enumerate(scenes):
         for thing, place in zip(scene.things, scene.places, strict=True):
             shape, colour = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
-            quarters[row, place] = torch.tensor([1 + shape, 1 + colour, 1 + place])
+            quarters[row, place, :3] = torch.tensor([1 + shape, 1 + colour, 1 + place])
+        if len(scene.places) == 2:
+            one, other = scene.places
+            to_other = torch.tensor(PLACES[other]) - torch.tensor(PLACES[one])
+            quarters[row, one, 3:], quarters[row, other, 3:] = to_other % 3, -to_other % 3
     half = torch.arange(side) * 2 // side
     labels = quarters[:, (2 * half[:, None] + half).flatten()]
     return F.pad(labels, (0, 0, 1, 0), value=-100)
