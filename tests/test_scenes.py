@@ -23,7 +23,16 @@ from anygpt.toyworld import HELD_OUT, SEEN, THINGS, scene_parts
 from anygpt.toyworld.__main__ import main
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.scene_judge import find_things, fits
-from anygpt.toyworld.scenes import COUNTS_HELD_OUT, KINDS, PAIRS_HELD_OUT, Scene, invent, read_caption, render_scene
+from anygpt.toyworld.scenes import (
+    COUNTS_HELD_OUT,
+    KINDS,
+    PAIRS_HELD_OUT,
+    Scene,
+    invent,
+    read_caption,
+    render_scene,
+    scene_row,
+)
 
 
 def make(things, number, seed=0):
@@ -123,6 +132,24 @@ def test_datasets_are_valid(kind, tmp_path):
     assert again.read_bytes() == path.read_bytes()
     with pytest.raises(InputError, match="world 2"):
         write_dataset(tmp_path, "dialogues", 1, seed=0, world=2)
+
+
+def test_captions_in_full_do_not_tell_what_is_held_out():
+    rng, captions = np.random.default_rng(0), []
+
+    def show(name, scene):
+        captions.append(read_caption(scene.caption))
+        return {"type": "image", "path": name}
+
+    for index in range(600):
+        scene_row("stage2", index, SEEN, rng, show)
+    related = [caption["things"] for caption in captions if caption["relation"]]
+    assert any(thing["colour"] for things in related for thing in things)
+    assert not any({thing["name"] for thing in things} in PAIRS_HELD_OUT for things in related)
+    numbers = {
+        (t["count"], t["name"], t["colour"]) for caption in captions for t in caption["things"] if t["count"] > 1
+    }
+    assert len(numbers) > 30 and not any(COUNTS_HELD_OUT[name] == count for count, name, _ in numbers)
 
 
 def find_things_in(part):

@@ -1,7 +1,8 @@
 """Parts of ToyWorld 2 that know what is where: `python -m anygpt.toyworld.scene_parts text|image PART --output FOLDER`.
 
 `text` writes a copy of a decoder with a new text encoder, whose states tell number, shape, colour and side of each
-thing. `image` writes a copy of an image encoder, trained on, whose patches tell what is in their quarter.
+thing. `image` writes a copy of an image encoder, trained on, whose patches tell what is in their quarter
+and where the other of two things is.
 
 The losses of stage 0 taught neither. After 20,000 updates of denoising the loss was the same with the two nouns of a
 caption swapped, or with another relation between them. An encoder trained by captions told which shapes and colours a
@@ -36,7 +37,7 @@ _SAID = (len(SHAPES), 1 + len(COLOURS), 1 + len(_SIDES), 1 + max(COUNTS))
 """Classes of shape, colour, side and number in a caption; the first colour and side are "not said"."""
 _SHOWN = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(PLACES), 3, 3)
 """Classes of shape, colour and place in a quarter of a picture, and of how far across and down the other of two things
-lies from there (-1, 0 or 1 places, modulo 3). The first is "nothing"."""
+lies from there (-1, 0 or 1 places, modulo 3). The first class of shape, colour and place is "nothing"."""
 _EMBEDDING_GAIN = 10.0
 """Factor on the embeddings of words and positions, which CLIP draws so small that attention hardly tells them apart."""
 _LEARNING_RATE, _WARMUP = 1e-3, 100

@@ -25,7 +25,7 @@ PLACES = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row of each place."""
 PAIRS_HELD_OUT = ({"circle", "cross"}, {"square", "ring"}, {"triangle", "diamond"})
 COUNTS_HELD_OUT = {"circle": 3, "square": 2, "triangle": 4, "cross": 3, "ring": 4, "diamond": 2}
-"""Compositions that stages 1 to 3 never see, beside the things that are held out in ToyWorld."""
+"""Compositions that stages 1 to 3 never see, pairs but with bound colours, beside the things held out in ToyWorld."""
 KINDS = {
     "words": [("text", "text")],
     "views": [("image", "text")],
@@ -150,11 +150,13 @@ def scene_row(
     """Row number `index` of a kind of dataset; `show(name, scene)` writes a picture and returns its content part."""
     category, way = CATEGORIES[index % len(CATEGORIES)], index // len(CATEGORIES) % len(KINDS[kind])
     (source, target), scene = KINDS[kind][way], invent(category, things, rng)
-    if (source, target) == ("text", "image") and kind != "eval" and rng.integers(2):
-        scene = in_full(scene, rng)  # or a link would be learnt from twelve captions with a number
+    if (source, target) == ("text", "image") and kind != "eval":
+        # Else links would learn numbers from twelve captions. Relations of the held-out pairs are held out, too.
+        open_to_all = kind == "pictures" or {thing.shape for thing in scene.things} not in PAIRS_HELD_OUT
+        scene = in_full(scene, rng) if open_to_all and rng.integers(2) else scene
     about = _ABOUT["colours" if category.startswith("colour") else category if category == "position" else "shapes"]
     name = f"{kind}-{index}-{source}-{target}-{category}"
-    draws = target == "image" or (kind in ("words", "views") and bool(rng.integers(2)))  # without decoders yet
+    draws = target == "image" or (kind in ("words", "views") and bool(rng.integers(2)))  # stage 0 only says so
     user = []
     if source == "image":
         user.append(show(f"{name}-in", scene))
