@@ -153,13 +153,13 @@ def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
     return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
 
 
-def phrases(vocabulary: Sequence[str], names: Collection[str], count: int = 2000, seed: int = 0) -> list[Row]:
-    """Rows that ask for words and pairs of words, but none of the `names`: these have words that no learnt one has.
+def phrases(vocabulary: Sequence[str], names: Collection[str], count: int = 8000, seed: int = 0) -> list[Row]:
+    """Rows that ask for one to three words, but for none of the `names`: these have words that no learnt one has.
 
     Stage 2 aligns captions alone, so all name one picture, which is never read.
     """
     draw, words = random.Random(seed), [word for word in vocabulary if re.fullmatch("[a-z]{3,}", word)][:8000]
-    asked = [" ".join(draw.sample(words, 1 + i % 2)) for i in range(count)]
+    asked = [" ".join(draw.sample(words, 1 + i % 3)) for i in range(count)]
     asked = [text for text in asked if text not in names]
     return [
         make(Thing("none", "image", text, Path("none.png"), "")) | {"id": f"word-{i}"} for i, text in enumerate(asked)
