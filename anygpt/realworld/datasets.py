@@ -154,7 +154,7 @@ def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
 
 
 def phrases(vocabulary: Sequence[str], names: Collection[str], count: int = 8000, seed: int = 0) -> list[Row]:
-    """Rows that ask for one to three words, but for none of the `names`: these have words that no learnt one has.
+    """Rows that ask for one to three words, many of which no name has; none asks for one of the `names`.
 
     Stage 2 aligns captions alone, so all name one picture, which is never read.
     """
