@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -62,6 +62,16 @@ def test_captions_say_what_is_expected(fresh):
     }
     assert read_caption("a red ring left of an orange square")["relation"] == "left of"
     assert read_caption("a smell of Tuesday") is None
+
+
+def test_things_without_a_relation_are_named_in_reading_order():
+    scenes, _ = make(THINGS, 60)
+    pairs = [scene for scene in scenes if len(scene.expected["things"]) == 2 and not scene.expected["relation"]]
+    assert {scene.places for scene in pairs} == set(combinations(range(4), 2))
+    assert all(
+        [thing.shape for thing in scene.things] == [thing["name"] for thing in scene.expected["things"]]
+        for scene in pairs
+    )
 
 
 @pytest.mark.parametrize(("things", "held_out"), [(SEEN, False), (HELD_OUT, True)], ids=["seen", "held out"])
@@ -187,8 +197,8 @@ def test_the_suite_scores_by_category_and_input(tmp_path):
             "a circle and a square",
             {
                 "circle": ("circle", None, None, 1),
-                "and": ("circle", None, None, 1),
-                "square": ("square", None, None, 1),
+                "and": ("circle", None, "first", 1),
+                "square": ("square", None, "second", 1),
             },
         ),
         (
@@ -217,7 +227,7 @@ def test_the_text_encoder_learns_what_is_told_by_each_word(caption, told):
     for token, (shape, colour, side, number) in zip(ids[0].tolist(), labels[0].tolist(), strict=True):
         if shape >= 0:
             colour = scene_parts.COLOURS[colour - 1] if colour else None
-            side = list(scene_parts.RELATIONS)[side - 1] if side else None
+            side = scene_parts.SIDES[side]
             what = (scene_parts.SHAPES[shape], colour, side, number)
             if token == tokenizer.eos_token_id:
                 after.append(what)
@@ -237,6 +247,8 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
     made, before = load_decoder(tmp_path / "made"), load_decoder(ZOO / "image_decoder")
     states = [made.encode_text([text]) for text in ("a ring left of a cross", "a cross left of a ring")]
     assert states[0].shape == before.encode_text(["a ring"]).shape and not torch.allclose(*states, atol=0.1)
+    assert type(made.pipeline.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert made.pipeline.scheduler.config.prediction_type == before.pipeline.scheduler.config.prediction_type
     for name in ("unet", "vae"):
         pair = zip(getattr(made.pipeline, name).parameters(), getattr(before.pipeline, name).parameters(), strict=True)
         assert all(torch.equal(*one) for one in pair)

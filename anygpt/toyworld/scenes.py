@@ -1,7 +1,9 @@
 """ToyWorld 2: pictures of one to four things, in the six categories of GenEval (arXiv 2310.11513).
 
 A picture has 64 × 64 pixels, four places of the size of ToyWorld's pictures. Things lie apart, anywhere within their
-places. What is left open by a caption (such as the colours in "a circle left of a square") varies.
+places. What is left open by a caption (such as the colours in "a circle left of a square") varies. Without a relation,
+the first of two things that a caption names comes first in reading order, row by row: a denoiser that has to choose
+places draws the wrong things more often where nothing tells it which is to come first.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def invent(category: str, things: Sequence[Thing], rng: np.random.Generator) -> 
             break
     count = count if category == "counting" else 1
     shown = (first, second) if pair else (first,) * count
-    places = [int(place) for place in rng.permutation(4)[: len(shown)]]
+    places = sorted(int(place) for place in rng.permutation(4)[: len(shown)])
     if category == "position":
         across, down = RELATIONS[relation]
         column, row = (int(i) for i in rng.integers(2, size=2))
