@@ -247,6 +247,8 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
     made, before = load_decoder(tmp_path / "made"), load_decoder(ZOO / "image_decoder")
     states = [made.encode_text([text]) for text in ("a ring left of a cross", "a cross left of a ring")]
     assert states[0].shape == before.encode_text(["a ring"]).shape and not torch.allclose(*states, atol=0.1)
+    settings = [folder / "anygpt_decoder.json" for folder in (tmp_path / "made", ZOO / "image_decoder")]
+    assert settings[0].read_text() == settings[1].read_text()
     assert type(made.pipeline.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     assert made.pipeline.scheduler.config.prediction_type == before.pipeline.scheduler.config.prediction_type
     for name in ("unet", "vae"):

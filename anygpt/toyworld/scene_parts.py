@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerBase
 
 from anygpt.data.grammar import CATEGORIES, COUNTS, RELATIONS
-from anygpt.decoders.base import load_decoder
 from anygpt.encoders.loading import load_encoder_processor
 from anygpt.errors import InputError, exit_code
 from anygpt.media.writing import replacing
@@ -65,14 +64,13 @@ def main(arguments: list[str]) -> None:
         make = make_text_encoder if options.part == "text" else train_image_encoder
         network, share = make(options.source, *[options.steps] * (options.steps is not None))
     with replacing(options.output) as folder:
+        shutil.copytree(options.source, folder, ignore=shutil.ignore_patterns(subfolder or "*.safetensors"))
+        network.save_pretrained(folder / subfolder)
         if options.part == "text":
-            pipeline = load_decoder(options.source).pipeline
-            scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
-            parts = pipeline.components | {"text_encoder": network, "scheduler": scheduler}
-            StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
-        else:
-            shutil.copytree(options.source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-            network.save_pretrained(folder)
+            pipeline = StableDiffusionPipeline.from_pretrained(options.source)
+            pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+            pipeline.save_config(folder)
+            pipeline.scheduler.save_pretrained(folder / "scheduler")
         let_umask_decide(folder)
     print(f"{options.output}: {100 * share:.1f}% of fresh tokens tell everything rightly")
 
