@@ -17,6 +17,7 @@ from anygpt import load_decoder, load_encoder
 from anygpt.commands.evaluate import main as evaluate
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.data.grammar import CATEGORIES, describe
+from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.parts.source import ZOO
 from anygpt.toyworld import HELD_OUT, SEEN, THINGS, scene_parts
@@ -254,6 +255,16 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
     for name in ("unet", "vae"):
         pair = zip(getattr(made.pipeline, name).parameters(), getattr(before.pipeline, name).parameters(), strict=True)
         assert all(torch.equal(*one) for one in pair)
+    generators = [[torch.Generator().manual_seed(seed) for seed in (0, 1)] for _ in range(2)]
+    texts, options = ["a ring", "a cross"], {"num_inference_steps": 2, "guidance_scale": 2.0}
+    both = made.sample(Condition.of(made.encode_text(texts)), generator=generators[0], **options)
+    for text, generator, picture in zip(texts, generators[1], both, strict=True):
+        (alone,) = made.sample(Condition.of(made.encode_text([text])), generator=[generator], **options)
+        assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
+    with pytest.raises(InputError, match="is there already"):
+        scene_parts.main(["text", str(ZOO / "image_decoder"), "--output", str(tmp_path / "made")])
+    with pytest.raises(InputError, match="TextToVideoSDPipeline, expected a StableDiffusionPipeline"):
+        scene_parts.main(["text", str(ZOO / "video_decoder"), "--output", str(tmp_path / "other")])
     with pytest.raises(InputError, match=r"holds no config\.json, expected clip_text_model"):
         scene_parts.main(["text", str(tmp_path), "--output", str(tmp_path / "other")])
 

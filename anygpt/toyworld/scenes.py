@@ -1,9 +1,8 @@
 """ToyWorld 2: pictures of one to four things, in the six categories of GenEval (arXiv 2310.11513).
 
 A picture has 64 × 64 pixels, four places of the size of ToyWorld's pictures. Things lie apart, anywhere within their
-places. What is left open by a caption (such as the colours in "a circle left of a square") varies. Without a relation,
-the first of two things that a caption names comes first in reading order, row by row: a denoiser that has to choose
-places draws the wrong things more often where nothing tells it which is to come first.
+places. What is left open by a caption (such as the colours in "a circle left of a square") varies. Only captions of two
+things without a relation say a little about places: they name first what comes first in reading order, row by row.
 """
 
 from __future__ import annotations
