@@ -265,6 +265,9 @@ def test_a_decoder_gets_a_text_encoder_that_tells_order(tmp_path, capsys):
         scene_parts.main(["text", str(ZOO / "image_decoder"), "--output", str(tmp_path / "made")])
     with pytest.raises(InputError, match="TextToVideoSDPipeline, expected a StableDiffusionPipeline"):
         scene_parts.main(["text", str(ZOO / "video_decoder"), "--output", str(tmp_path / "other")])
+    (tmp_path / "made/model_index.json").unlink()
+    with pytest.raises(InputError, match="is missing, expected a StableDiffusionPipeline"):
+        scene_parts.main(["text", str(tmp_path / "made"), "--output", str(tmp_path / "other")])
     with pytest.raises(InputError, match=r"holds no config\.json, expected clip_text_model"):
         scene_parts.main(["text", str(tmp_path), "--output", str(tmp_path / "other")])
 

@@ -60,9 +60,10 @@ def main(arguments: list[str]) -> None:
     if found != model_type:
         raise InputError(f"{config.parent} holds {found}, expected {model_type}")
     index = options.source / "model_index.json"
-    pipeline = json.loads(index.read_text(encoding="utf-8")) if subfolder else {}
-    if subfolder and pipeline["_class_name"] != "StableDiffusionPipeline":
-        raise InputError(f"{index} is of a {pipeline['_class_name']}, expected a StableDiffusionPipeline")
+    pipeline = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    if subfolder and pipeline.get("_class_name") != "StableDiffusionPipeline":
+        kind = pipeline.get("_class_name", "missing")
+        raise InputError(f"{index} is {kind}, expected a StableDiffusionPipeline")
     if options.output.exists():
         raise InputError(f"{options.output} is there already; remove it, or name another --output")
     with torch.random.fork_rng(devices=[]):
