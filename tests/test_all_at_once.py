@@ -1,19 +1,16 @@
 """All at once: rows of text, pictures, clips and sounds under one cross-entropy, cached, resumed, and said back."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from code_utils import vq_model
 from training_utils import (
-    REPOSITORY,
     assert_same_losses,
     cli_here,
-    environment,
     losses_of,
+    run_forked,
     tensors_of,
     train_here,
 )
@@ -93,10 +90,9 @@ def trained(world, tmp_path_factory):
 
 
 def test_codes_come_back_exactly_in_a_new_process(world, trained):
-    command = [sys.executable, "-c", READ_BACK, str(trained), str(world / "asked.jsonl")]
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     (world / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    run = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    run = run_forked("-c", READ_BACK, trained, world / "asked.jsonl")
     model = MultimodalModel.from_pretrained(trained)
     for line, kind in zip(run.stdout.splitlines(), ASKED, strict=True):
         tokenizer = model.tokenizers[kind].module

@@ -1,10 +1,7 @@
 """The command `anygpt`: its subcommands, their help, and what it says of mistakes; `scripts/` are the same, thin."""
 
-import subprocess
-import sys
-
 import pytest
-from training_utils import REPOSITORY
+from training_utils import REPOSITORY, run_forked
 
 from anygpt import commands
 
@@ -41,6 +38,5 @@ def test_mistakes_are_one_line(capsys):
 
 
 def test_as_a_module_and_from_a_pipe_that_closes():
-    command = [sys.executable, "-m", "anygpt", "validate-data", "nowhere.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = run_forked("-m", "anygpt", "validate-data", "nowhere.jsonl")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 """LoRA on a decoder's denoiser: what trains, what is saved, and the same media after loading and after merging."""
 
 import shutil
-import subprocess
 import sys
 from functools import partial
 
@@ -11,10 +10,10 @@ import torch
 from decoder_families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from training_utils import (
-    REPOSITORY,
     arguments,
     check_mistake,
     cli_here,
+    run_forked,
     start_of,
     tensors_of,
     toy_data,
@@ -43,7 +42,7 @@ numpy.save(sys.argv[2], torch.cat(seen).numpy())
 
 def sample_anew(folder, file):
     """What the decoder of a saved model samples in a new process, before the VAE."""
-    subprocess.run([sys.executable, "-c", SAMPLE, str(folder), str(file)], check=True, cwd=REPOSITORY)
+    run_forked("-c", SAMPLE, folder, file).check_returncode()
     return np.load(file)
 
 

@@ -12,8 +12,6 @@ import queue
 import re
 import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
 import wave
@@ -27,7 +25,7 @@ import openai
 import pytest
 from PIL import Image
 from serving_utils import send_without_end, serving
-from training_utils import REPOSITORY
+from training_utils import REPOSITORY, run_forked
 
 from anygpt import commands
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong
@@ -711,8 +709,7 @@ def test_offloaded_decoders_make_the_same(tiny_model):
 def test_anygpt_does_not_import_the_servers():
     servers = "m.split('.')[0] in ('gradio', 'starlette', 'fastapi', 'uvicorn') or m.startswith('anygpt.serving')"
     code = f"import sys, anygpt, anygpt.chat.chat_model; print([m for m in sys.modules if {servers}])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_forked("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("script", ["serve", "demo"])

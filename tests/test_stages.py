@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import wave
 
 import pytest
@@ -12,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from training_utils import (
+    SCRIPTS,
     arguments,
     change_tensors,
     check_mistake,
     cli_here,
     launch,
-    run_process,
-    run_script,
+    run_forked,
     shared,
     start_of,
     tensors_of,
@@ -58,8 +57,8 @@ def runs(tmp_path_factory, data):
 
     def make(folder):
         for stage in (1, 2, 3):
-            start = launch if stage == 1 else run_script
-            done = start(stage, run_arguments(stage, data, folder))
+            args = run_arguments(stage, data, folder)
+            done = launch(stage, args) if stage == 1 else run_forked(SCRIPTS[stage], *args)
             assert done.returncode == 0, done.stderr
             (folder / f"stage{stage}.out").write_text(done.stdout)
             (folder / f"stage{stage}.err").write_text(done.stderr)
@@ -131,8 +130,8 @@ def test_what_stage_1_trained_reaches_stage_3(runs, data):
 
 def test_chat_answers_in_four_modalities(runs, data, tmp_path):
     picture, sound = (sorted(data.glob(f"stage1/{kind}/*"))[0] for kind in ("image", "audio"))
-    done = run_process(
-        *(sys.executable, "scripts/chat.py", "--checkpoint", runs / "stage3/final", "--output", tmp_path),
+    done = run_forked(
+        *("scripts/chat.py", "--checkpoint", runs / "stage3/final", "--output", tmp_path),
         *("--attach", picture, sound, "--prompt", "What are these? Answer with a picture, a clip and a sound."),
         *("--require", "image", "video", "audio", "--max-new-tokens", "64", "--steps", "2"),
     )
@@ -171,7 +170,7 @@ print(json.dumps({"types": [s.type for s in answer.segments], "text": out.text[0
 
 def test_a_new_process_loads_final_and_generates(runs, data):
     picture = sorted(data.glob("stage1/image/*"))[0]
-    done = run_process(sys.executable, "-c", API, runs / "stage3/final", picture)
+    done = run_forked("-c", API, runs / "stage3/final", picture)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"image", "video", "audio"} <= set(found["types"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_utils import text, write_medium, write_rows
-from training_utils import argument_maker, start_process, toy_data, train_here, wait_for
+from training_utils import argument_maker, start_forked, toy_data, train_here, wait_for
 
 from anygpt import InputError, commands
 from anygpt.data.collation import NOT_FOR_MODEL
@@ -397,8 +397,7 @@ def test_a_killed_command_goes_on(draw_suite, drawn, talker, tmp_path):
     talker[1].save_pretrained(tmp_path / "final")
     arguments = ["--checkpoint", str(tmp_path / "final"), "--suite", str(drawn / "suite.yaml"), "--ask.batch_size", "1"]
     index = tmp_path / "killed/samples/index.jsonl"
-    command = [sys.executable, "scripts/evaluate.py", *arguments, "--output", str(tmp_path / "killed")]
-    process = start_process(*command)
+    process = start_forked("scripts/evaluate.py", *arguments, "--output", tmp_path / "killed")
     wait_for(lambda: index.is_file() and index.read_text().count("\n") >= 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

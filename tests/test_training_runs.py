@@ -7,13 +7,11 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import wandb
 from accelerate import Accelerator
 from training_utils import (
     SCRIPTS,
@@ -26,7 +24,7 @@ from training_utils import (
     logged,
     sgd,
     stage2_start,
-    start_process,
+    start_forked,
     toy_data,
     train_here,
     trained_tensors,
@@ -53,8 +51,8 @@ def make_arguments(tmp_path_factory):
 
 def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     """Workers are in the group as well, and must not die before the update is done."""
-    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=45)
-    process = start_process(sys.executable, SCRIPTS[1], *args)
+    args = make_arguments(1, tmp_path / "run", "--data.num_workers=2", steps=25)
+    process = start_forked(SCRIPTS[1], *args)
     log = tmp_path / "run/log.txt"
     wait_for(lambda: log.exists() and "update 2  " in log.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -65,7 +63,7 @@ def test_sigterm_to_the_group_writes_a_checkpoint(make_arguments, tmp_path):
     assert not (tmp_path / "run/final").exists()
     assert f"checkpoint after update {checkpoint.name.removeprefix('checkpoint-')} written" in log.read_text()
     resumed = train_here(1, args)
-    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=45))
+    whole = train_here(1, make_arguments(1, tmp_path / "whole", steps=25))
     first, second = trained_tensors(whole), trained_tensors(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -82,7 +80,7 @@ def test_checkpoints_are_kept_by_count_and_their_settings_are_checked(make_argum
 
 
 def test_workers_end_with_a_run_that_is_killed(make_arguments, tmp_path):
-    process = start_process(sys.executable, SCRIPTS[1], *make_arguments(1, tmp_path, "--data.num_workers=2", steps=500))
+    process = start_forked(SCRIPTS[1], *make_arguments(1, tmp_path, "--data.num_workers=2", steps=500))
     wait_for(lambda: len(psutil.Process(process.pid).children()) >= 2, process)
     workers = psutil.Process(process.pid).children()
     process.kill()
@@ -167,6 +165,8 @@ def test_tensorboard_gets_what_the_log_says(make_arguments, tmp_path):
 
 
 def test_wandb_writes_an_offline_run(make_arguments, tmp_path, monkeypatch):
+    import wandb  # here, for the workers that do not run this test
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # else it keeps the mode that it was first used with in this process
     train_here(1, make_arguments(1, tmp_path / "run", "--run.tracker=wandb", "--run.name=mine"))

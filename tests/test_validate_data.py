@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from training_utils import REPOSITORY, run_forked
 
 from anygpt import commands
 from anygpt.data import DataSource, write_image
 from anygpt.data.rows import SampleRow
 from anygpt.data.validation import validate
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,7 @@ def test_workers_end_with_a_parent_that_is_killed(folder):
         "        os.kill(os.getpid(), 9)\n"
         f"validate(DataSource({str(path)!r}), num_workers=2, progress=slow)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    done = run_forked("-c", code)
     workers = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == -9 and workers
     for _ in range(300):
