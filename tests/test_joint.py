@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from forked import server
 
 from anygpt import MultimodalModel, load_decoder, load_encoder
 from anygpt.encoders.contrast import info_nce
@@ -93,7 +93,13 @@ def free_port():
 
 def test_two_processes_with_unequal_pairs_are_as_one(tmp_path):
     """Also where one process, or both, have no pair at all: none may wait for the other."""
-    torch.multiprocessing.spawn(train_rank, (free_port(), str(tmp_path)), nprocs=2)
+    port, context = free_port(), server()
+    ranks = [context.Process(target=train_rank, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     for case, counts in enumerate(COUNTS):
         shares = [torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)]
         losses, gradients = zip(*shares, strict=True)

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent / "anygpt"
 CORE = {"model", "sequence", "losses", "encoders", "decoders", "tokenizers", "generation"}
 CORE |= {"composition", "outputs", "errors"}
@@ -61,42 +63,44 @@ def circles(graph):
     return sorted(found)
 
 
-IMPORTS = read_imports()
-ROOMS = {}
-for module, found in IMPORTS.items():
-    if room_of(module):
-        ROOMS.setdefault(room_of(module), set()).update({room_of(other) for other in found} - {room_of(module), ""})
+@pytest.fixture(scope="module")
+def imports():
+    return read_imports()
 
 
-def test_circles_are_found():
+def test_circles_are_found(imports):
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    assert "anygpt.sequence.merging" in IMPORTS["anygpt.composition"]
+    assert "anygpt.sequence.merging" in imports["anygpt.composition"]
 
 
-def test_no_files_import_each_other():
-    assert not circles(IMPORTS)
+def test_no_files_import_each_other(imports):
+    assert not circles(imports)
 
 
-def test_no_rooms_import_each_other():
-    assert not circles(ROOMS)
+def test_no_rooms_import_each_other(imports):
+    rooms = {}
+    for module, found in imports.items():
+        if room_of(module):
+            rooms.setdefault(room_of(module), set()).update({room_of(other) for other in found} - {room_of(module), ""})
+    assert rooms and not circles(rooms)
 
 
-def test_the_core_knows_nothing_above_it():
+def test_the_core_knows_nothing_above_it(imports):
     upwards = {
         (module, other)
-        for module, found in IMPORTS.items()
+        for module, found in imports.items()
         for other in found
         if room_of(module) in CORE and room_of(other) in ABOVE_CORE
     }
     assert not upwards
 
 
-def test_nothing_imports_the_servers():
+def test_nothing_imports_the_servers(imports):
     """But the commands that start them."""
-    importers = {room_of(module) for module, found in IMPORTS.items() if any(room_of(x) == "serving" for x in found)}
+    importers = {room_of(module) for module, found in imports.items() if any(room_of(x) == "serving" for x in found)}
     assert importers <= {"serving", "commands"}
 
 
-def test_the_packages_face_is_for_the_outside():
-    importers = {room_of(module) for module, found in IMPORTS.items() if "anygpt" in found}
+def test_the_packages_face_is_for_the_outside(imports):
+    importers = {room_of(module) for module, found in imports.items() if "anygpt" in found}
     assert importers <= {"commands", "__main__"}
