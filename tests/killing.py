@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from forked import server
 from safetensors.torch import load_file
 
 from anygpt.parts.manifest import find_fault
@@ -32,15 +33,6 @@ from anygpt.training.folder import find_checkpoints, step_of
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = 24
 START_SECONDS = 600  # until a run that was started has done something
-# What a run imports; a server imports it once, and each run's process is forked from there.
-PRELOADED = [
-    "anygpt.training.cli",
-    "anygpt.toyworld",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.whisper.modeling_whisper",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-]
 
 
 def arguments(stage: int, output: Path, folder: Path, steps: int, processes: int) -> list[str]:
@@ -64,6 +56,7 @@ def run(stage: int, command: list[str], environment: dict[str, str], log: str) -
     from anygpt.training.cli import run_stage
     from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER
 
+    multiprocessing.set_start_method(None, force=True)  # the platform's own: a run's workers are not the server's
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -77,8 +70,7 @@ class Runner:
 
     def __init__(self):
         os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before the server reads them
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
+        self.context = server()
 
     def start(self, stage: int, command: list[str], processes: int, log: Path) -> list[BaseProcess]:
         """The processes of a run, as a launcher would start them."""
