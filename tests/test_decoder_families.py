@@ -1,14 +1,11 @@
 """The newer decoder families: conditions, samples, latents and losses are their pipelines'."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from decoder_families import CAPTIONS, FAMILIES
 from PIL import Image
-from training_utils import REPOSITORY
+from training_utils import run_forked
 
 from anygpt import (
     ModalDecoderModule,
@@ -311,7 +308,8 @@ def test_saved_loaded_and_generating_in_a_new_process(tmp_path):
     made = {}
     for name, family in FAMILIES.items():
         module = ModalDecoderModule(family.decoder(), num_signal_tokens=2)
-        model = MultimodalModel({}, load_language_model("zoo:language_model"), {"thing": module}).eval()
+        language_model = load_language_model("zoo:language_model")
+        model = MultimodalModel({}, language_model, {"thing": module}, init_output_projector_type="linear").eval()
         processor = MultimodalProcessor({}, load_tokenizer("zoo:language_model"), model=model)
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
@@ -319,8 +317,7 @@ def test_saved_loaded_and_generating_in_a_new_process(tmp_path):
         batch = processor(llm_inputs={"text": ["a red ring"]})
         answer = model.generate(**batch, max_new_tokens=4, require=["thing"], decoder_kwargs=options).answers[0]
         made[name] = (answer.images or answer.videos or answer.audios)[0]
-    run = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+    done = run_forked("-c", SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, ours in made.items():
         same([np.load(tmp_path / name / "made.npy")], [np.asarray(ours)])

@@ -1,8 +1,6 @@
 """Decoders that are quantised, whose VAEs work on tiles, or whose weights wait on the CPU."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,7 +9,7 @@ import pytest
 import tiny_pipelines
 import torch
 from decoder_families import CAPTIONS, FAMILIES
-from training_utils import REPOSITORY
+from training_utils import run_forked
 
 from anygpt import (
     ModalDecoderModule,
@@ -61,7 +59,8 @@ def folders(tmp_path_factory):
 
 def compose(decoder):
     module = ModalDecoderModule(decoder, num_signal_tokens=2)
-    model = MultimodalModel({}, load_language_model(LANGUAGE_MODEL), {"thing": module}).eval()
+    language_model = load_language_model(LANGUAGE_MODEL)
+    model = MultimodalModel({}, language_model, {"thing": module}, init_output_projector_type="linear").eval()
     return model, MultimodalProcessor({}, load_tokenizer(LANGUAGE_MODEL), model=model)
 
 
@@ -75,7 +74,7 @@ def settings(tmp_path, decoder, **more):
         "run.output_dir": str(tmp_path / "run"),
         "run.device": "cpu",
         "model.language_model.path": LANGUAGE_MODEL,
-        "model.decoders": json.dumps({"image": decoder}),
+        "model.decoders": json.dumps({"image": {"projector": {"projection_type": "linear"}} | decoder}),
         "data.train": json.dumps([{"path": str(rows)}]),
     } | more
     return parse_config([f"--{name}={value}" for name, value in arguments.items()])
@@ -140,8 +139,7 @@ def test_options_are_saved_and_applied_again_in_a_new_process(tmp_path, folders)
     assert not (tmp_path / "saved/parts").exists()
     batch, chosen = processor(llm_inputs={"text": ["a red ring"]}), {"thing": {"num_inference_steps": 1, "seed": 3}}
     answer = model.generate(**batch, max_new_tokens=4, require=["thing"], decoder_kwargs=chosen).answers[0]
-    run = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), str(tmp_path / "made.npy")]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+    done = run_forked("-c", SCRIPT, tmp_path / "saved", tmp_path / "made.npy")
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_array_equal(np.load(tmp_path / "made.npy"), np.asarray(answer.images[0]))
     with pytest.raises(InputError, match=r"the unet of this .* are quantised, and only a reference"):

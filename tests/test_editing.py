@@ -1,8 +1,6 @@
 """Decoders that edit a reference, and others that start from one: samples, losses, data, generation, bad input."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +11,7 @@ from accelerate import Accelerator
 from decoder_families import CAPTIONS
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
-from training_utils import REPOSITORY
+from training_utils import REPOSITORY, run_forked
 
 from anygpt import (
     ModalDecoderModule,
@@ -295,7 +293,8 @@ def composed(decoder):
     """A model that reads pictures and makes them."""
     encoders = {"image": ModalEncoderModule(load_encoder("zoo:image_encoder", "image"))}
     module = ModalDecoderModule(decoder, num_signal_tokens=2)
-    model = MultimodalModel(encoders, load_language_model("zoo:language_model"), {"image": module}).eval()
+    language_model = load_language_model("zoo:language_model")
+    model = MultimodalModel(encoders, language_model, {"image": module}, init_output_projector_type="linear").eval()
     processors = {"image": load_encoder_processor("zoo:image_encoder", "image")}
     return model, MultimodalProcessor(processors, load_tokenizer("zoo:language_model"), model=model)
 
@@ -485,8 +484,7 @@ def test_stage_3_trains_saves_and_generates_in_a_new_process(folder):
         )
         made[name] = chat.answer(shown, settings).answer.images
         assert (np.asarray(chat.answer(turned, settings).answer.images[0]) != np.asarray(made[name][0])).any()
-    run = [sys.executable, "-c", SCRIPT, str(folder), *made]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+    done = run_forked("-c", SCRIPT, folder, *made)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, ours in made.items():
         same(ours, [np.load(folder / f"{name}.npy")])
@@ -577,7 +575,8 @@ def test_references_of_a_generation_are_one_a_row_for_a_decoder_that_could_use_t
         with pytest.raises(InputError, match="one for each target"):
             processor(llm_inputs={"text": "a"}, decoder_targets={"image": targets | {"references": references}})
     module = ModalDecoderModule(ZeroscopeDecoder(tiny_pipelines.zeroscope()), num_signal_tokens=2)
-    model = MultimodalModel({}, load_language_model("zoo:language_model"), {"video": module})
+    language_model = load_language_model("zoo:language_model")
+    model = MultimodalModel({}, language_model, {"video": module}, init_output_projector_type="linear")
     batch.pop("references", None)
     with pytest.raises(InputError, match="ZeroscopeDecoder takes no reference"):
         model.generate(**batch, max_new_tokens=4, references={"video": [[shown]]})

@@ -24,7 +24,8 @@ def build(parts, tokenizer=None, **options):
     torch.manual_seed(0)
     tokenizer = tokenizer or ModalTokenizerModule(MediaTokenizer(vq_model(), "image"), defaults={"temperature": 0})
     decoder = ModalDecoderModule(parts.decoder("image"), signal="codes", **options)
-    model = MultimodalModel({}, parts.language_model(), {"image": decoder}, {"image": tokenizer}).eval()
+    made = {"image": decoder}, {"image": tokenizer}
+    model = MultimodalModel({}, parts.language_model(), *made, init_output_projector_type="linear").eval()
     return model, MultimodalProcessor({}, parts.tokenizer(), model=model)
 
 
