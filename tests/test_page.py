@@ -33,7 +33,6 @@ from anygpt.chat.chat_model import ChatModel
 from anygpt.media.writing import write_audio
 from anygpt.serving.engine import Engine
 from anygpt.serving.guard import Guard
-from anygpt.serving.page import make_app
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE = 240  # seconds; a browser and a model on a busy machine
@@ -41,6 +40,8 @@ PATIENCE = 240  # seconds; a browser and a model on a busy machine
 
 @pytest.fixture(scope="module")
 def address(tiny_model, tmp_path_factory):
+    from anygpt.serving.page import make_app  # here, since gradio takes seconds, and half of the workers never need it
+
     folder = tmp_path_factory.mktemp("final")
     for one in tiny_model():
         one.save_pretrained(folder)
