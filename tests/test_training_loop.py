@@ -16,7 +16,6 @@ from training_utils import (
     argument_maker,
     assert_same_losses,
     launch,
-    launch_forked,
     logged,
     losses_of,
     sgd,
@@ -152,7 +151,7 @@ def test_rows_without_a_weighted_loss_do_no_harm(make_arguments, tmp_path):
 def test_two_processes_are_one_with_twice_the_batch(make_arguments, tmp_path):
     """With one row a process, each lacks most modalities in every update."""
     two, one = tmp_path / "two", tmp_path / "one"
-    done = launch_forked(3, make_arguments(3, two, *BOARD, steps=4, batch_size=1))
+    done = launch(3, make_arguments(3, two, *BOARD, steps=4, batch_size=1), processes="two_processes_cpu")
     assert done.returncode == 0, done.stderr
     train_here(3, make_arguments(3, one, *BOARD, steps=4, batch_size=2))
     losses = losses_of(one)

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
-from accelerate.utils.launch import prepare_multi_gpu_env
 from forked import Forked
 from safetensors.torch import load_file, save_file
 
@@ -175,25 +173,6 @@ def launch_command(stage, args, processes="one_process"):
 def launch(stage, args, processes="one_process", timeout=180):
     """`accelerate launch --config_file … stages/…`, to its end."""
     return run_process(*launch_command(stage, args, processes), timeout=timeout)
-
-
-def launch_forked(stage, args, processes="two_processes_cpu", timeout=180):
-    """What `launch` does, with the settings that accelerate makes of its file, but without a launcher's own process."""
-    _, _, *options = launch_command(stage, args, processes)
-    settings, _, _ = _validate_launch_command(launch_command_parser().parse_args(list(map(str, options))))
-    size = str(settings.num_processes)
-    places = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-    places["MASTER_PORT"] = str(settings.main_process_port)
-    variables = prepare_multi_gpu_env(settings) | environment() | places
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(settings.num_processes)]
-    started = [Forked([SCRIPTS[stage], *args], variables | rank) for rank in ranks]
-    try:
-        outs, errs = zip(*[process.communicate(timeout) for process in started], strict=True)
-    finally:
-        for process in started:
-            process.kill()
-    code = next((process.returncode for process in started if process.returncode), 0)
-    return subprocess.CompletedProcess(started[0].command, code, "".join(outs), "".join(errs))
 
 
 def reset_accelerate():
