@@ -1,8 +1,7 @@
 """Diffusion decoders: frozen diffusers pipelines that turn conditions into images, video and audio."""
 # ruff: noqa: F401 (the names of the package)
 
-from anygpt.decoders.audioldm import AudioLDMDecoder
-from anygpt.decoders.audioldm2 import AudioLDM2Decoder
+from anygpt.decoders.audioldm import AudioLDM2Decoder, AudioLDMDecoder
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.flux import FluxDecoder, FluxKontextDecoder
@@ -11,10 +10,12 @@ from anygpt.decoders.ltx import LTXDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sana import SanaDecoder
-from anygpt.decoders.sd3 import StableDiffusion3Decoder
-from anygpt.decoders.sdxl import StableDiffusionXLDecoder
 from anygpt.decoders.stable_audio import StableAudioDecoder
-from anygpt.decoders.stable_diffusion import StableDiffusionDecoder
+from anygpt.decoders.stable_diffusion import (
+    StableDiffusion3Decoder,
+    StableDiffusionDecoder,
+    StableDiffusionXLDecoder,
+)
 from anygpt.decoders.targets import (
     AudioTargets,
     ImageTargets,

@@ -5,6 +5,7 @@ Shapes: `B` batch, `T` condition tokens, `D` condition dim, `P` pooled dim, `C` 
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -46,6 +47,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     """Whether padding is zeros, which the network attends to."""
     mask_argument: ClassVar[str | None] = None
     """Name of the mask in the pipeline's call."""
+    encodes: ClassVar[tuple[str | None, ...]] = ("embeds",)
+    """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others."""
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser also reads a reference medium, which it is to edit."""
 
@@ -53,14 +56,14 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(T, D)` of a condition, from the configs of the tokenizer and the text encoder."""
+        """`(T, D)` of a condition, from the configs of the tokenizer and of what has its width."""
         tokens = self.max_sequence_length or self.pipeline.tokenizer.model_max_length
-        return tokens, self.text_encoder.config.hidden_size
+        return tokens, self.denoiser.config.get("joint_attention_dim") or self.text_encoder.config.hidden_size
 
     @property
     def pooled_dim(self) -> int | None:
         """`P` of the pooled condition; None if the decoder has none."""
-        return None
+        return self.denoiser.config.get("pooled_projection_dim")
 
     @property
     def rate(self) -> float | None:
@@ -83,17 +86,25 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
         Differentiable only if the text encoder trains. Captions with too many tokens are cut.
         """
+        if self.max_sequence_length is not None:
+            return self.encode_prompt(captions)
         most, tokenizer = self.condition_shape[0], self.pipeline.tokenizer
         if any(len(ids) > most for ids in tokenizer(captions, verbose=False)["input_ids"]):
             warn_once(f"the {self.modality} decoder reads {most} tokens of a caption: longer captions are cut")
         # diffusers says so of each batch, with the padding of every other caption in it
         with without_report(type(self.pipeline).__module__, "was truncated because"):
-            return self.pipeline.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)[0]
+            return self.encode_prompt(captions)
 
-    def encode_prompt(self, captions: list[str], **more: Any) -> tuple:
-        """What the pipeline's `encode_prompt` returns for `max_sequence_length` tokens and no negative prompt."""
-        more |= {"device": self.device, "max_sequence_length": self.max_sequence_length}
-        return self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **more)
+    def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
+        """Encode as the pipeline does without guidance, with `more` arguments of its `encode_prompt`."""
+        more |= {"device": self.device, "max_sequence_length": self.max_sequence_length, "num_images_per_prompt": 1}
+        more |= {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
+        known = inspect.signature(self.pipeline.encode_prompt).parameters
+        found = self.pipeline.encode_prompt(captions, **{name: more[name] for name in more if name in known})
+        condition = Condition(**{part: x for part, x in zip(self.encodes, found, strict=False) if part is not None})
+        if self.masked:
+            condition.mask = (condition.embeds != 0).any(dim=-1) if self.zero_padding else condition.mask.bool()
+        return condition if self.masked or self.pooled_dim is not None else condition.embeds
 
     def encode_negative(self, prompts: list[str]) -> Tensor | Condition:
         """The pipeline's own encoding of `B` negative prompts."""

@@ -22,6 +22,7 @@ class FluxDecoder(ImageDecoder):
 
     pipeline_name = "FluxPipeline"
     weighting_scheme = "none"
+    encodes = ("embeds", "pooled")
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -32,22 +33,6 @@ class FluxDecoder(ImageDecoder):
     def size_multiple(self) -> int:
         """The VAE's factor times 2, since 2 × 2 latents are a token."""
         return 2 * self.pipeline.vae_scale_factor
-
-    @property
-    def condition_shape(self) -> tuple[int, int]:
-        return self.max_sequence_length, self.transformer.config.joint_attention_dim
-
-    @property
-    def pooled_dim(self) -> int:
-        """`P`, the width of CLIP's pooled output."""
-        return self.transformer.config.pooled_projection_dim
-
-    def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's embeds `(B, T, D)` and pooled `(B, P)`."""
-        embeds, pooled, _ = self.pipeline.encode_prompt(
-            captions, device=self.device, max_sequence_length=self.max_sequence_length
-        )
-        return Condition(embeds, pooled)
 
     def count_tokens(self, latents: Tensor) -> int:
         return super().count_tokens(latents) // 4

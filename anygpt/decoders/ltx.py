@@ -19,6 +19,7 @@ class LTXDecoder(VideoDecoder):
     weighting_scheme = "none"
     masked = True
     mask_argument = "prompt_attention_mask"
+    encodes = ("embeds", "mask")
 
     @property
     def size_multiple(self) -> int:
@@ -28,11 +29,6 @@ class LTXDecoder(VideoDecoder):
     @property
     def frame_multiple(self) -> int:  # type: ignore[override]
         return self.vae.temporal_compression_ratio * self.transformer.config.patch_size_t
-
-    def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's embeds `(B, T, D)` and mask."""
-        embeds, mask, _, _ = self.encode_prompt(captions)
-        return Condition(embeds, mask=mask)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         return super().prompt_arguments(condition, negative) | {"frame_rate": self.frame_rate}

@@ -23,6 +23,7 @@ class SanaDecoder(ImageDecoder):
     weighting_scheme = "none"
     masked = True
     mask_argument = "prompt_attention_mask"
+    encodes = ("embeds", "mask")
 
     @property
     def size_multiple(self) -> int:
@@ -30,15 +31,11 @@ class SanaDecoder(ImageDecoder):
         return math.lcm(32, self.pipeline.vae_scale_factor * self.transformer.config.patch_size)
 
     def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's embeds `(B, T, D)` and mask."""
-        return self._encode(captions, self.call_default("complex_human_instruction"))
+        instruction = self.call_default("complex_human_instruction")
+        return self.encode_prompt(captions, complex_human_instruction=instruction)
 
     def encode_negative(self, prompts: list[str]) -> Condition:
-        return self._encode(prompts, None)
-
-    def _encode(self, texts: list[str], instruction: list[str] | None) -> Condition:
-        embeds, mask, _, _ = self.encode_prompt(texts, complex_human_instruction=instruction)
-        return Condition(embeds, mask=mask.bool())
+        return self.encode_prompt(prompts)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The autoencoder's latents, which have no deviation."""

@@ -41,11 +41,6 @@ class WanDecoder(VideoDecoder):
     def frame_multiple(self) -> int:  # type: ignore[override]
         return self.pipeline.vae_scale_factor_temporal
 
-    def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
-        embeds, _ = self.encode_prompt(captions)
-        return Condition(embeds, mask=(embeds != 0).any(dim=-1))
-
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity prediction."""
         return self.denoiser(noisy, timesteps, condition.embeds).sample
