@@ -49,6 +49,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     """Name of the mask in the pipeline's call."""
     encodes: ClassVar[tuple[str | None, ...]] = ("embeds",)
     """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others."""
+    pixel_multiple: ClassVar[int] = 8
+    """What the pipeline demands height and width in pixels to be multiples of."""
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser also reads a reference medium, which it is to edit."""
 
@@ -170,10 +172,15 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             return DiffusionSchedule(self.pipeline.scheduler)
         return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
 
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The latents that are one token of the denoiser, by axis."""
+        size = self.denoiser.config.get("patch_size", 1)
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def count_tokens(self, latents: Tensor) -> int:
         """Tokens of the denoiser's sequence for latents `(B, C, …)`, on which a flow's shift may depend."""
-        patch = self.denoiser.config.get("patch_size", 1)
-        return math.prod(latents.shape[2:]) // (patch**2 if isinstance(patch, int) else math.prod(patch))
+        return math.prod(latents.shape[2:]) // math.prod(self.patch)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The network's prediction, of the shape of `noisy`."""
@@ -333,8 +340,10 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     @property
     def size_multiple(self) -> int:
-        """What height and width in pixels must be multiples of: the VAE's factor, and 8 as diffusers demands."""
-        return math.lcm(8, getattr(self.pipeline, "vae_scale_factor", 1))
+        """What height and width must be multiples of: `pixel_multiple`, and the pixels of a patch."""
+        names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+        factor = next(getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name))
+        return math.lcm(self.pixel_multiple, factor * self.patch[-1])
 
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """Convert checked options of generation to arguments of `sample`.

@@ -23,19 +23,13 @@ class FluxDecoder(ImageDecoder):
     pipeline_name = "FluxPipeline"
     weighting_scheme = "none"
     encodes = ("embeds", "pooled")
+    pixel_multiple = 1
+    patch = (2, 2)
 
     @property
     def native_size(self) -> tuple[int, int]:
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return side, side
-
-    @property
-    def size_multiple(self) -> int:
-        """The VAE's factor times 2, since 2 × 2 latents are a token."""
-        return 2 * self.pipeline.vae_scale_factor
-
-    def count_tokens(self, latents: Tensor) -> int:
-        return super().count_tokens(latents) // 4
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, reference: Tensor | None = None

@@ -1,6 +1,5 @@
 """Video from LTX-Video: a transformer of all of a clip's latents, on a strongly compressing causal VAE."""
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +19,7 @@ class LTXDecoder(VideoDecoder):
     masked = True
     mask_argument = "prompt_attention_mask"
     encodes = ("embeds", "mask")
-
-    @property
-    def size_multiple(self) -> int:
-        """What the pipeline demands, 32, and the VAE's factor times the transformer's patch size."""
-        return math.lcm(32, self.vae.spatial_compression_ratio * self.transformer.config.patch_size)
+    pixel_multiple = 32
 
     @property
     def frame_multiple(self) -> int:  # type: ignore[override]

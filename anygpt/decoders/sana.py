@@ -1,6 +1,5 @@
 """Images from SANA: a linear transformer on the latents of a deep-compression autoencoder."""
 
-import math
 from typing import Any
 
 import torch
@@ -24,11 +23,7 @@ class SanaDecoder(ImageDecoder):
     masked = True
     mask_argument = "prompt_attention_mask"
     encodes = ("embeds", "mask")
-
-    @property
-    def size_multiple(self) -> int:
-        """What the pipeline demands, 32, and the VAE's factor times the transformer's patch size."""
-        return math.lcm(32, self.pipeline.vae_scale_factor * self.transformer.config.patch_size)
+    pixel_multiple = 32
 
     def encode_text(self, captions: list[str]) -> Condition:
         instruction = self.call_default("complex_human_instruction")

@@ -63,12 +63,8 @@ class StableDiffusion3Decoder(ImageDecoder):
 
     pipeline_name = "StableDiffusion3Pipeline"
     weighting_scheme = "logit_normal"
+    pixel_multiple = 1
     encodes = ("embeds", None, "pooled")
-
-    @property
-    def size_multiple(self) -> int:
-        """The VAE's factor times the transformer's patch size."""
-        return self.pipeline.vae_scale_factor * self.transformer.config.patch_size
 
     @property
     def condition_shape(self) -> tuple[int, int]:

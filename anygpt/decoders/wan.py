@@ -1,6 +1,5 @@
 """Video from Wan 2.1."""
 
-import math
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -24,6 +23,7 @@ class WanDecoder(VideoDecoder):
     masked = True
     zero_padding = True
     native_rate = 16
+    pixel_multiple = 16
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: Any):
         parts, config = pipeline.components, pipeline.config
@@ -33,14 +33,8 @@ class WanDecoder(VideoDecoder):
         super().__init__(pipeline, **settings)
 
     @property
-    def size_multiple(self) -> int:
-        """What the pipeline demands, 16, and the VAE's factor times the transformer's patch size."""
-        return math.lcm(16, self.pipeline.vae_scale_factor_spatial * self.transformer.config.patch_size[1])
-
-    @property
     def frame_multiple(self) -> int:  # type: ignore[override]
         return self.pipeline.vae_scale_factor_temporal
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The transformer's velocity prediction."""
         return self.denoiser(noisy, timesteps, condition.embeds).sample

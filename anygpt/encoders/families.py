@@ -19,47 +19,6 @@ Inputs = Mapping[str, Any]
 Count = Callable[[PreTrainedConfig, Inputs], list[int]]
 
 
-@dataclass(frozen=True)
-class EncoderFamily:
-    """How to load and call an encoder, and how to read and count its features.
-
-    Attributes:
-        main_input: name of the main input in the processor's output; its first axis counts the inputs unless packed.
-        count: `(config, inputs) -> [features of each input]`, for inputs as the processor returns them.
-        encoder_class: dotted path of the class to load from a checkpoint of this `model_type`; `AutoModel` if None.
-        arguments: `{processor's name: encoder's argument}`, where they differ.
-        prepare: `(config, arguments) -> arguments`, for changes beyond renaming.
-        select: `(config, output) -> (items, n, features) | (total, features)`; the output's first entry if None.
-        feature_size: `config -> int`, where it is not `hidden_size`.
-        layout: `fixed`, the same number of features for each input; `padded`, `(items, n, features)` with the first
-            `count` valid; `packed`, `(total, features)` with inputs concatenated.
-        counted_by: outputs of the processor that the encoder does not take (that only `count` reads, if any).
-        pool_size: `config -> int`, features per clip, which a pooled projector averages; all of the input's if None.
-        processor_options: processor arguments needed to obtain everything that `count` and `prepare` read.
-        class_token: whether the first feature is a class token.
-        names: tensor name prefixes in checkpoints of models around the encoder (such as with heads); see `Whole`.
-        optional: constructor arguments by tensor name prefix, applied if the checkpoint has no such tensors.
-    """
-
-    main_input: str | None
-    count: Count | None
-    encoder_class: str | None = None
-    arguments: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] | None = None
-    select: Callable[[PreTrainedConfig, Any], Tensor] | None = None
-    feature_size: Callable[[PreTrainedConfig], int] | None = None
-    layout: str = "fixed"
-    counted_by: tuple[str, ...] = ()
-    pool_size: Callable[[PreTrainedConfig], int] | None = None
-    processor_options: Mapping[str, Any] = field(default_factory=dict)
-    class_token: bool = False
-    names: Mapping[str, str | None] = field(default_factory=dict)
-    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def load_class(self) -> Any:
-        return AutoModel if self.encoder_class is None else pkgutil.resolve_name(self.encoder_class)
-
-
 # ------------------------------------------------------------------------------------------------ numbers of features
 
 
@@ -73,6 +32,12 @@ def patches(config: PreTrainedConfig, inputs: Inputs) -> int:
     height, width = inputs["pixel_values"][0].shape[-2:]
     down, across = _pair(config.patch_size)
     return (height // down) * (width // across)
+
+
+def count_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
+    """Patches of images of one size, a class token and registers (arXiv 2309.16588) if the family has them."""
+    others = FAMILIES[config.model_type].class_token + getattr(config, "num_register_tokens", 0)
+    return [others + patches(config, inputs)] * len(inputs["pixel_values"])
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -158,6 +123,48 @@ def count_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
     return [sum(frames) - bool(config.drop_cls) * len(frames) for frames in counts]
 
 
+@dataclass(frozen=True)
+class EncoderFamily:
+    """How to load and call an encoder, and how to read and count its features.
+
+    Attributes:
+        main_input: name of the main input in the processor's output; its first axis counts the inputs unless packed.
+        count: `(config, inputs) -> [features of each input]`, for inputs as the processor returns them; `count_patches`
+            by default.
+        encoder_class: dotted path of the class to load from a checkpoint of this `model_type`; `AutoModel` if None.
+        arguments: `{processor's name: encoder's argument}`, where they differ.
+        prepare: `(config, arguments) -> arguments`, for changes beyond renaming.
+        select: `(config, output) -> (items, n, features) | (total, features)`; the output's first entry if None.
+        feature_size: `config -> int`, where it is not `hidden_size`.
+        layout: `fixed`, the same number of features for each input; `padded`, `(items, n, features)` with the first
+            `count` valid; `packed`, `(total, features)` with inputs concatenated.
+        counted_by: outputs of the processor that the encoder does not take (that only `count` reads, if any).
+        pool_size: `config -> int`, features per clip, which a pooled projector averages; all of the input's if None.
+        processor_options: processor arguments needed to obtain everything that `count` and `prepare` read.
+        class_token: whether the first feature is a class token.
+        names: tensor name prefixes in checkpoints of models around the encoder (such as with heads); see `Whole`.
+        optional: constructor arguments by tensor name prefix, applied if the checkpoint has no such tensors.
+    """
+
+    main_input: str | None = "pixel_values"
+    count: Count | None = count_patches
+    encoder_class: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] | None = None
+    select: Callable[[PreTrainedConfig, Any], Tensor] | None = None
+    feature_size: Callable[[PreTrainedConfig], int] | None = None
+    layout: str = "fixed"
+    counted_by: tuple[str, ...] = ()
+    pool_size: Callable[[PreTrainedConfig], int] | None = None
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
+    class_token: bool = False
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def load_class(self) -> Any:
+        return AutoModel if self.encoder_class is None else pkgutil.resolve_name(self.encoder_class)
+
+
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
@@ -167,78 +174,62 @@ def _under(model: str, *heads: str) -> dict[str, str | None]:
 
 _OLD_VISION = {"vision_model.": "", "visual_projection.": None}
 _QWEN_ARGUMENTS = {"pixel_values": "hidden_states", "image_grid_thw": "grid_thw"}
-_PATCHES = same("pixel_values", patches)
-_CLASS_AND_PATCHES = same("pixel_values", lambda config, inputs: 1 + patches(config, inputs))
-_WITH_REGISTERS = same(  # arXiv 2309.16588
-    "pixel_values", lambda config, inputs: 1 + config.num_register_tokens + patches(config, inputs)
-)
 _MODELS = "transformers.models."
 
 FAMILIES: dict[str, EncoderFamily] = {
     # images
     "clip_vision_model": EncoderFamily(
-        "pixel_values", _CLASS_AND_PATCHES, "transformers.CLIPVisionModel", class_token=True, names=_OLD_VISION
+        encoder_class="transformers.CLIPVisionModel", class_token=True, names=_OLD_VISION
     ),
     "siglip_vision_model": EncoderFamily(
-        "pixel_values", _PATCHES, "transformers.SiglipVisionModel", counted_by=("num_crops",), names=_OLD_VISION
+        encoder_class="transformers.SiglipVisionModel", counted_by=("num_crops",), names=_OLD_VISION
     ),
     "siglip2_vision_model": EncoderFamily(
-        "pixel_values",
-        products("spatial_shapes"),
-        "transformers.Siglip2VisionModel",
+        count=products("spatial_shapes"),
+        encoder_class="transformers.Siglip2VisionModel",
         layout="padded",
         names=_OLD_VISION,
     ),
     "vit": EncoderFamily(
-        "pixel_values",
-        _CLASS_AND_PATCHES,
         class_token=True,
         names=_under("vit", "classifier.", "decoder.", "vit.embeddings.mask_token", "embeddings.mask_token"),
         optional={"pooler.": {"add_pooling_layer": False}},
     ),
-    "dinov2": EncoderFamily(
-        "pixel_values", _CLASS_AND_PATCHES, class_token=True, names=_under("dinov2", "classifier.")
-    ),
-    "dinov2_with_registers": EncoderFamily(
-        "pixel_values", _WITH_REGISTERS, class_token=True, names=_under("dinov2_with_registers", "classifier.")
-    ),
-    "dinov3_vit": EncoderFamily("pixel_values", _WITH_REGISTERS, class_token=True),
+    "dinov2": EncoderFamily(class_token=True, names=_under("dinov2", "classifier.")),
+    "dinov2_with_registers": EncoderFamily(class_token=True, names=_under("dinov2_with_registers", "classifier.")),
+    "dinov3_vit": EncoderFamily(class_token=True),
     "dinov3_convnext": EncoderFamily(
-        "pixel_values", same("pixel_values", convnext_cells), feature_size=lambda config: config.hidden_sizes[-1]
+        count=same("pixel_values", convnext_cells), feature_size=lambda config: config.hidden_sizes[-1]
     ),
     "efficientnet": EncoderFamily(
-        "pixel_values",
-        same("pixel_values", efficientnet_cells),
-        "transformers.EfficientNetModel",
+        count=same("pixel_values", efficientnet_cells),
+        encoder_class="transformers.EfficientNetModel",
         select=lambda config, output: output[0].flatten(2).mT,
         feature_size=lambda config: config.hidden_dim,
         names=_under("efficientnet", "classifier."),
     ),
-    "internvl_vision": EncoderFamily("pixel_values", _CLASS_AND_PATCHES, class_token=True, counted_by=("num_patches",)),
+    "internvl_vision": EncoderFamily(class_token=True, counted_by=("num_patches",)),
     "pixtral": EncoderFamily(  # a single row of all images
-        "pixel_values", count_pixtral_patches, select=lambda config, output: output[0][0], layout="packed"
+        count=count_pixtral_patches, select=lambda config, output: output[0][0], layout="packed"
     ),
     "qwen2_vl_vision": EncoderFamily(  # the second entry holds the merged patches
-        "pixel_values",
-        count_merged_patches,
-        f"{_MODELS}qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+        count=count_merged_patches,
+        encoder_class=f"{_MODELS}qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
         arguments=_QWEN_ARGUMENTS,
         select=lambda config, output: output[1],
         layout="packed",
     ),
     "qwen2_5_vl_vision": EncoderFamily(
-        "pixel_values",
-        count_merged_patches,
-        f"{_MODELS}qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+        count=count_merged_patches,
+        encoder_class=f"{_MODELS}qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
         arguments=_QWEN_ARGUMENTS,
         select=lambda config, output: output[1],
         feature_size=lambda config: config.out_hidden_size,
         layout="packed",
     ),
     "anygpt_qwen2_vl_patches": EncoderFamily(
-        "pixel_values",
-        products("image_grid_thw"),
-        "anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
+        count=products("image_grid_thw"),
+        encoder_class="anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
         arguments=_QWEN_ARGUMENTS,
         feature_size=lambda config: config.embed_dim,
         layout="packed",

@@ -60,16 +60,10 @@ _DUAL_IMAGE = {
     **dict.fromkeys(("text_model.", "visual_projection.", "text_projection.", "logit_", "classifier.")),
 }
 WHOLE_MODELS: dict[str, Whole] = {
-    "clip": Whole(_VISION, _DUAL_IMAGE),
-    "siglip": Whole(_VISION, _DUAL_IMAGE),
-    "siglip2": Whole(_VISION, _DUAL_IMAGE),
-    "llava": Whole(_VISION, _tower("vision_tower")),
+    **dict.fromkeys(("clip", "siglip", "siglip2"), Whole(_VISION, _DUAL_IMAGE)),
+    **dict.fromkeys(("llava", "mistral3", "gemma3", "paligemma", "internvl"), Whole(_VISION, _tower("vision_tower"))),
     "llava_next": Whole(_VISION, _tower("vision_tower", "image_newline"), image_processor=CLIPImageProcessorPil),
     "llava_onevision": Whole(_VISION, _tower("vision_tower", "image_newline"), image_processor=SiglipImageProcessorPil),
-    "mistral3": Whole(_VISION, _tower("vision_tower")),
-    "gemma3": Whole(_VISION, _tower("vision_tower")),
-    "paligemma": Whole(_VISION, _tower("vision_tower")),
-    "internvl": Whole(_VISION, _tower("vision_tower")),
     "qwen2_vl": Whole(_VISION, _tower("visual")),
     "qwen2_5_vl": Whole(_VISION, _tower("visual")),
     "vit_mae": Whole(  # as a ViT, since its own class drops patches at random
