@@ -99,11 +99,13 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
         """Encode as the pipeline does without guidance, with `more` arguments of its `encode_prompt`."""
+        encode = getattr(self.pipeline, "encode_prompt", None) or self.pipeline._encode_prompt
         more |= {"device": self.device, "max_sequence_length": self.max_sequence_length, "num_images_per_prompt": 1}
         more |= {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
-        known = inspect.signature(self.pipeline.encode_prompt).parameters
-        found = self.pipeline.encode_prompt(captions, **{name: more[name] for name in more if name in known})
-        condition = Condition(**{part: x for part, x in zip(self.encodes, found, strict=False) if part is not None})
+        known = inspect.signature(encode).parameters
+        found = encode(captions, **{name: more[name] for name in more if name in known})
+        parts = zip(self.encodes, found if isinstance(found, tuple) else [found], strict=False)
+        condition = Condition(**{part: x for part, x in parts if part is not None})
         if self.masked:
             condition.mask = (condition.embeds != 0).any(dim=-1) if self.zero_padding else condition.mask.bool()
         return condition if self.masked or self.pooled_dim is not None else condition.embeds

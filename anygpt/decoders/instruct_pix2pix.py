@@ -36,9 +36,6 @@ class InstructPix2PixDecoder(ImageDecoder):
         safe = {"requires_safety_checker": pipeline.config.requires_safety_checker}
         return cls(find_pipeline(cls.pipeline_name)(unet=wide, **parts, **safe))
 
-    def encode_text(self, captions: list[str]) -> Tensor:
-        return self.pipeline._encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
-
     def encode_reference(self, reference: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` without noise, unscaled as in the pipeline."""
         return super().encode_reference(reference) / self.vae.config.scaling_factor

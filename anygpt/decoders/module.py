@@ -19,7 +19,7 @@ class ModalDecoderModule(MediaMaker):
     """One output modality: states at a signal span → output projector → condition → diffusion decoder.
 
     Args:
-        model: the diffusion decoder.
+        model: the diffusion decoder, the attribute `module`.
         projector: if None, built by `MultimodalModel` with sizes from both sides.
         num_signal_tokens: `N`; if None, the paper's count for the modality.
         hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the paper),
@@ -29,11 +29,6 @@ class ModalDecoderModule(MediaMaker):
             tokenizer of the same key, which the language model predicts); see `SignalTokens`.
         defaults: default options of generation, such as `{"guidance_scale": 2}`, before the pipeline's own. Saved with
             the model.
-
-    Attributes:
-        module: the diffusion decoder.
-        projector: the `OutputProjector`.
-        layer_weights: `(layers + 1,)` logits of the mix, or None.
     """
 
     def __init__(
@@ -62,7 +57,7 @@ class ModalDecoderModule(MediaMaker):
         self.num_signal_tokens = num_signal_tokens
         self.hidden_layer = hidden_layer
         self.modality = modality or model.modality
-        self.layer_weights: nn.Parameter | None = None
+        self.layer_weights: nn.Parameter | None = None  # logits of the mix, (layers + 1,)
         self.defaults = defaults or {}
 
     own_options = property(lambda self: self.module.pipeline_options | self.options({}))

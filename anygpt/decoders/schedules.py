@@ -115,14 +115,13 @@ class DiffusionSchedule(TrainingSchedule):
 class FlowSchedule(TrainingSchedule):
     """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the pipeline's noise levels.
 
-    `scheme` is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and the loss weights. An
-    unknown one, or a scheduler that is not configured for flow matching, is an `InputError`.
+    `scheme`, of `WEIGHTING_SCHEMES`, is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and
+    the loss weights. A scheduler that is not configured for flow matching is an `InputError`.
     """
 
     method = "flow matching"
 
-    def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
-        check_scheme(scheme)
+    def __init__(self, scheduler: Any, scheme: str):
         self.scheme = scheme
         config = scheduler.config
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
@@ -192,8 +191,3 @@ class AngularSchedule(TrainingSchedule):
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         angles = (timesteps * torch.pi / 2).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))
         return angles.cos() * latents + angles.sin() * noise, angles.cos() * noise - angles.sin() * latents
-
-
-def check_scheme(scheme: str) -> None:
-    if scheme not in WEIGHTING_SCHEMES:
-        raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")

@@ -54,11 +54,6 @@ class StableAudioDecoder(AudioDecoder):
         window = self.transformer.config.sample_size * self.vae.hop_length
         return WaveformTargets(window, self.sampling_rate, self.vae.config.audio_channels, length)
 
-    def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's embeds `(B, T, D)`, and where they are not the zeros of padding."""
-        embeds = self.pipeline.encode_prompt(captions, self.device, False)
-        return Condition(embeds, mask=(embeds != 0).any(dim=-1))
-
     @cached_property
     def schedule(self) -> AngularSchedule:
         return AngularSchedule(self.pipeline.scheduler)

@@ -14,7 +14,7 @@ from torch import nn
 
 from anygpt.decoders.options import is_integer
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
-from anygpt.decoders.schedules import check_scheme
+from anygpt.decoders.schedules import WEIGHTING_SCHEMES
 from anygpt.errors import InputError, warn_once
 from anygpt.parts.files import Place
 
@@ -84,7 +84,8 @@ class WrappedPipeline(nn.Module):
         if weighting_scheme is not None:
             if self.weighting_scheme is None:
                 raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")
-            check_scheme(weighting_scheme)
+            if weighting_scheme not in WEIGHTING_SCHEMES:
+                raise InputError(f"weighting_scheme is {weighting_scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")
             self.weighting_scheme = weighting_scheme
         self.save_memory(vae_tiling=vae_tiling, vae_slicing=vae_slicing, offload=offload)
         self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
