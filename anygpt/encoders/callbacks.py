@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -14,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from anygpt.encoders.families import FAMILIES
+from anygpt.encoders.projector import with_features
 from anygpt.errors import InputError
 
 
@@ -57,13 +57,6 @@ class EncoderCallbacks(SavedCallback, nn.Module):
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
         """Number of features of each input; replaces the family's count."""
         raise NotImplementedError
-
-
-def with_features(output: Any, features: Any) -> Any:
-    """A `ModelOutput` or tuple with its first entry replaced; `features` itself for a tensor."""
-    if isinstance(output, ModelOutput):
-        return type(output)(**(dict(output) | {next(iter(output.keys())): features}))
-    return features if isinstance(output, Tensor) else (features, *output[1:])
 
 
 class LlavaCallbacks(EncoderCallbacks):
@@ -142,13 +135,10 @@ class LlavaNextCallbacks(LlavaCallbacks):
         return torch.cat([tiles[0], torch.cat([plane, newline], dim=-1).flatten(1).T])
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        counts = []
-        for size in map(_pair, inputs["image_sizes"]):
-            rows, columns = get_anyres_image_grid_shape(size, self.grid_pinpoints, self.tile_size)
-            # On the meta device, to get unpad_image's own rounding without memory.
-            plane = unpad_image(torch.empty(1, rows * self.side, columns * self.side, device="meta"), size)
-            counts.append(self.side**2 + plane.shape[1] * (plane.shape[2] + 1))
-        return counts
+        # The packing itself, on the meta device, to have unpad_image's own rounding without memory.
+        tile = torch.empty(1, self.side**2, len(self.image_newline), device="meta")
+        sizes = map(_pair, inputs["image_sizes"])
+        return [len(self.pack(tile.expand(self.num_tiles(size), -1, -1), size)) for size in sizes]
 
 
 def _pair(size: Any) -> tuple[int, int]:

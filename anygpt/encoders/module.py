@@ -9,9 +9,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from anygpt.encoders.callbacks import EncoderCallbacks, with_features
+from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.families import FAMILIES, UNKNOWN, EncoderFamily
-from anygpt.encoders.projector import FIXED_LAYOUT_ONLY, MultimodalProjector, MultimodalProjectorConfig, hidden_size_of
+from anygpt.encoders.projector import (
+    FIXED_LAYOUT_ONLY,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    first_of,
+    hidden_size_of,
+    with_features,
+)
 from anygpt.errors import InputError
 
 FEATURES = "features"  # input that replaces all others: precomputed input of the projector (see `encode`)
@@ -164,7 +171,7 @@ class ModalEncoderModule(nn.Module):
             output = with_features(output, self._split(output, list(counts)))
         if self.postprocess_projector_callback is not None:
             output = self.postprocess_projector_callback(inputs, output)
-        return output if isinstance(output, list) else _first(output)
+        return output if isinstance(output, list) else first_of(output)
 
     def encode(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Input of the projector for each input, `(n, features)`, without padding.
@@ -174,7 +181,7 @@ class ModalEncoderModule(nn.Module):
         inputs, output = self._encode(inputs)
         if self.family.layout != "fixed":
             return self._split(output, self.family.count(self.config, inputs))
-        return list(_first(output))
+        return list(first_of(output))
 
     def _project(self, features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(features, Tensor):
@@ -213,7 +220,7 @@ class ModalEncoderModule(nn.Module):
         return inputs, output
 
     def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
-        features = _first(output)
+        features = first_of(output)
         if self.family.layout == "packed":
             return list(features.split(counts))
         return [item[:count] for item, count in zip(features, counts, strict=True)]
@@ -230,7 +237,3 @@ def count_features(
         return None
     counts = callbacks.count(config, inputs) if callbacks else FAMILIES[config.model_type].count(config, inputs)
     return [projector.features_after(count) for count in counts]
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]

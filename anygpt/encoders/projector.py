@@ -26,6 +26,18 @@ def hidden_size_of(config: Any) -> int:
     )
 
 
+def first_of(output: Any) -> Tensor:
+    """The features in an encoder's output: its first entry, or the tensor itself."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_features(output: Any, features: Any) -> Any:
+    """A `ModelOutput` or tuple with its first entry replaced; `features` itself for a tensor."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**(dict(output) | {next(iter(output.keys())): features}))
+    return features if isinstance(output, Tensor) else (features, *output[1:])
+
+
 class MultimodalProjectorConfig(PreTrainedConfig):
     """Config of a `MultimodalProjector`.
 
@@ -107,22 +119,15 @@ class MultimodalProjector(PreTrainedModel):
         """Keep the initialization of the modules' constructors."""
 
     def forward(self, features: Tensor | ModelOutput | tuple) -> Any:
-        """Project a tensor, or the first entry of an encoder's output, which keeps its type."""
-        if isinstance(features, Tensor):
-            return self._project(features)
-        if isinstance(features, ModelOutput):
-            return type(features)(**{next(iter(features.keys())): self._project(features[0])})
-        return (self._project(features[0]), *features[1:])
-
-    def _project(self, features: Tensor) -> Tensor:
-        expected = self.config.in_features
-        if expected is not None and features.shape[-1] != expected:
+        """Project a tensor, or the first entry of an encoder's output, which keeps its type and its other entries."""
+        given, expected = first_of(features), self.config.in_features
+        if expected is not None and given.shape[-1] != expected:
             raise InputError(
-                f"the encoder gives features of size {features.shape[-1]}, but its projector expects {expected}"
+                f"the encoder gives features of size {given.shape[-1]}, but its projector expects {expected}"
             )
         # A frozen encoder may run in half precision, while the projector's parameters are in fp32.
-        dtype = next((p.dtype for p in self.projection.parameters()), features.dtype)
-        return self.projection(features.to(dtype))
+        dtype = next((p.dtype for p in self.projection.parameters()), given.dtype)
+        return with_features(features, self.projection(given.to(dtype)))
 
 
 class PooledProjection(nn.Module):

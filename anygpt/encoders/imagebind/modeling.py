@@ -235,8 +235,6 @@ class ImageBindModel(PreTrainedModel):
             inputs = inputs.unsqueeze(2).expand(-1, -1, self.config.video_frames, -1, -1)
         mask = None
         if tower == "text":
-            if inputs.shape[-1] != TEXT_LENGTH:
-                raise InputError(f"ImageBind's texts have {TEXT_LENGTH} token ids, not {inputs.shape[-1]}")
             mask = torch.ones(TEXT_LENGTH, TEXT_LENGTH, dtype=torch.bool, device=inputs.device).triu(1)
         else:
             inputs = inputs.to(self.dtype)
