@@ -6,7 +6,6 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.flux import FluxDecoder, FluxKontextDecoder
 from anygpt.decoders.instruct_pix2pix import InstructPix2PixDecoder
-from anygpt.decoders.ltx import LTXDecoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.decoders.sana import SanaDecoder
@@ -24,5 +23,4 @@ from anygpt.decoders.targets import (
     WaveformTargets,
     target_processor_from_dict,
 )
-from anygpt.decoders.wan import WanDecoder
-from anygpt.decoders.zeroscope import ZeroscopeDecoder
+from anygpt.decoders.videos import LTXDecoder, WanDecoder, ZeroscopeDecoder
