@@ -63,12 +63,11 @@ def validate(
     """
     if num_workers > MAX_WORKERS:
         raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core.")
+    next(iterate_samples(source), None)  # raises for a file of which nothing can be read
     report = Report()
     ids, conversations = array("Q"), array("Q")
     rows = CheckedRows(source, deep, limits, lengths, max_tokens)
     for row in progress(_checked(rows, num_workers)):
-        if row.unreadable and not report.rows:
-            raise row.faults[0]
         report.rows += 1
         report.samples += not row.faults
         report.tokens += row.tokens
@@ -104,14 +103,12 @@ def _checked(rows: "CheckedRows", num_workers: int) -> Iterator["CheckedRow"]:
 
 @dataclass
 class CheckedRow:
-    """What `validate` counts of a row. `hashes` are of its id and its conversation (None if it is no sample);
-    `unreadable`: its fault keeps the rest of the file from being read."""
+    """What `validate` counts of a row. `hashes` are of its id and its conversation (None if it is no sample)."""
 
     faults: list[InputError]
     tokens: int = 0
     media: list[str] = field(default_factory=list)
     hashes: tuple[int, int] | None = None
-    unreadable: bool = False
 
 
 @dataclass
@@ -127,19 +124,8 @@ class CheckedRows(IterableDataset):
     def __iter__(self) -> Iterator[CheckedRow]:
         worker = get_worker_info()
         share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        rows, number = iterate_samples(self.source), 0
-        while True:
-            try:
-                row = next(rows, None)
-            except InputError as fault:
-                if number % shares == share:
-                    yield CheckedRow([fault], unreadable=True)
-                return
-            if row is None:
-                return
-            if number % shares == share:
-                yield CheckedRow([row]) if isinstance(row, InputError) else self.check(row)
-            number += 1
+        for row in islice(_to_the_end(iterate_samples(self.source)), share, None, shares):
+            yield CheckedRow([row]) if isinstance(row, InputError) else self.check(row)
 
     def check(self, sample: Sample) -> CheckedRow:
         missing, tokens = sample.missing_files(), 0
@@ -179,6 +165,14 @@ class CheckedRows(IterableDataset):
         if self.deep:
             refuse_reserved(usual_reserved_tokens(), sample)
         return 0
+
+
+def _to_the_end(rows: Iterator[Sample | InputError]) -> Iterator[Sample | InputError]:
+    """The rows, and last the fault that keeps the rest of the file from being read, if there is one."""
+    try:
+        yield from rows
+    except InputError as fault:
+        yield fault
 
 
 def _hash(text: str) -> int:
