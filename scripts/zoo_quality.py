@@ -29,8 +29,7 @@ from anygpt.commands import REPOSITORY, execute
 from anygpt.data.collation import move
 from anygpt.errors import InputError
 from anygpt.toyworld import language
-from anygpt.toyworld.evaluation.answers import Settings, ask, batches, judge, share
-from anygpt.toyworld.evaluation.baselines import upper_bound
+from anygpt.toyworld.evaluation.answers import Examiner, Settings, batches, judge, share
 from anygpt.toyworld.evaluation.matrix import talk_table
 from anygpt.toyworld.evaluation.requests import talk_requests
 from anygpt.toyworld.render import SAMPLING_RATE, render
@@ -68,7 +67,7 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     for key, found in probe_encoders(model, processor, renders=40, fresh=50, seed=seed).items():
         shares = {f"{what} of {names[key]}, linear probe": one for what, one in found.items()}
         quality[ENCODERS[key][0]] |= shares
-    asked = ask(model, processor, talk_requests(HELD_OUT, samples, seed), settings)
+    asked = Examiner(model, processor, settings).ask(talk_requests(HELD_OUT, samples, seed))
     quality["language_model"] = talk_table([judge(*pair) for pair in asked])
     decoders = {}
     for key, guidance in GUIDANCE.items():
@@ -76,12 +75,14 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
         decoder = load_decoder(str(parts / f"{key}_decoder"))
         decoders[key] = ModalDecoderModule(decoder, num_signal_tokens=1, defaults=defaults)
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
-        bounds = upper_bound(MultimodalModel({}, model.language_model, decoders), HELD_OUT, settings, bar.update)
+        maker = MultimodalModel({}, model.language_model, decoders)
+        bounds = Examiner(maker, processor, settings, bar.update).upper_bound(HELD_OUT)
     for key, bound in bounds.items():
         motion = {"motion under true captions": bound.pop("motion")} if "motion" in bound else {}
         quality[f"{key}_decoder"] = {"shape and colour under true captions": bound} | motion
     tokenizers = {key: load_media_tokenizer(parts / name, key, **given) for key, (name, given) in TOKENIZERS.items()}
-    bounds = upper_bound(MultimodalModel({}, model.language_model, {}, tokenizers), THINGS, settings, lambda _: None)
+    maker = MultimodalModel({}, model.language_model, {}, tokenizers)
+    bounds = Examiner(maker, processor, settings).upper_bound(THINGS)
     for key, bound in bounds.items():
         motion = {f"motion of {names[key]} made of its codes": bound.pop("motion")} if "motion" in bound else {}
         quality[TOKENIZERS[key][0]] |= {f"shape and colour of {names[key]} made of its codes": bound} | motion

@@ -16,8 +16,7 @@ from anygpt import InputError, commands
 from anygpt.media.types import read_media
 from anygpt.outputs import Answer, Segment
 from anygpt.toyworld import COLOURS, HELD_OUT, SEEN, SHAPES, language
-from anygpt.toyworld.evaluation.answers import Settings, ask, hold, judge, share, wilson_interval
-from anygpt.toyworld.evaluation.baselines import moving_caption
+from anygpt.toyworld.evaluation.answers import Examiner, Settings, judge, moving_caption, share, wilson_interval
 from anygpt.toyworld.evaluation.matrix import cell_table, check_settings, motion_table, turn_table
 from anygpt.toyworld.evaluation.requests import TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.language import plain_caption
@@ -157,10 +156,10 @@ def test_answers_come_back_with_their_own_requests(tiny_model, tmp_path):
     model, processor = tiny_model()
     asked = matrix_requests(tmp_path, WAYS, ("text", "image"), HELD_OUT, 1, seed=0)
     settings = Settings(batch_size=3, max_new_tokens=5, steps=dict.fromkeys(WAYS[1:], 1))
-    together = list(ask(model, processor, asked, settings))
+    together = list(Examiner(model, processor, settings).ask(asked))
     assert {request.id for request, _ in together} == {request.id for request in asked}
     for request, answer in together:
-        ((_, alone),) = ask(model, processor, [request], settings)
+        ((_, alone),) = Examiner(model, processor, settings).ask([request])
         assert answer.text == alone.text
 
 
@@ -241,7 +240,7 @@ def test_a_conversation_is_held_with_its_own_answers(tiny_model, tmp_path):
     """Each turn's prompt holds what was asked and answered before, generated media as inputs of the next turn."""
     model, processor = tiny_model()
     conversations = conversation_requests(tmp_path, WAYS, WAYS, HELD_OUT, 2, seed=0)
-    judged = hold(model, processor, conversations, Settings(max_new_tokens=20))
+    judged = Examiner(model, processor, Settings(max_new_tokens=20)).hold(conversations)
     for turn, ones in enumerate(judged):
         for one in ones:
             assert [m["role"] for m in one.request.before] == ["user", "assistant"] * turn

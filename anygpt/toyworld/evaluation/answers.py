@@ -1,6 +1,7 @@
-"""The model's answers to requests, their judgement, and shares of right ones."""
+"""The model's answers to requests, the baselines beside them, their judgement, and shares of right ones."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,17 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from anygpt.decoders.conditions import Condition
+from anygpt.decoders.module import ModalDecoderModule
+from anygpt.media.types import is_heard
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
 from anygpt.processing.chat_template import answer_message
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.tokenizers.module import ModalTokenizerModule
+from anygpt.toyworld import language
 from anygpt.toyworld.evaluation.requests import TURNS, WAYS, Request
 from anygpt.toyworld.judges import answers_question, load_judges, read_words
-from anygpt.toyworld.render import SAMPLING_RATE
+from anygpt.toyworld.render import SAMPLING_RATE, render
+from anygpt.toyworld.world import MOTIONS, Thing
 
 Verdict = tuple[str | None, str | None]
 """(shape, colour), each None if it is not clear."""
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+_MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -103,52 +111,105 @@ class Judged:
         return self.verdict is not None and self.verdict[1] == self.request.thing.colour
 
 
-def ask(
-    model: MultimodalModel,
-    processor: MultimodalProcessor,
-    requests: Sequence[Request],
-    settings: Settings,
-    progress: Callable[[int], object] = lambda count: None,
-) -> Iterator[tuple[Request, Answer]]:
-    """Generate answers greedily, with no modality required or forbidden.
+@dataclass
+class Examiner:
+    """Asks a model; `progress` is called with numbers of answers that are there."""
 
-    Requests for the same type of medium are batched together, so that each decoder has full batches.
-    """
-    ordered = sorted(requests, key=lambda request: WAYS.index(request.target))  # stable
-    for number, batch in enumerate(batches(ordered, settings.batch_size)):
-        inputs = processor.apply_chat_template(
-            [request.messages() for request in batch], tokenize=True, add_generation_prompt=True
-        )
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        kwargs = {key: settings.sampling(decoder.modality) for key, decoder in model.makers.items()}
-        answers = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            decoder_kwargs={key: {"generator": generator, **options} for key, options in kwargs.items()},
-        ).answers
-        yield from zip(batch, answers, strict=True)
-        progress(len(batch))
+    model: MultimodalModel
+    processor: MultimodalProcessor
+    settings: Settings
+    progress: Callable[[int], object] = lambda count: None
 
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+        """Generate answers greedily, with no modality required or forbidden.
 
-def hold(
-    model: MultimodalModel,
-    processor: MultimodalProcessor,
-    conversations: Sequence[Sequence[Request]],
-    settings: Settings,
-    progress: Callable[[int], object] = lambda count: None,
-) -> list[list[Judged]]:
-    """Hold all conversations, in which the model sees its own answers, and judge these: `[turn][conversation]`."""
-    said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
-    judged = []
-    for turn in range(TURNS):
-        requests = [replace(turns[turn], before=tuple(said[turns[turn].id[:-2]])) for turns in conversations]
-        found = {}
-        for request, answer in ask(model, processor, requests, settings, progress):
-            said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
-            found[request.id] = judge(request, answer)
-        judged.append([found[turns[turn].id] for turns in conversations])
-    return judged
+        Requests for the same type of medium are batched together, so that each decoder has full batches.
+        """
+        ordered = sorted(requests, key=lambda request: WAYS.index(request.target))  # stable
+        for number, batch in enumerate(batches(ordered, self.settings.batch_size)):
+            messages = [request.messages() for request in batch]
+            inputs = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
+            options = {key: self.settings.sampling(maker.modality) for key, maker in self.model.makers.items()}
+            answers = self.model.generate(
+                **inputs.to(self.model.device),
+                max_new_tokens=self.settings.max_new_tokens,
+                do_sample=False,
+                decoder_kwargs={key: {"generator": generator, **asked} for key, asked in options.items()},
+            ).answers
+            yield from zip(batch, answers, strict=True)
+            self.progress(len(batch))
+
+    def hold(self, conversations: Sequence[Sequence[Request]]) -> list[list[Judged]]:
+        """Hold all conversations, in which the model sees its own answers, and judge these: `[turn][conversation]`."""
+        said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
+        judged = []
+        for turn in range(TURNS):
+            requests = [replace(turns[turn], before=tuple(said[turns[turn].id[:-2]])) for turns in conversations]
+            found = {}
+            for request, answer in self.ask(requests):
+                said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
+                found[request.id] = judge(request, answer)
+            judged.append([found[turns[turn].id] for turns in conversations])
+        return judged
+
+    def upper_bound(self, things: Sequence[Thing]) -> dict[str, dict[str, Any]]:
+        """`{output modality: share}` of right media that the decoders make of plain true captions; for clips also the
+        share of right motions. A tokenizer is given renders in place of captions: decode(encode(render)).
+        """
+        result = {}
+        for maker in self.model.makers.values():
+            rng, drawn = np.random.default_rng([self.settings.seed, 77]), []
+            for number in range(self.settings.samples):
+                thing = things[number % len(things)]
+                motion = language.pick(rng, MOTIONS) if maker.modality == "video" else None
+                given = language.plain_caption(thing, motion)
+                if isinstance(maker, ModalTokenizerModule):
+                    given = render(maker.modality, thing, motion, rng)
+                drawn.append((given, thing, motion))
+            result[maker.modality] = self._draw(maker, drawn)
+        return result
+
+    def caption_baseline(self, judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
+        """`{input modality: {output modality: share}}` of right media, for the same requests as the matrix, with text
+        in place of the learned link: the decoder's own text encoder reads the model's description of its input (the
+        matrix's own answers in text, in `judged`), or of a text the request itself.
+        """
+        by_id = {one.request.id: one for one in judged}
+        result: dict[str, dict[str, dict[str, Any]]] = {}
+        for source in dict.fromkeys(one.request.source for one in judged):
+            result[source] = {}
+            for decoder in self.model.decoders.values():
+                drawn, cell = [], (source, decoder.modality)
+                for request in (o.request for o in judged if (o.request.source, o.request.target) == cell):
+                    caption = request.prompt
+                    if source != "text":
+                        said = by_id[request.id.replace(f"-{decoder.modality}-", "-text-")].text
+                        caption = moving_caption(said, request.motion)
+                    drawn.append((caption, request.thing, request.motion))
+                result[source][decoder.modality] = self._draw(decoder, drawn)
+        return result
+
+    def _draw(
+        self, maker: ModalDecoderModule | ModalTokenizerModule, drawn: Sequence[tuple[Any, Thing, str | None]]
+    ) -> dict[str, Any]:
+        """Share of right media that a decoder makes of captions, or a tokenizer of renders; with things and motions."""
+        module, generator, media = maker.module, torch.Generator().manual_seed(self.settings.seed), []
+        for batch in batches(drawn, self.settings.batch_size):
+            given = [one for one, _, _ in batch]
+            self.progress(len(batch))
+            if isinstance(maker, ModalTokenizerModule):
+                given = [(one, SAMPLING_RATE) if is_heard(maker.modality) else one for one in given]
+                media += module.decode(module.encode(given))
+                continue
+            condition = Condition.of(module.encode_text(given))
+            options = maker.options({"generator": generator, **self.settings.sampling(maker.modality)})
+            media += module.sample(condition, **module.sampling_arguments(options, [0] * len(batch)))
+        found = list(zip(judge_media(maker.modality, media, module.rate), drawn, strict=True))
+        result = share(verdict == (thing.shape, thing.colour) for (verdict, _), (_, thing, _) in found)
+        if maker.modality == "video":
+            result["motion"] = share(moves == motion for (_, moves), (_, _, motion) in found)
+        return result
 
 
 def judge(request: Request, answer: Answer) -> Judged:
@@ -185,6 +246,16 @@ def judge_media(modality: str, media: Sequence[Any], rate: float | None) -> list
     else:
         verdicts = judges.audio([np.nan_to_num(sound) for sound in media], round(rate or SAMPLING_RATE))
     return [(verdict, None) for verdict in verdicts]
+
+
+def moving_caption(caption: str, motion: str | None) -> str:
+    """Replace the motion in a caption by the requested one.
+
+    A full stop is kept, since a text encoder trained on sentences encodes a caption without one differently.
+    """
+    still = _MOVES.sub("", caption).strip()
+    words = still.removesuffix(".")
+    return words + (f" moving {motion}" if motion else "") + still[len(words) :]
 
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

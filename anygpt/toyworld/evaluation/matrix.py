@@ -18,8 +18,7 @@ from anygpt.errors import InputError
 from anygpt.media.types import MEDIA, media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.toyworld.evaluation.answers import Judged, Settings, ask, hold, judge, share
-from anygpt.toyworld.evaluation.baselines import caption_baseline, upper_bound
+from anygpt.toyworld.evaluation.answers import Examiner, Judged, Settings, judge, share
 from anygpt.toyworld.evaluation.requests import TALK, TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.world import HELD_OUT, SEEN, VALIDATION
 from anygpt.version import __version__
@@ -43,12 +42,13 @@ def evaluate(
     total = len(requests) + len(talk) + TURNS * len(scripts) + (makes * (1 + len(sources)) if settings.baselines else 0)
     beside: dict[str, Any] = {"upper_bound": {}, "caption_baseline": {}}
     with tqdm(total=total, desc="evaluation", unit="sample", dynamic_ncols=True, mininterval=1) as bar:
-        judged = [judge(*pair) for pair in ask(model, processor, requests, settings, bar.update)]
-        talked = [judge(*pair) for pair in ask(model, processor, talk, settings, bar.update)]
-        turns = hold(model, processor, scripts, settings, bar.update)
+        examiner = Examiner(model, processor, settings, bar.update)
+        judged = [judge(*pair) for pair in examiner.ask(requests)]
+        talked = [judge(*pair) for pair in examiner.ask(talk)]
+        turns = examiner.hold(scripts)
         if settings.baselines:
-            beside["upper_bound"] = upper_bound(model, things, settings, bar.update)
-            beside["caption_baseline"] = caption_baseline(model, judged, settings, bar.update)
+            beside["upper_bound"] = examiner.upper_bound(things)
+            beside["caption_baseline"] = examiner.caption_baseline(judged)
     write_samples(folder, judged)
     cells = cell_table(judged)
     matrix = {i: {o: cell["right"]["rate"] for o, cell in row.items()} for i, row in cells.items()}
