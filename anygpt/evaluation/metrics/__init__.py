@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from anygpt.data.rows import nearest
 from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
-from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, Metric, Value
-from anygpt.evaluation.metrics.composition import CompositionScore, EditScore, SceneScore
+from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, MeanOfMeans, Metric, Value
+from anygpt.evaluation.metrics.composition import CompositionScore, edits, scenes
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
 from anygpt.media.types import MEDIA
@@ -74,8 +74,8 @@ METRICS: dict[str, Kind] = {
     "clip_i": Kind(_TO_SOURCE, "image", ("source",), _CLIP),
     "dino": Kind(_TO_SOURCE, "image", ("source",), "facebook/dino-vits16"),
     "composition": Kind(CompositionScore, "image", ("expected",), _CLIP, ("detector", "threshold")),
-    "scenes": Kind(SceneScore, "image", ("caption",)),
-    "toyworld_edit": Kind(EditScore, "image", ("target", "source")),
+    "scenes": Kind(partial(MeanOfMeans, score=scenes), "image", ("caption",)),
+    "toyworld_edit": Kind(_mean(edits), "image", ("target", "source")),
     "fvd": _DISTANCE(Frechet, "video", features="MCG-NJU/videomae-base-finetuned-kinetics", options=("num_frames",)),
     "frame_fid": _DISTANCE(partial(Frechet, by_frame=True), "video", features="inception", options=("num_frames",)),
     "clipsim": _FRAMES(_mean(base.clipsim), needs=("caption",)),

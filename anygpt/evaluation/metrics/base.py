@@ -7,8 +7,10 @@ import functools
 import itertools
 import tempfile
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,18 +82,34 @@ class Metric:
         return [self.network.of_frames(c.frames) for c in batch.media(role, self.modality, self.num_frames)]
 
 
-class Mean(Metric):
-    """Mean over all answers of `score(metric, batch)`, one number per item; all are kept for the interval."""
+Scores = Sequence[float] | Mapping[str, Sequence[float]]
+"""One number per item; or numbers by the suffix of a value's name."""
 
-    def __init__(self, *arguments: Any, score: Callable[[Metric, Batch], Sequence[float]], **options: Any):
+
+class Mean(Metric):
+    """Mean over all answers of what `score(metric, batch)` gives; all numbers are kept for the interval."""
+
+    def __init__(self, *arguments: Any, score: Callable[[Any, Batch], Scores], **options: Any):
         super().__init__(*arguments, **options)
-        self.score, self.scores = score, array("d")
+        self.score = score
+        self.scores: dict[str, array] = defaultdict(partial(array, "d"))
 
     def update(self, batch: Batch) -> None:
-        self.scores.extend(self.score(self, batch))
+        found = self.score(self, batch)
+        for end, scores in found.items() if isinstance(found, Mapping) else [("", found)]:
+            self.scores[end].extend(scores)
 
     def compute(self) -> dict[str, Value]:
-        return {"": mean_value(self.scores)}
+        return {end: mean_value(scores) for end, scores in self.scores.items()}
+
+
+class MeanOfMeans(Mean):
+    """Adds the mean of all means, each of a category of answers, as the first value."""
+
+    def compute(self) -> dict[str, Value]:
+        found = super().compute()
+        value = float(np.mean([one["value"] for one in found.values()]))
+        return {"": {"value": value, "n": sum(one["n"] for one in found.values())}} | found
 
 
 def mean_value(scores: Sequence[float]) -> Value:

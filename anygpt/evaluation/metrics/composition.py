@@ -9,14 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from transformers import pipeline
 
 from anygpt.data.grammar import COLOURS, RELATIONS
 from anygpt.errors import InputError
-from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
+from anygpt.evaluation.metrics.base import Batch, MeanOfMeans, Metric
 from anygpt.evaluation.metrics.features import loading
 from anygpt.toyworld.edits import judge, look
 from anygpt.toyworld.scene_judge import find_things, fits
@@ -65,48 +64,43 @@ def overlap(one: Box, other: Box) -> float:
     return wide * high / max(areas - wide * high, 1e-9)
 
 
-class ByCategory(Metric):
-    """Share of right answers by category; the first value is the mean over categories."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.right: dict[str, list[float]] = defaultdict(list)
-
-    def compute(self) -> dict[str, Value]:
-        found = {f"_{category}": mean_value(right) for category, right in self.right.items()}
-        value = float(np.mean([one["value"] for one in found.values()]))
-        return {"": {"value": value, "n": sum(one["n"] for one in found.values())}} | found
-
-
-class SceneScore(ByCategory):
-    """Share of images with exactly what their ToyWorld 2 caption says, by category and input."""
-
-    def update(self, batch: Batch) -> None:
-        images = batch.media("answer", self.modality)
-        for item, found in zip(batch.items, find_things(images), strict=True):
-            caption = item.find("caption", self.modality)
-            if (expected := read_caption(caption)) is None:
-                raise InputError(f"row {item.row.id!r}: {caption!r} is no caption of ToyWorld 2, as 'two red rings'")
-            given = next(iter(item.row.sources), "text")
-            self.right[f"{expected['category']}_from_{given}"].append(float(fits(expected, found)))
+def scenes(metric: Metric, batch: Batch) -> dict[str, list[float]]:
+    """Whether images show exactly what their ToyWorld 2 caption says, by category and input."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for item, found in zip(batch.items, find_things(batch.media("answer", metric.modality)), strict=True):
+        caption = item.find("caption", metric.modality)
+        if (expected := read_caption(caption)) is None:
+            raise InputError(f"row {item.row.id!r}: {caption!r} is no caption of ToyWorld 2, as 'two red rings'")
+        given = next(iter(item.row.sources), "text")
+        right[f"_{expected['category']}_from_{given}"].append(float(fits(expected, found)))
+    return right
 
 
-class CompositionScore(ByCategory):
-    """Share of images with the expected composition."""
+def edits(metric: Metric, batch: Batch) -> dict[str, list[bool]]:
+    """Whether pictures changed what was asked (`_changed`), kept the rest (`_kept`), and both (`_right`)."""
+    seen = (look(batch.media(role, metric.modality)) for role in ("source", "target", "answer"))
+    changed, kept = zip(*(judge(*pictures) for pictures in zip(*seen, strict=True)), strict=True)
+    return {"_changed": changed, "_kept": kept, "_right": [a and b for a, b in zip(changed, kept, strict=True)]}
+
+
+class CompositionScore(MeanOfMeans):
+    """Share of images with the expected composition, by category."""
 
     def __init__(
         self, *arguments: Any, detector: str = "google/owlvit-base-patch32", threshold: float = 0.1, **options: Any
     ):
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, score=CompositionScore.judge, **options)
         self.threshold = threshold
         with loading("detector", detector):
             self.detector = pipeline("zero-shot-object-detection", model=detector, device=self.network.device)
 
-    def update(self, batch: Batch) -> None:
+    def judge(self, batch: Batch) -> dict[str, list[float]]:
+        right: dict[str, list[float]] = defaultdict(list)
         for item, image in zip(batch.items, batch.media("answer", self.modality), strict=True):
             expected = item.row.expected
             found = self.detect(image, [thing["name"] for thing in expected["things"]])
-            self.right[expected["category"]].append(float(is_composed(expected, found, image, self.colour_of)))
+            right[f"_{expected['category']}"].append(float(is_composed(expected, found, image, self.colour_of)))
+        return right
 
     def detect(self, image: Image.Image, names: Sequence[str]) -> Mapping[str, Sequence[Box]]:
         """Boxes by name, by decreasing confidence, after non-maximum suppression."""
@@ -125,22 +119,3 @@ class CompositionScore(ByCategory):
         """Colour whose description is closest to a crop."""
         texts = self.network.of_texts([f"a photo of a {colour} {name}" for colour in COLOURS])
         return COLOURS[int(F.cosine_similarity(self.network.of_media([crop]), texts).argmax())]
-
-
-class EditScore(Metric):
-    """Share of pictures that changed what was asked (`_changed`), that kept the rest (`_kept`), and both (`_right`)."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.scores: dict[str, list[float]] = defaultdict(list)
-
-    def update(self, batch: Batch) -> None:
-        seen = (look(batch.media(role, self.modality)) for role in ("source", "target", "answer"))
-        for pictures in zip(*seen, strict=True):
-            changed, kept = judge(*pictures)
-            self.scores["_changed"].append(changed)
-            self.scores["_kept"].append(kept)
-            self.scores["_right"].append(changed and kept)
-
-    def compute(self) -> dict[str, Value]:
-        return {name: mean_value(scores) for name, scores in self.scores.items()}
