@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 from anygpt.cache.reading import CAPTIONS, CODES, FEATURES, LATENTS, STATES, Entry, entries, fingerprint, store_key
 from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.text_states import read_text
-from anygpt.data.collation import BAD, SAMPLE_IDS, Collator, move
+from anygpt.data.collation import BAD, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
-from anygpt.data.schema import Sample
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.losses.terms import is_read
@@ -167,53 +166,47 @@ class Preparation:
     collator: Collator
 
     def __call__(self, contents: Sequence[Any]) -> Prepared:
-        if self.entry.kind == STATES:
-            return self.rows(contents)
         fresh: dict[str, Any] = {}
         faults = []
         for content in contents:
             try:
-                name = fingerprint(content if self.entry.kind == CAPTIONS else content[3].path)
+                name, read = self.named(content)
                 if name not in self.store and name not in fresh:
-                    fresh[name] = content if self.entry.kind == CAPTIONS else _decoded(*content)
+                    fresh[name] = read()
             except OSError as error:
                 _, sample, _, part = content
-                reason = f"{part.path} cannot be read: {error.strerror or error}"
-                faults.append(f"{sample.source} (sample {sample.id!r}): {reason}")
+                faults.append(f"{sample.name}: {part.path} cannot be read: {error.strerror or error}")
             except InputError as error:
                 faults.append(str(error))
         data, pieces = self.inputs(list(fresh.values())) if fresh else (None, [])
         return Prepared(list(fresh), data, pieces, len(contents) - len(faults) - len(fresh), faults)
 
-    def rows(self, samples: Sequence[Sample]) -> Prepared:
-        batch = self.collator([LoadedSample(sample) for sample in samples])
-        faults = [fault.reason for fault in batch[BAD]]
-        if not batch[SAMPLE_IDS]:
-            return Prepared([], faults=faults)
-        rows = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
-        fresh = {}
-        for i, (ids, mask, labels) in enumerate(zip(*rows, strict=True)):
-            name = fingerprint((ids[mask.bool()].tolist(), labels[mask.bool()].tolist()))
-            if name not in self.store:
-                fresh[name] = i
-        data = [tensor[list(fresh.values())] for tensor in rows]
-        return Prepared(list(fresh), data, known=len(batch[SAMPLE_IDS]) - len(fresh), faults=faults)
+    def named(self, content: Any) -> tuple[str, Callable[[], Any]]:
+        """Fingerprint of a content, and how to read it."""
+        if self.entry.kind == CAPTIONS:
+            return fingerprint(content), lambda: content
+        if self.entry.kind == STATES:
+            batch = self.collator([LoadedSample(content)])
+            for fault in batch[BAD]:
+                raise InputError(fault.reason)
+            row = tuple(batch[name][0].tolist() for name in ("input_ids", "labels"))
+            return fingerprint(row), lambda: row
+        data, sample, role, part = content
+        return fingerprint(part.path), lambda: data.decode(sample, role, part.type, part.path)
 
     def inputs(self, contents: list[Any]) -> tuple[Any, list[int]]:
         """Input of the part, and the number of pieces per medium."""
         kind, part = self.entry.modality, self.entry.part
         if self.entry.kind == CAPTIONS:
             return contents, []
+        if self.entry.kind == STATES:
+            return list(self.collator.texts(contents).values()), []
         if self.entry.kind in (LATENTS, CODES):
             targets = self.processor.coded if self.entry.kind == CODES else self.processor.targets
             return targets[part]([media_type(kind).to_target(medium) for medium in contents]), []
         arranged = self.processor.arrange_media((kind, medium) for medium in contents)
         pieces = self.processor.pieces(part, arranged[part]) or [[medium] for medium in contents]
         return self.processor.process_media(arranged)[0], [len(found) for found in pieces]
-
-
-def _decoded(data: ConversationDataset, sample: Sample, role: str, part: Any) -> Any:
-    return data.decode(sample, role, part.type, part.path)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

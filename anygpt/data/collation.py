@@ -73,30 +73,29 @@ class Collator:
         rows = [self.fit(*row) for row in zip(items, conversations, found, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
             return [item if isinstance(row, tuple) else row for item, row in zip(items, rows, strict=True)]
-        states = [self.cached_states(item, *row) for item, row in zip(items, rows, strict=True)]
-        if any(isinstance(found, BadSample) for found in states):
-            return [found if isinstance(found, BadSample) else item for item, found in zip(items, states, strict=True)]
+        states = [state for *_, state in rows]
         return (
             ({} if None in states else {"text_states": TextStates.join(states)})
             | data
-            | {
-                "input_ids": stack_rows([ids for ids, _ in rows], self.pad_id),
-                "attention_mask": stack_rows([[1] * len(ids) for ids, _ in rows], 0),
-                "labels": stack_rows([labels for _, labels in rows], IGNORE),
-                "decoder_targets": targets,
-                TARGET_IDS: target_ids,
-            }
+            | self.texts([(ids, labels) for ids, labels, _ in rows])
+            | {"decoder_targets": targets, TARGET_IDS: target_ids}
         )
+
+    def texts(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        """`(B, S)` ids, mask and labels of rows of ids and labels, padded on the right."""
+        ids, labels = zip(*rows, strict=True)
+        mask = stack_rows([[1] * len(row) for row in ids], 0)
+        return {"input_ids": stack_rows(ids, self.pad_id), "attention_mask": mask, "labels": stack_rows(labels, IGNORE)}
 
     def nothing(self) -> dict[str, Any]:
         """A row without loss for an empty batch: every process must take part in each step."""
-        row = {"input_ids": [self.pad_id], "attention_mask": [1], "labels": [IGNORE]}
-        return {TARGET_IDS: {}, "decoder_targets": {}} | {name: stack_rows([value], 0) for name, value in row.items()}
+        return {TARGET_IDS: {}, "decoder_targets": {}} | self.texts([([self.pad_id], [IGNORE])])
 
     def fit(
         self, item: LoadedSample, messages: list[dict[str, str]], found: tuple[list[int], list[int]] | InputError
-    ) -> tuple[list[int], list[int]] | LoadedSample | BadSample:
-        """Ids and labels of a row; if it is too long, the sample without its last turns, or a bad sample.
+    ) -> tuple[list[int], list[int], dict[str, Tensor] | None] | LoadedSample | BadSample:
+        """Ids, labels and cached language model states of a row (None if the model must run); if it is too long, the
+        sample without its last turns, or a bad sample.
 
         `messages` have their placeholders expanded; `found` is from tokenizing them. Rows are cut after an assistant
         turn only, never within a signal span or a run of placeholders.
@@ -105,7 +104,14 @@ class Collator:
             return BadSample.of(item.sample, found)
         ids, labels = found
         if self.max_length is None or len(ids) <= self.max_length:
-            return ids, labels
+            states = None
+            try:
+                if self.cache is not None and not item.inputs:
+                    states = self.cache.get(STATES, "text", (ids, labels))
+            except StaleCache as error:
+                if not item.cut:  # the cache holds whole rows; a cut one may have lost its input media
+                    return BadSample.of(item.sample, error, "stale")
+            return ids, labels, states
         ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"] if self.cut else []
         for end in reversed(ends):
             if len(tokenize_with_labels(self.processor.llm_tokenizer, messages[:end])[0]) <= self.max_length:
@@ -116,18 +122,6 @@ class Collator:
             f"data.max_length = {self.max_length:,}{but}: shorten it, raise the limit, or set data.on_long_sample"
         )
         return BadSample(item.sample.id, reason, "long")
-
-    def cached_states(
-        self, item: LoadedSample, ids: list[int], labels: list[int]
-    ) -> dict[str, Tensor] | BadSample | None:
-        """Cached language model states of a row without input media; None if the model must run."""
-        if self.cache is None or item.inputs:
-            return None
-        try:
-            return self.cache.get(STATES, "text", (ids, labels))
-        except StaleCache as error:
-            # the cache holds whole rows; a cut one may have lost its input media
-            return None if item.cut else BadSample.of(item.sample, error, "stale")
 
     def encoder_inputs(self, items: Sequence[LoadedSample]) -> tuple[dict[str, Any], dict[str, list[int] | None]]:
         """Arguments of encoders and tokenizers (features and codes where cached), and the tokens of each input."""

@@ -53,8 +53,7 @@ class LoadedSample:
         kept = Counter((role == "assistant", part.type) for role, part in sample.media())
 
         def of(media: dict[str, list], answered: bool) -> dict[str, list]:
-            found = {kind: items[: kept[answered, kind]] for kind, items in media.items()}
-            return {kind: items for kind, items in found.items() if items}
+            return {kind: items[:count] for kind, items in media.items() if (count := kept[answered, kind])}
 
         answers = (self.targets, self.captions, self.references, self.conditions)
         cut = self.cut + len(self.sample.messages) - count
@@ -162,7 +161,7 @@ class ConversationDataset(Dataset):
 
     def _load(self, sample: Sample) -> LoadedSample:
         loaded = LoadedSample(sample)
-        decoded: dict[tuple[bool, str, Place], Any] = {}  # each file is decoded once
+        decoded: dict[tuple[str | None, str, Place], Any] = {}  # each file is decoded once
         before: dict[str, Place] = {}
         for role, part in sample.media():
             answered = role == "assistant"
@@ -177,21 +176,17 @@ class ConversationDataset(Dataset):
                     found = None if source is None else self.decode(sample, "user", part.type, source)
                     loaded.references.setdefault(part.type, []).append(found)
             before[part.type] = part.path
-            # Inputs and targets differ only in a cache: features of the former, latents of the latter.
-            key = (
-                self.cache is not None and answered and part.type not in self.cache.stores[CODES],
-                part.type,
-                part.path,
-            )
+            kind = None if self.cache is None else LATENTS if answered else FEATURES
+            if kind is not None and part.type in self.cache.stores[CODES]:
+                kind = CODES
+            key = (kind, part.type, part.path)
             if key not in decoded:
-                decoded[key] = self._medium(sample, role, part)
+                decoded[key] = self._medium(sample, role, part, kind)
             (loaded.targets if answered else loaded.inputs).setdefault(part.type, []).append(decoded[key])
         return loaded
 
-    def _medium(self, sample: Sample, role: str, part: ContentPart) -> Any:
-        kind = LATENTS if role == "assistant" else FEATURES
-        if self.cache is not None and part.type in self.cache.stores[CODES]:
-            kind = CODES
+    def _medium(self, sample: Sample, role: str, part: ContentPart, kind: str | None) -> Any:
+        """A medium, or what a cache has of this kind in place of it."""
         try:
             if (found := self._cached(sample, kind, part.type, part.path)) is not None:
                 return Cached(found[kind])

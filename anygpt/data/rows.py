@@ -8,20 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError, ValidationError
 
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
@@ -94,10 +82,8 @@ def _sentence(error: ErrorDetails) -> str:
     return f"{f', {at[1:]}' if at else ''}{': ' if error['loc'] or error['type'] == 'row' else ' '}{what}{text}"
 
 
-class RowModel(BaseModel):
+class RowModel(BaseModel, strict=True, extra="forbid", arbitrary_types_allowed=True):
     """Base of rows and their parts: rejects unknown keys and does not coerce types."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
     @classmethod
     def keys(cls, value: Mapping[str, Any]) -> set[str]:
@@ -166,7 +152,7 @@ class PartRow(RowModel):
 
     type: str
     text: Texts | None = None
-    path: Annotated[Any, AfterValidator(_place), WithJsonSchema({"type": "string"})] = None
+    path: Annotated[Any, AfterValidator(_place), Field(json_schema_extra={"type": "string"})] = None
     caption: Texts | None = None
     source: Annotated[int, Field(ge=0)] | None = None
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from anygpt.data.formats.base import Pair
 from anygpt.data.rows import DataError, Id, RowModel, Text, Texts, at_least_one, fault
@@ -26,10 +26,9 @@ class Turn(RowModel):
     output_modality: Any = None
 
 
-class TurnsRow(RowModel):
+class TurnsRow(RowModel, extra="allow"):
     """A conversation, whose media stand under a key for each type, a string or a list."""
 
-    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Texts | None]
     media_keys: ClassVar[tuple[str, ...]]
 

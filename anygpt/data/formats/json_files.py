@@ -61,9 +61,9 @@ def list_rows(path: Path) -> Iterator[Row]:
             yield Row(f"{path}[{index}]", f"{path.stem}-{index}", text.value())
             ended = text.took("]")
             if not ended and not text.took(","):
-                raise text.invalid("Expecting ',' or ']'", text.place)
+                raise text.invalid("Expecting ',' or ']'")
         if text.next():
-            raise text.invalid("Extra data", text.place)
+            raise text.invalid("Extra data")
 
 
 def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
@@ -77,18 +77,18 @@ def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
     if isinstance(value, InputError):
         raise value
     if text.next():
-        raise text.invalid("Extra data", text.place)
+        raise text.invalid("Extra data")
     return value
 
 
 class _Text:
-    """The text of a file from `place` on, of which little more than a row is in memory; its current line starts at
-    `begin`, which is negative if that is gone."""
+    """The text of a file from `place` on, of which little more than a row is in memory; `place` is in `column` of
+    `line`, counted from 1 and from the first line's number, or of no known line."""
 
     def __init__(self, file: BinaryIO, name: str, line: int | None):
-        self.file, self.name, self.line = file, name, line
+        self.file, self.name, self.line, self.column = file, name, line, 1
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.place, self.begin = "", 0, 0
+        self.text, self.place = "", 0
 
     def next(self) -> str:
         """Go to the next character that is no space, and read on until a whole row follows it."""
@@ -100,13 +100,13 @@ class _Text:
             try:
                 more = self.decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
+                self.text += error.object[: error.start].decode()
                 self.move(len(self.text))
-                where = self.where(error.object[: error.start].count(b"\n"))
                 byte = error.object[error.start]
-                raise InputError(f"{where} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
+                raise InputError(f"{self.where()} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
             if not block:
                 break
-            self.text, self.begin, self.place = self.text[self.place :] + more, self.begin - self.place, 0
+            self.text, self.place = self.text[self.place :] + more, 0
         return self.text[self.place : self.place + 1]
 
     def took(self, mark: str) -> bool:
@@ -115,10 +115,10 @@ class _Text:
         return found
 
     def move(self, to: int) -> None:
-        if (end := self.text.rfind("\n", self.place, to)) >= 0:
-            self.begin = end + 1
+        passed = self.text[self.place : to]
         if self.line is not None:
-            self.line += self.text.count("\n", self.place, to)
+            self.line += passed.count("\n")
+        self.column = len(passed) - passed.rfind("\n") if "\n" in passed else self.column + len(passed)
         self.place = to
 
     def value(self) -> Any:
@@ -138,7 +138,8 @@ class _Text:
             cut = len(self.text) - self.place > MAX_ROW_BYTES
             if cut and (error.pos - self.place > MAX_ROW_BYTES or error.msg.startswith("Unterminated")):
                 raise self.too_long() from error
-            raise self.invalid(error.msg, error.pos) from error
+            self.move(error.pos)
+            raise self.invalid(error.msg) from error
         except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
             raise InputError(f"{self.where()} is not JSON that can be read: {error}.") from error
         if repeated:
@@ -149,15 +150,12 @@ class _Text:
         self.move(end)
         return value
 
-    def where(self, lines: int = 0) -> str:
-        return self.name if self.line is None else f"{self.name}:{self.line + lines}"
+    def where(self) -> str:
+        return self.name if self.line is None else f"{self.name}:{self.line}"
 
     def too_long(self) -> InputError:
         what = f"is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is"
         return InputError(f"{self.where()} {what}: check the file.")
 
-    def invalid(self, reason: str, place: int) -> InputError:
-        end = self.text.rfind("\n", self.place, place)
-        column = place - (self.begin - 1 if end < 0 else end)
-        where = self.where(self.text.count("\n", self.place, place))
-        return InputError(f"{where} is not valid JSON: {reason} at column {column}.")
+    def invalid(self, reason: str) -> InputError:
+        return InputError(f"{self.where()} is not valid JSON: {reason} at column {self.column}.")
