@@ -75,17 +75,16 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
 
     def _ungrouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, from micro-batch `first` on and endlessly, the draws and the indices of this rank."""
-        epoch, order, draws = -1, np.empty(0, np.int64), np.empty(0, np.int64)
-        for micro in itertools.count(first):
-            start = (micro * self.world_size + self.rank) * self.batch_size
-            epochs, offsets = np.divmod(np.arange(start, start + self.batch_size), self.epoch_size)
-            indices, drawn = np.empty_like(offsets), np.empty_like(offsets)
-            for number in np.unique(epochs):
-                if number != epoch:
-                    epoch, order, draws = number, self._epoch_order(number), self._draws(number)
-                indices[epochs == number] = order[offsets[epochs == number]]
-                drawn[epochs == number] = draws[indices[epochs == number]]
-            yield drawn, indices
+        micro, start = self.batch_size * self.world_size, self.batch_size * self.rank
+        epoch, passed = divmod(first * micro, self.epoch_size)
+        held = np.empty((2, 0), np.int64)
+        for number in itertools.count(epoch):
+            order = self._epoch_order(number)[passed:]
+            held, passed = np.concatenate([held, [self._draws(number)[order], order]], axis=1), 0
+            while held.shape[1] >= micro:
+                drawn, indices = held[:, start : start + self.batch_size]
+                yield drawn, indices
+                held = held[:, micro:]
 
     def _grouped(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what `_ungrouped` yields, for micro-batches with one group or rows of similar sizes."""
