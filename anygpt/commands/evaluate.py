@@ -28,7 +28,6 @@ from anygpt.evaluation import report as suite_report
 from anygpt.evaluation import run as suite_run
 from anygpt.evaluation.suite import read_suite
 from anygpt.toyworld.evaluation.answers import Settings
-from anygpt.toyworld.evaluation.contact_sheet import contact_sheet
 from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
 from anygpt.toyworld.evaluation.report import text_table, tracked_values, write_report
 from anygpt.toyworld.evaluation.requests import WAYS
@@ -100,8 +99,7 @@ def run_matrix(options: argparse.Namespace) -> str:
     try:
         report, judged = evaluate(model, processor, samples, settings)
         report["checkpoint"] = str(options.checkpoint)
-        sheet = contact_sheet(judged, samples, report["matrix"])
-        write_report(options.output, samples, report, judged, sheet)
+        sheet = write_report(options.output, samples, report, judged)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
     suite_report.log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from anygpt.decoders.conditions import Condition
 from anygpt.decoders.module import ModalDecoderModule
@@ -46,16 +47,16 @@ class Settings:
         steps, guidance: settings of the decoders by modality; by default the checkpoint's own.
     """
 
-    samples: int = 20
-    talk_samples: int = 100
-    conversations: int = 160
-    batch_size: int = 64
-    seed: int = 0
-    things: str = "held_out"
+    samples: PositiveInt = 20
+    talk_samples: PositiveInt = 100
+    conversations: PositiveInt = 160
+    batch_size: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    things: Literal["held_out", "seen", "validation"] = "held_out"
     baselines: bool = True
-    max_new_tokens: int = 64
-    steps: Mapping[str, int] = field(default_factory=dict)
-    guidance: Mapping[str, float] = field(default_factory=dict)
+    max_new_tokens: PositiveInt = 64
+    steps: Mapping[str, PositiveInt] = field(default_factory=dict)
+    guidance: Mapping[str, FiniteFloat] = field(default_factory=dict)
 
     def resolved(self, model: MultimodalModel) -> "Settings":
         """A copy with the decoders' own steps and guidance where none are given."""

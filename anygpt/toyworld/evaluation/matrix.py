@@ -1,7 +1,6 @@
 """The any-to-any matrix: the share of right answers for each input and output modality."""
 
 import json
-import math
 import platform
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from anygpt.errors import InputError
 from anygpt.media.types import MEDIA, media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
+from anygpt.settings import find_misfits
 from anygpt.toyworld.evaluation.answers import Examiner, Judged, Settings, judge, share
 from anygpt.toyworld.evaluation.requests import TALK, TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.world import HELD_OUT, SEEN, VALIDATION
@@ -146,14 +146,6 @@ def sample_path(one: Judged) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    least = {"samples": 1, "talk_samples": 1, "conversations": 1, "batch_size": 1, "seed": 0, "max_new_tokens": 1}
-    numbers = [(f"--{name.replace('_', '-')}", getattr(settings, name), low) for name, low in least.items()]
-    numbers += [(f"--steps {way}", steps, 1) for way, steps in settings.steps.items()]
-    faults = [f"{name} is {value}, expected at least {low}" for name, value, low in numbers if value < low]
-    for way, guidance in settings.guidance.items():
-        if not math.isfinite(guidance):
-            faults.append(f"--guidance {way} is {guidance}, expected a finite number")
-    if settings.things not in THINGS:
-        faults.append(f"--things is {settings.things!r}, expected one of {', '.join(THINGS)}")
-    if faults:
-        raise InputError("; ".join(faults))
+    """Raise an `InputError` that names each option with a value out of range."""
+    if faults := [fault.partition(" ") for fault in find_misfits(settings)]:
+        raise InputError("; ".join(f"--{name.replace('_', '-')} {fault}" for name, _, fault in faults))
