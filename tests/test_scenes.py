@@ -23,12 +23,13 @@ from anygpt.parts.source import ZOO
 from anygpt.toyworld import HELD_OUT, SEEN, THINGS, scene_parts
 from anygpt.toyworld.__main__ import main
 from anygpt.toyworld.datasets import write_dataset
-from anygpt.toyworld.scene_judge import find_things, fits
 from anygpt.toyworld.scenes import (
     COUNTS_HELD_OUT,
     KINDS,
     PAIRS_HELD_OUT,
     Scene,
+    find_things,
+    fits,
     invent,
     read_caption,
     render_scene,

@@ -1,4 +1,4 @@
-"""ToyWorld 2: pictures of one to four things, in the six categories of GenEval (arXiv 2310.11513).
+"""ToyWorld 2: pictures of one to four things, in the six categories of GenEval (arXiv 2310.11513), and their judge.
 
 A picture has 64 × 64 pixels, four places of the size of ToyWorld's pictures. Things lie apart, anywhere within their
 places. What is left open by a caption (such as the colours in "a circle left of a square") varies. Only captions of two
@@ -8,15 +8,21 @@ things without a relation say a little about places: they name first what comes 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from anygpt.data.grammar import CATEGORIES, COUNTS, RELATIONS, describe
 from anygpt.errors import InputError
+from anygpt.toyworld.judges import SIZE as WINDOW
+from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.language import pick
 from anygpt.toyworld.render import background_of, colour_of, draw
 from anygpt.toyworld.world import COLOURS, HELD_OUT, SHAPES, Thing
@@ -43,6 +49,12 @@ _ABOUT = {  # what is asked about a picture, and how another like it is asked fo
     "colours": ("Which shapes in which colours?", "Draw the same shapes in the same colours."),
     "position": ("Which shape is where?", "Draw the same shapes in the same places."),
 }
+BRIGHT = 90
+"""Brightest channel of a thing's pixel, at least; colours have 144 and more, backgrounds 40 and less."""
+LEAST_AREA = 16
+"""Pixels of a thing, at least: the smallest one, a diamond, has about 60."""
+CLEAR = 4.0
+"""Pixels between the centres of two things, at least, of which one is left of the other."""
 _COUNTED = {word: number for number, word in COUNTS.items()} | {"a": 1, "an": 1}
 _PHRASE = rf"({'|'.join(_COUNTED)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})(?:e?s)?"
 _CAPTION = re.compile(rf"\b{_PHRASE}(?: (and|{'|'.join(RELATIONS)}) {_PHRASE})?\b")
@@ -172,3 +184,65 @@ def scene_row(
     if target == "image":
         answer.append(show(f"{name}-out", scene) | {"caption": scene.caption})
     return {"id": name, "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+
+
+class Found(NamedTuple):
+    """A thing in a picture, with the centre of its box in pixels."""
+
+    shape: str
+    colour: str
+    centre: tuple[float, float]
+
+
+def find_things(images: Sequence[Image.Image]) -> list[list[Found]]:
+    """The things in each picture, in no particular order."""
+    if not images:
+        return []
+    scaled = [image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))  # (B, H, W, 3)
+    bright = pixels.amax(-1) > BRIGHT
+    regions, previous = torch.arange(1.0, SIZE * SIZE + 1).view(SIZE, SIZE) * bright, None
+    while previous is None or not torch.equal(regions, previous):  # the largest number spreads through each region
+        previous, regions = regions, _spread(regions, 3) * bright
+    cut = [list(_cut_out(*one)) for one in zip(pixels, regions, strict=True)]
+    verdicts = iter(load_judges().image([window for things in cut for window, _ in things]) if any(cut) else ())
+    return [[Found(*next(verdicts), centre) for _, centre in things] for things in cut]
+
+
+def fits(expected: Mapping[str, Any], found: Sequence[Found]) -> bool:
+    """Whether exactly the expected things were found (see `anygpt.data.grammar.compose`), related as expected."""
+    wanted = [thing for thing in expected["things"] for _ in range(thing["count"])]
+    across, down = RELATIONS.get(expected["relation"], (0, 0))
+
+    def fit(order: Sequence[Found]) -> bool:
+        named = all(
+            one.shape == thing["name"] and thing["colour"] in (None, one.colour)
+            for one, thing in zip(order, wanted, strict=True)
+        )
+        (x, y), (other_x, other_y) = order[0].centre, order[-1].centre
+        beside = across * (x - other_x) + down * (y - other_y)
+        return named and (expected["relation"] is None or beside >= CLEAR)
+
+    return len(found) == len(wanted) and any(map(fit, permutations(found)))
+
+
+def _cut_out(pixels: Tensor, regions: Tensor) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
+    """Each thing alone, in the middle of a window as the judge of single things knows it, and its centre `(x, y)`."""
+    empty = regions == 0
+    background = pixels[empty].median(0).values if empty.any() else torch.zeros(3, dtype=torch.uint8)
+    for number in regions[~empty].unique():
+        thing = regions == number
+        rows, columns = thing.nonzero(as_tuple=True)
+        if len(rows) < LEAST_AREA:
+            continue
+        near = thing | (empty & (_spread(thing[None].float(), 5)[0] > 0))
+        alone = background.repeat(SIZE + 2 * WINDOW, SIZE + 2 * WINDOW, 1)
+        alone[WINDOW:-WINDOW, WINDOW:-WINDOW][near] = pixels[near]
+        x, y = ((int(at.min()) + int(at.max()) + 1) / 2 for at in (columns, rows))
+        left, top = (round(at) + WINDOW // 2 for at in (x, y))  # in the padded picture
+        yield alone[top : top + WINDOW, left : left + WINDOW].numpy(), (x, y)
+
+
+def _spread(values: Tensor, width: int) -> Tensor:
+    """Largest value in a window around each pixel: `(B, H, W)` to the same."""
+    return F.max_pool2d(values[:, None], width, stride=1, padding=width // 2)[:, 0]

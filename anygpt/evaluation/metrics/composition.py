@@ -18,8 +18,7 @@ from anygpt.errors import InputError
 from anygpt.evaluation.metrics.base import Batch, MeanOfMeans, Metric
 from anygpt.evaluation.metrics.features import loading
 from anygpt.toyworld.edits import judge, look
-from anygpt.toyworld.scene_judge import find_things, fits
-from anygpt.toyworld.scenes import read_caption
+from anygpt.toyworld.scenes import find_things, fits, read_caption
 
 TOLERANCE = 0.1  # minimum offset between two things, relative to the boxes' extents
 OVERLAP = 0.5  # intersection over union above which two detections of a class count as one thing
