@@ -9,7 +9,6 @@ repeated, and interrupted ones continue. `--things validation`, the default, lea
 training and measures on them, for choosing settings. `--things held_out` trains on all seen things, for reporting.
 """
 
-import argparse
 import hashlib
 import json
 import statistics
@@ -20,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from anygpt.commands import REPOSITORY, execute
-from anygpt.errors import InputError
+from anygpt.commands import REPOSITORY, execute, new_parser
+from anygpt.errors import InputError, refusing
 from anygpt.toyworld.datasets import write_dataset
 from anygpt.toyworld.evaluation.answers import Settings
 from anygpt.toyworld.world import SEEN, VALIDATION
@@ -67,13 +66,13 @@ class Plan(BaseModel, extra="forbid"):
 
 
 def read_plan(path: Path) -> Plan:
+    with refusing(f"{path} cannot be read as YAML", (OSError, yaml.YAMLError)):
+        content = yaml.safe_load(path.read_text())
     try:
-        return Plan.model_validate(yaml.safe_load(path.read_text()))
+        return Plan.model_validate(content)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise InputError(f"{path} is no list of ablations: {'; '.join(faults)}") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def expand(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,9 +157,7 @@ def table(results: Mapping[str, Sequence[Report]]) -> str:
 
 
 def ablate(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(None, __doc__)
     add = parser.add_argument
     add("--config", type=Path, default=REPOSITORY / "configs/tiny/ablations.yaml", help="(default: %(default)s)")
     add("--output", type=Path, default=REPOSITORY / "runs/ablations", help="(default: %(default)s)")

@@ -6,7 +6,6 @@ Takes hours on two cores. Intermediate results and logs stay in runs/zoo; interr
 written to anygpt/toyworld/weights/zoo, which the package ships and `anygpt.toyworld.zoo()` returns, and measured there.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anygpt.commands import REPOSITORY, execute
+from anygpt.commands import REPOSITORY, execute, new_parser
 from anygpt.errors import InputError
 from anygpt.media.writing import replacing
 from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
@@ -53,7 +52,7 @@ STARTS = {run: start for runs in MADE_BY.values() for start, run in zip((None, *
 
 
 def build(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = new_parser(None, __doc__)
     parser.add_argument("--output", type=Path, default=zoo(), help="folder of the parts (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_output(options.output)

@@ -7,13 +7,12 @@ loads with `ImageBindModel.from_pretrained` and as the `path` of an encoder in a
 CC BY-NC-SA 4.0, for non-commercial use only.
 """
 
-import argparse
 from pathlib import Path
 
-from anygpt.commands import execute
+from anygpt.commands import execute, new_parser
 from anygpt.encoders.imagebind import ImageBindConfig, ImageBindModel
 from anygpt.encoders.imagebind.modeling import CARD
-from anygpt.errors import InputError, reading
+from anygpt.errors import InputError, reading, refusing
 from anygpt.media.writing import replacing
 from anygpt.parts.files import read_pickle
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 
 
 def convert(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(None, __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("file", type=Path, nargs="?", help="imagebind_huge.pth, or its tensors as .safetensors")
     source.add_argument("--untrained", action="store_true", help="random weights, for stage 0 to train")
@@ -41,12 +40,9 @@ def convert(arguments: list[str]) -> None:
     with torch.device("meta"):
         model = ImageBindModel(config)
     model.load_original_state_dict(tensors)
-    try:
-        with replacing(output) as temporary:
-            model.save_pretrained(temporary)
-            (temporary / "README.md").write_text(CARD)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error}") from error
+    with refusing(f"--output {output} cannot be written", (OSError,)), replacing(output) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "README.md").write_text(CARD)
     print(output)
 
 

@@ -19,15 +19,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from anygpt import load_tokenizer
 from anygpt.commands import REPOSITORY
 from anygpt.commands.benchmark import machine
 from anygpt.toyworld.datasets import write_dataset
 
 import torch
-import yaml
-from benchmarks._shared import DEVICE, make_pipeline, read_log, run_stage, write_photographs
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from benchmarks._shared import DEVICE, read_log, run_stage, write_parts, write_photographs
+from transformers import CLIPVisionConfig, LlamaConfig
 
 STAGES = {1: "stage1_encoder_llm", 2: "stage2_llm_decoder", 3: "stage3_instruction_tuning"}
 VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -64,21 +62,14 @@ class Skipped(Failed):
     state = "SKIP"
 
 
-def write_parts(folder: Path, tiny: bool) -> None:
-    paths = {name: str(folder / name) for name in ("llm", "vit", "diffusion")}
+def write_real_sizes(folder: Path, tiny: bool) -> None:
     llm = LlamaConfig(vocab_size=32000, **SMALL if tiny else {})  # the defaults are the 7B model's
     vision = CLIPVisionConfig(**SMALL if tiny else VIT_H, patch_size=14)
+    diffusion = {"latents": 8, "width": 1} if tiny else {"latents": 64, "width": 4}
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
-        LlamaForCausalLM(llm).save_pretrained(paths["llm"])
-        CLIPVisionModel(vision).save_pretrained(paths["vit"])
-        make_pipeline(8 if tiny else 64, width=1 if tiny else 4).save_pretrained(paths["diffusion"])
+        write_parts(folder, "language_model", "encoders", "decoders", llm=llm, vision=vision, **diffusion)
     torch.set_default_dtype(torch.float32)
-    load_tokenizer("zoo:language_model").save_pretrained(paths["llm"])
-    CLIPImageProcessor().save_pretrained(paths["vit"])
-    encoders, decoders = ({"image": {"path": paths[name]}} for name in ("vit", "diffusion"))
-    model = {"language_model": {"path": paths["llm"]}, "encoders": encoders, "decoders": decoders}
-    (folder / "run.yaml").write_text(yaml.safe_dump({"model": model}))
 
 
 def measure_rate(name: str, folder: Path, steps: int) -> dict[str, float]:
@@ -178,7 +169,7 @@ def main() -> int:
         return 2
     folder, failed = Path(tempfile.mkdtemp(prefix="gpu_test_")), False
     if not RATES.keys().isdisjoint(options.only):
-        write_parts(folder, options.tiny)
+        write_real_sizes(folder, options.tiny)
     print(f"{machine()}\n\n| | | |\n|---|---|---|", flush=True)
     for name in options.only:
         try:

@@ -7,25 +7,14 @@ nonsense. Decoders: judged samples for plain true captions. Tokenizers: judged d
 `build_zoo.py` puts the results into the parts' model cards.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anygpt import (
-    ModalDecoderModule,
-    ModalEncoderModule,
-    MultimodalModel,
-    MultimodalProcessor,
-    load_decoder,
-    load_encoder,
-    load_encoder_processor,
-    load_language_model,
-    load_media_tokenizer,
-    load_tokenizer,
-)
-from anygpt.commands import REPOSITORY, execute
+import anygpt
+from anygpt import MultimodalModel, MultimodalProcessor
+from anygpt.commands import REPOSITORY, execute, new_parser
 from anygpt.data.collation import move
 from anygpt.errors import InputError
 from anygpt.toyworld import language
@@ -56,12 +45,14 @@ PROPERTIES = {"shape": SHAPES, "colour": COLOURS}
 
 def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """`{part: {what: share}}` for the parts in a folder, from `samples` each, or 50 renders per thing for encoders."""
-    options = {key: {"path": str(parts / name), "num_frames": frames} for key, (name, frames) in ENCODERS.items()}
-    encoders = {key: ModalEncoderModule(load_encoder(modality=key, **given)) for key, given in options.items()}
     llm, settings = str(parts / "language_model"), Settings(samples=samples, seed=seed)
-    model = MultimodalModel(encoders, load_language_model(llm)).eval()
-    processors = {key: load_encoder_processor(modality=key, **given) for key, given in options.items()}
-    processor = MultimodalProcessor(processors, load_tokenizer(llm), model=model)
+    encoders, processors = {}, {}
+    for key, (name, frames) in ENCODERS.items():
+        given = {"path": str(parts / name), "modality": key, "num_frames": frames}
+        encoders[key] = anygpt.ModalEncoderModule(anygpt.load_encoder(**given))
+        processors[key] = anygpt.load_encoder_processor(**given)
+    model = MultimodalModel(encoders, anygpt.load_language_model(llm)).eval()
+    processor = MultimodalProcessor(processors, anygpt.load_tokenizer(llm), model=model)
     names = {"image": "a picture", "video": "a clip", "audio": "a sound"}
     quality: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for key, found in probe_encoders(model, processor, renders=40, fresh=50, seed=seed).items():
@@ -69,23 +60,25 @@ def measure(parts: Path, samples: int, seed: int) -> dict[str, dict[str, Any]]:
         quality[ENCODERS[key][0]] |= shares
     asked = Examiner(model, processor, settings).ask(talk_requests(HELD_OUT, samples, seed))
     quality["language_model"] = talk_table([judge(*pair) for pair in asked])
-    decoders = {}
+    decoders, tokenizers = {}, {}
     for key, guidance in GUIDANCE.items():
         defaults = {"guidance_scale": guidance, "num_inference_steps": 20}
-        decoder = load_decoder(str(parts / f"{key}_decoder"))
-        decoders[key] = ModalDecoderModule(decoder, num_signal_tokens=1, defaults=defaults)
+        decoder = anygpt.load_decoder(str(parts / f"{key}_decoder"))
+        decoders[key] = anygpt.ModalDecoderModule(decoder, num_signal_tokens=1, defaults=defaults)
+    for key, (name, given) in TOKENIZERS.items():
+        tokenizers[key] = anygpt.load_media_tokenizer(parts / name, key, **given)
+
+    def add(part: str, what: str, bound: dict[str, Any]) -> None:
+        motion = {f"motion {what}": bound.pop("motion")} if "motion" in bound else {}
+        quality[part] |= {f"shape and colour {what}": bound} | motion
+
     with tqdm(total=samples * len(decoders), desc="decoders", unit="sample", mininterval=1) as bar:
         maker = MultimodalModel({}, model.language_model, decoders)
-        bounds = Examiner(maker, processor, settings, bar.update).upper_bound(HELD_OUT)
-    for key, bound in bounds.items():
-        motion = {"motion under true captions": bound.pop("motion")} if "motion" in bound else {}
-        quality[f"{key}_decoder"] = {"shape and colour under true captions": bound} | motion
-    tokenizers = {key: load_media_tokenizer(parts / name, key, **given) for key, (name, given) in TOKENIZERS.items()}
+        for key, bound in Examiner(maker, processor, settings, bar.update).upper_bound(HELD_OUT).items():
+            add(f"{key}_decoder", "under true captions", bound)
     maker = MultimodalModel({}, model.language_model, {}, tokenizers)
-    bounds = Examiner(maker, processor, settings).upper_bound(THINGS)
-    for key, bound in bounds.items():
-        motion = {f"motion of {names[key]} made of its codes": bound.pop("motion")} if "motion" in bound else {}
-        quality[TOKENIZERS[key][0]] |= {f"shape and colour of {names[key]} made of its codes": bound} | motion
+    for key, bound in Examiner(maker, processor, settings).upper_bound(THINGS).items():
+        add(TOKENIZERS[key][0], f"of {names[key]} made of its codes", bound)
     return quality
 
 
@@ -136,7 +129,7 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-
 
 
 def report(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = new_parser(None, __doc__)
     parser.add_argument("--samples", type=int, default=200, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=zoo(), help="folder of the parts (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: %(default)s)")

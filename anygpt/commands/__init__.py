@@ -48,9 +48,10 @@ def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | 
     return exit_code(main, arguments)
 
 
-def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+def new_parser(name: str | None, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a command, or without a name for a script."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(prog=f"anygpt {name}", description=description, **options)
+    return argparse.ArgumentParser(prog=name and f"anygpt {name}", description=description, **options)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from anygpt.chat.chat_model import load_checkpoint
 from anygpt.commands import new_parser
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.writing import replacing
 from anygpt.model.parts import adapter_of, part_modules
 
@@ -34,10 +34,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"{options.checkpoint} has neither an adapter nor signal tokens, so there is nothing to merge")
     if options.dtype is not None:
         model.language_model.to(getattr(torch, options.dtype))
-    try:
-        with replacing(output) as temporary:
-            model.save_pretrained(temporary, merge=True)
-            processor.save_pretrained(temporary)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error}") from error
+    with refusing(f"--output {output} cannot be written", (OSError,)), replacing(output) as temporary:
+        model.save_pretrained(temporary, merge=True)
+        processor.save_pretrained(temporary)
     print(output)

@@ -20,19 +20,10 @@ from anygpt.training.config import parse_config
 
 import numpy as np
 import torch
+import transformers
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,27 +50,22 @@ def seconds(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
     return statistics.median(times[warm_up:])
 
 
-def smollm2(vocabulary: int = 49152) -> LlamaConfig:
+def smollm2(vocabulary: int = 49152) -> transformers.LlamaConfig:
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    return LlamaConfig(vocab_size=vocabulary, **sizes, **heads, tie_word_embeddings=True)
+    return transformers.LlamaConfig(vocab_size=vocabulary, **sizes, **heads, tie_word_embeddings=True)
 
 
-def vit() -> CLIPVisionConfig:
-    return CLIPVisionConfig(**BASE, image_size=224, patch_size=16)
+def vit() -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(**BASE, image_size=224, patch_size=16)
 
 
 def make_pipeline(latents: int, width: int = 1) -> StableDiffusionPipeline:
     """The pipeline, for latents of that height and in quarters of the width (Stable Diffusion 1.5 has 64 and 4)."""
-    tokenizer = CLIPTokenizer.from_pretrained(part_path("image_decoder") / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        **BASE,
-        max_position_embeddings=77,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    source = part_path("image_decoder") / "tokenizer"
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(source, model_max_length=77)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **BASE, max_position_embeddings=77, **special)
     unet = UNet2DConditionModel(
         sample_size=latents,
         block_out_channels=tuple(width * channels for channels in (80, 160, 320, 320)),
@@ -96,25 +82,21 @@ def make_pipeline(latents: int, width: int = 1) -> StableDiffusionPipeline:
     )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {"vae": vae, "text_encoder": transformers.CLIPTextModel(text), "tokenizer": tokenizer, "unet": unet}
+    no_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, scheduler=scheduler, **no_checker)
 
 
-def write_parts(folder: Path, *names: str, latents: int = 16) -> Path:
+def write_parts(
+    folder: Path, *names: str, llm: Any = None, vision: Any = None, latents: int = 16, width: int = 1
+) -> Path:
     """Write parts among `language_model`, `encoders` and `decoders`, and a configuration of them; returns its path."""
     torch.manual_seed(0)
+    tokenizer = load_tokenizer("zoo:language_model")
     makers = {
-        "language_model": lambda: (LlamaForCausalLM(smollm2()), load_tokenizer("zoo:language_model")),
-        "encoders": lambda: (CLIPVisionModel(vit()), CLIPImageProcessor()),
-        "decoders": lambda: (make_pipeline(latents),),
+        "language_model": lambda: (transformers.LlamaForCausalLM(llm or smollm2()), tokenizer),
+        "encoders": lambda: (transformers.CLIPVisionModel(vision or vit()), transformers.CLIPImageProcessor()),
+        "decoders": lambda: (make_pipeline(latents, width),),
     }
     sections: dict[str, Any] = {}
     for name in names:
