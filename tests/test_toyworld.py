@@ -160,14 +160,14 @@ def test_requests_name_modality_thing_and_motion():
     for modality in MODALITIES:
         motion = "down" if modality == "video" else None
         for _ in range(20):
-            request = language.media_request(modality, THINGS[0], rng, motion)
+            request = language.request(modality, rng, motion, THINGS[0])
             assert "red circle" in request and ("down" in request) == (modality == "video")
         reply = language.media_reply(modality, THINGS[0], rng, motion)
         assert reply.endswith(language.plain_caption(THINGS[0], motion)) and len(set(reply) & set(".:")) == 1
         assert language.describe_question(modality, rng)
-        assert "None" not in language.convert_request(modality, rng, motion)
+        assert "None" not in language.request(modality, rng, motion)
     with pytest.raises(InputError, match="needs a motion"):
-        language.convert_request("video", rng)
+        language.request("video", rng)
     with pytest.raises(InputError, match="smell"):
         language.describe_question("smell", rng)
     assert all(language.small_talk(rng)) and all(language.refusal(rng))

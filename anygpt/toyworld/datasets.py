@@ -257,12 +257,8 @@ class _RowWriter:
         asked, given = [], []
         for target in targets:
             moving = motion if target == "video" else None
-            if it is not None:
-                asked.append(language.later_request(target, it, rng, moving))
-            elif source is None:
-                asked.append(language.media_request(target, thing, rng, moving))
-            else:
-                asked.append(language.convert_request(target, rng, moving))
+            told = thing if source is None and it is None else None
+            asked.append(language.request(target, rng, moving, told, it))
             given.append(_text(language.media_reply(target, thing, rng, moving)))
             if self.kind not in _TOLD:
                 medium = self._medium(f"{name}-out", thing, target, moving, rng)
@@ -300,11 +296,11 @@ def _in_words(thing: Thing, modality: str, rng: Rng) -> tuple[Exchange, bool]:
         question = f"{language.caption(thing, rng, motion, modality)} {language.describe_question(modality, rng)}"
         return _said((question, language.caption(thing, rng, motion, modality))), True
     if way == "request":
-        request = language.media_request(modality, thing, rng, motion)
+        request = language.request(modality, rng, motion, thing)
         return _said((request, language.media_reply(modality, thing, rng, motion))), True
     target = language.pick(rng, MODALITIES)
     moving = language.pick(rng, MOTIONS) if target == "video" else None
-    request = f"{language.caption(thing, rng, motion, modality)} {language.convert_request(target, rng, moving)}"
+    request = f"{language.caption(thing, rng, motion, modality)} {language.request(target, rng, moving)}"
     return _said((request, language.media_reply(target, thing, rng, moving))), True
 
 

@@ -113,14 +113,12 @@ def row_of(folder: Path, name: str, index: int, rng: np.random.Generator) -> dic
     messages: list[dict[str, Any]] = []
     before: list[dict[str, str]] = [picture(scene, 0, target=False)] if shown else []
     if not shown:
-        messages += [
-            {"role": "user", "content": language.media_request("image", scene.thing, rng)},
-            answer(scene, 0),
-        ]
+        asked = language.request("image", rng, thing=scene.thing)
+        messages += [{"role": "user", "content": asked}, answer(scene, 0)]
     for turn in range(1, 2 if judged else 4):
         word, motion, scene = language.pick(rng, scene.edits(kind, things))
-        asked = {"type": "text", "text": language.pick(rng, _WORDS[kind]).format(word)}
-        messages += [{"role": "user", "content": [*before, asked]}, answer(scene, turn, motion)]
+        wish = {"type": "text", "text": language.pick(rng, _WORDS[kind]).format(word)}
+        messages += [{"role": "user", "content": [*before, wish]}, answer(scene, turn, motion)]
         before = []
         kind = language.pick(rng, [kind for kind in KINDS if scene.edits(kind, things)])
     return {"id": f"{name}-{index}", "messages": messages}

@@ -7,7 +7,7 @@ split by things also splits the sentences.
 from collections.abc import Sequence
 from typing import TypeVar
 
-import numpy as np
+from numpy.random import Generator
 
 from anygpt.errors import InputError
 from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
@@ -102,7 +102,7 @@ def plain_caption(thing: Thing, motion: str | None = None) -> str:
     return f"{article(str(thing))}{f' moving {motion}' if motion else ''}"
 
 
-def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, modality: str | None = None) -> str:
+def caption(thing: Thing, rng: Generator, motion: str | None = None, modality: str | None = None) -> str:
     """A sentence or phrase that names the thing (and its motion), maybe as what "the picture" of a `modality` shows."""
     what = plain_caption(thing)
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
@@ -113,27 +113,30 @@ def caption(thing: Thing, rng: np.random.Generator, motion: str | None = None, m
     return pick(rng, forms).format(what=what, moves=moves)
 
 
-def describe_question(modality: str, rng: np.random.Generator) -> str:
+def describe_question(modality: str, rng: Generator) -> str:
     """A question about a given medium, whose answer is a caption."""
     return pick(rng, _of(_QUESTIONS, modality))
 
 
-def media_request(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request, in words, for a medium of the thing, moving as `motion` says."""
-    noun = pick(rng, _of(_NOUNS, modality))
-    ways = {"image": ("Draw {what}.",), "video": ("Film {what}.",), "audio": ("Let me hear {what}.", "Play {what}.")}
-    forms = (f"Make {article(noun)} of {{what}}.", f"I want {article(noun)} of {{what}}.", *ways[modality])
-    return pick(rng, forms).format(what=plain_caption(thing, motion))
-
-
-def convert_request(modality: str, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request to convert a given medium to `modality`; a video needs a motion."""
+def request(
+    modality: str,
+    rng: Generator,
+    motion: str | None = None,
+    thing: Thing | None = None,
+    it: str | None = None,
+) -> str:
+    """A request for a medium, moving as `motion` says: of a thing in words, of an earlier one that is called `it`
+    (`LATEST` or `FIRST`), or of what is given. Of the last two, one for a video needs a motion."""
+    if thing is not None:
+        noun, what = article(pick(rng, _of(_NOUNS, modality))), plain_caption(thing, motion)
+        ways = {"image": ("Draw {}.",), "video": ("Film {}.",), "audio": ("Let me hear {}.", "Play {}.")}
+        return pick(rng, (f"Make {noun} of {{}}.", f"I want {noun} of {{}}.", *ways[modality])).format(what)
     if modality == "video" and motion not in MOTIONS:
         raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
-    return pick(rng, _of(_CONVERSIONS, modality)).format(motion=motion)
+    return pick(rng, _of(_LATER_REQUESTS if it else _CONVERSIONS, modality)).format(it=it, motion=motion)
 
 
-def media_reply(modality: str, thing: Thing, rng: np.random.Generator, motion: str | None = None) -> str:
+def media_reply(modality: str, thing: Thing, rng: Generator, motion: str | None = None) -> str:
     """The text before a medium in an answer, which describes it: "Here is the picture: a red circle".
 
     The language model names what it saw or heard right before the signal tokens, so that one map from words serves all
@@ -142,7 +145,7 @@ def media_reply(modality: str, thing: Thing, rng: np.random.Generator, motion: s
     return f"{pick(rng, _of(_HERE, modality))} {plain_caption(thing, motion)}"
 
 
-def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+def text_qa(thing: Thing, rng: Generator) -> tuple[str, str]:
     """A question about a thing described in words, and its answer."""
     given = pick(rng, ("There is {what}. ", "I have {what}. ", "Think of {what}. ")).format(what=plain_caption(thing))
     riddle = f"Something {thing.colour} {pick(rng, _IN_OTHER_WORDS[thing.shape])}. "
@@ -161,29 +164,24 @@ def text_qa(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
     return f"{given}Is it {article(asked)}?", answer
 
 
-def later_question(it: str, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+def later_question(it: str, thing: Thing, rng: Generator) -> tuple[str, str]:
     """A question about an earlier thing, called `it` (`LATEST` or `FIRST`), and its answer."""
     kind = pick(rng, tuple(_LATER_QUESTIONS))
     answer = {"colour": thing.colour, "shape": article(thing.shape), "thing": plain_caption(thing)}[kind]
     return pick(rng, _LATER_QUESTIONS[kind]).format(it=it), f"{it[0].upper()}{it[1:]} is {answer}."
 
 
-def later_request(modality: str, it: str, rng: np.random.Generator, motion: str | None = None) -> str:
-    """A request for a medium of an earlier thing, called `it` (`LATEST` or `FIRST`)."""
-    return pick(rng, _of(_LATER_REQUESTS, modality)).format(it=it, motion=motion)
-
-
-def small_talk(rng: np.random.Generator) -> tuple[str, str]:
+def small_talk(rng: Generator) -> tuple[str, str]:
     """A line of small talk and its answer."""
     return pick(rng, _SMALL_TALK)
 
 
-def refusal(rng: np.random.Generator) -> tuple[str, str]:
+def refusal(rng: Generator) -> tuple[str, str]:
     """A request for something that does not exist, and a refusal."""
     return pick(rng, _NONSENSE_ASKED).format(x=pick(rng, _NONSENSE)), pick(rng, REFUSALS)
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+def pick(rng: Generator, options: Sequence[T]) -> T:
     """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 

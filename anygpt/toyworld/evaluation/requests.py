@@ -81,10 +81,8 @@ def matrix_requests(
                 motion = language.pick(rng, MOTIONS) if target == "video" else None
                 if target == "text":
                     prompt, motion = language.describe_question(source, rng), shown
-                elif source == "text":
-                    prompt = language.media_request(target, thing, rng, motion)
                 else:
-                    prompt = language.convert_request(target, rng, motion)
+                    prompt = language.request(target, rng, motion, thing if source == "text" else None)
                 requests.append(Request(name, source, target, prompt, thing, motion, path, medium))
     return requests
 
@@ -147,7 +145,7 @@ def conversation_requests(
                     turns.append(Request(name, "text", "text", prompt, thing, reference=(answer,)))
                 else:
                     motion = language.pick(rng, MOTIONS) if target == "video" else None
-                    prompt = language.later_request(target, it, rng, motion)
+                    prompt = language.request(target, rng, motion, it=it)
                     turns.append(Request(name, "text", target, prompt, thing, motion))
         conversations.append(turns)
     return conversations
