@@ -93,42 +93,34 @@ def make_text_encoder(decoder: Path, steps: int = 1000) -> tuple[nn.Module, floa
         for name, parameter in network.named_parameters():
             if "embedding" in name:
                 parameter.mul_(_EMBEDDING_GAIN)
-    head = nn.Linear(config.hidden_size, sum(_SAID))
     rng = np.random.default_rng(0)
     scenes = [
         in_full(scene, rng) if rng.integers(2) else scene for scene in _invent(min(10_000, 128 * steps) + 1000, rng)
     ]
     tokenizer = AutoTokenizer.from_pretrained(decoder / "tokenizer")
     ids, labels = read_captions(scenes, tokenizer, config.max_position_embeddings)
-    return _train(network, head, ids, labels, _SAID, steps, batch=128, fresh=1000)
+    return _train(network, ids, labels, _SAID, steps, batch=128, fresh=1000)
 
 
 def train_image_encoder(folder: Path, steps: int = 1200) -> tuple[nn.Module, float]:
     """The image encoder, trained on, and the share of patches that tell rightly what is in their quarter."""
     network, processor = CLIPVisionModel.from_pretrained(folder), load_encoder_processor(str(folder), "image")
-    head = nn.Linear(network.config.hidden_size, sum(_SHOWN))
     rng = np.random.default_rng(0)
     scenes = list(_invent(min(7500, 64 * steps) + 500, rng))
     images = (render_scene(scene, rng) for scene in scenes)
     pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
     labels = read_pictures(scenes, network.config.image_size // network.config.patch_size)
-    return _train(network, head, pixels, labels, _SHOWN, steps, batch=64, fresh=500)
+    return _train(network, pixels, labels, _SHOWN, steps, batch=64, fresh=500)
 
 
 def _train(
-    network: nn.Module,
-    head: nn.Linear,
-    inputs: Tensor,
-    labels: Tensor,
-    sizes: tuple[int, ...],
-    steps: int,
-    batch: int,
-    fresh: int,
+    network: nn.Module, inputs: Tensor, labels: Tensor, sizes: tuple[int, ...], steps: int, batch: int, fresh: int
 ) -> tuple[nn.Module, float]:
     """Train the network and a linear map of its states `(B, T, H)` by the labels' cross-entropies; judge the last rows.
 
     `labels` are `(B, T, P)` for P properties of `sizes` classes, all -100 where a token has nothing to tell.
     """
+    head = nn.Linear(network.config.hidden_size, sum(sizes))
     optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], _LEARNING_RATE, weight_decay=0.01)
     network.train()
     for step in tqdm(range(steps), unit="update", mininterval=1):
