@@ -24,19 +24,17 @@ from anygpt.data.caching import CacheWriter
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.errors import InputError
+from anygpt.training import stages
 from anygpt.training.config import parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build, feed_back
-from anygpt.training.stages import (
-    ALL_AT_ONCE,
-    ENCODER_LLM,
-    INSTRUCTION_TUNING,
-    LLM_DECODER,
-    choose_networks,
-    prepare_stage,
-)
 
-STAGES = {"1": ENCODER_LLM, "2": LLM_DECODER, "3": INSTRUCTION_TUNING, "all_at_once": ALL_AT_ONCE}
+STAGES = {
+    "1": stages.ENCODER_LLM,
+    "2": stages.LLM_DECODER,
+    "3": stages.INSTRUCTION_TUNING,
+    "all_at_once": stages.ALL_AT_ONCE,
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -62,10 +60,10 @@ def main(arguments: list[str]) -> None:
     set_seed(config.run.seed)  # gives new signal tokens the same random rows as in the run
     model, processor = build(config)
     if options.stage is None:
-        model.train_only([] if config.train.parts is None else choose_networks(model, config.train.parts))
+        model.train_only([] if config.train.parts is None else stages.choose_networks(model, config.train.parts))
         accelerator.print(f"{LANGUAGE_MODEL}: left out, since what trains below its states is unknown without --stage")
     else:
-        prepare_stage(model, STAGES[options.stage], config)
+        stages.prepare_stage(model, STAGES[options.stage], config)
     datasets = [
         ConversationDataset.from_files(sources, on_bad_sample=data.on_bad_sample)
         for sources in (data.train, data.eval)

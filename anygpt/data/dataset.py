@@ -48,7 +48,6 @@ class LoadedSample:
                 yield role, part.type, medium
 
     def first_messages(self, count: int) -> "LoadedSample":
-        """The sample reduced to its first messages and their media."""
         sample = replace(self.sample, messages=self.sample.messages[:count])
         kept = Counter((role == "assistant", part.type) for role, part in sample.media())
 

@@ -75,7 +75,6 @@ class Asker:
         return {name: known[name] for name in ("model", *chosen)}
 
     def answers(self, way: Way, rows: Sequence[Row]) -> Iterator[tuple[Row, Answer]]:
-        """Yield rows with their answers, batch by batch."""
         size, (sample_of, answer) = self.suite.ask.batch_size, way
         if not rows:
             return
@@ -176,6 +175,5 @@ def _in_words(row: Row) -> Sample:
 
 
 def answered(item: LoadedSample, choice: str) -> LoadedSample:
-    """The sample with an answer appended."""
     answer = Message("assistant", (ContentPart("text", choice),))
     return replace(item, sample=replace(item.sample, messages=(*item.sample.messages, answer)))

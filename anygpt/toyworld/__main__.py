@@ -16,7 +16,6 @@ DESCRIPTION = f"""Write ToyWorld's datasets: pictures, clips, sounds and words a
 
 
 def main(arguments: list[str]) -> None:
-    """Write the datasets and print their paths."""
     parser = argparse.ArgumentParser("python -m anygpt.toyworld", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write to, for example runs/toyworld")

@@ -126,7 +126,6 @@ def _labels(count: int) -> tuple[list[int], list[int]]:
 
 
 def _through_mp4(clip: np.ndarray) -> np.ndarray:
-    """Write a clip as MP4 and read it back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_video(path, clip, FPS)

@@ -117,7 +117,6 @@ class Chosen:
             raise InputError(f"metric {spec.metric}: {error}") from error
 
     def describe(self, load: Load) -> dict[str, Any]:
-        """Better direction, network and revision."""
         network = self.make(load).network
         told = {"modality": self.modality, "better": "higher" if self.kind.higher else "lower"}
         return told | ({"features": network.path, "revision": network.revision} if network is not None else {})

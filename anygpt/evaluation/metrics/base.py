@@ -82,14 +82,11 @@ class Metric:
         return [self.network.of_frames(c.frames) for c in batch.media(role, self.modality, self.num_frames)]
 
 
-Scores = Sequence[float] | Mapping[str, Sequence[float]]
-"""One number per item; or numbers by the suffix of a value's name."""
-
-
 class Mean(Metric):
-    """Mean over all answers of what `score(metric, batch)` gives; all numbers are kept for the interval."""
+    """Mean over all answers of what `score(metric, batch)` gives: a number per item, or numbers by the suffix of a
+    value's name. All are kept for the interval."""
 
-    def __init__(self, *arguments: Any, score: Callable[[Any, Batch], Scores], **options: Any):
+    def __init__(self, *arguments: Any, score: Callable[[Any, Batch], Any], **options: Any):
         super().__init__(*arguments, **options)
         self.score = score
         self.scores: dict[str, array] = defaultdict(partial(array, "d"))

@@ -9,16 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from torchmetrics.image.fid import NoTrainInceptionV3
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoTokenizer,
-)
 
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError, first_line
@@ -52,14 +46,14 @@ class PretrainedNetwork:
         self, path: str, modality: str, revision: str | None = None, classify: bool = False, device: Any = "cpu"
     ):
         self.path, self.modality, self.classify, self.device = path, modality, classify, torch.device(device)
-        auto = AutoModelForAudioClassification if classify else AutoModel
-        extractor = AutoFeatureExtractor if is_heard(modality) else AutoImageProcessor
+        auto = transformers.AutoModelForAudioClassification if classify else transformers.AutoModel
+        extractor = transformers.AutoFeatureExtractor if is_heard(modality) else transformers.AutoImageProcessor
         with loading("feature model", path):
             options = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
             model, report = auto.from_pretrained(path, **options)
             self.processor: Any = None if modality == "text" else extractor.from_pretrained(path, revision=revision)
             reads = hasattr(model, "get_text_features") or modality == "text"
-            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision) if reads else None
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision) if reads else None
         if lost := sorted(name for name in report["missing_keys"] if "pooler" not in name):
             raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
         self.pools, self.config = not report["missing_keys"], model.config
