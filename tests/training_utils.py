@@ -285,7 +285,7 @@ class Bench:
         reset_accelerate()
         self.config = parse_config(args)
         self.accelerator = Accelerator(cpu=True)
-        self.trainer = Trainer(self.config, STAGES[stage], self.accelerator).setup()
+        self.trainer = Trainer(self.config, STAGES[stage], self.accelerator)
         trainer, self.model = self.trainer, self.trainer.model
         self.names = self.model.trainable_names()
         loader = make_loader(trainer.dataset, trainer.collator, self.config, self.accelerator, start=0)
@@ -295,4 +295,4 @@ class Bench:
 
     def update(self, step=0):
         self.trainer.done = step
-        return self.trainer.step(self.batches).by_name()
+        return self.trainer.step(self.batches)

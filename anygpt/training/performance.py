@@ -3,8 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from anygpt.training.folder import GIB
 
+DONE, LEFT_OUT = ("tok", "samples"), ("skipped", "cut")
 PHASES = ("data", "forward", "backward", "optimizer")
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "3090": 71, "L4": 121}
 """Dense bfloat16 TFLOP/s by a substring of the device's name (NVIDIA's data sheets)."""
 _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass
-class Metrics:
-    """Metrics of an update, over all processes: the weighted loss, the mean of each term, the norm before clipping,
-    numbers of tokens, samples, and rows skipped and cut, and if counted the tokens with padding (`places`)."""
-
-    loss: float
-    terms: dict[str, float]
-    gradient_norm: float
-    tokens: int
-    samples: int
-    skipped: int
-    cut: int
-    places: int
-
-    def by_name(self) -> dict[str, float]:
-        padding = {"padding": 1 - self.tokens / self.places} if self.places else {}
-        return {"loss": self.loss, **self.terms, "gradient_norm": self.gradient_norm, **padding}
 
 
 class Meter:
@@ -52,17 +33,18 @@ class Meter:
     def __init__(self, accelerator: Accelerator):
         self.device, self.processes = accelerator.device, accelerator.num_processes
         self.peak = peak_rate(self.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-        self.left_out: Counter[str] = Counter()  # rows skipped and cut in the whole run
+        self.left_out = Counter[str]()  # rows of the whole run
         self.start()
 
     def start(self) -> None:
         self.since, self.flops = time.perf_counter(), 0
-        self.done: Counter[str] = Counter()
+        self.done = Counter[str]()
         self.marks: list[tuple[str, Any, Any]] = []
 
-    def count(self, update: Metrics) -> None:
-        self.done.update({"tok": update.tokens, "samples": update.samples})
-        self.left_out.update({"skipped": update.skipped, "cut": update.cut})
+    def count(self, totals: Mapping[str, float]) -> None:
+        """Count an update's tokens and samples (`DONE`), and the rows skipped and cut (`LEFT_OUT`)."""
+        self.done.update({name: int(totals[name]) for name in DONE})
+        self.left_out.update({name: int(totals[name]) for name in LEFT_OUT})
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -115,7 +97,7 @@ class Meter:
         for name, begin, end in self.marks:
             phases[name] += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
         rate = self.flops * self.processes / seconds / 1e12
-        values = {f"{what}/s": self.done[what] / seconds for what in ("tok", "samples")}
+        values = {f"{what}/s": self.done[what] / seconds for what in DONE}
         values |= {"TFLOP/s": rate, "MFU": rate / self.peak / self.processes}
         values |= {f"{name}_share": phases[name] / seconds for name in PHASES}
         values |= {"memory_gib": memory / GIB, **{name: count for name, count in self.left_out.items() if count}}

@@ -91,12 +91,9 @@ class Sums:
         self.places = {name: place for place, name in enumerate(names)}
         self.values = torch.zeros(len(self.places), dtype=torch.float64, device=device)
 
-    def add(self, name: str, value: torch.Tensor | float) -> None:
-        self.values[self.places[name]] += value.detach().double() if isinstance(value, torch.Tensor) else value
-
-    def add_all(self, values: Mapping[str, torch.Tensor | float]) -> None:
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
         for name, value in values.items():
-            self.add(name, value)
+            self.values[self.places[name]] += value.detach().double() if isinstance(value, torch.Tensor) else value
 
     def of_all(self, accelerator: Accelerator) -> dict[str, float]:
         """Sums over all processes; a collective call."""

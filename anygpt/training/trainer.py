@@ -32,14 +32,14 @@ from anygpt.training.config import Config
 from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
-from anygpt.training.performance import Meter, Metrics, profiler
+from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
-LOSS, TOKENS, PLACES = "loss", "tokens", "places"
-COUNTED = (TOKENS, SAMPLE_IDS, BAD, CUT, PLACES)
+LOSS, TOKENS, PLACES = "loss", "tok", "places"
+ROWS = {"samples": SAMPLE_IDS, "skipped": BAD, "cut": CUT}
 
 
 def train(config: Config, stage: Stage) -> Path:
@@ -60,78 +60,49 @@ def train(config: Config, stage: Stage) -> Path:
             "replace it with run.resume=never"
         )
     with processes.started(config) as accelerator:
-        return Trainer(config, stage, accelerator).setup(checkpoint).fit(passed_over)
+        return Trainer(config, stage, accelerator, checkpoint).fit(passed_over)
 
 
 class Trainer:
-    """One run of a stage: `setup` builds everything, `fit` runs the updates, evaluations and checkpoints.
+    """One run of a stage, built anew or from a checkpoint; `fit` runs the updates, evaluations and checkpoints.
 
     `done` are the updates made, `wrapped` is the model prepared by accelerate, `whole` the one to save (see
-    `sharding.prepare`), and `notes` are lines for the log about the start.
+    `sharding.prepare`), and `notes` are lines for the log about the start. Nothing is written before `fit`.
     """
 
-    model: MultimodalModel
-    processor: Any
-    wrapped: Any
-    whole: MultimodalModel
-    optimizer: Any
-    scheduler: Any
     log: RunLog
 
-    def __init__(self, config: Config, stage: Stage, accelerator: Accelerator):
+    def __init__(self, config: Config, stage: Stage, accelerator: Accelerator, checkpoint: Path | None = None):
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.folder, self.meter = Path(config.run.output_dir), Meter(accelerator)
-        self.done = 0
-        self.tracker_run: str | None = None
-        self.notes: list[str] = []
-
-    def setup(self, checkpoint: Path | None = None) -> "Trainer":
-        """Build model, data and optimizer, anew or from a checkpoint; writes nothing."""
-        config, data, accelerator = self.config, self.config.data, self.accelerator
+        self.done, self.tracker_run = 0, None
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
         set_seed(config.run.seed)
-        self.model, self.processor = build(config)
-        names = prepare_stage(self.model, self.stage, config)
-        self.processor.describe_targets(self.model)
-        check_metrics(config, self.model)
-        self.model.pack_to = data.pack_to
-        if data.pack_to is not None:
-            check_packing(self.model)
+        self.model, self.processor = model, processor = build(config)
+        names = prepare_stage(model, stage, config)
+        processor.describe_targets(model)
+        check_metrics(config, model)
+        model.pack_to = config.data.pack_to
+        if model.pack_to is not None:
+            check_packing(model)
         if config.train.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.dataset, self.held_out, self.collator = build_data(self.model, self.processor, config, self.stage)
+            model.gradient_checkpointing_enable()
+        self.dataset, self.held_out, self.collator = build_data(model, processor, config, stage)
         self.digests = checkpoints.data_digests(self.dataset)
-        self.notes += [f"{self.stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
+        self.notes = [f"{stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
         self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
-        self.notes += fitting.notes(self.processor.modalities, self.processor.encoder_processors, self.processor.fit)
-        self.notes += [
-            f"{key}: {targets.note}" for key, targets in (self.processor.coded | self.processor.targets).items()
-        ]
+        self.notes += fitting.notes(processor.modalities, processor.encoder_processors, processor.fit)
+        self.notes += [f"{key}: {targets.note}" for key, targets in (processor.coded | processor.targets).items()]
         if checkpoint is not None:
-            checkpoints.load_tensors(checkpoint, self.model)  # before the cache is compared with the tensors
-        datasets = [dataset for dataset in (self.dataset, self.held_out) if dataset is not None]
+            checkpoints.load_tensors(checkpoint, model)  # before the cache is compared with the tensors
         sharded = sharding.is_sharded(accelerator)
-        self.notes += loading.use_cache(datasets, self.collator, self.model, self.processor, config, sharded)
+        datasets = [one for one in (self.dataset, self.held_out) if one is not None]
+        self.notes += loading.use_cache(datasets, self.collator, model, processor, config, sharded)
         if checkpoint is None:
-            self.notes += init_projectors(self.model, self.dataset, self.collator, config, accelerator)
-        self.setup_optimizer(checkpoint)
-        return self
-
-    def setup_optimizer(self, checkpoint: Path | None) -> None:
-        config, accelerator, model = self.config, self.accelerator, self.model
-        sharded = sharding.is_sharded(accelerator)
+            self.notes += init_projectors(model, self.dataset, self.collator, config, accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
         if checkpoint is not None:
-            loaded = None if sharded else optimizer
-            state = checkpoints.load_training_state(checkpoint, loaded, self.scheduler, accelerator)
-            checkpoints.check_same_data(checkpoint, state["data"], self.digests, config)
-            self.done, self.tracker_run = state["step"], state["tracker_run"]
-            self.notes.append(f"continues from {checkpoint} after update {self.done}")
-            before, steps = state["max_steps"], config.train.max_steps
-            if self.done > steps:
-                raise InputError(f"{checkpoint} is beyond train.max_steps, which is {steps}; give at least {self.done}")
-            if before != steps:
-                self.notes.append(f"of {steps} updates instead of {before}: the learning rate follows the new schedule")
+            self.restore(checkpoint, None if sharded else optimizer)
         if config.train.compile:
             model.to(accelerator.device)
             compile_layers(model)
@@ -142,6 +113,18 @@ class Trainer:
             set_rates(self.optimizer, self.scheduler)
         self.averages = Averages(model, config.train, checkpoint)
         self.wrapped.train()
+
+    def restore(self, checkpoint: Path, optimizer: Any) -> None:
+        """Restore the state of training; the model's tensors are loaded before, a sharded optimizer's state after."""
+        state = checkpoints.load_training_state(checkpoint, optimizer, self.scheduler, self.accelerator)
+        checkpoints.check_same_data(checkpoint, state["data"], self.digests, self.config)
+        self.done, self.tracker_run = state["step"], state["tracker_run"]
+        self.notes.append(f"continues from {checkpoint} after update {self.done}")
+        before, steps = state["max_steps"], self.config.train.max_steps
+        if self.done > steps:
+            raise InputError(f"{checkpoint} is beyond train.max_steps, which is {steps}; give at least {self.done}")
+        if before != steps:
+            self.notes.append(f"of {steps} updates instead of {before}: the learning rate follows the new schedule")
 
     def fit(self, warnings: Iterable[str] = ()) -> Path:
         """Run the remaining updates and write `final/`; returns that folder.
@@ -179,16 +162,15 @@ class Trainer:
         for micro_batches in self.meter.updates(updates):
             before = checkpoints.rng_state()
             try:
-                update = self.step(micro_batches)
+                metrics = self.step(micro_batches)
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}; the state before it is in {self.save(STOPPED, {}, before)}") from None
-            metrics = update.by_name() | {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+            metrics |= {group["name"]: group["lr"] for group in self.optimizer.param_groups}
             self.scheduler.step()
             self.done += 1
-            moved |= update.gradient_norm > 0
+            moved |= metrics["gradient_norm"] > 0
             last = self.done == train.max_steps
-            self.meter.count(update)
-            log.advance(update.loss)
+            log.advance(metrics[LOSS])
             if trace is not None:
                 trace.step()
             if last or self.is_due(train.log_steps):
@@ -223,14 +205,15 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
 
-    def step(self, micro_batches: list[MicroBatch]) -> Metrics:
-        """Make one update; raises `NonFiniteLoss` before the optimizer's step."""
+    def step(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Make one update; returns its metrics over all processes: the weighted loss, the mean of each term, the norm
+        before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step."""
         names, accelerator = self.model.loss_names(), self.accelerator
         counts = Sums(names, accelerator.device)
         for batch, _ in micro_batches:
-            counts.add_all(self.model.count_losses(batch))
+            counts.add(self.model.count_losses(batch))
         denominators = counts.of_all(accelerator)
-        sums = Sums([*names, LOSS, *COUNTED], accelerator.device)
+        sums = Sums([*names, LOSS, *ROWS, TOKENS, PLACES], accelerator.device)
         for index, (batch, ids) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
@@ -247,11 +230,10 @@ class Trainer:
                         accelerator.backward(loss * accelerator.num_processes)
             for name, term in output.losses.items():
                 assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
-                sums.add(name, term.total)
-            sums.add(LOSS, loss)
-            sums.add(TOKENS, int(output.attention_mask.sum()))
-            sums.add(PLACES, output.places if self.model.pack_to or self.config.data.max_batch_tokens else 0)
-            sums.add_all({name: len(ids[name]) for name in (SAMPLE_IDS, BAD, CUT)})
+            sums.add({LOSS: loss} | {name: term.total for name, term in output.losses.items()})
+            sums.add({shown: len(ids[name]) for shown, name in ROWS.items()})
+            places = output.places if self.model.pack_to or self.config.data.max_batch_tokens else 0
+            sums.add({TOKENS: int(output.attention_mask.sum()), PLACES: places})
         with self.meter.phase("optimizer"):
             norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
         totals = sums.of_all(accelerator)
@@ -266,8 +248,10 @@ class Trainer:
             self.optimizer.step()
             self.averages.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.meter.count(totals)
         means = {name: totals[name] / denominators[name] for name in names if denominators[name]}
-        return Metrics(totals[LOSS], means, norm, *(int(totals[name]) for name in COUNTED))
+        padding = {"padding": 1 - totals[TOKENS] / totals[PLACES]} if totals[PLACES] else {}
+        return {LOSS: totals[LOSS], **means, "gradient_norm": norm, **padding}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -292,8 +276,8 @@ class Trainer:
             with loading.naming_rows(self.held_out, self.collator, self.model, ids):
                 losses = self.model(**move(batch, device), generators=generators).losses
             if chunk:
-                totals.add_all({name: term.total for name, term in losses.items()})
-                counts.add_all({name: term.count for name, term in losses.items()})
+                totals.add({name: term.total for name, term in losses.items()})
+                counts.add({name: term.count for name, term in losses.items()})
         self.wrapped.train()
         total, count = totals.of_all(accelerator), counts.of_all(accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
