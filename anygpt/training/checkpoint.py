@@ -31,31 +31,25 @@ from anygpt.training.config import Config
 from anygpt.training.folder import STATE, find_checkpoints, hide, read_state, remove, sync
 
 OPTIMIZER = "optimizer.pt"
+WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data and start (a run can be moved), its length
+    *("run.output_dir", "run.name", "run.project", "run.tracker", "run.resume", "model.init_from"),
+    *("data.cache_dir", "data.num_workers", "data.in_memory", "data.eval", "train.max_steps", "train.num_epochs"),
+    *("train.save_steps", "train.keep_checkpoints", "train.keep_best", "train.abort_above", "train.eval_steps"),
+    *("train.log_steps", "train.sample_steps", "train.sample_rows", "train.profile", "train.ema_for"),
+)
 
 
 def settings_that_count(config: Config) -> dict[str, Any]:
     """Settings on which the trained weights depend, by name.
 
-    Excludes output and logging, the folders of data and start (a run can be moved) and the length (it can be extended).
     Micro-batches are counted over all processes: one process with 2b rows and two with b train the same.
     """
     settings = config.to_dict()
     for source in settings["data"]["train"]:
         source |= {"path": Path(source["path"]).name, "media_root": None}
-    for section, names in {
-        "run": ("output_dir", "name", "project", "tracker", "resume"),
-        "model": ("init_from",),  # a checkpoint contains it
-        "data": ("cache_dir", "num_workers", "in_memory", "eval"),
-        "train": (
-            *("max_steps", "num_epochs", "save_steps", "keep_checkpoints", "keep_best", "abort_above"),
-            *("eval_steps", "log_steps", "sample_steps", "sample_rows", "profile", "ema_for"),
-        ),
-    }.items():
-        for name in names:
-            settings[section].pop(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings["train"]["batch_size (of all processes)"] = settings["train"].pop("batch_size") * processes
-    return flatten(settings)
+    return {name: value for name, value in flatten(settings).items() if not name.startswith(WITHOUT_EFFECT)}
 
 
 def data_digests(dataset: ConversationDataset) -> list[str]:
@@ -130,29 +124,25 @@ def save_state(content: Any, path: Path) -> None:
 def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints. An
     `InputError` says that there is no intact one at the given path, or that the chosen one has other settings."""
-    resume, passed_over = config.run.resume, []
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        checkpoint = None
-        for candidate in reversed(find_checkpoints(Path(config.run.output_dir))):
-            fault = find_fault(candidate)
-            if fault is None:
-                checkpoint = candidate
-                break
-            passed_over.append(f"{candidate} is damaged and passed over: {fault}")
-        if checkpoint is None:
-            return None, passed_over
-    else:
-        checkpoint = Path(resume)
+    resume, own = config.run.resume, find_checkpoints(Path(config.run.output_dir))
+    passed_over: list[str] = []
+    for checkpoint in {"never": [], "auto": own[::-1]}.get(resume, [Path(resume)]):
         fault = find_fault(checkpoint) if checkpoint.is_dir() else "there is no such folder"
         if fault is None and not (checkpoint / STATE).is_file():
             fault = f"it has no {STATE}"
-        if fault is not None:
+        if fault is None:
+            check_same_settings(checkpoint, config)
+            return checkpoint, passed_over
+        if resume != "auto":
             raise InputError(
                 f"run.resume={resume!r} is no checkpoint, or a damaged one: {fault}; give another checkpoint-<step> "
                 "folder, auto or never"
             )
+        passed_over.append(f"{checkpoint} is damaged and passed over: {fault}")
+    return None, passed_over
+
+
+def check_same_settings(checkpoint: Path, config: Config) -> None:
     state, now = read_state(checkpoint), settings_that_count(config)
     before = state.get("settings", {})
     if not before or "data" not in state:
@@ -167,7 +157,6 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"{checkpoint} was written with other settings: {others}; give them as they were, give this run its own "
             "run.output_dir, or start over with run.resume=never"
         )
-    return checkpoint, passed_over
 
 
 def check_same_data(checkpoint: Path, before: list[str], now: list[str], config: Config) -> None:

@@ -126,9 +126,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
     """Checkpoint with the lowest value of a metric (highest for `max:metric`), and the value; None if none has it."""
     sign, name = (-1 if metric.startswith(MAX) else 1), metric.removeprefix(MAX)
-    states = {path: read_state(path) for path in find_checkpoints(folder) if (path / STATE).is_file()}
-    values = {path: state["metrics"][name] for path, state in states.items() if state["metrics"].get(name) is not None}
-    finite = [item for item in values.items() if math.isfinite(item[1])]
+    there = [path for path in find_checkpoints(folder) if (path / STATE).is_file()]
+    values = [(path, read_state(path)["metrics"].get(name)) for path in there]
+    finite = [(path, value) for path, value in values if value is not None and math.isfinite(value)]
     return min(finite, key=lambda item: sign * item[1], default=None)
 
 
