@@ -10,6 +10,7 @@ from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset
 from anygpt.model.language_models import load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
+from anygpt.model.parts import part_modules
 from anygpt.parts.publishing import let_umask_decide
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
@@ -29,26 +30,19 @@ def write_components(final: Path, config: Config) -> None:
     model = MultimodalModel.from_pretrained(final)
     processor = MultimodalProcessor.from_pretrained(final)
     processor.describe_targets(model)
-    trained = dict.fromkeys(part.partition(".")[0] for part in config.train.parts)
-    for part in trained:
+    trained = {part.partition(".")[0] for part in config.train.parts}
+    for part, module in part_modules(model).items():  # a projector belongs to this composition
+        if part not in trained:
+            continue
         folder = Path(config.run.output_dir) / PARTS / part
         key, _, kind = part.rpartition("_")
-        if part == "language_model":
-            model.language_model.save_pretrained(folder)
-            # The original tokenizer, without the tokens added by this composition.
+        if f"{part}.vae" in config.train.parts:
+            module.vae.register_to_config(scaling_factor=1 / latent_deviation(model, processor, key, config))
+        module.save_pretrained(folder)
+        if part == "language_model":  # the original tokenizer, without the tokens added by this composition
             load_tokenizer(source(config.model.language_model, "no")).save_pretrained(folder)
         elif kind == "encoder":
-            model.encoders[key].module.save_pretrained(folder)
             processor.encoder_processors[key].save_pretrained(folder)
-        elif kind == "decoder":
-            decoder = model.decoders[key].module
-            if f"{part}.vae" in config.train.parts:
-                decoder.vae.register_to_config(scaling_factor=1 / latent_deviation(model, processor, key, config))
-            decoder.save_pretrained(folder)
-        elif kind == "tokenizer":
-            model.tokenizers[key].module.save_pretrained(folder)
-        else:
-            continue  # a projector belongs to this composition
         let_umask_decide(folder)
         logger.info("%s", folder)
 
