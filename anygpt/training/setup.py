@@ -147,10 +147,8 @@ def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> N
                 f"the tokenizer in {folder} gives the tokens of {', '.join(moved)} other ids than the model there was "
                 "trained with; it is another model's"
             )
-    new = [f"{key}_encoder." for key in model.encoder_keys if key not in start.encoder_keys]
-    for key in model.decoder_keys:
-        if key not in start.decoder_keys:
-            new.append(f"{key}_decoder.")
+    new = [f"{key}_encoder." for key in set(model.encoder_keys) - set(start.encoder_keys)]
+    new += [f"{key}_decoder." for key in set(model.decoder_keys) - set(start.decoder_keys)]
     for key in set(model.signal_tokens.names) - set(start.signal_tokens.names):
         new += [f"signal_tokens.input_rows.{key}", f"signal_tokens.output_rows.{key}"]
     model.load_own_tensors(folder, may_lack=tuple(new))
@@ -305,7 +303,7 @@ def term_of(sample: Sample, model: MultimodalModel, stage: Stage) -> str:
             )
         has_media.append(bool(kinds))
     read, made = has_media
-    term = ("encoder_decoder" if read else "llm_decoder") if made else ("encoder_llm" if read else "llm")
+    term = TERMS[read + 2 * made]
     if term not in stage.terms:
         raise InputError(
             f"{sample.name} is a row of the kind {term}, which {stage.name} does not "

@@ -34,6 +34,7 @@ class Stage:
         return [part for part, kind in part_kinds(model).items() if kind in self.trains and part not in idle]
 
 
+PEFT_NAMES = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 ENCODER_LLM = Stage("stage 1, encoder-LLM", ("projector",), ("encoder_llm",))
 LLM_DECODER = Stage("stage 2, LLM-decoder", ("output_projector", "signal_tokens"), ("llm_decoder",))
 COMPONENTS = Stage("stage 0, components", (), TERMS)
@@ -81,13 +82,8 @@ def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, t
     if there is not None:
         check_adapter(there, lora, section)
         return there
-    adapter = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type=task,
-    )
+    options = {there: getattr(lora, name) for name, there in PEFT_NAMES.items()}
+    adapter = LoraConfig(**options, target_modules=lora.target_modules, task_type=task)
     with refusing(f"{section}.target_modules={lora.target_modules!r} does not fit", (ValueError,)):
         return get_peft_model(network, adapter)
 
@@ -111,9 +107,8 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
         networks.setdefault(name, []).extend([network] if network else [])
     for key in model.decoder_keys:
         decoder, chosen = model.decoders[key].module, networks.get(f"{key}_decoder")
-        if chosen is None or decoder.denoiser_adapter is None:
-            continue
-        if any(getattr(decoder, name, None) is decoder.denoiser for name in chosen or decoder.trains):
+        names = () if chosen is None or decoder.denoiser_adapter is None else chosen or decoder.trains
+        if any(getattr(decoder, name, None) is decoder.denoiser for name in names):
             raise InputError(
                 f"train.parts names {key}_decoder, whose denoiser has an adapter: name {key}_denoiser alone, which "
                 "trains the adapter, or start from a model with it merged (anygpt merge-lora)"
@@ -133,7 +128,7 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
 def check_adapter(wrapper: PeftModel, lora: LoraSettings, section: str) -> None:
     """Reject LoRA settings that differ from those of an adapter from `model.init_from`, which stays as it is."""
     adapter, default = wrapper.peft_config[wrapper.active_adapter], LoraSettings()
-    for name, there in (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
+    for name, there in PEFT_NAMES.items():
         value, saved = getattr(lora, name), getattr(adapter, there)
         if value not in (saved, getattr(default, name)):
             raise InputError(
@@ -154,13 +149,12 @@ def expected_names(model: MultimodalModel, parts: list[str], signal_rows: str) -
     networks = tuple(
         f"{key}_decoder.module.{network}." for key, one in model.decoders.items() for network in one.module.trains
     )
-    lora = {f"{key}_encoder": is_peft(encoder.module) for key, encoder in model.encoders.items()}
-    lora |= {"language_model": is_peft(model.language_model)} | {f"{key}_denoiser": True for key in model.decoder_keys}
+    adapted = {part for part, pieces in model.parts.items() if is_peft(pieces[0])}
     own = {id(parameter): part for part in parts for parameter in model.part_parameters(part)}
 
     def trains(name: str, part: str) -> bool:
-        if part in lora:
-            return ".lora_" in name or not lora[part]
+        if part in adapted or part.endswith("_denoiser"):
+            return ".lora_" in name
         if part == "signal_tokens":
             return name in inputs or (signal_rows != "none" and ".output_rows." in name)
         return not part.endswith("_decoder") or name.startswith(networks)
