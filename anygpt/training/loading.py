@@ -9,7 +9,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,7 +144,7 @@ def ridge_batches(
 
 
 def use_cache(
-    datasets: Iterable[ConversationDataset],
+    datasets: list[ConversationDataset],
     collator: Collator,
     model: MultimodalModel,
     processor: Any,
@@ -157,10 +157,9 @@ def use_cache(
     """
     if config.data.cache_dir is None:
         return []
-    first, *others = datasets
-    frames, precision = first.num_video_frames, config.train.mixed_precision
+    frames, precision = datasets[0].num_video_frames, config.train.mixed_precision
     cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
-    for user in (first, *others, *(() if sharded else (collator,))):
+    for user in (*datasets, *(() if sharded else (collator,))):
         user.cache = cache
     if not sharded:
         return cache.notes

@@ -70,15 +70,6 @@ class Meter:
             passes = 1 + (output.requires_grad and inputs[0].requires_grad) + module.weight.requires_grad
             self.flops += 2 * module.weight.numel() * positions * passes
 
-    def updates(self, updates: Iterator[Any]) -> Iterator[Any]:
-        """Yield the updates, counting the wait for each as phase `data`."""
-        while True:
-            with self.phase("data"):
-                item = next(updates, None)
-            if item is None:
-                return
-            yield item
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude a block (evaluation, checkpoints, samples) from the throughput."""

@@ -65,10 +65,9 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=1,
         )
-        if config.run.tracker != "none":
-            self.start_tracker(config, flatten(config.to_dict() | facts))
-
-    def start_tracker(self, config: Config, settings: dict[str, Any]) -> None:
+        if config.run.tracker == "none":
+            return
+        settings = flatten(config.to_dict() | facts)
         name, project = config.run.name or self.folder.name, config.run.project
         if config.run.tracker == "tensorboard":  # it separates projects by folder and takes no nulls
             project = name
@@ -92,13 +91,6 @@ class RunLog:
         """Log metrics as one line and to the tracker."""
         self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.log(values, step=step)
-
-    def advance(self, loss: float) -> None:
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def check_tracker(config: Config) -> None:

@@ -127,11 +127,8 @@ class Trainer:
             self.notes.append(f"of {steps} updates instead of {before}: the learning rate follows the new schedule")
 
     def fit(self, warnings: Iterable[str] = ()) -> Path:
-        """Run the remaining updates and write `final/`; returns that folder.
-
-        Raises:
-            InputError: no parameter changed; or the disk is full.
-            NonFiniteLoss, Aborted, Interrupted: after the state has been written.
+        """Run the remaining updates and write `final/`; returns that folder. Raises `InputError` if no parameter
+        changed or the disk is full, and `NonFiniteLoss`, `Aborted` or `Interrupted` after the state has been written.
         """
         config, accelerator = self.config, self.accelerator
         loader = loading.make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
@@ -144,7 +141,7 @@ class Trainer:
             facts = {"environment": environment, "parameters": {p.part: p.parameters for p in parts}}
             facts["trainable"] = {p.part: p.trainable for p in parts if p.trainable}
             self.log = RunLog(accelerator, config, self.done, facts, self.tracker_run)
-            stack.enter_context(contextlib.closing(self.log))
+            stack.callback(self.log.bar.close)
             caught = stack.enter_context(processes.caught_signals())
             self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
             for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
@@ -159,7 +156,9 @@ class Trainer:
         train, log = self.config.train, self.log
         moved = self.done == train.max_steps
         self.meter.start()
-        for micro_batches in self.meter.updates(updates):
+        while self.done < train.max_steps:
+            with self.meter.phase("data"):
+                micro_batches = next(updates)
             before = checkpoints.rng_state()
             try:
                 metrics = self.step(micro_batches)
@@ -170,7 +169,8 @@ class Trainer:
             self.done += 1
             moved |= metrics["gradient_norm"] > 0
             last = self.done == train.max_steps
-            log.advance(metrics[LOSS])
+            log.bar.update()
+            log.bar.set_postfix(loss=f"{metrics[LOSS]:.4g}", refresh=False)
             if trace is not None:
                 trace.step()
             if last or self.is_due(train.log_steps):
@@ -267,9 +267,8 @@ class Trainer:
         # Sharded processes must take equally many steps: one without rows computes a row that is not counted.
         order = [chunk or [0] for chunk in chunks]
         self.wrapped.eval()
-        loader = DataLoader(
-            self.held_out, batch_sampler=order, collate_fn=self.collator, **loading.loader_options(self.config)
-        )
+        options = {"collate_fn": self.collator, **loading.loader_options(self.config)}
+        loader = DataLoader(self.held_out, batch_sampler=order, **options)
         for batch, chunk in zip(loader, chunks, strict=True):
             ids = loading.take_ids(batch, self.config)
             generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, 0)
@@ -306,10 +305,7 @@ class Trainer:
 
     def save(self, name: str, metrics: dict[str, float], random_state: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint `<name><updates done>`, with an earlier `rng_state` if given, and return its folder.
-
-        Raises:
-            NonFiniteLoss: a trainable parameter is not finite, and the run could not continue from the checkpoint.
-        """
+        Raises `NonFiniteLoss` if a run could not continue from it, as a trainable parameter is not finite."""
         if name == PREFIX:
             processes.check_finite(self.model, self.accelerator)
         path = self.folder / f"{name}{self.done}"
