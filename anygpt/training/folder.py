@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.training.config import Config
 
 FINAL, SAMPLES, LOG = "final", "samples", "log.txt"
@@ -33,17 +33,14 @@ def check_folder(folder: Path, config: Config) -> None:
     """Check that the run's folder is writable and is not the one that the run starts from."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise _not_writable(folder, f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}")
+        reason = f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}"
+        raise InputError(f"run.output_dir={str(folder)!r} cannot be written to: {reason}; choose another folder")
     start = config.model.init_from
     if start is not None and Path(start).resolve().parent == folder.resolve():
         raise InputError(
             f"model.init_from={start!r} lies in run.output_dir={str(folder)!r}, which this run writes to; choose "
             "another run.output_dir"
         )
-
-
-def _not_writable(folder: Path, reason: str) -> InputError:
-    return InputError(f"run.output_dir={str(folder)!r} cannot be written to: {reason}; choose another folder")
 
 
 def prepare_folder(
@@ -55,12 +52,10 @@ def prepare_folder(
     """
     lines: list[str] = []
     if accelerator.is_main_process:
-        try:
+        with refusing(f"run.output_dir={str(folder)!r} cannot be written to", (OSError,), "; choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
             (folder / "environment.json").write_text(json.dumps(environment, indent=1))
-        except OSError as error:
-            raise _not_writable(folder, str(error)) from error
         old = list(folder.glob(".*.incomplete"))  # left by a run killed while writing
         if config.run.resume == "never":
             old += [*find_checkpoints(folder), *folder.glob("set-aside-*"), *folder.glob(f"{STOPPED}*")]
@@ -123,8 +118,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
+def best_checkpoint(folder: Path, metric: str | None) -> tuple[Path, float] | None:
     """Checkpoint with the lowest value of a metric (highest for `max:metric`), and the value; None if none has it."""
+    if metric is None:
+        return None
     sign, name = (-1 if metric.startswith(MAX) else 1), metric.removeprefix(MAX)
     there = [path for path in find_checkpoints(folder) if (path / STATE).is_file()]
     values = [(path, read_state(path)["metrics"].get(name)) for path in there]
@@ -134,7 +131,7 @@ def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
 
 def remove_old(folder: Path, config: Config) -> None:
     """Remove checkpoints beyond `train.keep_checkpoints`, except the best by `train.keep_best`."""
-    best = best_checkpoint(folder, config.train.keep_best) if config.train.keep_best else None
+    best = best_checkpoint(folder, config.train.keep_best)
     for old in find_checkpoints(folder)[: -config.train.keep_checkpoints]:
         if best is None or old != best[0]:
             remove(old)

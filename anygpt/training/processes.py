@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -84,17 +84,8 @@ def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
         )
 
 
-class Sums:
-    """Named float64 sums, reduced over all processes at once; their names have the same order on all of them."""
-
-    def __init__(self, names: Iterable[str], device: torch.device):
-        self.places = {name: place for place, name in enumerate(names)}
-        self.values = torch.zeros(len(self.places), dtype=torch.float64, device=device)
-
-    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
-        for name, value in values.items():
-            self.values[self.places[name]] += value.detach().double() if isinstance(value, torch.Tensor) else value
-
-    def of_all(self, accelerator: Accelerator) -> dict[str, float]:
-        """Sums over all processes; a collective call."""
-        return dict(zip(self.places, accelerator.reduce(self.values, reduction="sum").tolist(), strict=True))
+def add_up(values: Mapping[str, torch.Tensor | float], accelerator: Accelerator) -> dict[str, float]:
+    """The sums of scalars over all processes, in float64; a collective call, for which names have the same order."""
+    device = accelerator.device
+    scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()]
+    return dict(zip(values, accelerator.reduce(torch.stack(scalars), reduction="sum").tolist(), strict=True))

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
-from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss, Sums
+from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
 from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
@@ -209,11 +210,11 @@ class Trainer:
         """Make one update; returns its metrics over all processes: the weighted loss, the mean of each term, the norm
         before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step."""
         names, accelerator = self.model.loss_names(), self.accelerator
-        counts = Sums(names, accelerator.device)
+        counts = Counter(dict.fromkeys(names, 0))
         for batch, _ in micro_batches:
-            counts.add(self.model.count_losses(batch))
-        denominators = counts.of_all(accelerator)
-        sums = Sums([*names, LOSS, *ROWS, TOKENS, PLACES], accelerator.device)
+            counts.update(self.model.count_losses(batch))
+        denominators = processes.add_up(counts, accelerator)
+        sums: Any = Counter(dict.fromkeys((*names, LOSS, *ROWS, TOKENS, PLACES), 0))
         for index, (batch, ids) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             generators = loading.make_generators(ids[TARGET_IDS], self.config.run.seed, self.done)
@@ -230,13 +231,14 @@ class Trainer:
                         accelerator.backward(loss * accelerator.num_processes)
             for name, term in output.losses.items():
                 assert term.count <= denominators[name], f"{name}: counted {denominators[name]}, not {term.count}"
-            sums.add({LOSS: loss} | {name: term.total for name, term in output.losses.items()})
-            sums.add({shown: len(ids[name]) for shown, name in ROWS.items()})
-            places = output.places if self.model.pack_to or self.config.data.max_batch_tokens else 0
-            sums.add({TOKENS: int(output.attention_mask.sum()), PLACES: places})
+                sums[name] += term.total.detach().double()
+            sums[LOSS] += loss.detach().double()
+            sums[TOKENS] += int(output.attention_mask.sum())
+            sums[PLACES] += output.places if self.model.pack_to or self.config.data.max_batch_tokens else 0
+            sums.update({shown: len(ids[name]) for shown, name in ROWS.items()})
         with self.meter.phase("optimizer"):
             norm = clip_gradients(self.model, self.optimizer, self.config.train.max_grad_norm, accelerator)
-        totals = sums.of_all(accelerator)
+        totals = processes.add_up(sums, accelerator)
         if not (math.isfinite(totals[LOSS]) and math.isfinite(norm)):
             bad = [name for name in names if not math.isfinite(totals[name])]
             seen = gather_object([sample for _, ids in micro_batches for sample in ids[SAMPLE_IDS]])
@@ -260,7 +262,7 @@ class Trainer:
         Noise is the same each time.
         """
         names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
-        totals, counts = Sums(names, device), Sums(names, device)
+        totals, counts = Counter(dict.fromkeys(names, 0.0)), Counter(dict.fromkeys(names, 0))
         size, world, rows = self.config.train.batch_size, accelerator.num_processes, range(len(self.held_out))
         starts = range(0, len(rows), size * world)
         chunks = [list(rows[i : i + size * world][accelerator.process_index :: world]) for i in starts]
@@ -275,10 +277,10 @@ class Trainer:
             with loading.naming_rows(self.held_out, self.collator, self.model, ids):
                 losses = self.model(**move(batch, device), generators=generators).losses
             if chunk:
-                totals.add({name: term.total for name, term in losses.items()})
-                counts.add({name: term.count for name, term in losses.items()})
+                totals.update({name: term.total.double() for name, term in losses.items()})
+                counts.update({name: term.count for name, term in losses.items()})
         self.wrapped.train()
-        total, count = totals.of_all(accelerator), counts.of_all(accelerator)
+        total, count = processes.add_up(totals, accelerator), processes.add_up(counts, accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
         losses = {name: LossTerm(torch.tensor(total[name]), int(count[name])) for name in means}
         loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
@@ -344,7 +346,7 @@ class Trainer:
         with self.averages.instead("final"), self.written(self.folder / FINAL):
             pass
         keep = self.config.train.keep_best
-        best = folders.best_checkpoint(self.folder, keep) if keep else None
+        best = folders.best_checkpoint(self.folder, keep)
         if best is not None:
             word = "highest" if keep.startswith(folders.MAX) else "lowest"
             self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}")
