@@ -245,7 +245,7 @@ def test_sharded_layers_run_in_every_batch(world, sharded):
     world.write()
     config = Config(data=DataConfig(cache_dir=str(world.folder)))
     dataset, collator = world.dataset(), Collator(world.processor)
-    notes = use_cache([dataset], collator, world.model, world.processor, config, sharded)
+    notes = use_cache([dataset], collator, world.model, config, sharded)
     assert dataset.cache is not None and (collator.cache is None) == sharded
     said = [note for note in notes if note.startswith("language_model:")]
     assert len(notes) == 10 and said[0].endswith("its layers are sharded" if sharded else "from the cache")

@@ -144,12 +144,7 @@ def ridge_batches(
 
 
 def use_cache(
-    datasets: list[ConversationDataset],
-    collator: Collator,
-    model: MultimodalModel,
-    processor: Any,
-    config: Config,
-    sharded: bool = False,
+    datasets: list[ConversationDataset], collator: Collator, model: MultimodalModel, config: Config, sharded: bool
 ) -> list[str]:
     """Make datasets and collator read outputs of frozen parts from the feature cache; returns log lines, one per part.
 
@@ -158,7 +153,7 @@ def use_cache(
     if config.data.cache_dir is None:
         return []
     frames, precision = datasets[0].num_video_frames, config.train.mixed_precision
-    cache = open_cache(config.data.cache_dir, model, processor, frames, precision)
+    cache = open_cache(config.data.cache_dir, model, collator.processor, frames, precision)
     for user in (*datasets, *(() if sharded else (collator,))):
         user.cache = cache
     if not sharded:

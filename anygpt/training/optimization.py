@@ -55,9 +55,7 @@ def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[st
 def make_optimizer(model: MultimodalModel, config: Config) -> tuple[torch.optim.AdamW, Any]:
     """AdamW over the trainable parameters, and its schedule over `train.max_steps`."""
     train = config.train
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, train), weight_decay=train.weight_decay, fused=True)
     return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
 
 

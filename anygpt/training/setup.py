@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from torch import nn
+from transformers import PreTrainedModel
 
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
@@ -30,6 +30,7 @@ from anygpt.errors import InputError, reading
 from anygpt.evaluation.suite import read_suite
 from anygpt.losses.formulas import TERMS
 from anygpt.losses.terms import is_read
+from anygpt.model.configuration import OF_DECODERS
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
@@ -68,12 +69,13 @@ def compose(
 ) -> tuple[MultimodalModel, MultimodalProcessor] | None:
     """See `build`. Each part is loaded within `collected(<setting>)`; None if that swallowed a fault."""
     check_parts_by_key(config)
+    wanted = config.model
     precision, ridge = config.train.mixed_precision, config.train.projector_init == "ridge"
     encoders, decoders, tokenizers, processors = {}, {}, {}, {}
     language_model = tokenizer = start = None
     fit: dict[str, str | None] = {}
-    if config.model.init_from is not None:
-        folder = Path(config.model.init_from)
+    if wanted.init_from is not None:
+        folder = Path(wanted.init_from)
         with reading(folder):
             check_same_parts(folder, config)
             start = MultimodalModel.from_pretrained(folder)
@@ -81,7 +83,7 @@ def compose(
         encoders, decoders, tokenizers = start.encoders, start.decoders, start.tokenizers
         language_model = start.language_model
         processors, tokenizer, fit = before.encoder_processors, before.llm_tokenizer, before.fit
-    part = config.model.language_model
+    part = wanted.language_model
     if language_model is None and part is not None:
         with collected("model.language_model"):
             language_model = load_language_model(source(part, precision))
@@ -96,29 +98,25 @@ def compose(
                 f"the tokenizer in {part.path!r} has {len(tokenizer)} tokens, but the language model there only "
                 f"{rows} embeddings; it is another model's"
             )
-    for key, encoder in config.model.encoders.items():
+    for key, encoder in wanted.encoders.items():
         if key not in encoders:
             with collected(f"model.encoders.{key}"):
                 encoders[key], processors[key] = new_encoder(key, encoder, width, precision)
-    for key, entry in config.model.tokenizers.items():
+    for key, entry in wanted.tokenizers.items():
         with collected(f"model.tokenizers.{key}"):
             if key not in tokenizers:
                 part = load_media_tokenizer(source(entry, "no"), entry.modality or key)
                 tokenizers[key] = ModalTokenizerModule(part, entry.row_ends)
             tokenizers[key].defaults = entry.defaults or tokenizers[key].defaults
-    for key, decoder in config.model.decoders.items():
+    for key, decoder in wanted.decoders.items():
         with collected(f"model.decoders.{key}"):
             if key not in decoders:
                 decoders[key] = new_decoder(key, decoder, head, precision, ridge, tokenizers.get(key))
             decoders[key].defaults = decoder.defaults or decoders[key].defaults
             given = {name: getattr(decoder, name) for name in MEMORY}
             decoders[key].module.save_memory(**{name: value for name, value in given.items() if value is not None})
-    kinds = (
-        (config.model.encoders, encoders),
-        (config.model.decoders, decoders),
-        (config.model.tokenizers, tokenizers),
-    )
-    complete = all(set(wanted) <= set(found) for wanted, found in kinds)
+    kinds = ((wanted.encoders, encoders), (wanted.decoders, decoders), (wanted.tokenizers, tokenizers))
+    complete = all(set(asked) <= set(found) for asked, found in kinds)
     if language_model is None or tokenizer is None or not complete:
         return None
     if unknown := sorted(set(config.loss.by_modality) - set(decoders)):
@@ -126,10 +124,10 @@ def compose(
             f"loss.by_modality names {', '.join(unknown)}; the decoders are {', '.join(decoders) or 'none'}"
         )
     model = MultimodalModel(encoders, language_model, decoders, tokenizers)
-    fit |= {key: entry.fit for key, entry in config.model.encoders.items() if entry.fit}
+    fit |= {key: entry.fit for key, entry in wanted.encoders.items() if entry.fit}
     processor = MultimodalProcessor(processors, tokenizer, model=model, fit=fit)
     if start is not None:
-        load_start(model, start, config.model.init_from)
+        load_start(model, start, wanted.init_from)
     model.loss_weights = config.loss
     return model, processor
 
@@ -158,9 +156,7 @@ def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> t
     modality, part = entry.modality or key, source(entry, precision)
     module = ModalEncoderModule(load_encoder(part, modality), modality=modality)
     sizes = module.projector_sizes | {"out_features": width}
-    module.projector = build_projector(
-        f"model.encoders.{key}.projector", MultimodalProjector, MultimodalProjectorConfig, sizes, entry.projector
-    )
+    module.projector = build_projector(f"model.encoders.{key}.projector", MultimodalProjector, sizes, entry.projector)
     return module, load_encoder_processor(part, modality)
 
 
@@ -168,31 +164,21 @@ def new_decoder(
     key: str, entry: DecoderConfig, width: int, precision: str, ridge: bool, codes: ModalTokenizerModule | None
 ) -> ModalDecoderModule:
     """A decoder with its output projector, which has a linear path if `ridge`; `codes` is the tokenizer of its key."""
-    module = ModalDecoderModule(
-        load_decoder(source(entry, precision)),
-        None,
-        entry.num_signal_tokens,
-        entry.hidden_layer,
-        entry.modality,
-        signal=entry.signal,
-    )
+    settings = {name: getattr(entry, name) for name in OF_DECODERS}
+    module = ModalDecoderModule(load_decoder(source(entry, precision)), **settings)
     if entry.signal == "codes":
         module.read_codes_of(key, codes)
     sizes = module.projector_sizes(width)
     if ridge and entry.projector.get("projection_type", "transformer") == "transformer":
         sizes["linear_path"] = True
-    module.projector = build_projector(
-        f"model.decoders.{key}.projector", OutputProjector, OutputProjectorConfig, sizes, entry.projector
-    )
+    module.projector = build_projector(f"model.decoders.{key}.projector", OutputProjector, sizes, entry.projector)
     return module
 
 
-def build_projector(
-    where: str, kind: type[nn.Module], config_class: type, sizes: dict[str, Any], given: dict[str, Any]
-) -> nn.Module:
+def build_projector(where: str, kind: type[PreTrainedModel], sizes: dict[str, Any], given: dict[str, Any]) -> Any:
     """Build a projector; raises `InputError` for unknown settings, or if the machine's memory cannot hold it."""
-    check_arguments(where, given, config_class)
-    config = config_class(**sizes | given)
+    check_arguments(where, given, kind.config_class)
+    config = kind.config_class(**sizes | given)
     for name, value in config.to_dict().items():
         if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
             raise InputError(f"{where}.{name} is {value}, expected at most {MAX_LAYERS}")

@@ -30,13 +30,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def check_sharding(accelerator: Accelerator, config: Config, resumes: bool) -> None:
     """Raise `InputError` for settings that FSDP or DeepSpeed does not support."""
     train, faults = config.train, []
-    if is_sharded(accelerator) and not accelerator.is_fsdp2:
+    sharded, deepspeed = is_sharded(accelerator), accelerator.distributed_type == DistributedType.DEEPSPEED
+    if sharded and not accelerator.is_fsdp2:
         faults.append("only FSDP2 is supported; set fsdp_version: 2 in accelerate's config")
-    if train.ema_decay is not None and (
-        is_sharded(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
-    ):
+    if train.ema_decay is not None and (sharded or deepspeed):
         faults.append("train.ema_decay needs whole parameters on every process: use DDP, or leave it out")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if deepspeed:
         if train.gradient_accumulation_steps != 1:
             faults.append("train.gradient_accumulation_steps must be 1 under DeepSpeed, which would average its parts")
         if train.save_steps or resumes:

@@ -29,7 +29,7 @@ from anygpt.model.multimodal import MultimodalModel
 from anygpt.outputs import Answer
 from anygpt.settings import flatten
 from anygpt.training.config import Config
-from anygpt.training.folder import LOG
+from anygpt.training.folder import LOG, SAMPLES
 from anygpt.training.sharding import is_sharded, whole_parameters
 
 TEXT_TOKENS = 64
@@ -103,16 +103,15 @@ def take_samples(
     model: MultimodalModel,
     processor: Any,
     dataset: ConversationDataset,
-    rows: int,
-    seed: int,
-    folder: Path,
     accelerator: Accelerator,
+    config: Config,
     step: int,
 ) -> str:
     """Generate answers on every process, and write and track them on the main one; returns a line for the log."""
+    folder = Path(config.run.output_dir) / SAMPLES / f"{step:06d}"
     try:
         with accelerator.autocast(), whole_parameters(model, accelerator):
-            answers = dict(generate_answers(model, processor, dataset, rows, seed))
+            answers = dict(generate_answers(model, processor, dataset, config))
     except InputError as error:
         return f"warning: no samples after update {step}: {error}"
     if accelerator.is_main_process:
@@ -139,13 +138,14 @@ def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: 
 
 @torch.no_grad()
 def generate_answers(
-    model: MultimodalModel, processor: Any, dataset: ConversationDataset, rows: int, seed: int
+    model: MultimodalModel, processor: Any, dataset: ConversationDataset, config: Config
 ) -> Iterator[tuple[str, Answer]]:
     """Yield `(sample id, answer)` for the first readable rows, requiring the same media as in the row's own answer.
 
     Restores the random state of the process, so that sampling does not change the training.
     """
-    for item in (dataset[i] for i in range(min(rows, len(dataset)))):
+    seed = config.run.seed
+    for item in (dataset[i] for i in range(min(config.train.sample_rows, len(dataset)))):
         if not isinstance(item, LoadedSample):
             continue
         messages = item.sample.messages

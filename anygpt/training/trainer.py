@@ -30,7 +30,7 @@ from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
 from anygpt.training import loading, processes, sharding
 from anygpt.training.config import Config
-from anygpt.training.folder import FINAL, PREFIX, SAMPLES, STATE, STOPPED
+from anygpt.training.folder import FINAL, PREFIX, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
@@ -98,7 +98,7 @@ class Trainer:
             checkpoints.load_tensors(checkpoint, model)  # before the cache is compared with the tensors
         sharded = sharding.is_sharded(accelerator)
         datasets = [one for one in (self.dataset, self.held_out) if one is not None]
-        self.notes += loading.use_cache(datasets, self.collator, model, processor, config, sharded)
+        self.notes += loading.use_cache(datasets, self.collator, model, config, sharded)
         if checkpoint is None:
             self.notes += init_projectors(model, self.dataset, self.collator, config, accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
@@ -292,9 +292,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Generate answers to the first rows of data.eval, on every process, as a sharded model requires."""
-        train, folder = self.config.train, self.folder / SAMPLES / f"{self.done:06d}"
-        rows = self.held_out, train.sample_rows, self.config.run.seed
-        self.log.say(take_samples(self.model, self.processor, *rows, folder, self.accelerator, self.done))
+        rows = self.held_out, self.accelerator, self.config
+        self.log.say(take_samples(self.model, self.processor, *rows, self.done))
 
     def stop_if_above(self, metrics: dict[str, float]) -> None:
         """Raise `Aborted`, after a checkpoint for inspection, if a metric is above its bound or NaN."""
