@@ -29,6 +29,7 @@ from anygpt.parts.manifest import find_fault, write_manifest
 from anygpt.settings import flatten
 from anygpt.training.config import Config
 from anygpt.training.folder import STATE, find_checkpoints, hide, read_state, remove, sync
+from anygpt.training.processes import any_rank
 
 OPTIMIZER = "optimizer.pt"
 WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data and start (a run can be moved), its length
@@ -99,8 +100,7 @@ def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failed = torch.tensor(float(failure is not None), device=accelerator.device)
-    if not accelerator.reduce(failed, reduction="sum"):
+    if not any_rank(failure is not None, accelerator):
         return
     # Rust libraries raise their own types on a full disk, but the message has the errno.
     if failure is not None and not isinstance(failure, OSError) and "os error" not in str(failure):

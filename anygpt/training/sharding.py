@@ -4,9 +4,7 @@ Under FSDP2 a process holds a part of each tensor. For saving, the trainable par
 the model in the main process's memory.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,20 +58,6 @@ def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, co
         settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
         settings["gradient_clipping"] = config.train.max_grad_norm
     return *accelerator.prepare(model, optimizer), whole
-
-
-@contextlib.contextmanager
-def whole_parameters(model: MultimodalModel, accelerator: Accelerator) -> Iterator[None]:
-    """Gather the parameters outside the language model's layers (which gather themselves), for code that runs parts of
-    the model without its `forward`, on all processes alike."""
-    if not is_sharded(accelerator):
-        yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
 
 
 def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:

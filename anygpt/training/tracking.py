@@ -6,6 +6,7 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from anygpt.outputs import Answer
 from anygpt.settings import flatten
 from anygpt.training.config import Config
 from anygpt.training.folder import LOG, SAMPLES
-from anygpt.training.sharding import is_sharded, whole_parameters
+from anygpt.training.sharding import is_sharded
 
 TEXT_TOKENS = 64
 DENOISING_STEPS = 20
@@ -110,7 +111,10 @@ def take_samples(
     """Generate answers on every process, and write and track them on the main one; returns a line for the log."""
     folder = Path(config.run.output_dir) / SAMPLES / f"{step:06d}"
     try:
-        with accelerator.autocast(), whole_parameters(model, accelerator):
+        with accelerator.autocast(), ExitStack() as stack:
+            if is_sharded(accelerator):  # `generate` runs parts of the model without its `forward`, which gathers them
+                model.unshard()
+                stack.callback(model.reshard)
             answers = dict(generate_answers(model, processor, dataset, config))
     except InputError as error:
         return f"warning: no samples after update {step}: {error}"
