@@ -285,7 +285,7 @@ class Bench:
         reset_accelerate()
         self.config = parse_config(args)
         self.accelerator = Accelerator(cpu=True)
-        self.trainer = Trainer(self.config, STAGES[stage], self.accelerator)
+        self.trainer = Trainer(self.config, STAGES[stage], self.accelerator).setup()
         trainer, self.model = self.trainer, self.trainer.model
         self.names = self.model.trainable_names()
         loader = make_loader(trainer.dataset, trainer.collator, self.config, self.accelerator, start=0)

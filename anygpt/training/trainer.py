@@ -61,22 +61,26 @@ def train(config: Config, stage: Stage) -> Path:
             "replace it with run.resume=never"
         )
     with processes.started(config) as accelerator:
-        return Trainer(config, stage, accelerator, checkpoint).fit(passed_over)
+        return Trainer(config, stage, accelerator).setup(checkpoint).fit(passed_over)
 
 
 class Trainer:
-    """One run of a stage, built anew or from a checkpoint; `fit` runs the updates, evaluations and checkpoints.
+    """One run of a stage: `setup` builds everything, `fit` runs the updates, evaluations and checkpoints.
 
     `done` are the updates made, `wrapped` is the model prepared by accelerate, `whole` the one to save (see
-    `sharding.prepare`), and `notes` are lines for the log about the start. Nothing is written before `fit`.
+    `sharding.prepare`), and `notes` are lines for the log about the start.
     """
 
     log: RunLog
 
-    def __init__(self, config: Config, stage: Stage, accelerator: Accelerator, checkpoint: Path | None = None):
+    def __init__(self, config: Config, stage: Stage, accelerator: Accelerator):
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.folder, self.meter = Path(config.run.output_dir), Meter(accelerator)
         self.done, self.tracker_run = 0, None
+
+    def setup(self, checkpoint: Path | None = None) -> "Trainer":
+        """Build model, data and optimizer, anew or from a checkpoint; writes nothing."""
+        config, stage, accelerator = self.config, self.stage, self.accelerator
         sharding.check_sharding(accelerator, config, resumes=checkpoint is not None)
         set_seed(config.run.seed)
         self.model, self.processor = model, processor = build(config)
@@ -114,6 +118,7 @@ class Trainer:
             set_rates(self.optimizer, self.scheduler)
         self.averages = Averages(model, config.train, checkpoint)
         self.wrapped.train()
+        return self
 
     def restore(self, checkpoint: Path, optimizer: Any) -> None:
         """Restore the state of training; the model's tensors are loaded before, a sharded optimizer's state after."""
