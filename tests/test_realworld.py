@@ -15,15 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer, WhisperConfig, WhisperModel
+from transformers import AutoTokenizer, BertModel, WhisperConfig, WhisperModel
 
 from anygpt import InputError, load_decoder, load_encoder
 from anygpt.commands import execute
 from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.evaluation.metrics.features import PretrainedNetwork
+from anygpt.media.files import Audio
 from anygpt.model.language_models import load_tokenizer
 from anygpt.realworld import datasets, packages
 from anygpt.realworld.__main__ import main
-from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder, write_image_decoder
+from anygpt.realworld.decoders import clap_text_encoder, write_audio_decoder, write_image_decoder, write_video_decoder
+from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder
 
 
 @pytest.fixture
@@ -184,6 +187,8 @@ def test_a_whisper_of_ctranslate2_is_the_same_encoder(tmp_path):
     sound = torch.randn(1, 80, 3000)
     with torch.no_grad():
         torch.testing.assert_close(loaded(sound)[0], own(sound)[0], atol=2e-2, rtol=0)
+    judge = PretrainedNetwork(str(tmp_path / "part"), "audio")  # the folder has no decoder, which features need not
+    assert judge.of_media([Audio(np.zeros((1, 16_000), np.float32), 16_000)]).shape == (1, 128)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="is no whole model file of CTranslate2"):
         convert_audio_encoder(tmp_path / "package", tmp_path / "again")
@@ -233,6 +238,10 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
     datasets.write_data(folder, learnt, held)
+    for kind in ("video", "audio"):
+        (folder / kind).mkdir(exist_ok=True)
+    datasets.write_phrases(folder, [f"word{letter}" for letter in "abcdefgh"], {"worda"})
+    assert not [line for file in folder.glob("*_words.jsonl") for line in file.open() if 'caption": "worda"' in line]
     shown = sum(one.modality == "image" for one in learnt)
     assert f"\nimage_names.jsonl: {shown} rows" in capsys.readouterr().out
     for file in folder.glob("*.jsonl"):
@@ -262,6 +271,58 @@ def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path,
     assert decoder.sample(found[:1], num_inference_steps=1)[0].size == (64, 64)
     decoder.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(load_decoder(tmp_path / "again").encode_text(["a red ring"]), found[:1])
+
+
+def test_the_order_of_sounds_does_not_depend_on_where_they_lie(tmp_path):
+    found = []
+    for samples, animals in (("a", "b"), ("d", "c")):
+        for file in (f"{samples}/bd_boom.flac", f"{samples}/zap_1.flac", f"{animals}/cow.mp3"):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        found.append([one.id for one in datasets.sounds(tmp_path / samples, tmp_path / animals)])
+    assert found == [["bd_boom", "cow", "zap_1"]] * 2
+
+
+def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder_of_sounds(networks, tmp_path):
+    """CLAP's network gives BERT's state of the first token, with padding and in half precision, too."""
+    bert, tokenizer = (
+        BertModel.from_pretrained(networks / "bert").eval(),
+        AutoTokenizer.from_pretrained(networks / "bert"),
+    )
+    texts = tokenizer(["a red ring", "two green squares and a cross"], padding=True, return_tensors="pt")
+    clap = clap_text_encoder(networks / "bert")
+    with torch.no_grad():
+        right = bert(**texts).last_hidden_state[:, 0]
+        found = clap(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).text_embeds
+        half = clap.bfloat16()(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).text_embeds
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
+    torch.testing.assert_close(half.float(), right, atol=0.05, rtol=0)
+    write_audio_decoder(networks / "bert", tmp_path / "part")
+    decoder = load_decoder(tmp_path / "part")
+    condition = decoder.encode_text(["a red ring"])
+    torch.testing.assert_close(condition[:, 0], F.normalize(right[:1], dim=-1), atol=1e-4, rtol=0)
+    sound = decoder.sample(condition, num_inference_steps=1)[0]
+    assert len(sound) == round(2.56 * 16_000) and decoder.sampling_rate == 16_000
+    latents = decoder.encode_media([(sound, 16_000)])
+    assert latents.shape == (1, 8, 32, 8) and decoder.denoising_loss(condition, latents).shape == (1,)
+
+
+def test_a_denoiser_of_clips_starts_as_that_of_pictures(networks, tmp_path):
+    """Frame by frame; the trained layers over time then make frames of one clip depend on each other."""
+    write_image_decoder(networks / "bert", tmp_path / "image")
+    write_video_decoder(tmp_path / "image", tmp_path / "video")
+    picture, clip = load_decoder(tmp_path / "image"), load_decoder(tmp_path / "video", num_frames=3)
+    random = torch.Generator().manual_seed(0)
+    noisy, times = torch.randn(2, 8, 3, 8, 8, generator=random), torch.tensor([3, 700])
+    states = clip.encode_text(["a red ring", "a cross"])
+    torch.testing.assert_close(states, picture.encode_text(["a red ring", "a cross"]))
+    with torch.no_grad():
+        found = clip.denoiser(noisy, times, states).sample
+        frames = picture.denoiser(
+            noisy.transpose(1, 2).flatten(0, 1), times.repeat_interleave(3), states.repeat_interleave(3, 0)
+        )
+    torch.testing.assert_close(found, frames.sample.unflatten(0, (2, 3)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+    assert clip.sample(states[:1], num_inference_steps=1)[0].shape == (3, 64, 64, 3)
 
 
 @pytest.mark.slow

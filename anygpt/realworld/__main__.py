@@ -13,21 +13,29 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from anygpt.commands import execute
 from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.parts.publishing import let_umask_decide
 from anygpt.realworld import datasets
+from anygpt.realworld.decoders import (
+    TEXT_ENCODERS,
+    TRAINED,
+    write_audio_decoder,
+    write_image_decoder,
+    write_trained_decoder,
+)
 from anygpt.realworld.packages import PACKAGES, fetch, unpacked
-from anygpt.realworld.parts import CONVERSIONS, write_image_decoder
+from anygpt.realworld.parts import CONVERSIONS
 
 TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
 TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "paper", "rain", "dreams"]
 HELD_TOPICS = 5
 PROMPTS = ["Explain {} in one sentence.", "Write two sentences about {}.", "Give me a fact about {}."]
 PROMPTS += ["Why do people care about {}?", "Describe {} to a child."]
+TALK = ("image_names", "image_made", "image_again", "video_made", "audio_names", "audio_made", "english", "english")
+"""Rows of which conversations are made, each as often as it stands here."""
 LICENCES = ("*LICEN[CS]E*", "METADATA", "CREDITS.md", "PROVENANCE.md", "package.json", "model/README.md")
 
 
@@ -53,12 +61,20 @@ def main(arguments: list[str]) -> None:
                 convert(content, folder)
                 let_umask_decide(folder)
             print(target, flush=True)
-    decoder = output / "parts/untrained_image_decoder"
-    if not decoder.exists():
-        with replacing(decoder) as folder:
-            write_image_decoder(output / "parts/sentence_encoder", folder)
-            let_umask_decide(folder)
-        print(decoder, flush=True)
+    for name, write in {"image": write_image_decoder, "audio": write_audio_decoder}.items():
+        decoder = output / f"parts/untrained_{name}_decoder"
+        if not decoder.exists():
+            with replacing(decoder) as folder:
+                write(output / "parts/sentence_encoder", folder)
+                let_umask_decide(folder)
+            print(decoder, flush=True)
+    for kept in sorted(TRAINED.glob("*_decoder")):
+        decoder = output / "parts" / kept.name
+        if not decoder.exists():
+            text_encoder = TEXT_ENCODERS[kept.name.removesuffix("_decoder")](output / "parts/sentence_encoder")
+            with replacing(decoder) as folder:
+                write_trained_decoder(kept, text_encoder, output / "parts/sentence_encoder", folder)
+            print(decoder, flush=True)
     if not (output / "data").exists():
         with ExitStack() as stack, replacing(output / "data") as folder:
             content = {n: stack.enter_context(unpacked(file, output / "data")) for n, file in archives.items()}
@@ -68,12 +84,9 @@ def main(arguments: list[str]) -> None:
             learnt, held = datasets.split(choose(things, options.items))
             datasets.write_data(folder, learnt, held)
             vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab()
-            datasets.write_rows(
-                folder / "words.jsonl",
-                datasets.phrases(sorted(vocabulary, key=vocabulary.get), {one.name for one in held}),
-            )
-            Image.new("RGB", (64, 64), "white").save(folder / "image/none.png")
+            datasets.write_phrases(folder, sorted(vocabulary, key=vocabulary.get), {one.name for one in held})
             write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
+            datasets.write_conversations(folder, [f"{name}.jsonl" for name in TALK])
 
 
 def keep_licences(content: dict[str, Path], target: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from anygpt.media.files import read_image
+from anygpt.media.types import MEDIA
 
 HELD_OUT = {"video": 20, "image": 200, "audio": 30}
 SAME = 8
@@ -94,7 +95,8 @@ def merge(keys: Mapping[str, str], thumbnails: Mapping[str, np.ndarray]) -> dict
 def sounds(samples: Path, animals: Path) -> list[Thing]:
     """Sounds, named by their files; a concept is a name without numbers and loudness."""
     things = []
-    for file in sorted([*animals.rglob("*.mp3"), *samples.rglob("*.flac")]):
+    # By name, since the split depends on the order, and the folders' names do on the run.
+    for file in sorted([*animals.rglob("*.mp3"), *samples.rglob("*.flac")], key=lambda file: file.name):
         first, *words = re.sub(r"(?<=[a-z])(?=\d)", "_", file.stem).split("_")
         name = " ".join([_SOUNDS.get(first, first), *words]).strip()
         concept = re.sub(r"[\d ]+$| (hard|soft|open|closed)$", "", name)
@@ -153,17 +155,24 @@ def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
     return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
 
 
-def phrases(vocabulary: Sequence[str], names: Collection[str], count: int = 8000, seed: int = 0) -> list[Row]:
-    """Rows that ask for one to three words, many of which no name has; none asks for one of the `names`.
+PHRASES = {"image": 8000, "video": 2500, "audio": 2500}
 
-    Stage 2 aligns captions alone, so all name one picture, which is never read.
+
+def write_phrases(folder: Path, vocabulary: Sequence[str], names: Collection[str], seed: int = 0) -> None:
+    """Write rows that ask for media by one to three words, many of which no name has; none asks for one of the `names`.
+
+    Stage 2 aligns captions alone, so all rows of a media type name one blank medium, which is never read.
     """
     draw, words = random.Random(seed), [word for word in vocabulary if re.fullmatch("[a-z]{3,}", word)][:8000]
-    asked = [" ".join(draw.sample(words, 1 + i % 3)) for i in range(count)]
-    asked = [text for text in asked if text not in names]
-    return [
-        make(Thing("none", "image", text, Path("none.png"), "")) | {"id": f"word-{i}"} for i, text in enumerate(asked)
-    ]
+    for kind, count in PHRASES.items():
+        medium = MEDIA[kind]
+        blank = medium.to_target(medium.blank())
+        content, rate = blank if isinstance(blank, tuple) else (blank, 1)
+        file = folder / kind / f"none{medium.suffixes[0]}"
+        medium.write(file, content, rate)
+        asked = [" ".join(draw.sample(words, 1 + i % 3)) for i in range(count)]
+        rows = [make(Thing("none", kind, text, file, "")) for text in asked if text not in names]
+        write_rows(folder / f"{kind}_words.jsonl", [row | {"id": f"word-{i}"} for i, row in enumerate(rows)])
 
 
 def question(one: Thing, groups: Sequence[str], draw: random.Random) -> Row:
@@ -208,6 +217,19 @@ def write_data(folder: Path, learnt: Sequence[Thing], held: Sequence[Thing], see
             write_rows(folder / f"{side}{kind}_names.jsonl", [describe(one, wordings) for one in shown])
             write_rows(folder / f"{side}{kind}_made.jsonl", [make(one, wordings) for one in shown])
             write_rows(folder / f"{side}{kind}_again.jsonl", [make_again(one, wordings) for one in shown])
+
+
+def write_conversations(folder: Path, names: Sequence[str], count: int = 1000, seed: int = 0) -> None:
+    """Write conversations of three exchanges, each drawn from a file of `names`, so that what was made before is no
+    reason to make it again."""
+    draw = random.Random(seed)
+    files = [[json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()] for name in names]
+    talks = [[draw.choice(draw.choice(files)) for _ in range(3)] for _ in range(count)]
+    rows = [
+        {"id": f"talk-{i}", "messages": [said for one in talk for said in one["messages"]]}
+        for i, talk in enumerate(talks)
+    ]
+    write_rows(folder / "conversations.jsonl", rows)
 
 
 def write_rows(file: Path, rows: Any) -> None:

@@ -8,19 +8,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import (
-    AutoTokenizer,
-    BertModel,
-    EfficientNetConfig,
-    EfficientNetModel,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-)
+from transformers import EfficientNetConfig, EfficientNetModel, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
-from anygpt.decoders.base import load_decoder
 from anygpt.errors import InputError
 from anygpt.model.language_models import load_language_model, load_tokenizer
 
@@ -89,30 +80,6 @@ def convert_image_encoder(source: Path, target: Path) -> None:
     EfficientNetImageProcessorPil(size=size, include_top=False).save_pretrained(target)
 
 
-CONDITION_TOKENS = 12
-"""Length of the decoder's text encoding, start and end tokens included; only one of the emoji's names is longer."""
-
-
-def write_image_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:
-    """A Stable Diffusion pipeline of 64 × 64 pictures for stage 0, whose text encoder is MiniLM.
-
-    The VAE is that of `zoo:image_decoder`, which has learned coloured shapes; the denoiser's weights are random.
-    """
-    start = load_decoder("zoo:image_decoder").pipeline
-    tokenizer, text_encoder = (
-        AutoTokenizer.from_pretrained(sentence_encoder),
-        BertModel.from_pretrained(sentence_encoder),
-    )
-    tokenizer.model_max_length = CONDITION_TOKENS
-    text_encoder.config.use_attention_mask = True  # read by diffusers, which otherwise lets words attend to padding
-    sizes = {"block_out_channels": (64, 128), "cross_attention_dim": text_encoder.config.hidden_size, "sample_size": 8}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
-    parts = start.components | {"unet": unet, "tokenizer": tokenizer, "text_encoder": text_encoder}
-    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(target)
-
-
 # --------------------------------------------------------------------------------------------------------- the sounds
 
 _LAYER = {
@@ -149,6 +116,7 @@ def convert_audio_encoder(source: Path, target: Path) -> None:
         num_mel_bins=mels,
         encoder_layers=layers,
         encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64,
         encoder_ffn_dim=len(state["encoder.layers.0.fc1.bias"]),
         vocab_size=51864,
         architectures=["WhisperModel"],

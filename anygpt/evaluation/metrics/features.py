@@ -54,11 +54,15 @@ class PretrainedNetwork:
             self.processor: Any = None if modality == "text" else extractor.from_pretrained(path, revision=revision)
             reads = hasattr(model, "get_text_features") or modality == "text"
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision) if reads else None
-        if lost := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-            raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
-        self.pools, self.config = not report["missing_keys"], model.config
+        self.config = model.config
         encoder_only = getattr(self.config, "is_encoder_decoder", False) and not classify
         self.model = (model.get_encoder() if encoder_only else model).to(self.device).eval()
+        used = {*map(id, self.model.parameters())}  # a folder may hold an encoder alone, as of Whisper
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in used}
+        missing = sorted(names & set(report["missing_keys"]))
+        if lost := [name for name in missing if "pooler" not in name]:
+            raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
+        self.pools = not missing
         self.revision = getattr(self.config, "_commit_hash", None) or revision
         self.num_frames = getattr(self.config, "num_frames", None) or getattr(self.config, "frames_per_clip", None)
 
