@@ -21,6 +21,7 @@ from anygpt import (
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    decoders,
 )
 from anygpt.encoders.callbacks import LlavaCallbacks, LlavaNextCallbacks
 from anygpt.model.parts import import_class
@@ -292,3 +293,12 @@ def test_callbacks_are_never_lost_in_silence(parts, tmp_path):
 def test_a_checkpoint_that_names_a_module_of_before_the_move():
     assert import_class("anygpt.encoders.selection.LlavaCallbacks") is LlavaCallbacks
     assert import_class("anygpt.model.vlm.llava.LlavaNextCallbacks") is LlavaNextCallbacks
+    for name, cls in {
+        "sdxl.StableDiffusionXLDecoder": decoders.StableDiffusionXLDecoder,
+        "sd3.StableDiffusion3Decoder": decoders.StableDiffusion3Decoder,
+        "zeroscope.ZeroscopeDecoder": decoders.ZeroscopeDecoder,
+        "ltx.LTXDecoder": decoders.LTXDecoder,
+        "wan.WanDecoder": decoders.WanDecoder,
+        "audioldm2.AudioLDM2Decoder": decoders.AudioLDM2Decoder,
+    }.items():
+        assert import_class(f"anygpt.decoders.{name}") is cls

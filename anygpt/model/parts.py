@@ -20,7 +20,16 @@ from anygpt.parts.source import MEMORY, Source
 KINDS = ("encoder", "decoder", "tokenizer")
 # Classes named by a checkpoint's config are imported from these packages only.
 TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
-MOVED = dict.fromkeys(("anygpt.encoders.selection", "anygpt.model.vlm.llava"), "anygpt.encoders.callbacks")
+MOVED = {
+    "anygpt.encoders.selection": "anygpt.encoders.callbacks",
+    "anygpt.model.vlm.llava": "anygpt.encoders.callbacks",
+    "anygpt.decoders.sdxl": "anygpt.decoders.stable_diffusion",
+    "anygpt.decoders.sd3": "anygpt.decoders.stable_diffusion",
+    "anygpt.decoders.zeroscope": "anygpt.decoders.videos",
+    "anygpt.decoders.ltx": "anygpt.decoders.videos",
+    "anygpt.decoders.wan": "anygpt.decoders.videos",
+    "anygpt.decoders.audioldm2": "anygpt.decoders.audioldm",
+}
 """Modules that older checkpoints name."""
 
 
