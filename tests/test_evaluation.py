@@ -302,6 +302,8 @@ def test_settings_are_checked():
     check_settings(Settings())
     with pytest.raises(InputError, match=r"--samples is 0.*--batch-size is 0"):
         check_settings(Settings(samples=0, batch_size=0))
+    with pytest.raises(InputError, match=r"^--steps image is 0, expected"):
+        check_settings(Settings(steps={"image": 0}))
 
 
 def test_linear_probe_finds_a_linear_rule():

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel, WhisperConfig, WhisperModel
 
 from anygpt import InputError, load_decoder, load_encoder
@@ -138,6 +139,10 @@ def test_lite0_computes_what_its_own_layers_do(tmp_path):
         found = encoder(pixel_values=pixels).last_hidden_state
     assert found.shape == (1, 1280, 2, 2) and found.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    file = tmp_path / "part/model.safetensors"
+    save_file({n: x for n, x in load_file(file).items() if "running_mean" not in n}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 49 tensors, embeddings\.batchnorm\.running_mean first"):
+        PretrainedNetwork(str(tmp_path / "part"), "image")
 
 
 def write_ctranslate2(path, encoder):

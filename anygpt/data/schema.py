@@ -3,7 +3,6 @@
 Every data format (`anygpt.data.formats`) is converted to the JSON form of `parse_sample`, which applies all rules.
 """
 
-import functools
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -108,7 +107,7 @@ class MediaRoot:
         self.by_type = by_type
         self.follow_links = follow_links
         # Resolving links costs a system call per path component, and millions of files share a few folders.
-        self._real_folder = functools.cache(os.path.realpath)
+        self._real_folders: dict[str, str] = {}
         if not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
@@ -142,10 +141,11 @@ class MediaRoot:
 
     def _real_path(self, path: str) -> str:
         folder, base = os.path.split(path)
-        if base in ("", ".", ".."):
-            return os.path.realpath(path)
-        path = os.path.join(self._real_folder(folder), base)
-        return os.path.realpath(path) if os.path.islink(path) else path
+        if base not in ("", ".", ".."):
+            if folder not in self._real_folders:
+                self._real_folders[folder] = os.path.realpath(folder)
+            path = os.path.join(self._real_folders[folder], base)
+        return os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else path
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:

@@ -344,7 +344,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     def size_multiple(self) -> int:
         """What height and width must be multiples of: `pixel_multiple`, and the pixels of a patch."""
         names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-        factor = next(getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name))
+        factor = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
         return math.lcm(self.pixel_multiple, factor * self.patch[-1])
 
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:

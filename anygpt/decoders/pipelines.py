@@ -127,13 +127,17 @@ def load_network_of_pipeline(
         return outline
     with without_report("diffusers.models.modeling_utils"):
         # From the local folder: by a hub id, diffusers would ask the hub about shards that are all there.
-        return cls.from_pretrained(
+        network, info = cls.from_pretrained(
             str(weights.entry.parent),
             variant=weights.variant,
             use_safetensors=not weights.pickled,
             torch_dtype=dtype,
             quantization_config=quantizer,
+            output_loading_info=True,
         )
+    # Of a folder that holds a network twice, diffusers may have read other files than those checked above.
+    check_report(weights, cls, {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]})
+    return network
 
 
 def _outline(cls: type[ModelMixin], place: Place, weights: Weights) -> ModelMixin:

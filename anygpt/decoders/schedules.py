@@ -116,12 +116,14 @@ class FlowSchedule(TrainingSchedule):
     """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the pipeline's noise levels.
 
     `scheme`, of `WEIGHTING_SCHEMES`, is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and
-    the loss weights. A scheduler that is not configured for flow matching is an `InputError`.
+    the loss weights. An unknown one, or a scheduler that is not configured for flow matching, is an `InputError`.
     """
 
     method = "flow matching"
 
-    def __init__(self, scheduler: Any, scheme: str):
+    def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
+        if scheme not in WEIGHTING_SCHEMES:
+            raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")
         self.scheme = scheme
         config = scheduler.config
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")

@@ -135,10 +135,13 @@ class LlavaNextCallbacks(LlavaCallbacks):
         return torch.cat([tiles[0], torch.cat([plane, newline], dim=-1).flatten(1).T])
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        # The packing itself, on the meta device, to have unpad_image's own rounding without memory.
-        tile = torch.empty(1, self.side**2, len(self.image_newline), device="meta")
-        sizes = map(_pair, inputs["image_sizes"])
-        return [len(self.pack(tile.expand(self.num_tiles(size), -1, -1), size)) for size in sizes]
+        counts = []
+        for size in map(_pair, inputs["image_sizes"]):
+            rows, columns = get_anyres_image_grid_shape(size, self.grid_pinpoints, self.tile_size)
+            # On the meta device, to get unpad_image's own rounding without memory.
+            plane = unpad_image(torch.empty(1, rows * self.side, columns * self.side, device="meta"), size)
+            counts.append(self.side**2 + plane.shape[1] * (plane.shape[2] + 1))
+        return counts
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -35,6 +35,9 @@ class VideoEncoderConfig(PreTrainedConfig):
         family = FAMILIES.get(self.image_encoder.model_type, UNKNOWN)
         return (family.feature_size or hidden_size_of)(self.image_encoder)
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}
+
 
 class VideoEncoder(PreTrainedModel):
     """Runs an image encoder, whose output or what its family selects is `(items, n, features)`, on frames of a clip.
@@ -57,13 +60,20 @@ class VideoEncoder(PreTrainedModel):
                 f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
                 "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"
             )
-        settings |= {"num_frames": num_frames, "name_or_path": image_encoder.name_or_path}
-        super().__init__(VideoEncoderConfig(image_encoder=image_encoder.config, **settings))
+        super().__init__(VideoEncoderConfig(image_encoder=image_encoder.config, num_frames=num_frames, **settings))
         self.image_encoder = image_encoder
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Do nothing: only the image encoder, already initialized, has weights."""
+
+    @property
+    def name_or_path(self) -> str:
+        return self.image_encoder.name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        """Ignored: `PreTrainedModel.__init__` sets it before the image encoder exists."""
 
     def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
         """Encode `(B, frames, 3, height, width)` pixels to `(B, frames, features)` or `(B, frames · n, features)`."""

@@ -96,6 +96,12 @@ def fingerprint(part: nn.Module) -> str:
     return fingerprint_tensors(own_state(part))
 
 
+def present_name(name: str) -> str:
+    """The dotted path of a class that an older file names by its module of then."""
+    module, _, attribute = name.rpartition(".")
+    return f"{MOVED.get(module, module)}.{attribute}"
+
+
 def class_name(part: nn.Module) -> str:
     """The dotted path of a part's class, inside any PEFT wrapper."""
     cls = type(base_model(part))
@@ -107,7 +113,7 @@ def import_class(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
-    return getattr(importlib.import_module(MOVED.get(module, module)), attribute)
+    return getattr(importlib.import_module(present_name(name).rpartition(".")[0]), attribute)
 
 
 def callback_dict(callback: Any) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from anygpt.commands import execute
+from anygpt.errors import InputError
 from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.parts.publishing import let_umask_decide
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> None:
     add("--cache", type=Path, help="folder of the downloaded archives (default: OUTPUT/packages)")
     add("--items", type=int, help="media of each type, for a try (default: all)")
     options = parser.parse_args(arguments)
+    if options.items is not None and options.items < 4:
+        raise InputError(f"--items is {options.items}, expected at least 4, of which one is held out")
     output, cache = options.output, options.cache or options.output / "packages"
     archives = {}
     for name, package in PACKAGES.items():

@@ -148,4 +148,5 @@ def sample_path(one: Judged) -> str:
 def check_settings(settings: Settings) -> None:
     """Raise an `InputError` that names each option with a value out of range."""
     if faults := [fault.partition(" ") for fault in find_misfits(settings)]:
-        raise InputError("; ".join(f"--{name.replace('_', '-')} {fault}" for name, _, fault in faults))
+        names = str.maketrans("_.", "- ")  # as on the command line: --batch-size, --steps image
+        raise InputError("; ".join(f"--{name.translate(names)} {fault}" for name, _, fault in faults))
