@@ -97,6 +97,20 @@ def test_many_faults_are_counted(llama):
 PIPELINES = {"image": stable_diffusion, "video": zeroscope, "audio": audioldm, "image, SD 3": stable_diffusion_3}
 
 
+def test_a_network_that_is_saved_twice_is_checked_as_diffusers_reads_it(tmp_path):
+    """Beside a whole file, an index whose shard lacks a tensor: diffusers reads the shard."""
+    next(iter(PIPELINES.values()))().save_pretrained(tmp_path)
+    (file,) = (tmp_path / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    lost, shard = sorted(tensors)[0], "diffusion_pytorch_model-00001-of-00001.safetensors"
+    kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(kept, file.with_name(shard), metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(kept, shard)}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"it lacks {lost}"):
+        load_decoder(tmp_path)
+
+
 @pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
 def test_every_network_of_a_pipeline_is_its_checkpoint(make, tmp_path):
     pipeline = make()

@@ -302,3 +302,14 @@ def test_a_checkpoint_that_names_a_module_of_before_the_move():
         "audioldm2.AudioLDM2Decoder": decoders.AudioLDM2Decoder,
     }.items():
         assert import_class(f"anygpt.decoders.{name}") is cls
+
+
+def test_llava_next_counts_features_without_its_parameter():
+    """Which FSDP2 shards, and which the processes that prepare data must not touch."""
+    settings = {"grid_pinpoints": [[64, 64], [32, 64]], "tile_size": 32, "patch_size": 8, "hidden_size": 4}
+    callbacks = LlavaNextCallbacks(**settings)
+    found = callbacks.count(None, {"image_sizes": [[64, 64], [20, 64]]})
+    tiles = [torch.zeros(callbacks.num_tiles(size), 16, 4) for size in ([64, 64], [20, 64])]
+    assert found == [len(callbacks.pack(tile, size)) for tile, size in zip(tiles, [(64, 64), (20, 64)], strict=True)]
+    callbacks.image_newline = None
+    assert callbacks.count(None, {"image_sizes": [[64, 64], [20, 64]]}) == found
