@@ -13,13 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AudioLDMPipeline,
-    StableDiffusionPipeline,
-    TextToVideoSDPipeline,
-    UNet2DConditionModel,
-    UNet3DConditionModel,
-)
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from transformers import (
     AutoTokenizer,
@@ -32,6 +26,7 @@ from transformers import (
 
 from anygpt.commands import execute
 from anygpt.decoders.base import load_decoder
+from anygpt.decoders.pipelines import find_pipeline
 from anygpt.errors import InputError
 from anygpt.media.writing import replacing
 from anygpt.parts.publishing import halve, let_umask_decide
@@ -75,7 +70,9 @@ def write_image_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> 
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
     parts = {"unet": unet, "tokenizer": load_tokenizer(sentence_encoder), "text_encoder": text_encoder}
-    StableDiffusionPipeline(**start.components | parts, requires_safety_checker=False).save_pretrained(target)
+    find_pipeline("StableDiffusionPipeline")(**start.components | parts, requires_safety_checker=False).save_pretrained(
+        target
+    )
 
 
 def write_audio_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:
@@ -95,7 +92,7 @@ def write_audio_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> 
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
     parts = {"unet": unet, "tokenizer": load_tokenizer(sentence_encoder), "text_encoder": text_encoder}
-    AudioLDMPipeline(**start.components | parts).save_pretrained(target)
+    find_pipeline("AudioLDMPipeline")(**start.components | parts).save_pretrained(target)
 
 
 @torch.no_grad()
@@ -161,7 +158,7 @@ def write_video_decoder(image_decoder: Path, target: Path, seed: int = 0) -> Non
         raise InputError(f"{image_decoder}: a denoiser of clips has no {lost[0]}, and {len(lost) - 1} more are left")
     unet.load_state_dict({name: learned[name].view_as(x) if name in learned else x for name, x in own.items()})
     parts = {name: start.components[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    TextToVideoSDPipeline(unet=unet, **parts).save_pretrained(target)
+    find_pipeline("TextToVideoSDPipeline")(unet=unet, **parts).save_pretrained(target)
 
 
 TEXT_ENCODERS = {"image": bert_text_encoder, "video": bert_text_encoder, "audio": clap_text_encoder}
