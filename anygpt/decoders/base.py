@@ -104,6 +104,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         more |= {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
         known = inspect.signature(encode).parameters
         found = encode(captions, **{name: more[name] for name in more if name in known})
+        # What follows in the tuple are negative encodings, which are None without guidance.
         parts = zip(self.encodes, found if isinstance(found, tuple) else [found], strict=False)
         condition = Condition(**{part: x for part, x in parts if part is not None})
         if self.masked:
