@@ -247,6 +247,10 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
         (folder / kind).mkdir(exist_ok=True)
     datasets.write_phrases(folder, [f"word{letter}" for letter in "abcdefgh"], {"worda"})
     assert not [line for file in folder.glob("*_words.jsonl") for line in file.open() if 'caption": "worda"' in line]
+    datasets.write_conversations(folder, ["image_names.jsonl", "image_made.jsonl"], count=40)
+    talks = [json.loads(line)["messages"] for line in (folder / "conversations.jsonl").open()]
+    assert {len(talk) for talk in talks} == set(range(4, 18, 2))
+    assert all([said["role"] for said in talk] == ["user", "assistant"] * (len(talk) // 2) for talk in talks)
     shown = sum(one.modality == "image" for one in learnt)
     assert f"\nimage_names.jsonl: {shown} rows" in capsys.readouterr().out
     for file in folder.glob("*.jsonl"):

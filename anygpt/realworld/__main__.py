@@ -35,6 +35,14 @@ TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "pa
 HELD_TOPICS = 5
 PROMPTS = ["Explain {} in one sentence.", "Write two sentences about {}.", "Give me a fact about {}."]
 PROMPTS += ["Why do people care about {}?", "Describe {} to a child."]
+OTHERS = {
+    "What is the capital of {}?": ("Italy", "Spain", "Japan", "Egypt", "Brazil", "Canada", "Kenya", "Norway"),
+    "What is the opposite of {}?": ("hot", "big", "fast", "early", "happy", "full", "dark", "loud"),
+    "How do I {}?": ("boil an egg", "learn to swim", "plant a tree", "write a letter", "fix a tyre", "sleep better"),
+    "Name three {}.": ("fruits", "planets", "colours", "tools", "sports", "birds", "countries", "musical instruments"),
+    "{}": ("Hello!", "How are you?", "Thank you very much.", "Who are you?", "What can you do?", "Goodbye."),
+}
+"""Other prompts by their wording, all of which are learned."""
 TALK = ("image_names", "image_made", "image_again", "video_made", "audio_names", "audio_made", "english", "english")
 """Rows of which conversations are made, each as often as it stands here."""
 LICENCES = ("*LICEN[CS]E*", "METADATA", "CREDITS.md", "PROVENANCE.md", "package.json", "model/README.md")
@@ -108,12 +116,13 @@ def choose(things: list[datasets.Thing], items: int | None) -> list[datasets.Thi
 
 
 def write_english(folder: Path, model: Path, topics: int) -> None:
-    """Write the language model's own answers to general prompts, what it is to keep; the last topics are held out."""
+    """Write the language model's own answers to general prompts, what it is to keep: `PROMPTS` about so many topics, of
+    which the last are held out, and `OTHERS`."""
     network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
     tokenizer.padding_side = "left"
     rows = []
-    for topic in TOPICS[-topics:]:
-        asked = [prompt.format(topic) for prompt in PROMPTS]
+    others = [[prompt.format(thing) for thing in things] for prompt, things in OTHERS.items()]
+    for asked in others + [[prompt.format(topic) for prompt in PROMPTS] for topic in TOPICS[-topics:]]:
         chats = [[{"role": "user", "content": text}] for text in asked]
         options = {"padding": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
