@@ -559,7 +559,13 @@ def test_media_and_captions_that_changed_are_never_skipped(script, make_argument
         for part in row["messages"][-1]["content"]:
             if isinstance(part, dict) and "caption" in part:
                 part["caption"] += " anew"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    later = path.with_name("later.jsonl")
+    later.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = []  # of a run with such captions in its evaluation alone, which no update precedes
+    evaluated = [*args, "--data.eval", f"[{{path: {later}}}]", "--train.eval_steps=1"]
+    check_mistake(*cli_here(3, evaluated, capsys, out), str(later), "nothing for the caption", "anew")
+    assert "update 1 " not in out[0]
+    path.write_bytes(later.read_bytes())
     check_mistake(*cli_here(3, args, capsys), "nothing for the caption", "anew")
 
 

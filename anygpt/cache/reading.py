@@ -215,11 +215,19 @@ class FeatureCache:
         """The tensors of one content, by name; None if nothing of the kind is cached for its media type. Raises
         `StaleCache` if the store has no entry for it, `OSError` if the medium's file cannot be read."""
         store = self.stores[kind].get(modality)
-        if store is None:
-            return None
+        return None if store is None else store.get(self.find(store, content))
+
+    def check_caption(self, modality: str, caption: str) -> None:
+        """Raise `StaleCache` if captions of this media type are cached, and this one is not."""
+        if (store := self.stores[CAPTIONS].get(modality)) is not None:
+            self.find(store, caption)
+
+    @staticmethod
+    def find(store: Store, content: Content) -> str:
+        """The name under which a store holds a content; raises as `get`."""
         name = fingerprint(content)
         if name in store:
-            return store.get(name)
+            return name
         if isinstance(content, str):
             said = f"the caption {content[:80]!r}: it changed"
         elif isinstance(content, tuple):

@@ -202,6 +202,18 @@ class ConversationDataset(Dataset):
         except StaleCache as error:
             raise StaleCache(f"{sample.name}: {error}") from error
 
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Read from a cache. Captions are looked up at once, so that no run ends late for one that is missing; media
+        when they are loaded, since that reads their files."""
+        self.cache = cache
+        for sample in self.samples:
+            for role, part in sample.media():
+                for caption in (part.caption, *part.others) if role == "assistant" else ():
+                    try:
+                        cache.check_caption(part.type, caption)
+                    except StaleCache as error:
+                        raise StaleCache(f"{sample.name}: {error}") from error
+
     def decode(self, sample: Sample, role: str, media_type: str, path: Place) -> Media:
         """Decode one medium of a sample; an `InputError` names both."""
         if (media_type, path) in self._kept:

@@ -154,9 +154,10 @@ def use_cache(
         return []
     frames, precision = datasets[0].num_video_frames, config.train.mixed_precision
     cache = open_cache(config.data.cache_dir, model, collator.processor, frames, precision)
-    for user in (*datasets, *(() if sharded else (collator,))):
-        user.cache = cache
+    for dataset in datasets:
+        dataset.use_cache(cache)
     if not sharded:
+        collator.cache = cache
         return cache.notes
     # All processes gather each layer together, so none may skip the language model while another needs it.
     notes = [note for note in cache.notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
