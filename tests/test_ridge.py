@@ -74,6 +74,14 @@ def test_fewer_samples_than_inputs():
     torch.testing.assert_close(bias, expected_bias, rtol=1e-7, atol=1e-7)
 
 
+def test_gain_multiplies_deviations_from_the_mean_output():
+    x, y = (each.double() for each in problem())
+    weight, bias, _ = fed(x, y, 64).solve(10.0, gain=1.5)
+    plain_weight, plain_bias = naive_ridge(x, y, 10.0)
+    plain = x @ plain_weight.T + plain_bias
+    torch.testing.assert_close(x @ weight.T + bias, y.mean(0) + 1.5 * (plain - y.mean(0)), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("batch", [7, 64])
 def test_strength_is_about_the_best_one_for_the_samples_held_back_which_then_join_the_fit(batch):
     x, y = problem()
@@ -278,6 +286,10 @@ def test_stage_2_starts_at_the_line(tmp_path, capsys):
     encodings = model.decoders["image"].module.encode_text(CAPTIONS)
     constant = caption_alignment(encodings.mean(dim=0).expand_as(encodings), encodings, "mse").mean()
     assert alignment < 0.5 * constant
+    arguments |= {"train.ridge_gain": 1e-6, "run.output_dir": tmp_path / "flat"}  # the mean of the captions for all
+    train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), LLM_DECODER)
+    flat = float(capsys.readouterr().out.split("llm_decoder/alignment/image ")[1].split()[0])
+    assert flat == pytest.approx(float(constant), rel=1e-3)
 
 
 def test_matrices_that_do_not_fit_are_refused_before_anything_is_computed():

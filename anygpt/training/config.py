@@ -196,6 +196,8 @@ class TrainConfig:
         projector_init: initialization of new output projectors: `random`, or `ridge`, the closed-form solution of
             caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
         ridge_captions: maximum number of captions for ridge.
+        ridge_gain: factor on the deviations of ridge's conditions from the mean one. Ridge shrinks what it cannot tell;
+            1 has the least squared error, more restores the strength that the decoder is used to.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
             joint configuration. `image_denoiser` is LoRA on the image decoder's denoiser, set by `denoiser_lora`.
         ema_decay: decay of the exponential moving averages of what trains (see `Averages`), as 0.999; None for none.
@@ -228,6 +230,7 @@ class TrainConfig:
     signal_rows: Literal["both", "output", "none"] = "both"
     projector_init: Literal["random", "ridge"] = "random"
     ridge_captions: PositiveInt = 10_000
+    ridge_gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     parts: list[str] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_for: list[Literal["evaluation", "final"]] = field(default_factory=lambda: ["evaluation", "final"])

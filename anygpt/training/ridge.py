@@ -62,9 +62,10 @@ class RidgeRegression:
         self.y_sum += y.sum(dim=0)
         self.count += len(x)
 
-    def solve(self, strength: float | None = None) -> tuple[Tensor, Tensor, float]:
+    def solve(self, strength: float | None = None, gain: float = 1.0) -> tuple[Tensor, Tensor, float]:
         """Weight `(outputs, inputs)` and bias `(outputs,)` in float64, and the λ of ‖Y − XW‖² + λ‖W‖², by default
-        chosen on the held-back samples, which then join the fit."""
+        chosen on the held-back samples, which then join the fit. `gain` multiplies the solution's deviations from the
+        mean output."""
         if not self.count and not self.held:
             raise InputError("ridge regression was given no samples")
         if strength is None and self.count:
@@ -75,7 +76,7 @@ class RidgeRegression:
         if strength is None:  # all samples had been held back
             strength = self._choose()
         x_mean, y_mean, values, vectors, rotated = self._decompose()
-        weight = vectors @ (rotated / (values + strength)[:, None])
+        weight = gain * (vectors @ (rotated / (values + strength)[:, None]))
         return weight.T, y_mean - x_mean @ weight, strength
 
     def _decompose(self) -> tuple[Tensor, ...]:
@@ -119,9 +120,11 @@ def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 @torch.no_grad()
-def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Set the linear path, which they must have, of output projectors to the ridge solution, in one pass over the
-    captions.
+def set_by_ridge(
+    model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]], gain: float = 1.0
+) -> dict[str, float]:
+    """Set the linear path, which they must have, of output projectors to the ridge solution with this gain, in one pass
+    over the captions.
 
     `batches` are arguments of `model.read_states` with captions in `decoder_targets`; returns each decoder's strength.
     """
@@ -153,7 +156,7 @@ def set_by_ridge(model: MultimodalModel, keys: Iterable[str], batches: Iterable[
         )
     strengths = {}
     for key, fit in fits.items():
-        weight, bias, strengths[key] = fit.solve()
+        weight, bias, strengths[key] = fit.solve(gain=gain)
         lines[key].weight.copy_(weight)
         lines[key].bias.copy_(bias)
     return strengths

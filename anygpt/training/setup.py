@@ -339,7 +339,8 @@ def init_projectors(
     if config.train.projector_init != "ridge" or not new:
         return []
     model.to(accelerator.device)
-    strengths = set_by_ridge(model, new, ridge_batches(dataset, collator, config, accelerator))
+    batches = ridge_batches(dataset, collator, config, accelerator)
+    strengths = set_by_ridge(model, new, batches, config.train.ridge_gain)
     return [f"{key} output projector set by ridge regression, λ = {value:.3g}" for key, value in strengths.items()]
 
 
