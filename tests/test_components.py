@@ -144,6 +144,7 @@ def run(folder, data, kind, parts, names, **settings):
     config = parse_config([f"--{name}={value}" for name, value in arguments.items()])
     final = train(config, COMPONENTS)
     write_components(final, config)
+    assert json.loads((Path(final) / "config.json").read_text())["trained"]["parts"] == names
     made = Path(config.run.output_dir) / "parts"
     assert len({path.stat().st_mode for path in made.rglob("*") if path.is_file()}) == 1  # as the umask says
     return made

@@ -283,7 +283,9 @@ def test_bf16_keeps_trained_tensors_in_float32(make_arguments, data, tmp_path):
 def test_gradient_checkpointing_changes_no_loss(make_arguments, tmp_path):
     for value in ("true", "false"):
         more = (*BOARD, f"--train.gradient_checkpointing={value}")
-        train_here(3, make_arguments(3, tmp_path / value, *more, steps=2))
+        final = train_here(3, make_arguments(3, tmp_path / value, *more, steps=2))
+    noted = json.loads((final / "config.json").read_text())["trained"]["parts"]
+    assert noted == ["projector", "output_projector", "signal_tokens", "adapters of the language model"]
     assert_same_losses(losses_of(tmp_path / "false"), losses_of(tmp_path / "true"), relative=1e-5)
 
 

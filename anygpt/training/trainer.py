@@ -25,6 +25,7 @@ from anygpt.errors import InputError
 from anygpt.losses.formulas import weighted_total
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.packing import check_packing
+from anygpt.model.parts import is_peft
 from anygpt.outputs import LossTerm
 from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
@@ -340,8 +341,12 @@ class Trainer:
     def describe(self, metrics: dict[str, float]) -> None:
         """Record the training in the model's config, for its card."""
         losses = {name: value for name, value in metrics.items() if "loss" in name or name in self.model.loss_names()}
-        parts = [*self.stage.trains, *(["adapters of the language model"] if self.stage.lora else [])]
         if self.whole is not None:  # None on other processes if sharded
+            adapted = is_peft(self.whole.language_model)
+            parts = [
+                "adapters of the language model" if part == "language_model" and adapted else part
+                for part in self.config.train.parts or self.stage.trains
+            ]
             made = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
             self.whole.config.trained = made
 
