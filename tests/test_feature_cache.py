@@ -581,7 +581,7 @@ def test_media_that_cannot_be_read(world):
     assert world.write(on_bad_sample="skip", say=said.append)["unreadable"] >= 1
     assert any(image.name in line for line in said)
     dataset = world.dataset()  # which skips, as the loop's does
-    dataset.cache = world.open()
+    dataset.use_cache(world.open())
     bad = [item for item in (dataset[i] for i in range(len(dataset))) if hasattr(item, "reason")]
     assert bad and all(image.name in item.reason and item.kind == "bad" for item in bad)
 

@@ -188,6 +188,7 @@ STAGE_1_SETTINGS = {
         ("--model.encoders.image.projector={projection_type: mlp, hidden_size: 10000000}",),
         ("model.encoders.image.projector",),
     ),
+    "a gain of no ridge": (("--train.ridge_gain=2",), ("train.ridge_gain is 2.0", "train.projector_init ridge")),
     "nothing trains": (("--train.parts=[]",), ("stage 1", "nothing to train")),
     "no evaluation at checkpoints": (
         (

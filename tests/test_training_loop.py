@@ -285,7 +285,7 @@ def test_gradient_checkpointing_changes_no_loss(make_arguments, tmp_path):
         more = (*BOARD, f"--train.gradient_checkpointing={value}")
         final = train_here(3, make_arguments(3, tmp_path / value, *more, steps=2))
     noted = json.loads((final / "config.json").read_text())["trained"]["parts"]
-    assert noted == ["projector", "output_projector", "signal_tokens", "adapters of the language model"]
+    assert noted[:2] == ["adapters of the language model", "signal_tokens"] and "image_output_projector" in noted
     assert_same_losses(losses_of(tmp_path / "false"), losses_of(tmp_path / "true"), relative=1e-5)
 
 

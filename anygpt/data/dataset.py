@@ -203,10 +203,10 @@ class ConversationDataset(Dataset):
             raise StaleCache(f"{sample.name}: {error}") from error
 
     def use_cache(self, cache: FeatureCache) -> None:
-        """Read from a cache. Captions are looked up at once, so that no run ends late for one that is missing; media
-        when they are loaded, since that reads their files."""
+        """Read from a cache. Captions, in every wording, are looked up at once, so that no run ends late for one that
+        is missing; media when they are loaded, since that reads their files."""
         self.cache = cache
-        for sample in self.samples:
+        for sample in self.samples if cache.stores[CAPTIONS] else ():
             for role, part in sample.media():
                 for caption in (part.caption, *part.others) if role == "assistant" else ():
                     try:

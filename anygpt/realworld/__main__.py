@@ -42,7 +42,7 @@ OTHERS = {
     "Name three {}.": ("fruits", "planets", "colours", "tools", "sports", "birds", "countries", "musical instruments"),
     "{}": ("Hello!", "How are you?", "Thank you very much.", "Who are you?", "What can you do?", "Goodbye."),
 }
-"""Other prompts by their wording, all of which are learned."""
+"""Other prompts by their wording, never held out."""
 TALK = ("image_names", "image_made", "image_again", "video_made", "audio_names", "audio_made", "english", "english")
 """Rows of which conversations are made, each as often as it stands here."""
 LICENCES = ("*LICEN[CS]E*", "METADATA", "CREDITS.md", "PROVENANCE.md", "package.json", "model/README.md")
@@ -116,8 +116,8 @@ def choose(things: list[datasets.Thing], items: int | None) -> list[datasets.Thi
 
 
 def write_english(folder: Path, model: Path, topics: int) -> None:
-    """Write the language model's own answers to general prompts, what it is to keep: `PROMPTS` about so many topics, of
-    which the last are held out, and `OTHERS`."""
+    """Write the language model's own answers to general prompts, what it is to keep: `OTHERS`, and `PROMPTS` about the
+    last `topics` topics, of which the last are held out."""
     network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
     tokenizer.padding_side = "left"
     rows = []

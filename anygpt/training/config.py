@@ -196,8 +196,8 @@ class TrainConfig:
         projector_init: initialization of new output projectors: `random`, or `ridge`, the closed-form solution of
             caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
         ridge_captions: maximum number of captions for ridge.
-        ridge_gain: factor on the deviations of ridge's conditions from the mean one. Ridge shrinks what it cannot tell;
-            1 has the least squared error, more restores the strength that the decoder is used to.
+        ridge_gain: factor on the deviations of ridge's conditions from the mean one. Ridge shrinks towards the mean
+            what it cannot predict; 1 has the least squared error, more the strength that the decoder is used to.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
             joint configuration. `image_denoiser` is LoRA on the image decoder's denoiser, set by `denoiser_lora`.
         ema_decay: decay of the exponential moving averages of what trains (see `Averages`), as 0.999; None for none.
@@ -293,6 +293,8 @@ def check_values(config: Config) -> None:
         faults.append(
             f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
         )
+    if train.ridge_gain != 1 and train.projector_init != "ridge":
+        faults.append(f"train.ridge_gain is {train.ridge_gain}, and has no effect without train.projector_init ridge")
     if train.eval_suite and not train.eval_steps:
         faults.append(f"train.eval_suite is {train.eval_suite}, but it is never run, expected train.eval_steps")
     for name, steps in (("eval_steps", train.eval_steps), ("sample_steps", train.sample_steps)):

@@ -341,7 +341,8 @@ def init_projectors(
     model.to(accelerator.device)
     batches = ridge_batches(dataset, collator, config, accelerator)
     strengths = set_by_ridge(model, new, batches, config.train.ridge_gain)
-    return [f"{key} output projector set by ridge regression, λ = {value:.3g}" for key, value in strengths.items()]
+    said, gain = "output projector set by ridge regression", config.train.ridge_gain
+    return [f"{key} {said}, λ = {value:.3g}, gain {gain:g}" for key, value in strengths.items()]
 
 
 def check_metrics(config: Config, model: MultimodalModel) -> None:

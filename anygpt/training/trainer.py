@@ -345,7 +345,7 @@ class Trainer:
             adapted = is_peft(self.whole.language_model)
             parts = [
                 "adapters of the language model" if part == "language_model" and adapted else part
-                for part in self.config.train.parts or self.stage.trains
+                for part in self.config.train.parts or self.stage.parts(self.whole)
             ]
             made = {"stage": self.stage.name, "updates": self.done, "parts": parts, "losses": losses}
             self.whole.config.trained = made
