@@ -33,6 +33,7 @@ from anygpt.realworld.parts import CONVERSIONS
 TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
 TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "paper", "rain", "dreams"]
 HELD_TOPICS = 5
+ANSWERS = 4
 PROMPTS = ["Explain {} in one sentence.", "Write two sentences about {}.", "Give me a fact about {}."]
 PROMPTS += ["Why do people care about {}?", "Describe {} to a child."]
 OTHERS = {
@@ -94,8 +95,9 @@ def main(arguments: list[str]) -> None:
             things += datasets.sounds(content["samples"], content["animals"])
             learnt, held = datasets.split(choose(things, options.items))
             datasets.write_data(folder, learnt, held)
-            vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab()
-            datasets.write_phrases(folder, sorted(vocabulary, key=vocabulary.get), {one.name for one in held})
+            vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab().keys()
+            nouns = datasets.nouns(content["wordnet"], vocabulary)
+            datasets.write_nouns(folder, nouns, {one.name for one in held})
             write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
             datasets.write_conversations(folder, [f"{name}.jsonl" for name in TALK])
 
@@ -117,20 +119,27 @@ def choose(things: list[datasets.Thing], items: int | None) -> list[datasets.Thi
 
 def write_english(folder: Path, model: Path, topics: int) -> None:
     """Write the language model's own answers to general prompts, what it is to keep: `OTHERS`, and `PROMPTS` about the
-    last `topics` topics, of which the last are held out."""
+    last `topics` topics, of which the last are held out.
+
+    They are sampled as they are likely (temperature 1), since a model that learns its own samples stays as it is, and
+    one that learns its likeliest answers gets surer of them."""
     network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
     tokenizer.padding_side = "left"
-    rows = []
+    rows: list[datasets.Row] = []
+    torch.manual_seed(0)
     others = [[prompt.format(thing) for thing in things] for prompt, things in OTHERS.items()]
     for asked in others + [[prompt.format(topic) for prompt in PROMPTS] for topic in TOPICS[-topics:]]:
         chats = [[{"role": "user", "content": text}] for text in asked]
         options = {"padding": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+        how = {"max_new_tokens": 48, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode():
-            said = network.generate(**inputs, max_new_tokens=48, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            said = network.generate(**inputs, **how, num_return_sequences=ANSWERS)[:, inputs["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(said, skip_special_tokens=True)
-        rows += [datasets.row(text, text, answer) for text, answer in zip(asked, answers, strict=True)]
-    held = HELD_TOPICS * len(PROMPTS)
+        for i, answer in enumerate(answers):
+            text = asked[i // ANSWERS]
+            rows.append(datasets.row(f"{text} {i % ANSWERS + 1}", text, answer))
+    held = HELD_TOPICS * len(PROMPTS) * ANSWERS
     datasets.write_rows(folder / "english.jsonl", rows[:-held])
     datasets.write_rows(folder / "held_english.jsonl", rows[-held:])
 

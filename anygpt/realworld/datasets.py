@@ -155,23 +155,37 @@ def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
     return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
 
 
-PHRASES = {"image": 8000, "video": 2500, "audio": 2500}
+NOUNS = {"image": 12000, "video": 2500, "audio": 2500}
+_CONCRETE = {"05", "06", "08", "13", "17", "18", "19", "20", "27"}
+"""WordNet's files of nouns for animals, artifacts, bodies, food, objects, people, phenomena, plants and substances."""
 
 
-def write_phrases(folder: Path, vocabulary: Sequence[str], names: Collection[str], seed: int = 0) -> None:
-    """Write rows that ask for media by one to three words, many of which no name has; none asks for one of the `names`.
+def nouns(wordnet: Path, vocabulary: Collection[str]) -> list[str]:
+    """WordNet's concrete nouns of words in `vocabulary`, such as "love letter", in its order."""
+    found: dict[str, None] = {}
+    for line in (wordnet / "package/dict/data.noun").read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):  # the licence, above
+            continue
+        _, kind, _, count, *names = line.split()
+        if kind in _CONCRETE:
+            found |= dict.fromkeys(name.replace("_", " ") for name in names[: 2 * int(count, 16) : 2])
+    return [name for name in found if len(name) > 2 and vocabulary >= set(re.split("[ -]", name))]
+
+
+def write_nouns(folder: Path, nouns: Sequence[str], names: Collection[str], seed: int = 0) -> None:
+    """Write rows that ask for media by a noun, which tell what no name does; none asks for one of the `names`.
 
     Stage 2 aligns captions alone, so all rows of a media type name one blank medium, which is never read.
     """
-    draw, words = random.Random(seed), [word for word in vocabulary if re.fullmatch("[a-z]{3,}", word)][:8000]
-    for kind, count in PHRASES.items():
+    asked = [text for text in nouns if text not in names]
+    draw = random.Random(seed)
+    for kind, count in NOUNS.items():
         medium = MEDIA[kind]
         blank = medium.to_target(medium.blank())
         content, rate = blank if isinstance(blank, tuple) else (blank, 1)
         file = folder / kind / f"none{medium.suffixes[0]}"
         medium.write(file, content, rate)
-        asked = [" ".join(draw.sample(words, 1 + i % 3)) for i in range(count)]
-        rows = [make(Thing("none", kind, text, file, "")) for text in asked if text not in names]
+        rows = [make(Thing("none", kind, text, file, "")) for text in draw.sample(asked, min(count, len(asked)))]
         write_rows(folder / f"{kind}_words.jsonl", [row | {"id": f"word-{i}"} for i, row in enumerate(rows)])
 
 
