@@ -24,6 +24,7 @@ from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.evaluation.metrics.features import PretrainedNetwork
 from anygpt.media.files import Audio
 from anygpt.model.language_models import load_tokenizer
+from anygpt.realworld import __main__ as realworld
 from anygpt.realworld import datasets, packages
 from anygpt.realworld.__main__ import main
 from anygpt.realworld.decoders import clap_text_encoder, write_audio_decoder, write_image_decoder, write_video_decoder
@@ -245,8 +246,9 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
     datasets.write_data(folder, learnt, held)
     for kind in ("video", "audio"):
         (folder / kind).mkdir(exist_ok=True)
-    datasets.write_phrases(folder, [f"word{letter}" for letter in "abcdefgh"], {"worda"})
-    assert not [line for file in folder.glob("*_words.jsonl") for line in file.open() if 'caption": "worda"' in line]
+    datasets.write_nouns(folder, [f"word{letter}" for letter in "abcdefgh"], {"worda"})
+    asked = [json.loads(line)["messages"][1]["content"][1]["caption"] for line in (folder / "video_words.jsonl").open()]
+    assert sorted(asked) == [f"word{letter}" for letter in "bcdefgh"]
     datasets.write_conversations(folder, ["image_names.jsonl", "image_made.jsonl"], count=40)
     talks = [json.loads(line)["messages"] for line in (folder / "conversations.jsonl").open()]
     assert {len(talk) for talk in talks} == set(range(4, 18, 2))
@@ -257,6 +259,28 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
         if file.stat().st_size:
             rows = ConversationDataset.from_files([DataSource(path=str(file))])
             assert all(rows[i].sample.messages for i in range(len(rows)))
+
+
+def test_nouns_are_concrete_and_of_known_words(tmp_path):
+    (tmp_path / "package/dict").mkdir(parents=True)
+    (tmp_path / "package/dict/data.noun").write_text(
+        "  1 This software and database is provided\n"
+        "00012345 06 n 0a love_letter 0 billet-doux 0 a 0 a 0 a 0 a 0 a 0 a 0 a 0 letter 0 001 @ 0001 n 0000 | a b\n"
+        "00012346 09 n 01 love 0 000 | a feeling\n"
+        "00012347 05 n 02 Love 0 ox 0 000 | an animal\n"
+    )
+    assert datasets.nouns(tmp_path, {"love", "letter", "ox", "a", "billet"}) == ["love letter", "letter"]
+
+
+def test_english_is_what_the_language_model_says_to_the_end(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(realworld, "LONGEST", 40)
+    realworld.write_english(tmp_path, parts.folder / "language_model", 9)
+    rows = [json.loads(line) for file in tmp_path.glob("*english.jsonl") for line in file.open()]
+    prompts = sum(len(things) for things in realworld.OTHERS.values()) + 9 * len(realworld.PROMPTS)
+    assert 0 < len(rows) < realworld.ANSWERS * prompts / 4  # a model of random weights hardly ends an answer
+    assert len({row["id"] for row in rows}) == len(rows)
+    held = [json.loads(line)["id"] for line in (tmp_path / "held_english.jsonl").open()]
+    assert held and all(any(topic in one for topic in realworld.TOPICS[-realworld.HELD_TOPICS :]) for one in held)
 
 
 def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path, caplog):

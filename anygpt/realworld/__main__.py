@@ -32,18 +32,20 @@ from anygpt.realworld.parts import CONVERSIONS
 
 TOPICS = ["bread", "the moon", "bicycles", "rivers", "money", "music", "winter", "bees", "chess", "glass", "sleep"]
 TOPICS += ["volcanoes", "trains", "gardens", "coffee", "spiders", "bridges", "paper", "rain", "dreams"]
-HELD_TOPICS = 5
-ANSWERS = 4
-PROMPTS = ["Explain {} in one sentence.", "Write two sentences about {}.", "Give me a fact about {}."]
-PROMPTS += ["Why do people care about {}?", "Describe {} to a child."]
+TOPICS += ["the sea", "books", "horses", "salt", "clouds", "schools"]
+HELD_TOPICS = 8
+PROMPTS = ["Explain {} in one sentence.", "Write one sentence about {}.", "Give me a fact about {} in one sentence."]
+PROMPTS += ["Say in one sentence why people care about {}.", "Describe {} to a child in one sentence."]
 OTHERS = {
     "What is the capital of {}?": ("Italy", "Spain", "Japan", "Egypt", "Brazil", "Canada", "Kenya", "Norway"),
     "What is the opposite of {}?": ("hot", "big", "fast", "early", "happy", "full", "dark", "loud"),
-    "How do I {}?": ("boil an egg", "learn to swim", "plant a tree", "write a letter", "fix a tyre", "sleep better"),
+    "In one sentence, how do I {}?": ("boil an egg", "learn to swim", "plant a tree", "fix a tyre", "sleep better"),
     "Name three {}.": ("fruits", "planets", "colours", "tools", "sports", "birds", "countries", "musical instruments"),
     "{}": ("Hello!", "How are you?", "Thank you very much.", "Who are you?", "What can you do?", "Goodbye."),
 }
 """Other prompts by their wording, never held out."""
+ANSWERS = 4
+LONGEST = 64  # tokens
 TALK = ("image_names", "image_made", "image_again", "video_made", "audio_names", "audio_made", "english", "english")
 """Rows of which conversations are made, each as often as it stands here."""
 LICENCES = ("*LICEN[CS]E*", "METADATA", "CREDITS.md", "PROVENANCE.md", "package.json", "model/README.md")
@@ -98,7 +100,7 @@ def main(arguments: list[str]) -> None:
             vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab().keys()
             nouns = datasets.nouns(content["wordnet"], vocabulary)
             datasets.write_nouns(folder, nouns, {one.name for one in held})
-            write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 6)
+            write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 9)
             datasets.write_conversations(folder, [f"{name}.jsonl" for name in TALK])
 
 
@@ -121,27 +123,30 @@ def write_english(folder: Path, model: Path, topics: int) -> None:
     """Write the language model's own answers to general prompts, what it is to keep: `OTHERS`, and `PROMPTS` about the
     last `topics` topics, of which the last are held out.
 
-    They are sampled as they are likely (temperature 1), since a model that learns its own samples stays as it is, and
-    one that learns its likeliest answers gets surer of them."""
+    `ANSWERS` of each are sampled as they are likely (temperature 1): a model that learns its own samples stays as it
+    is, and one that learns its likeliest answers gets surer of them. An answer that does not end is left out, since a
+    cut one teaches to stop in the middle of a sentence."""
     network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
     tokenizer.padding_side = "left"
     rows: list[datasets.Row] = []
+    held: list[datasets.Row] = []
     torch.manual_seed(0)
-    others = [[prompt.format(thing) for thing in things] for prompt, things in OTHERS.items()]
-    for asked in others + [[prompt.format(topic) for prompt in PROMPTS] for topic in TOPICS[-topics:]]:
-        chats = [[{"role": "user", "content": text}] for text in asked]
+    asked = [[prompt.format(thing) for thing in things] for prompt, things in OTHERS.items()]
+    asked += [[prompt.format(topic) for prompt in PROMPTS] for topic in TOPICS[-topics:]]
+    for i, prompts in enumerate(asked):
+        chats = [[{"role": "user", "content": text}] for text in prompts]
         options = {"padding": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
-        how = {"max_new_tokens": 48, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": ANSWERS}
         with torch.inference_mode():
-            said = network.generate(**inputs, **how, num_return_sequences=ANSWERS)[:, inputs["input_ids"].shape[1] :]
-        answers = tokenizer.batch_decode(said, skip_special_tokens=True)
-        for i, answer in enumerate(answers):
-            text = asked[i // ANSWERS]
-            rows.append(datasets.row(f"{text} {i % ANSWERS + 1}", text, answer))
-    held = HELD_TOPICS * len(PROMPTS) * ANSWERS
-    datasets.write_rows(folder / "english.jsonl", rows[:-held])
-    datasets.write_rows(folder / "held_english.jsonl", rows[-held:])
+            said = network.generate(**inputs, **how, max_new_tokens=LONGEST)[:, inputs["input_ids"].shape[1] :]
+        for j, tokens in enumerate(said):
+            if tokenizer.eos_token_id in tokens:
+                text, answer = prompts[j // ANSWERS], tokenizer.decode(tokens, skip_special_tokens=True)
+                kept = held if i >= len(asked) - HELD_TOPICS else rows
+                kept.append(datasets.row(f"{text} {j % ANSWERS + 1}", text, answer))
+    datasets.write_rows(folder / "english.jsonl", rows)
+    datasets.write_rows(folder / "held_english.jsonl", held)
 
 
 if __name__ == "__main__":
