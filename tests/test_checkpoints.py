@@ -25,6 +25,7 @@ from training_utils import (
     trained_tensors,
 )
 
+from anygpt.errors import InputError
 from anygpt.parts.manifest import MANIFEST, find_fault, write_manifest
 from anygpt.training.checkpoint import settings_that_count
 from anygpt.training.config import Config, parse_config
@@ -265,12 +266,30 @@ def test_a_run_is_not_made_shorter_than_it_is(data, run, capsys):
     check_mistake(code, lines, "checkpoint-4 is beyond train.max_steps, which is 3")
 
 
+def test_evaluations_of_a_run_before_are_not_taken_for_this_ones(data, tmp_path):
+    output = tmp_path / "run"
+    train_here(1, stage1(data, output))
+    for step in (2, 3):
+        (output / f"evaluation/{step:06d}").mkdir(parents=True)
+    shutil.rmtree(output / "checkpoint-4")
+    shutil.rmtree(output / "checkpoint-3")
+    train_here(1, stage1(data, output))
+    assert [path.name for path in (output / "evaluation").iterdir()] == ["000002"]
+    train_here(1, stage1(data, output, "--run.resume=never"))
+    assert not (output / "evaluation").exists()
+
+
 def test_epochs_are_counted_in_updates(data, tmp_path):
     more = ("--train.num_epochs=1.5", "--train.gradient_accumulation_steps=2")
     train_here(1, stage1(data, tmp_path / "run", *more))
     assert "1.5 epochs of 12 rows, 6 an update: 3 updates" in (tmp_path / "run/log.txt").read_text()
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["max_steps"] == 3
     assert (tmp_path / "run/checkpoint-3").is_dir()
+    parse_config(stage1(data, tmp_path / "long", "--train.num_epochs=300", "--train.warmup_steps=5"))
+    with pytest.raises(InputError, match=r"warmup_steps is 5, expected at most the 3 updates"):
+        train_here(1, stage1(data, tmp_path / "short", *more, "--train.warmup_steps=5"))
+    with pytest.raises(InputError, match=r"which data\.max_batch_tokens replaces"):
+        parse_config(stage1(data, tmp_path / "run", *more, "--data.max_batch_tokens=512"))
 
 
 @pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: [r.replace("a ", "a  ", 1) for r in rows]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from anygpt.data import ContentPart, Message, Sample, read_samples
+from anygpt.data.formats import tables
 from anygpt.data.formats.json_files import list_rows
 from anygpt.errors import InputError
 
@@ -212,6 +213,15 @@ def test_many_rows_with_a_key_that_stands_twice(tmp_path):
     (tmp_path / "data.json").write_text("[" + ",\n".join(['{"a": 1, "a": 2}'] * 100_000) + "]")
     *_, last = list_rows(tmp_path / "data.json")
     assert "data.json:100000 has the key 'a' more than once" in str(last.value)
+
+
+def test_a_folder_of_tables_has_one_split(tmp_path):
+    (tmp_path / "validation.csv").write_text("question,answer\na,b\n")
+    assert len(tables._load(tmp_path)) == 1
+    (tmp_path / "train.csv").write_text("question,answer\nc,d\n")
+    with pytest.raises(InputError, match=r"several splits \(train, validation\): name the files of one"):
+        tables._load(tmp_path)
+    assert len(tables._load(tmp_path / "validation*")) == 1
 
 
 def test_the_file_the_format_and_the_media_root_are_checked(folder):

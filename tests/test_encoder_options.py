@@ -9,13 +9,21 @@ import pytest
 import torch
 from PIL import Image
 from tiny_parts import CLIP, ENCODERS, LLAMA, TEXT, VISION
-from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from anygpt import InputError, ModalEncoderModule, MultimodalModel, MultimodalProcessor, load_encoder
 from anygpt.cache import reading as keys
 from anygpt.encoders import fitting
 from anygpt.encoders.loading import load_encoder_processor
+from anygpt.encoders.video import VideoEncoder
 from anygpt.media.types import MEDIA
 
 TINY = {encoder.label: encoder for encoder in ENCODERS}
@@ -27,6 +35,20 @@ def clip(tmp_path):
     CLIP.build().save_pretrained(tmp_path / "clip")
     CLIP.build_processor().save_pretrained(tmp_path / "clip")
     return tmp_path / "clip"
+
+
+def test_callbacks_of_loading_are_not_dropped_for_functions(clip):
+    encoder = load_encoder(clip, "image", feature_layer=-2, drop_cls=True)
+    with pytest.raises(InputError, match="loaded with feature_layer"):
+        ModalEncoderModule(encoder, postprocess_projector_callback=lambda inputs, output: output)
+    ModalEncoderModule(load_encoder(clip, "image"), postprocess_projector_callback=lambda inputs, output: output)
+
+
+def test_frames_are_read_by_known_encoders_at_one_layer(clip):
+    with pytest.raises(InputError, match="'beit' is no supported encoder family"):
+        VideoEncoder(BeitModel(BeitConfig(**VISION)), num_frames=2)
+    with pytest.raises(InputError, match=r"feature_layer is \[-1, -2\]"):
+        VideoEncoder(load_encoder(clip, "image"), feature_layer=[-1, -2])
 
 
 def picture(width=40, height=20):

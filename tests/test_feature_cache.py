@@ -339,6 +339,22 @@ def test_a_run_has_the_same_losses_with_and_without(script, make_arguments, tmp_
     assert said.count("from the cache") == 9 and "language_model: computed anew: it trains" in said
 
 
+def test_samples_of_a_cached_run_are_answers_to_the_media(script, make_arguments, tmp_path_factory, tmp_path):
+    data = json.dumps([{"path": str(toy_data(tmp_path_factory) / "stage1.jsonl")}])
+    more = (
+        "--data.cache_dir",
+        tmp_path / "cache",
+        "--data.eval",
+        data,
+        "--train.sample_steps=1",
+        "--train.sample_rows=3",
+    )
+    args = make_arguments(1, tmp_path / "run", *more, steps=1)
+    assert script(args) == 0
+    train_here(1, args)
+    assert len((tmp_path / "run/samples/000001/index.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(make_arguments, tmp_path):
     args = make_arguments(3, tmp_path / "run")

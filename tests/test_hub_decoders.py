@@ -6,7 +6,7 @@ import torch
 from decoder_families import CAPTIONS
 from hub_decoders import LAYOUTS, write
 
-from anygpt import load_decoder
+from anygpt import DiffusionDecoder, load_decoder
 from anygpt.decoders import Condition
 from anygpt.decoders.wrapping import WrappedPipeline
 from anygpt.errors import InputError
@@ -18,6 +18,14 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     made = {}
     return folder, lambda name: made.setdefault(name, write(folder, name))
+
+
+def test_a_repository_in_a_cache_of_its_own(tmp_path):
+    name = "timbrooks/instruct-pix2pix"  # its networks are of transformers and of diffusers
+    pipeline = write(tmp_path, name)
+    found = DiffusionDecoder.from_pretrained(name, cache_dir=str(tmp_path))
+    for key, tensor in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(found.text_encoder.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -17,7 +17,7 @@ from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
 from tiny_pipelines import audioldm, stable_diffusion, stable_diffusion_3, zeroscope
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from anygpt import InputError, load_decoder, load_encoder, load_language_model, load_tokenizer
+from anygpt import InputError, StableDiffusionDecoder, load_decoder, load_encoder, load_language_model, load_tokenizer
 
 
 @pytest.fixture
@@ -405,6 +405,15 @@ def test_faults_of_a_pipeline_name_the_file(tmp_path):
     (tmp_path / "tokenizer").rename(tmp_path / "gone")
     with pytest.raises(InputError, match=r"tokenizer has no tokenizer\.json"):
         load_decoder(tmp_path)
+
+
+def test_arguments_of_a_decoder_are_taken_or_refused(parts):
+    folder = parts.folder / "image_decoder"
+    for options in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": torch.bfloat16}):
+        assert StableDiffusionDecoder.from_pretrained(folder, **options).dtype == torch.bfloat16
+    for options, text in (({"hieght": 64}, "no argument 'hieght'"), ({"dtype": "half-size"}, "dtype is 'half-size'")):
+        with pytest.raises(InputError, match=text):
+            StableDiffusionDecoder.from_pretrained(folder, **options)
 
 
 def test_an_id_that_is_not_there():

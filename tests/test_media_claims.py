@@ -209,6 +209,23 @@ def test_scans_without_end(tmp_path):
         read_media("image", path)
 
 
+def test_a_clip_behind_a_picture(tmp_path):
+    """Phones append one to a JPEG ("motion photo"); its bytes are no scans."""
+    buffer = io.BytesIO()
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(thumbnail, "JPEG")
+    Image.fromarray(noise(64, 64)).save(buffer, "JPEG", comment=thumbnail.getvalue())
+    path = tmp_path / "a.jpg"
+    path.write_bytes(buffer.getvalue() + b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 200)
+    assert read_media("image", path).size == (64, 64)
+
+
+def test_pictures_of_phones_are_read_where_pillow_heif_is(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 32), "red")).save(tmp_path / "a.heic")
+    assert read_media("image", tmp_path / "a.heic").size == (64, 32)
+
+
 def gif(width: int, height: int, frames: bytes) -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frames + b";"
 

@@ -1,5 +1,6 @@
 """The page: in a real browser, and for visitors who ask for what is not theirs."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -27,6 +28,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from serving_utils import send_without_end, serving
+from starlette.exceptions import HTTPException
 from training_utils import REPOSITORY
 
 from anygpt.chat.chat_model import ChatModel
@@ -366,6 +368,14 @@ def test_uploads_are_those_inside_the_folder(tmp_path):
     assert guard._uploaded(str(tmp_path / "in"))
     for path in (str(tmp_path), str(tmp_path) + "2/a", str(tmp_path / "link"), str(tmp_path / ".." / "a"), "a\0b", ""):
         assert not guard._uploaded(path)
+
+
+def test_uploads_have_a_limit_together(tmp_path):
+    (tmp_path / "in").write_bytes(b"0" * 90)
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": [(b"content-length", b"20")]}
+    asyncio.run(Guard(None, tmp_path, all_bytes=110)._checked(scope, None))
+    with pytest.raises(HTTPException, match="no room for uploads"):
+        asyncio.run(Guard(None, tmp_path, all_bytes=109)._checked(scope, None))
 
 
 # ---------------------------------------------------------------------------------------- the process

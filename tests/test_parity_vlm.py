@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge
+from safetensors.torch import load_file, save_file
 from tiny_parts import TEXT, VISION
 
 from anygpt import InputError, MultimodalModel
@@ -202,6 +203,25 @@ def test_from_a_folder(tmp_path):
     inputs = batch(counts, IMAGE, "right")
     with torch.no_grad():
         assert torch.equal(loaded(**inputs, **media).loss, ours(**inputs, **media).loss)
+
+
+def test_a_folder_is_taken_apart_only_if_whole(tmp_path):
+    native, _, _, _ = make(llava)
+    native.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    first = next(name for name in whole if "layers.1.mlp" in name)
+    for change, text in (
+        ({first: None}, r"lacks model\.\S+layers\.1\.mlp\.\S+"),
+        ({first: whole[first][1:].clone()}, r"in another shape model\.\S+layers\.1\.mlp"),
+        ({"model.other": torch.ones(2)}, r"left over model\.other"),
+    ):
+        save_file({n: t for n, t in (whole | change).items() if t is not None}, file, {"format": "pt"})
+        with pytest.raises(InputError, match=text):
+            MultimodalModel.from_pretrained_multimodal_model(tmp_path)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot load the multimodal model"):
+        MultimodalModel.from_pretrained_multimodal_model(tmp_path)
 
 
 def test_taking_apart_leaves_the_model_as_it_was():

@@ -30,6 +30,14 @@ def count(processor, batch, key):
     return (batch["input_ids"] == processor.token_ids[key]).sum(dim=1).tolist()
 
 
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end(parts):
+    tokenizer = parts.tokenizer()
+    tokenizer.pad_token = None
+    batch = MultimodalProcessor({}, tokenizer)(llm_inputs={"text": ["a red ring", "a blue square and a ring"]})
+    first, short = batch["attention_mask"].sum(dim=1).tolist(), int(batch["attention_mask"].sum(dim=1).min())
+    assert short < max(first) and (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.eos_token_id).all()
+
+
 # ------------------------------------------------------------------------------------------------ feature functions
 
 

@@ -359,6 +359,7 @@ def test_a_denoiser_of_clips_starts_as_that_of_pictures(networks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif("ANYGPT_REALWORLD_CACHE" not in os.environ, reason="names the folder of the downloaded packages")
 def test_the_command_on_24_items(tmp_path):
     arguments = ["--output", str(tmp_path), "--cache", os.environ["ANYGPT_REALWORLD_CACHE"], "--items", "24"]

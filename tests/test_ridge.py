@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from training_utils import argument_maker, toy_data, train_here
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
 from anygpt.decoders.conditions import Condition
@@ -26,6 +27,11 @@ from anygpt.training.stages import LLM_DECODER
 from anygpt.training.trainer import train
 
 CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
+
+
+@pytest.fixture
+def make_arguments(tmp_path_factory):
+    return argument_maker(tmp_path_factory)
 
 
 def naive_ridge(x, y, strength):
@@ -290,6 +296,20 @@ def test_stage_2_starts_at_the_line(tmp_path, capsys):
     train(parse_config([f"--{name}={value}" for name, value in arguments.items()]), LLM_DECODER)
     flat = float(capsys.readouterr().out.split("llm_decoder/alignment/image ")[1].split()[0])
     assert flat == pytest.approx(float(constant), rel=1e-3)
+
+
+def test_more_captions_than_asked_for_are_drawn_from_all_files(make_arguments, tmp_path_factory, tmp_path):
+    """Files are often of one media type each, one after another."""
+    rows = (toy_data(tmp_path_factory) / "stage2.jsonl").read_text().splitlines(keepends=True)
+    kind = {row: json.loads(row)["messages"][1]["content"][-1]["type"] for row in rows}
+    root = toy_data(tmp_path_factory)
+    (tmp_path / "rows.jsonl").write_text("".join(sorted(rows, key=kind.get)))
+    least = len(rows) - min(list(kind.values()).count(one) for one in set(kind.values())) + 1
+    data = json.dumps([{"path": str(tmp_path / "rows.jsonl"), "media_root": str(root)}])
+    more = ("--data.train", data, "--train.projector_init=ridge", f"--train.ridge_captions={least}")
+    train_here(2, make_arguments(2, tmp_path / "run", *more, steps=1))
+    said = (tmp_path / "run/log.txt").read_text()
+    assert all(f"{one} output projector set by ridge" in said for one in set(kind.values()))
 
 
 def test_matrices_that_do_not_fit_are_refused_before_anything_is_computed():

@@ -11,17 +11,21 @@ import torch
 from conftest import enlarge
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_parts import VISION
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from anygpt import (
     InputError,
+    ModalDecoderModule,
     ModalEncoderModule,
     MultimodalModel,
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
     decoders,
+    load_decoder,
+    load_encoder,
 )
 from anygpt.encoders.callbacks import LlavaCallbacks, LlavaNextCallbacks
 from anygpt.model.parts import import_class
@@ -120,6 +124,59 @@ def test_frozen_parts_are_not_copied(tiny_model, parts, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["encoders"]["image"]["source"]["path"] == str(parts.folder / "image_encoder")
     assert config["language_model"]["source"]["path"] == str(parts.folder / "language_model")
+
+
+def test_a_decoder_that_was_set_otherwise_is_saved_whole(parts, tmp_path):
+    """Its tensors are those of its source, but not its sizes, its waveforms' normalization or its noise schedule."""
+
+    def again(decoder):
+        key, folder = decoder.modality, tmp_path / str(len(list(tmp_path.iterdir())))
+        modules = {key: ModalDecoderModule(decoder, num_signal_tokens=2)}
+        model = MultimodalModel({}, parts.language_model(lively=False), modules)
+        model.save_pretrained(folder)
+        return MultimodalModel.from_pretrained(folder).decoders[key].module, (folder / "parts").exists()
+
+    made = decoders.StableDiffusionDecoder.from_pretrained(parts.folder / "image_decoder", height=64)
+    assert again(made)[0].height == 64
+    made = decoders.AudioLDMDecoder.from_pretrained(parts.folder / "audio_decoder", normalize_waveform=False)
+    assert again(made)[0].normalize_waveform is False
+    for load in (decoders.StableDiffusionDecoder.from_pretrained, load_decoder):
+        made = load(parts.folder / "image_decoder")
+        assert not again(made)[1]
+        kind = "epsilon" if made.schedule.kind == "v_prediction" else "v_prediction"
+        scheduler = made.pipeline.scheduler
+        made.pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=kind)
+        assert again(made)[0].schedule.kind == kind
+
+
+def test_a_trained_encoder_without_a_part_that_its_family_may_lack(parts, tmp_path):
+    ViTForImageClassification(ViTConfig(**VISION)).save_pretrained(tmp_path / "vit")
+    encoder = load_encoder(tmp_path / "vit", "image")
+    enlarge(encoder, 1.5)
+    MultimodalModel({"image": ModalEncoderModule(encoder)}, parts.language_model()).save_pretrained(tmp_path / "model")
+    found = MultimodalModel.from_pretrained(tmp_path / "model").image_encoder.module
+    assert_same(found.state_dict(), encoder.state_dict())
+
+
+def test_adapters_that_a_checkpoint_cannot_hold_are_refused(parts):
+    for name, options, text in (("mine", {}, "adapters mine;"), ("default", {"trainable_token_indices": [3]}, "token")):
+        adapted = get_peft_model(parts.language_model(), LoraConfig(target_modules=["q_proj"], **options), name)
+        with pytest.raises(InputError, match=text):
+            MultimodalModel({}, adapted)
+
+
+def test_a_tokenizer_never_runs_its_checkpoints_code(tiny_model, parts, tmp_path, monkeypatch):
+    model, processor = small(tiny_model, parts)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (MultimodalModel.from_pretrained, MultimodalProcessor.from_pretrained):
+        with pytest.raises(InputError, match="tokenizer"):
+            load(tmp_path)
 
 
 def test_saving_twice_into_one_folder_leaves_nothing_stale(tiny_model, parts, media, tmp_path):

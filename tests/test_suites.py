@@ -314,6 +314,22 @@ def test_all_turns_of_a_dialogue(tmp_path, talker):
     assert len(read_rows(word_suite(tmp_path / "rows.jsonl", [{"metric": "bleu"}]))) == 1
 
 
+def test_a_dialogues_own_pictures_are_shown_again(described, talker):
+    """As in training and in a chat: what the assistant made is an input of the user's next turn."""
+    picture = next(described.parent.rglob("*.png")).resolve()
+    made = {"type": "image", "path": str(picture), "caption": "a ring"}
+    said = [("user", "draw"), ("assistant", [made]), ("user", "which colour?"), ("assistant", "red")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    rows = described.parent / "dialogue.jsonl"
+    rows.write_text(json.dumps({"id": "a", "messages": messages}))
+    suite = word_suite(rows, [{"metric": "bleu"}], turns="all")
+    asker, seen = Asker(*talker, suite, []), []
+    way = (lambda row: row.prompt, lambda batch, items: seen.extend(items) or asker.write(batch, items))
+    assert len(list(asker.answers(way, read_rows(suite)))) == len(seen) == 2
+    assert [part.type for part in seen[1].sample.messages[-1].content] == ["image", "text"]
+    assert [one.size for one in seen[1].inputs["image"]] == [read_media("image", picture).size]
+
+
 def test_a_limit_draws_from_all_rows(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [([text(f"{i}?")], [text("a")]) for i in range(200)])
     metrics = [{"metric": "bleu"}]
@@ -498,6 +514,11 @@ def test_a_suite_runs_during_training(described, tmp_path_factory, tmp_path):
     assert log.count("words/rouge_l") == 3 and "highest words/rouge_l" in log
     report = json.loads((final.parent / "evaluation/000002/metrics.json").read_text())
     assert list(report["metrics"]["rouge_l"]) == ["model"]  # without baselines
+    bleu = tmp_path / "bleu.yaml"
+    bleu.write_text(suite.read_text().replace('"rouge_l"', '"bleu"'))
+    watched = ("--train.eval_suite", bleu, "--train.eval_steps", "1", "--train.save_steps", "1", "--data.eval", data)
+    with pytest.raises(InputError, match=r"names 'words/bleu', which the suite does not give; it gives words/bleu_1"):
+        train_here(1, make(1, tmp_path / "bleu", *watched, "--train.keep_best", "max:words/bleu", steps=2))
     with pytest.raises(InputError, match=r"names the metric 'words/bleu', which there is not"):
         train_here(
             1, make(1, tmp_path / "other", *options, "--data.eval", data, "--train.keep_best", "words/bleu", steps=2)

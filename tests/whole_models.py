@@ -251,6 +251,7 @@ WHOLE_MODELS = [
         _vlm("Gemma3ForConditionalGeneration", "Gemma3Config", "SigLIP", "Gemma3TextConfig", mm_tokens_per_image=4),
         "model.vision_tower.",
         OLD_LLAVA,
+        "model.language_model.",
     ),
     WholeModel(
         "Qwen2-VL",

@@ -25,7 +25,7 @@ from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
-from anygpt.decoders.wrapping import WrappedPipeline
+from anygpt.decoders.wrapping import SIZES, WrappedPipeline
 from anygpt.errors import InputError, warn_once
 from anygpt.parts.networks import without_report
 from anygpt.parts.source import MEMORY, DecoderSettings, Source, load
@@ -369,18 +369,15 @@ def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
     Raises:
         InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
     """
-    sizes = ("num_frames", "height", "width")
     source = Source.of(path, options, kind=DecoderSettings)
-    given = {name: getattr(source, name) for name in ("torch_dtype", "quantization_config", *sizes, *MEMORY)}
+    given = {name: getattr(source, name) for name in ("torch_dtype", "quantization_config", *SIZES, *MEMORY)}
     given = {name: value for name, value in given.items() if value is not None}
 
     def build() -> DiffusionDecoder:
-        decoder = DiffusionDecoder.from_pretrained(
+        return DiffusionDecoder.from_pretrained(
             source.folder, variant=source.variant, weights=source.weights, **source.where, **given
         )
-        if unknown := [name for name in given if name in sizes and name not in decoder._setting_names()]:
-            made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
-            raise InputError(f"{unknown[0]} is set, but a decoder of {decoder.modality} makes no {made}; leave it out")
-        return decoder
 
-    return load(source, "decoder", build, unused=("attn_implementation", "gguf_file"))
+    decoder = load(source, "decoder", build, unused=("attn_implementation", "gguf_file"))
+    decoder.anygpt_state_beside_tensors = decoder.state_beside_tensors
+    return decoder

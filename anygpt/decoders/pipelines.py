@@ -21,6 +21,8 @@ from anygpt.parts.source import check_vocabulary
 
 TESTED = ">=0.36,<0.43"
 """Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
+OPTIONS = ("torch_dtype", "low_cpu_mem_usage", "device_map", "max_memory", "proxies")
+"""Arguments of diffusers' `from_pretrained` that are no component and no argument of the decoder's own."""
 DTYPE = torch.float32  # diffusers' default, whatever the dtype of the files
 
 
@@ -66,6 +68,9 @@ def load_pipeline(
         InputError: missing or unexpected tensors of a network, or a `quantization_config` (see `quantizers`) that does
             not apply.
     """
+    known = {*inspect.signature(cls.__init__).parameters, *OPTIONS}
+    if unknown := sorted(options.keys() - known):
+        raise InputError(f"{place}: a decoder of a {cls.__name__} has no argument {unknown[0]!r}")
     dtype = options.get("torch_dtype") or DTYPE
     given: dict[str, Any] = {}
     networks: dict[str, type[nn.Module]] = {}
@@ -114,7 +119,9 @@ def load_network_of_pipeline(
         raise InputError(f"{place} has no config.json")
     if not issubclass(cls, ModelMixin):
         with built_from(f"{place}/config.json"):
-            config = cls.config_class.from_pretrained(place.path, revision=place.revision, subfolder=place.subfolder)
+            config = cls.config_class.from_pretrained(
+                place.path, revision=place.revision, subfolder=place.subfolder, **place.hub
+            )
         options = {} if quantizer is None else {"quantization_config": quantizer}
         return load_network(cls, config, place, dtype=dtype, **options)
     weights = find_weights(place)

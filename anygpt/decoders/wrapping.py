@@ -17,8 +17,10 @@ from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load
 from anygpt.decoders.schedules import WEIGHTING_SCHEMES
 from anygpt.errors import InputError, warn_once
 from anygpt.parts.files import Place
+from anygpt.parts.source import MEMORY
 
 SETTINGS_FILE = "anygpt_decoder.json"
+SIZES = ("num_frames", "height", "width")
 
 
 class WrappedPipeline(nn.Module):
@@ -104,9 +106,9 @@ class WrappedPipeline(nn.Module):
         """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
 
         `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
-        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`torch_dtype`, …). Pickled weights
-        are refused unless `weights="any"`, which still refuses any code in them. Missing or unexpected tensors, and
-        pipelines of another class, are an `InputError`.
+        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`dtype` or `torch_dtype`, …).
+        Pickled weights are refused unless `weights="any"`, which still refuses any code in them. Missing or unexpected
+        tensors, pipelines of another class, and unknown arguments are an `InputError`.
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
@@ -115,10 +117,18 @@ class WrappedPipeline(nn.Module):
             found = {name: kwargs.pop(name, None) for name in names}
             return {name: value for name, value in found.items() if value is not None}
 
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if dtype is not None:
+            kwargs["torch_dtype"] = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if not isinstance(kwargs["torch_dtype"], torch.dtype):
+                raise InputError(f"{path_or_id}: dtype is {dtype!r}; expected a torch dtype or its name")
         hub = taken("cache_dir", "token", "local_files_only", "force_download")
         place = Place(str(path_or_id), **taken("revision", "subfolder", "variant", "weights"), hub=hub)
         found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
         settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
+        if unknown := [name for name in SIZES if name in kwargs]:
+            made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
+            raise InputError(f"{unknown[0]} is set, but a decoder of {found.modality} makes no {made}; leave it out")
         return found(load_pipeline(find_pipeline(found.pipeline_name), index, place, **kwargs), **settings)
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
@@ -129,8 +139,19 @@ class WrappedPipeline(nn.Module):
                 "where they were loaded from can be saved: keep that source, or load it without quantization_config"
             )
         self.pipeline.save_pretrained(str(path), safe_serialization=True, **options)
-        settings = {name: getattr(self, name) for name in self._setting_names()}
-        Path(path, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        Path(path, SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The further arguments of the constructor, as they are now."""
+        return {name: getattr(self, name) for name in self._setting_names()}
+
+    @property
+    def state_beside_tensors(self) -> tuple[dict[str, Any], str]:
+        """What makes two decoders with the same tensors generate, or learn, other things: settings but for those that
+        save memory, and the scheduler's config as JSON."""
+        settings = {name: value for name, value in self.settings.items() if name not in MEMORY}
+        return settings, self.pipeline.scheduler.to_json_string()
 
     @classmethod
     def _setting_names(cls) -> list[str]:

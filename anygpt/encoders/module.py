@@ -86,8 +86,14 @@ class ModalEncoderModule(nn.Module):
                 "media part alone (CLIPVisionModel in place of CLIPModel, whisper.get_encoder() in place of "
                 "WhisperModel, …)"
             )
-        if callbacks is None and not any(functions):
-            callbacks = getattr(base_model(self.module), "anygpt_callbacks", None)
+        own = getattr(base_model(self.module), "anygpt_callbacks", None)
+        if own is not None and any(functions):
+            raise InputError(
+                "the encoder was loaded with feature_layer, drop_cls, or its whole model's selection, which are "
+                "callbacks, too, so that it takes no functions: load it without them, or give a subclass of "
+                f"{type(own).__name__} as callbacks="
+            )
+        callbacks = own if callbacks is None else callbacks
         self.projector = projector
         self.callbacks = callbacks
         if callbacks is not None:

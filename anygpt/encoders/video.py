@@ -55,7 +55,13 @@ class VideoEncoder(PreTrainedModel):
 
     def __init__(self, image_encoder: PreTrainedModel, num_frames: int = 8, **settings: Any):
         family = FAMILIES.get(image_encoder.config.model_type)
-        if family is not None and (family.layout != "fixed" or family.main_input != "pixel_values"):
+        if family is None:
+            raise InputError(f"{image_encoder.config.model_type!r} is no supported encoder family")
+        if not isinstance(settings.get("feature_layer", 0), int | None):
+            raise InputError(
+                f"feature_layer is {settings['feature_layer']!r}; frames are read at one layer, an integer"
+            )
+        if family.layout != "fixed" or family.main_input != "pixel_values":
             raise InputError(
                 f"{image_encoder.config.model_type!r} cannot run frame by frame: it takes no images of one size; use "
                 "an image encoder whose inputs all have the same number of features (CLIP, SigLIP, DINOv2, …)"

@@ -81,7 +81,9 @@ class Asker:
         # keep as many video frames as any encoder samples
         readers = [*self.processor.encoder_processors.values(), *self.processor.coded.values()]
         counts = (getattr(one, "num_frames", None) for one in readers)
-        dataset = ConversationDataset([sample_of(row) for row in rows], max(filter(None, counts), default=None))
+        reads = {encoder.modality for encoder in self.model.encoders.values()}
+        samples = [sample_of(row).fed_back(reads) for row in rows]  # as in training and in a chat
+        dataset = ConversationDataset(samples, max(filter(None, counts), default=None))
         for start in range(0, len(rows), size):
             batch = list(rows[start : start + size])
             with torch.inference_mode():
@@ -94,7 +96,7 @@ class Asker:
         """The model's answers; text only if `describe`; unless `edit`, decoders do not see what they are to edit."""
         ask, seeds = self.suite.ask, self._seeds(rows)
         require, forbid = ([], list(self.makes.values())) if describe else (self.require, self.forbid)
-        messages = [conversation(item) for item in items]
+        messages = [conversation(item, answered=bool(self.model.tokenizer_keys)) for item in items]
         batch = self.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
         batch = batch if edit else BatchFeature({k: v for k, v in batch.items() if k != "references"})
         return self.model.generate(

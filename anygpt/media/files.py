@@ -6,11 +6,13 @@ tables, are opened: no URLs, no playlists, nothing that makes a decoder open a s
 
 import abc
 import contextlib
+import importlib.util
 import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,11 +90,12 @@ DEFAULT_LIMITS = MediaLimits()
 # Formats that Pillow, or pillow-heif, decodes without starting another program (as the EPS plugin does).
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 IMAGE_FORMATS += ("HEIF",)
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or the image's end
 MAX_SCANS = 100
 """Per JPEG. Progressive ones have about ten; a scan of a few bytes can cost as much as decoding the whole image."""
 # Common formats that are not supported: first bytes, name, and how to convert them.
 UNREAD = (
-    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "with pillow-heif installed and registered it is read as it is"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "pip install pillow-heif, and it is read as it is"),
     (rb"\xff\x0a|....JXL ", "JPEG XL", "pillow-jxl-plugin or djxl reads it"),
     (rb"\s*(<\?xml[^<]*)?(<!--.*?-->\s*)?<svg", "SVG", "cairosvg draws it"),
     (rb"%PDF", "PDF", "pdftoppm draws it"),
@@ -111,6 +114,7 @@ CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac
 @contextlib.contextmanager
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
     """Open an image, reading only its header; Pillow detects the format."""
+    _register_heif()
     with path.open("rb") as file:
         limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read the whole file
         file.seek(0)
@@ -157,11 +161,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@cache
+def _register_heif() -> None:
+    """Let Pillow read what phones write, if pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
 def _check_scans(path: Place) -> None:
+    """Raise a `ValueError` if a JPEG has more than `MAX_SCANS` up to its end; phones append a clip to it."""
     with path.open("rb") as file:
-        scans = sum(chunk.count(b"\xff\xda") for chunk in iter(lambda: file.read(2**20), b""))
+        content = file.read()
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(content, at)) and found[0] != b"\xff\xd9":
+        scans += found[0] == b"\xff\xda"
+        # The segment's length follows, so that a thumbnail's markers in it are passed over.
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
     if scans > MAX_SCANS:
-        raise ValueError(f"it has {scans:,} scans, more than {MAX_SCANS}")
+        raise ValueError(f"it has more than {MAX_SCANS} scans")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from anygpt.composition import Composition
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.model.parts import KINDS, adapter_of, callback_dict, class_name, source_of
+from anygpt.model.parts import KINDS, adapter_of, callback_dict, check_adapter, class_name, source_of
 
 FORMAT_VERSION = 1
 OF_DECODERS = ("modality", "num_signal_tokens", "hidden_layer", "signal", "defaults")
@@ -99,6 +99,7 @@ def _module(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _part(part: Any) -> dict[str, Any]:
+    check_adapter(part)
     source = source_of(part)
     entry: dict[str, Any] = {"class": class_name(part), "source": source.to_dict() if source else None}
     entry["adapter"] = adapter_of(part) is not None

@@ -20,7 +20,7 @@ from anygpt.parts.networks import check_report, load_network
 from anygpt.parts.source import Source, check_vocabulary, load
 
 GgufConfig = getattr(utils.quantization_config, "GgufConfig", None)  # not in older releases, which always dequantize
-WHOLE_MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
+WHOLE_MODELS = ("gemma3", "llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_audio", "qwen2_vl")
 _OTHERS = ("multi_modal_projector.", "vision_tower.", "audio_tower.", "image_newline", "visual.")
 # Prefixes of tensor names in their files, and what replaces them, as in `anygpt.encoders.loading`.
 _NAMES: dict[str, str | None] = {
@@ -59,12 +59,23 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
             own.tie_word_embeddings = config.tie_word_embeddings  # only the whole model's setting is reliable
         is_qwen2_vl = type(own) is Qwen2VLForCausalLM.config_class
         cls = Qwen2VLForCausalLM if is_qwen2_vl else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(own), None)
-        if cls is None:
-            raise InputError(f"a {config.model_type!r} model is no causal language model")
+        if cls is None or cls.__name__.endswith("ForConditionalGeneration"):
+            raise InputError(
+                f"a {config.model_type!r} model is no causal language model, or one with encoders of its own; expected "
+                f"a language model alone, or one of {', '.join(WHOLE_MODELS)}, whose language model is read"
+            )
         given |= {"dtype": source.torch_dtype, "fallback_dtype": config.dtype}
         return load_network(cls, own, source.place, names=_NAMES if whole else {}, **given)
 
     return load(source, "language model", build)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, which pads with its end token if it has none of its own (Llama, Mistral, GPT-2): the
+    attention mask hides padding."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedTokenizerBase:
@@ -85,6 +96,6 @@ def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedToken
                 ) from error
             raise
         check_vocabulary(tokenizer, source.place)
-        return tokenizer
+        return with_padding(tokenizer)
 
     return load(source, "tokenizer", build)

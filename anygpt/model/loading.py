@@ -9,12 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder, load_decoder
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
+from anygpt.encoders.families import FAMILIES, UNKNOWN
 from anygpt.encoders.loading import load_encoder
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
@@ -111,7 +111,7 @@ def from_pretrained(
     model.set_token_ids(config.token_ids)
     source = source_of(model.language_model)
     if (folder / "tokenizer_config.json").is_file():
-        model.tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.tokenizer = load_tokenizer(folder)
     elif source is not None:  # saved without its processor
         with suppress(InputError):  # nothing needs it but text, which then says so
             model.tokenizer = load_tokenizer(source)
@@ -288,8 +288,9 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
         settings = {name: entry[name] for name in VideoEncoder.settings if name in entry}
         part = load_encoder(folder, entry["modality"], dtype=widest, **settings)
     else:
-        config = cls.config_class.from_pretrained(folder)
-        part = load_network(cls, config, Place(str(folder)), dtype=getattr(torch, widest or "", None))
+        config, place = cls.config_class.from_pretrained(folder), Place(str(folder))
+        optional = FAMILIES.get(config.model_type, UNKNOWN).optional
+        part = load_network(cls, config, place, optional=optional, dtype=getattr(torch, widest or "", None))
     _cast(part, {name: getattr(torch, dtype) for dtype, names in dtypes.items() for name in names})
     part.anygpt_source = None  # the folder of a checkpoint is no source: save the part whole again
     return part

@@ -55,6 +55,21 @@ def adapter_of(part: nn.Module) -> PeftModel | None:
     return part if is_peft(part) else None
 
 
+def check_adapter(part: nn.Module) -> None:
+    """Raise an `InputError` for PEFT adapters that a checkpoint could not hold."""
+    adapters = {} if (wrapped := adapter_of(part)) is None else wrapped.peft_config
+    if set(adapters) - {"default"}:
+        raise InputError(
+            f"a part has the PEFT adapters {', '.join(adapters)}; a composition keeps one, named 'default': merge the "
+            "others into the part (merge_and_unload), or leave adapter_name out"
+        )
+    if any(getattr(config, "trainable_token_indices", None) for config in adapters.values()):
+        raise InputError(
+            "an adapter has trainable_token_indices, which a checkpoint does not keep: the tokens that a composition "
+            "adds have rows of their own (signal tokens)"
+        )
+
+
 def adapter_name(part: str) -> str:
     """Name of a part's adapter in `adapters/`: a decoder's is its denoiser's."""
     return part.removesuffix("_decoder") + "_denoiser" if part.endswith("_decoder") else part

@@ -150,9 +150,14 @@ def _supplies(part: nn.Module, entry: dict[str, Any]) -> bool:
         # A part that the caller loaded may have been changed before (resized embeddings, a merged adapter), or be of
         # another class than ours, so compare it once with its source.
         try:
-            inner.anygpt_fingerprint = load_source(entry).anygpt_fingerprint
+            source = load_source(entry)
         except InputError:
             return False
+        inner.anygpt_fingerprint = source.anygpt_fingerprint
+        if isinstance(inner, DiffusionDecoder):
+            inner.anygpt_state_beside_tensors = source.anygpt_state_beside_tensors
+    if isinstance(inner, DiffusionDecoder) and inner.anygpt_state_beside_tensors != inner.state_beside_tensors:
+        return False
     return inner.anygpt_fingerprint == entry["fingerprint"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from anygpt.composition import Composition
 from anygpt.decoders.targets import target_processor_from_dict
@@ -14,6 +14,7 @@ from anygpt.encoders import fitting
 from anygpt.encoders.projector import MultimodalProjectorConfig
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
+from anygpt.model.language_models import load_tokenizer
 from anygpt.model.loading import HUB_ARGUMENTS
 from anygpt.model.parts import build_callback, callback_dict, import_class
 from anygpt.parts.files import open_composition
@@ -113,7 +114,7 @@ def from_pretrained(
         inner = import_class(entry["class"]).from_pretrained(folder / "processors" / key)
         frames = entry["num_frames"]
         processor.encoder_processors[key] = VideoFrameProcessor(inner, frames) if frames else inner
-    processor.llm_tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor.llm_tokenizer = load_tokenizer(folder)
     processor.num_feature_funcs = functions
     processor.tokens = {key: entry["token"] for key, entry in encoders.items()}
     processor.modalities = {key: entry["modality"] for key, entry in encoders.items()}

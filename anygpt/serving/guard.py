@@ -4,6 +4,7 @@ files of the server as uploads; browsers load nothing from other sites."""
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,20 @@ CLOSED = (*("run/", "api/", "call/", "proxy=", "stream/"), *("deep_link", "runs"
 
 
 class Guard:
-    """ASGI middleware, for a page whose `uploads` are in a folder; bytes limit the body of an event or an upload."""
+    """ASGI middleware, for a page whose `uploads` are in a folder; bytes limit the body of an event or an upload, and
+    `all_bytes` what the folder holds."""
 
-    def __init__(self, app: ASGIApp, uploads: Path, event_bytes: int = 256 * 1024, upload_bytes: int = 64 * 1024**2):
+    def __init__(
+        self,
+        app: ASGIApp,
+        uploads: Path,
+        event_bytes: int = 256 * 1024,
+        upload_bytes: int = 64 * 1024**2,
+        all_bytes: int = 2 * 1024**3,
+    ):
         self.app = app
         self.uploads = os.path.realpath(uploads)
-        self.event_bytes, self.upload_bytes = event_bytes, upload_bytes
+        self.event_bytes, self.upload_bytes, self.all_bytes = event_bytes, upload_bytes, all_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +88,8 @@ class Guard:
             raise too_large
         if is_upload and not stated.isdigit():
             raise HTTPException(411, "an upload needs a Content-Length header")
+        if is_upload and int(stated) + _size_of(self.uploads) > self.all_bytes:
+            raise HTTPException(503, "there is no room for uploads now: try again in an hour")
         if is_upload or scope["method"] in ("GET", "HEAD"):
             return receive
         body = bytearray()
@@ -101,6 +112,15 @@ class Guard:
 
     def _uploaded(self, path: str) -> bool:
         return "\0" not in path and os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
+
+
+def _size_of(folder: str) -> int:
+    """Bytes of all files in a folder, some of which may be removed meanwhile."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def one_line(error: BaseException | None) -> str:

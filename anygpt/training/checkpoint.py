@@ -36,6 +36,7 @@ WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data an
     *("run.output_dir", "run.name", "run.project", "run.tracker", "run.resume", "model.init_from"),
     *("data.cache_dir", "data.num_workers", "data.in_memory", "data.eval", "train.max_steps", "train.num_epochs"),
     *("train.save_steps", "train.keep_checkpoints", "train.keep_best", "train.abort_above", "train.eval_steps"),
+    "train.eval_suite",
     *("train.log_steps", "train.sample_steps", "train.sample_rows", "train.profile", "train.ema_for"),
 )
 

@@ -289,7 +289,9 @@ def check_values(config: Config) -> None:
         faults.append(f"run.output_dir is {config.run.output_dir!r}, expected a folder")
     if config.model.language_model is None and config.model.init_from is None:
         faults.append("model has neither language_model nor init_from, expected at least one of them")
-    if train.warmup_steps > train.max_steps:
+    if train.num_epochs is not None and config.data.max_batch_tokens is not None:
+        faults.append("train.num_epochs counts batches of train.batch_size rows, which data.max_batch_tokens replaces")
+    if train.num_epochs is None and train.warmup_steps > train.max_steps:
         faults.append(
             f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
         )

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from anygpt.errors import InputError, refusing
 from anygpt.training.config import Config
 
-FINAL, SAMPLES, LOG = "final", "samples", "log.txt"
+FINAL, SAMPLES, EVALUATION, LOG = "final", "samples", "evaluation", "log.txt"
 STATE = "training_state.json"
 PREFIX = "checkpoint-"
 STOPPED = "stopped-"  # a checkpoint for inspection, ignored by `run.resume=auto`
@@ -59,7 +59,7 @@ def prepare_folder(
         old = list(folder.glob(".*.incomplete"))  # left by a run killed while writing
         if config.run.resume == "never":
             old += [*find_checkpoints(folder), *folder.glob("set-aside-*"), *folder.glob(f"{STOPPED}*")]
-            old += [folder / FINAL, folder / SAMPLES]
+            old += [folder / FINAL, folder / SAMPLES, folder / EVALUATION]
             (folder / LOG).unlink(missing_ok=True)
         for path in old:
             shutil.rmtree(path, ignore_errors=True)
@@ -140,9 +140,13 @@ def remove_old(folder: Path, config: Config) -> None:
 def set_aside(folder: Path, step: int) -> list[str]:
     """Rename checkpoints beyond `step`, which are damaged or of an abandoned branch; returns lines about them.
 
-    Otherwise they would count as newer than those that the run is about to write.
+    Otherwise they would count as newer than those that the run is about to write. Evaluations beyond it are removed,
+    since their answers would be taken for those of the coming updates.
     """
     lines = []
+    for path in (folder / EVALUATION).glob("*"):
+        if path.name.isdigit() and int(path.name) > step:
+            remove(path)
     for path in find_checkpoints(folder):
         if step_of(path) > step:
             aside = folder / f"set-aside-{step_of(path)}"

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import itertools
 import os
+import random
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -131,11 +132,13 @@ def ridge_batches(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
     """Yield the training captions in batches, the same on every process, without decoding targets that no
-    tokenizer encodes."""
+    tokenizer encodes. More than `train.ridge_captions` are drawn from, since `data.train` is one file after another."""
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
+    if len(rows) > config.train.ridge_captions:
+        rows = sorted(random.Random(config.run.seed).sample(rows, config.train.ridge_captions))
     captions = copy.copy(dataset)
     captions.decode_targets = bool(collator.processor.spans)
-    chosen, size = Subset(captions, rows[: config.train.ridge_captions]), config.train.batch_size
+    chosen, size = Subset(captions, rows), config.train.batch_size
     loader = DataLoader(chosen, batch_size=size, collate_fn=collator, **loader_options(config))
     quiet = None if accelerator.is_main_process else True
     for batch in tqdm(loader, desc="ridge", unit="batch", disable=quiet, mininterval=1):

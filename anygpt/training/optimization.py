@@ -112,6 +112,11 @@ class Averages:
         finally:
             self.ema.restore(self.parameters)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether evaluations are of the averages, which no checkpoint's own tensors are."""
+        return self.ema is not None and "evaluation" in self.used_for
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the optimizer's state."""
         return {} if self.ema is None else {"ema": self.ema.state_dict()}

@@ -5,7 +5,7 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -38,7 +38,7 @@ from anygpt.parts.source import MEMORY, PartSettings, Source
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.tokenizers.loading import load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
-from anygpt.training.config import Config, DecoderConfig, EncoderConfig, check_values
+from anygpt.training.config import Config, DecoderConfig, EncoderConfig, TrainConfig
 from anygpt.training.folder import GIB, MAX
 from anygpt.training.loading import ridge_batches, use_frames_of
 from anygpt.training.ridge import set_by_ridge
@@ -326,7 +326,11 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
     rows = sum(round(length * weight) for length, weight in zip(dataset.lengths, dataset.weights, strict=True))
     update = train.batch_size * train.gradient_accumulation_steps * processes
     train.max_steps = math.ceil(train.num_epochs * rows / update)
-    check_values(config)
+    if train.warmup_steps > train.max_steps:
+        raise InputError(
+            f"train.warmup_steps is {train.warmup_steps}, expected at most the {train.max_steps} updates of "
+            f"train.num_epochs = {train.num_epochs:g}"
+        )
     return [f"{train.num_epochs:g} epochs of {rows} rows, {update} an update: {train.max_steps} updates"]
 
 
@@ -343,6 +347,20 @@ def init_projectors(
     strengths = set_by_ridge(model, new, batches, config.train.ridge_gain)
     said, gain = "output projector set by ridge regression", config.train.ridge_gain
     return [f"{key} {said}, λ = {value:.3g}, gain {gain:g}" for key, value in strengths.items()]
+
+
+def check_watched(train: TrainConfig, found: Collection[str]) -> None:
+    """Check that an evaluation gave what `train.keep_best` and `train.abort_above` watch of the suite."""
+    prefix = f"{read_suite(train.eval_suite).name}/"
+    watched = {
+        "train.abort_above": list(train.abort_above),
+        "train.keep_best": [(train.keep_best or "").removeprefix(MAX)],
+    }
+    for setting, names in watched.items():
+        for name in names:
+            if name.startswith(prefix) and name not in found:
+                given = ", ".join(one for one in found if one.startswith(prefix))
+                raise InputError(f"{setting} names {name!r}, which the suite does not give; it gives {given}")
 
 
 def check_metrics(config: Config, model: MultimodalModel) -> None:

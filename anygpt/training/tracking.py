@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import secrets
@@ -148,7 +149,8 @@ def generate_answers(
 
     Restores the random state of the process, so that sampling does not change the training.
     """
-    seed = config.run.seed
+    seed, dataset = config.run.seed, copy.copy(dataset)
+    dataset.cache = None  # the processor reads media, not their features
     for item in (dataset[i] for i in range(min(config.train.sample_rows, len(dataset)))):
         if not isinstance(item, LoadedSample):
             continue

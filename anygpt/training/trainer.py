@@ -31,12 +31,12 @@ from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
 from anygpt.training import loading, processes, sharding
 from anygpt.training.config import Config
-from anygpt.training.folder import FINAL, PREFIX, STATE, STOPPED
+from anygpt.training.folder import EVALUATION, FINAL, PREFIX, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
-from anygpt.training.setup import build, build_data, check_metrics, count_epochs, init_projectors
+from anygpt.training.setup import build, build_data, check_metrics, check_watched, count_epochs, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
@@ -292,8 +292,10 @@ class Trainer:
         loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
         found = {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
         if suite := self.config.train.eval_suite:
-            folder = self.folder / "evaluation" / f"{self.done:06d}"
+            folder = self.folder / EVALUATION / f"{self.done:06d}"
             found |= run_suite(suite, folder, self.model, self.processor, accelerator)
+            if self.done == self.config.train.eval_steps:  # the first: a metric's name may be several values'
+                check_watched(self.config.train, found)
         return found
 
     def sample(self) -> None:
@@ -358,7 +360,8 @@ class Trainer:
         best = folders.best_checkpoint(self.folder, keep)
         if best is not None:
             word = "highest" if keep.startswith(folders.MAX) else "lowest"
-            self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}")
+            averaged = " (of averaged weights, which are in its optimizer.pt)" if self.averages.evaluated else ""
+            self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}{averaged}")
         self.log.say(f"finished: {self.folder / FINAL}")
 
 

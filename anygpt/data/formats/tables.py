@@ -113,14 +113,14 @@ def _load(path: Path) -> Any:
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(str(path))
         elif os.path.isdir(path):
-            table = _build(datasets.load_dataset_builder(str(path)))
+            table = _build(datasets.load_dataset_builder(str(path)), path)
         else:
             files = [str(file) for file in find_files(path)]
             builder = BUILDERS.get(Path(files[0]).suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
                 raise InputError(f"{path} is no table that can be read: its suffix must be one of {known}.")
-            table = _build(datasets.load_dataset_builder(builder, data_files=files))
+            table = _build(datasets.load_dataset_builder(builder, data_files=files), path)
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
@@ -131,14 +131,21 @@ def _load(path: Path) -> Any:
     return table
 
 
-def _build(builder: Any) -> Any:
-    """Dataset of a builder; row groups of Parquet files that it has not read before are checked first."""
+def _build(builder: Any, path: Path) -> Any:
+    """Dataset of a builder, which must have one split; row groups of Parquet files that it has not read before are
+    checked first."""
     if not os.path.isdir(builder.cache_dir):
         for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
             if (builder.name == "parquet" or file.lower().endswith(".parquet")) and os.path.isfile(file):
                 check_row_groups(Path(file))
     builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+    splits = list(builder.info.splits)
+    if len(splits) > 1:
+        raise InputError(
+            f"{path} holds several splits ({', '.join(splits)}): name the files of one of them, such as "
+            f"{path}/{splits[0]}*"
+        )
+    return builder.as_dataset(split=splits[0])
 
 
 def _is_list(kind: pa.DataType) -> bool:

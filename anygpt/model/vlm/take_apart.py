@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
@@ -17,6 +18,8 @@ from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
 from anygpt.errors import InputError, refusing
 from anygpt.model.vlm.qwen2_vl import MRopePositions, Qwen2VLForCausalLM, Qwen2VLPatchConfig, Qwen2VLPatchEncoder
+from anygpt.parts.files import Weights
+from anygpt.parts.networks import check_report, without_report
 
 
 class Pieces(NamedTuple):
@@ -35,9 +38,21 @@ def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> P
     unsupported kind is an `InputError`, and so is one that cannot be loaded.
     """
     if isinstance(model, (str, Path)):
-        options = {"use_safetensors": True, "dtype": "auto"} | loading_options
-        with refusing(f"cannot load the multimodal model {str(model)!r}", (OSError, ValueError, KeyError)):
-            model = AutoModelForMultimodalLM.from_pretrained(model, **options)
+        options = {"use_safetensors": True, "dtype": "auto", "trust_remote_code": False} | loading_options
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        weights, faults = Weights(Path(model), {}), (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+        with (
+            refusing(f"cannot load the multimodal model {str(model)!r}", faults),
+            without_report("transformers.modeling_utils", "LOAD REPORT"),
+        ):
+            model, info = AutoModelForMultimodalLM.from_pretrained(model, **options)
+        others = [f"{name} {tuple(found)}, expected {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+        report = {
+            "lacks": info["missing_keys"],
+            "has in another shape": others,
+            "has left over": info["unexpected_keys"],
+        }
+        check_report(weights, type(model), report)
     config = model.config
     kind = getattr(config, "model_type", None)
     if kind not in TAKERS:
