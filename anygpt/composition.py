@@ -53,6 +53,8 @@ class Composition(PreTrainedModel):
     loss_weights: Any
     token_ids: dict[str, int] | None
     tokenizer: PreTrainedTokenizerBase | None
+    end_of_turn: int | None = None
+    """The token with which the processor's chat template ends an answer."""
     preprocess_llm_callback: Any
     frozen: set[str]
 

@@ -3,7 +3,7 @@
     python tests/hub_mirror.py runs/shapes --real --hollow
     HF_HUB_CACHE=runs/shapes HF_HUB_OFFLINE=1 python scripts/config_memory.py
 
-Rows are as long as `data.max_length` allows; the time is for all updates, each card with its own batch at 125 teraflops.
+Rows are as long as `data.max_length` allows; the time is for all updates, at 125 teraflops a card.
 """
 
 from anygpt.training.check import check

@@ -10,6 +10,10 @@ from tiny_parts import ENCODERS, LANGUAGE_MODELS
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix -->\n", "\n<!-- end of support matrix -->"
 
+TESTED = (
+    "tested at tiny sizes with random weights: each encoder with each language model, each decoder against its pipeline"
+)
+
 
 def table() -> str:
     """Markdown, one line a modality."""
@@ -22,7 +26,7 @@ def table() -> str:
     edit = ["InstructPix2Pix", "FLUX.1 Kontext"]  # in test_editing.py
     rows.append(("decoders", [*first, *(family.label for family in FAMILIES.values()), *edit]))
     lines = [f"| {what} | {', '.join(labels)} |" for what, labels in rows]
-    return "\n".join(["| parts | tested at tiny sizes with random weights: each encoder with each language model, each decoder against its pipeline |", "|---|---|", *lines])
+    return "\n".join([f"| parts | {TESTED} |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from tiny_parts import LANGUAGE_MODELS
 from tokenizers.processors import TemplateProcessing
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
 from anygpt.data import ContentPart, LoadedSample, Message, Sample
 from anygpt.data.collation import Collator
-from anygpt.processing.chat_template import render, tokenize_many, tokenize_with_labels
+from anygpt.outputs import Answer, Segment
+from anygpt.processing.chat_template import answer_message, end_of_turn, render, tokenize_many, tokenize_with_labels
 
 FOLDER = Path(__file__).parent / "data/chat_templates"
 
@@ -187,6 +189,35 @@ def test_one_conversation_that_is_refused_leaves_the_others(tokenizer_of, kind):
     first, refused, last = tokenize_many(tokenizer, [TURNS, TURNS[:1] * 2, TURNS[:2]])
     assert isinstance(refused, InputError) and "roles must alternate" in str(refused)
     assert [first, last] == [tokenize_with_labels(tokenizer, TURNS), tokenize_with_labels(tokenizer, TURNS[:2])]
+
+
+OF_PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    " {{ part.text }}{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_template_that_reads_parts_is_given_parts(tokenizer_of):
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = OF_PARTS
+    assert render(tokenizer, TURNS[:2]).startswith(f"user: {ASKED[0]}")
+    _ids, labels = tokenize_with_labels(tokenizer, TURNS[:2])
+    assert tokenizer.decode([i for i in labels if i != -100]).strip() == f"{ANSWERS[0]}{tokenizer.eos_token}"
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(InputError, match="leaves out what the user says"):
+        render(tokenizer, TURNS[:1])
+    assert end_of_turn(tokenizer) is None
+
+
+def test_what_else_a_message_holds_reaches_the_template(tiny_model):
+    processor = tiny_model((), ("image", "audio"))[1]
+    processor.llm_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    called = {"role": "assistant", "content": None, "tool_calls": ["look"]}
+    assert processor.apply_chat_template([{"role": "user", "content": "a"}, called]) == "a['look']"
+    drawn = Answer([Segment("image", Image.new("RGB", (8, 8)), "audio")])  # any decoder of several, by its key
+    said = processor.apply_chat_template([{"role": "user", "content": "a"}, answer_message(drawn)])
+    assert said == "a" + "".join(processor.signal_tokens["audio"])
 
 
 def test_conversations_that_a_template_cannot_take(tokenizer_of):

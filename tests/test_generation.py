@@ -1,12 +1,24 @@
 """Generation: the language model's own answers, whole spans, and the states that training sees."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import enlarge
-from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import decoders as tokenizer_decoders
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from anygpt.errors import InputError
+from anygpt.generation.answering import text_of
 
 EOS = 2
 PROMPTS = ["what is this?", "tell me a long story about a red circle and a blue ring, now", "and"]
@@ -269,6 +281,59 @@ def test_wishes_that_cannot_be_met_are_errors(full_model):
         model.generate(**batch, max_new_tokens=9, require=["image"], forbid=["image"])
     with pytest.raises(InputError, match="max_new_tokens is not set"):
         model.generate(**batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"past_key_values": [1]}, "no past_key_values here: the prompt is read as a whole"),
+        ({"streamer": object()}, "no streamer here: use on_event"),
+        ({"stop_strings": ["a"]}, "no stop_strings here: use stop"),
+        ({"return_dict_in_generate": True}, "no return_dict_in_generate here"),
+        ({"prefix_allowed_tokens_fn": lambda row, said: [3]}, "for one row at a time"),
+        ({"stop": "ring"}, r"stop is the text 'ring'; give a list of texts, as \['ring'\]"),
+        ({"stop": ["ring"], "require": ["image"]}, "stop and require exclude each other"),
+    ],
+)
+def test_options_that_would_do_something_else_are_refused(full_model, options, message):
+    model, processor = full_model
+    with pytest.raises(InputError, match=message):
+        model.generate(**tokenize(processor, ["a", "b"]), max_new_tokens=9, **options)
+
+
+def test_a_turn_ends_where_the_template_ends_it(tiny_model):
+    """As base models in ChatML have another end of text than their template's end of a turn."""
+    model, processor = tiny_model((), ())
+    tokenizer = processor.llm_tokenizer
+    end = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}" + end + "\n{% endfor %}"
+    )
+    tokenizer.eos_token = tokenizer.pad_token
+    processor.register(model)
+    assert model.end_of_turn == tokenizer.convert_tokens_to_ids(end)
+    model.language_model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.language_model.get_output_embeddings().weight.data[model.end_of_turn] *= 0
+    bias = torch.zeros(model.language_model.config.vocab_size).index_fill(0, torch.tensor(model.end_of_turn), 1e4)
+    output = model.generate(
+        **tokenize(processor, ["a"]), max_new_tokens=6, logits_processor=[lambda said, scores: scores + bias]
+    )
+    assert output.sequences.tolist() == [[model.end_of_turn]] and output.lengths == [1]
+
+
+def test_the_space_behind_a_medium_is_kept():
+    """A tokenizer of Llama's kind drops the first space of whatever it decodes."""
+    words = ["<unk>", "▁a", "▁there", "▁is", "[IMG0]"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = tokenizer_decoders.Sequence(
+        [tokenizer_decoders.Replace("▁", " "), tokenizer_decoders.Fuse(), tokenizer_decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[IMG0]"]})
+    model = SimpleNamespace(tokenizer=tokenizer)
+    assert tokenizer.decode([2, 3]) == text_of(model, [2, 3]) == "there is"
+    assert text_of(model, [2, 3], continued=True) == " there is" and text_of(model, [], continued=True) == ""
 
 
 def test_required_decoder_without_known_ids_is_an_error(tiny_model):

@@ -664,13 +664,16 @@ def test_a_full_queue_says_so(checkpoint):
     first = engine.submit(HELLO, settings, hold)
     held.wait()
     ended = []
-    engine.submit(HELLO, settings, ended.append).cancel()
+    second = engine.submit(HELLO, settings, ended.append)
     with serving(Interface(engine, "anygpt").app()) as address:
         answer = post(address, json.dumps({"model": "anygpt", "messages": HELLO}))
         assert answer.status_code == 429 and "try again" in answer.json()["error"]["message"]
         assert answer.headers["Retry-After"]
     with pytest.raises(Busy, match="1 requests are waiting"):
         engine.submit(HELLO, settings, hold)
+    second.cancel()
+    assert engine.waiting == 0
+    engine.submit(HELLO, settings, ended.append).cancel()  # there is room where clients have hung up
     first.cancel()
     go_on.set()
     engine.close()

@@ -279,6 +279,7 @@ def test_a_saved_tokenizer_is_the_same(name, tmp_path):
 
 def test_real_sizes_are_those_of_the_models(tmp_path):
     """On the meta device, from the configs of the models on the hub."""
+    dac = DacConfig(n_codebooks=12, downsampling_ratios=[2, 4, 5, 8])
     with torch.device("meta"):
         models = {
             "emu3": (Emu3VQVAE(Emu3VQVAEConfig()), "image", {"size": 720}, (90, 90), 32768),
@@ -286,7 +287,7 @@ def test_real_sizes_are_those_of_the_models(tmp_path):
             "janus": (JanusVQVAE(JanusVQVAEConfig(num_patches=24)), "image", {}, (24, 24), 16384),
             "chameleon": (ChameleonVQVAE(ChameleonVQVAEConfig()), "image", {}, (32, 32), 8192),
             "encodec": (EncodecModel(EncodecConfig()), "audio", {"codebooks": 8}, (75, 8), 8192),
-            "dac": (DacModel(DacConfig(n_codebooks=12, downsampling_ratios=[2, 4, 5, 8])), "audio", {}, (50, 12), 12288),
+            "dac": (DacModel(dac), "audio", {}, (50, 12), 12288),
             "mimi": (MimiModel(MimiConfig()), "audio", {"codebooks": 8, "seconds": 2}, (25, 8), 16384),
         }
     for name, (network, modality, options, shape, codes) in models.items():

@@ -12,6 +12,7 @@ import torch
 from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
+from anygpt.generation.decoding import check_options, special_tokens
 from anygpt.generation.events import Listener, first_stop
 from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place
@@ -132,6 +133,7 @@ class ChatModel:
             raise InputError(f"the seed is {settings.seed}; expected a whole number from 0 to {MAX_SEED}")
         if settings.max_new_tokens < 1:
             raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
+        check_options({}, 1, settings.stop, settings.require)
         require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
         # raises if the spans do not fit
         SpanRules(self.model.signal_tokens.spans, settings.max_new_tokens, require, forbid)
@@ -162,7 +164,7 @@ class ChatModel:
         budgets = [min(one.max_new_tokens, self._room(tokens)) for one, tokens in pairs]
         sampling: dict[str, Any] = {"do_sample": False}
         if shared.temperature >= LEAST_TEMPERATURE:
-            sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p}
+            sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p, "top_k": 0}
             sampling["seeds"] = [one.seed for one in settings]
         decoder_kwargs = {}
         for key in self.model.makers:
@@ -201,9 +203,9 @@ class ChatModel:
 
     @cached_property
     def _ends(self) -> set[int]:
-        ends = base_model(self.model.language_model).generation_config.eos_token_id
-        ends = self.processor.llm_tokenizer.eos_token_id if ends is None else ends
-        return set(ends if isinstance(ends, list) else [ends])
+        own = base_model(self.model.language_model).generation_config
+        ends = special_tokens(self.model, own).get("eos_token_id")
+        return set(ends if isinstance(ends, (list, tuple)) else [ends])
 
 
 def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:

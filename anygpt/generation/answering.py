@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _decode_media(
 def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple[int, int], Segment]) -> Answer:
     answer, position = Answer(undecoded=model.tokenizer is None), 0
     for start in [*sorted(start for one, start in media if one == row), len(ids)]:
-        if said := text_of(model, ids[position:start]):
+        if said := text_of(model, ids[position:start], position > 0):
             answer.segments.append(Segment("text", said))
         if segment := media.get((row, start)):
             answer.segments.append(segment)
@@ -157,6 +158,13 @@ def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple
     return answer
 
 
-def text_of(model: Composition, ids: list[int]) -> str:
-    """Decode ids without special tokens; empty if the model has no tokenizer."""
-    return model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer is not None else ""
+def text_of(model: Composition, ids: list[int], continued: bool = False) -> str:
+    """Decode ids without special tokens; empty if the model has no tokenizer.
+
+    `continued`: they follow others. Tokenizers of Llama's kind drop a text's first space, so a letter is put before it.
+    """
+    if model.tokenizer is None:
+        return ""
+    before = model.tokenizer("a", add_special_tokens=False)["input_ids"] if continued else []
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    return decode(before + ids)[len(decode(before)) :]

@@ -237,8 +237,9 @@ def generate(
     left_out = {"labels", "decoder_targets", *inputs}  # the first two are for training
     options = {name: value for name, value in kwargs.items() if name not in left_out}
     config = copy.deepcopy(generation_config or base_model(model.language_model).generation_config)
-    options = _special_tokens(model, config) | options
+    options = special_tokens(model, config) | options
     config.update(**options)
+    check_options(options, len(input_ids), stop, require)
     mode = config.get_generation_mode()
     if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
         raise InputError(
@@ -287,6 +288,25 @@ def generate(
                 sequences, spans = _decode_with_beams(model, merged, inputs, tap, rules, options)
         answers = assemble(model, sequences, spans, decoder_kwargs or {}, emitters, references)
         return GenerationOutput(sequences=sequences, answers=answers, lengths=lengths)
+
+
+def check_options(options: Mapping[str, Any], rows: int, stop: Sequence[str], require: Sequence[str]) -> None:
+    """Raise an `InputError` for options of transformers' `generate` that would have no effect, or a wrong one."""
+    instead = {
+        "past_key_values": "the prompt is read as a whole",
+        "streamer": "use on_event, or generate_stream",
+        "stop_strings": "use stop",
+        "return_dict_in_generate": "a GenerationOutput is returned",
+    }
+    for name, advice in instead.items():
+        if options.get(name):
+            raise InputError(f"generate takes no {name} here: {advice}")
+    if options.get("prefix_allowed_tokens_fn") is not None and rows > 1:
+        raise InputError("prefix_allowed_tokens_fn is for one row at a time: it could not tell them apart")
+    if isinstance(stop, str):
+        raise InputError(f"stop is the text {stop!r}; give a list of texts, as [{stop!r}]")
+    if stop and require:
+        raise InputError("stop and require exclude each other: an answer that stops early would lack what is required")
 
 
 def check_request(
@@ -364,8 +384,9 @@ def _placeholders(model: Composition) -> tuple[int, ...]:
     return tuple(i for i in (model.token_ids or {}).values() if i < size)
 
 
-def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
-    """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer."""
+def special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
+    """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer; and the
+    token with which the chat template ends a turn, as base models in ChatML have another end."""
     sources = (model.tokenizer, base_model(model.language_model).generation_config, config)
     tokens = {
         name: getattr(source, name)
@@ -373,5 +394,10 @@ def _special_tokens(model: Composition, config: GenerationConfig) -> dict[str, A
         for name in ("eos_token_id", "pad_token_id")
         if getattr(source, name, None) is not None
     }
+    if model.end_of_turn is not None and "eos_token_id" in tokens:
+        ends = tokens["eos_token_id"]
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        if model.end_of_turn not in ends:
+            tokens["eos_token_id"] = [*ends, model.end_of_turn]
     eos = tokens.get("eos_token_id")
     return ({"pad_token_id": eos[0] if isinstance(eos, (list, tuple)) else eos} if eos is not None else {}) | tokens

@@ -83,7 +83,7 @@ class EventEmitter:
 
     Attributes:
         listener: called with the events; if it raises `Closed` the row ends, with any other exception the generation.
-        decode: ids to text, as for the finished answer.
+        decode: ids, and whether a span stands before them, to text, as for the finished answer.
         types: `{decoder key: modality}`.
         row: index of the row in the batch.
         stop: texts that end the answer, which excludes them.
@@ -92,7 +92,7 @@ class EventEmitter:
     """
 
     listener: Listener
-    decode: Callable[[list[int]], str]
+    decode: Callable[[list[int], bool], str]
     types: Mapping[str, str]
     row: int = 0
     stop: Sequence[str] = ()
@@ -130,7 +130,7 @@ class EventEmitter:
         self._run, self._told = [], ""
 
     def _emit_text(self, final: bool) -> None:
-        text = self.decode(self._run)
+        text = self.decode(self._run, bool(self.segments))
         end = first_stop(text, self.stop)
         if end is not None:
             text, self.stopped = text[:end], True

@@ -36,10 +36,10 @@ def plain(text: str, special: Iterable[str]) -> str:
     return text
 
 
-def parts_of(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def parts_of(content: str | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """A message's content as parts, with adjacent texts joined so that `plain` sees split special tokens."""
     parts: list[dict[str, Any]] = []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
         if part["type"] == "text" and parts and parts[-1]["type"] == "text":
             parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
         else:
@@ -53,7 +53,8 @@ def answer_message(answer: Answer) -> dict[str, Any]:
     for segment in answer.segments:
         kind = MEDIA.get(segment.type)  # None for text
         content = kind.to_part(segment.content, segment.rate) if kind else segment.content
-        parts.append({"type": segment.type, segment.type: content})
+        maker = {} if segment.key is None else {"key": segment.key}  # of several decoders of a type
+        parts.append({"type": segment.type, segment.type: content} | maker)
     return {"role": "assistant", "content": parts}
 
 
@@ -64,7 +65,7 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
     """
     result, made = [], []
     for message in messages:
-        if message["role"] == "assistant" and not isinstance(message["content"], str):
+        if message["role"] == "assistant" and not isinstance(message["content"], str | None):
             kinds = ((part["type"], part) for part in message["content"] if part["type"] in reads)
             made += [{"type": kind, kind: part[kind]} for kind, part in kinds if kind in part]
         elif message["role"] == "user" and made:
@@ -78,13 +79,32 @@ class Rendered(str):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
-    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it."""
-    with _refusals():
-        return Rendered(
-            tokenizer.apply_chat_template(
-                messages, chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenize=False, **options
-            )
-        )
+    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it, or leaves out
+    what the user says. Templates of multimodal models may read contents that are lists of parts alone."""
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    asked = [message["content"].strip() for message in messages if message["role"] == "user"]
+    listed = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    for form in (messages, listed):
+        try:
+            text = tokenizer.apply_chat_template(form, chat_template=template, tokenize=False, **options)
+        except TemplateError as error:
+            raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+        if all(one in text for one in asked):
+            return Rendered(text)
+    raise InputError("the tokenizer's chat template leaves out what the user says: it is no template of conversations")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes behind an answer, first of all; None if it writes none."""
+    question, answer = "\ue000", "\ue001"  # in no template
+    exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        behind = render(tokenizer, exchange).rpartition(answer)[2]
+    except InputError:
+        return None
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special else None
 
 
 @contextmanager

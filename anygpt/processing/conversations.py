@@ -66,6 +66,7 @@ class ConversationProcessor(ProcessorMixin):
             first = max(first, start + grid.size)
         model.signal_tokens.set_ids(ids)
         model.tokenizer = self.llm_tokenizer
+        model.end_of_turn = chat.end_of_turn(self.llm_tokenizer)
 
     def encoder_key(self, modality: str) -> str:
         """The encoder that reads a media type; raises `InputError` if there is none."""
@@ -149,12 +150,15 @@ class ConversationProcessor(ProcessorMixin):
         def text_of(role: str, part: Mapping[str, Any]) -> str:
             if part["type"] == "text":
                 return chat.plain(part["text"], special)
-            key = self.key_of(role, part["type"])
+            key = self.key_of(role, part.get("key", part["type"]))
             signal = role == "assistant" and key not in self.spans
             return "".join(self.signal_tokens[key]) if signal else self.tokens[key]
 
-        turns = ((message["role"], chat.parts_of(message["content"])) for message in messages)
-        return [{"role": role, "content": "".join(text_of(role, part) for part in parts)} for role, parts in turns]
+        def flat(message: Mapping[str, Any]) -> dict[str, Any]:
+            parts = chat.parts_of(message["content"])
+            return {**message, "content": "".join(text_of(message["role"], part) for part in parts)}
+
+        return [flat(message) for message in messages]
 
 
 def _key_of(modality: str, modalities: Mapping[str, str], what: str) -> str:

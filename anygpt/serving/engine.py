@@ -87,11 +87,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self._jobs)
+        return sum(not job.cancelled for job in self._jobs)
 
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Callable) -> Job:
         job = Job(messages, settings, deliver)
         with self._changed:
+            self._jobs = [job for job in self._jobs if not job.cancelled]
             if len(self._jobs) >= self.max_waiting:
                 raise Busy(f"{self.max_waiting} requests are waiting already; try again in a while")
             self._jobs.append(job)
