@@ -116,8 +116,8 @@ def test_a_key_that_comes_again_is_another_sample(tmp_path):
 
 
 def test_an_unknown_medium_is_named(tmp_path):
-    path = shard(tmp_path / "s.tar", {"0.heic": b"1", "0.txt": b"c"})
-    with pytest.raises(InputError, match=r"end in heic, txt, media in \.png"):
+    path = shard(tmp_path / "s.tar", {"0.jxl": b"1", "0.txt": b"c"})
+    with pytest.raises(InputError, match=r"end in jxl, txt, media in \.png"):
         read_samples(path, task="generation")
 
 

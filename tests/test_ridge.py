@@ -2,18 +2,23 @@
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
-from training_utils import argument_maker, toy_data, train_here
+from accelerate import Accelerator
+from training_utils import reset_accelerate, toy_data
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
+from anygpt.data.collation import Collator
+from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights, caption_alignment
 from anygpt.toyworld.language import plain_caption
 from anygpt.toyworld.world import SEEN
 from anygpt.training.config import parse_config
+from anygpt.training.loading import ridge_batches
 from anygpt.training.ridge import (
     HOLD_BACK_EVERY,
     MAX_HELD_BACK,
@@ -27,11 +32,6 @@ from anygpt.training.stages import LLM_DECODER
 from anygpt.training.trainer import train
 
 CAPTIONS = [plain_caption(thing) for thing in SEEN]  # 38
-
-
-@pytest.fixture
-def make_arguments(tmp_path_factory):
-    return argument_maker(tmp_path_factory)
 
 
 def naive_ridge(x, y, strength):
@@ -298,18 +298,27 @@ def test_stage_2_starts_at_the_line(tmp_path, capsys):
     assert flat == pytest.approx(float(constant), rel=1e-3)
 
 
-def test_more_captions_than_asked_for_are_drawn_from_all_files(make_arguments, tmp_path_factory, tmp_path):
+def test_more_captions_than_asked_for_are_drawn_from_all_files(tiny_model, tmp_path_factory, tmp_path):
     """Files are often of one media type each, one after another."""
-    rows = (toy_data(tmp_path_factory) / "stage2.jsonl").read_text().splitlines(keepends=True)
-    kind = {row: json.loads(row)["messages"][1]["content"][-1]["type"] for row in rows}
     root = toy_data(tmp_path_factory)
+    rows = (root / "stage2.jsonl").read_text().splitlines(keepends=True)
+    kind = {row: json.loads(row)["messages"][1]["content"][-1]["type"] for row in rows}
     (tmp_path / "rows.jsonl").write_text("".join(sorted(rows, key=kind.get)))
-    least = len(rows) - min(list(kind.values()).count(one) for one in set(kind.values())) + 1
-    data = json.dumps([{"path": str(tmp_path / "rows.jsonl"), "media_root": str(root)}])
-    more = ("--data.train", data, "--train.projector_init=ridge", f"--train.ridge_captions={least}")
-    train_here(2, make_arguments(2, tmp_path / "run", *more, steps=1))
-    said = (tmp_path / "run/log.txt").read_text()
-    assert all(f"{one} output projector set by ridge" in said for one in set(kind.values()))
+    least = len(rows) - min(Counter(kind.values()).values()) + 1  # one of each kind at least
+    sources = [DataSource(path=str(tmp_path / "rows.jsonl"), media_root=str(root))]
+    config = parse_config(
+        [
+            *("--model.language_model.path=zoo:language_model", "--run.output_dir=x", "--data.train=[{path: x}]"),
+            f"--train.ridge_captions={least}",
+        ]
+    )
+    _model, processor = tiny_model((), ("image", "video", "audio"))
+    reset_accelerate()
+    batches = list(
+        ridge_batches(ConversationDataset.from_files(sources), Collator(processor), config, Accelerator(cpu=True))
+    )
+    assert {key for batch in batches for key in batch["decoder_targets"]} == set(kind.values())
+    assert sum(len(batch["input_ids"]) for batch in batches) == least
 
 
 def test_matrices_that_do_not_fit_are_refused_before_anything_is_computed():
