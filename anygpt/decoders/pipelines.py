@@ -21,7 +21,10 @@ from anygpt.parts.source import check_vocabulary
 
 TESTED = ">=0.36,<0.43"
 """Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
-OPTIONS = ("torch_dtype", "low_cpu_mem_usage", "device_map", "max_memory", "proxies")
+OPTIONS = (
+    *("torch_dtype", "low_cpu_mem_usage", "device_map", "max_memory", "proxies", "disable_mmap"),
+    *("offload_folder", "offload_state_dict"),
+)
 """Arguments of diffusers' `from_pretrained` that are no component and no argument of the decoder's own."""
 DTYPE = torch.float32  # diffusers' default, whatever the dtype of the files
 

@@ -126,7 +126,7 @@ class WrappedPipeline(nn.Module):
         place = Place(str(path_or_id), **taken("revision", "subfolder", "variant", "weights"), hub=hub)
         found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
         settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
-        if unknown := [name for name in SIZES if name in kwargs]:
+        if unknown := [name for name in SIZES if kwargs.get(name) is not None]:
             made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
             raise InputError(f"{unknown[0]} is set, but a decoder of {found.modality} makes no {made}; leave it out")
         return found(load_pipeline(find_pipeline(found.pipeline_name), index, place, **kwargs), **settings)

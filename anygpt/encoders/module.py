@@ -90,8 +90,8 @@ class ModalEncoderModule(nn.Module):
         if own is not None and any(functions):
             raise InputError(
                 "the encoder was loaded with feature_layer, drop_cls, or its whole model's selection, which are "
-                "callbacks, too, so that it takes no functions: load it without them, or give a subclass of "
-                f"{type(own).__name__} as callbacks="
+                "callbacks, too, so that it takes no functions: give a subclass of "
+                f"{type(own).__name__} as callbacks=, or load it without them"
             )
         callbacks = own if callbacks is None else callbacks
         self.projector = projector

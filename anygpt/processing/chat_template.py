@@ -79,19 +79,26 @@ class Rendered(str):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
-    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it, or leaves out
-    what the user says. Templates of multimodal models may read contents that are lists of parts alone."""
+    """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it."""
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-    asked = [message["content"].strip() for message in messages if message["role"] == "user"]
-    listed = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    for form in (messages, listed):
-        try:
-            text = tokenizer.apply_chat_template(form, chat_template=template, tokenize=False, **options)
-        except TemplateError as error:
-            raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-        if all(one in text for one in asked):
-            return Rendered(text)
-    raise InputError("the tokenizer's chat template leaves out what the user says: it is no template of conversations")
+    with _refusals():
+        form = _in_form_of(tokenizer, messages)
+        return Rendered(tokenizer.apply_chat_template(form, chat_template=template, tokenize=False, **options))
+
+
+def _in_form_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Messages with contents as texts, or as lists of parts if the template reads only these, as LLaVA's does."""
+    mark, template = "\ue000", tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE  # a character that is in no template
+    for content, form in ((mark, messages), (_parts(mark), [m | {"content": _parts(m["content"])} for m in messages])):
+        with suppress(TemplateError, TypeError):
+            probe = [{"role": "user", "content": content}]
+            if mark in tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False):
+                return form
+    return messages
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -162,7 +169,11 @@ def _tokenize_marked(
     tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
     encoded = tokenizer.apply_chat_template(
-        conversations, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        [_in_form_of(tokenizer, messages) for messages in conversations],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     return [
         (ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)])

@@ -76,9 +76,12 @@ class ConversationProcessor(ProcessorMixin):
         """The decoder that makes a media type; raises `InputError` if there is none."""
         return _key_of(modality, self.makes, "decoder makes")
 
-    def key_of(self, role: str, modality: str) -> str:
-        """The encoder, decoder or tokenizer of a media part; raises `InputError` if there is none."""
-        return self.decoder_key(modality) if role == "assistant" else self.encoder_key(modality)
+    def key_of(self, role: str, modality: str, named: str | None = None) -> str:
+        """The encoder, decoder or tokenizer of a media part; raises `InputError` if there is none. Of several that make
+        a type, the assistant's part may have named one."""
+        if role != "assistant":
+            return self.encoder_key(modality)
+        return named if named in self.makes else self.decoder_key(modality)
 
     def media_argument(self, key: str) -> str:
         """The name of the media argument of an encoder's processor (`images`, `raw_speech`, …)."""
@@ -110,9 +113,8 @@ class ConversationProcessor(ProcessorMixin):
         conversations = [chat.feed_back(messages, reads) for messages in conversations]
         media = []
         for message in (m for messages in conversations for m in messages):
-            parts = [] if isinstance(message["content"], str) else message["content"]
-            for part in (p for p in parts if p["type"] != "text"):
-                key = self.key_of(message["role"], part["type"])
+            for part in (p for p in chat.parts_of(message["content"]) if p["type"] != "text"):
+                key = self.key_of(message["role"], part["type"], part.get("key"))
                 if message["role"] == "assistant" and key not in self.spans:
                     continue
                 if part["type"] not in part:
@@ -150,7 +152,7 @@ class ConversationProcessor(ProcessorMixin):
         def text_of(role: str, part: Mapping[str, Any]) -> str:
             if part["type"] == "text":
                 return chat.plain(part["text"], special)
-            key = self.key_of(role, part.get("key", part["type"]))
+            key = self.key_of(role, part["type"], part.get("key"))
             signal = role == "assistant" and key not in self.spans
             return "".join(self.signal_tokens[key]) if signal else self.tokens[key]
 

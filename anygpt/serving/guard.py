@@ -117,9 +117,10 @@ class Guard:
 def _size_of(folder: str) -> int:
     """Bytes of all files in a folder, some of which may be removed meanwhile."""
     total = 0
-    for path in Path(folder).rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_size
     return total
 
 

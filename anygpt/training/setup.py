@@ -350,17 +350,21 @@ def init_projectors(
 
 
 def check_watched(train: TrainConfig, found: Collection[str]) -> None:
-    """Check that an evaluation gave what `train.keep_best` and `train.abort_above` watch of the suite."""
-    prefix = f"{read_suite(train.eval_suite).name}/"
+    """Check what `train.keep_best` and `train.abort_above` watch of a suite, whose metrics may give several values
+    (`bleu_1`, …). One that had no answers to score gives none yet."""
+    suite = read_suite(train.eval_suite)
+    metrics = [f"{suite.name}/{spec.name or spec.metric}" for spec in suite.metrics]
     watched = {
         "train.abort_above": list(train.abort_above),
         "train.keep_best": [(train.keep_best or "").removeprefix(MAX)],
     }
     for setting, names in watched.items():
         for name in names:
-            if name.startswith(prefix) and name not in found:
-                given = ", ".join(one for one in found if one.startswith(prefix))
-                raise InputError(f"{setting} names {name!r}, which the suite does not give; it gives {given}")
+            given = [one for one in found for metric in metrics if name.startswith(metric) and one.startswith(metric)]
+            if given and name not in found:
+                raise InputError(
+                    f"{setting} names {name!r}, which the suite does not give; it gives {', '.join(given)}"
+                )
 
 
 def check_metrics(config: Config, model: MultimodalModel) -> None:

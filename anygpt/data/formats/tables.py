@@ -143,7 +143,7 @@ def _build(builder: Any, path: Path) -> Any:
     if len(splits) > 1:
         raise InputError(
             f"{path} holds several splits ({', '.join(splits)}): name the files of one of them, such as "
-            f"{path}/{splits[0]}*"
+            f"{builder.config.data_files[splits[0]][0]}"
         )
     return builder.as_dataset(split=splits[0])
 
