@@ -12,7 +12,8 @@ import torch
 from anygpt.decoders.options import MAX_SEED
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
-from anygpt.generation.decoding import check_options, special_tokens
+from anygpt.generation.checks import check_options
+from anygpt.generation.decoding import special_tokens
 from anygpt.generation.events import Listener, first_stop
 from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place

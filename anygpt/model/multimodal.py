@@ -17,7 +17,8 @@ from anygpt.composition import Composition, Reader, Reading
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
-from anygpt.generation.decoding import check_request, generate
+from anygpt.generation.checks import check_request
+from anygpt.generation.decoding import generate
 from anygpt.generation.events import generate_stream
 from anygpt.losses.formulas import LossWeights, hide_conditions, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, find_losses, loss_names
