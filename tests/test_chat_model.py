@@ -206,3 +206,12 @@ def test_a_decoder_that_is_required_twice_is_required_once(chat_model):
     few = {key: {"num_inference_steps": 1} for key in chat_model.makes}
     settings = Settings(5, require=("image", "image"), forbid=("audio",), decoder_kwargs=few)
     assert len(chat_model.answer([{"role": "user", "content": "a"}], settings).answer.images) == 1
+
+
+def test_sampling_is_from_all_tokens(chat_model, monkeypatch):
+    """transformers alone would take the 50 likeliest."""
+    given, generate = [], chat_model.model.generate
+    monkeypatch.setattr(chat_model.model, "generate", lambda **options: given.append(options) or generate(**options))
+    settings = Settings(2, temperature=1.5, forbid=tuple(chat_model.makes))
+    chat_model.answer([{"role": "user", "content": "a"}], settings)
+    assert given[0]["do_sample"] and given[0]["top_k"] == 0

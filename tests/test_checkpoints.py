@@ -239,6 +239,8 @@ def test_rows_are_counted_over_all_processes(data, tmp_path, monkeypatch):
     one = settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=3"])) == one
+    suite = ["--train.eval_suite=a.yaml", "--train.eval_steps=1", "--data.eval=[{path: a}]", "--train.batch_size=3"]
+    assert settings_that_count(parse_config([*stage1(data, tmp_path), *suite])) == one  # measuring changes no weights
     assert settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"])) != one
 
 
