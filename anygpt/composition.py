@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anygpt.decoders.module import ModalDecoderModule
-from anygpt.encoders.module import ModalEncoderModule, argument_names
+from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
@@ -238,6 +238,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def lowest_layers(model: Composition) -> Iterator[None]:
+    """Leave out the language model's layers above those whose states the decoders read.
+
+    One more layer runs, since a language model normalizes the last state. As transformers' text models ask their
+    config how many layers to run, so a model that does not ask runs them all.
+    """
+    config = base_model(model.language_model).config.get_text_config()
+    layers, read = config.num_hidden_layers, [decoder.hidden_layer for decoder in model.decoders.values()]
+    if all(isinstance(layer, int) and layer >= 0 for layer in read):
+        config.num_hidden_layers = min(layers, max(read, default=layers) + 1)
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
 
 
 Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]

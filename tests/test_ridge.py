@@ -168,10 +168,10 @@ def test_no_samples_are_refused():
 # ------------------------------------------------------------------------------------------------------- in the model
 
 
-def build(parts, modality="image", kind="linear", **settings):
+def build(parts, modality="image", kind="linear", hidden_layer=-1, **settings):
     """A model with one decoder, in eval mode, and its processor."""
     torch.manual_seed(0)
-    decoder = ModalDecoderModule(parts.decoder(modality), num_signal_tokens=2)
+    decoder = ModalDecoderModule(parts.decoder(modality), num_signal_tokens=2, hidden_layer=hidden_layer)
     language_model = parts.language_model()
     sizes = decoder.projector_sizes(language_model.config.hidden_size)
     small = {"d_model": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "ffn_dim": 64}
@@ -195,6 +195,25 @@ def states_and_encodings(model, processor, key):
     states = [model.read_states(**batch)[key] for batch in batches_of(model, processor, key)]
     encodings = Condition.of(model.decoders[key].module.encode_text(CAPTIONS)).embeds
     return torch.cat(states).flatten(1).double(), encodings.flatten(1).double()
+
+
+@pytest.mark.parametrize(("layer", "run"), [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (-1, 4), (-2, 4), ("mix", 4)])
+def test_layers_that_no_decoder_reads_do_not_run(parts, layer, run):
+    model, processor = build(parts, hidden_layer=layer)
+    batch = next(batches_of(model, processor, "image"))
+    base = model.language_model.model
+    assert len(base.layers) == 4
+    calls = []
+    hooks = [one.register_forward_hook(lambda *_, number=n: calls.append(number)) for n, one in enumerate(base.layers)]
+    states = model.read_states(**batch)["image"]
+    assert calls == list(range(run))
+    calls.clear()
+    with torch.no_grad():
+        conditions = model(**batch).conditions["image"]
+    assert calls == list(range(4))  # as before
+    expected = model.decoders["image"].condition(states).embeds
+    torch.testing.assert_close(expected, conditions, rtol=0, atol=0)
+    [hook.remove() for hook in hooks]
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anygpt.composition import Composition, Reader, Reading
+from anygpt.composition import Composition, Reader, Reading, lowest_layers
 from anygpt.decoders.module import ModalDecoderModule
 from anygpt.encoders.module import ModalEncoderModule, base_model
 from anygpt.errors import InputError
@@ -270,7 +270,7 @@ class MultimodalModel(Composition):
         """The output projectors' inputs for a batch, `{decoder key: (K, N, H)}`; arguments as in `forward`."""
         unused = ("decoder_targets", "references")
         inputs = {name: value for name, value in inputs.items() if name not in unused}
-        with self.signal_tokens.attached(self.language_model) as tap:
+        with lowest_layers(self), self.signal_tokens.attached(self.language_model) as tap:
             input_ids, labels, inputs = self.write_codes(input_ids, labels, inputs)
             merged = self.merge(self.embed(input_ids, attention_mask, labels), self.encode(inputs))
             batch = find_losses(self, merged)
