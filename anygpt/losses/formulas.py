@@ -6,7 +6,7 @@ batch feeds exactly one NLL term:
 =================  ===================  =======================================================
 term               rows                 sub-terms
 =================  ===================  =======================================================
-`llm`              text in, text out    `nll`
+`llm`              text in, text out    `nll`, `retention`
 `encoder_llm`      media in, text out   `nll`
 `llm_decoder`      text in, media out   `nll`, `alignment/<decoder>`, `denoising/<decoder>`
 `encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
@@ -16,8 +16,8 @@ Three more train parts, with weight 0 by default: `encoder` (`info_nce/<encoder>
 input and the one it is bound to), `decoder` (`denoising/<decoder>` under the decoder's own encoding of the caption) and
 stage 0's `reconstruction/<network>/<key>`. Decoders with a pooled condition, or with padding in it, also have
 `pooled_alignment/<decoder>` or `mask_alignment/<decoder>`, with the weight of `alignment`. Denominators: label tokens
-for `nll`, pairs for `info_nce`, samples for the others, counted over the rows of all four terms; logs show each term's
-own mean. Shape legend: `anygpt.outputs`.
+for `nll`, those of rows of `llm` for `retention`, pairs for `info_nce`, samples for the others, counted over the rows
+of all four terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class LossWeights:
         decoder: denoising under the decoder's own text encoding.
         reconstruction: of the decoders' VAEs and vocoders, and of tokenizers, where they train (stage 0).
         nll: next-token negative log-likelihood, text and signal tokens alike.
+        retention: KL divergence of the language model with its adapters from itself without them, in rows of text alone
+            (learning without forgetting, arXiv 1606.09282, with the model's whole distribution).
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
         by_modality: factor on the sub-terms of one decoder key; 1 where not named.
@@ -81,6 +83,7 @@ class LossWeights:
     decoder: Weight = 0.0
     reconstruction: Weight = 0.0
     nll: Weight = 1.0
+    retention: Weight = 0.0
     alignment: Weight = 1.0
     denoising: Weight = 1.0
     by_modality: dict[str, Weight] = field(default_factory=dict)
@@ -129,6 +132,12 @@ def token_nll(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     never = logits == torch.finfo(logits.dtype).min
     log_p = logits.float().log_softmax(dim=-1).masked_fill(never, 0)
     return (1 - smoothing) * nll - smoothing * log_p.sum(dim=-1) / (~never).sum(dim=-1)
+
+
+def kl_divergence(before: Tensor, now: Tensor) -> Tensor:
+    """KL(p‖q) = Σ p (log p − log q) over the tokens, in fp32: `(M, V')` logits of p and of q give `(M,)`."""
+    log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (before, now))
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
 
 
 def caption_alignment(condition: Tensor, target: Tensor, kind: str = "l2", real: Tensor | None = None) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.utils.checkpoint import checkpoint
 
 from anygpt.composition import Composition, Reading
 from anygpt.decoders.base import DiffusionDecoder
@@ -27,42 +26,12 @@ from anygpt.losses.formulas import (
     dropped,
     route,
     sum_by_term,
-    token_nll,
 )
+from anygpt.losses.labels import Labels
 from anygpt.outputs import LossTerm
-from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import IGNORE, Merged
 from anygpt.sequence.signal_tokens import Spans
 from anygpt.tokenizers.base import MediaTokenizer
-
-
-@dataclass
-class Labels:
-    """The label tokens of a batch: rows and positions `(M,)` int64 where the state predicts a label, and the labels;
-    without `reading` while losses are only counted."""
-
-    model: Composition
-    rows: Tensor
-    positions: Tensor
-    values: Tensor
-    has: ClassVar[frozenset[str]] = frozenset()
-    reading: Reading | None = None
-
-    def nll(self) -> Tensor:
-        """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
-        weights, signals, places = self.model.loss_weights, self.model.signal_tokens, (self.rows, self.positions)
-        factor = torch.ones_like(self.values, dtype=torch.float32)
-        for key in self.model.tokenizer_keys:
-            factor[signals.row_of(self.values, key) >= 0] = weights.media_weight
-
-        def nll(states: Tensor, values: Tensor) -> Tensor:
-            return token_nll(signals.run_head(self.model.language_model, states), values, weights.label_smoothing)
-
-        logits = self.reading.logits[places] if self.reading.everywhere else self.reading.logits[0]
-        if len(logits) == len(self.values):
-            return token_nll(logits, self.values, weights.label_smoothing) * factor
-        parts = (x.split(signal_tokens.CHUNK) for x in (self.reading.hidden[places], self.values))
-        return factor * torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
 
 
 @dataclass
@@ -219,12 +188,13 @@ def find_losses(
     for begin in (signals.ids[key][0] for key in signals.ids if key in model.tokenizer_keys):
         answered = torch.zeros_like(ids, dtype=torch.bool) if labels is None else labels == begin
         media_in, media_out = media_in | ((ids == begin) & ~answered).any(dim=1), media_out | answered.any(dim=1)
-    if labels is None or not weights.wants("nll"):
+    if labels is None or not (weights.wants("nll") or weights.wants("retention")):
         labels = torch.full_like(ids, IGNORE)
     labelled = (labels != IGNORE) & ~_is_one_of(ids, signals.query_ids)
     rows, positions = (labelled[:, 1:] & merged.attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
     values = labels[rows, positions + 1]
-    batch = LossBatch(route(media_in, media_out), Labels(model, rows, positions, values), spans)
+    alone = ~(media_in | media_out)
+    batch = LossBatch(route(media_in, media_out), Labels(model, merged, alone, rows, positions, values), spans)
     if weights.encoder and model.token_ids is not None:
         known = (*model.token_ids, TEXT)
         if weights.binding not in known:
@@ -307,6 +277,7 @@ class SubTerm:
 
 SUB_TERMS = (  # in the order of computation, which fixes the order of draws from a target's generator
     SubTerm("nll", Labels, Labels.nll, TERMS),
+    SubTerm("retention", Labels, Labels.retention, TERMS[:1], everywhere=True),
     SubTerm("encoder/info_nce", Pairs, Pairs.info_nce, everywhere=True),
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
     SubTerm("pooled_alignment", Target, Target.pooled_alignment, MEDIA_OUT, needs=("captions", "pooled")),

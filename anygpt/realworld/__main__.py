@@ -44,7 +44,7 @@ OTHERS = {
     "{}": ("Hello!", "How are you?", "Thank you very much.", "Who are you?", "What can you do?", "Goodbye."),
 }
 """Other prompts by their wording, never held out."""
-ANSWERS = 4
+ANSWERS, HELD_ANSWERS = 12, 4  # of a prompt
 LONGEST = 64  # tokens
 TALK = ("image_names", "image_made", "image_again", "video_made", "audio_names", "audio_made", "english", "english")
 """Rows of which conversations are made, each as often as it stands here."""
@@ -123,9 +123,9 @@ def write_english(folder: Path, model: Path, topics: int) -> None:
     """Write the language model's own answers to general prompts, what it is to keep: `OTHERS`, and `PROMPTS` about the
     last `topics` topics, of which the last are held out.
 
-    `ANSWERS` of each are sampled as they are likely (temperature 1): a model that learns its own samples stays as it
-    is, and one that learns its likeliest answers gets surer of them. An answer that does not end is left out, since a
-    cut one teaches to stop in the middle of a sentence."""
+    Several answers of each are sampled as they are likely (temperature 1): a model that learns its own samples stays as
+    it is, and one that learns its likeliest answers gets surer of them. An answer that does not end is left out, since
+    a cut one teaches to stop in the middle of a sentence."""
     network, tokenizer = load_language_model(model).eval(), load_tokenizer(model)
     tokenizer.padding_side = "left"
     rows: list[datasets.Row] = []
@@ -137,14 +137,14 @@ def write_english(folder: Path, model: Path, topics: int) -> None:
         chats = [[{"role": "user", "content": text}] for text in prompts]
         options = {"padding": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": ANSWERS}
+        kept, answers = (held, HELD_ANSWERS) if i >= len(asked) - HELD_TOPICS else (rows, ANSWERS)
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": answers}
         with torch.inference_mode():
             said = network.generate(**inputs, **how, max_new_tokens=LONGEST)[:, inputs["input_ids"].shape[1] :]
         for j, tokens in enumerate(said):
             if tokenizer.eos_token_id in tokens:
-                text, answer = prompts[j // ANSWERS], tokenizer.decode(tokens, skip_special_tokens=True)
-                kept = held if i >= len(asked) - HELD_TOPICS else rows
-                kept.append(datasets.row(f"{text} {j % ANSWERS + 1}", text, answer))
+                text, answer = prompts[j // answers], tokenizer.decode(tokens, skip_special_tokens=True)
+                kept.append(datasets.row(f"{text} {j % answers + 1}", text, answer))
     datasets.write_rows(folder / "english.jsonl", rows)
     datasets.write_rows(folder / "held_english.jsonl", held)
 

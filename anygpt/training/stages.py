@@ -7,6 +7,7 @@ from torch import nn
 
 from anygpt.errors import InputError, refusing
 from anygpt.losses.formulas import TERMS
+from anygpt.losses.labels import check_retention
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.model.parts import adapter_of, is_peft
 from anygpt.training.config import Config, LoraSettings
@@ -55,6 +56,8 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
     model.train_only([])
     if stage.lora and (config.lora.r or is_peft(model.language_model)):
         model.language_model = adapted(model.language_model, model.language_model, "lora", config, "CAUSAL_LM")
+    if config.loss.retention:
+        check_retention(model)
     for key, decoder in model.decoders.items():
         if f"{key}_denoiser" in (config.train.parts or ()):
             decoder.module.set_adapter(adapted(decoder.module, decoder.module.denoiser, "denoiser_lora", config))

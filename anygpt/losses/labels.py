@@ -1,0 +1,112 @@
+"""The label tokens of a batch: their likelihood, and how far adapters take the language model from what it was.
+
+Shape legend: `anygpt.outputs`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anygpt.composition import Composition, Reading, evaluating
+from anygpt.errors import InputError
+from anygpt.losses.formulas import kl_divergence, token_nll
+from anygpt.model.parts import adapter_of
+from anygpt.sequence import signal_tokens
+from anygpt.sequence.merging import Merged
+
+
+@dataclass
+class Labels:
+    """The label tokens of a batch: rows and positions `(M,)` int64 where the state predicts a label, and the labels;
+    without `reading` while losses are only counted."""
+
+    model: Composition
+    merged: Merged
+    alone: Tensor
+    """`(B,)` bool, rows without media."""
+    rows: Tensor
+    positions: Tensor
+    values: Tensor
+    has: ClassVar[frozenset[str]] = frozenset()
+    reading: Reading | None = None
+
+    def nll(self) -> Tensor:
+        """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
+        weights, signals, places = self.model.loss_weights, self.model.signal_tokens, (self.rows, self.positions)
+        factor = torch.ones_like(self.values, dtype=torch.float32)
+        for key in self.model.tokenizer_keys:
+            factor[signals.row_of(self.values, key) >= 0] = weights.media_weight
+
+        def nll(states: Tensor, values: Tensor) -> Tensor:
+            return token_nll(signals.run_head(self.model.language_model, states), values, weights.label_smoothing)
+
+        logits = self.reading.logits[places] if self.reading.everywhere else self.reading.logits[0]
+        if len(logits) == len(self.values):
+            return token_nll(logits, self.values, weights.label_smoothing) * factor
+        parts = (x.split(signal_tokens.CHUNK) for x in (self.reading.hidden[places], self.values))
+        return factor * torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
+
+    def retention(self) -> Tensor:
+        """`(M,)`, in rows without media, of `CHUNK` labels at a time as `nll`; 0 in others.
+
+        An `InputError` without adapters, or without the model's states (`text_states`).
+        """
+        signals, kept = self.model.signal_tokens, self.alone[self.rows]
+        places = self.rows[kept], self.positions[kept]
+        check_retention(self.model)
+        if self.reading.hidden is None:
+            raise InputError("loss.retention cannot be computed from text_states; set one of them to none")
+
+        def divergence(before: Tensor, now: Tensor) -> Tensor:
+            return kl_divergence(logits_before(self.model, before), signals.run_head(self.model.language_model, now))
+
+        states = (states_before(self.model, self.merged, *places), self.reading.hidden[places])
+        values = torch.zeros_like(self.values, dtype=torch.float32)
+        if bool(kept.any()):
+            parts = zip(*(x.split(signal_tokens.CHUNK) for x in states), strict=True)
+            values[kept] = torch.cat([checkpoint(divergence, *part, use_reentrant=False) for part in parts])
+        return values
+
+
+def check_retention(model: Composition) -> None:
+    """An `InputError` if the language model has no adapters to be compared without."""
+    if adapter_of(model.language_model) is None:
+        raise InputError(
+            "loss.retention compares the language model with itself without its LoRA adapters, and it has none; set it "
+            "to 0, or use it in a stage with lora"
+        )
+
+
+@torch.no_grad()
+def states_before(model: Composition, merged: Merged, rows: Tensor, positions: Tensor) -> Tensor:
+    """What the head reads at rows and positions `(M,)` of a batch without adapters and dropout, `(M, H)`.
+
+    Only the rows in question are run. If there are none, one process alone does nothing; several run the first row,
+    since the others may wait for a sharded model's parameters.
+    """
+    chosen, index = rows.unique(return_inverse=True)
+    if not len(chosen) and torch.distributed.is_initialized():
+        chosen = torch.zeros_like(rows.new_empty(1))
+    elif not len(chosen):
+        return merged.inputs_embeds.new_empty(0, merged.inputs_embeds.shape[-1])
+    held = (merged.inputs_embeds, merged.input_ids, merged.attention_mask)
+    batch = Merged(*(x[chosen] for x in held), None, merged.media_in[chosen])
+    network, signals = model.language_model, model.signal_tokens
+    with evaluating(model), network.disable_adapter(), signals.attached(network) as tap:
+        tap.select, tap.most = (index, positions), 0  # no logits
+        model.run_language_model(batch, {})
+        return tap.hidden[index, positions]
+
+
+@torch.no_grad()
+def logits_before(model: Composition, states: Tensor) -> Tensor:
+    """Logits `(M, V')` of such states `(M, H)`; the lowest number for signal tokens, which the model did not know."""
+    signals = model.signal_tokens
+    with model.language_model.disable_adapter():
+        logits = signals.run_head(model.language_model, states)
+    ids = [i for key in signals.ids for i in signals.row_ids(key)]
+    own = torch.tensor(ids, dtype=torch.long, device=logits.device)
+    return logits.index_fill(-1, own, torch.finfo(logits.dtype).min)
