@@ -119,7 +119,8 @@ def with_everything(data, folder, stage, *more):
     (folder / f"eval{stage}.jsonl").write_text("".join(rows))
     held_out = f"[{{path: {folder / f'eval{stage}.jsonl'}, media_root: {data}}}]"
     due = ("--train.save_steps=2", "--train.eval_steps=2", "--train.sample_steps=2", "--train.sample_rows=2")
-    return ("--data.eval", held_out, *due, *(("--loss.denoising=1",) if stage > 1 else ()), *more)
+    losses = {1: (), 2: ("--loss.denoising=1",), 3: ("--loss.denoising=1", "--loss.retention=1")}[stage]
+    return ("--data.eval", held_out, *due, *losses, *more)
 
 
 def updates_of(folder):
