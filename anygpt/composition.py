@@ -6,7 +6,7 @@ them, adds its constructor, `forward`, saving and loading. Shape legend: `anygpt
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anygpt.decoders.module import ModalDecoderModule
-from anygpt.encoders.module import ModalEncoderModule, argument_names, base_model
+from anygpt.encoders.module import ModalEncoderModule, argument_names
 from anygpt.errors import InputError
 from anygpt.sequence.merging import Merged, inject, prepend, without_right_padding
 from anygpt.sequence.signal_tokens import SignalTokens, Spans, Tap
@@ -244,12 +244,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def lowest_layers(model: Composition) -> Iterator[None]:
     """Leave out the language model's layers above those whose states the decoders read.
 
-    One more layer runs, since a language model normalizes the last state. As transformers' text models ask their
-    config how many layers to run, so a model that does not ask runs them all.
+    One more layer runs, since a language model normalizes the last state. Classes whose code asks the config for the
+    number of layers once run that many of them; others, such as Gemma 3n or Jamba, need the number elsewhere, and run
+    whole.
     """
-    config = base_model(model.language_model).config.get_text_config()
-    layers, read = config.num_hidden_layers, [decoder.hidden_layer for decoder in model.decoders.values()]
-    if all(isinstance(layer, int) and layer >= 0 for layer in read):
+    decoder, read = model.language_model.get_decoder(), [one.hidden_layer for one in model.decoders.values()]
+    config, code = decoder.config, ""
+    with suppress(OSError, TypeError):  # a class without a file
+        code = inspect.getsource(type(decoder))
+    layers = config.num_hidden_layers
+    if code.count("self.config.num_hidden_layers") == 1 and all(isinstance(k, int) and k >= 0 for k in read):
         config.num_hidden_layers = min(layers, max(read, default=layers) + 1)
     try:
         yield

@@ -1,15 +1,16 @@
 """`retention`: the divergence of the language model from itself without adapters, against its formula and two runs."""
 
+import copy
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from training_utils import argument_maker, cli_here, train_here, trained_tensors
 
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights, kl_divergence
 from anygpt.sequence import signal_tokens
-from tests.training_utils import argument_maker, cli_here, train_here, trained_tensors
 
 TEXTS = ["just some text of a few words", "<image> is what?", "show me a circle: {image}", "other words"]
 
@@ -128,6 +129,51 @@ def test_without_rows_of_text_nothing_is_run_again(adapted, media, monkeypatch):
     again = model(**make_batch(processor, media, TEXTS[1:3]))
     hook.remove()
     assert len(calls) == 3 and again.losses.keys() == output.losses.keys()
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
+def test_adapted_embeddings_are_left_out_too(tiny_model, parts, media, options):
+    bare = parts.language_model()
+    bare.config.tie_word_embeddings = False
+    bare.lm_head.weight = torch.nn.Parameter(bare.lm_head.weight.detach().clone())
+    given = {"target_modules": ["q_proj"], "init_lora_weights": False} | options
+    network = get_peft_model(copy.deepcopy(bare), LoraConfig(**given))
+    model, processor = tiny_model(("image",), ("image",), language_model=network)
+    model.loss_weights = LossWeights(retention=1.0, alignment=0.0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=float(parameter.std()))
+    batch = make_batch(processor, media, TEXTS[:1])
+    kept = batch["labels"][0, 1:] != -100
+    with torch.no_grad():
+        before = bare(batch["input_ids"]).logits[0, :-1][kept]
+        now = model(**batch, return_logits=True).logits[0, :-1][kept]
+    wide = torch.full_like(now, -torch.inf)
+    wide[:, : before.shape[1]] = before
+    wide[:, model.signal_tokens.ids["image"]] = torch.finfo(torch.float32).min
+    wide = wide.clamp(min=torch.finfo(torch.float32).min)
+    expected = float(kl_divergence(wide, now).sum())
+    assert float(model(**batch).losses["llm/retention"].total.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frozen_adapters_stay_frozen(adapted, media):
+    model, processor = adapted
+    model.train_only(["signal_tokens"])
+    names = model.trainable_names()
+    model.train()
+    model(**make_batch(processor, media, TEXTS)).loss.backward()
+    assert model.trainable_names() == names
+
+
+def test_biases_that_cannot_be_undone_are_refused(tiny_model, parts, media):
+    network = get_peft_model(parts.language_model(), LoraConfig(target_modules=["q_proj"], bias="lora_only"))
+    model, processor = tiny_model(("image",), ("image",), language_model=network)
+    model.loss_weights = LossWeights(retention=1.0)
+    with pytest.raises(InputError, match=r"loss.retention cannot undo the biases"):
+        model(**make_batch(processor, media, TEXTS[:1]))
 
 
 def test_it_pulls_the_model_back(adapted, media):

@@ -3,13 +3,16 @@
 import copy
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from training_utils import reset_accelerate, toy_data
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
+from anygpt.composition import lowest_layers
 from anygpt.data.collation import Collator
 from anygpt.data.dataset import ConversationDataset, DataSource
 from anygpt.decoders.conditions import Condition
@@ -214,6 +217,29 @@ def test_layers_that_no_decoder_reads_do_not_run(parts, layer, run):
     expected = model.decoders["image"].condition(states).embeds
     torch.testing.assert_close(expected, conditions, rtol=0, atol=0)
     [hook.remove() for hook in hooks]
+
+
+def test_a_language_model_that_needs_its_number_of_layers_runs_whole():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    types = ["sliding_attention", "full_attention"] * 3
+    config = Gemma3nTextConfig(
+        **sizes,
+        head_dim=8,
+        vocab_size=99,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+        num_hidden_layers=6,
+        layer_types=types,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        sliding_window=8,
+        activation_sparsity_pattern=[0.0] * 6,
+    )
+    network = Gemma3nForCausalLM(config).eval()
+    decoders = {"image": SimpleNamespace(hidden_layer=2)}
+    with torch.no_grad(), lowest_layers(SimpleNamespace(language_model=network, decoders=decoders)):
+        states = network(torch.arange(6)[None], output_hidden_states=True).hidden_states
+    assert len(states) == 7
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])

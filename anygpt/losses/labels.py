@@ -3,11 +3,13 @@
 Shape legend: `anygpt.outputs`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anygpt.composition import Composition, Reading, evaluating
@@ -78,6 +80,20 @@ def check_retention(model: Composition) -> None:
             "loss.retention compares the language model with itself without its LoRA adapters, and it has none; set it "
             "to 0, or use it in a stage with lora"
         )
+    if any(getattr(one, "bias", "none") != "none" for one in model.language_model.peft_config.values()):
+        raise InputError("loss.retention cannot undo the biases that an adapter trains; set it to 0")
+
+
+@contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """Run a PEFT model without its adapters; PEFT would leave frozen ones trainable."""
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        with network.disable_adapter():
+            yield
+    finally:
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
 
 
 @torch.no_grad()
@@ -92,12 +108,10 @@ def states_before(model: Composition, merged: Merged, rows: Tensor, positions: T
         chosen = torch.zeros_like(rows.new_empty(1))
     elif not len(chosen):
         return merged.inputs_embeds.new_empty(0, merged.inputs_embeds.shape[-1])
-    held = (merged.inputs_embeds, merged.input_ids, merged.attention_mask)
-    batch = Merged(*(x[chosen] for x in held), None, merged.media_in[chosen])
-    network, signals = model.language_model, model.signal_tokens
-    with evaluating(model), network.disable_adapter(), signals.attached(network) as tap:
+    ids, network = merged.input_ids[chosen].clamp(min=0), model.language_model
+    with evaluating(model), without_adapters(network), model.signal_tokens.attached(network) as tap:
         tap.select, tap.most = (index, positions), 0  # no logits
-        model.run_language_model(batch, {})
+        model.run_language_model(model.embed(ids, merged.attention_mask[chosen], None), {})
         return tap.hidden[index, positions]
 
 
@@ -105,7 +119,7 @@ def states_before(model: Composition, merged: Merged, rows: Tensor, positions: T
 def logits_before(model: Composition, states: Tensor) -> Tensor:
     """Logits `(M, V')` of such states `(M, H)`; the lowest number for signal tokens, which the model did not know."""
     signals = model.signal_tokens
-    with model.language_model.disable_adapter():
+    with without_adapters(model.language_model):
         logits = signals.run_head(model.language_model, states)
     ids = [i for key in signals.ids for i in signals.row_ids(key)]
     own = torch.tensor(ids, dtype=torch.long, device=logits.device)
