@@ -179,6 +179,17 @@ def test_caption_metrics_are_those_of_pycocoevalcap():
         assert value["interval"][0] <= value["value"] <= value["interval"][1]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_captions_that_all_rows_share_have_no_cider(rows):
+    found = caption_value("cider", [("a red ring", ["a red ring", "one ring"])] * rows)[""]
+    assert found["value"] is None and found["n"] == rows and "the same references" in found["note"]
+
+
+def test_no_words_are_not_right():
+    for kind in ("rouge_l", "exact_match"):
+        assert [caption_value(kind, [(said, ["?!"])])[""]["value"] for said in ("", "?!")] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["bleu", "rouge_l", "cider"])
 def test_captions_of_other_pictures_are_worse(kind):
     pairs = [(references[0], references) for _, references in CAPTIONS]
@@ -196,6 +207,9 @@ def test_captions_of_other_pictures_are_worse(kind):
         ("A man's t-shirt doesn't fit.", "a man 's t-shirt does n't fit"),
         ('He said: "stop!" (twice), then left...', "he said stop twice then left"),
         ("It costs $3.50, or 1,000 yen", "it costs $ 3.50 or 1,000 yen"),
+        ("She doesn’t like the cafe\u0301.", "she does n't like the café"),
+        ("हिन्दी में किताब", "हिन्दी में किताब"),
+        ("?!", "?!"),
     ],
 )
 def test_words(text, words):
@@ -209,6 +223,7 @@ VQA_ANSWERS = [
     ("red / blue", "red blue"), ("yes, it is", "yes it is"), ("1,000", "1000"), ("3.5", "3.5"), ("U.S.", "us"),
     ("what?", "what"), ("(left)", "left"), ("  on   the\ttable\n", "on table"), ("red and white", "red and white"),
     ("wheres", "where's"), ("\"stop\"", "stop"), ("$5", "$5"), ("6:30", "6:30"), ("oclock", "o'clock"),
+    ("The", "the"), ("(A)", "a"), ("?!", "?!"), ("", ""), ("Cafe\u0301", "café"), ("don’t", "don't"),
 ]  # fmt: skip
 
 

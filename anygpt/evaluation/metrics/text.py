@@ -1,6 +1,7 @@
 """Metrics of text answers: captions with pycocoevalcap, questions by VQA's rules."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -8,22 +9,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
 from torch import Tensor
 
 from anygpt.evaluation.metrics.base import Batch, Metric, Value, mean_value
 
 _CLITICS = re.compile(r"(n't|'(?:s|m|re|ve|ll|d))(?!\w)")
-_WORDS = re.compile(r"n't|'(?:s|m|re|ve|ll|d)(?!\w)|\d+(?:[.,]\d+)+|\w+(?:[-/]\w+)*|[^\w\s]")
+# combining marks, and the joiners beside them: parts of words that `\w` lacks
+_MARKS = "\u200c\u200d" + "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+_WORD = rf"\w[\w{_MARKS}]*"
+_WORDS = re.compile(rf"n't|'(?:s|m|re|ve|ll|d)(?!\w)|\d+(?:[.,]\d+)+|{_WORD}(?:[-/]{_WORD})*|[^\w\s]")
 _DROPPED = set("'\"`()[]{}.?!,:;-–—…“”‘’")
 
 
+def _plain(text: str) -> str:
+    """Composed characters, and typewriter apostrophes."""
+    return unicodedata.normalize("NFC", text).replace("’", "'")
+
+
 def words_of(text: str) -> str:
-    """Lower-case words separated by spaces, tokenized as in the Penn Treebank, without punctuation.
+    """Lower-case words separated by spaces, tokenized as in the Penn Treebank, without punctuation beside words.
 
     `doesn't` is two words, `t-shirt` one. On plain captions it agrees with pycocoevalcap's Java tokenizer.
     """
-    spaced = _CLITICS.sub(r" \1", text.lower())
-    return " ".join(word for word in _WORDS.findall(spaced) if word not in _DROPPED)
+    spaced = _CLITICS.sub(r" \1", _plain(text).lower())
+    return " ".join(word for word in _WORDS.findall(spaced) if word not in _DROPPED) or text.strip()
 
 
 class CaptionMetric(Metric):
@@ -48,6 +58,9 @@ class CaptionMetric(Metric):
         if isinstance(scorer, Bleu):
             found, _ = scorer.compute_score(self.references, self.answers, verbose=0)
             return {f"_{n}": {"value": float(x), "n": len(self.answers)} for n, x in enumerate(found, 1)}
+        if isinstance(scorer, Cider) and len({frozenset(said) for said in self.references.values()}) == 1:
+            note = "CIDEr weights words by the rows whose references lack them, and all rows have the same references"
+            return {"": {"value": None, "n": len(self.answers), "note": note}}
         return {"": mean_value(scorer.compute_score(self.references, self.answers)[1])}
 
 
@@ -112,16 +125,17 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 def normalize_answer(text: str) -> str:
     """Normalize an answer as VQA's evaluation does (arXiv 1505.00468).
 
-    Lower case, numbers as digits, no articles, contractions with apostrophes, punctuation removed or made a space.
+    Lower case, numbers as digits, no articles, contractions with apostrophes, punctuation removed or made a space;
+    articles or punctuation alone are kept, since nothing would be left to compare.
     """
-    text = " ".join(text.split())
+    text = " ".join(_plain(text).split())
     tight = re.search(r"\d,\d", text) is not None
     out = text
     for mark in _PUNCTUATION:
         out = out.replace(mark, "" if tight or f"{mark} " in text or f" {mark}" in text else " ")
     out = re.sub(r"\.(?!\d)", "", out)
-    words = (_DIGITS.get(word, word) for word in out.lower().split())
-    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+    words = [_APOSTROPHES.get(word, word) for word in (_DIGITS.get(word, word) for word in out.lower().split())]
+    return " ".join([word for word in words if word not in _ARTICLES] or words) or text
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
