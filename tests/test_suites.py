@@ -287,17 +287,21 @@ def test_choices_are_taken_by_likelihood(described, talker, tmp_path):
         assert answer.text == chosen[row.id] == row.choices[int(np.argmin(losses))]
 
 
-def test_choices_that_a_question_lists(tmp_path):
-    question = "What is it?\nA. a cat\nB. a dog\n"
-    path = write_rows(
-        tmp_path / "rows.jsonl", [([text(question)], [text(said)]) for said in ("B", "a cat", "B. a dog")]
-    )
+@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}"])
+def test_choices_that_a_question_lists(form, tmp_path):
+    question = "\n".join(["What is it?", form.format("A", "a cat"), form.format("B", "a dog"), ""])
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [([text(question)], [text(said)]) for said in ("B", "a cat", form.format("B", "a dog"), "(A)")])
     metrics = [{"metric": "multiple_choice"}]
     (row,) = read_rows(word_suite(path, metrics, choices="lines"))
-    assert row.choices == ("A", "B") and row.references == ("B", "A", "B")
-    write_rows(path, [([text("What is it?")], [text("a cat")])])
-    with pytest.raises(InputError, match="a question lists none"):
-        read_rows(word_suite(path, metrics, choices="lines"))
+    assert row.choices == ("A", "B") and row.references == ("B", "A", "B", "A")
+    for asked, said, message in (
+        ("What is it?", "a cat", "a question lists none"),
+        (question, "a bird", "'a bird' is none of the choices; expected one of A, B"),
+    ):
+        write_rows(path, [([text(asked)], [text(said)])])
+        with pytest.raises(InputError, match=message):
+            read_rows(word_suite(path, metrics, choices="lines"))
 
 
 def test_all_turns_of_a_dialogue(tmp_path, talker):

@@ -85,18 +85,20 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
         choices = dict(_CHOICE.findall(question)) if ask.choices == "lines" else {c: c for c in ask.choices or ()}
         if ask.choices == "lines" and len(choices) < 2:
             raise InputError(f"ask.choices is lines, but a question lists none, as 'A. a cat': {question!r}")
-        said = text_of(answer)
-        said = next((c for c, text in choices.items() if said == text or said.startswith(f"{c}.")), said)
+        others = [text for part in answer.content if part.type == "text" for text in part.others]
+        references = [_chosen(said, choices) for said in (text_of(answer), *others)] if text_of(answer) else []
+        if ask.choices == "lines" and (wrong := [said for said in references if said not in choices]):
+            expected = f"expected one of {', '.join(choices)}, or its text"
+            raise InputError(f"{sample.source} (sample {sample.id!r}): {wrong[0]!r} is none of the choices; {expected}")
         if ask.prompt is not None:
             before = (*before[:-1], reworded(before[-1], ask.prompt.replace("{text}", question)))
-        others = [text for part in answer.content if part.type == "text" for text in part.others]
         media = [part for part in answer.content if part.path][::-1]  # the first of each type wins
         given = [part for message in before if message.role == "user" for part in message.content if part.path]
         rows.append(
             Row(
                 f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
                 replace(sample, messages=before),
-                (said, *others) if said else (),
+                tuple(references),
                 targets={part.type: part.path for part in media},
                 captions={part.type: part.caption for part in media if part.caption},
                 sources={part.type: part.path for part in given},
@@ -104,6 +106,13 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
             )
         )
     return rows
+
+
+def _chosen(said: str, choices: Mapping[str, str]) -> str:
+    """The choice that a reference names, with or without its text or brackets; else the reference itself."""
+    whole = {text: choice for choice, text in choices.items()} | dict(zip(choices, choices, strict=True))
+    begun = (choice for choice in choices if re.match(rf"\(?{re.escape(choice)}(?:[.):]|$)", said))
+    return whole.get(said) or next(begun, said)
 
 
 def text_of(message: Message) -> str:
