@@ -96,9 +96,10 @@ def test_fid_and_kid_are_those_of_torchmetrics():
     assert distance_of(base.Kid(Vectors(), "image"), x, y)["value"] == pytest.approx(float(kid.compute()[0]))
 
 
-def test_kid_is_the_mean_of_its_blocks():
+@pytest.mark.parametrize("ends", [(20, 40, 50), (20, 40), (20, 41)])
+def test_kid_is_the_mean_of_its_blocks(ends):
     generator = np.random.default_rng(2)
-    x, y = generator.standard_normal((2, 50, 4))
+    x, y = generator.standard_normal((2, ends[-1], 4))
 
     def unbiased(a, b):
         kernel = lambda u, v: (u @ v / 4 + 1) ** 3  # noqa: E731
@@ -106,9 +107,13 @@ def test_kid_is_the_mean_of_its_blocks():
         inside = sum(kernel(a[i], a[j]) + kernel(b[i], b[j]) for i, j in pairs) / len(pairs)
         return inside - 2 * np.mean([[kernel(u, v) for u in a] for v in b])
 
-    blocks = [unbiased(x[i : i + 20], y[i : i + 20]) for i in (0, 20)]
+    spans = list(itertools.pairwise((0, *ends)))
+    blocks = [block for i, j in spans for block in [unbiased(x[i:j], y[i:j])] * (j - i)]  # one a sample
     found = distance_of(base.Kid(Vectors(), "image", subset_size=20), x, y, size=16)
     assert found["value"] == pytest.approx(np.mean(blocks)) and found["std"] == pytest.approx(np.std(blocks))
+    assert found["n"] == ends[-1]
+    with pytest.raises(InputError, match="subset_size is 1; expected at least 2"):
+        base.Kid(Vectors(), "image", subset_size=1)
 
 
 def test_cmmd_is_the_naive_one(monkeypatch):

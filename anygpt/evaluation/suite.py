@@ -59,7 +59,7 @@ class MetricSpec:
         features, revision: id or folder of the feature network, or `inception`, and its revision.
         modality: media type to evaluate, if the metric leaves it open.
         num_frames: evenly spaced frames of a clip to use.
-        subset_size: samples per block, for KID.
+        subset_size: samples per block, at least 2, for KID.
         detector, threshold: id or folder of an open-vocabulary detector, and its confidence threshold.
     """
 

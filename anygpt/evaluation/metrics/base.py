@@ -189,10 +189,13 @@ class Kid(Distance):
     """Unbiased squared MMD under the kernel (x·y / D + 1)³ (arXiv 1801.01401), averaged over blocks of samples.
 
     Blocks are consecutive samples, of which one is in memory; the paper's random subsets have the same expectation.
+    The last block is what is left, 2 to `subset_size` + 1 samples; blocks are weighted by their samples.
     """
 
     def __init__(self, *arguments: Any, subset_size: int = 1000, **options: Any):
         super().__init__(*arguments, **options)
+        if subset_size < 2:
+            raise InputError(f"subset_size is {subset_size}; expected at least 2 samples, which are compared in pairs")
         self.size = subset_size
         self.waiting: tuple[Tensor, Tensor] | None = None
         self.values: list[float] = []
@@ -200,16 +203,19 @@ class Kid(Distance):
     def add(self, answers: Tensor, targets: Tensor) -> None:
         new = (targets, answers)
         held = new if self.waiting is None else tuple(map(torch.cat, zip(self.waiting, new, strict=True)))
-        while len(held[0]) >= self.size:
+        while len(held[0]) > self.size + 1:  # one sample alone would be left out
             self.values.append(float(poly_mmd(*(features[: self.size] for features in held))))
             held = tuple(features[self.size :] for features in held)
         self.waiting = held
 
     def compute(self) -> dict[str, Value]:
-        if not self.values and len(self.waiting[0]) < 2:
+        if len(self.waiting[0]) < 2:
             raise InputError("KID needs at least two answers and two true media; this suite has one")
-        values = self.values or [float(poly_mmd(*self.waiting))]
-        return {"": {"value": float(np.mean(values)), "n": self.count, "std": float(np.std(values))}}
+        values = [*self.values, float(poly_mmd(*self.waiting))]
+        weights = [self.size] * len(self.values) + [len(self.waiting[0])]
+        value = np.average(values, weights=weights)
+        spread = np.sqrt(np.average((np.asarray(values) - value) ** 2, weights=weights))
+        return {"": {"value": float(value), "n": self.count, "std": float(spread)}}
 
 
 class Cmmd(Distance):
