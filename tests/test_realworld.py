@@ -249,6 +249,8 @@ def test_whole_concepts_are_held_out(tmp_path, capsys):
     datasets.write_nouns(folder, [f"word{letter}" for letter in "abcdefgh"], {"worda"})
     asked = [json.loads(line)["messages"][1]["content"][1]["caption"] for line in (folder / "video_words.jsonl").open()]
     assert sorted(asked) == [f"word{letter}" for letter in "bcdefgh"]
+    made = folder / "image_made.jsonl"
+    made.write_text(made.read_text("utf-8").replace('"text": "', '"text": "\u2028'), "utf-8")  # ends no line of JSON
     datasets.write_conversations(folder, ["image_names.jsonl", "image_made.jsonl"], count=40)
     talks = [json.loads(line)["messages"] for line in (folder / "conversations.jsonl").open()]
     assert {len(talk) for talk in talks} == set(range(4, 18, 2))

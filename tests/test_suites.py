@@ -208,9 +208,16 @@ def test_answers_that_are_none(draw_suite, tmp_path):
         ({"id": "0", "files": [{"type": "image", "path": "../x.png"}]}, "not inside the media root"),
         ({"id": "0", "files": [{"type": "image", "path": "x.png"}]}, "does not exist"),
         ({"text": "a"}, "index.jsonl:1 is no answer"),
-        ({"id": "another", "text": "a"}, "no answer to look at: none of 6 rows"),
+        ({"id": "another", "text": "a"}, "no answer to look at: none of 6 rows .* such as 'another'"),
+        ({"id": "0", "text": None}, "is no answer: 'text' must be a string, and is missing"),
+        ({"id": "0", "txt": "a"}, "is no answer: the key 'txt' is not known: did you mean 'text'"),
+        ({"id": "0", "files": "x.png"}, "is no answer: 'files' is 'x.png'"),
+        ({"id": "0", "files": [{"path": "x.png"}]}, r"is no answer, files\[0\]: the part type missing"),
+        ('{"id": "0"}\n{"id": "0", "text": "a"}', ":2 is no answer: '0' has another answer above"),
+        ('{"id": "0", "text": "\udce9"}', "expected .* in UTF-8"),
     ):
-        (tmp_path / "index.jsonl").write_text(json.dumps(line) + "\n")
+        line = line if isinstance(line, str) else json.dumps(line)
+        (tmp_path / "index.jsonl").write_text(line + "\n", encoding="utf-8", errors="surrogateescape")
         with pytest.raises(InputError, match=message):
             evaluate(draw_suite(), tmp_path / "out", process(), answers=tmp_path)
     (tmp_path / "index.jsonl").write_text('{"id": "0", "text": "no picture"}\n')
@@ -260,8 +267,12 @@ def test_captions_and_the_language_model_alone(described, talker, tmp_path):
 def test_right_words_are_right(described, tmp_path):
     suite = word_suite(described, CAPTIONING)
     said = [{"id": row.id, "text": row.references[i % len(row.references)]} for i, row in enumerate(read_rows(suite))]
-    (tmp_path / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    said += [{"id": number, "text": "a"} for number in (98, 99)]
+    lines = [json.dumps(line | {"text": line["text"] + " \u2028"}, ensure_ascii=False) for line in said]
+    (tmp_path / "index.jsonl").write_text("\n\n".join(lines), encoding="utf-8-sig")
     report = evaluate(suite, tmp_path / "out", process(), answers=tmp_path)
+    assert report["strangers"] == {"n": 2, "first": ["98"]} and not report["unanswered"]
+    assert "2 answers are to none of these rows, such as to '98'" in text_table(report)
     found = {name: ways["model"]["value"] for name, ways in report["metrics"].items()}
     assert found["rouge_l"] == found["exact_match"] == 1.0 and found["bleu_1"] == pytest.approx(1.0)
 

@@ -38,6 +38,8 @@ def shown(value: Mapping[str, Any] | None) -> str:
 def notes(report: Mapping[str, Any]) -> list[str]:
     told = [f"{report['rows']} rows; in brackets 95% intervals."]
     told += [f"{report['unanswered']} of them have no answer."] if report["unanswered"] else []
+    strangers = report["strangers"]
+    told += [f"{strangers['n']} answers are to none of these rows, such as to {id!r}." for id in strangers["first"]]
     told += [f"{count} answers lack the {kind}." for kind, count in report["missing"].items() if count]
     values = ((name, way, value) for name, found in report["metrics"].items() for way, value in found.items())
     return told + [f"{name}, {way}: {value['note']}." for name, way, value in values if "note" in value]

@@ -82,6 +82,10 @@ def evaluate(
     if not main:
         return None
     lines = {way: store.resolved() for way, store in stores.items()}
+    strangers = sorted(lines["model"].keys() - {row.id for row in rows})
+    if strangers and len(strangers) == len(lines["model"]):
+        example = f"no id names one, such as {strangers[0]!r}; rows have ids such as {rows[0].id!r}"
+        raise InputError(f"there is no answer to look at: none of {len(rows)} rows is answered, since {example}")
     values = {}
     for way, found in lines.items():
         texts = {"model": (True, False), "without_media": (True,)}.get(way, (False,))  # metrics of text, or of media
@@ -97,6 +101,7 @@ def evaluate(
         "about": about,
         "missing": {kind: sum(kind not in first_media(line) for line in said if line) for kind in looked_at},
         "unanswered": said.count(None),
+        "strangers": {"n": len(strangers), "first": strangers[:1]},
         "seed": suite.ask.seed,
         "settings": asdict(suite),
         "seconds": round(time.perf_counter() - began, 1),

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from pydantic import Field
 
+from anygpt.data.rows import Id, PartRow, RowModel, Text, checked
 from anygpt.data.schema import MediaRoot
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
@@ -16,6 +18,14 @@ from anygpt.media.writing import write
 from anygpt.outputs import Answer
 
 INDEX, SETTINGS = "index.jsonl", "asked.json"
+
+
+class AnswerRow(RowModel):
+    """A line of an index."""
+
+    id: Id
+    text: Text = ""
+    files: list[PartRow] = Field([])
 
 
 class AnswerStore:
@@ -30,17 +40,22 @@ class AnswerStore:
         self.own = self.folder / (f"index.{rank}.jsonl" if rank else INDEX)
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All finished lines by row id; a truncated last line is ignored, another invalid one is an `InputError`."""
+        """All finished lines by row id; a truncated last line and empty ones are ignored, another invalid one, or one
+        that differs from an earlier one of its id, is an `InputError`."""
         lines: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("index*.jsonl")):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+                where = f"{path}:{number} is no answer"
                 try:
-                    found = json.loads(line)
-                    lines[found["id"]] = {"text": "", "files": []} | found
-                except (ValueError, KeyError, TypeError) as error:
-                    if line.endswith("\n"):
-                        expected = 'expected {"id": …, "text": …, "files": [{"type": "image", "path": …}]}'
-                        raise InputError(f"{path}:{number} is no answer: {expected}") from error
+                    content = json.loads(line.decode("utf-8-sig"))
+                except ValueError as error:
+                    if line.strip() and line.endswith(b"\n"):
+                        expected = 'expected {"id": …, "text": …, "files": [{"type": "image", "path": …}]} in UTF-8'
+                        raise InputError(f"{where}: {expected}") from error
+                    continue
+                found = {"text": "", "files": []} | checked(AnswerRow, content, where).model_dump(exclude_unset=True)
+                if lines.setdefault(found["id"], found) != found:
+                    raise InputError(f"{where}: {found['id']!r} has another answer above; leave one of them")
         return lines
 
     def resolved(self) -> dict[str, dict[str, Any]]:

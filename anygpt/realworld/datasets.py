@@ -237,7 +237,7 @@ def write_conversations(folder: Path, names: Sequence[str], count: int = 1000, s
     """Write conversations of two to eight exchanges, each drawn from a file of `names`, so that what was made before is
     no reason to make it again, or to stop making media."""
     draw = random.Random(seed)
-    files = [[json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()] for name in names]
+    files = [[json.loads(line) for line in (folder / name).read_bytes().splitlines()] for name in names]
     talks = [[draw.choice(draw.choice(files)) for _ in range(draw.randint(2, 8))] for _ in range(count)]
     rows = [
         {"id": f"talk-{i}", "messages": [said for one in talk for said in one["messages"]]}

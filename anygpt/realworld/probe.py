@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     judge = PretrainedNetwork(str(folder / "parts/sentence_encoder"), "text")
 
     def read(name: str) -> tuple[Tensor, Tensor]:
-        said = [json.loads(line)["messages"] for line in (folder / "data" / name).read_text("utf-8").splitlines()]
+        said = [json.loads(line)["messages"] for line in (folder / "data" / name).read_bytes().splitlines()]
         rows = [(asked["content"][0]["path"], answer["content"][0]["text"]) for asked, answer in said]
         media = (read_media("image", folder / "data" / path) for path, _ in rows)
         features = torch.cat([eyes.of_media([medium]) for medium in media])
