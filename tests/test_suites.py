@@ -361,6 +361,9 @@ def test_a_limit_draws_from_all_rows(tmp_path):
     [
         (["--metrics", "[{metric: fidd}]"], "no metric 'fidd': did you mean 'fid'"),
         (["--metrics", "[{metric: fid, threshold: 0.1}]"], "metric fid takes no threshold"),
+        (["--metrics", "[{metric: fid, revision: main}]"], "metric fid takes no revision"),
+        (["--metrics", "[{metric: similarity, features: a, num_frames: 4}]"], "metric similarity takes no num_frames"),
+        (["--metrics", "[{metric: composition, threshold: .nan}]"], "threshold"),
         (["--metrics", "[{metric: fvd}]"], r"metric fvd \(video\) does not fit: none of 6 rows has target"),
         (["--metrics", "[{metric: composition}]"], "none of 6 rows has expected"),
         (["--metrics", "[{metric: clip_score, features: nobody/nothing}]"], "hf download nobody/nothing"),
@@ -390,6 +393,9 @@ def test_mistakes_are_said_before_anything_is_asked(overrides, message, draw_sui
 def test_a_decoder_that_is_not_there(draw_suite, tiny_model, tmp_path):
     with pytest.raises(InputError, match="looks at image, and the model makes audio"):
         evaluate(draw_suite(), tmp_path / "out", process(), *tiny_model(decoders=("audio",)))
+    with pytest.raises(InputError, match="sets or looks at audio, and the model makes image"):
+        suite = draw_suite("--ask.decoders", "{audio: {guidance_scale: 2}}")
+        evaluate(suite, tmp_path / "out", process(), *tiny_model(decoders=("image",)))
 
 
 def test_rows_that_ask_nothing(tmp_path):

@@ -39,10 +39,10 @@ class Asker:
         self.model, self.processor, self.suite, ask = model, processor, suite, suite.ask
         self.looked_at = list(looked_at)
         self.makes = {maker.modality: key for key, maker in model.makers.items()}
-        if lacking := sorted({*ask.require, *looked_at} - set(self.makes)):
+        if lacking := sorted({*ask.require, *ask.decoders, *looked_at} - set(self.makes)):
             makes = ", ".join(self.makes) or "text alone"
             raise InputError(
-                f"the suite looks at {', '.join(lacking)}, and the model makes {makes}: take another suite"
+                f"the suite sets or looks at {', '.join(lacking)}, and the model makes {makes}: take another suite"
             )
         self.require = [self.makes[kind] for kind in ask.require]
         unwanted = set(self.makes) - {*ask.require, *looked_at} if ask.forbid is None else set(ask.forbid)

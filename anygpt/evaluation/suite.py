@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
@@ -71,7 +71,7 @@ class MetricSpec:
     num_frames: PositiveInt | None = None
     subset_size: PositiveInt | None = None
     detector: str | None = None
-    threshold: float | None = None
+    threshold: ClosedUnitInterval | None = None
 
 
 @dataclass

@@ -16,9 +16,10 @@ from anygpt.errors import InputError
 from anygpt.evaluation.metrics import base, text
 from anygpt.evaluation.metrics.base import Batch, Cmmd, Frechet, Item, Kid, Mean, MeanOfMeans, Metric, Value
 from anygpt.evaluation.metrics.composition import CompositionScore, edits, scenes
+from anygpt.evaluation.metrics.features import NETWORKS
 from anygpt.evaluation.rows import Row
 from anygpt.evaluation.suite import MetricSpec
-from anygpt.media.types import MEDIA
+from anygpt.media.types import MEDIA, is_timed
 
 SCORED = 32  # answers scored in a batch
 Load = Callable[..., Any]
@@ -133,13 +134,15 @@ def choose(specs: Sequence[MetricSpec], rows: Sequence[Row], only: str | None) -
         if spec.metric not in METRICS:
             raise InputError(f"there is no metric {spec.metric!r}{nearest(spec.metric, METRICS)}")
         kind = METRICS[spec.metric]
+        modality = kind.modality or spec.modality or only or ""
         takes = {"metric", "name", *kind.options} | ({"modality"} if kind.modality is None else set())
         takes |= set() if kind.features is None else {"features", "revision"}
+        takes -= {"num_frames"} if modality in MEDIA and not is_timed(modality) else set()
+        takes -= {"revision"} if (spec.features or kind.features) in NETWORKS else set()
         if given := [f.name for f in fields(spec) if getattr(spec, f.name) is not None and f.name not in takes]:
             raise InputError(f"metric {spec.metric} takes no {', '.join(given)}; it takes {', '.join(sorted(takes))}")
         if not (spec.features or kind.features) and kind.features is not None:
             raise InputError(f"metric {spec.metric} needs features: the id or folder of a network")
-        modality = kind.modality or spec.modality or only or ""
         if modality not in ("text", *MEDIA):
             raise InputError(f"metric {spec.metric} looks at any medium; name one: modality: {' or '.join(MEDIA)}")
         for need in kind.needs:
