@@ -55,11 +55,15 @@ class Metrics:
         self._begun: dict[str, float] = {}
 
     def event(self, event: Event) -> None:
-        """Record an event of a batch; those of several rows come after each other."""
+        """Record an event of a batch, before which `begin` forgets what another left; those of several rows come after
+        each other."""
         if isinstance(event, DecodingStarted):
             self._begun.setdefault(event.key, time.perf_counter())
         elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
             self.decoder.labels(event.content.key).observe(time.perf_counter() - begun)
+
+    def begin(self) -> None:
+        self._begun.clear()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -133,6 +137,7 @@ class Engine:
                 with suppress(Closed):
                     job.tell(outcome)
 
+        self.metrics.begin()  # decoders that were at work as all clients of a batch hung up have told no end
         try:
             conversations, settings = [job.messages for job in batch], [job.settings for job in batch]
             replies = self.chat_model.answer_together(conversations, settings, tell)
