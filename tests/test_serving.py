@@ -16,6 +16,7 @@ import threading
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import av
@@ -27,13 +28,14 @@ from PIL import Image
 from serving_utils import send_without_end, serving
 from training_utils import REPOSITORY, run_forked
 
-from anygpt import commands
+from anygpt import InputError, commands
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong
-from anygpt.generation.events import TextPiece
+from anygpt.generation.events import Closed, DecodingStarted, MediumDone, TextPiece
 from anygpt.media.writing import write_audio, write_video
+from anygpt.outputs import Segment
 from anygpt.serving.engine import Busy, Engine, Job
 from anygpt.serving.http import BodyLimits, Interface
-from anygpt.serving.openai_form import Limits
+from anygpt.serving.openai_form import Limits, _of_answer
 
 QUICK = {"decoders": {key: {"num_inference_steps": 2} for key in ("image", "video", "audio")}}
 HELLO = [{"role": "user", "content": "Draw a ring."}]
@@ -156,6 +158,13 @@ def test_a_stream_says_the_same(client):
     assert progress[1:] == [{"decoder": "image", "step": step, "steps": 2} for step in (1, 2)]
 
 
+@pytest.mark.parametrize(("index", "types"), [(1, ["text", "image_url"]), (0, ["image_url", "text"])])
+def test_a_streamed_answer_is_sent_back_whole(index, types):
+    """Its pieces of text are its content, and its media have their places in parts."""
+    parts = [{"type": "image_url", "image_url": {"url": "data:"}, "index": index}]
+    assert [part["type"] for part in _of_answer("Here it is.", parts, "parts")] == types
+
+
 def test_sampling_is_by_the_seed_and_modalities_are_kept(client):
     def say(seed):
         return (
@@ -183,8 +192,16 @@ def bomb():
     return png(Image.new("L", (8_000, 8_000)))
 
 
-def image_part(url):
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+def said(content, **more):
+    return [{"role": "user", "content": content, **more}]
+
+
+def answered(content, **more):
+    return [*HELLO, {"role": "assistant", "content": content, **more}, *HELLO]
+
+
+def image_part(url, **more):
+    return said([{"type": "image_url", "image_url": {"url": url, **more}}])
 
 
 @pytest.mark.parametrize(
@@ -204,6 +221,25 @@ def image_part(url):
         ({"messages": image_part("data:image/png,abc")}, 400, "not a data URL in base64"),
         ({"messages": image_part(data_url(b"GIF89a nonsense", "image/png"))}, 400, "cannot be read as an image"),
         ({"messages": image_part(data_url(bomb(), "image/png"))}, 400, "pixels, more than max_pixels"),
+        ({"messages": image_part(data_url(b"RIFF", "audio/wav"))}, 400, "of the type audio/wav; expected one of image"),
+        ({"messages": image_part(data_url(b"a", "image/png"), detail="low")}, 400, "image_url.detail is not supported"),
+        ({"messages": image_part(data_url(b"a", "image/png"), crop=[1])}, 400, "image_url.crop is not supported"),
+        ({"messages": said([{"type": "text", "text": "a", "foo": 1}])}, 400, r"content\[0\].foo is not supported"),
+        ({"messages": said([{"type": "input_audio", "input_audio": {"format": 5}}])}, 400, "format is 5; expected wav"),
+        ({"messages": said("Hi", parts=[{"type": "text", "text": "a"}])}, 400, r"messages\[0\].parts is not supported"),
+        ({"messages": said("Hi", name="Bob")}, 400, r"messages\[0\].name is not supported"),
+        ({"messages": answered(None, tool_calls=[{"id": "a"}])}, 400, r"messages\[1\].tool_calls is not supported"),
+        ({"messages": answered(None, audio={"id": "a"})}, 400, r"messages\[1\].audio is not supported"),
+        ({"messages": answered(None, refusal="No.")}, 400, r"messages\[1\].refusal is not supported"),
+        ({"messages": answered("b", parts=[{"type": "text", "text": "a"}])}, 400, "have another text than content"),
+        ({"messages": answered("b", parts=["a"])}, 400, "parts must be a list of parts"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options has no effect without stream"),
+        ({"stream": True, "stream_options": {"include_usage": "no"}}, 400, "expected an object with include_usage"),
+        ({"stream": True, "stream_options": {"foo": 1}}, 400, "expected an object with include_usage"),
+        ({"max_completion_tokens": 5}, 400, "max_tokens and max_completion_tokens differ"),
+        ({"modalities": ["image"]}, 400, "name text, too"),
+        ({"modalities": []}, 400, "name text, too"),
+        ({"decoders": {"image": {"seed": [5, 6]}}}, 400, "seed is a list; expected one whole number"),
         ({"max_tokens": 401}, 400, "max_tokens is 401, more than the 400"),
         ({"max_tokens": "many"}, 400, "max_tokens is 'many'"),
         ({"temperature": 3}, 400, "temperature is 3"),
@@ -343,6 +379,9 @@ NO_MEDIA = {"forbid": ["image", "video", "audio"]}
         {"parallel_tool_calls": False},
         {"max_completion_tokens": 4000, "max_tokens": None, "stop": ["e"]},
         {"seed": -1, "top_p": 0, "temperature": 1},
+        {"messages": answered("", refusal=None, tool_calls=None, annotations=[], audio=None, function_call=None)},
+        {"messages": image_part(data_url(png(Image.new("RGB", (8, 8))), "image/png"), detail="auto")},
+        {"max_completion_tokens": 12, "modalities": ["text"], "stream_options": None},
         {"stop": None, "logit_bias": {}, "frequency_penalty": 0.0, "reasoning_effort": "low"},
     ],
 )
@@ -517,6 +556,28 @@ def test_metrics(client, address):
     assert new['anygpt_decoder_seconds_count{decoder="image"}'] == 1
     assert 0 < new['anygpt_decoder_seconds_sum{decoder="image"}'] < 60
     assert after["anygpt_requests_waiting"] == 0
+
+
+def test_a_decoders_seconds_are_those_of_its_own_batch():
+    """Those of an answer whose client hung up meanwhile end with it."""
+    told = queue.SimpleQueue()
+
+    def answer_together(conversations, settings, tell):
+        tell(DecodingStarted("image", (0,)))
+        if conversations[0] == "hangs up":
+            raise Closed
+        tell(MediumDone(0, Segment("image", None, "image")))
+        raise InputError("the rest is of no interest")
+
+    engine = Engine(SimpleNamespace(answer_together=answer_together))
+    engine.submit("hangs up", Settings(), told.put)
+    told.get(timeout=60)
+    time.sleep(0.5)
+    engine.submit("stays", Settings(), told.put)
+    engine.close()
+    text = engine.metrics.text().decode()
+    assert 'anygpt_decoder_seconds_count{decoder="image"} 1.0' in text
+    assert float(re.search(r'anygpt_decoder_seconds_sum{decoder="image"} (.*)', text)[1]) < 0.5
 
 
 def resident():

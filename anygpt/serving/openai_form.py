@@ -23,7 +23,7 @@ from anygpt.data.schema import checked_text
 from anygpt.decoders.options import MAX_SEED
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
-from anygpt.media.types import MEDIA, media_type
+from anygpt.media.types import MEDIA, MediaType, media_type
 from anygpt.outputs import Segment
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -70,6 +70,13 @@ Share = Annotated[float, Field(ge=0, le=1, description="is {}; expected a number
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
 
 
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
 class Fields(BaseModel):
     """The fields that affect an answer; the descriptions say what is wrong with other values."""
 
@@ -88,7 +95,9 @@ class Fields(BaseModel):
         description="is {}; expected a whole number of 64 bits",
     )
     stream: bool = Field(False, description="must be true or false")
-    stream_options: dict[str, Any] = Field({}, description="must be an object")
+    stream_options: StreamOptions = Field(
+        StreamOptions(), description="is {}; expected an object with include_usage, true or false"
+    )
     n: Literal[1] = Field(1, description="is not 1; a request gets one answer")
     modalities: Names | None = None
     stop: Annotated[Stop, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
@@ -151,14 +160,18 @@ def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -
         raise InputError(f"{name} {wrong}") from None
     messages = _messages(given.messages, limits)
     settings = _settings(given, chat_model, limits)
+    if body.get("stream_options") and not given.stream:
+        raise InputError("stream_options has no effect without stream; leave it out, or set stream to true")
     for message in messages:
         message["content"] = [
             chat_model.read(part["type"], part["medium"]) if "medium" in part else part for part in message["content"]
         ]
-    return Request(given.model, messages, settings, given.stream, bool(given.stream_options.get("include_usage")))
+    return Request(given.model, messages, settings, given.stream, bool(given.stream_options.include_usage))
 
 
 def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
+    if len({given.max_completion_tokens, given.max_tokens} - {None}) > 1:
+        raise InputError("max_tokens and max_completion_tokens differ; give one of them")
     tokens = given.max_completion_tokens or given.max_tokens or Settings.max_new_tokens
     limits.check("max_tokens", tokens, limits.new_tokens)
     makes, forbid = chat_model.makes, given.forbid
@@ -166,11 +179,15 @@ def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
         _check_names(name, keys, makes)
     if given.modalities is not None:
         _check_names("modalities", given.modalities, {"text": None} | dict.fromkeys(makes.values()))
+        if "text" not in given.modalities:
+            raise InputError(f"modalities is {given.modalities}; an answer may always have text, so name text, too")
         forbid = forbid + [key for key, modality in makes.items() if modality not in given.modalities]
     for key, options in given.decoders.items():
         for name in ("generator", "negative_condition"):  # not representable in JSON
             if name in options:
                 raise InputError(f"decoders.{key}.{name} cannot be given here")
+        if isinstance(options.get("seed"), list):
+            raise InputError(f"decoders.{key}.seed is a list; expected one whole number, as a request has one answer")
         chat_model.model.makers[key].check_options(options)
         limits.check_decoder(key, options)
     return Settings(
@@ -211,7 +228,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: the role is {role!r:.40}; expected {', '.join(ROLES)}")
     content = message.get("content")
     if role == "assistant":  # an earlier answer, including its media
-        content = message.get("parts") or content or ""
+        content = _of_answer(content or "", message.get("parts") or [], f"{where}.parts")
+    _check_keys(message, ("role", "content", *(["parts"] if role == "assistant" else [])), where)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -222,19 +240,49 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return {"role": ROLES[role], "content": parts}
 
 
+def _of_answer(content: Any, parts: Any, where: str) -> Any:
+    """Content of an earlier answer: its parts; where they came in a stream, the media alone, with its text."""
+    if not parts:
+        return content
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{where} must be a list of parts")
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    if content and isinstance(content, str) and not texts:
+        taken = [part.get("index") for part in parts]
+        place = next(i for i in range(len(parts) + 1) if i not in taken)
+        return [*parts[:place], {"type": "text", "text": content}, *parts[place:]]
+    if content not in ("", parts, "".join(map(str, texts))):
+        raise InputError(f"{where} have another text than content; give one of them, or both as they came")
+    return parts
+
+
+def _check_keys(held: dict[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse keys that would have no effect, unless they say nothing."""
+    if unknown := [key for key, value in held.items() if key not in known and value not in (None, "", [], {})]:
+        raise InputError(f"{where}.{unknown[0]:.60} is not supported; leave it out. Known are {', '.join(known)}")
+
+
 def _part(part: Any, role: str, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
+    known = {medium.content_part: medium for medium in MEDIA.values()}
+    if not isinstance(kind, str) or kind not in ("text", *known):
+        raise InputError(f"{where}: the type is {kind!r:.40}; expected text, {', '.join(known)}")
+    _check_keys(part, ("type", kind, *(["index"] if role == "assistant" else [])), where)
     if kind == "text":
         return {"type": "text", "text": checked_text(part.get("text"), f"{where}.text")}
-    known = {medium.content_part: medium.name for medium in MEDIA.values()}
-    if not isinstance(kind, str) or kind not in known:
-        raise InputError(f"{where}: the type is {kind!r:.40}; expected text, {', '.join(known)}")
     if role == "system":
         raise InputError(f"{where}: a system message holds text only")
     held, name = part.get(kind), f"{where}.{kind}"
     if not isinstance(held, dict):
         raise InputError(f"{name} must be an object")
-    data = _data_of(held.get("url"), name) if kind.endswith("_url") else held.get("data")
+    medium, is_url = known[kind], kind.endswith("_url")
+    if held.get("detail") == "auto":  # sent by habit
+        held = held | {"detail": None}
+    _check_keys(held, ("url",) if is_url else ("data", "format"), name)
+    formats = [suffix.removeprefix(".") for suffix in medium.suffixes]
+    if not is_url and held.get("format") not in (None, *formats):
+        raise InputError(f"{name}.format is {held['format']!r:.40}; expected {', '.join(formats)}")
+    data = _data_of(held.get("url"), name, medium) if is_url else held.get("data")
     if not isinstance(data, str) or not data:
         raise InputError(f"{name} has no data; expected the file's bytes in base64")
     try:
@@ -242,10 +290,10 @@ def _part(part: Any, role: str, where: str) -> dict[str, Any]:
         content = base64.b64decode("".join(unquote(data).split()), validate=True)
     except ValueError as error:
         raise InputError(f"{name} is not base64: {error}") from error
-    return {"type": known[kind], "medium": SentMedium(name, content)}
+    return {"type": medium.name, "medium": SentMedium(name, content)}
 
 
-def _data_of(url: Any, name: str) -> str:
+def _data_of(url: Any, name: str, medium: MediaType) -> str:
     """The base64 in a data URL; other URLs are never fetched."""
     if not isinstance(url, str) or not url:
         raise InputError(f"{name} has no url; expected a data URL, data:<type>;base64,<data>")
@@ -254,6 +302,9 @@ def _data_of(url: Any, name: str) -> str:
         raise InputError(f"{name} is {url[:60]!r}, and URLs are not fetched; send the file itself as a data URL")
     if not comma or not head.lower().endswith(";base64"):
         raise InputError(f"{name} is not a data URL in base64; expected data:<type>;base64,<data>")
+    kind, _, form = head[len("data:") :].partition(";")[0].lower().partition("/")
+    if kind in MEDIA and kind != medium.mime.partition("/")[0] and f".{form}" not in medium.suffixes:  # GIFs are clips
+        raise InputError(f"{name} is of the type {kind}/{form:.40}; expected one of {medium.name}, as {medium.mime}")
     return data
 
 
