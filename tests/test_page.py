@@ -292,6 +292,7 @@ def test_only_what_was_uploaded_can_be_read_and_named(address, tmp_path):
     up = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", picture.getvalue())}, timeout=PATIENCE)
     (path,) = up.json()
     assert httpx.get(f"{address}/gradio_api/file={path}", timeout=PATIENCE).content == picture.getvalue()
+    assert httpx.get(f"{address}/gradio_api/file/{path}", timeout=PATIENCE).status_code == 404  # gradio's older route
     assert httpx.get(f"{address}/gradio_api/file={path}/../../../../etc/passwd", timeout=PATIENCE).status_code == 403
     config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
     (submit,) = (d["id"] for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"]))

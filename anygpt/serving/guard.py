@@ -30,7 +30,10 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 # Routes that the page does not use.
-CLOSED = (*("run/", "api/", "call/", "proxy=", "stream/"), *("deep_link", "runs", "component_server", "monitoring"))
+CLOSED = (
+    *("run/", "api/", "call/", "proxy=", "stream/", "file/"),
+    *("deep_link", "runs", "component_server", "monitoring"),
+)
 
 
 class Guard:
