@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anygpt.composition import Composition, Reading, evaluating
 from anygpt.errors import InputError
 from anygpt.losses.formulas import kl_divergence, token_nll
-from anygpt.model.parts import adapter_of
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import Merged
 
@@ -75,7 +75,7 @@ class Labels:
 
 def check_retention(model: Composition) -> None:
     """An `InputError` if the language model has no adapters to be compared without."""
-    if adapter_of(model.language_model) is None:
+    if not isinstance(model.language_model, PeftModel):
         raise InputError(
             "loss.retention compares the language model with itself without its LoRA adapters, and it has none; set it "
             "to 0, or use it in a stage with lora"
