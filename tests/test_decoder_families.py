@@ -86,9 +86,10 @@ def inputs(name: str, decoder, rows: int = 3):
 def test_a_condition_is_the_pipelines(name, decoder):
     family = FAMILIES[name]
     assert decoder.condition_shape == family.shape and decoder.pooled_dim == family.pooled_dim
-    for captions in (CAPTIONS[:1], CAPTIONS):
-        ours, theirs = decoder.encode_text(captions), family.encode(decoder.pipeline, captions)
-        assert ours.embeds.shape == (len(captions), *family.shape) and not ours.embeds.requires_grad
+    together = decoder.encode_text(CAPTIONS)
+    assert together.embeds.shape == (len(CAPTIONS), *family.shape) and not together.embeds.requires_grad
+    for row, caption in enumerate(CAPTIONS):  # each as the pipeline encodes it alone
+        ours, theirs = together[[row]], family.encode(decoder.pipeline, [caption])
         torch.testing.assert_close(ours.embeds, theirs.embeds, rtol=0, atol=1e-5)
         assert (ours.pooled is None) == (theirs.pooled is None) and (ours.mask is not None) == decoder.masked
         if ours.pooled is not None:

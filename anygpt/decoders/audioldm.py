@@ -131,14 +131,19 @@ class AudioLDM2Decoder(AudioLDMDecoder):
         return count + self.pipeline.tokenizer_2.model_max_length, max(widths)
 
     def encode_text(self, captions: list[str]) -> Condition:
-        """The pipeline's generated states and T5's, padded to the full length, and the mask."""
-        states, mask, generated = self.pipeline.encode_prompt(captions, self.device, 1, False)
+        """The pipeline's generated states and T5's, padded to the full length, and the mask.
+
+        Captions are encoded one by one: the language model would read a batch's padding as text.
+        """
         tokens, width = self.condition_shape
-        count, lacking = generated.shape[1], tokens - generated.shape[1] - states.shape[1]
-        states = F.pad(states, (0, width - states.shape[2], 0, lacking))
-        generated = F.pad(generated, (0, width - generated.shape[2]))
-        mask = F.pad(F.pad(mask, (0, lacking)), (count, 0), value=1)
-        return Condition(torch.cat([generated, states], dim=1), mask=mask.bool())
+        rows, masks = [], []
+        for caption in captions:
+            states, mask, generated = self.pipeline.encode_prompt([caption], self.device, 1, False)
+            count, lacking = generated.shape[1], tokens - generated.shape[1] - states.shape[1]
+            states = F.pad(states, (0, width - states.shape[2], 0, lacking))
+            rows.append(torch.cat([F.pad(generated, (0, width - generated.shape[2])), states], dim=1))
+            masks.append(F.pad(F.pad(mask, (0, lacking)), (count, 0), value=1))
+        return Condition(torch.cat(rows), mask=torch.cat(masks).bool())
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
         """Nothing: the states are as they are."""
