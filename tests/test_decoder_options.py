@@ -47,6 +47,8 @@ def tokenize(processor, texts):
         ("image", {"negative_prompt": ["a"]}, "expected a text"),
         ("image", {"seed": 1, "generator": torch.Generator()}, "both seed and generator"),
         ("image", {"generator": []}, "a torch.Generator, or a list with one a sample"),
+        ("image", {"negative_prompt": "a", "guidance_scale": 1}, "negative_prompt of the image decoder .* no effect"),
+        ("audio", {"negative_condition": torch.zeros(1), "guidance_scale": -3.0}, "negative_condition .* no effect"),
     ],
 )
 def test_wrong_options_are_errors_before_anything_runs(full_model, key, wrong, message):

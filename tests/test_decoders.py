@@ -182,6 +182,22 @@ def test_one_generator_a_sample_makes_samples_independent_of_the_batch(decoder):
         decoder.sample(condition, generator=[generator(), generator()], **call)
 
 
+@pytest.mark.parametrize(("wrong", "instead"), [({"seed": 3}, "generator"), ({"negative_prompt": "a"}, "negative_con")])
+def test_sample_names_what_it_takes_instead(decoder, wrong, instead):
+    with pytest.raises(InputError, match=f"sample takes no {next(iter(wrong))}, .*give {instead}"):
+        decoder.sample(decoder.encode_text(CAPTIONS[:1]), **wrong)
+
+
+def test_a_distilled_unet_takes_no_negative_and_is_not_trained():
+    decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion())
+    decoder.unet.register_to_config(time_cond_proj_dim=8)
+    condition = decoder.encode_text(CAPTIONS[:1])
+    with pytest.raises(InputError, match="negative_condition .* no effect"):
+        decoder.sample(condition, negative_condition=condition, guidance_scale=8.0)
+    with pytest.raises(InputError, match="told its guidance .* not trained by denoising"):
+        decoder.denoising_loss(condition, torch.zeros(1, 4, 8, 8))
+
+
 def test_forms_and_default_sizes(decoder):
     sample = decoder.sample(decoder.encode_text(CAPTIONS[:1]), num_inference_steps=1, guidance_scale=1.0)[0]
     if decoder.modality == "image":

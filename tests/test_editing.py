@@ -122,7 +122,7 @@ def test_edits_are_the_pipelines(name, decoder, rows, scale):
     size = {"height": decoder.height, "width": decoder.width}
     options = {"num_inference_steps": 2}
     if name == "pix2pix":
-        options |= {"guidance_scale": scale, "image_guidance_scale": 1.7}
+        options |= {"guidance_scale": scale} | ({"image_guidance_scale": 1.7} if scale > 1 else {})
         call: dict = {}
     else:
         call = {**size, "max_area": decoder.height * decoder.width, "_auto_resize": False}
@@ -588,6 +588,11 @@ def test_options_of_a_request_are_checked_over_the_defaults(made):
         module.check_options({"num_inference_steps": 2})
     module = ModalDecoderModule(made("flux"), defaults={"true_cfg_scale": 3.0, "negative_prompt": "a"})
     module.check_options({"negative_prompt": "b"})
+    module = ModalDecoderModule(made("pix2pix"), defaults={"negative_prompt": "a", "image_guidance_scale": 2.0})
+    module.check_options({"guidance_scale": 1.0})  # which goes without what the defaults guide by
+    assert module.options({"guidance_scale": 1.0}) == {"guidance_scale": 1.0}
+    with pytest.raises(InputError, match="image_guidance_scale of the image decoder would have no effect"):
+        module.check_options({"guidance_scale": 1.0, "image_guidance_scale": 2.0})
 
 
 @pytest.mark.parametrize("settings", [{"height": 0}, {"width": 0}, {"height": "16"}, {"height": 20}])

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
-from anygpt.decoders.options import STEERING, Rule, check_options, is_integer, seeded
+from anygpt.decoders.options import ALTERNATIVES, STEERING, Rule, check_options, is_integer, is_number, seeded
 from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
@@ -49,10 +49,10 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     """Name of the mask in the pipeline's call."""
     encodes: ClassVar[tuple[str | None, ...]] = ("embeds",)
     """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others."""
-    pixel_multiple: ClassVar[int] = 8
-    """What the pipeline demands height and width in pixels to be multiples of."""
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser also reads a reference medium, which it is to edit."""
+    guided: ClassVar[tuple[str, ...]] = ALTERNATIVES[0]
+    """The options that do nothing without guidance."""
 
     # ---- what a family defines
 
@@ -171,6 +171,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     @cached_property
     def schedule(self) -> TrainingSchedule:
         """The training schedule with the pipeline's scheduler config: a flow if there is a `weighting_scheme`."""
+        if self.denoiser.config.get("time_cond_proj_dim"):
+            raise InputError(
+                "a U-Net that is told its guidance (time_cond_proj_dim) is distilled, and not trained by denoising: give "
+                "the denoising loss weight 0, or use the model that it was distilled from"
+            )
         if self.weighting_scheme is None:
             return DiffusionSchedule(self.pipeline.scheduler)
         return FlowSchedule(self.pipeline.scheduler, self.weighting_scheme)
@@ -265,7 +270,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
         Args:
             condition: `(B, T, D)`.
-            num_inference_steps, guidance_scale: the pipeline's defaults if None.
+            num_inference_steps, guidance_scale: the pipeline's defaults if None. Guidance up to 1 is none.
             negative_condition: `(B, T, D)`; the pipeline's default if None.
             generator: one, or a list with one a sample.
             on_step: called with the numbers of finished and of all denoising steps; an exception ends the sampling.
@@ -277,6 +282,9 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """
         steering = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         given = {name: value for name, value in (steering | size).items() if value is not None}
+        for name, instead in ALTERNATIVES:
+            if name in given:
+                raise InputError(f"sample takes no {name}, which is for generate's decoder_kwargs: give {instead}.")
         self.check_options(given | {"negative_condition": negative_condition})
         condition = self._ready(condition)
         if negative_condition is not None:
@@ -340,13 +348,19 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise an `InputError` for an option that this decoder does not have or cannot use."""
         check_options(f"the {self.modality} decoder", self.option_rules, options)
+        if idle := self.idle(options):
+            raise InputError(
+                f"{', '.join(idle)} of the {self.modality} decoder would have no effect without guidance: give a "
+                "guidance_scale above 1, or leave it out (a U-Net with time_cond_proj_dim takes none)"
+            )
 
-    @property
-    def size_multiple(self) -> int:
-        """What height and width must be multiples of: `pixel_multiple`, and the pixels of a patch."""
-        names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-        factor = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
-        return math.lcm(self.pixel_multiple, factor * self.patch[-1])
+    def idle(self, options: Mapping[str, Any]) -> list[str]:
+        """Those of `options` that would do nothing, because there is no guidance."""
+        scale = options.get("guidance_scale")
+        scale = self.call_default("guidance_scale") if scale is None else scale
+        if is_number(scale) and scale > 1 and not self.denoiser.config.get("time_cond_proj_dim"):
+            return []
+        return [name for name in self.guided if options.get(name) is not None]
 
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """Convert checked options of generation to arguments of `sample`.

@@ -25,6 +25,7 @@ class FluxDecoder(ImageDecoder):
     encodes = ("embeds", "pooled")
     pixel_multiple = 1
     patch = (2, 2)
+    guided = ()  # `check_options` sees to it
 
     @property
     def native_size(self) -> tuple[int, int]:

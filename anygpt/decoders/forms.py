@@ -1,6 +1,7 @@
 """Decoders by the form of what they generate: images, videos, sounds. Sizes default to those of the network."""
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,8 @@ class ImageDecoder(DiffusionDecoder):
 
     modality = "image"
     size_names: ClassVar[tuple[str, ...]] = ("height", "width")
+    pixel_multiple: ClassVar[int] = 8
+    """What the pipeline demands height and width in pixels to be multiples of."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, **settings: Any
@@ -45,6 +48,13 @@ class ImageDecoder(DiffusionDecoder):
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width must be multiples of: `pixel_multiple`, and the pixels of a patch."""
+        names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+        factor = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
+        return math.lcm(self.pixel_multiple, factor * self.patch[-1])
 
     @property
     def targets(self) -> TargetProcessor:

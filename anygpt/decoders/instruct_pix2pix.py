@@ -23,6 +23,7 @@ class InstructPix2PixDecoder(ImageDecoder):
 
     pipeline_name = "StableDiffusionInstructPix2PixPipeline"
     takes_reference = True
+    guided = (*ImageDecoder.guided, "image_guidance_scale")
 
     @classmethod
     def widened(cls, pipeline: DiffusionPipeline) -> InstructPix2PixDecoder:

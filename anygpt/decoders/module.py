@@ -65,6 +65,12 @@ class ModalDecoderModule(MediaMaker):
     def check_values(self, options: Mapping[str, Any]) -> None:
         self.module.check_options(options)
 
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Also leaves out defaults that do nothing where a request goes without guidance."""
+        merged = super().options(given)
+        idle = [name for name in self.module.idle(merged) if given.get(name) is None]
+        return {name: value for name, value in merged.items() if name not in idle}
+
     def edits(self, given: Mapping[str, Any]) -> bool:
         """Whether a request with these options edits, or starts from, the last medium shown."""
         return self.module.takes_reference or "strength" in self.options(given)
