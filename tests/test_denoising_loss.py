@@ -212,6 +212,9 @@ def test_schedules_that_cannot_be_trained_with_are_refused():
         StableDiffusionDecoder(pipeline).denoising_loss(condition, latents)
     with pytest.raises(InputError, match="configured for flow matching"):
         image_decoder(prediction_type="flow_prediction").denoising_loss(condition, latents)
+    with pytest.raises(InputError, match="or continuous noise levels"):
+        pipeline.scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+        StableDiffusionDecoder(pipeline).denoising_loss(condition, latents)
     with pytest.raises(InputError, match=r"'x0', expected one of epsilon, v_prediction, sample"):
         image_decoder(prediction_type="x0").denoising_loss(condition, latents)
 
@@ -223,6 +226,24 @@ def test_min_snr_at_zero_terminal_snr():
         image_decoder(rescale_betas_zero_snr=True).denoising_loss(condition, latents, **call)
     loss = image_decoder("v_prediction", rescale_betas_zero_snr=True).denoising_loss(condition, latents, **call)
     assert loss.isfinite().all() and loss[-1] == 0
+
+
+@pytest.mark.parametrize("snr_gamma", [0, -1.0, float("nan"), "5"])
+def test_a_gamma_of_nothing_is_refused(snr_gamma):
+    condition, latents, *_ = inputs()
+    with pytest.raises(InputError, match=rf"snr_gamma is '?{snr_gamma}'?, expected a number above 0"):
+        image_decoder().denoising_loss(condition, latents, snr_gamma=snr_gamma)
+
+
+@pytest.mark.parametrize("wrong", [[0, -1, 5, 9], [0, 1000, 5, 9], [0.0, 1.5, 5.0, 9.0], [0.0, float("nan"), 1, 1]])
+def test_timesteps_beyond_the_schedule_are_refused(wrong):
+    condition, latents, *_ = inputs()
+    with pytest.raises(InputError, match="expected whole numbers from 0 to 999 for diffusion"):
+        image_decoder().denoising_loss(condition, latents, timesteps=torch.tensor(wrong))
+    decoder = StableDiffusion3Decoder(tiny_pipelines.stable_diffusion_3())
+    for timesteps in ([-1.0, 1, 1, 1], [1, 1000.5, 1, 1]):
+        with pytest.raises(InputError, match=r"expected numbers from 0 to 1000\.0 for flow matching"):
+            decoder.denoising_loss(*random_inputs(decoder, 4, (4, 6, 10)), timesteps=torch.tensor(timesteps))
 
 
 def test_noise_and_timesteps_of_another_shape_are_refused():

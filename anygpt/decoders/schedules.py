@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import Tensor
 
 from anygpt.decoders.conditions import Generators
+from anygpt.decoders.options import is_number
 from anygpt.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -25,10 +26,12 @@ class TrainingSchedule(ABC):
     Attributes:
         scheduler: of diffusers, holds the noise levels.
         method: what the training is called, in messages.
+        last: the last timestep; the first is 0.
     """
 
     scheduler: Any
     method: str
+    last: float
 
     def draw(self, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
         """Draw training timesteps `(B,)` on `device`, each with its own generator if a list is given."""
@@ -39,6 +42,15 @@ class TrainingSchedule(ABC):
     def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
         """Shift drawn timesteps as the schedule does for a sequence of `tokens`; nothing by default."""
         return timesteps
+
+    def check(self, timesteps: Tensor) -> None:
+        """Raise an `InputError` for timesteps that the schedule does not have."""
+        whole = isinstance(self.last, int)
+        if (whole and timesteps.is_floating_point()) or not bool(((timesteps >= 0) & (timesteps <= self.last)).all()):
+            raise InputError(
+                f"timesteps are {timesteps.tolist()!s:.80}, expected {'whole ' if whole else ''}numbers from 0 to "
+                f"{self.last} for {self.method}."
+            )
 
     @abstractmethod
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -69,7 +81,8 @@ class DiffusionSchedule(TrainingSchedule):
     def __init__(self, scheduler: Any):
         config = scheduler.config
         self.kind = config.get("prediction_type", PREDICTION_TYPES[0])
-        if "beta_schedule" not in config or config.get("use_flow_sigmas") or self.kind == "flow_prediction":
+        flow = config.get("use_flow_sigmas") or self.kind == "flow_prediction"
+        if "beta_schedule" not in config or flow or config.get("timestep_type") == "continuous":
             raise InputError(
                 f"the decoder trains with a DDPM noise schedule, but the pipeline's {type(scheduler).__name__} is "
                 "configured for flow matching or continuous noise levels: give the pipeline the diffusion scheduler "
@@ -82,6 +95,7 @@ class DiffusionSchedule(TrainingSchedule):
             )
         # With this key, from_config would replace defaults of the other class (such as LCM's betas) by DDPM's.
         self.scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+        self.last = self.scheduler.config.num_train_timesteps - 1
 
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Draw uniformly over the schedule, int64."""
@@ -102,6 +116,8 @@ class DiffusionSchedule(TrainingSchedule):
         """
         if snr_gamma is None:
             return 1.0
+        if not is_number(snr_gamma) or snr_gamma <= 0:
+            raise InputError(f"snr_gamma is {snr_gamma!r:.80}, expected a number above 0, or None for no weights.")
         if self.kind == "epsilon" and self.scheduler.alphas_cumprod.min() == 0:
             raise InputError(
                 "snr_gamma cannot be used with epsilon prediction at zero terminal SNR (the weight is 0/0): "
@@ -134,9 +150,11 @@ class FlowSchedule(TrainingSchedule):
             )
         dynamic = config.get("use_dynamic_shifting", False)  # if so, the levels are unshifted, and `shift` shifts them
         self.config = config
+        kind = config.get("time_shift_type", "exponential")
         self.scheduler = FlowMatchEulerDiscreteScheduler(
-            config.num_train_timesteps, shift, use_dynamic_shifting=dynamic
+            config.num_train_timesteps, shift, use_dynamic_shifting=dynamic, time_shift_type=kind
         )
+        self.last = float(config.num_train_timesteps)
 
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Draw float32 timesteps (1000 σ for 1000 steps), with the training script's parameters."""
@@ -147,7 +165,10 @@ class FlowSchedule(TrainingSchedule):
         return steps[(u * len(steps)).long().clamp(max=len(steps) - 1).cpu()]
 
     def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
-        """σ → e^μ / (e^μ + 1/σ − 1) with μ linear in the number of tokens, where the pipelines do so for sampling."""
+        """σ → e^μ / (e^μ + 1/σ − 1) with μ linear in the number of tokens, where the pipelines do so for sampling.
+
+        A scheduler whose `time_shift_type` is linear has μ in place of e^μ.
+        """
         if not self.config.get("use_dynamic_shifting", False):
             return timesteps
         names = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
@@ -177,6 +198,7 @@ class AngularSchedule(TrainingSchedule):
     """
 
     method = "the v-objective in continuous time"
+    last = 1.0
 
     def __init__(self, scheduler: Any):
         config = scheduler.config
