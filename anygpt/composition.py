@@ -173,6 +173,8 @@ class Composition(PreTrainedModel):
         self, text: Merged, features: Mapping[str, Any], items_per_row: Mapping[str, list[int]] | None = None
     ) -> Merged:
         """Insert features into the sequence: injected if token ids are set, else prepended."""
+        if unknown := sorted(set(items_per_row or ()) - set(self.readers), key=str):
+            raise InputError(f"items_per_row names {', '.join(map(repr, unknown))}; there are {list(self.readers)}")
         text.media_in = text.media_in.to(text.inputs_embeds.device)
         if self.token_ids is None:
             return prepend(text, features, items_per_row)

@@ -293,6 +293,21 @@ def test_wishes_that_cannot_be_met_are_errors(full_model):
         ({"prefix_allowed_tokens_fn": lambda row, said: [3]}, "for one row at a time"),
         ({"stop": "ring"}, r"stop is the text 'ring'; give a list of texts, as \['ring'\]"),
         ({"stop": ["ring"], "require": ["image"]}, "stop and require exclude each other"),
+        *(({"stop": stop}, "a list of texts of at least one character") for stop in ([""], [1])),
+        ({"seeds": [1, 2]}, "this is greedy search; set do_sample=True"),
+        *(({"seeds": seeds, "do_sample": True}, "seeds are .* for 2 rows") for seeds in ([1], [1, 2, 3], [-1, 2], 3)),
+        *(
+            ({"budgets": budgets}, "budgets are .* for 2 rows")
+            for budgets in ([3], [3, 4, 5], [0, 4], [-3, 4], [2.5, 4])
+        ),
+        ({"position_ids": torch.zeros(2, 3)}, "no position_ids here: positions follow from attention_mask"),
+        ({"inputs_embeds": torch.zeros(2, 3, 4)}, "no inputs_embeds here"),
+        ({"custom_generate": "a/repository"}, "no custom_generate here"),
+        ({"guidance_scale": 3.0}, "no guidance_scale here: media are guided by decoder_kwargs"),
+        ({"generation_config": GenerationConfig(guidance_scale=3.0)}, "no guidance_scale here"),
+        ({"negative_prompt_ids": torch.zeros(2, 3)}, "no negative_prompt_ids here"),
+        *(({f"output_{name}": True}, f"no output_{name} here") for name in ("scores", "hidden_states", "attentions")),
+        ({"items_per_row": {"smell": [1, 1]}}, "items_per_row names 'smell'; there are"),
     ],
 )
 def test_options_that_would_do_something_else_are_refused(full_model, options, message):

@@ -132,10 +132,11 @@ def test_each_row_of_a_batch_has_the_events_that_it_has_alone(full_model, sampli
         return {key: {"num_inference_steps": 2, "seed": own} for key in model.decoder_keys}
 
     given = {"require": ["image"], "max_new_tokens": 20, **sampling}
+    text_seeds = seeds if sampling else None
     output = model.generate(
         **together(processor),
         **given,
-        seeds=seeds,
+        seeds=text_seeds,
         budgets=budgets,
         decoder_kwargs=kwargs(seeds),
         on_event=lambda event: told[event.row].append(event),
@@ -146,7 +147,7 @@ def test_each_row_of_a_batch_has_the_events_that_it_has_alone(full_model, sampli
         one = model.generate(
             **prompt(processor, text),
             **given | {"max_new_tokens": budgets[row]},
-            seeds=seeds[row : row + 1],
+            seeds=text_seeds and text_seeds[row : row + 1],
             decoder_kwargs=kwargs(seeds[row]),
             on_event=alone.append,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anygpt.decoders.options import MAX_SEED
+from anygpt.decoders.options import MAX_SEED, is_integer, is_number
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
 from anygpt.generation.checks import check_options
@@ -130,10 +130,14 @@ class ChatModel:
 
     def check(self, settings: Settings) -> None:
         """Raise `InputError` for a setting that this model does not support."""
-        if not 0 <= settings.seed <= MAX_SEED:
-            raise InputError(f"the seed is {settings.seed}; expected a whole number from 0 to {MAX_SEED}")
-        if settings.max_new_tokens < 1:
-            raise InputError(f"an answer may have {settings.max_new_tokens} tokens; expected at least 1")
+        if not is_integer(settings.seed) or not 0 <= settings.seed <= MAX_SEED:
+            raise InputError(f"the seed is {settings.seed!r:.80}; expected a whole number from 0 to {MAX_SEED}")
+        if not is_integer(settings.max_new_tokens) or settings.max_new_tokens < 1:
+            raise InputError(f"an answer may have {settings.max_new_tokens!r:.80} tokens; expected at least 1")
+        if not is_number(settings.temperature) or settings.temperature < 0:
+            raise InputError(f"the temperature is {settings.temperature!r:.80}; expected a number from 0 (greedy)")
+        if not is_number(settings.top_p) or not 0 < settings.top_p <= 1:
+            raise InputError(f"top_p is {settings.top_p!r:.80}; expected a number above 0, up to 1")
         check_options({}, 1, settings.stop, settings.require)
         require, forbid = self.model.check_request(settings.require, settings.forbid, settings.decoder_kwargs)
         # raises if the spans do not fit

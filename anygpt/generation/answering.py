@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anygpt.composition import Composition
+from anygpt.errors import InputError
 from anygpt.generation.events import (
     AnswerDone,
     Closed,
@@ -35,7 +36,7 @@ class SpanStates:
         row, start: the row, and the index of the span's first token in the answer.
         key: the decoder or tokenizer key.
         states: `(N, H)`, states plus token embeddings; or codes `(n,)` int64.
-        place: index among the key's spans of this row.
+        place, index: among the key's spans of this row, and of all rows.
     """
 
     row: int
@@ -43,6 +44,7 @@ class SpanStates:
     key: str
     states: Tensor
     place: int = 0
+    index: int = 0
 
 
 def assemble(
@@ -67,14 +69,15 @@ def assemble(
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.makers:
-        wanted = [span for span in spans if span.key == key and not (emitters and emitters[span.row].closed)]
-        wanted.sort(key=lambda span: (span.row, span.start))
-        rows = [span.row for span in wanted]
-        for index, span in enumerate(wanted):
-            span.place = index - rows.index(span.row)
+        found = sorted((span for span in spans if span.key == key), key=lambda span: (span.row, span.start))
+        rows = [span.row for span in found]
+        for index, span in enumerate(found):
+            span.place, span.index = index - rows.index(span.row), index
+        wanted = [span for span in found if not (emitters and emitters[span.row].closed)]
         decoder, last = model.makers[key], dict(enumerate((references or {}).get(key, ())))
         options = decoder_kwargs.get(key, {})
-        edits = not isinstance(decoder, ModalTokenizerModule) and decoder.edits(options)
+        draws = not isinstance(decoder, ModalTokenizerModule)
+        edits = draws and decoder.edits(options)
 
         def turn(span: SpanStates) -> tuple[int, bool]:
             return (span.place, last.get(span.row) is None) if edits else (0, True)  # noqa: B023  # used at once
@@ -83,7 +86,8 @@ def assemble(
             first = min(map(turn, wanted))
             now, wanted = ([span for span in wanted if (turn(span) == first) is this] for this in (True, False))
             shown = None if first[1] else [last[span.row] for span in now]
-            made = _decode_media(model, key, now, options, emitters, shown)
+            own = _options_of(now, key, options, len(found)) if draws else options
+            made = _decode_media(model, key, now, own, emitters, shown)
             media |= made
             last |= {row: segment.content for (row, _), segment in made.items()}
     answers = [_in_order(model, ids, row, media) for row, ids in enumerate(sequences.tolist())]
@@ -91,6 +95,19 @@ def assemble(
         emitter.emit(AnswerDone, answer)
     end_where_all_are_closed(emitters)
     return answers
+
+
+def _options_of(spans: list[SpanStates], key: str, options: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The options with those that are given one a medium, of `count` in all, for these spans alone."""
+    own, places = dict(options), [span.index for span in spans]
+    for name in ("generator", "negative_condition"):
+        given = own.get(name)
+        if given is None or isinstance(given, torch.Generator):
+            continue
+        if len(given) != count:
+            raise InputError(f"{name} of {key} holds {len(given)} for {count} media; give one a medium, or one for all")
+        own[name] = [given[place] for place in places] if isinstance(given, list) else given[places]
+    return own
 
 
 def _decode_media(

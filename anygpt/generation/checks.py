@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from anygpt.composition import Composition
+from anygpt.decoders.options import MAX_SEED, is_integer
 from anygpt.errors import InputError
 
 
@@ -11,19 +12,35 @@ def check_options(options: Mapping[str, Any], rows: int, stop: Sequence[str], re
     """Raise an `InputError` for options of transformers' `generate` that would have no effect, or a wrong one."""
     instead = {
         "past_key_values": "the prompt is read as a whole",
+        "inputs_embeds": "give input_ids and encoder inputs",
+        "position_ids": "positions follow from attention_mask",
+        "custom_generate": "it decodes in its own way",
+        "guidance_scale": "media are guided by decoder_kwargs={decoder key: {'guidance_scale': …}}",
+        "negative_prompt_ids": "media have a negative_prompt in decoder_kwargs",
+        **{f"output_{what}": "a GenerationOutput has none" for what in ("scores", "logits", "attentions")},
+        "output_hidden_states": "a GenerationOutput has those of spans alone",
         "streamer": "use on_event, or generate_stream",
         "stop_strings": "use stop",
         "return_dict_in_generate": "a GenerationOutput is returned",
     }
     for name, advice in instead.items():
-        if options.get(name):
+        if (value := options.get(name)) is not None and value is not False:
             raise InputError(f"generate takes no {name} here: {advice}")
     if options.get("prefix_allowed_tokens_fn") is not None and rows > 1:
         raise InputError("prefix_allowed_tokens_fn is for one row at a time: it could not tell them apart")
     if isinstance(stop, str):
         raise InputError(f"stop is the text {stop!r}; give a list of texts, as [{stop!r}]")
+    if not all(isinstance(one, str) and one for one in stop or ()):
+        raise InputError(f"stop is {stop!r:.80}; expected a list of texts of at least one character")
     if stop and require:
         raise InputError("stop and require exclude each other: an answer that stops early would lack what is required")
+
+
+def check_by_row(name: str, values: Sequence[int] | None, rows: int, least: int) -> None:
+    """Raise an `InputError` unless there is one whole number from `least` a row, or None in all."""
+    fits = isinstance(values, (list, tuple)) and all(is_integer(one) and least <= one <= MAX_SEED for one in values)
+    if values is not None and (not fits or len(values) != rows):
+        raise InputError(f"{name} are {values!r:.80} for {rows} rows; expected a list of one number from {least} a row")
 
 
 def check_request(

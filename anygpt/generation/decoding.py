@@ -24,7 +24,7 @@ from anygpt.composition import Composition, evaluating
 from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.generation.answering import SpanStates, assemble, text_of
-from anygpt.generation.checks import check_options, check_references, check_request
+from anygpt.generation.checks import check_by_row, check_options, check_references, check_request
 from anygpt.generation.codes import code_options, spans_of_codes
 from anygpt.generation.events import EventEmitter, Listener, end_where_all_are_closed
 from anygpt.generation.rows import Row
@@ -213,7 +213,7 @@ def generate(
             `Closed`, the event's row ends; any other exception ends the generation.
         stop: texts that end a row's text (which still holds them; its events do not); not with beam search.
         budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
-        seeds: one a row, which makes sampled text independent of the other rows; not with beam search.
+        seeds: one a row, which makes sampled text independent of the other rows; not with greedy or beam search.
         references: `{decoder key: [medium or None, one a row]}`: the last medium shown. Decoders that take references
             edit it, others start from it if their options have a `strength`; later media of an answer edit the one
             before.
@@ -240,8 +240,13 @@ def generate(
     config = copy.deepcopy(generation_config or base_model(model.language_model).generation_config)
     options = special_tokens(model, config) | options
     config.update(**options)
-    check_options(options, len(input_ids), stop, require)
+    given = {} if generation_config is None else generation_config.to_diff_dict()
+    check_options(given | options, len(input_ids), stop, require)
+    check_by_row("budgets", budgets, len(input_ids), 1)
+    check_by_row("seeds", seeds, len(input_ids), 0)
     mode = config.get_generation_mode()
+    if seeds is not None and mode == GenerationMode.GREEDY_SEARCH:
+        raise InputError("seeds are for sampled text, and this is greedy search; set do_sample=True, or leave them out")
     if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
         raise InputError(
             f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
