@@ -1,5 +1,7 @@
 """The newer decoder families: conditions, samples, latents and losses are their pipelines'."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,11 @@ def test_a_condition_is_the_pipelines(name, decoder):
             torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=0, atol=1e-5)
         if decoder.masked:
             assert ours.mask.dtype == torch.bool and torch.equal(ours.mask, theirs.mask.bool())
+
+
+def test_captions_are_a_list(decoder):
+    with pytest.raises(InputError, match="captions are 'a ring'; expected a list of texts"):
+        decoder.encode_text("a ring")
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
@@ -229,16 +236,18 @@ def test_the_loss_is_ddpms_formula_in_float64(name):
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=0)
 
 
-def test_training_levels_follow_the_resolution_where_sampling_does():
+@pytest.mark.parametrize(("kind", "factor"), [("exponential", math.exp), ("linear", float)])
+def test_training_levels_follow_the_resolution_where_sampling_does(kind, factor):
     """FLUX draws σ from a uniform density, then shifts it as its pipeline does for the number of tokens."""
     decoder = FAMILIES["flux-dev"].decoder()
+    decoder.pipeline.scheduler.register_to_config(time_shift_type=kind)
     drawn = decoder.schedule.draw(4000, generator(), torch.device("cpu"))
     assert abs(drawn.mean() / 1000 - 0.5) < 0.02
     for side, mu in ((32, 0.5), (128, 1.15)):  # 256 tokens, and 4096
         tokens = decoder.count_tokens(torch.zeros(1, 4, side, side))
         shifted = decoder.schedule.shift(drawn, tokens) / 1000
         raw = (drawn / 1000).double()
-        torch.testing.assert_close(shifted.double(), torch.e**mu / (torch.e**mu + 1 / raw - 1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shifted.double(), factor(mu) / (factor(mu) + 1 / raw - 1), rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ masks

@@ -188,13 +188,19 @@ def test_sample_names_what_it_takes_instead(decoder, wrong, instead):
         decoder.sample(decoder.encode_text(CAPTIONS[:1]), **wrong)
 
 
+def test_captions_are_a_list(decoder):
+    for wrong in ("a ring", [1]):
+        with pytest.raises(InputError, match="expected a list of texts"):
+            decoder.encode_text(wrong)
+
+
 def test_a_distilled_unet_takes_no_negative_and_is_not_trained():
     decoder = StableDiffusionDecoder(tiny_pipelines.stable_diffusion())
     decoder.unet.register_to_config(time_cond_proj_dim=8)
     condition = decoder.encode_text(CAPTIONS[:1])
-    with pytest.raises(InputError, match="negative_condition .* no effect"):
+    with pytest.raises(InputError, match=r"negative_condition .* no effect"):
         decoder.sample(condition, negative_condition=condition, guidance_scale=8.0)
-    with pytest.raises(InputError, match="told its guidance .* not trained by denoising"):
+    with pytest.raises(InputError, match=r"told its guidance .* not trained by denoising"):
         decoder.denoising_loss(condition, torch.zeros(1, 4, 8, 8))
 
 

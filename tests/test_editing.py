@@ -582,6 +582,26 @@ def test_references_of_a_generation_are_one_a_row_for_a_decoder_that_could_use_t
         model.generate(**batch, max_new_tokens=4, references={"video": [[shown]]})
 
 
+def test_what_is_given_one_a_medium_goes_to_its_medium(made):
+    """Also where rows with a reference and rows without one run by themselves."""
+    model, processor = composed(made("sd"))
+    said = [[{"role": "user", "content": "a"}]] * 2
+    batch = processor.apply_chat_template(said, tokenize=True, add_generation_prompt=True)
+    batch["references"] = {"image": [None, *pictures(1, (16, 16))]}
+
+    def draw(**options):
+        options |= {"strength": 0.5, "num_inference_steps": 2}
+        output = model.generate(**batch, max_new_tokens=4, require=["image"], decoder_kwargs={"image": options})
+        return [np.asarray(answer.images[0]) for answer in output.answers]
+
+    negative = made("sd").encode_text(["b", "c"])
+    ours = draw(generator=[generator(3), generator(4)], negative_condition=negative)
+    same(ours, draw(seed=[3, 4], negative_condition=negative))
+    assert not np.array_equal(ours[0], draw(seed=[3, 4], negative_condition=negative[[1, 0]])[0])
+    with pytest.raises(InputError, match="generator of image holds 3 for 2 media"):
+        draw(generator=[generator()] * 3)
+
+
 def test_options_of_a_request_are_checked_over_the_defaults(made):
     module = ModalDecoderModule(made("sd"), num_signal_tokens=2, defaults={"strength": 0.2, "num_inference_steps": 20})
     with pytest.raises(InputError, match=r"strength 0.2 of 2 steps is less than one step"):
@@ -603,6 +623,12 @@ def test_a_size_of_nothing_is_refused_and_not_the_default(settings):
         ZeroscopeDecoder(tiny_pipelines.zeroscope(), num_frames=0)
     with pytest.raises(InputError, match="max_sequence_length is 0"):
         SanaDecoder(tiny_pipelines.sana(), max_sequence_length=0)
+    for kind, make in (STARTING["sd3"], STARTING["flux"]):
+        with pytest.raises(InputError, match="max_sequence_length is 600; expected a number of tokens up to 512"):
+            kind(make(), max_sequence_length=600)
+    for rate in (0, -3, float("nan"), "24"):
+        with pytest.raises(InputError, match=f"frame_rate is '?{rate}'?, expected a number above 0"):
+            ZeroscopeDecoder(tiny_pipelines.zeroscope(), frame_rate=rate)
 
 
 # --------------------------------------------------------------------------------------------------------- ToyWorld

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import GenerationMixin, GPT2LMHeadModel
 
-from anygpt.decoders.conditions import Condition, Generators
+from anygpt.decoders.conditions import Condition, Generators, check_captions
 from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.reconstruction import vocoder_loss
 from anygpt.decoders.targets import AudioTargets
@@ -68,6 +68,7 @@ class AudioLDMDecoder(AudioDecoder):
 
     def encode_text(self, captions: list[str]) -> Tensor:
         """The normalised CLAP projection, `(B, 1, D)`."""
+        check_captions(captions)
         return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
@@ -135,6 +136,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
 
         Captions are encoded one by one: the language model would read a batch's padding as text.
         """
+        check_captions(captions)
         tokens, width = self.condition_shape
         rows, masks = [], []
         for caption in captions:

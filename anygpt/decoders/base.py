@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
+from anygpt.decoders.conditions import Condition, Generators, check_captions, check_condition, check_generators
 from anygpt.decoders.options import ALTERNATIVES, STEERING, Rule, check_options, is_integer, is_number, seeded
 from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
@@ -88,6 +88,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
         Differentiable only if the text encoder trains. Captions with too many tokens are cut.
         """
+        check_captions(captions)
         if self.max_sequence_length is not None:
             return self.encode_prompt(captions)
         most, tokenizer = self.condition_shape[0], self.pipeline.tokenizer
@@ -173,8 +174,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """The training schedule with the pipeline's scheduler config: a flow if there is a `weighting_scheme`."""
         if self.denoiser.config.get("time_cond_proj_dim"):
             raise InputError(
-                "a U-Net that is told its guidance (time_cond_proj_dim) is distilled, and not trained by denoising: give "
-                "the denoising loss weight 0, or use the model that it was distilled from"
+                "a U-Net that is told its guidance (time_cond_proj_dim) is distilled, and not trained by denoising: "
+                "give the denoising loss weight 0, or use the model that it was distilled from"
             )
         if self.weighting_scheme is None:
             return DiffusionSchedule(self.pipeline.scheduler)
@@ -238,6 +239,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             timesteps = self.schedule.shift(timesteps, self.count_tokens(latents))
         elif timesteps.shape != (len(latents),):
             raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one a sample: ({len(latents)},).")
+        else:
+            self.schedule.check(timesteps)
         timesteps = timesteps.to(self.device)
         weight = self.schedule.weight(timesteps, snr_gamma)
         noisy, target = self.schedule.noise_and_target(latents, noise.to(latents), timesteps)

@@ -25,6 +25,7 @@ class FluxDecoder(ImageDecoder):
     encodes = ("embeds", "pooled")
     pixel_multiple = 1
     patch = (2, 2)
+    most_tokens = 512
     guided = ()  # `check_options` sees to it
 
     @property

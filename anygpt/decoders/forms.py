@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.decoders.conditions import Condition
-from anygpt.decoders.options import Rule, is_integer, is_number
+from anygpt.decoders.options import Rule, check_rate, is_integer, is_number
 from anygpt.decoders.targets import ImageTargets, TargetProcessor, VideoTargets
 from anygpt.errors import InputError
 
@@ -126,7 +126,8 @@ class VideoDecoder(ImageDecoder):
         super().__init__(pipeline, **settings)
         self.num_frames = self.call_default("num_frames") if num_frames is None else num_frames
         self.check_options({"num_frames": self.num_frames})
-        self.frame_rate = frame_rate or self.call_default("frame_rate") or self.native_rate
+        own_rate = self.call_default("frame_rate") or self.native_rate
+        self.frame_rate = own_rate if frame_rate is None else check_rate(frame_rate)
 
     @property
     def native_size(self) -> tuple[int, int]:

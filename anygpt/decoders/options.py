@@ -64,6 +64,13 @@ def check_options(who: str, rules: Mapping[str, Rule], options: Mapping[str, Any
             raise InputError(f"{name} of {who} is {value!r:.80}; expected {expected}")
 
 
+def check_rate(rate: Any) -> float:
+    """The frame rate, or an `InputError` for one that is none."""
+    if not is_number(rate) or rate <= 0:
+        raise InputError(f"frame_rate is {rate!r:.80}, expected a number above 0")
+    return rate
+
+
 class MediaMaker(nn.Module):
     """A module that makes media of one modality, with default options of generation that are saved with the model."""
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from anygpt.decoders.conditions import Condition
+from anygpt.decoders.conditions import Condition, check_captions
 from anygpt.decoders.forms import STRENGTH, ImageDecoder
 from anygpt.decoders.options import Rule
 
@@ -26,6 +26,7 @@ class SanaDecoder(ImageDecoder):
     pixel_multiple = 32
 
     def encode_text(self, captions: list[str]) -> Condition:
+        check_captions(captions)
         instruction = self.call_default("complex_human_instruction")
         return self.encode_prompt(captions, complex_human_instruction=instruction)
 

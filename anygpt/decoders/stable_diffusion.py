@@ -63,6 +63,7 @@ class StableDiffusion3Decoder(ImageDecoder):
 
     pipeline_name = "StableDiffusion3Pipeline"
     weighting_scheme = "logit_normal"
+    most_tokens = 512
     pixel_multiple = 1
     encodes = ("embeds", None, "pooled")
 

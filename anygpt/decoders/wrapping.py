@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +48,8 @@ class WrappedPipeline(nn.Module):
     """Name of the pipeline's class in diffusers, looked up only when needed because some versions lack it."""
     weighting_scheme: str | None = None
     """None if the denoiser is not trained by flow matching."""
+    most_tokens: ClassVar[float] = math.inf
+    """The greatest `max_sequence_length` that the pipeline takes."""
     denoiser_adapter: PeftModel | None = None
     """PEFT's wrapper of the denoiser, which it changes in place (see `set_adapter`)."""
     _registry: ClassVar[dict[str, "type[WrappedPipeline]"]] = {}
@@ -80,8 +83,11 @@ class WrappedPipeline(nn.Module):
         if max_sequence_length is not None:
             if self.max_sequence_length is None:
                 raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed.")
-            if not is_integer(max_sequence_length) or max_sequence_length < 1:
-                raise InputError(f"max_sequence_length is {max_sequence_length!r:.80}; expected a number of tokens")
+            if not is_integer(max_sequence_length) or not 1 <= max_sequence_length <= self.most_tokens:
+                most = "" if self.most_tokens == math.inf else f" up to {self.most_tokens}"
+                raise InputError(
+                    f"max_sequence_length is {max_sequence_length!r:.80}; expected a number of tokens{most}"
+                )
             self.max_sequence_length = max_sequence_length
         if weighting_scheme is not None:
             if self.weighting_scheme is None:

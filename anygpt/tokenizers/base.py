@@ -15,6 +15,7 @@ from diffusers import VQModel
 from PIL import Image
 from torch import Tensor, nn
 
+from anygpt.decoders.options import check_rate
 from anygpt.decoders.targets import AudioTargets, ImageTargets, TargetProcessor, VideoTargets, WaveformTargets
 from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
@@ -139,9 +140,7 @@ class MediaTokenizer(nn.Module):
         frames = self.settings.get("num_frames", stack)
         if frames % stack:
             raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
-        self.rate = self.settings.get("frame_rate", 8.0)
-        if not 0 < self.rate < math.inf:
-            raise InputError(f"frame_rate is {self.rate}, expected a number above 0")
+        self.rate = check_rate(self.settings.get("frame_rate", 8.0))
         return VideoTargets(height, width, frames), (frames // stack, *grid)
 
     def _mels(self, frames: int, bins: int) -> TargetProcessor:
