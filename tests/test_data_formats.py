@@ -1,5 +1,6 @@
 """Data files into samples: the JSON formats, and the message of every fault."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_blank_lines_bom_crlf_and_number_ids_are_accepted(folder):
         (row([image("")]), "is not a file name"),
         (row([image("a\0.jpg")]), "is not a file name"),
         (row("\ud83d"), "lone surrogate"),
+        (row([image(caption="a cat")]), "has a 'caption', which only a target"),
         (row(assistant=[image()]), "has no 'caption'"),
         (row(assistant=[image(caption="  ")]), "has no 'caption'"),
         (row(assistant=[{"type": "image", "caption": "a cat"}]), "has no 'path'"),
@@ -224,12 +226,30 @@ def test_a_folder_of_tables_has_one_split(tmp_path):
     assert len(tables._load(tmp_path / "validation*")) == 1
 
 
+def test_no_table_of_a_folder_is_left_out(tmp_path):
+    """Of those in a subfolder, of a split's name, of another format."""
+    for name in ("a.csv", "sub/b.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("question,answer\na,b\n")
+    assert len(tables._load(tmp_path)) == 2
+    for name, content in (("c-dev.csv", "question,answer\nc,d\n"), ("d.jsonl", '{"question": "a", "answer": "b"}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=r"is read without \d of its tables, such as .*: name the files"):
+            tables._load(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_the_file_the_format_and_the_media_root_are_checked(folder):
     path = jsonl(folder, row())
     with pytest.raises(InputError, match="does not exist"):
         read_samples(folder / "nowhere.jsonl")
-    with pytest.raises(InputError, match="is not a file"):
+    with pytest.raises(InputError, match=r"is not a file \(format 'datasets' reads a folder"):
         read_samples(folder)
+    assert len(read_samples(folder / "da*.jsonl")) == 1
+    for name in ("data.jsonl.gz", "packed.jsonl"):
+        (folder / name).write_bytes(gzip.compress(path.read_bytes()))
+        with pytest.raises(InputError, match=f"{name} is gzip-compressed: unpack it"):
+            read_samples(folder / name)
     with pytest.raises(InputError, match="did you mean 'jsonl'"):
         read_samples(path, format="json1")
     with pytest.raises(InputError, match="cannot be told from its suffix"):
@@ -325,6 +345,8 @@ def test_nextgpt_looks_in_the_conventional_folders_too(folder):
         (talk("x", "<image>", output_image="a.jpg"), "holds 0 caption"),
         (talk("x", "<image>", output_image="a.jpg", image_captions=["A", "B"]), "holds 2 caption"),
         (talk("x", "<audio>", audio_captions=["A"]), "'audio_captions' but no 'output_audio'"),
+        ({"conversations": [{"from": "human", "value": "x", "caption": "lost"}]}, "caption 'lost' of a turn"),
+        ({"conversations": [{"from": "gpt", "value": "x", "caption": "lost", "output_modality": "text"}]}, "'lost'"),
         (talk("x", "y", input_image=3), "'input_image' must be a string"),
         (talk("x", "y", image="a.jpg"), "'image' is not known: did you mean 'input_image'"),
         ({"conversation": []}, "did you mean 'conversations'"),
@@ -441,6 +463,7 @@ def test_videochat(folder):
         ("llava", talk("<image>", "x", image=["a.jpg", "b.jpg"]), "'image' names 2 file"),
         ("llava", talk("x", "y", imge="a.jpg"), "did you mean 'image'"),
         ("llava", talk("x", "y", image={}), "'image' must be a string"),
+        ("llava", {"conversations": [{"from": "gpt", "value": "x", "caption": "y"}]}, "'caption' is not known"),
         ("alpaca", {"instruction": "x"}, "'output' must be a string, and is missing"),
         ("alpaca", {"instruction": "x", "output": ""}, "is empty"),
         ("alpaca", {"instruction": 1, "output": "x"}, "'instruction' must be a string"),

@@ -88,6 +88,10 @@ def test_what_cannot_be_checked_at_all(folder, main, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--dep"])
     assert end.value.code == 2
+    for columns in (["text=a", "prompt"], ["text=a", "text=b"], ["text=a", "--columns", "text=b"]):
+        with pytest.raises(SystemExit):
+            main(["a.parquet", "--columns", *columns])
+        assert "each key once" in capsys.readouterr().err
 
 
 def test_no_fault_is_kept(folder):

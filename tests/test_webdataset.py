@@ -53,7 +53,7 @@ def test_shards_of_every_media_type_both_ways(tmp_path, media):
     path = shard(
         tmp_path / "00000.tar",
         {
-            "00.txt": b"a red square\n",
+            "00.txt": b"\xef\xbb\xbfa red square\n",
             "01.mp4": media["mp4"],
             "00.png": media["png"],  # the members of a sample need not stand together
             "00.json": json.dumps({"caption": "not this one", "key": "00"}).encode(),
@@ -80,7 +80,7 @@ def test_shards_of_every_media_type_both_ways(tmp_path, media):
     assert again.open().read() == media["png"]
 
 
-@pytest.mark.parametrize("pattern", ["{00..02}.tar", "*.tar", "{00,01,02}.tar", "0[0-2].tar"])
+@pytest.mark.parametrize("pattern", ["{00..02}.tar", "*.tar", "{00,01,02}.tar", "0[0-2].tar", "**/0?.tar"])
 def test_patterns_stand_for_several_shards(tmp_path, pattern):
     for i, colour in enumerate(("red", "blue", "green")):
         shard(tmp_path / f"0{i}.tar", {"x.png": png(colour), "x.txt": colour.encode()})
@@ -111,6 +111,9 @@ def test_pairs_need_a_task_and_conversations_have_none(tmp_path):
         read_samples(tmp_path / "a.jsonl", task="generation")
     with pytest.raises(InputError, match="columns is given"):
         read_samples(tmp_path / "a.jsonl", columns={"text": "x"})
+    for setting in ({"media_root": tmp_path}, {"follow_links": True}):
+        with pytest.raises(InputError, match=f"{next(iter(setting))} is given"):
+            read_samples(path, task="generation", **setting)
 
 
 # -- tables ----------------------------------------------------------------------------------------------
@@ -147,9 +150,12 @@ def colours(samples):
 
 def test_tables_on_disk_and_parquet(tmp_path, table):
     table.save_to_disk(str(tmp_path / "saved"))
+    type_of_several = pytest.importorskip("datasets").DatasetDict
+    type_of_several({"train": table}).save_to_disk(str(tmp_path / "one"))
     table.to_parquet(tmp_path / "a.parquet")
     columns = {"image": "img", "text": "said", "id": "n"}
-    for path, format in ((tmp_path / "saved", "datasets"), (tmp_path / "a.parquet", None)):
+    saved = [(tmp_path / name, "datasets") for name in ("saved", "one")]
+    for path, format in (*saved, (tmp_path / "a.parquet", None)):
         samples = read_samples(path, format, columns=columns, task="generation")
         assert [sample.id for sample in samples] == ["7", "8"]
         assert [sample.messages[1].content[0].caption for sample in samples] == ["a red thing", "a blue thing"]
@@ -193,6 +199,43 @@ def test_a_medium_whose_bytes_are_none(tmp_path, table, stored):
     options = {"columns": {"image": "img", "text": "said"}, "task": "generation"}
     with pytest.raises(InputError, match="media column of type struct"):
         list(read_samples(path, "datasets", **options))
+
+
+def test_lists_of_media_have_media_and_a_caption_each(tmp_path, table):
+    path = tmp_path / "lists.parquet"
+    pq.write_table(pa.table({"img": [["c.png", "c.png"], []], "said": [["", "A", "B"], ["A"]]}), path)
+    for task, counts in (("comprehension", [2]), ("generation", [])):
+        faults = []
+        samples = read_samples(path, columns={"image": "img", "text": "said"}, task=task, faults=faults)
+        assert [len(sample.media()) for sample in samples] == counts
+        assert "has an empty list of media" in str(faults.pop())
+        assert not faults or "2 targets and 3 captions (1 blank)" in str(faults[0])
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.null()])
+def test_columns_of_other_types(tmp_path, table, kind):
+    value = None if kind == pa.null() else "c.png" if kind == pa.string_view() else png("green")
+    pq.write_table(pa.table({"img": pa.array([value], kind), "said": ["a"]}), tmp_path / "a.parquet")
+    faults = []
+    options = {"columns": {"image": "img", "text": "said"}, "task": "generation", "faults": faults}
+    assert colours(read_samples(tmp_path / "a.parquet", **options)) == ([(0, 128, 0)] if value else [])
+    assert bool(value) or "has no 'path'" in str(faults[0])
+
+
+def test_names_with_marks_of_patterns_and_files_in_several_folders(tmp_path, table):
+    columns = {"columns": {"image": "img", "text": "said"}, "task": "generation"}
+    for name in ("a[1].parquet", "a1.parquet", "b/a*.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"img": ["c.png"], "said": [name]}), tmp_path / name)
+    for name in ("a[1].parquet", "a1.parquet"):
+        (sample,) = read_samples(tmp_path / name, **columns)
+        assert sample.messages[1].content[0].caption == name
+    with pytest.raises(InputError, match="the data files are in several folders: give media_root"):
+        read_samples(tmp_path / "{a1,b/a*}.parquet", **columns)
+    assert len(read_samples(tmp_path / "{a1,b/a*}.parquet", media_root=tmp_path, **columns)) == 2
+    (tmp_path / "b" / "a0.parquet").write_bytes(b"PAR1xxxx")
+    with pytest.raises(InputError, match=r"a0\.parquet cannot be read as a table"):
+        read_samples(tmp_path / "b" / "*.parquet", **columns)
 
 
 def test_columns_and_tables_are_checked(tmp_path, table):

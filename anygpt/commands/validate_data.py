@@ -29,7 +29,14 @@ def main(arguments: list[str]) -> int:
     add("file", help="the data file; for shards and tables also a glob or braces")
     add("--format", help=f"{', '.join(FORMATS)} (default: by the suffix)")
     add("--media-root", help="the folder that media paths are relative to (default: that of the file)")
-    add("--columns", nargs="+", default=[], metavar="KEY=COLUMN", help="columns of a table: image=…, text=… and so on")
+    add(
+        "--columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=COLUMN",
+        help="columns of a table: image=…, text=… and so on",
+    )
     add("--task", choices=TASKS, help="what is learned from pairs of media and captions")
     add("--follow-links", action="store_true", help="links below the media root may lead out of it")
     add("--deep", action="store_true", help="decode every medium; with --processor, prepare every row")
@@ -42,8 +49,10 @@ def main(arguments: list[str]) -> int:
     check_range(args, 0, float("inf"), "num_workers")
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     lengths = None if args.processor is None else Lengths(MultimodalProcessor.from_pretrained(args.processor))
-    columns = dict(pair.partition("=")[::2] for pair in args.columns) or None
-    more = {"columns": columns, "task": args.task, "follow_links": args.follow_links}
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    if len(columns) < len(args.columns) or not all(columns.values()):
+        parser.error("--columns takes pairs KEY=COLUMN, and each key once")
+    more = {"columns": columns or None, "task": args.task, "follow_links": args.follow_links}
     report = validate(
         DataSource(args.file, args.format, args.media_root, **more),
         deep=args.deep,

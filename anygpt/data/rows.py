@@ -191,8 +191,10 @@ class MessageRow(RowModel):
     @model_validator(mode="after")
     def _suits_its_role(self) -> "MessageRow":
         for i, part in enumerate(self.content):
-            if part.source is not None and self.role != "assistant":
-                raise fault(f"content[{i}]: this {part.type} has a 'source', which only a target of the assistant has.")
+            for key in ("source", "caption"):
+                if getattr(part, key) is not None and self.role != "assistant":
+                    text = f"content[{i}]: this {part.type} has a {key!r}, which only a target of the assistant has"
+                    raise fault(f"{text}: leave it out.")
             if part.type != "text" and self.role == "system":
                 raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
             if part.type != "text" and self.role == "assistant" and not all(map(str.strip, part.wordings)):

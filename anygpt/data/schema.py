@@ -99,16 +99,17 @@ class MediaRoot:
     """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder, links included.
 
     With `by_type` it also looks in `images`, `videos` and `audios` for names missing in the folder itself. With
-    `follow_links` links may lead out of the folder, as in a snapshot of the Hub's cache.
+    `follow_links` links may lead out of the folder, as in a snapshot of the Hub's cache. Without a folder (the data
+    files are in several) no name is resolved.
     """
 
-    def __init__(self, folder: str | Path, by_type: bool = False, follow_links: bool = False):
-        self.folder = os.path.realpath(folder)
+    def __init__(self, folder: str | Path | None, by_type: bool = False, follow_links: bool = False):
+        self.folder = None if folder is None else os.path.realpath(folder)
         self.by_type = by_type
         self.follow_links = follow_links
         # Resolving links costs a system call per path component, and millions of files share a few folders.
         self._real_folders: dict[str, str] = {}
-        if not os.path.isdir(self.folder):
+        if self.folder is not None and not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
     def resolve(self, name: Any, kind: str, where: str) -> Path:
@@ -120,6 +121,9 @@ class MediaRoot:
             raise InputError(
                 f"{where}: {name[:80]!r} is a URL, and URLs are not fetched: download it and give its path."
             )
+        if self.folder is None:
+            text = f"{where}: {shown(name)} is a path, and the data files are in several folders"
+            raise InputError(f"{text}: give media_root, which paths are relative to.")
         path = self._inside(name, name, where)
         if self.by_type and not os.path.isfile(path):
             beside = self._inside(os.path.join(MEDIA[kind].plural, name), name, where)

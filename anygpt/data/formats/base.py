@@ -75,6 +75,7 @@ class Format(NamedTuple):
 
     rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model: the row model, None for `Pair`s, which need
     a task, and the project's own form. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
+    paths: whether rows name media by their paths.
     """
 
     rows: Callable[..., Iterator[Row]]
@@ -83,11 +84,13 @@ class Format(NamedTuple):
     media_by_type: bool = False
     takes_columns: bool = False
     pairs: bool = False
+    paths: bool = True
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """Files that a path stands for: itself, a glob (`shards/*.tar`) or braces (`{00000..00012}.tar`, `{a,b}.tar`). An
-    `InputError` refuses one that does not exist, a glob without matches, and unbalanced or too many braces."""
+    """Files that a path stands for: itself, a glob (`shards/*.tar`; `**` is any folders) or braces
+    (`{00000..00012}.tar`, `{a,b}.tar`). An `InputError` refuses one that does not exist, a glob without matches, and
+    unbalanced or too many braces."""
     if os.path.isfile(path):
         return [Path(path)]
     try:
@@ -100,13 +103,14 @@ def find_files(path: str | Path) -> list[Path]:
         raise InputError(f"The braces of {str(path)[:80]} stand for more than {MAX_FILES:,} files: give fewer.")
     found: list[Path] = []
     for name in names:
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         if not matches:
             raise InputError(f"No file matches {name}: check the pattern.")
         found += map(Path, matches)
     for file in found:
         if not os.path.isfile(file):
-            state = "is not a file" if os.path.exists(file) else "does not exist"
+            folder = " (format 'datasets' reads a folder of tables)" if os.path.isdir(file) else ""
+            state = f"is not a file{folder}" if os.path.exists(file) else "does not exist"
             raise InputError(f"The data file {file} {state}: check the path.")
         if not os.access(file, os.R_OK):
             raise InputError(f"The data file {file} may not be read: change its permissions.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from anygpt.data.formats.base import Pair
-from anygpt.data.rows import DataError, Id, RowModel, Text, Texts, at_least_one, fault
+from anygpt.data.rows import DataError, Id, RowModel, Text, Texts, at_least_one, fault, shown
 from anygpt.data.schema import checked_text
 from anygpt.errors import InputError
 from anygpt.media.types import MEDIA
@@ -21,6 +21,9 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 class Turn(RowModel):
     speaker: Literal["human", "gpt", "system"] = Field(alias="from")
     value: Text
+
+
+class NextGptTurn(Turn):
     caption: Text | None = None
     input_modality: Any = None
     output_modality: Any = None
@@ -120,11 +123,17 @@ class NextGptRow(TurnsRow):
 
     media_keys = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
 
+    conversations: Annotated[list[NextGptTurn], at_least_one("turn")]
     source_data: Any = None
 
     def converted(self, where: str) -> dict:
         human = {kind: self.inputs(f"input_{kind}", kind, where) for kind in MEDIA}
-        return self.in_place({"human": human, "gpt": {kind: self.targets(kind, where) for kind in MEDIA}})
+        gpt = {kind: self.targets(kind, where) for kind in MEDIA}
+        used = {part["caption"] for parts in gpt.values() for part in parts}
+        if lost := [turn.caption for turn in self.conversations if turn.caption and turn.caption not in used]:
+            text = f"{where}: the caption {shown(lost[0])} of a turn is that of no target"
+            raise DataError(f"{text}: give the turn a marker, 'output_modality' and a file, or take it out.", "caption")
+        return self.in_place({"human": human, "gpt": gpt})
 
     def targets(self, kind: str, where: str) -> list[dict]:
         files, captions = self.listed(f"output_{kind}"), self.listed(f"{kind}_captions")
@@ -211,8 +220,8 @@ def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
     Several texts are alternative wordings. Several media replace their markers (`<image>`) in the prompt or precede
     it; as targets they have one text each.
     """
-    texts = [text for text in (pair.text if isinstance(pair.text, list) else [pair.text]) if text is not None]
-    texts = [checked_text(text, f"{where}: the text").strip() for text in texts]
+    given = pair.text if isinstance(pair.text, list) else [pair.text]
+    texts = [checked_text(text, f"{where}: the text").strip() for text in given if text is not None]
     texts = [text for text in texts if text]
     if not texts:
         raise DataError(f"{where} has no caption or answer: give it one, or leave it out.", "caption")
@@ -220,11 +229,14 @@ def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
     if pair.kind is None:
         return _turn([_text(prompt or "")], [_text(texts)])
     media = pair.medium if isinstance(pair.medium, list) else [pair.medium]
+    if not media:
+        raise DataError(f"{where} has an empty list of media: give it one, or leave it out.")
     parts = [{"type": pair.kind, "path": medium} for medium in media]
     if task == "generation":
         captions = [texts] if len(media) == 1 else texts
-        if len(captions) != len(media):
-            raise DataError(f"{where} has {len(media)} targets and {len(texts)} captions: give one each.", "caption")
+        if len(media) > 1 and not len(media) == len(given) == len(texts):
+            text = f"{where} has {len(media)} targets and {len(given)} captions ({len(given) - len(texts)} blank)"
+            raise DataError(f"{text}: give one each.", "caption")
         asked = prompt or [GENERATION_PROMPT.format(kind=pair.kind, caption=text) for text in texts]
         if len(media) > 1 and not prompt:
             asked = GENERATION_PROMPT.format(kind=pair.kind, caption="; ".join(texts))

@@ -10,20 +10,19 @@ from typing import Any
 from anygpt.data.formats import dialects
 from anygpt.data.formats.base import DataSource, Format, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
-from anygpt.data.formats.tables import table_rows
+from anygpt.data.formats.tables import COLUMNS, table_rows
 from anygpt.data.formats.webdataset import shard_rows
 from anygpt.data.rows import DataError, checked, nearest
 from anygpt.data.schema import MediaRoot, Sample, parse_sample, row_name
 from anygpt.errors import InputError
-from anygpt.media.types import MEDIA
 
 FORMATS: dict[str, Format] = {
     "jsonl": Format(line_rows, suffixes=(".jsonl",)),
     "nextgpt": Format(json_rows, dialects.NextGptRow, (".json",), media_by_type=True),
     "llava": Format(json_rows, dialects.LlavaRow, media_by_type=True),
-    "alpaca": Format(json_rows, dialects.AlpacaRow),
+    "alpaca": Format(json_rows, dialects.AlpacaRow, paths=False),
     "videochat": Format(json_rows, dialects.VideoChatRow, media_by_type=True),
-    "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True),
+    "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True, paths=False),
     "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
 }
 
@@ -81,14 +80,19 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     path = Path(source.path)
     name = _format_of(path, source.format)
     chosen = FORMATS[name]
+    text_alone = chosen.takes_columns and source.columns and set(source.columns) <= set(COLUMNS)
+    paths = chosen.paths and not text_alone
     for setting, value, used in (
         ("columns", source.columns, chosen.takes_columns),
-        ("task", source.task, chosen.pairs),
+        ("task", source.task, chosen.pairs and not text_alone),
+        ("media_root", source.media_root, paths),
+        ("follow_links", source.follow_links or None, paths),
     ):
         if value is not None and not used:
-            raise InputError(f"{setting} is given for {path}, whose format {name!r} has no use for it: leave it out.")
+            what = f"format {name!r}{' without a media column' if text_alone else ''}"
+            raise InputError(f"{setting} is given for {path}, whose {what} has no use for it: leave it out.")
+    path = path if chosen.pairs else find_files(path)[0]
     rows = chosen.rows(path, source.columns) if chosen.takes_columns else chosen.rows(path)
-    text_alone = source.columns and not set(MEDIA) & set(source.columns)  # as in a table
     if chosen.pairs and not text_alone and source.task not in dialects.TASKS:
         raise InputError(
             f"{path} holds media with captions, and task is {source.task!r}: give comprehension (the medium is asked "
@@ -96,7 +100,8 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
         )
     folder = source.media_root
     if folder is None:
-        folder = path.parent if path.exists() else find_files(path)[0].parent
+        first, *others = {path.parent} if path.exists() else {file.parent for file in find_files(path)}
+        folder = None if others else first
     root = MediaRoot(folder, by_type=chosen.media_by_type, follow_links=source.follow_links)
     empty = True
     for row in rows:
@@ -123,9 +128,12 @@ def _format_of(path: Path, name: str | None) -> str:
     elif name not in FORMATS:
         raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
     if not (name == "datasets" and os.path.isdir(path)):
-        several = len(find_files(path)) > 1  # also checks that they exist
-        if several and name and not FORMATS[name].pairs:
+        first, *others = find_files(path)  # also checks that they exist
+        if others and name and not FORMATS[name].pairs:
             raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
+        with first.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b" and name != "datasets":
+                raise InputError(f"{first} is gzip-compressed: unpack it (gunzip), and give the file in it.")
     if name is None:
         raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")
     return name

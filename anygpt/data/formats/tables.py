@@ -3,6 +3,7 @@
 Reads a folder written by `save_to_disk`, one that `load_dataset` understands, or Parquet, JSON, CSV and Arrow files.
 """
 
+import glob
 import io
 import itertools
 import os
@@ -18,7 +19,7 @@ import pyarrow.parquet
 
 from anygpt.data.formats.base import Pair, Row, find_files
 from anygpt.data.rows import nearest
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA
 
@@ -115,29 +116,34 @@ def _load(path: Path) -> Any:
         elif os.path.isdir(path):
             table = _build(datasets.load_dataset_builder(str(path)), path)
         else:
-            files = [str(file) for file in find_files(path)]
-            builder = BUILDERS.get(Path(files[0]).suffix.lower())
+            files = find_files(path)
+            builder = BUILDERS.get(files[0].suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
                 raise InputError(f"{path} is no table that can be read: its suffix must be one of {known}.")
-            table = _build(datasets.load_dataset_builder(builder, data_files=files), path)
+            names = [glob.escape(str(file)) for file in files]
+            table = _build(datasets.load_dataset_builder(builder, data_files=names), path)
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
         reason = f"{type(error).__name__}: {str(error.__cause__ or error).strip().splitlines()[0][:300]}"
         raise InputError(f"{path} cannot be read as a table: {reason}.") from error
     if not isinstance(table, datasets.Dataset):
+        if len(table) == 1:
+            return next(iter(table.values()))
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
     return table
 
 
 def _build(builder: Any, path: Path) -> Any:
-    """Dataset of a builder, which must have one split; row groups of Parquet files that it has not read before are
-    checked first."""
+    """Dataset of a builder, which must have one split and read all tables of a folder; row groups of Parquet files
+    that it has not read before are checked first."""
+    files = list(itertools.chain.from_iterable((builder.config.data_files or {}).values()))
     if not os.path.isdir(builder.cache_dir):
-        for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+        for file in files:
             if (builder.name == "parquet" or file.lower().endswith(".parquet")) and os.path.isfile(file):
-                check_row_groups(Path(file))
+                with refusing(f"{file} cannot be read as a table"):
+                    check_row_groups(Path(file))
     builder.download_and_prepare()
     splits = list(builder.info.splits)
     if len(splits) > 1:
@@ -145,6 +151,13 @@ def _build(builder: Any, path: Path) -> Any:
             f"{path} holds several splits ({', '.join(splits)}): name the files of one of them, such as "
             f"{builder.config.data_files[splits[0]][0]}"
         )
+    from datasets.data_files import FILES_TO_IGNORE
+
+    tables = (Path(name) for name in glob.glob("**", root_dir=path, recursive=True))  # without hidden ones
+    found = [path / name for name in tables if name.suffix.lower() in BUILDERS and name.name not in FILES_TO_IGNORE]
+    if left := set(map(os.path.realpath, found)) - set(map(os.path.realpath, files)):
+        what = f"{path} is read without {len(left)} of its tables, such as {min(left)}"
+        raise InputError(f"{what}: name the files, such as {path}/*{Path(files[0]).suffix}")
     return builder.as_dataset(split=splits[0])
 
 
@@ -154,13 +167,13 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _media(column: pa.ChunkedArray, places: list[tuple[int, int | None]], cell: partial[Cell]) -> list[Any]:
     """For each place a cell if it holds bytes, else its path or None; lists of these for a column of lists."""
-    kind, binary = column.type, (pa.binary(), pa.large_binary())
+    kind, binary = column.type, (pa.binary(), pa.large_binary(), pa.binary_view())
     if _is_list(kind) and not _is_list(kind.value_type):
         lengths = pa.compute.list_value_length(column).to_pylist()
         inner = [(row, i) for (row, _), length in zip(places, lengths, strict=True) for i in range(length or 0)]
         items = iter(_media(pa.compute.list_flatten(column), inner, cell))
         return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
         return column.to_pylist()
     paths, there = [None] * len(column), column
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}

@@ -71,7 +71,8 @@ def _index(shard: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
     latest: dict[str, dict[str, Any]] = {}
     for info in _headers(shard):
         name = NAME.fullmatch(info.name)
-        if not info.isreg() or META.match(info.name) or not name:
+        linked = info.issym() or info.islnk()
+        if not (info.isreg() or linked) or META.match(info.name) or not name:
             continue
         key, suffix = name[1].removeprefix("./"), name[2].lower()
         again = suffix in latest.get(key, ())
@@ -79,8 +80,8 @@ def _index(shard: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
             latest[key] = {}
             samples.append((key, latest[key]))
         problem = None
-        if info.issparse():
-            problem = f"the member {_printable(info.name)} is a sparse file"
+        if info.issparse() or linked:
+            problem = f"the member {_printable(info.name)} is a {'link' if linked else 'sparse file'}"
         elif suffix in latest[key]:
             problem = f"there are two members {_printable(info.name)}"
         latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
@@ -101,8 +102,13 @@ def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
                 yield info
         with shard.open("rb") as file:
             file.seek(end)
-            if file.read(BLOCK).strip(b"\0"):
+            if not (block := file.read(BLOCK)):
+                raise tarfile.ReadError("it has no end mark, so that members may be missing")
+            if block.strip(b"\0"):
                 raise tarfile.ReadError(f"there is no header at byte {end:,}")
+            while block := file.read(MAX_HEADER_BYTES):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("something follows its end mark, as if files were joined")
     except Exception as error:  # on broken headers tarfile raises many types
         raise InputError(
             f"{shard} is not a whole, uncompressed tar file, and only what comes before the fault is read: "
@@ -144,7 +150,7 @@ def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
     caption = None
     if name := _ending_in(members, TEXTS):
         try:
-            caption = _read(members[name], where).decode("utf-8")
+            caption = _read(members[name], where).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8.") from error
     elif name := _ending_in(members, JSONS):
