@@ -197,6 +197,13 @@ def test_animations(tmp_path, suffix):
     video = read_video(tmp_path / f"a{suffix}")
     assert (frame_numbers(video.frames), video.fps) == ([0, 1, 2, 3, 4], pytest.approx(5))
     assert frame_numbers(read_video(tmp_path / f"a{suffix}", num_frames=3).frames) == [0, 2, 4]
+    with pytest.raises(InputError, match="more than max_seconds"):
+        read_video(tmp_path / f"a{suffix}", limits=MediaLimits(max_seconds=0.9))
+    if suffix in (".webp", ".png"):
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        images[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=images[1:], exif=turned)
+        assert read_video(tmp_path / f"a{suffix}").frames.shape == (5, 48, 32, 3)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (31, 47), (1, 1)])
@@ -395,7 +402,7 @@ def test_an_unknown_codec_is_said_to_be_unknown(tmp_path):
         read_video(path)
 
 
-def test_limits_are_checked_before_decoding(tmp_path):
+def test_limits_are_checked_before_decoding(tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", Image.new("RGB", (100, 100)))
     write_video(tmp_path / "a.mp4", grey_frames(20), 10)
     write_audio(tmp_path / "a.wav", tone(32000), 16000)
@@ -412,6 +419,8 @@ def test_limits_are_checked_before_decoding(tmp_path):
         with pytest.raises(InputError, match=f"{name} has .* more than {limit}"):
             read_media(kind, tmp_path / name, limits=MediaLimits(**{limit: amount}))
         read_media(kind, tmp_path / name, limits=MediaLimits(**{limit: amount + 1}))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a limit that is raised is not pre-empted by Pillow's
+    assert read_media("image", tmp_path / "a.png").size == (100, 100)
     fits = MediaLimits(max_bytes=2 * 32 * 48 * 3)
     assert len(read_video(tmp_path / "a.mp4", 2, fits).frames) == 2
 

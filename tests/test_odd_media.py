@@ -84,6 +84,7 @@ def test_formats_that_are_not_read_are_named_with_what_reads_them(tmp_path, kind
         "MIDI": b"MThd\0\0\0\6",
         "an HTML": page,
         "AC-3": b"\x0bw" + bytes(range(200)),
+        "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n",
         "NUT": b"nut/multimedia container\0" + bytes(200),
     }
     for name, content in contents.items():

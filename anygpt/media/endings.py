@@ -1,7 +1,7 @@
 """Detection of truncated audio and video files, of which a decoder returns whatever is left.
 
-FFmpeg marks a partially read packet as corrupt, and most containers state their duration. Truncation without either
-hint, such as a stream cut between two packets, is not detected.
+FFmpeg marks a partially read packet as corrupt, most containers state their duration, an AVI its size, and an Ogg page
+its length. Truncation without such a hint, such as a stream cut between two packets, is not detected.
 """
 
 import math
@@ -19,14 +19,15 @@ STREAMED = 0x7F000000
 TOLERANCE, SHARE = 0.1, 0.02
 """Seconds, and share of the stated duration, by which the last packet may end early (codec delay, rounding)."""
 SEARCHED = 64 * 2**20  # largest file, in bytes, whose sample tables are checked
+TAIL = 2**16  # bytes, more than an Ogg page has
 PACKING = 8  # most samples per byte of any codec (QuickTime's MACE 6:1 has six)
 
 
 class Ending:
     """Tracks the packets of a container as they are demuxed, to check at the end whether any are missing."""
 
-    def __init__(self, container: av.container.InputContainer, head: bytes, name: str):
-        self.container, self.head, self.name = container, head, name
+    def __init__(self, container: av.container.InputContainer, head: bytes, tail: bytes, name: str):
+        self.container, self.head, self.tail, self.name = container, head, tail, name
         self.stated = self._stated_seconds()
         self.begin, self.end, self.longest = math.inf, -math.inf, 0.0
         self.corrupt = 0
@@ -58,13 +59,26 @@ class Ending:
         """Raise `ValueError` if the end is missing; to be called after the last packet."""
         if self.last_corrupt and not self._has_wrong_size():
             raise ValueError("it is truncated: its last packet is not whole")
+        if self._is_short():
+            raise ValueError("it is truncated: it is shorter than it states")
         if self.corrupt > self.last_corrupt:
             warn_once(f"{self.name} has {self.corrupt} damaged packets; what FFmpeg makes of them is used")
+        if self.stated is None:
+            warn_once(f"Of {self.container.format.name} files that state no length some cuts cannot be noticed.")
         if self.stated is None or self.end == -math.inf:
             return
         there = max(self.end, self.end - self.begin)
         if self.stated - there > max(TOLERANCE, SHARE * self.stated, self.longest):
             raise ValueError(f"it is truncated: {there:.2f} of {self.stated:.2f} seconds are there")
+
+    def _is_short(self) -> bool:
+        """Whether an AVI, or the last page of an Ogg file, goes on behind the file's end."""
+        if self.head.startswith(b"OggS"):
+            page = self.tail[max(0, self.tail.rfind(b"OggS\0")) :]
+            lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
+            return page.startswith(b"OggS") and len(page) < 27 + max(1, len(lengths)) + sum(lengths)
+        behind = int.from_bytes(self.head[4:8], "little") - self.container.size
+        return re.match(rb"RIFF....AVI ", self.head, re.DOTALL) is not None and 0 < behind < STREAMED
 
     def _has_wrong_size(self) -> bool:
         """Whether a WAV or CAF states a wrong size, so that FFmpeg marks its last packet as corrupt."""

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from anygpt.errors import InputError
 from anygpt.media.audio import to_mono
-from anygpt.media.endings import Ending, check_tables
+from anygpt.media.endings import TAIL, Ending, check_tables
 
 
 class StoredMedium(abc.ABC):
@@ -105,6 +105,7 @@ UNREAD = (
     (rb"nut/multimedia container", "NUT", "ffmpeg converts it"),
     (rb"#EXTM3U|ffconcat|\[playlist\]", "a playlist", "give the files that it names"),
     (rb"\s*(<!doctype html|<html)", "an HTML page", "the download failed: fetch the file again"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "run git lfs pull"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
 )
 # Containers that hold their own data; playlists and `concat` scripts would open other files and URLs.
@@ -115,6 +116,8 @@ CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
     """Open an image, reading only its header; Pillow detects the format."""
     _register_heif()
+    if limits.max_pixels > (Image.MAX_IMAGE_PIXELS or limits.max_pixels):  # Pillow would refuse what is allowed here
+        Image.MAX_IMAGE_PIXELS = limits.max_pixels
     with path.open("rb") as file:
         limits.check(path, bytes=file.seek(0, os.SEEK_END))  # some of Pillow's plugins read the whole file
         file.seek(0)
@@ -192,10 +195,12 @@ def open_container(path: Place, limits: MediaLimits) -> Iterator[tuple[av.contai
     }
     with path.open("rb") as file:
         head = file.read(8192)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        tail = file.read()
         file.seek(0)
         # With "file:", a colon in the name is not taken for a protocol.
         with av.open(file if isinstance(path, StoredMedium) else f"file:{path}", options=options) as container:
-            yield container, Ending(container, head, str(path))
+            yield container, Ending(container, head, tail, str(path))
 
 
 def decoded(
@@ -273,8 +278,13 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: st
         image.load()  # the TIFF and AVIF plugins apply the orientation here, and remove the tag
         if image.format == "TIFF" and image.mode.startswith("I"):
             image.info["white"] = 2.0 ** min(image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 16) - 1
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        return to_mode(image if turn is None else image.transpose(turn), mode)
+        return to_mode(upright(image), mode)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of a loaded image."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 RANGES = (2.0**15, 2.0**23, 2.0**31)

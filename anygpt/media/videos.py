@@ -122,7 +122,7 @@ def _in_order(
             size += kept[index].nbytes
         said.append(frame.start)
         ends.append(frame.duration + (ends[-1] if ends else 0))
-        limits.check(path, frames=len(said), bytes=size)
+        limits.check(path, frames=len(said), bytes=size, seconds=float(ends[-1]))
     if not said:
         raise ValueError("it holds no frames")
     length = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
@@ -149,7 +149,7 @@ def _animation_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:
             limits.check(path, pixels=image.width * image.height)  # a later frame may be larger
             image.load()
             milliseconds = image.info.get("duration") or 100  # the default of browsers
-            yield Frame(lambda: np.asarray(files.to_rgb(image)), None, Fraction(milliseconds) / 1000)
+            yield Frame(lambda: np.asarray(files.to_rgb(files.upright(image))), None, Fraction(milliseconds) / 1000)
 
 
 def _picture_stream(container: av.container.InputContainer, path: Place) -> av.VideoStream:
