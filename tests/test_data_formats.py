@@ -246,9 +246,13 @@ def test_the_file_the_format_and_the_media_root_are_checked(folder):
     with pytest.raises(InputError, match=r"is not a file \(format 'datasets' reads a folder"):
         read_samples(folder)
     assert len(read_samples(folder / "da*.jsonl")) == 1
-    for name in ("data.jsonl.gz", "packed.jsonl"):
-        (folder / name).write_bytes(gzip.compress(path.read_bytes()))
-        with pytest.raises(InputError, match=f"{name} is gzip-compressed: unpack it"):
+    for name, pack, message in (
+        ("data.jsonl.gz", gzip.compress, "gzip-compressed: unpack it"),
+        ("packed.jsonl", gzip.compress, "gzip-compressed: unpack it"),
+        ("wide.jsonl", lambda content: content.decode().encode("utf-16"), "UTF-16: save it as UTF-8"),
+    ):
+        (folder / name).write_bytes(pack(path.read_bytes()))
+        with pytest.raises(InputError, match=f"{name} is {message}"):
             read_samples(folder / name)
     with pytest.raises(InputError, match="did you mean 'jsonl'"):
         read_samples(path, format="json1")

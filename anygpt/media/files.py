@@ -153,7 +153,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         top = 1.0 if image.mode == "F" else image.info.get("white", 65535.0)
         if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
-            raise ValueError(f"its {image.mode} values are not in [0, {top:g}], so that white is not known")
+            raise ValueError(f"its {image.mode} values are not in [0, {top:g}], so that white is not known; scale them")
         grey = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
         if (clear := image.info.get("transparency")) is not None:
             grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -25,6 +25,9 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True, paths=False),
     "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
 }
+# First bytes of files that none of these readers takes.
+UNREAD = {b"\x1f\x8b": "gzip-compressed: unpack it (gunzip)"}
+UNREAD |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16: save it as UTF-8")
 
 
 def read_samples(
@@ -119,7 +122,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
         except InputError as fault:
             yield fault
     if empty:
-        raise InputError(f"{path} holds no samples: it is empty.")
+        raise InputError(f"{path} holds no samples: it is empty, or holds other things.")
 
 
 def _format_of(path: Path, name: str | None) -> str:
@@ -132,8 +135,9 @@ def _format_of(path: Path, name: str | None) -> str:
         if others and name and not FORMATS[name].pairs:
             raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
         with first.open("rb") as file:
-            if file.read(2) == b"\x1f\x8b" and name != "datasets":
-                raise InputError(f"{first} is gzip-compressed: unpack it (gunzip), and give the file in it.")
+            problem = UNREAD.get(file.read(2)) if name != "datasets" else None
+        if problem:
+            raise InputError(f"{first} is {problem}, and give that file.")
     if name is None:
         raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")
     return name
