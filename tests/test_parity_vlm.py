@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from conftest import enlarge
 from safetensors.torch import load_file, save_file
 from tiny_parts import TEXT, VISION
 
-from anygpt import InputError, MultimodalModel
+from anygpt import InputError, MultimodalModel, load_language_model
 
 IMAGE, AUDIO, PAD = 120, 121, 0
 LENGTHS = (9, 14, 11)  # text tokens a row
@@ -194,6 +196,26 @@ def test_saved_and_loaded_again(build, tmp_path):
     del inputs["labels"]
     with torch.no_grad():
         assert torch.equal(again(**inputs, **media).logits, ours(**inputs, **media).logits)
+
+
+@pytest.mark.parametrize("ties", itertools.product((True, False, None), repeat=2), ids=str)
+@pytest.mark.parametrize("build", [llava, qwen2_vl, qwen2_audio], ids=lambda build: build.__name__)
+def test_embeddings_are_tied_as_natively_whatever_the_configs_say(build, ties, tmp_path):
+    content = build()[0].config.to_dict()
+    for part, tie in zip((content, content["text_config"]), ties, strict=True):
+        part.pop("tie_word_embeddings", None)
+        part |= {} if tie is None else {"tie_word_embeddings": tie}
+    native = type(build()[0])
+    native(native.config_class.from_dict(content)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    native, ours = native.from_pretrained(tmp_path), MultimodalModel.from_pretrained_multimodal_model(tmp_path)
+    ours.save_pretrained(tmp_path / "saved")
+    again = MultimodalModel.from_pretrained(tmp_path / "saved")
+    for model in (ours.language_model, again.language_model, load_language_model(tmp_path)):
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == (
+            native.lm_head.weight is native.get_input_embeddings().weight
+        )
+        assert torch.equal(model.lm_head.weight, native.lm_head.weight)
 
 
 def test_from_a_folder(tmp_path):

@@ -56,7 +56,8 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
         whole = config.model_type in WHOLE_MODELS
         if whole:
             own = copy.deepcopy(config.get_text_config())
-            own.tie_word_embeddings = config.tie_word_embeddings  # only the whole model's setting is reliable
+            # Only the whole model's setting is reliable; Qwen2-Audio has none.
+            own.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
         is_qwen2_vl = type(own) is Qwen2VLForCausalLM.config_class
         cls = Qwen2VLForCausalLM if is_qwen2_vl else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(own), None)
         if cls is None or cls.__name__.endswith("ForConditionalGeneration"):

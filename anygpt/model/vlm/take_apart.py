@@ -127,12 +127,14 @@ def _projector(children: dict[str, nn.Module], **settings: Any) -> MultimodalPro
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model's trunk and head in a causal language model."""
-    config = model.config.text_config
+    config, head = copy.deepcopy(model.config.text_config), model.get_output_embeddings()
+    # Only the tensors tell: the whole model's config and the text's may disagree, or say nothing.
+    config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
         is_qwen2_vl = isinstance(config, Qwen2VLForCausalLM.config_class)
         language_model = Qwen2VLForCausalLM(config) if is_qwen2_vl else AutoModelForCausalLM.from_config(config)
     setattr(language_model, language_model.base_model_prefix, model.model.language_model)
-    language_model.set_output_embeddings(model.get_output_embeddings())
+    language_model.set_output_embeddings(head)
     language_model.generation_config = copy.deepcopy(model.generation_config)
     return language_model.train(model.training)
 
