@@ -1,5 +1,6 @@
 """Labels and ids through the chat templates of the language models of the support matrix, rebuilt in tests/data."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from PIL import Image
 from tiny_parts import LANGUAGE_MODELS
 from tokenizers.processors import TemplateProcessing
 
-from anygpt import InputError, MultimodalModel, MultimodalProcessor
+from anygpt import InputError, MultimodalModel, MultimodalProcessor, load_tokenizer
 from anygpt.data import ContentPart, LoadedSample, Message, Sample
 from anygpt.data.collation import Collator
 from anygpt.outputs import Answer, Segment
@@ -208,6 +209,16 @@ def test_a_template_that_reads_parts_is_given_parts(tokenizer_of):
         "{{ eos_token }}{% endfor %}", "{{ eos_token }}{% endgeneration %}{% endfor %}"
     )
     assert ASKED[0] in tokenizer.decode(tokenize_with_labels(tokenizer, TURNS[:2])[0])
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_a_processors_template_is_the_tokenizers(file, parts, tmp_path):
+    for own, expected in ((None, "of the processor"), ("of its own", "of its own")):
+        tokenizer = parts.tokenizer()
+        tokenizer.chat_template = own
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / file).write_text(json.dumps({"chat_template": "of the processor"}))
+        assert load_tokenizer(tmp_path).chat_template == expected
 
 
 def test_what_else_a_message_holds_reaches_the_template(tiny_model):

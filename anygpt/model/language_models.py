@@ -97,6 +97,9 @@ def load_tokenizer(path: str | Path | Source, **options: Any) -> PreTrainedToken
                 ) from error
             raise
         check_vocabulary(tokenizer, source.place)
+        for name in ("chat_template.json", "processor_config.json"):  # of a processor, in older repositories
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = (source.place.json(name) or {}).get("chat_template")
         return with_padding(tokenizer)
 
     return load(source, "tokenizer", build)
