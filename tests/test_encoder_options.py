@@ -13,6 +13,8 @@ from transformers import (
     BeitConfig,
     BeitModel,
     CLIPVisionModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -152,6 +154,24 @@ def test_llavas_own_selection_comes_with_its_tower(config, parts, tmp_path):
     batch = processor({"image": {"images": [picture()]}}, {"text": ["see <image>"]})
     assert int((batch["input_ids"] == model.token_ids["image"]).sum()) == 4
     model(**batch)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("pooled", [True, False])  # False: the norm behind the last layer is no identity
+def test_internvls_features_are_its_own(pooled, layer, tmp_path):
+    vision = TINY["InternViT"].config().to_dict() | {"use_mean_pooling": pooled}
+    settings = {"vision_feature_layer": layer, "downsample_ratio": 1.0, "text_config": {**TEXT, "model_type": "llama"}}
+    whole = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, **settings)).eval()
+    for name, parameter in whole.model.vision_tower.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    whole.save_pretrained(tmp_path)
+    pixels, given = torch.randn(2, 3, 16, 16), []
+    whole.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: given.extend(inputs[0]))
+    with torch.no_grad():
+        whole.get_image_features(pixels, output_hidden_states=True)
+        found = ModalEncoderModule(load_encoder(tmp_path, "image")).encode({"pixel_values": pixels})
+    assert torch.equal(torch.stack(found), torch.stack(given))
 
 
 def test_dinov3_needs_no_torchvision(tmp_path):

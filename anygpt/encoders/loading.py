@@ -114,6 +114,8 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             layer = getattr(whole, "vision_feature_layer", None)
         if drop is None:
             drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
+        if source.feature_layer is None and layer == -1 and whole.model_type == "internvl":
+            layer = None  # by its last layer, it means the output, behind the norm
         frames = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
         frames = {name: value for name, value in frames.items() if value is not None}
         if is_timed(modality) and family.main_input == "pixel_values":
