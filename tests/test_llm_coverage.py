@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import enlarge
 from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from anygpt import InputError, ModalDecoderModule, ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from anygpt.cache.text_states import TextStates, read_text
@@ -191,3 +192,23 @@ def test_greedy_answers_do_not_heed_padding_either(composed):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(InputError, match="LlamaModel has no language-model head; give a causal language model"):
         MultimodalModel({}, LLAMA.build().model)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "electra", "rembert", "xlnet", "xlm", "bloom", "gpt_neox_japanese"]
+)
+def test_a_model_that_sees_later_tokens_is_refused(kind):
+    own = {"xlnet": {"n_head": 2, "d_head": 8, "d_inner": 16}, "xlm": {"n_layers": 1, "emb_dim": 16}}
+    config = CONFIG_MAPPING[kind](**SMALL | own.get(kind, {}))
+    model = AutoModelForCausalLM.from_config(config).train()
+    if kind in ("bloom", "gpt_neox_japanese"):
+        assert MultimodalModel({}, model).language_model.training
+    else:
+        with pytest.raises(InputError, match=f"{type(model).__name__} attends to later tokens"):
+            MultimodalModel({}, model)
+    if kind == "bert":
+        config.is_decoder = True
+        MultimodalModel({}, AutoModelForCausalLM.from_config(config))

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -13,6 +14,7 @@ from transformers import (
     utils,
 )
 
+from anygpt.composition import evaluating
 from anygpt.errors import InputError
 from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
 from anygpt.parts.files import Weights, built_from
@@ -69,6 +71,22 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
         return load_network(cls, own, source.place, names=_NAMES if whole else {}, **given)
 
     return load(source, "language model", build)
+
+
+def check_causal(language_model: nn.Module) -> None:
+    """Raise `InputError` if the first token attends to later ones, as in BERT or XLNet: labels would be read there."""
+    weight = language_model.get_input_embeddings().weight
+    if weight.is_meta or any(getattr(module, "is_causal", False) for module in language_model.modules()):
+        return
+    with evaluating(language_model), torch.enable_grad():
+        embeds = weight[None, :4].detach().clone().requires_grad_()
+        logits = language_model(inputs_embeds=embeds, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[:, 0].float().square().sum(), embeds)
+    if gradient[:, 1:].any():
+        raise InputError(
+            f"the {type(language_model).__name__} attends to later tokens, so it is no causal language model; "
+            "expected a decoder such as Llama or GPT-2"
+        )
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

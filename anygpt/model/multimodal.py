@@ -24,6 +24,7 @@ from anygpt.losses.formulas import LossWeights, hide_conditions, weighted_total
 from anygpt.losses.terms import compute_losses, count_losses, find_losses, loss_names
 from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
+from anygpt.model.language_models import check_causal
 from anygpt.model.packing import read_packed
 from anygpt.model.vlm.take_apart import take_apart
 from anygpt.outputs import MultimodalOutput
@@ -109,6 +110,7 @@ class MultimodalModel(Composition):
                 f"{type(language_model).__name__} has no language-model head; give a causal language model "
                 "(AutoModelForCausalLM)"
             )
+        check_causal(language_model)
         self.encoder_keys, self.decoder_keys, self.tokenizer_keys = map(tuple, (encoders, decoders, tokenizers))
         for key, encoder in encoders.items():
             encoder.modality = encoder.modality or key
