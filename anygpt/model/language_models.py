@@ -80,7 +80,7 @@ def check_causal(language_model: nn.Module) -> None:
         return
     with evaluating(language_model), torch.enable_grad():
         embeds = weight[None, :4].detach().clone().requires_grad_()
-        logits = language_model(inputs_embeds=embeds, use_cache=False).logits
+        logits = language_model(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
         (gradient,) = torch.autograd.grad(logits[:, 0].float().square().sum(), embeds)
     if gradient[:, 1:].any():
         raise InputError(
