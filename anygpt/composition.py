@@ -254,9 +254,9 @@ def lowest_layers(model: Composition) -> Iterator[None]:
     config, code = decoder.config, ""
     with suppress(OSError, TypeError):  # a class without a file
         code = inspect.getsource(type(decoder))
-    layers = config.num_hidden_layers
-    if code.count("self.config.num_hidden_layers") == 1 and all(isinstance(k, int) and k >= 0 for k in read):
-        config.num_hidden_layers = min(layers, max(read, default=layers) + 1)
+    layers, numbers = config.num_hidden_layers, [k for k in read if isinstance(k, int) and k >= 0]
+    if code.count("self.config.num_hidden_layers") == 1 and len(numbers) == len(read):
+        config.num_hidden_layers = min(layers, max(numbers, default=layers) + 1)
     try:
         yield
     finally:
