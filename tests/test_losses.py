@@ -117,6 +117,12 @@ def test_total_is_the_weighted_sum_of_means_and_leaves_the_terms_alone():
     assert weighted_total(losses, LossWeights(llm=0, alignment=0, denoising=0)) is None
 
 
+def test_a_decoders_factor_is_no_encoders_of_the_same_key():
+    weights = LossWeights(encoder=2.0, decoder=3.0, by_modality={"image": 0.5})
+    names = ("encoder/info_nce/image", "decoder/denoising/image", "llm_decoder/alignment/image")
+    assert [weights.of(name) for name in names] == [2.0, 1.5, 0.5]
+
+
 def test_what_rows_of_several_terms_have_is_one_mean():
     counts = {
         "llm/nll": 1,

@@ -61,7 +61,7 @@ class LossWeights:
             (learning without forgetting, arXiv 1606.09282, with the model's whole distribution).
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
-        by_modality: factor on the sub-terms of one decoder key; 1 where not named.
+        by_modality: factor on the sub-terms of one decoder key, not on an encoder's `info_nce`; 1 where not named.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
         caption_dropout: share of captions that `decoder` replaces by the empty one, and of answers with codes that are
@@ -104,7 +104,7 @@ class LossWeights:
         if term in TERMS:
             sub = "alignment" if sub.endswith("_alignment") else sub  # of a pooled condition, or a mask
             weight *= getattr(self, sub)
-        return weight * self.by_modality.get(modality[0], 1.0) if modality else weight
+        return weight * self.by_modality.get(modality[0], 1.0) if modality and term != "encoder" else weight
 
     @property
     def wants_language_model(self) -> bool:
