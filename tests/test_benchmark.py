@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anygpt.errors import InputError
 from anygpt.training.config import Config
 from anygpt.training.stages import LLM_DECODER, prepare_stage
 
@@ -113,3 +114,5 @@ def test_unknown_benchmarks_are_refused(script, capsys):
     with pytest.raises(SystemExit) as error:
         script.main(["nothing"])
     assert error.value.code == 2 and "stage2" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--rounds is 0, expected"):
+        script.main(["stage2", "--rounds", "0"])

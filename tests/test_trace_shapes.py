@@ -81,6 +81,13 @@ def test_the_other_stages_with_made_up_media(run, checkpoint, config):
     assert order.index("audio output projector") < order.index("image decoder") and order[-1] == "losses"
 
 
+def test_codes_on_their_data(run, tmp_path):
+    data = write_dataset(tmp_path, "stage1", 6, seed=0)
+    hops = run(CONFIGS / "all_at_once.yaml", "--data.train", f"[{{path: {data}}}]", "--data.cache_dir", "null")
+    assert {"input_ids", "image.media", "video.media", "audio.media"} <= set(hops["processor"])
+    assert hops["losses"]["sum.encoder_llm/nll"][0] == "()"
+
+
 def test_a_checkpoint(run, checkpoint):
     hops = run("--checkpoint", checkpoint)
     assert hops["signal tokens"]["states of audio"][0] == "(1, 2, 128)"
@@ -94,6 +101,9 @@ def test_watching_leaves_the_model_as_it_was(script, tiny_model):
     assert before == (set(vars(model)), {name: len(m._forward_hooks) for name, m in model.named_modules()})
 
 
-def test_mistakes_are_one_line(capsys):
+def test_mistakes_are_one_line(capsys, tmp_path):
+    data = write_dataset(tmp_path, "stage2", 3, seed=0)
+    assert commands.run("trace-shapes", [str(CONFIGS / "stage1.yaml"), f"--data.train=[{{path: {data}}}]"]) == 2
+    assert f"no row of {data}" in capsys.readouterr().err
     assert commands.run("trace-shapes", ["nothing.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: --config 'nothing.yaml'")

@@ -29,7 +29,7 @@ from types import ModuleType
 
 import torch
 
-from anygpt.commands import REPOSITORY, new_parser
+from anygpt.commands import REPOSITORY, check_range, new_parser
 from anygpt.errors import InputError
 
 HERE = REPOSITORY / "scripts"
@@ -106,6 +106,7 @@ def main(arguments: list[str]) -> None:
         command.add_argument("--cpu-seconds", action="store_true", help="the process's CPU time, on a busy machine")
         command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    check_range(options, 1, 1000, "rounds")
     module = load(options.benchmark)
     if options.side is not None:
         if options.cpu_seconds:

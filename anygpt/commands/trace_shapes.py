@@ -136,8 +136,8 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: list[DataSource]) -> dict[str, Any]:
     """Batch of few samples that cover all media of the model; of ToyWorld if there is no data."""
-    known = {("user", encoder.modality) for encoder in model.encoders.values()}
-    known |= {("assistant", decoder.modality) for decoder in model.decoders.values()}
+    known = {("user", reader.modality) for reader in model.readers.values()}
+    known |= {("assistant", maker.modality) for maker in model.makers.values()}
     with tempfile.TemporaryDirectory() as folder:
         if not sources or not all(Path(source.path).exists() for source in sources):
             print("no data: these are samples of ToyWorld\n")
@@ -151,6 +151,9 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
             if kinds <= known and (kinds - covered or not chosen):
                 chosen.append(index)
                 covered |= kinds
+        if not chosen:
+            given = ", ".join(source.path for source in sources)
+            raise InputError(f"no row of {given} is of media that the model reads and makes; give data that suit it")
         batch = Collator(processor)([dataset[index] for index in chosen])
     if batch[BAD]:
         raise InputError(batch[BAD][0].reason)
