@@ -217,10 +217,13 @@ def test_wrong_settings(data, tmp_path, capsys, more, said):
     refuse(1, data / "stage1.jsonl", tmp_path, capsys, *said, more=more)
 
 
-def test_lora_on_layers_that_are_not_there(data, tmp_path, capsys):
+@pytest.mark.parametrize("layers", ["[qq]", "[q_proj, qq]", "'.*qq(['"])
+def test_lora_on_layers_that_are_not_there(data, tmp_path, capsys, layers):
     train_here(2, arguments(2, data / "stage2.jsonl", tmp_path / "start", *FROM_PARTS, steps=1, batch_size=1))
     args = arguments(
-        3, data / "stage3.jsonl", tmp_path / "run", "--lora.target_modules=[qq]", init_from=tmp_path / "start/final"
+        *(3, data / "stage3.jsonl", tmp_path / "run"),
+        f"--lora.target_modules={layers}",
+        init_from=tmp_path / "start/final",
     )
     code, lines = cli_here(3, args, capsys)
     check_mistake(code, lines, "lora.target_modules", "qq")

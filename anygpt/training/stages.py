@@ -1,5 +1,6 @@
 """Trained parts and losses of each stage."""
 
+import re
 from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -62,6 +63,10 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
         if f"{key}_denoiser" in (config.train.parts or ()):
             decoder.module.set_adapter(adapted(decoder.module, decoder.module.denoiser, "denoiser_lora", config))
     parts = stage.parts(model) if config.train.parts is None else choose_networks(model, config.train.parts)
+    denoisers = any(part.endswith("_denoiser") for part in parts)
+    for section, used in (("lora", stage.lora), ("denoiser_lora", denoisers)):
+        if not used and getattr(config, section) != LoraSettings():
+            raise InputError(f"{section} has settings, but {stage.name} makes no such adapters; leave them out")
     model.train_only(parts)
     rows = config.train.signal_rows
     if "signal_tokens" in parts:
@@ -87,8 +92,14 @@ def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, t
         return there
     options = {there: getattr(lora, name) for name, there in PEFT_NAMES.items()}
     adapter = LoraConfig(**options, target_modules=lora.target_modules, task_type=task)
-    with refusing(f"{section}.target_modules={lora.target_modules!r} does not fit", (ValueError,)):
-        return get_peft_model(network, adapter)
+    where = f"{section}.target_modules={lora.target_modules!r} does not fit"
+    with refusing(where, (ValueError, re.error)):
+        wrapper = get_peft_model(network, adapter)
+    names = [f".{name}" for name in wrapper.base_model.targeted_module_names]
+    for layer in lora.target_modules if isinstance(lora.target_modules, list) else ():
+        if not any(name.endswith(f".{layer}") for name in names):
+            raise InputError(f"{where}: no layer is called {layer!r}; the last names of layers are adapted, as q_proj")
+    return wrapper
 
 
 def part_kinds(model: MultimodalModel) -> dict[str, str]:
@@ -131,8 +142,11 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
 def check_adapter(wrapper: PeftModel, lora: LoraSettings, section: str) -> None:
     """Reject LoRA settings that differ from those of an adapter from `model.init_from`, which stays as it is."""
     adapter, default = wrapper.peft_config[wrapper.active_adapter], LoraSettings()
-    for name, there in PEFT_NAMES.items():
-        value, saved = getattr(lora, name), getattr(adapter, there)
+    for name, there in {**PEFT_NAMES, "target_modules": "target_modules"}.items():
+        value, saved = (
+            one if isinstance(one, str | int | float) else sorted(one)
+            for one in (getattr(lora, name), getattr(adapter, there))
+        )
         if value not in (saved, getattr(default, name)):
             raise InputError(
                 f"{section}.{name} is {value}, but the adapter in model.init_from was made with {saved}; leave it "
