@@ -259,6 +259,12 @@ VALUES = [
     ("train.gradient_accumulation_steps", "1000000000000", "less than or equal to"),
     ("train.num_epochs", "0", "greater than 0"),
     ("train.warmup_steps", "1001", "at most train.max_steps"),
+    ("train.sample_rows", "2", "no effect without train.sample_steps"),
+    ("train.ema_for", "[final]", "no effect without train.ema_decay"),
+    ("train.ema_for", "[]", "at least one name"),
+    ("loss.binding", "text", "no effect without loss.encoder"),
+    ("loss.temperature", "1", "no effect without loss.encoder"),
+    ("loss.reference_dropout", "0.5", "no effect without loss.decoder"),
     ("data.num_workers", "100000", "less than or equal to"),
     ("lora.r", "10000000", "less than or equal to 4096"),
     ("model.decoders.image.num_signal_tokens", "10000000", "less than or equal to 4096"),
@@ -273,6 +279,7 @@ def test_values_out_of_range(name, value, expected):
 
 def test_a_negative_weight_of_data():
     assert "data.train[0].weight is -1.0" in fault(*STAGE_1, "--data.train=[{path: a.jsonl, weight: -1}]")
+    assert "data.eval[0].weight is 0.5" in fault(*STAGE_1, "--data.eval=[{path: a.jsonl, weight: 0.5}]")
 
 
 def test_all_values_out_of_range_are_named():

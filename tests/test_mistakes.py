@@ -189,7 +189,9 @@ STAGE_1_SETTINGS = {
         ("model.encoders.image.projector",),
     ),
     "a gain of no ridge": (("--train.ridge_gain=2",), ("train.ridge_gain is 2.0", "train.projector_init ridge")),
-    "nothing trains": (("--train.parts=[]",), ("stage 1", "nothing to train")),
+    "nothing trains": (("--train.parts=[]",), ("train.parts is empty", "at least one name")),
+    "adapters of no stage": (("--lora.r=4",), ("lora has settings", "stage 1")),
+    "adapters of no denoiser": (("--denoiser_lora.r=4",), ("denoiser_lora has settings", "stage 1")),
     "no evaluation at checkpoints": (
         (
             "--train.keep_best=eval/loss",
@@ -217,7 +219,11 @@ def test_settings_that_do_not_go_together(data, tmp_path, capsys, monkeypatch, w
 
 
 def test_an_adapters_settings_are_not_changed(data, third, tmp_path, capsys):
-    refuse(3, data, tmp_path, capsys, "lora.r is 16", "made with 8", more=("--lora.r=16",), init_from=third)
+    for setting, said in (
+        ("r=16", ("lora.r is 16", "made with 8")),
+        ("target_modules=[q_proj]", ("['q_proj']", "k_proj")),
+    ):
+        refuse(3, data, tmp_path, capsys, *said, more=(f"--lora.{setting}",), init_from=third)
 
 
 def test_ridge_without_captions_for_a_decoder(data, tmp_path, capsys):

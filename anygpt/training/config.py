@@ -16,7 +16,7 @@ from anygpt.data.dataset import DataSource
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.parts.source import DecoderSettings, EncoderSettings, PartSettings, TokenizerSettings, Tokens
-from anygpt.settings import find_misfits, parse_settings
+from anygpt.settings import find_misfits, flatten, parse_settings
 
 # Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
 Steps = Annotated[int, Field(ge=1, le=10**9)]
@@ -133,8 +133,8 @@ class DataConfig:
     Attributes:
         train: training files.
         eval: files for the evaluation loss, computed every `train.eval_steps`.
-        cache_dir: folder of the feature cache, written by `scripts/cache_features.py` with the same settings; null for
-            none.
+        cache_dir: folder of the feature cache, written by `scripts/cache_features.py` with the same settings (damage to
+            its numbers is not noticed); null for none.
         num_workers: processes that decode media; 0 decodes in the main process.
         in_memory: keep decoded media in each decoding process; for small datasets.
         on_bad_sample: `error` stops at the first unreadable sample; `skip` drops and counts it.
@@ -257,6 +257,18 @@ class LoraSettings:
     target_modules: list[str] | str = "all-linear"
 
 
+NEEDS = {
+    "train.ridge_gain": "train.projector_init ridge",
+    "train.eval_suite": "train.eval_steps",
+    "train.sample_rows": "train.sample_steps",
+    "train.ema_for": "train.ema_decay",
+    "loss.binding": "loss.encoder",
+    "loss.temperature": "loss.encoder",
+    "loss.reference_dropout": "loss.decoder",
+}
+"""Settings that have no effect while another has its default."""
+
+
 @dataclass
 class Config:
     """All sections of a run."""
@@ -295,10 +307,17 @@ def check_values(config: Config) -> None:
         faults.append(
             f"train.warmup_steps is {train.warmup_steps}, expected at most train.max_steps ({train.max_steps})"
         )
-    if train.ridge_gain != 1 and train.projector_init != "ridge":
-        faults.append(f"train.ridge_gain is {train.ridge_gain}, and has no effect without train.projector_init ridge")
-    if train.eval_suite and not train.eval_steps:
-        faults.append(f"train.eval_suite is {train.eval_suite}, but it is never run, expected train.eval_steps")
+    now, usual = flatten(config.to_dict()), flatten(Config().to_dict())
+    for name, needed in NEEDS.items():
+        setting = needed.partition(" ")[0]
+        if now[name] != usual[name] and now[setting] == usual[setting]:
+            faults.append(f"{name} is {now[name]}, and has no effect without {needed}")
+    for name in ("parts", "ema_for"):
+        if getattr(train, name) == []:
+            faults.append(f"train.{name} is empty, expected at least one name, or no such setting")
+    for number, source in enumerate(config.data.eval):
+        if source.weight != 1:
+            faults.append(f"data.eval[{number}].weight is {source.weight}, expected 1: each row is evaluated once")
     for name, steps in (("eval_steps", train.eval_steps), ("sample_steps", train.sample_steps)):
         if steps and not config.data.eval:
             faults.append(f"train.{name} is {steps}, but data.eval is empty, expected at least one file there")
