@@ -244,6 +244,13 @@ def test_rows_are_counted_over_all_processes(data, tmp_path, monkeypatch):
     assert settings_that_count(parse_config([*stage1(data, tmp_path), "--train.batch_size=6"])) != one
 
 
+def test_batches_by_tokens_depend_on_the_processes(data, tmp_path, monkeypatch):
+    given = [*stage1(data, tmp_path), "--data.max_batch_tokens=512"]
+    one = settings_that_count(parse_config([*given, "--train.batch_size=6"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert settings_that_count(parse_config([*given, "--train.batch_size=3"])) != one
+
+
 # -- more updates, and other data ------------------------------------------------------------------------------
 
 
@@ -277,8 +284,12 @@ def test_evaluations_of_a_run_before_are_not_taken_for_this_ones(data, tmp_path)
     shutil.rmtree(output / "checkpoint-3")
     train_here(1, stage1(data, output))
     assert [path.name for path in (output / "evaluation").iterdir()] == ["000002"]
+    for name in ("parts", "profile"):
+        (output / name).mkdir()
     train_here(1, stage1(data, output, "--run.resume=never"))
-    assert not (output / "evaluation").exists()
+    assert not any((output / name).exists() for name in ("evaluation", "parts", "profile"))
+    with pytest.raises(InputError, match=r"lies in run\.output_dir"):  # it would be removed
+        train_here(1, stage1(data, output, f"--model.language_model.path={output / 'parts/language_model'}"))
 
 
 def test_epochs_are_counted_in_updates(data, tmp_path):

@@ -1,6 +1,7 @@
 """Stage 0: losses of VAEs and vocoders, denoising under a text encoder that trains, parts that load by themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,14 @@ def test_the_autoencoder_is_trained_and_its_latents_are_scaled(tmp_path, data, p
     pictures = [Image.open(data / row["messages"][1]["content"][-1]["path"]) for row in rows]
     latents = decoder.posterior(decoder.targets(pictures))[0] * decoder.vae.config.scaling_factor
     assert abs(float(latents.std().detach()) - 1) < 1e-3
+
+
+def test_bad_samples_are_skipped_to_the_end(tmp_path, data, parts):
+    shutil.copytree(data, tmp_path / "data")
+    row = json.loads((data / "pictures.jsonl").read_text().splitlines()[0])
+    (tmp_path / "data" / row["messages"][1]["content"][-1]["path"]).unlink()
+    own = {**decoder_of(parts, "image"), **ONLY_OWN, "loss.reconstruction": 1, "data.on_bad_sample": "skip"}
+    assert list(run(tmp_path, tmp_path / "data", "pictures", parts, ["image_decoder.vae"], **own).iterdir())
 
 
 def test_a_denoiser_and_its_text_encoder_train_together(tmp_path, data, parts):

@@ -31,6 +31,7 @@ from anygpt.training.ridge import (
     check_room,
     set_by_ridge,
 )
+from anygpt.training.setup import init_projectors
 from anygpt.training.stages import LLM_DECODER
 from anygpt.training.trainer import train
 
@@ -370,3 +371,12 @@ def test_matrices_that_do_not_fit_are_refused_before_anything_is_computed():
     check_room({"image": (64, 924)})
     with pytest.raises(InputError, match=r"image: 16,384 × 1,048,576\) take .* GiB, and .* are free; use fewer signal"):
         check_room({"image": (4 * 4096, 512 * 2048)})
+
+
+def test_ridge_without_a_new_projector_is_said():
+    config = parse_config(["--model.init_from=x", "--data.train=[{path: x}]", "--train.projector_init=ridge"])
+    config.model.init_from = None
+    model = SimpleNamespace(decoder_keys=())
+    assert init_projectors(model, None, None, config, None) == [
+        "train.projector_init=ridge set nothing: no output projector is new"
+    ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ from training_utils import (
 )
 
 from anygpt.data.collation import TARGET_IDS, move
-from anygpt.training.loading import BadSampleError, make_generators
+from anygpt.training.config import parse_config
+from anygpt.training.loading import BadSampleError, count_epochs, make_generators
+from anygpt.training.setup import kept_dtypes
 
 BOARD = ("--run.tracker", "tensorboard")
 
@@ -221,6 +225,7 @@ def test_an_evaluation_has_the_same_numbers_whatever_the_workers(make_arguments,
     held_out = [{"path": str(data / f"stage{stage}.jsonl")} for stage in (1, 3)]
     args = make_arguments(3, tmp_path, "--data.eval", json.dumps(held_out), "--loss.denoising=1", batch_size=4)
     bench = Bench(3, args, sgd, tmp_path)
+    assert any(note.startswith("data.eval is not used") for note in bench.trainer.notes)
     extractor = type(bench.trainer.processor.encoder_processors["audio"])
     call, draws = extractor.__call__, []
 
@@ -280,6 +285,13 @@ def test_bf16_keeps_trained_tensors_in_float32(make_arguments, data, tmp_path):
         assert half[1][name] == pytest.approx(full[1][name], rel=0.05), name
 
 
+def test_parts_of_the_start_keep_their_dtype_and_the_log_says_so(make_arguments, tmp_path):
+    args = make_arguments(3, tmp_path / "run")
+    assert kept_dtypes(parse_config(args)) == []
+    (line,) = kept_dtypes(parse_config([*args, "--train.mixed_precision=bf16"]))
+    assert "language_model (its own)" in line and "image_decoder (its own)" in line
+
+
 def test_gradient_checkpointing_changes_no_loss(make_arguments, tmp_path):
     for value in ("true", "false"):
         more = (*BOARD, f"--train.gradient_checkpointing={value}")
@@ -294,6 +306,20 @@ def test_which_signal_rows_train(make_arguments, tmp_path, rows):
     _, _, names = start_of(2, make_arguments(2, tmp_path / "run", f"--train.signal_rows={rows}"))
     found = {name.split(".")[1] for name in names if name.startswith("signal_tokens.")}
     assert found == {"both": {"input_rows", "output_rows"}, "output": {"output_rows"}, "none": set()}[rows]
+
+
+@pytest.mark.parametrize(
+    ("grouping", "batches"), [((), 5), (("length",), 6), (("modality",), 8), (("length", "modality"), 8)], ids=str
+)
+def test_epochs_of_groups_are_whole(make_arguments, tmp_path, grouping, batches):
+    """Twice ten rows by four: micro-batches end with the epoch, and with each of two groups."""
+    rows = SimpleNamespace(lengths=[10], weights=[1.0], output_groups=lambda: [0] * 5 + [1] * 5)
+    more = [f"--data.group_by_{kind}=true" for kind in grouping]
+    for processes, size, parts in ((1, 4, 1), (2, 2, 1), (1, 4, 3)):
+        split = (f"--train.batch_size={size}", f"--train.gradient_accumulation_steps={parts}", "--train.num_epochs=2")
+        config = parse_config(make_arguments(1, tmp_path, *more, *split))
+        count_epochs(config, rows, processes)
+        assert config.train.max_steps == math.ceil(batches / parts)
 
 
 # -- noise -----------------------------------------------------------------------------------------------------

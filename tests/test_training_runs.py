@@ -125,11 +125,24 @@ def spoiled(data, folder, count):
 @pytest.mark.parametrize("size", [1, 6], ids=["whole batches", "parts of batches"])
 def test_bad_samples_are_skipped_and_counted(data, tmp_path, size):
     path, bad = spoiled(data, tmp_path, 3)
-    skip = ("--data.on_bad_sample=skip", *BOARD)
-    train_here(1, arguments(1, path, tmp_path / "run", *skip, steps=12 // size, batch_size=size))
+    skip, steps = ("--data.on_bad_sample=skip", *BOARD, "--train.save_steps=12", "--train.eval_steps=1"), 12 // size
+    more = (*skip, "--data.eval", f"[{{path: {path}}}]")
+    train_here(1, arguments(1, path, tmp_path / "run", *more, steps=steps, batch_size=size))
     metrics = logged(tmp_path / "run")
-    assert metrics[12 // size]["skipped"] == len(bad)  # an epoch: each of them once
+    assert metrics[steps]["skipped"] == len(bad)  # an epoch: each of them once
+    assert {values["eval/skipped"] for values in metrics.values()} == {len(bad)}
+    idle = sum("loss" not in values for values in metrics.values())  # updates without a row
+    assert idle == (len(bad) if size == 1 else 0)
+    optimizer = torch.load(tmp_path / f"run/checkpoint-{steps}/optimizer.pt", weights_only=True)
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {steps - idle}
     assert all(torch.isfinite(t).all() for t in trained_tensors(tmp_path / "run/final").values())
+
+
+def test_an_evaluation_without_a_row_is_an_error(data, tmp_path, capsys):
+    path, _ = spoiled(data, tmp_path, 12)
+    more = ("--data.on_bad_sample=skip", "--data.eval", f"[{{path: {path}}}]", "--train.eval_steps=1")
+    code, lines = cli_here(1, arguments(1, data / "stage1.jsonl", tmp_path / "run", *more), capsys)
+    check_mistake(code, lines, "data.eval", "12 of 12 were skipped")
 
 
 def test_bad_samples_are_an_error_by_default(data, tmp_path, capsys):

@@ -44,13 +44,16 @@ WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data an
 def settings_that_count(config: Config) -> dict[str, Any]:
     """Settings on which the trained weights depend, by name.
 
-    Micro-batches are counted over all processes: one process with 2b rows and two with b train the same.
+    Micro-batches are counted over all processes: one process with 2b rows and two with b train the same. Those of
+    `data.max_batch_tokens` depend on the number of processes.
     """
     settings = config.to_dict()
     for source in settings["data"]["train"]:
         source |= {"path": Path(source["path"]).name, "media_root": None}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings["train"]["batch_size (of all processes)"] = settings["train"].pop("batch_size") * processes
+    if config.data.max_batch_tokens is not None:
+        settings["train"]["processes"] = processes
     return {name: value for name, value in flatten(settings).items() if not name.startswith(WITHOUT_EFFECT)}
 
 

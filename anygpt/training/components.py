@@ -14,12 +14,12 @@ from anygpt.model.parts import part_modules
 from anygpt.parts.publishing import let_umask_decide
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.training.config import Config
+from anygpt.training.folder import PARTS
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import source
 
 logger = logging.getLogger(__name__)
 
-PARTS = "parts"
 SCALED_SAMPLES = 512
 """Media used to measure the scale of a VAE's latents."""
 
@@ -49,7 +49,7 @@ def write_components(final: Path, config: Config) -> None:
 
 @torch.no_grad()
 def latent_deviation(model: MultimodalModel, processor: Any, key: str, config: Config) -> float:
-    dataset = ConversationDataset.from_files(config.data.train)
+    dataset = ConversationDataset.from_files(config.data.train, on_bad_sample=config.data.on_bad_sample)
     use_frames_of(dataset, processor)
     collator, decoder = Collator(processor), model.decoders[key].module
     latents = []

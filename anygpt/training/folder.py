@@ -22,6 +22,7 @@ from anygpt.errors import InputError, refusing
 from anygpt.training.config import Config
 
 FINAL, SAMPLES, EVALUATION, LOG = "final", "samples", "evaluation", "log.txt"
+PARTS, PROFILE = "parts", "profile"
 STATE = "training_state.json"
 PREFIX = "checkpoint-"
 STOPPED = "stopped-"  # a checkpoint for inspection, ignored by `run.resume=auto`
@@ -35,12 +36,15 @@ def check_folder(folder: Path, config: Config) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = f"{there} {'may not be written to' if there.is_dir() else 'is not a folder'}"
         raise InputError(f"run.output_dir={str(folder)!r} cannot be written to: {reason}; choose another folder")
-    start = config.model.init_from
-    if start is not None and Path(start).resolve().parent == folder.resolve():
-        raise InputError(
-            f"model.init_from={start!r} lies in run.output_dir={str(folder)!r}, which this run writes to; choose "
-            "another run.output_dir"
-        )
+    model, own = config.model, folder.resolve()
+    parts = [model.language_model, *model.encoders.values(), *model.decoders.values(), *model.tokenizers.values()]
+    read = [("a part of the model", part.path, own / PARTS) for part in parts if part is not None]
+    for what, path, written in (("model.init_from", model.init_from, own), *read):
+        if path is not None and Path(path).resolve().parent == written:
+            raise InputError(
+                f"{what}={path!r} lies in run.output_dir={str(folder)!r}, which this run writes to; choose another "
+                "run.output_dir"
+            )
 
 
 def prepare_folder(
@@ -59,7 +63,7 @@ def prepare_folder(
         old = list(folder.glob(".*.incomplete"))  # left by a run killed while writing
         if config.run.resume == "never":
             old += [*find_checkpoints(folder), *folder.glob("set-aside-*"), *folder.glob(f"{STOPPED}*")]
-            old += [folder / FINAL, folder / SAMPLES, folder / EVALUATION]
+            old += [folder / name for name in (FINAL, SAMPLES, EVALUATION, PARTS, PROFILE)]
             (folder / LOG).unlink(missing_ok=True)
         for path in old:
             shutil.rmtree(path, ignore_errors=True)

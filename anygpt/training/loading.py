@@ -6,6 +6,7 @@ import copy
 import ctypes
 import hashlib
 import itertools
+import math
 import os
 import random
 import signal
@@ -110,6 +111,29 @@ def make_loader(
     )
     pinned = accelerator.device.type == "cuda"
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, pin_memory=pinned, **loader_options(config))
+
+
+def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -> list[str]:
+    """Set `train.max_steps` from `train.num_epochs` if given; returns lines for the log."""
+    data, train = config.data, config.train
+    if train.num_epochs is None:
+        return []
+    rows = sum(round(length * weight) for length, weight in zip(dataset.lengths, dataset.weights, strict=True))
+    micro, parts = train.batch_size * processes, train.gradient_accumulation_steps
+    train.max_steps = math.ceil(train.num_epochs * rows / (micro * parts))
+    if data.group_by_modality or data.group_by_length:  # the last micro-batch of a group, or of an epoch, may be short
+        groups = dataset.output_groups() if data.group_by_modality else [0] * sum(dataset.lengths)
+        options = {"weights": dataset.weights, "seed": config.run.seed, "groups": groups}
+        sampler = UpdateSampler(dataset.lengths, batch_size=micro, num_updates=sys.maxsize, **options)
+        drawn = itertools.accumulate(map(len, sampler))
+        full = itertools.takewhile(lambda count: count < train.num_epochs * rows, drawn)
+        train.max_steps = math.ceil((1 + sum(1 for _ in full)) / parts)
+    if train.warmup_steps > train.max_steps:
+        raise InputError(
+            f"train.warmup_steps is {train.warmup_steps}, expected at most the {train.max_steps} updates of "
+            f"train.num_epochs = {train.num_epochs:g}"
+        )
+    return [f"{train.num_epochs:g} epochs of {rows} rows, {micro * parts} an update: {train.max_steps} updates"]
 
 
 def loader_options(config: Config) -> dict[str, Any]:

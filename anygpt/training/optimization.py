@@ -83,7 +83,7 @@ def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, acceler
 class Averages:
     """Exponential moving averages of a model's trainable parameters (EMA); does nothing without `train.ema_decay`.
 
-    After update n the decay is min(ema_decay, n / (n + 9)), so that the beginning is soon forgotten.
+    After update n the decay is min(ema_decay, n / (n + 9)), and 0 for n = 1, so that the beginning is soon forgotten.
     """
 
     def __init__(self, model: MultimodalModel, train: TrainConfig, checkpoint: Path | None = None):

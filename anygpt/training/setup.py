@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -130,6 +129,20 @@ def compose(
         load_start(model, start, wanted.init_from)
     model.loss_weights = config.loss
     return model, processor
+
+
+def kept_dtypes(config: Config) -> list[str]:
+    """A line for the log on parts of `model.init_from` in another dtype than `train.mixed_precision` gives new ones."""
+    if config.model.init_from is None:
+        return []
+    saved = read_config(Path(config.model.init_from))
+    parts = {"language_model": saved.language_model}
+    for kind, entries in (("encoder", saved.encoders), ("decoder", saved.decoders)):
+        parts |= {f"{key}_{kind}": entry for key, entry in entries.items()}
+    dtypes = {part: (entry["source"] or {}).get("dtype") for part, entry in parts.items() if entry["source"]}
+    usual = "bfloat16" if config.train.mixed_precision == "bf16" else None
+    kept = [f"{part} ({dtype or 'its own'})" for part, dtype in dtypes.items() if dtype != usual]
+    return [f"parts of model.init_from keep the dtype that they had there: {', '.join(kept)}"] if kept else []
 
 
 def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
@@ -318,30 +331,16 @@ def build_data(
     return dataset, held_out, Collator(processor, data.max_length, cut=data.on_long_sample == "cut")
 
 
-def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -> list[str]:
-    """Set `train.max_steps` from `train.num_epochs` if given; returns lines for the log."""
-    train = config.train
-    if train.num_epochs is None:
-        return []
-    rows = sum(round(length * weight) for length, weight in zip(dataset.lengths, dataset.weights, strict=True))
-    update = train.batch_size * train.gradient_accumulation_steps * processes
-    train.max_steps = math.ceil(train.num_epochs * rows / update)
-    if train.warmup_steps > train.max_steps:
-        raise InputError(
-            f"train.warmup_steps is {train.warmup_steps}, expected at most the {train.max_steps} updates of "
-            f"train.num_epochs = {train.num_epochs:g}"
-        )
-    return [f"{train.num_epochs:g} epochs of {rows} rows, {update} an update: {train.max_steps} updates"]
-
-
 def init_projectors(
     model: MultimodalModel, dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> list[str]:
     """Initialize new output projectors by `train.projector_init`; returns lines for the log."""
     before = set() if config.model.init_from is None else set(read_config(Path(config.model.init_from)).decoders)
     new = [key for key in model.decoder_keys if key not in before]
-    if config.train.projector_init != "ridge" or not new:
+    if config.train.projector_init != "ridge":
         return []
+    if not new:
+        return ["train.projector_init=ridge set nothing: no output projector is new"]
     model.to(accelerator.device)
     batches = ridge_batches(dataset, collator, config, accelerator)
     strengths = set_by_ridge(model, new, batches, config.train.ridge_gain)

@@ -31,12 +31,12 @@ from anygpt.training import checkpoint as checkpoints
 from anygpt.training import folder as folders
 from anygpt.training import loading, processes, sharding
 from anygpt.training.config import Config
-from anygpt.training.folder import EVALUATION, FINAL, PREFIX, STATE, STOPPED
+from anygpt.training.folder import EVALUATION, FINAL, PREFIX, PROFILE, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
-from anygpt.training.setup import build, build_data, check_metrics, check_watched, count_epochs, init_projectors
+from anygpt.training.setup import build, build_data, check_metrics, check_watched, init_projectors, kept_dtypes
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
@@ -96,7 +96,9 @@ class Trainer:
         self.dataset, self.held_out, self.collator = build_data(model, processor, config, stage)
         self.digests = checkpoints.data_digests(self.dataset)
         self.notes = [f"{stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
-        self.notes += count_epochs(config, self.dataset, accelerator.num_processes)
+        if self.held_out is not None and not (config.train.eval_steps or config.train.sample_steps):
+            self.notes.append("data.eval is not used: train.eval_steps and train.sample_steps are 0")
+        self.notes += kept_dtypes(config) + loading.count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(processor.modalities, processor.encoder_processors, processor.fit)
         self.notes += [f"{key}: {targets.note}" for key, targets in (processor.coded | processor.targets).items()]
         if checkpoint is not None:
@@ -153,7 +155,7 @@ class Trainer:
             self.log.say(f"{self.notes[0]}\n{part_table(parts)}")
             for line in [f"warning: {line}" for line in (*warnings, *prepared)] + self.notes[1:]:
                 self.log.say(line)
-            with profiler(config.train.profile, self.folder / "profile", accelerator.process_index) as trace:
+            with profiler(config.train.profile, self.folder / PROFILE, accelerator.process_index) as trace:
                 self.run_updates(itertools.chain(first, updates), caught, trace)
             self.finish()
         return self.folder / FINAL
@@ -177,7 +179,7 @@ class Trainer:
             moved |= metrics["gradient_norm"] > 0
             last = self.done == train.max_steps
             log.bar.update()
-            log.bar.set_postfix(loss=f"{metrics[LOSS]:.4g}", refresh=False)
+            log.bar.set_postfix(loss=f"{metrics.get(LOSS, math.nan):.4g}", refresh=False)
             if trace is not None:
                 trace.step()
             if last or self.is_due(train.log_steps):
@@ -214,7 +216,8 @@ class Trainer:
 
     def step(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Make one update; returns its metrics over all processes: the weighted loss, the mean of each term, the norm
-        before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step."""
+        before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step. If
+        nothing has a loss, as when every row was skipped, that is no metric, and the optimizer makes no step."""
         names, accelerator = self.model.loss_names(), self.accelerator
         counts = Counter(dict.fromkeys(names, 0))
         for batch, _ in micro_batches:
@@ -253,22 +256,24 @@ class Trainer:
                 f"{', '.join(bad) or 'the gradient'}; samples {', '.join(seen)}. The optimizer's step was not made"
             )
         with self.meter.phase("optimizer"):
-            self.optimizer.step()
-            self.averages.step()
+            if learned := any(denominators[name] and self.model.loss_weights.of(name) for name in names):
+                self.optimizer.step()
+                self.averages.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.meter.count(totals)
         means = {name: totals[name] / denominators[name] for name in names if denominators[name]}
         padding = {"padding": 1 - totals[TOKENS] / totals[PLACES]} if totals[PLACES] else {}
-        return {LOSS: totals[LOSS], **means, "gradient_norm": norm, **padding}
+        return {**({LOSS: totals[LOSS]} if learned else {}), **means, "gradient_norm": norm, **padding}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean of every sub-term over `data.eval`, the weighted loss, and the metrics of `train.eval_suite`.
+        """Mean of every sub-term over `data.eval`, the weighted loss, the numbers of rows skipped and cut if not 0, and
+        the metrics of `train.eval_suite`. An `InputError` if no row gives a loss.
 
         Noise is the same each time.
         """
         names, accelerator, device = self.model.loss_names(), self.accelerator, self.accelerator.device
-        totals, counts = Counter(dict.fromkeys(names, 0.0)), Counter(dict.fromkeys(names, 0))
+        totals, counts = Counter(dict.fromkeys(names, 0.0)), Counter(dict.fromkeys((*names, *ROWS), 0))
         size, world, rows = self.config.train.batch_size, accelerator.num_processes, range(len(self.held_out))
         starts = range(0, len(rows), size * world)
         chunks = [list(rows[i : i + size * world][accelerator.process_index :: world]) for i in starts]
@@ -285,12 +290,19 @@ class Trainer:
             if chunk:
                 totals.update({name: term.total.double() for name, term in losses.items()})
                 counts.update({name: term.count for name, term in losses.items()})
+                counts.update({shown: len(ids[name]) for shown, name in ROWS.items()})
         self.wrapped.train()
         total, count = processes.add_up(totals, accelerator), processes.add_up(counts, accelerator)
         means = {name: total[name] / count[name] for name in names if count[name]}
         losses = {name: LossTerm(torch.tensor(total[name]), int(count[name])) for name in means}
-        loss = float(weighted_total(losses, self.model.loss_weights) or 0.0)
-        found = {f"eval/{name}": value for name, value in ({"loss": loss} | means).items()}
+        loss = weighted_total(losses, self.model.loss_weights)
+        if loss is None:
+            raise InputError(
+                f"no row of data.eval gives a loss, and {count['skipped']:.0f} of {len(rows)} were skipped; mend the "
+                "file, or leave it out"
+            )
+        left_out = {name: count[name] for name in ("skipped", "cut") if count[name]}
+        found = {f"eval/{name}": value for name, value in ({LOSS: float(loss)} | means | left_out).items()}
         if suite := self.config.train.eval_suite:
             folder = self.folder / EVALUATION / f"{self.done:06d}"
             found |= run_suite(suite, folder, self.model, self.processor, accelerator)
