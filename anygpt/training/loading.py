@@ -123,8 +123,14 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
     train.max_steps = math.ceil(train.num_epochs * rows / (micro * parts))
     if data.group_by_modality or data.group_by_length:  # the last micro-batch of a group, or of an epoch, may be short
         groups = dataset.output_groups() if data.group_by_modality else [0] * sum(dataset.lengths)
-        options = {"weights": dataset.weights, "seed": config.run.seed, "groups": groups}
-        sampler = UpdateSampler(dataset.lengths, batch_size=micro, num_updates=sys.maxsize, **options)
+        sampler = UpdateSampler(
+            dataset.lengths,
+            weights=dataset.weights,
+            batch_size=micro,
+            num_updates=sys.maxsize,
+            seed=config.run.seed,
+            groups=groups,
+        )
         drawn = itertools.accumulate(map(len, sampler))
         full = itertools.takewhile(lambda count: count < train.num_epochs * rows, drawn)
         train.max_steps = math.ceil((1 + sum(1 for _ in full)) / parts)
