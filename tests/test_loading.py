@@ -295,13 +295,18 @@ def mistake(llama, name):
     if name == "weights of another format":
         (llama / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
         return r"model\.safetensors cannot be read as safetensors"
+    if name.startswith("an adapter"):
+        (llama / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+        if name == "an adapter alone":
+            (llama / "config.json").unlink()
+        return r"holds a PEFT adapter of 'some/base', .* merge"
     raise AssertionError(name)
 
 
 @pytest.mark.parametrize(
     "name",
     ["another library's", "no config", "a config of another class", "another model's weights", "a damaged config",
-     "weights of another format"],
+     "weights of another format", "an adapter alone", "an adapter beside the model"],
 )  # fmt: skip
 def test_mistakes_are_one_line(name, llama):
     text = mistake(llama, name)

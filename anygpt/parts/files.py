@@ -101,6 +101,7 @@ class Place:
         """Content of `config.json`; an `InputError` if it is missing or written for another library."""
         content = self.json("config.json")
         if content is None:
+            self.check_no_adapter()
             pipeline = self.file("model_index.json") is not None
             hint = "; it holds a diffusers pipeline, which is a decoder" if pipeline else ", or cannot be reached"
             raise InputError(f"{self} has no config.json{hint}{self.taken_for}")
@@ -113,6 +114,13 @@ class Place:
                 f"does not have{code}: name a repository or revision of a model that it has"
             )
         return content
+
+    def check_no_adapter(self) -> None:
+        if (adapter := self.json("adapter_config.json")) is not None:
+            raise InputError(
+                f"{self} holds a PEFT adapter of {adapter.get('base_model_name_or_path')!r}, which would not be "
+                "applied: merge it into its model (merge_and_unload), save that, and name its folder"
+            )
 
     def download(self, weights: bool = True) -> Path:
         if Path(self.path).is_dir():

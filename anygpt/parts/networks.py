@@ -34,8 +34,10 @@ def load_network(
         dtype: if None, the config's, else `fallback_dtype` (of the enclosing model), else that of the files.
 
     Raises:
-        InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point.
+        InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point; or a
+            PEFT adapter beside them.
     """
+    place.check_no_adapter()
     weights = files.find_weights(place, names)
     config_file = f"{place}/config.json"
     if not weights.files:  # not in the cache, and only shapes are wanted
