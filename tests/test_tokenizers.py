@@ -33,7 +33,7 @@ from transformers import (
 
 from anygpt.errors import InputError
 from anygpt.tokenizers import MediaTokenizer, load_media_tokenizer
-from anygpt.tokenizers.base import PATIENCE
+from anygpt.tokenizers.base import PATIENCE, PIXELS
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.toyworld.judges import load_judges
 from anygpt.toyworld.render import render
@@ -325,6 +325,22 @@ def test_a_tokenizer_is_taken_out_of_a_whole_model(name, tmp_path):
         expected = tokenizer.family.encode(tokenizer.network, pixels_of(tokenizer, given)).flatten(1)
     assert torch.equal(loaded.encode(given), expected)
     assert not torch.equal(loaded.encode(given), tokenizer.encode(given))  # the image processor's numbers are followed
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"image_mean": [0.2] * 3, "image_std": [0.3] * 3}, {"image_mean": [0.2] * 3, "image_std": [0.3] * 3}),
+        ({"image_mean": [0.2] * 3, "do_normalize": False}, {"image_mean": 0.0, "image_std": 1.0}),
+        ({"rescale_factor": 1 / 255, "do_rescale": False}, {"rescale_factor": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["preprocessor_config", "processor_config"])
+def test_the_image_processors_settings_are_followed(nested, settings, expected, tmp_path):
+    janus().save_pretrained(tmp_path)
+    file = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
+    file.write_text(json.dumps({"image_processor": settings} if nested else settings))
+    assert load_media_tokenizer(tmp_path, "image").pixels == PIXELS | expected
 
 
 def test_the_loading_is_strict(tmp_path):

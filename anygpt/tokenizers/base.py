@@ -26,6 +26,7 @@ PATIENCE, COMMITMENT = 25, 0.125
 SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
+_SWITCHES = {"do_normalize": {"image_mean": 0.0, "image_std": 1.0}, "do_rescale": {"rescale_factor": 1.0}}
 UNIT_PIXELS = PIXELS | {"image_mean": 0.0, "image_std": 1.0}
 """aMUSEd's: pixels in [0, 1]; of diffusers' VQModels, its alone decode from codes."""
 
@@ -41,7 +42,8 @@ class MediaTokenizer(nn.Module):
         modality: a media type.
         vocoder: makes waveforms of log-mels (`SpeechT5HifiGan`), for networks of images under sounds. These get
             log-mels as the vocoder normalises them.
-        pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default.
+        pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default. Where it has
+            `do_normalize` or `do_rescale` off, the values that change nothing.
         settings: `size`, height and width in pixels, one for both if an int (the network's own by default);
             `num_frames` and `frame_rate` of clips (the fewest that the network takes, and 8 per second); `seconds` of a
             codec's sounds (1), `codebooks`, the number of those used, from the first (all), and `delay` (False).
@@ -71,7 +73,10 @@ class MediaTokenizer(nn.Module):
         self.can_decode = self.family.decode is not None
         if pixels is None and getattr(network.config, "lookup_from_codebook", False):
             pixels = UNIT_PIXELS
-        self.pixels = {name: (pixels or {}).get(name, value) for name, value in PIXELS.items()}
+        given = dict(pixels or {})
+        for switch, neutral in _SWITCHES.items():
+            given |= neutral if given.get(switch) is False else {}
+        self.pixels = {name: given.get(name, value) for name, value in PIXELS.items()}
         self._mean, self._std = (torch.tensor(self.pixels[name]) for name in ("image_mean", "image_std"))
         self.settings = {name: value for name, value in settings.items() if value is not None}
         heard, timed, codec = is_heard(modality), is_timed(modality), self.family.hop is not None

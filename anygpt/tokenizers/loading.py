@@ -29,7 +29,11 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
 
     def build() -> MediaTokenizer:
         saved = source.place.json(SETTINGS_FILE) or {}
-        pixels = saved.pop("pixels", None) or source.place.json("preprocessor_config.json")
+        pixels = (
+            saved.pop("pixels", None)
+            or (source.place.json("processor_config.json") or {}).get("image_processor")  # of transformers 5
+            or source.place.json("preprocessor_config.json")
+        )
         own = saved.pop("vocoder", None)
         vocoder = source.vocoder or own
         settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
