@@ -27,6 +27,7 @@ from anygpt.encoders import fitting
 from anygpt.encoders.loading import load_encoder_processor
 from anygpt.encoders.video import VideoEncoder
 from anygpt.media.types import MEDIA
+from anygpt.tokenizers import load_media_tokenizer
 
 TINY = {encoder.label: encoder for encoder in ENCODERS}
 
@@ -134,6 +135,22 @@ def test_wrong_options_are_refused(options, text, clip):
     with pytest.raises(InputError, match=text):
         load_encoder(clip, "image", **options)
         load_encoder_processor(clip, "image", **options)
+
+
+@pytest.mark.parametrize("label", ["VideoMAE", "ImageBind"])
+@pytest.mark.parametrize("options", [{"num_frames": 3}, {"pool_frames": False}], ids=str)
+def test_settings_of_frames_without_effect_are_refused(options, label, tmp_path):
+    encoder = next(e for e in ENCODERS if (e.label, e.modality) == (label, "video"))
+    encoder.build().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"_frames is \w+, but this encoder reads clips in its own way"):
+        load_encoder(tmp_path, "video", **options)
+    own = getattr(encoder.config(), "num_frames", None)
+    load_encoder(tmp_path, "video", num_frames=own)
+
+
+def test_a_tokenizer_of_diffusers_has_no_choice_of_attention():
+    with pytest.raises(InputError, match="attn_implementation is set, but a VQModel"):
+        load_media_tokenizer("zoo:image_tokenizer", "image", attn_implementation="nonsense")
 
 
 def test_no_class_token_to_drop(tmp_path):

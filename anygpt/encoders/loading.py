@@ -120,13 +120,21 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
         frames = {name: value for name, value in frames.items() if value is not None}
         if is_timed(modality) and family.main_input == "pixel_values":
             return VideoEncoder(encoder, feature_layer=layer, drop_cls=drop, **frames)
-        if frames and not is_timed(modality):
-            raise InputError(f"{next(iter(frames))} is set, but an encoder of {modality} reads no clips; leave it out")
+        _check_frames(frames, modality, config)
         if layer is not None or drop:
             encoder.anygpt_callbacks = LlavaCallbacks(layer, "default" if drop else "full")
         return encoder
 
     return load(source, f"{modality} encoder", build, unused=("gguf_file",))
+
+
+def _check_frames(frames: Mapping[str, Any], modality: str, config: Any) -> None:
+    """Raise `InputError` for settings of frames without effect: of no clips, or of an encoder that reads whole ones."""
+    for name, value in frames.items():
+        if not is_timed(modality):
+            raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
+        if value != getattr(config, name, None):
+            raise InputError(f"{name} is {value}, but this encoder reads clips in its own way; leave it out")
 
 
 def _read_config(source: Source) -> PreTrainedConfig:
@@ -171,7 +179,9 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
     config = load(source, "config", lambda: _read_config(source))
     with built_from(f"{source.place}/preprocessor_config.json"):
         processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
-    if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
+    if isinstance(processor, ImageBindProcessor) and source.num_frames is not None:
+        load(source, f"{modality} processor", lambda: _check_frames({"num_frames": source.num_frames}, modality, None))
+    elif is_timed(modality):
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has its own number
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor

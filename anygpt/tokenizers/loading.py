@@ -63,6 +63,8 @@ def _load_network(source: Source) -> nn.Module:
         )
     cls, dtype = FAMILIES[name].network_class, source.torch_dtype or torch.float32
     if config is None:
+        if source.attn_implementation is not None:
+            raise InputError(f"attn_implementation is set, but a {name} of diffusers has no choice of it; leave it out")
         return load_network_of_pipeline(cls, source.place, dtype)
     names = WHOLE_MODELS.get(whole.model_type, {})
     return load_network(cls, config, source.place, names=names, dtype=dtype, **source.model_options())
