@@ -55,6 +55,22 @@ def test_a_base_model_gets_no_random_head(tmp_path):
         load_language_model(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_float8_weights_are_floating_point(tmp_path, kind, dtype):
+    """As transformers reads them: into the dtype that is asked for, or the config's."""
+    LlamaForCausalLM(LLAMA.config()).save_pretrained(tmp_path)
+    file, settings = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = {name: t.to(kind) if "proj" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "dtype" not in k}))
+    model = load_language_model(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def test_a_tied_head_need_not_be_stored(tmp_path):
     config = LlamaConfig(**{**LLAMA.config().to_dict(), "tie_word_embeddings": True})
     LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -29,6 +29,7 @@ STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 WEIGHTS = ("safetensors", "any")
 # safetensors' names of dtypes
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
 wants_shapes_only = _SHAPES_ONLY.get  # whether the caller is within `shapes_only`
 

@@ -52,7 +52,7 @@ def load_network(
     for prefix, arguments in optional.items():
         if not any(name.startswith(prefix) for name in state):
             options = {**arguments, **options}
-    dtypes = filter(None, map(files.dtype_of, state.values()))
+    dtypes = (kind for kind in map(files.dtype_of, state.values()) if kind and kind.itemsize > 1)  # none runs in float8
     dtype = dtype or config.dtype or fallback_dtype or next(dtypes, torch.float32)
     if files.wants_shapes_only():
         state = {name: files.shape_of(tensor) for name, tensor in state.items()}
