@@ -80,8 +80,10 @@ def _index(shard: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
             latest[key] = {}
             samples.append((key, latest[key]))
         problem = None
-        if info.issparse() or linked:
-            problem = f"the member {_printable(info.name)} is a {'link' if linked else 'sparse file'}"
+        if linked:
+            problem = Link(f"the member {_printable(info.name)} is a link")
+        elif info.issparse():
+            problem = f"the member {_printable(info.name)} is a sparse file"
         elif suffix in latest[key]:
             problem = f"there are two members {_printable(info.name)}"
         latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
@@ -132,7 +134,14 @@ class _Guarded(io.FileIO):
         return super().read(size)
 
 
+class Link(str):
+    """What is wrong with a sample whose medium or caption is a link; links beside both are passed over."""
+
+
 def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
+    files = {suffix: member for suffix, member in members.items() if not isinstance(member, Link)}
+    if any(media_type_of(f"x.{suffix}") for suffix in files) and _ending_in(files, (*TEXTS, *JSONS)):
+        members = files
     problem = next((member for member in members.values() if isinstance(member, str)), None)
     if problem:
         raise InputError(f"{where}: {problem}: pack the shard again, or leave the sample out.")
