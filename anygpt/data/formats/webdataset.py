@@ -135,7 +135,7 @@ class _Guarded(io.FileIO):
 
 
 class Link(str):
-    """What is wrong with a sample whose medium or caption is a link; links beside both are passed over."""
+    """The fault of a member that is a link. It counts only if the sample has no other medium or caption."""
 
 
 def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
