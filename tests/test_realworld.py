@@ -27,7 +27,7 @@ from anygpt.model.language_models import load_tokenizer
 from anygpt.realworld import __main__ as realworld
 from anygpt.realworld import datasets, packages
 from anygpt.realworld.__main__ import main
-from anygpt.realworld.decoders import clap_text_encoder, write_audio_decoder, write_image_decoder, write_video_decoder
+from anygpt.realworld.decoders import clap_text_encoder, write_untrained_decoder, write_video_decoder
 from anygpt.realworld.parts import convert_audio_encoder, convert_image_encoder
 
 
@@ -287,7 +287,7 @@ def test_english_is_what_the_language_model_says_to_the_end(parts, tmp_path, mon
 
 def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path, caplog):
     """Words do not depend on padding, and stage 0's losses, sampling and a second saving work."""
-    write_image_decoder(networks / "bert", tmp_path / "part")
+    write_untrained_decoder("image", networks / "bert", tmp_path / "part")
     decoder = load_decoder(tmp_path / "part")
     assert decoder.condition_shape == (12, 16) and decoder.height == 64
     tokenizer, encoder = AutoTokenizer.from_pretrained(networks / "bert"), decoder.text_encoder
@@ -332,7 +332,7 @@ def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder_of_sounds(networks,
         half = clap.bfloat16()(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).text_embeds
     torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
     torch.testing.assert_close(half.float(), right, atol=0.05, rtol=0)
-    write_audio_decoder(networks / "bert", tmp_path / "part")
+    write_untrained_decoder("audio", networks / "bert", tmp_path / "part")
     decoder = load_decoder(tmp_path / "part")
     condition = decoder.encode_text(["a red ring"])
     torch.testing.assert_close(condition[:, 0], F.normalize(right[:1], dim=-1), atol=1e-4, rtol=0)
@@ -344,7 +344,7 @@ def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder_of_sounds(networks,
 
 def test_a_denoiser_of_clips_starts_as_that_of_pictures(networks, tmp_path):
     """Frame by frame; the trained layers over time then make frames of one clip depend on each other."""
-    write_image_decoder(networks / "bert", tmp_path / "image")
+    write_untrained_decoder("image", networks / "bert", tmp_path / "image")
     write_video_decoder(tmp_path / "image", tmp_path / "video")
     picture, clip = load_decoder(tmp_path / "image"), load_decoder(tmp_path / "video", num_frames=3)
     random = torch.Generator().manual_seed(0)

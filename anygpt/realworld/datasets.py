@@ -139,20 +139,15 @@ WANTED = {
 AGAIN = ["Make this again.", "Make one like this.", "I want the same."]
 
 
-def describe(one: Thing, wordings: slice = slice(None)) -> Row:
-    """A row that shows the medium and asks for its name."""
-    return row(one.id, [_medium(one), _text(ASKED[one.modality][wordings])], [_text(one.name)])
-
-
-def make(one: Thing, wordings: slice = slice(None)) -> Row:
-    """A row that asks for the medium by its name."""
-    asked = [wording.format(one.name) for wording in WANTED[one.modality][wordings]]
-    return row(f"{one.id}-made", [_text(asked)], _made(one))
-
-
-def make_again(one: Thing, wordings: slice = slice(None)) -> Row:
-    """A row that shows the medium and asks for it."""
-    return row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], _made(one))
+def rows_about(one: Thing, wordings: slice = slice(None)) -> dict[str, Row]:
+    """Rows that ask for the medium's name (`names`), for the medium by its name (`made`) and by itself (`again`)."""
+    wanted = [wording.format(one.name) for wording in WANTED[one.modality][wordings]]
+    made = [_text(f"Here is {one.name}."), _medium(one) | {"caption": one.name}]
+    return {
+        "names": row(one.id, [_medium(one), _text(ASKED[one.modality][wordings])], [_text(one.name)]),
+        "made": row(f"{one.id}-made", [_text(wanted)], made),
+        "again": row(f"{one.id}-again", [_medium(one), _text(AGAIN[wordings])], made),
+    }
 
 
 NOUNS = {"image": 12000, "video": 2500, "audio": 2500}
@@ -185,8 +180,9 @@ def write_nouns(folder: Path, nouns: Sequence[str], names: Collection[str], seed
         content, rate = blank if isinstance(blank, tuple) else (blank, 1)
         file = folder / kind / f"none{medium.suffixes[0]}"
         medium.write(file, content, rate)
-        rows = [make(Thing("none", kind, text, file, "")) for text in draw.sample(asked, min(count, len(asked)))]
-        write_rows(folder / f"{kind}_words.jsonl", [row | {"id": f"word-{i}"} for i, row in enumerate(rows)])
+        chosen = draw.sample(asked, min(count, len(asked)))
+        made = [rows_about(Thing("none", kind, text, file, ""))["made"] for text in chosen]
+        write_rows(folder / f"{kind}_words.jsonl", [row | {"id": f"word-{i}"} for i, row in enumerate(made)])
 
 
 def question(one: Thing, groups: Sequence[str], draw: random.Random) -> Row:
@@ -199,10 +195,6 @@ def question(one: Thing, groups: Sequence[str], draw: random.Random) -> Row:
 def row(name: str, user: Any, assistant: Any) -> Row:
     """A row of one exchange; each side is a text or a list of parts."""
     return {"id": name, "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
-
-
-def _made(one: Thing) -> list[Row]:
-    return [_text(f"Here is {one.name}."), _medium(one) | {"caption": one.name}]
 
 
 def _text(text: str | list[str]) -> Row:
@@ -227,10 +219,9 @@ def write_data(folder: Path, learnt: Sequence[Thing], held: Sequence[Thing], see
         pictures = [one for one in things if one.modality == "image"]
         write_rows(folder / f"{side}questions.jsonl", [question(one, groups, draw) for one in pictures])
         for kind in HELD_OUT:
-            shown = [one for one in things if one.modality == kind]
-            write_rows(folder / f"{side}{kind}_names.jsonl", [describe(one, wordings) for one in shown])
-            write_rows(folder / f"{side}{kind}_made.jsonl", [make(one, wordings) for one in shown])
-            write_rows(folder / f"{side}{kind}_again.jsonl", [make_again(one, wordings) for one in shown])
+            rows = [rows_about(one, wordings) for one in things if one.modality == kind]
+            for asked in ("names", "made", "again"):
+                write_rows(folder / f"{side}{kind}_{asked}.jsonl", [row[asked] for row in rows])
 
 
 def write_conversations(folder: Path, names: Sequence[str], count: int = 1000, seed: int = 0) -> None:

@@ -20,7 +20,6 @@ from transformers import (
     BertModel,
     ClapTextConfig,
     ClapTextModelWithProjection,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -51,48 +50,6 @@ def bert_text_encoder(sentence_encoder: Path) -> BertModel:
     bert = BertModel.from_pretrained(sentence_encoder)
     bert.config.use_attention_mask = True  # read by diffusers, which otherwise lets words attend to padding
     return bert.eval()
-
-
-def write_image_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:
-    """A Stable Diffusion pipeline of 64 × 64 pictures, conditioned on MiniLM's states.
-
-    The VAE is that of `zoo:image_decoder`, which has learned coloured shapes; the denoiser's weights are random.
-    """
-    start, text_encoder = load_decoder("zoo:image_decoder").pipeline, bert_text_encoder(sentence_encoder)
-    widths = (64, 128)
-    sizes = {
-        "block_out_channels": widths,
-        "attention_head_dim": tuple(width // HEAD_WIDTH for width in widths),  # in diffusers the number of heads
-        "cross_attention_dim": text_encoder.config.hidden_size,
-        "sample_size": 8,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
-    parts = {"unet": unet, "tokenizer": load_tokenizer(sentence_encoder), "text_encoder": text_encoder}
-    find_pipeline("StableDiffusionPipeline")(**start.components | parts, requires_safety_checker=False).save_pretrained(
-        target
-    )
-
-
-def write_audio_decoder(sentence_encoder: Path, target: Path, seed: int = 0) -> None:
-    """An AudioLDM pipeline of 2.56 s at 16 kHz, conditioned on MiniLM's state of the first token.
-
-    VAE and vocoder are those of `zoo:audio_decoder`, which have learned ToyWorld's tones; the denoiser's weights are
-    random.
-    """
-    start, text_encoder = load_decoder("zoo:audio_decoder").pipeline, clap_text_encoder(sentence_encoder)
-    sizes = {
-        "block_out_channels": (48, 96),
-        "cross_attention_dim": (48, 96),
-        "sample_size": 32,  # latents of 80 ms
-        "projection_class_embeddings_input_dim": text_encoder.config.projection_dim,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
-    parts = {"unet": unet, "tokenizer": load_tokenizer(sentence_encoder), "text_encoder": text_encoder}
-    find_pipeline("AudioLDMPipeline")(**start.components | parts).save_pretrained(target)
 
 
 @torch.no_grad()
@@ -130,6 +87,32 @@ def clap_text_encoder(sentence_encoder: Path) -> ClapTextModelWithProjection:
     return clap.eval()
 
 
+TEXT_ENCODERS = {"image": bert_text_encoder, "video": bert_text_encoder, "audio": clap_text_encoder}
+
+
+def write_untrained_decoder(kind: str, sentence_encoder: Path, target: Path, seed: int = 0) -> None:
+    """Write the zoo's decoder with MiniLM as its text encoder and a larger denoiser of random weights.
+
+    The Stable Diffusion pipeline (`image`) makes 64 × 64 pictures from MiniLM's states, the AudioLDM pipeline (`audio`)
+    2.56 s at 16 kHz from its state of the first token. VAE and vocoder have learned ToyWorld's shapes and tones.
+    """
+    start, text_encoder = load_decoder(f"zoo:{kind}_decoder").pipeline, TEXT_ENCODERS[kind](sentence_encoder)
+    width, options = text_encoder.config.hidden_size, {}
+    if kind == "image":
+        heads = (64 // HEAD_WIDTH, 128 // HEAD_WIDTH)  # called attention_head_dim by diffusers
+        sizes = {"block_out_channels": (64, 128), "attention_head_dim": heads, "cross_attention_dim": width}
+        sizes |= {"sample_size": 8}
+        options = {"requires_safety_checker": False}
+    else:
+        sizes = {"block_out_channels": (48, 96), "cross_attention_dim": (48, 96), "sample_size": 32}  # latents of 80 ms
+        sizes |= {"projection_class_embeddings_input_dim": width}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel.from_config(dict(start.unet.config) | sizes)
+    parts = {"unet": unet, "tokenizer": load_tokenizer(sentence_encoder), "text_encoder": text_encoder}
+    type(start)(**start.components | parts, **options).save_pretrained(target)
+
+
 @torch.no_grad()
 def write_video_decoder(image_decoder: Path, target: Path, seed: int = 0) -> None:
     """A Zeroscope pipeline whose denoiser is that of pictures, frame by frame, with new layers over time.
@@ -161,9 +144,6 @@ def write_video_decoder(image_decoder: Path, target: Path, seed: int = 0) -> Non
     find_pipeline("TextToVideoSDPipeline")(unet=unet, **parts).save_pretrained(target)
 
 
-TEXT_ENCODERS = {"image": bert_text_encoder, "video": bert_text_encoder, "audio": clap_text_encoder}
-
-
 def keep(decoder: Path, target: Path) -> None:
     """Store a trained decoder in half precision, without its text encoder and tokenizer."""
     if not (decoder / "model_index.json").is_file():
@@ -172,12 +152,11 @@ def keep(decoder: Path, target: Path) -> None:
     halve(target)
 
 
-def write_trained_decoder(kept: Path, text_encoder: PreTrainedModel, sentence_encoder: Path, target: Path) -> None:
+def write_trained_decoder(kept: Path, sentence_encoder: Path, target: Path) -> None:
     """The decoder that `keep` stored, with its text encoder."""
     shutil.copytree(kept, target, dirs_exist_ok=True)
-    text_encoder.save_pretrained(target / "text_encoder")
+    TEXT_ENCODERS[kept.name.removesuffix("_decoder")](sentence_encoder).save_pretrained(target / "text_encoder")
     load_tokenizer(sentence_encoder).save_pretrained(target / "tokenizer")
-    let_umask_decide(target)
 
 
 def main(arguments: list[str]) -> None:
@@ -189,8 +168,6 @@ def main(arguments: list[str]) -> None:
     commands.add_parser("keep", help="store trained decoders").add_argument("decoders", type=Path, nargs="+")
     options = parser.parse_args(arguments)
     if options.command == "grow":
-        if options.target.exists():
-            raise InputError(f"{options.target} exists; give a new folder")
         with replacing(options.target) as folder:
             write_video_decoder(options.image_decoder, folder)
             let_umask_decide(folder)
