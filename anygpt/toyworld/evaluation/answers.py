@@ -27,6 +27,7 @@ from anygpt.toyworld.world import MOTIONS, Thing
 Verdict = tuple[str | None, str | None]
 """(shape, colour), each None if it is not clear."""
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+_OPTIONS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 _MOVES = re.compile(rf"\s+(?:that\s+)?(?:moving|going|moves)\s+(?:{'|'.join(MOTIONS)})\b", re.IGNORECASE)
 
 
@@ -60,22 +61,16 @@ class Settings:
 
     def resolved(self, model: MultimodalModel) -> "Settings":
         """A copy with the decoders' own steps and guidance where none are given."""
-        own = {maker.modality: maker.own_options for maker in model.makers.values()}
-        steps, guidance = (
-            {kind: options[name] for kind, options in own.items() if name in options}
-            for name in ("num_inference_steps", "guidance_scale")
-        )
+        chosen = {}
+        for setting, name in _OPTIONS.items():
+            own = {m.modality: m.own_options[name] for m in model.makers.values() if name in m.own_options}
+            chosen[setting] = own | dict(getattr(self, setting))
         codes = max((len(grid) for grid in model.signal_tokens.grids.values()), default=0)
-        return replace(
-            self,
-            steps=steps | dict(self.steps),
-            guidance=guidance | dict(self.guidance),
-            max_new_tokens=self.max_new_tokens + codes,
-        )
+        return replace(self, max_new_tokens=self.max_new_tokens + codes, **chosen)
 
     def sampling(self, modality: str) -> dict[str, Any]:
-        options = {"num_inference_steps": self.steps.get(modality), "guidance_scale": self.guidance.get(modality)}
-        return {name: value for name, value in options.items() if value is not None}
+        given = {name: getattr(self, setting).get(modality) for setting, name in _OPTIONS.items()}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
@@ -143,15 +138,13 @@ class Examiner:
 
     def hold(self, conversations: Sequence[Sequence[Request]]) -> list[list[Judged]]:
         """Hold all conversations, in which the model sees its own answers, and judge these: `[turn][conversation]`."""
-        said: dict[str, list[dict[str, Any]]] = {turns[0].id[:-2]: [] for turns in conversations}
+        before: list[tuple[dict[str, Any], ...]] = [()] * len(conversations)
         judged = []
         for turn in range(TURNS):
-            requests = [replace(turns[turn], before=tuple(said[turns[turn].id[:-2]])) for turns in conversations]
-            found = {}
-            for request, answer in self.ask(requests):
-                said[request.id[:-2]] = [*request.messages(), answer_message(answer)]
-                found[request.id] = judge(request, answer)
-            judged.append([found[turns[turn].id] for turns in conversations])
+            requests = [replace(one[turn], before=said) for one, said in zip(conversations, before, strict=True)]
+            answers = {request.id: answer for request, answer in self.ask(requests)}
+            judged.append([judge(request, answers[request.id]) for request in requests])
+            before = [(*request.messages(), answer_message(answers[request.id])) for request in requests]
         return judged
 
     def upper_bound(self, things: Sequence[Thing]) -> dict[str, dict[str, Any]]:
@@ -217,20 +210,18 @@ def judge(request: Request, answer: Answer) -> Judged:
     media = {way: [segment for segment in answer.segments if segment.type == way] for way in WAYS[1:]}
     unasked = tuple(way for way, found in media.items() if len(found) > (way == request.target))
     judged = Judged(request, answer.text, unasked=unasked)
-    if request.target != "text":
-        judged.missing = not media[request.target]
-        if not judged.missing:
-            first = media[request.target][0]
-            judged.medium, judged.rate = first.content, first.rate
-            ((judged.verdict, judged.motion),) = judge_media(request.target, [first.content], first.rate)
-            judged.right = judged.shape_right and judged.colour_right
-        return judged
-    judged.missing = not answer.text.strip()
-    words = read_words(answer.text)
-    judged.verdict, judged.motion = words.thing, words.motion
+    if request.target == "text":
+        words = read_words(answer.text)
+        judged.missing, judged.verdict, judged.motion = not answer.text.strip(), words.thing, words.motion
+    elif media[request.target]:
+        first = media[request.target][0]
+        judged.medium, judged.rate = first.content, first.rate
+        ((judged.verdict, judged.motion),) = judge_media(request.target, [first.content], first.rate)
+    else:
+        judged.missing = True
     if request.thing is None:
         judged.right = answer.text.strip() in request.reference
-    elif request.source == "text":
+    elif request.source == request.target == "text":
         judged.right = answers_question(answer.text, request.reference[0], request.thing)
     else:
         judged.right = judged.shape_right and judged.colour_right
@@ -243,10 +234,9 @@ def judge_media(modality: str, media: Sequence[Any], rate: float | None) -> list
     if modality == "video":
         return list(zip(judges.video(media), judges.motion(media), strict=True))
     if modality == "image":
-        verdicts = judges.image(media)
-    else:
-        verdicts = judges.audio([np.nan_to_num(sound) for sound in media], round(rate or SAMPLING_RATE))
-    return [(verdict, None) for verdict in verdicts]
+        return [(verdict, None) for verdict in judges.image(media)]
+    sounds = [np.nan_to_num(sound) for sound in media]
+    return [(verdict, None) for verdict in judges.audio(sounds, round(rate or SAMPLING_RATE))]
 
 
 def moving_caption(caption: str, motion: str | None) -> str:

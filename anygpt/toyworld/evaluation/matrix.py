@@ -51,18 +51,17 @@ def evaluate(
             beside["caption_baseline"] = examiner.caption_baseline(judged)
     write_samples(folder, judged)
     cells = cell_table(judged)
-    matrix = {i: {o: cell["right"]["rate"] for o, cell in row.items()} for i, row in cells.items()}
-    rates = [rate for row in matrix.values() for rate in row.values()]
+    right = {i: {o: cell["right"] for o, cell in row.items()} for i, row in cells.items()}
+    matrix = rates(right)
+    all_rates = [rate for row in matrix.values() for rate in row.values()]
     report = {
         "matrix": matrix,
         "upper_bound": {o: found["rate"] for o, found in beside["upper_bound"].items()},
-        "caption_baseline": {
-            i: {o: found["rate"] for o, found in row.items()} for i, row in beside["caption_baseline"].items()
-        },
+        "caption_baseline": rates(beside["caption_baseline"]),
         "samples": settings.samples,
-        "mean": float(np.mean(rates)),
-        "min": min(rates),
-        "intervals": {i: {o: cell["right"]["interval"] for o, cell in row.items()} for i, row in cells.items()},
+        "mean": float(np.mean(all_rates)),
+        "min": min(all_rates),
+        "intervals": {i: {o: found["interval"] for o, found in row.items()} for i, row in right.items()},
         "unasked": share(bool(one.unasked) for one in judged),
         "missing": share(one.missing for one in judged),
         "motion": motion_table(judged),
@@ -78,6 +77,11 @@ def evaluate(
         | {name: version(name) for name in ("torch", "transformers", "diffusers", "peft")},
     }
     return report, judged
+
+
+def rates(table: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """The rates of a table of shares by input and output."""
+    return {source: {target: found["rate"] for target, found in row.items()} for source, row in table.items()}
 
 
 def cell_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:

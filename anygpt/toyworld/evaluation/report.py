@@ -9,8 +9,8 @@ import json
 import os
 import shutil
 import textwrap
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from anygpt.media.types import media_type, read_media
 from anygpt.media.writing import write
 from anygpt.pages import page_template
 from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.matrix import sample_path
+from anygpt.toyworld.evaluation.matrix import by_cell, rates, sample_path
 from anygpt.toyworld.evaluation.requests import WAYS, Request
 
 ROWS = 3
@@ -31,7 +31,7 @@ _SIDE = 96
 """Pixels of a picture and of a spectrogram; frames of a clip are half as large, in two rows of four."""
 _WIDTHS = {"input": 200, "text": 200, "image": _SIDE, "video": 2 * _SIDE, "audio": _SIDE}
 _GAP = 12
-_PAPER, _INK, _FAINT, _RIGHT, _WRONG = "#ffffff", "#1e1e1e", "#787878", "#14823c", "#be1e1e"
+_INK, _FAINT, _RIGHT, _WRONG = "#1e1e1e", "#787878", "#14823c", "#be1e1e"
 
 
 def text_table(report: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def text_table(report: dict[str, Any]) -> str:
         shown[source] = {target: f"{percent(one)} ({interval(bounds[target])})" for target, one in row.items()}
     beside = {"upper bound": report["upper_bound"]} if report["upper_bound"] else {}
     beside |= {f"caption, {source}": row for source, row in report["caption_baseline"].items()}
-    beside |= {f"motion, {source}": row for source, row in motion_rates(report).items()}
+    beside |= {f"motion, {source}": row for source, row in rates(report["motion"]).items()}
     shown |= {name: {target: percent(row.get(target)) for target in targets} for name, row in beside.items()}
     lines = [f"{name:<18}" + "".join(f"{row[target]:>18}" for target in targets) for name, row in shown.items()]
     lines += [
@@ -56,10 +56,6 @@ def text_table(report: dict[str, Any]) -> str:
         *turn_lines(report["turns"]),
     ]
     return "\n".join(lines)
-
-
-def motion_rates(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {source: {o: found["rate"] for o, found in row.items()} for source, row in report["motion"].items()}
 
 
 def tracked_values(report: dict[str, Any]) -> dict[str, float]:
@@ -100,7 +96,7 @@ def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, s
     return page_template("anygpt.toyworld.evaluation", "matrix.html.jinja").render(
         report=report,
         targets=targets_of(report),
-        motion=motion_rates(report),
+        motion=rates(report["motion"]),
         turns=turn_lines(report["turns"]),
         sheet=base64.b64encode(sheet).decode(),
         ways=WAYS,
@@ -140,31 +136,18 @@ def contact_sheet(judged: Sequence[Judged], folder: Path, matrix: Mapping[str, M
 
     There must be the same number of answers in each cell; `folder` is that of the input media.
     """
-    cells: dict[tuple[str, str], list[Judged]] = defaultdict(list)
-    for one in judged:
-        cells[one.request.source, one.request.target].append(one)
-    targets = list(next(iter(matrix.values())))
+    cells, targets = by_cell(judged), list(next(iter(matrix.values())))
     count = len(judged) // len(cells)
     rows = sorted({round(row) for row in np.linspace(0, count - 1, ROWS)})  # far apart, to show different things
     lines = [[_tile("input", "given", height=20)]]
     for target in targets:
         mean = np.mean([shares[target] for shares in matrix.values()])
         lines[0].append(_tile(target, target, [(f"{mean:.0%} right", _FAINT)], height=20))
-    for source in matrix:
-        for row in rows:
-            lines.append([_given(cells[source, targets[0]][row].request, folder)])
-            for target in targets:
-                lines[-1].append(_made(cells[source, target][row]))
-    width = sum(tile.width + _GAP for tile in lines[0]) + _GAP
-    sheet = Image.new("RGB", (width, sum(line[0].height + _GAP for line in lines) + _GAP), _PAPER)
-    y = _GAP
-    for line in lines:
-        x = _GAP
-        for tile in line:
-            sheet.paste(tile, (x, y))
-            x += tile.width + _GAP
-        y += line[0].height + _GAP
-    return sheet
+    for source, row in product(matrix, rows):
+        lines.append([_given(cells[source, targets[0]][row].request, folder)])
+        lines[-1] += [_made(cells[source, target][row]) for target in targets]
+    sheet = np.concatenate([np.concatenate(line, axis=1) for line in lines])
+    return Image.fromarray(np.pad(sheet, ((_GAP, 0), (_GAP, 0), (0, 0)), constant_values=255))
 
 
 def spectrogram_image(waveform: np.ndarray, sampling_rate: float) -> Image.Image:
@@ -179,7 +162,7 @@ def spectrogram_image(waveform: np.ndarray, sampling_rate: float) -> Image.Image
     return Image.fromarray((colours * 255).astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
 
 
-def _given(request: Request, folder: Path) -> Image.Image:
+def _given(request: Request, folder: Path) -> np.ndarray:
     if request.path is None:
         return _tile("input", f"(in words) {request.thing}")
     medium = media_type(request.source).to_target(read_media(request.source, folder / request.path))
@@ -187,7 +170,7 @@ def _given(request: Request, folder: Path) -> Image.Image:
     return _tile("input", _picture(request.source, medium, rate), [(f"{request.source}: {request.thing}", _INK)])
 
 
-def _made(one: Judged) -> Image.Image:
+def _made(one: Judged) -> np.ndarray:
     request, content = one.request, "(nothing)"
     if request.target == "text":
         asked = f"{request.prompt}\n" if request.source == "text" else ""
@@ -207,25 +190,23 @@ def _picture(modality: str, medium: Any, rate: float | None) -> Image.Image:
         return medium.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
     if modality == "audio":
         return spectrogram_image(medium, rate or 16_000)
-    half, film = _SIDE // 2, Image.new("RGB", (2 * _SIDE, _SIDE))
-    for place, index in enumerate(np.linspace(0, len(medium) - 1, 8).round().astype(int)):
-        frame = Image.fromarray(medium[index]).resize((half, half), Image.Resampling.NEAREST)
-        film.paste(frame, (place % 4 * half, place // 4 * half))
-    return film
+    shown = [Image.fromarray(medium[i]) for i in np.linspace(0, len(medium) - 1, 8).round().astype(int)]
+    frames = [np.asarray(frame.resize((_SIDE // 2, _SIDE // 2), Image.Resampling.NEAREST)) for frame in shown]
+    return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in (frames[:4], frames[4:])]))
 
 
 def _tile(
     column: str, content: Image.Image | str, below: Sequence[tuple[str, str]] = (), height: int = _SIDE
-) -> Image.Image:
-    """A picture or words, and lines of text with their colours below."""
-    tile = Image.new("RGB", (_WIDTHS[column], height + 34), _PAPER)
-    draw = ImageDraw.Draw(tile)
-    font = ImageFont.load_default(12)
+) -> np.ndarray:
+    """A picture or words, lines of text with their colours below, and gaps below and to the right: uint8 (H, W, 3)."""
+    width = _WIDTHS[column]
+    tile = Image.new("RGB", (width + _GAP, height + 34 + _GAP), "white")
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
     if isinstance(content, str):
-        lines = [line for part in content.splitlines() for line in textwrap.wrap(part, tile.width // 7)]
+        lines = [line for part in content.splitlines() for line in textwrap.wrap(part, width // 7)]
         draw.multiline_text((0, 0), "\n".join(lines[:6]), fill=_INK, font=font)
     else:
         tile.paste(content)
     for number, (text, colour) in enumerate(below):
         draw.text((0, height + 3 + 15 * number), text, fill=colour, font=font)
-    return tile
+    return np.asarray(tile)
