@@ -7,10 +7,11 @@
 Rows are chat messages. User media are inputs; assistant media are targets and have a caption.
 """
 
+import itertools
 import json
-import secrets
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,29 +103,26 @@ def write_dataset(
         )
     output = Path(output)
     rows_path, folder = output / f"{kind}.jsonl", output / kind
-    temporary = output / f".{kind}-{secrets.token_hex(4)}"
-    writer = _RowWriter(temporary, kind, seed, things, world)
-    try:
-        for modality in MODALITIES:
-            (temporary / modality).mkdir(parents=True)
-        with tqdm(total=num_samples, desc=kind, unit="row", disable=not progress) as bar:
-            first = min(_FIRST_ROWS, num_samples)
-            writer.write(range(first), bar)
-            made = {"kind": kind, "num_samples": num_samples, "seed": seed, "begins": digest(temporary)}
-            made |= {"things": list(map(str, things))} | ({"world": world} if world > 1 else {})
-            manifest = json.dumps(made, indent=1) + "\n"
-            known = folder / "manifest.json"
-            if rows_path.is_file() and known.is_file() and known.read_bytes() == manifest.encode():
-                return rows_path
-            writer.write(range(first, num_samples), bar)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{kind}-") as name:
+        temporary = Path(name, kind)
+        temporary.mkdir()
+        writer = _RowWriter(temporary, kind, seed, things, world)
+        rows = iter(tqdm(range(num_samples), desc=kind, unit="row", disable=not progress))
+        writer.write(itertools.islice(rows, _FIRST_ROWS))
+        made = {"kind": kind, "num_samples": num_samples, "seed": seed, "begins": digest(temporary)}
+        made |= {"things": list(map(str, things))} | ({"world": world} if world > 1 else {})
+        manifest = json.dumps(made, indent=1) + "\n"
+        known = folder / "manifest.json"
+        if rows_path.is_file() and known.is_file() and known.read_bytes() == manifest.encode():
+            return rows_path
+        writer.write(rows)
         (temporary / "manifest.json").write_text(manifest)
         # At every moment either the rows are missing or everything exists. Paths are relative to `output`.
         rows_path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         (folder / "rows.jsonl").rename(rows_path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return rows_path
 
 
@@ -142,7 +140,7 @@ class _RowWriter:
     def __init__(self, folder: Path, kind: str, seed: int, things: Sequence[Thing], world: int) -> None:
         self.folder, self.kind, self.seed, self.things, self.world = folder, kind, seed, things, world
 
-    def write(self, rows: range, bar: tqdm) -> None:
+    def write(self, rows: Iterable[int]) -> None:
         with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             for index in rows:
                 seeds = [self.seed, KINDS[self.kind], index]
@@ -152,7 +150,6 @@ class _RowWriter:
                     rng = np.random.default_rng([*seeds, self.world])
                     row = scene_row(self.kind, index, self.things, rng, partial(self._scene, rng))
                 file.write(json.dumps(row) + "\n")
-                bar.update()
 
     def _row(self, index: int, rng: Rng) -> dict[str, Any]:
         """Row number `index`; `rng` determines everything that the index does not."""

@@ -26,10 +26,9 @@ from anygpt.errors import InputError, exit_code
 from anygpt.media.writing import replacing, write_image
 from anygpt.toyworld import language
 from anygpt.toyworld.judges import load_judges
-from anygpt.toyworld.render import _FORMS, RGB, background_of, draw
+from anygpt.toyworld.render import FORMS, RGB, SIZE, background_of, draw
 from anygpt.toyworld.world import COLOURS, HELD_OUT, MOTIONS, SEEN, SHAPES, THINGS, Thing
 
-SIZE = 32
 KINDS = ("colour", "shape", "place")
 FILES = {"pictures": THINGS, "train": SEEN, "eval": HELD_OUT}
 """Files of rows, and the things that may be the result of an edit."""
@@ -100,25 +99,22 @@ def row_of(folder: Path, name: str, index: int, rng: np.random.Generator) -> dic
         if scene.edits(kind, things):
             break
 
-    def picture(scene: Scene, turn: int, motion: str | None = None, target: bool = True) -> dict[str, str]:
+    def picture(scene: Scene, turn: int) -> dict[str, str]:
         path = f"{name}/{index}-{turn}.png"
         write_image(folder / path, scene.picture())
-        caption = {"caption": language.plain_caption(scene.thing, motion)} if target else {}
-        return {"type": "image", "path": path, **caption}
+        return {"type": "image", "path": path}
 
-    def answer(scene: Scene, turn: int, motion: str | None = None) -> dict[str, Any]:
+    def exchange(asked: Any, scene: Scene, turn: int, motion: str | None = None) -> list[dict[str, Any]]:
         said = {"type": "text", "text": language.media_reply("image", scene.thing, rng, motion)}
-        return {"role": "assistant", "content": [said, picture(scene, turn, motion)]}
+        made = picture(scene, turn) | {"caption": language.plain_caption(scene.thing, motion)}
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": [said, made]}]
 
-    messages: list[dict[str, Any]] = []
-    before: list[dict[str, str]] = [picture(scene, 0, target=False)] if shown else []
-    if not shown:
-        asked = language.request("image", rng, thing=scene.thing)
-        messages += [{"role": "user", "content": asked}, answer(scene, 0)]
+    before = [picture(scene, 0)] if shown else []
+    messages = [] if shown else exchange(language.request("image", rng, thing=scene.thing), scene, 0)
     for turn in range(1, 2 if judged else 4):
         word, motion, scene = language.pick(rng, scene.edits(kind, things))
         wish = {"type": "text", "text": language.pick(rng, _WORDS[kind]).format(word)}
-        messages += [{"role": "user", "content": [*before, wish]}, answer(scene, turn, motion)]
+        messages += exchange([*before, wish], scene, turn, motion)
         before = []
         kind = language.pick(rng, [kind for kind in KINDS if scene.edits(kind, things)])
     return {"id": f"{name}-{index}", "messages": messages}
@@ -148,9 +144,7 @@ def look(pictures: Sequence[Image.Image]) -> list[Seen]:
         difference = np.abs(pixels - background).max(axis=2)
         rows, columns = np.nonzero(difference > difference.max() / 2)
         low, high = np.array([columns.min(), rows.min()]), np.array([columns.max(), rows.max()]) + 1
-        corners = np.array(_FORMS[shape][0][1]).reshape(-1, 2)
-        if shape == "cross":  # of two bars
-            corners = np.array([[-1, -1], [1, 1]])
+        corners = np.concatenate([np.array(places).reshape(-1, 2) for _, places in FORMS[shape]])
         extent, middle = np.ptp(corners, axis=0), (corners.min(axis=0) + corners.max(axis=0)) / 2
         radius = float(np.mean((high - low) / extent))
         seen.append(Seen(Thing(shape, colour), (low + high) / 2 - middle * radius, radius, background))

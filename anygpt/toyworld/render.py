@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from anygpt.errors import InputError
 from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
 
+SIZE = 32
+"""Width and height of pictures and clips, in pixels."""
 SAMPLING_RATE = 16_000
 """Hz, as for Whisper and AudioLDM."""
 AUDIO_SECONDS = 0.64
@@ -34,7 +36,7 @@ RGB = {
 PITCH_HZ = dict(zip(COLOURS, (200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0), strict=True))
 
 # What is drawn of each shape, in units of its radius around its centre; a ring's second ellipse is the hole.
-_FORMS: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
+FORMS: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
     "circle": (("ellipse", (-1, -1, 1, 1)),),
     "square": (("rectangle", (-0.88, -0.88, 0.88, 0.88)),),
     "triangle": (("polygon", (0, -1, 1, 0.8, -1, 0.8)),),
@@ -67,22 +69,20 @@ def render(modality: str, thing: Thing, motion: str | None, rng: np.random.Gener
     return render_image(thing, rng) if modality == "image" else render_audio(thing, rng)
 
 
-def render_image(thing: Thing, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    """Draw the thing on a dark background, as an RGB image of `size` × `size` pixels.
+def render_image(thing: Thing, rng: np.random.Generator) -> Image.Image:
+    """Draw the thing on a dark background, as an RGB image of 32 × 32 pixels.
 
     `rng` determines radius, position, brightness and background; it is advanced.
     """
-    radius = size * rng.uniform(0.20, 0.36)
-    room = size / 2 - radius - size / 32  # leaves a border of one pixel (at size 32)
-    centre = size / 2 + rng.uniform(-room, room, size=2)
+    radius = SIZE * rng.uniform(0.20, 0.36)
+    room = SIZE / 2 - radius - 1  # leaves a border of one pixel
+    centre = SIZE / 2 + rng.uniform(-room, room, size=2)
     colour, background = colour_of(thing, rng), background_of(rng)
-    return draw(size, background, [(thing.shape, centre, radius, colour)])
+    return draw(SIZE, background, [(thing.shape, centre, radius, colour)])
 
 
-def render_video(
-    thing: Thing, motion: str | None, rng: np.random.Generator, size: int = 32, num_frames: int = 8
-) -> np.ndarray:
-    """Render the thing moving straight at constant speed: uint8 `(num_frames, size, size, 3)`, at least two frames.
+def render_video(thing: Thing, motion: str | None, rng: np.random.Generator, num_frames: int = 8) -> np.ndarray:
+    """Render the thing moving straight at constant speed: uint8 `(num_frames, 32, 32, 3)`, at least two frames.
 
     `rng` determines radius, path, speed, brightness and background; it is advanced.
     """
@@ -90,8 +90,8 @@ def render_video(
         raise InputError(f"Unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}.")
     if num_frames < 2:
         raise InputError(f"A clip needs at least 2 frames to show a motion, but num_frames is {num_frames}.")
-    radius = size * rng.uniform(0.18, 0.26)
-    room = size / 2 - radius - size / 32
+    radius = SIZE * rng.uniform(0.18, 0.26)
+    room = SIZE / 2 - radius - 1
     travel = rng.uniform(0.7, 1.0) * 2 * room
     # Along the motion, the path is placed at random within the remaining room; across it, anywhere.
     along = np.linspace(-travel / 2, travel / 2, num_frames) + rng.uniform(-1, 1) * (room - travel / 2)
@@ -100,31 +100,28 @@ def render_video(
         along = along[::-1]
     x, y = (along, across) if motion in ("left", "right") else (across, along)
     colour, background = colour_of(thing, rng), background_of(rng)
-    centres = np.stack([x, y], axis=1) + size / 2
-    return np.stack([np.asarray(draw(size, background, [(thing.shape, at, radius, colour)])) for at in centres])
+    centres = np.stack([x, y], axis=1) + SIZE / 2
+    return np.stack([np.asarray(draw(SIZE, background, [(thing.shape, at, radius, colour)])) for at in centres])
 
 
-def render_audio(
-    thing: Thing, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE, seconds: float = AUDIO_SECONDS
-) -> np.ndarray:
+def render_audio(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     """Render a few notes at the colour's pitch, with the shape's partials and envelope, in a faint hiss: float32
-    `(round(sampling_rate · seconds),)` in [-1, 1]; `sampling_rate` is in Hz.
+    `(10240,)` in [-1, 1], 0.64 s at 16 kHz.
 
     All partials start at phase zero, so that the waveform follows from its magnitudes and a vocoder can be trained by
     regression, without discriminators. `rng` determines tempo, loudness and hiss; it is advanced.
     """
-    time = np.arange(round(sampling_rate * seconds)) / sampling_rate
+    time = np.arange(round(SAMPLING_RATE * AUDIO_SECONDS)) / SAMPLING_RATE
     pitch = PITCH_HZ[thing.colour]
     # 2 to 3 notes in 0.64 s; `beat` runs from 0 to 1 within each note.
     beat = (time * rng.uniform(3.5, 5.0) + rng.uniform(0.0, 0.15)) % 1.0
     wave = np.zeros_like(time)
     for ratio, amplitude in _PARTIALS[thing.shape]:
-        if ratio * pitch < min(_MAX_HZ, sampling_rate / 2):
+        if ratio * pitch < _MAX_HZ:
             wave += amplitude * np.sin(2 * math.pi * ratio * pitch * time)
     wave *= _envelope(thing.shape, beat)
     wave = wave / np.abs(wave).max() + rng.uniform(0.002, 0.01) * rng.standard_normal(time.shape)
-    fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # 10 ms in and out, against clicks
-    wave *= fade
+    wave *= np.minimum(1.0, np.minimum(time, time[::-1]) / 0.01)  # fade in and out over 10 ms, against clicks
     return (wave / np.abs(wave).max() * rng.uniform(0.4, 0.9)).astype(np.float32)
 
 
@@ -156,10 +153,10 @@ def draw(size: int, background: tuple[int, ...], marks: Sequence[Mark]) -> Image
     image = Image.new("RGB", (large, large), background)
     canvas = ImageDraw.Draw(image)
     for shape, centre, radius, colour in marks:
-        if shape not in _FORMS:
+        if shape not in FORMS:
             raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
         fills = (colour, background if shape == "ring" else colour)
-        for fill, (form, corners) in zip(fills, _FORMS[shape], strict=False):
+        for fill, (form, corners) in zip(fills, FORMS[shape], strict=False):
             places = np.array(corners).reshape(-1, 2) * (radius * _SUPERSAMPLING) + centre * _SUPERSAMPLING
             getattr(canvas, form)(places.ravel().tolist(), fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)
