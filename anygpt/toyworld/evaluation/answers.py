@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -169,20 +170,19 @@ class Examiner:
         in place of the learned link: the decoder's own text encoder reads the model's description of its input (the
         matrix's own answers in text, in `judged`), or of a text the request itself.
         """
-        by_id = {one.request.id: one for one in judged}
-        result: dict[str, dict[str, dict[str, Any]]] = {}
-        for source in dict.fromkeys(one.request.source for one in judged):
-            result[source] = {}
+        said = {one.request.id: one.text for one in judged}
+        result: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for source, row in by_cell(judged).items():
             for decoder in self.model.decoders.values():
-                drawn, cell = [], (source, decoder.modality)
-                for request in (o.request for o in judged if (o.request.source, o.request.target) == cell):
+                drawn = []
+                for request in (one.request for one in row[decoder.modality]):
                     caption = request.prompt
                     if source != "text":
-                        said = by_id[request.id.replace(f"-{decoder.modality}-", "-text-")].text
-                        caption = moving_caption(said, request.motion)
+                        described = said[request.id.replace(f"-{decoder.modality}-", "-text-")]
+                        caption = moving_caption(described, request.motion)
                     drawn.append((caption, request.thing, request.motion))
                 result[source][decoder.modality] = self._draw(decoder, drawn)
-        return result
+        return dict(result)
 
     def _draw(
         self, maker: ModalDecoderModule | ModalTokenizerModule, drawn: Sequence[tuple[Any, Thing, str | None]]
@@ -247,6 +247,14 @@ def moving_caption(caption: str, motion: str | None) -> str:
     still = _MOVES.sub("", caption).strip()
     words = still.removesuffix(".")
     return words + (f" moving {motion}" if motion else "") + still[len(words) :]
+
+
+def by_cell(judged: Iterable[Judged]) -> dict[str, dict[str, list[Judged]]]:
+    """Answers by input and output, in the order of the matrix."""
+    cells: dict[str, dict[str, list[Judged]]] = defaultdict(lambda: defaultdict(list))
+    for one in sorted(judged, key=lambda one: (WAYS.index(one.request.source), WAYS.index(one.request.target))):
+        cells[one.request.source][one.request.target].append(one)
+    return cells
 
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -18,7 +18,7 @@ from anygpt.media.types import MEDIA, media_type
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
 from anygpt.settings import find_misfits
-from anygpt.toyworld.evaluation.answers import Examiner, Judged, Settings, judge, share
+from anygpt.toyworld.evaluation.answers import Examiner, Judged, Settings, by_cell, judge, share
 from anygpt.toyworld.evaluation.requests import TALK, TURNS, WAYS, conversation_requests, matrix_requests, talk_requests
 from anygpt.toyworld.world import HELD_OUT, SEEN, VALIDATION
 from anygpt.version import __version__
@@ -87,7 +87,7 @@ def rates(table: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, fl
 def cell_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
     """`{input: {output: {"right", "shape", "colour", "missing", "unasked"}}}`, each a share with its interval."""
     table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for (source, target), ones in by_cell(judged).items():
+    for source, target, ones in ((i, o, ones) for i, row in by_cell(judged).items() for o, ones in row.items()):
         found = {"right": share(one.right for one in ones)}
         if (source, target) != ("text", "text"):  # whose questions are about only one of the two
             found["shape"] = share(one.shape_right for one in ones)
@@ -100,19 +100,11 @@ def cell_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]
 
 def motion_table(judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
     """`{input: {output: share}}` of clips with the requested motion, and of texts that name an input clip's motion."""
-    table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for (source, target), ones in by_cell(judged).items():
-        if moving := [one for one in ones if one.request.motion]:
-            table[source][target] = share(one.motion == one.request.motion for one in moving)
-    return dict(table)
-
-
-def by_cell(judged: Sequence[Judged]) -> dict[tuple[str, str], list[Judged]]:
-    """Answers by (input, output), in the order of the matrix."""
-    cells: dict[tuple[str, str], list[Judged]] = {(source, target): [] for source in WAYS for target in WAYS}
-    for one in judged:
-        cells[one.request.source, one.request.target].append(one)
-    return {cell: ones for cell, ones in cells.items() if ones}
+    moving = by_cell(one for one in judged if one.request.motion)
+    return {
+        source: {target: share(one.motion == one.request.motion for one in ones) for target, ones in row.items()}
+        for source, row in moving.items()
+    }
 
 
 def talk_table(talked: Sequence[Judged]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from anygpt.media.types import media_type, read_media
 from anygpt.media.writing import write
 from anygpt.pages import page_template
-from anygpt.toyworld.evaluation.answers import Judged
-from anygpt.toyworld.evaluation.matrix import by_cell, rates, sample_path
+from anygpt.toyworld.evaluation.answers import Judged, by_cell
+from anygpt.toyworld.evaluation.matrix import rates, sample_path
 from anygpt.toyworld.evaluation.requests import WAYS, Request
 
 ROWS = 3
@@ -90,9 +90,6 @@ def write_report(output: Path, samples: Path, report: dict[str, Any], judged: Se
 
 def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, sheet: bytes) -> str:
     """Render matrix, baselines, contact sheet (PNG), playable samples and settings as one self-contained HTML file."""
-    first: dict[str, dict[str, Judged]] = {}
-    for one in judged:
-        first.setdefault(one.request.source, {}).setdefault(one.request.target, one)
     return page_template("anygpt.toyworld.evaluation", "matrix.html.jinja").render(
         report=report,
         targets=targets_of(report),
@@ -100,7 +97,7 @@ def html_page(report: dict[str, Any], judged: Sequence[Judged], samples: Path, s
         turns=turn_lines(report["turns"]),
         sheet=base64.b64encode(sheet).decode(),
         ways=WAYS,
-        samples=first,
+        samples={source: {target: ones[0] for target, ones in row.items()} for source, row in by_cell(judged).items()},
         settings=json.dumps({name: report[name] for name in ("settings", "versions", "seconds")}, indent=1),
         read=lambda path: base64.b64encode((samples / path).read_bytes()).decode(),
         mime=lambda modality: media_type(modality).mime,
@@ -137,15 +134,15 @@ def contact_sheet(judged: Sequence[Judged], folder: Path, matrix: Mapping[str, M
     There must be the same number of answers in each cell; `folder` is that of the input media.
     """
     cells, targets = by_cell(judged), list(next(iter(matrix.values())))
-    count = len(judged) // len(cells)
+    count = len(cells["text"]["text"])
     rows = sorted({round(row) for row in np.linspace(0, count - 1, ROWS)})  # far apart, to show different things
     lines = [[_tile("input", "given", height=20)]]
     for target in targets:
         mean = np.mean([shares[target] for shares in matrix.values()])
         lines[0].append(_tile(target, target, [(f"{mean:.0%} right", _FAINT)], height=20))
     for source, row in product(matrix, rows):
-        lines.append([_given(cells[source, targets[0]][row].request, folder)])
-        lines[-1] += [_made(cells[source, target][row]) for target in targets]
+        lines.append([_given(cells[source][targets[0]][row].request, folder)])
+        lines[-1] += [_made(cells[source][target][row]) for target in targets]
     sheet = np.concatenate([np.concatenate(line, axis=1) for line in lines])
     return Image.fromarray(np.pad(sheet, ((_GAP, 0), (_GAP, 0), (0, 0)), constant_values=255))
 
