@@ -87,8 +87,6 @@ def test_the_split_is_by_composition(things, held_out):
         if category == "counting":
             assert (COUNTS_HELD_OUT[scene.things[0].shape] == len(scene.things)) == held_out
     assert {scene.expected["category"] for scene in make(THINGS, 1)[0]} == set(CATEGORIES)
-    with pytest.raises(InputError, match="several shapes and colours"):
-        invent("position", THINGS[:1], np.random.default_rng(0))
 
 
 def test_the_judge_is_right_on_renders(fresh):

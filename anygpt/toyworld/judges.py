@@ -189,12 +189,10 @@ def load_judges(folder: Path = WEIGHTS) -> Judges:
     """Load the judges on the CPU, in float32."""
     networks = {}
     for name, network in NETWORKS.items():
-        path = Path(folder) / f"{name}.safetensors"
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; make it with `python -m anygpt.toyworld.judge_training`.")
         with torch.random.fork_rng(devices=[]):  # the initial weights are random, and replaced
             networks[name] = network()
-        networks[name].load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
+        state = load_file(folder / f"{name}.safetensors")
+        networks[name].load_state_dict({key: tensor.float() for key, tensor in state.items()})
     return Judges(networks)
 
 

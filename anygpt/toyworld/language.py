@@ -108,14 +108,14 @@ def caption(thing: Thing, rng: Generator, motion: str | None = None, modality: s
     moves = pick(rng, (" moving {m}", " going {m}", " that moves {m}")).format(m=motion) if motion else ""
     forms = ["{what}{moves}", "This is {what}{moves}.", "It is {what}{moves}."]
     if modality is not None:
-        noun, verb = pick(rng, _of(_NOUNS, modality)), pick(rng, _SHOWS[modality])
+        noun, verb = pick(rng, _NOUNS[modality]), pick(rng, _SHOWS[modality])
         forms += [f"The {noun} {verb} {{what}}{{moves}}.", f"This {noun} {verb} {{what}}{{moves}}."]
     return pick(rng, forms).format(what=what, moves=moves)
 
 
 def describe_question(modality: str, rng: Generator) -> str:
     """A question about a given medium, whose answer is a caption."""
-    return pick(rng, _of(_QUESTIONS, modality))
+    return pick(rng, _QUESTIONS[modality])
 
 
 def request(
@@ -128,12 +128,12 @@ def request(
     """A request for a medium, moving as `motion` says: of a thing in words, of an earlier one that is called `it`
     (`LATEST` or `FIRST`), or of what is given. Of the last two, one for a video needs a motion."""
     if thing is not None:
-        noun, what = article(pick(rng, _of(_NOUNS, modality))), plain_caption(thing, motion)
+        noun, what = article(pick(rng, _NOUNS[modality])), plain_caption(thing, motion)
         ways = {"image": ("Draw {}.",), "video": ("Film {}.",), "audio": ("Let me hear {}.", "Play {}.")}
         return pick(rng, (f"Make {noun} of {{}}.", f"I want {noun} of {{}}.", *ways[modality])).format(what)
     if modality == "video" and motion not in MOTIONS:
         raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
-    return pick(rng, _of(_LATER_REQUESTS if it else _CONVERSIONS, modality)).format(it=it, motion=motion)
+    return pick(rng, (_LATER_REQUESTS if it else _CONVERSIONS)[modality]).format(it=it, motion=motion)
 
 
 def media_reply(modality: str, thing: Thing, rng: Generator, motion: str | None = None) -> str:
@@ -142,7 +142,7 @@ def media_reply(modality: str, thing: Thing, rng: Generator, motion: str | None 
     The language model names what it saw or heard right before the signal tokens, so that one map from words serves all
     inputs. There is no trailing space, which a tokenizer would make a separate token.
     """
-    return f"{pick(rng, _of(_HERE, modality))} {plain_caption(thing, motion)}"
+    return f"{pick(rng, _HERE[modality])} {plain_caption(thing, motion)}"
 
 
 def text_qa(thing: Thing, rng: Generator) -> tuple[str, str]:
@@ -184,9 +184,3 @@ def refusal(rng: Generator) -> tuple[str, str]:
 def pick(rng: Generator, options: Sequence[T]) -> T:
     """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
-
-
-def _of(table: dict[str, tuple[str, ...]], modality: str) -> tuple[str, ...]:
-    if modality not in table:
-        raise InputError(f"Unknown modality {modality!r}: expected one of {', '.join(table)}.")
-    return table[modality]

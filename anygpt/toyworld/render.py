@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from anygpt.errors import InputError
-from anygpt.toyworld.world import COLOURS, MOTIONS, SHAPES, Thing
+from anygpt.toyworld.world import COLOURS, MOTIONS, Thing
 
 SIZE = 32
 """Width and height of pictures and clips, in pixels."""
@@ -153,8 +153,6 @@ def draw(size: int, background: tuple[int, ...], marks: Sequence[Mark]) -> Image
     image = Image.new("RGB", (large, large), background)
     canvas = ImageDraw.Draw(image)
     for shape, centre, radius, colour in marks:
-        if shape not in FORMS:
-            raise InputError(f"Unknown shape {shape!r}: expected one of {', '.join(SHAPES)}.")
         fills = (colour, background if shape == "ring" else colour)
         for fill, (form, corners) in zip(fills, FORMS[shape], strict=False):
             places = np.array(corners).reshape(-1, 2) * (radius * _SUPERSAMPLING) + centre * _SUPERSAMPLING
