@@ -22,6 +22,7 @@ from anygpt.toyworld.datasets import COMPONENT_KINDS, write_dataset
 from anygpt.toyworld.world import THINGS
 from anygpt.toyworld.zoo import PARTS, digest, write_untrained, zoo
 from anygpt.training.config import parse_config
+from zoo_quality import measure
 
 from diffusers import AutoencoderKL, TextToVideoSDPipeline
 
@@ -64,10 +65,7 @@ def build(arguments: list[str]) -> None:
     for name in STARTS:  # each after the one that it starts from
         train(name)
     collect(options.output)
-    quality = WORK / "quality.json"
-    measure = ("scripts/zoo_quality.py", "--parts", options.output.resolve(), "--output", quality)
-    subprocess.run([sys.executable, *map(str, measure)], cwd=REPOSITORY, check=True)
-    for part, shares in json.loads(quality.read_text()).items():
+    for part, shares in measure(options.output, samples=200, seed=0).items():
         (options.output / part / "README.md").write_text(card(part, shares), encoding="utf-8")
     print(options.output)
 

@@ -7,14 +7,13 @@ nonsense. Decoders: judged samples for plain true captions. Tokenizers: judged d
 `build_zoo.py` puts the results into the parts' model cards.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import anygpt
 from anygpt import MultimodalModel, MultimodalProcessor
-from anygpt.commands import REPOSITORY, execute, new_parser
+from anygpt.commands import execute, new_parser
 from anygpt.data.collation import move
 from anygpt.errors import InputError
 from anygpt.toyworld import language
@@ -133,16 +132,10 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=200, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=zoo(), help="folder of the parts (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs/zoo/quality.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.samples < 1:
         raise InputError(f"--samples is {options.samples}, expected at least 1")
-    if not (options.parts / PARTS[0]).is_dir():
-        raise InputError(f"--parts {options.parts} is no folder of parts; it should hold {', '.join(PARTS)}")
-    quality = measure(options.parts, options.samples, options.seed)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
-    for part, found in quality.items():
+    for part, found in measure(options.parts, options.samples, options.seed).items():
         for what, one in found.items():
             print(f"{part}: {what}: {one['rate']:.3f} ({one['right']} of {one['n']})")
 
