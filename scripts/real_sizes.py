@@ -1,4 +1,4 @@
-"""Run a recipe's stages at the parts' real sizes: two updates each and an answer, with time and peak memory.
+"""Run the stages of configs/small at the parts' real sizes: two updates each and an answer, with time and peak memory.
 
     python tests/hub_mirror.py runs/real/hub ID … --real      # or a cache with the real repositories
     python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
@@ -56,17 +56,15 @@ def main() -> None:
     parser.add_argument("--hub", type=Path, required=True, help="an HF cache with the parts")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--recipe", default="small", help="folder of configs/ (default: %(default)s)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="(default: all)")
     options = parser.parse_args()
     found = {}
-    for stage in options.stages:
+    for stage, script in enumerate(SCRIPTS, 1):
         files = []
         for name, media in KINDS.items():
             folder, task = options.data / name, "comprehension" if stage == 1 else "generation"
             place = {"path": str(folder / f"{name}_{task}.json"), "media_root": str(folder / media)}
             files.append(place | {"format": "nextgpt"})
-        command = [sys.executable, SCRIPTS[stage - 1], "--config", f"configs/{options.recipe}/stage{stage}.yaml"]
+        command = [sys.executable, script, "--config", f"configs/small/stage{stage}.yaml"]
         command += ["--run.output_dir", str(options.output / f"stage{stage}"), "--data.train", json.dumps(files)]
         command += ["--run.device=cpu", "--run.resume=never", "--run.tracker=none", "--data.num_workers=0"]
         command += ["--train.max_steps=2", "--train.batch_size=1", "--train.gradient_accumulation_steps=1"]
@@ -77,7 +75,7 @@ def main() -> None:
         print(f"stage {stage}: {planned}", flush=True)
         found[f"stage{stage}"] = run(command, options.hub)
         print({k: v for k, v in found[f"stage{stage}"].items() if k != "output"}, flush=True)
-    final = options.output / f"stage{options.stages[-1]}" / "final"
+    final = options.output / "stage3/final"
     found["generation"] = run([sys.executable, "-c", GENERATE, str(final)], options.hub)
     print(found["generation"]["output"].splitlines()[-1], found["generation"]["seconds"], "s")
     (options.output / "measured.json").write_text(json.dumps(found, indent=2))

@@ -67,7 +67,7 @@ def emoji(package: Path, clips: Path) -> list[Thing]:
         file, clip = package / "package/img/google/64" / row["image"], clips / f"package/assets/{code}.webp"
         words = set(re.findall(r"\w+", name)) - _PEOPLE
         keys[code] = kind if kind in _ONE_CONCEPT else " ".join(sorted(words)) or "person"
-        thumbnails[code] = thumbnail(file)
+        thumbnails[code] = np.asarray(read_image(file).resize((8, 8), Image.Resampling.BOX), np.int16)
         found.append((code, "image", name, file, code, row["category"].lower()))
         if clip.is_file() and getattr(Image.open(clip), "n_frames", 1) > 1:
             found.append((f"{code}-moving", "video", name, clip, code, row["category"].lower()))
@@ -75,13 +75,9 @@ def emoji(package: Path, clips: Path) -> list[Thing]:
     return [Thing(*start, concepts[code], group) for *start, code, group in found]
 
 
-def thumbnail(file: Path) -> np.ndarray:
-    """The picture at 8 × 8 pixels, int16 `(8, 8, 3)`."""
-    return np.asarray(read_image(file).resize((8, 8), Image.Resampling.BOX), np.int16)
-
-
 def merge(keys: Mapping[str, str], thumbnails: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Concept by id: the same for ids with the same key or almost the same thumbnail, also through others."""
+    """Concept by id: the same for ids with the same key or almost the same thumbnail, int16 `(8, 8, 3)`, also through
+    others."""
     ids, table = list(keys), np.stack([thumbnails[one] for one in keys])
     concept, seen = {}, {}
     for i, (one, key) in enumerate(keys.items()):

@@ -3,7 +3,7 @@
 The language model has SmolLM2-135M's shape, with a vocabulary of 49k or 128k; the encoder is ViT-B/16 at 224. Only the
 projector trains, and only the answer has labels. The native class computes logits at all positions, ours only at
 labels. Our model is composed of the native one's parts. `gemm_tflops` is the measured rate of a matrix product in the
-parts' dtype, and `gemm_share` the step's arithmetic (matrix products, convolutions, attention) as a share of it.
+parts' dtype, bfloat16, and `gemm_share` the step's arithmetic (products, convolutions, attention) as a share of it.
 """
 
 import argparse
@@ -23,7 +23,6 @@ PROMPT, ANSWER = 32, 32  # tokens
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one of warm-up (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows, an image each (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="dtype of all parts (default: %(default)s)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of all parts (default: %(default)s)")
 
 
@@ -35,8 +34,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     """Median seconds per step (forward, backward, optimizer), and the loss, which must be equal on both sides."""
     torch.manual_seed(0)
     size, who = side.split(" vocabulary: ")
-    vision, dtype = vit(), getattr(torch, options.dtype)
-    text = smollm2(VOCABULARIES[size])
+    vision, text, dtype = vit(), smollm2(VOCABULARIES[size]), torch.bfloat16
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, tie_word_embeddings=True
     )

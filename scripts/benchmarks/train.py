@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed updates, after two (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
-    parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"), help="(default: %(default)s)")
     parser.add_argument("--rows", help="stage 3's data, not ToyWorld's: [{path: rows.json, media_root: media}]")
-    parser.add_argument("--compile", action="store_true", help="with train.compile on")
 
 
 def sides(options: argparse.Namespace) -> list[str]:
@@ -41,7 +39,6 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = [f"--data.num_workers={options.workers}", f"--train.batch_size={options.batch_size}"]
-        common += [f"--train.mixed_precision={options.mixed_precision}", f"--train.compile={options.compile}"]
         if size == "stage 3":
             settings = [*start_of_stage_3(folder, options.rows), *WAYS[way], *common]
             return run_stage(3, folder, settings, options.steps)
