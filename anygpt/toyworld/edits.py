@@ -168,20 +168,6 @@ def judge(source: Seen, target: Seen, made: Seen) -> tuple[bool, bool]:
     return bool(all(asked)), bool(all(kept))
 
 
-def write(output: Path, samples: dict[str, int], seed: int = 0) -> None:
-    """Write the files of rows, and the untrained decoder, to `output`, which appears when all are there."""
-    if output.exists():
-        raise InputError(f"--output {output} exists; give a new folder, or remove it")
-    with replacing(output) as temporary:
-        for number, name in enumerate(FILES):
-            (temporary / name).mkdir(parents=True)
-            with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                for index in tqdm(range(samples[name]), desc=name, unit="row"):
-                    rng = np.random.default_rng([seed, 100 + number, index])
-                    file.write(json.dumps(row_of(temporary, name, index, rng)) + "\n")
-        InstructPix2PixDecoder.widened(load_decoder("zoo:image_decoder").pipeline).save_pretrained(temporary / "start")
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m anygpt.toyworld.edits", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to, for example runs/edits")
@@ -189,7 +175,16 @@ def main(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", type=int, default=count, help=f"rows of {name}.jsonl (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn (default: %(default)s)")
     options = parser.parse_args(arguments)
-    write(options.output, {name: getattr(options, name) for name in FILES}, options.seed)
+    if options.output.exists():
+        raise InputError(f"--output {options.output} exists; give a new folder, or remove it")
+    with replacing(options.output) as temporary:
+        for number, name in enumerate(FILES):
+            (temporary / name).mkdir(parents=True)
+            with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                for index in tqdm(range(getattr(options, name)), desc=name, unit="row"):
+                    rng = np.random.default_rng([options.seed, 100 + number, index])
+                    file.write(json.dumps(row_of(temporary, name, index, rng)) + "\n")
+        InstructPix2PixDecoder.widened(load_decoder("zoo:image_decoder").pipeline).save_pretrained(temporary / "start")
 
 
 if __name__ == "__main__":

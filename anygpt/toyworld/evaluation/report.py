@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
@@ -187,9 +188,8 @@ def _picture(modality: str, medium: Any, rate: float | None) -> Image.Image:
         return medium.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
     if modality == "audio":
         return spectrogram_image(medium, rate or 16_000)
-    shown = [Image.fromarray(medium[i]) for i in np.linspace(0, len(medium) - 1, 8).round().astype(int)]
-    frames = [np.asarray(frame.resize((_SIDE // 2, _SIDE // 2), Image.Resampling.NEAREST)) for frame in shown]
-    return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in (frames[:4], frames[4:])]))
+    shown = (Image.fromarray(medium[i]) for i in np.linspace(0, len(medium) - 1, 8).round().astype(int))
+    return make_image_grid([x.resize((_SIDE // 2, _SIDE // 2), Image.Resampling.NEAREST) for x in shown], 2, 4)
 
 
 def _tile(
