@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 import types
@@ -41,7 +40,7 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
     faults: list[str] = []
     for at, content in _given(arguments, kind):
         faults += [f"{at}: {fault}" for fault in _faults(content, kind, "")]
-        _put(merged, content)
+        merged = _merged(merged, content)
     if faults:
         raise InputError("; ".join(faults))
     try:
@@ -82,19 +81,11 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return odd or loose or any(a.partition("=")[0] in ("--help", "--print_config") for a in names)
 
 
-def _put(into: dict[str, Any], content: Mapping[str, Any]) -> None:
-    for key, value in content.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _put(into[key], value)
-        else:
-            into[key] = _own(value)
-
-
-def _own(value: Any) -> Any:
-    """A copy in which nothing is shared: to YAML's anchors and `<<`, one mapping may stand in several places."""
-    if isinstance(value, Mapping):
-        return {key: _own(one) for key, one in value.items()}
-    return [_own(one) for one in value] if isinstance(value, list) else copy.copy(value)
+def _merged(old: Any, new: Any) -> Any:
+    """Neither is changed: to YAML's anchors and `<<`, one mapping may stand in several places."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    return new
 
 
 _BOOL = "tag:yaml.org,2002:bool"
