@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,9 @@ from anygpt.data.grammar import compose
 from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.errors import InputError
 from anygpt.evaluation.suite import Ask, Suite
-from anygpt.media.files import StoredMedium
+from anygpt.media.files import Place
 
 _CHOICE = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.+?)\s*$", re.MULTILINE)
-Place = Path | StoredMedium
 
 
 @dataclass(frozen=True)

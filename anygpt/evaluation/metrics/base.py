@@ -21,7 +21,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from anygpt.errors import InputError
-from anygpt.evaluation.rows import Place, Row
+from anygpt.evaluation.rows import Row
+from anygpt.media.files import Place
 from anygpt.media.types import read_media
 
 SIGMA, SCALE, BLOCK = 10.0, 1000.0, 1024  # CMMD: kernel width, scale, rows per block

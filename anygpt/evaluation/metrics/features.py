@@ -3,8 +3,8 @@
 Shapes: `M` media or texts, `D` width of the features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,15 @@ from torch import Tensor
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from anygpt.encoders.video import VideoFrameProcessor
-from anygpt.errors import InputError, first_line
+from anygpt.errors import InputError, refusing
 from anygpt.media.files import Audio
 from anygpt.media.types import MEDIA, is_heard, is_timed
 
 
-@contextmanager
-def loading(what: str, path: str) -> Iterator[None]:
-    """Convert the libraries' errors about an id or folder to an `InputError` with advice."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = first_line(error)
-        advice = f"where there is a network, download it with: hf download {path}"
-        raise InputError(f"the {what} {path!r} cannot be loaded ({reason}); {advice}") from error
+def loading(what: str, path: str) -> AbstractContextManager[None]:
+    """Context in which an id or folder is loaded; what libraries raise becomes an `InputError` with advice."""
+    advice = f"; where there is a network, download it with: hf download {path}"
+    return refusing(f"the {what} {path!r} cannot be loaded", (OSError, ValueError, KeyError, SafetensorError), advice)
 
 
 class PretrainedNetwork:
@@ -130,13 +125,9 @@ class InceptionNetwork:
 
     def __init__(self, device: Any = "cpu"):
         self.device = torch.device(device)
-        try:
+        advice = "; install it and run it once where there is a network, or name a vision model by id"
+        with refusing("features: inception needs the package torch-fidelity and its weights", advice=advice):
             self.model = NoTrainInceptionV3(self.revision, ["2048"]).to(self.device)
-        except Exception as error:  # missing package or failed download
-            raise InputError(
-                f"features: inception needs the package torch-fidelity and its weights ({error}); install it and "
-                "run it once where there is a network, or name a vision model by id, like facebook/dinov2-base"
-            ) from error
 
     def of_media(self, media: Sequence[Any]) -> Tensor:
         return torch.cat([self.of_frames(np.asarray(picture)[None]) for picture in media])
