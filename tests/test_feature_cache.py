@@ -525,13 +525,6 @@ def test_another_part_makes_the_cache_stale(world):
         world.open()
 
 
-def test_a_class_whose_module_moved_does_not(tmp_path):
-    create_store(tmp_path, {"class": "anygpt.decoders.zeroscope.ZeroscopeDecoder"})
-    create_store(tmp_path, {"class": "anygpt.decoders.videos.ZeroscopeDecoder"})
-    with pytest.raises(InputError, match="class was"):
-        create_store(tmp_path, {"class": "anygpt.decoders.videos.WanDecoder"})
-
-
 def test_other_preprocessing_makes_the_cache_stale(world):
     world.write()
     extractor = world.processor.encoder_processors["audio"]

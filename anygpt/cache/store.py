@@ -21,7 +21,6 @@ from torch import Tensor
 
 from anygpt.errors import InputError
 from anygpt.media.writing import replacing
-from anygpt.model.parts import present_name
 from anygpt.parts.publishing import let_umask_decide
 
 KEY = "key.json"
@@ -143,10 +142,6 @@ def check_key(folder: Path, key: Mapping[str, Any]) -> None:
     except (ValueError, OSError) as error:
         raise InputError(f"{folder / KEY} is damaged ({error}); remove {folder}, and write it again") from error
     wanted = json.loads(json.dumps(key))  # tuples become lists
-    for one in (found, wanted):
-        for entry in (one, one.get("callbacks") or {}):
-            if "class" in entry:  # of a cache written before the module moved
-                entry["class"] = present_name(entry["class"])
     if changes := list(differences(found, wanted)):
         raise InputError(
             f"the feature cache {folder} is stale, and is not used: {'; '.join(changes)}. Write it again with "
