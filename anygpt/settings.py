@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from pydantic import TypeAdapter, ValidationError
 from transformers.utils.generic import flatten_dict
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 
 
 def parse_settings(arguments: Sequence[str], kind: type, description: str = "") -> Any:
@@ -71,14 +71,9 @@ def find_misfits(settings: Any) -> list[str]:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks for output only, or has words that are no settings (argparse reports these)."""
-    names = [a for a in arguments if a.startswith("-")]
-    odd = any(a.partition("=")[0].endswith((".help", "+")) or not a.startswith("--") for a in names)
-    loose = any(
-        not a.startswith("-") and (i == 0 or not arguments[i - 1].startswith("--") or "=" in arguments[i - 1])
-        for i, a in enumerate(arguments)
-    )
-    return odd or loose or any(a.partition("=")[0] in ("--help", "--print_config") for a in names)
+    """Whether the command line asks for output only."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    return any(name in ("-h", "--help", "--print_config") or name.endswith(".help") for name in names)
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -119,34 +114,30 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
     """Yield every mapping of settings on a command line, with its source (the file or the option)."""
-    names = list(arguments)
-    for index, argument in enumerate(names):
-        if not argument.startswith("--"):
+    words = iter(arguments)
+    for word in words:
+        if asks_for_help([word]):
             continue
-        name, equals, value = argument[2:].partition("=")
-        value = value if equals else names[index + 1] if index + 1 < len(names) else ""
+        if not word.startswith("--"):
+            raise InputError(f"{word!r} is no setting; settings are given as --train.max_steps 100")
+        name, equals, value = word[2:].partition("=")
+        value = value if equals else next(words, "")
         if name == "config":
             path = Path(value)
             if not path.is_file():
                 raise InputError(f"--config {value!r}: there is no such file; give the path of a YAML file")
-            try:
+            with refusing(f"{path} cannot be read, or is not valid YAML", (OSError, *_YAML_ERRORS)):
                 content = yaml.load(path.read_text(), _Loader)
-            except OSError as error:
-                raise InputError(f"--config {value!r} cannot be read: {error.strerror}") from error
-            except _YAML_ERRORS as error:
-                raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
             if content is not None and not isinstance(content, Mapping):
                 sections = ", ".join(section.name for section in fields(kind))
                 raise InputError(f"{path} holds a {type(content).__name__}, expected the sections {sections}")
             yield str(path), content or {}
-        elif name not in ("help", "print_config") and not name.endswith(".help"):
+        else:
             try:
                 content: Any = yaml.load(value, _Loader)  # may be a whole section or list
             except _YAML_ERRORS:
                 content = value
-            if name.endswith("+") and not isinstance(content, list):
-                content = [content]
-            for part in reversed(name.rstrip("+").split(".")):
+            for part in reversed(name.split(".")):
                 content = {part: content}
             yield f"--{name}", content
 

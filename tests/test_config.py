@@ -209,7 +209,7 @@ def test_unknown_keys_in_a_file_are_all_named(tmp_path):
         ("--model.encoders.image.pathh=x", "model.encoders.image.path"),
         ("--model.encoders.image={pathh: x}", "model.encoders.image.path"),
         ("--data.train=[{pth: x}]", "data.train[0].path"),
-        ("--data.train+={pth: x}", "data.train[0].path"),
+        ("--data.train+={path: x}", "data.train"),
         ("--train={learning_rat: 1}", "train.learning_rate"),
     ],
 )
