@@ -96,20 +96,15 @@ def _check_counts(key: str, per_row: list[int], lengths: list[int], available: i
 
     `lengths` are the features of each input, empty for packed ones, whose bounds are not known.
     """
-    if available != sum(per_row):
-        bad = max((row for row, count in enumerate(per_row) if count), default=0)
-        bad = next((row for row, seen in enumerate(itertools.accumulate(per_row)) if seen > available), bad)
+    total, ends = sum(per_row), {0, *itertools.accumulate(lengths)}
+    seen = enumerate(itertools.accumulate(per_row))
+    wrong = [row for row, count in seen if count > available or (lengths and count not in ends)]
+    if wrong or total != available:
+        bad = wrong[0] if wrong else max((row for row, count in enumerate(per_row) if count), default=0)
         raise InputError(
-            f"{key!r}: the batch has {sum(per_row)} placeholder tokens but {available} features; the counts part in "
-            f"row {bad}, which has {per_row[bad]} placeholders. Each input needs exactly as many placeholders as it "
-            "has features (MultimodalProcessor writes them)"
-        )
-    ends = {0, *itertools.accumulate(lengths)}
-    bad = next((row for row, seen in enumerate(itertools.accumulate(per_row)) if lengths and seen not in ends), None)
-    if bad is not None:
-        raise InputError(
-            f"{key!r}: row {bad} has {per_row[bad]} placeholder tokens, which end inside an input; the inputs have "
-            f"{lengths} features"
+            f"{key!r}: the batch has {total} placeholder tokens but {available} features, of inputs of "
+            f"{lengths or 'any length'}; they part where row {bad} has {per_row[bad]} placeholders. Each input "
+            "needs exactly as many placeholders as it has features (MultimodalProcessor writes them)"
         )
 
 
