@@ -63,11 +63,11 @@ class Asker:
             "without_media": (_in_words, say),
             "without_reference": (lambda row: row.prompt, partial(self.write, edit=False)),
         }
-        drawn = {decoder.modality for decoder in self.model.decoders.values()} & set(self.looked_at)
-        draws = any(set(row.captions) & drawn for row in rows)
+        decoders = [decoder for decoder in self.model.decoders.values() if decoder.modality in self.looked_at]
+        draws = any(decoder.modality in row.captions for row in rows for decoder in decoders)
         shown = any(row.sources for row in rows)
-        edits = shown and any(self.model.decoders[self.makes[k]].module.takes_reference for k in self.looked_at)
-        does_fit = {"without_media": words and shown, "without_reference": draws and edits}
+        edits = draws and shown and any(decoder.module.takes_reference for decoder in decoders)
+        does_fit = {"without_media": words and shown, "without_reference": edits}
         fit = [name for name in get_args(Baseline) if does_fit.get(name, draws)]
         chosen = fit if self.suite.baselines is None else self.suite.baselines
         if wrong := [name for name in chosen if name not in fit]:
