@@ -39,9 +39,11 @@ class Item:
     media: Mapping[str, Place]
 
     def find(self, role: str, modality: str) -> Any:
-        """The medium of a role (`answer`, `target`, `source`), its `caption`, or the row's field of that name."""
+        """The medium (or `text`) of a role (`answer`, `target`, `source`), its `caption`, or the row's field of that
+        name."""
         row = self.row
-        by_type = {"answer": self.media, "target": row.targets, "source": row.sources, "caption": row.captions}
+        answer, target = {"text": self.text, **self.media}, {"text": next(iter(row.references), None), **row.targets}
+        by_type = {"answer": answer, "target": target, "source": row.sources, "caption": row.captions}
         return by_type[role].get(modality) if role in by_type else getattr(row, role)
 
 
@@ -49,7 +51,7 @@ class Batch:
     """A batch of items.
 
     `media(role, modality, num_frames)` decodes one medium per item, `features(network, role, modality, num_frames)`
-    computes `(M, D)`, of texts for the role `caption`; both keep their results for all metrics.
+    computes `(M, D)`; both keep their results for all metrics.
     """
 
     def __init__(self, items: Sequence[Item]):
@@ -59,7 +61,7 @@ class Batch:
 
         @functools.cache
         def features(network: Any, role: str, modality: str, num_frames: int | None = None) -> Tensor:
-            if role == "caption":
+            if role == "caption" or modality == "text":
                 return network.of_texts([item.find(role, modality) for item in items])
             return network.of_media(media(role, modality, num_frames))
 

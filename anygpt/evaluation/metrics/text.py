@@ -77,16 +77,12 @@ class Retrieval(Metric):
         self.right: list[str] = []
 
     def update(self, batch: Batch) -> None:
-        if self.modality == "text":
-            right = [item.row.references[0] for item in batch.items]
-            answers, features = self.network.of_texts([item.text for item in batch.items]), self.network.of_texts(right)
-        else:
-            right = [str(item.find("target", self.modality)) for item in batch.items]
-            features = self.features(batch, "target")
-            made = [i for i, item in enumerate(batch.items) if item.find("answer", self.modality)]
-            answers = torch.full_like(features, torch.nan)
-            if made:
-                answers[made] = self.features(Batch([batch.items[i] for i in made]), "answer").to(features)
+        right = [str(item.find("target", self.modality)) for item in batch.items]
+        features = self.features(batch, "target")
+        made = [i for i, item in enumerate(batch.items) if item.find("answer", self.modality) is not None]
+        answers = torch.full_like(features, torch.nan)
+        if made:
+            answers[made] = self.features(Batch([batch.items[i] for i in made]), "answer").to(features)
         self.answers.append(answers)
         self.references |= dict(zip(right, features, strict=True))
         self.right += right
