@@ -415,7 +415,7 @@ def test_a_full_shard_is_written_at_once(tmp_path, monkeypatch):
         writer.add(name, {"features": row})
     writer.flush()
     store = Store(tmp_path / "s", {})
-    assert len(store.shards) == 2 and len(store) == 10 and names[3] in store and "f" * 32 not in store
+    assert len(store.shards) == 2 and len(store.places) == 10 and names[3] in store and "f" * 32 not in store
     assert all(torch.equal(store.get(name)["features"], row) for name, row in zip(names, batch, strict=True))
     again = pickle.loads(pickle.dumps(store))  # as for a worker that is spawned
     assert torch.equal(again.get(names[3])["features"], batch[3])

@@ -9,9 +9,8 @@ import os
 import re
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.writing import replacing
 from anygpt.parts.publishing import let_umask_decide
 
@@ -27,7 +26,6 @@ KEY = "key.json"
 SHARD = "shard-*.safetensors"
 SHARD_BYTES, SHARD_ENTRIES = 256 * 1024**2, 2**14
 SHARD_SECONDS = 60.0  # most work that a killed run loses
-OPEN_SHARDS = 64  # file handles per process and store
 NAME = re.compile(r"([0-9a-f]{32})\.(\w+)")
 
 
@@ -41,22 +39,15 @@ class Store:
         self.shards = sorted(folder.glob(SHARD))
         self.names: set[str] = set()  # of the tensors of an entry
         self.places: dict[bytes, int] = {}  # number of the shard
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._open: dict[int, Any] = {}
         for number, path in enumerate(self.shards):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for tensor in file.keys():  # noqa: SIM118 (it is no dict)
-                        fingerprint, name = NAME.fullmatch(tensor).groups()
-                        self.places[bytes.fromhex(fingerprint)] = number
-                        self.names.add(name)
-            except (SafetensorError, OSError, AttributeError) as error:
-                raise InputError(
-                    f"{path} is no whole shard of safetensors ({error}), and nothing else is read; remove it, and run "
-                    "scripts/cache_features.py again"
-                ) from error
-
-    def __len__(self) -> int:
-        return len(self.places)
+            advice = "; nothing else is read: remove it, and run scripts/cache_features.py again"
+            kinds = (SafetensorError, OSError, AttributeError)
+            with refusing(f"{path} is no whole shard of safetensors", kinds, advice), safe_open(path, "pt") as file:
+                for tensor in file.keys():  # noqa: SIM118 (it is no dict)
+                    fingerprint, name = NAME.fullmatch(tensor).groups()
+                    self.places[bytes.fromhex(fingerprint)] = number
+                    self.names.add(name)
 
     def __contains__(self, fingerprint: str) -> bool:
         return bytes.fromhex(fingerprint) in self.places
@@ -65,14 +56,12 @@ class Store:
         """The tensors of a fingerprint by name, copied, since workers send the whole storage of a view."""
         number = self.places[bytes.fromhex(fingerprint)]
         if number not in self._open:
-            self._open[number] = safe_open(self.shards[number], framework="pt")
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
+            self._open[number] = safe_open(self.shards[number], framework="pt")  # memory-mapped: takes no file handle
         file = self._open[number]
         return {name: file.get_tensor(f"{fingerprint}.{name}").clone() for name in self.names}
 
     def __getstate__(self) -> dict[str, Any]:  # for spawned workers
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": {}}
 
 
 class StoreWriter:
@@ -104,15 +93,9 @@ class StoreWriter:
         self.held, self.size, self.since = {}, 0, time.monotonic()
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter includes the system's error
-        raise InputError(
-            f"the feature cache {folder} cannot be written: {error}; make room, or name another data.cache_dir, and "
-            "give the same command again: what is there is whole"
-        ) from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    advice = "; make room, or name another data.cache_dir, and give the same command again: what is there is whole"
+    return refusing(f"the feature cache cannot be written: {folder}", (OSError, SafetensorError), advice)
 
 
 def create_store(folder: Path, key: Mapping[str, Any]) -> None:
@@ -137,10 +120,8 @@ def check_key(folder: Path, key: Mapping[str, Any]) -> None:
             f"{strange[0]} is no part of a feature cache, which holds safetensors and JSON alone (a pickle is never "
             "read); remove it, or name another data.cache_dir"
         )
-    try:
+    with refusing(f"{folder / KEY} is damaged", (ValueError, OSError), f"; remove {folder}, and write it again"):
         found = json.loads((folder / KEY).read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder / KEY} is damaged ({error}); remove {folder}, and write it again") from error
     wanted = json.loads(json.dumps(key))  # tuples become lists
     if changes := list(differences(found, wanted)):
         raise InputError(
