@@ -57,14 +57,7 @@ class TextStates(dict[str, Tensor]):
     def join(cls, rows: Sequence[Mapping[str, Tensor]]) -> "TextStates":
         return cls({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
-    def __call__(
-        self,
-        model: Composition,
-        merged: Merged,
-        spans: Mapping[str, Spans],
-        tap: Tap,
-        encoder_inputs: Mapping[str, Any],
-    ) -> Reading:
+    def __call__(self, model: Composition, merged: Merged, spans: Mapping[str, Spans], tap: Tap, *_: Any) -> Reading:
         """Compute logits `(1, M, V')` at positions that predict a label, and return them with each decoder's states."""
         if tap.select is None:
             raise InputError("full logits (return_logits) cannot be had from text_states; leave one of them out")
