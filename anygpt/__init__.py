@@ -52,12 +52,9 @@ from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.version import __version__
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig, exist_ok=True)
-for auto, part in (
-    (AutoModel, MultimodalModel),
-    (AutoModelForMultimodalLM, MultimodalModel),
-    (AutoProcessor, MultimodalProcessor),
-):
-    auto.register(MultimodalConfig, part, exist_ok=True)
+AutoModel.register(MultimodalConfig, MultimodalModel, exist_ok=True)
+AutoModelForMultimodalLM.register(MultimodalConfig, MultimodalModel, exist_ok=True)
+AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 __all__ = [
     "AudioLDM2Decoder",
