@@ -12,7 +12,6 @@ from transformers import BatchFeature
 from anygpt.data.collation import NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.schema import ContentPart, Message, Sample
-from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.evaluation.rows import Row, conversation, reworded, text_of
 from anygpt.evaluation.suite import Baseline, Suite
@@ -141,7 +140,7 @@ class Asker:
             if decoder is None or not (wanted := [i for i, caption in enumerate(captions) if kind in caption]):
                 continue
             options = decoder.options(self.options[key] | {"seed": self._seeds([rows[i] for i in wanted])})
-            condition = Condition.of(decoder.module.encode_text([captions[i][kind] for i in wanted]))
+            condition = decoder.module.encode_text([captions[i][kind] for i in wanted])
             contents = decoder.module.sample(condition, **decoder.module.sampling_arguments(options, [0] * len(wanted)))
             for i, content in zip(wanted, contents, strict=True):
                 answers[i].segments.append(Segment(kind, content, key, rate=decoder.module.rate))

@@ -1,13 +1,13 @@
 """Rows of a suite: prompts with their references."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from anygpt.data.dataset import ConversationDataset, DataSource, LoadedSample
+from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.grammar import compose
 from anygpt.data.schema import ContentPart, Message, Sample
 from anygpt.errors import InputError
@@ -59,7 +59,7 @@ def read_rows(suite: Suite) -> list[Row]:
             said = Message("user", (ContentPart("text", f"Make this image: {caption}."),))
             found[name] = Row(name, Sample(name, (said,), name), captions={"image": caption}, expected=expected)
     else:
-        samples = ConversationDataset.from_files([DataSource(**vars(source)) for source in suite.data]).samples
+        samples = ConversationDataset.from_files(suite.data).samples
         for row in (row for sample in samples for row in rows_of(sample, suite.ask)):
             key = row.id if row.targets else row.prompt.messages
             same = found.get(key)
@@ -71,12 +71,11 @@ def read_rows(suite: Suite) -> list[Row]:
     return rows
 
 
-def rows_of(sample: Sample, ask: Ask) -> list[Row]:
+def rows_of(sample: Sample, ask: Ask) -> Iterator[Row]:
     """A sample's last answer, or each of its answers, as a row."""
     turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant" and i]
     if not turns:
         raise InputError(f"{sample.source} (sample {sample.id!r}) begins with the answer: there is nothing to ask.")
-    rows = []
     for turn in turns if ask.turns == "all" else turns[-1:]:
         before, answer = sample.messages[:turn], sample.messages[turn]
         question = text_of(before[-1])
@@ -92,18 +91,15 @@ def rows_of(sample: Sample, ask: Ask) -> list[Row]:
             before = (*before[:-1], reworded(before[-1], ask.prompt.replace("{text}", question)))
         media = [part for part in answer.content if part.path][::-1]  # the first of each type wins
         given = [part for message in before if message.role == "user" for part in message.content if part.path]
-        rows.append(
-            Row(
-                f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
-                replace(sample, messages=before),
-                tuple(references),
-                targets={part.type: part.path for part in media},
-                captions={part.type: part.caption for part in media if part.caption},
-                sources={part.type: part.path for part in given},
-                choices=tuple(choices),
-            )
+        yield Row(
+            f"{sample.id}#{turn}" if ask.turns == "all" and len(turns) > 1 else sample.id,
+            replace(sample, messages=before),
+            tuple(references),
+            targets={part.type: part.path for part in media},
+            captions={part.type: part.caption for part in media if part.caption},
+            sources={part.type: part.path for part in given},
+            choices=tuple(choices),
         )
-    return rows
 
 
 def _chosen(said: str, choices: Mapping[str, str]) -> str:
