@@ -1,7 +1,5 @@
 """Dataclass settings from a YAML file and dotted command-line overrides; all unknown keys are reported together."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import types

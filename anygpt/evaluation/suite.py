@@ -1,7 +1,5 @@
 """A suite, read from one YAML file: the rows, how the model is prompted, and the metrics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
