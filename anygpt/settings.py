@@ -5,7 +5,7 @@ import re
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ def parse_settings(arguments: Sequence[str], kind: type, description: str = "") 
     Later settings override earlier ones. Mappings are merged key by key; all else, including lists, is replaced, so
     that an overridden list of files inherits nothing from the YAML.
 
-    Raises:
-        InputError: unknown keys, and values that are null, or not a section or list, where `kind` requires otherwise,
-            all of them by file or option; or a value of another wrong type.
+    An `InputError` names all unknown keys, and all values that are null, or no section or list, where `kind` requires
+    otherwise, by file or option; or a value of another wrong type.
     """
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
@@ -81,21 +80,18 @@ def _merged(old: Any, new: Any) -> Any:
     return new
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _MERGE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
     """Rejects duplicate keys, of which YAML's own loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for name, _ in node.value:
-            if name.tag == "tag:yaml.org,2002:merge":  # keys merged by << may be overridden
-                continue
-            key = self.construct_object(name, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+        names = [name for name, _ in node.value if name.tag != _MERGE]  # keys merged by << may be overridden
+        keys = [self.construct_object(name, deep=True) for name in names]
+        for key, name in zip(keys, names, strict=True):
+            if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", name.start_mark)
-            seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -142,37 +138,24 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
 
 def _faults(content: Any, kind: Any, prefix: str) -> Iterator[str]:
     """Yield messages for keys and values of `content`, at any depth, that do not fit the type `kind`."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    origin, inner, name = typing.get_origin(kind), typing.get_args(kind), prefix.removesuffix(".")
+    known = typing.get_type_hints(kind) if is_dataclass(kind) else None
     if origin in (typing.Union, types.UnionType):
-        forms = [option for option in inner if is_dataclass(option)]
-        if content is None and type(None) in inner:
-            return
-        if forms:
-            yield from _faults(content, forms[0], prefix)
-        elif content is None:
-            yield _misfit(content, "a value", prefix)
-    elif origin is list:
-        if not isinstance(content, list):
-            yield _misfit(content, "a list", prefix)
-            return
+        if content is not None or type(None) not in inner:
+            form = next(filter(is_dataclass, inner), str if content is None else Any)
+            yield from _faults(content, form, prefix)
+    elif origin is list and isinstance(content, list):
         for number, item in enumerate(content):
-            yield from _faults(item, inner[0], f"{prefix.removesuffix('.')}[{number}].")
-    elif origin is dict or is_dataclass(kind):
-        known = None if origin is dict else typing.get_type_hints(kind)
-        if not isinstance(content, Mapping):
-            yield _misfit(content, "keys and values" if known is None else f"a section of {', '.join(known)}", prefix)
-            return
+            yield from _faults(item, inner[0], f"{name}[{number}].")
+    elif isinstance(content, Mapping) and (origin is dict or known is not None):
         for key, value in content.items():
             if known is not None and key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 yield f"unknown setting {prefix}{key!s}; did you mean {prefix}{near[0]}?"
             else:
                 yield from _faults(value, inner[1] if known is None else known[key], f"{prefix}{key}.")
-    elif content is None and kind not in (Any, type(None)):
-        yield _misfit(content, "a value", prefix)
-
-
-def _misfit(content: Any, expected: str, prefix: str) -> str:
-    simple = content is None or isinstance(content, str | int | float)
-    shown = ("null" if content is None else repr(content)[:80]) if simple else f"a {type(content).__name__}"
-    return f"{prefix.removesuffix('.')} is {shown}, expected {expected}"
+    elif origin in (list, dict) or known is not None or (content is None and kind not in (Any, type(None))):
+        other = "a value" if known is None else f"a section of {', '.join(known)}"
+        expected = {list: "a list", dict: "keys and values"}.get(origin, other)
+        shown = repr(content)[:80] if isinstance(content, str | int | float) else f"a {type(content).__name__}"
+        yield f"{name} is {'null' if content is None else shown}, expected {expected}"
