@@ -52,10 +52,8 @@ class PretrainedNetwork:
         self.config = model.config
         encoder_only = getattr(self.config, "is_encoder_decoder", False) and not classify
         self.model = (model.get_encoder() if encoder_only else model).to(self.device).eval()
-        used = {id(x) for x in (*self.model.parameters(), *self.model.buffers())}
-        named = (*model.named_parameters(), *model.named_buffers())
-        names = {name for name, x in named if id(x) in used}  # a folder may hold an encoder alone, as of Whisper
-        missing = sorted(names & set(report["missing_keys"]))
+        unread = "decoder." if encoder_only else ()  # a folder may hold an encoder alone, as of Whisper
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(unread))
         if lost := [name for name in missing if "pooler" not in name]:
             raise InputError(f"the feature model {path!r} lacks {len(lost)} tensors, {lost[0]} first: it is damaged")
         self.pools = not missing
