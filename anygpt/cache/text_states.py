@@ -26,15 +26,12 @@ def read_text(
     decoder `<key>_decoder`, `(K, N, H)`, its projector's input at the row's spans.
     """
     ends: list[Tensor] = []
-    handle = model.language_model.get_decoder().register_forward_hook(lambda *given: ends.append(given[-1][0]))
-    try:
-        with model.signal_tokens.attached(model.language_model) as tap:
-            merged = model.merge(model.embed(input_ids, attention_mask, labels), {})
-            batch = find_losses(model, merged)
-            tap.select = batch.nll
-            states = model.read(merged, batch.spans, tap, {}).states
-    finally:
-        handle.remove()
+    hook = model.language_model.get_decoder().register_forward_hook(lambda *given: ends.append(given[-1][0]))
+    with hook, model.signal_tokens.attached(model.language_model) as tap:
+        merged = model.merge(model.embed(input_ids, attention_mask, labels), {})
+        batch = find_losses(model, merged)
+        tap.select = batch.nll
+        states = model.read(merged, batch.spans, tap, {}).states
     if not ends:
         raise InputError(
             f"{type(model.language_model).__name__} does not run what its get_decoder() gives, so its "

@@ -327,17 +327,13 @@ class SignalTokens(nn.Module):
         def extend(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self.extend_logits(output, args[0])
 
-        handles = [
+        with (
             embedding.register_forward_pre_hook(clamp_ids),
             embedding.register_forward_hook(fill),
             head.register_forward_pre_hook(read),
             head.register_forward_hook(extend),
-        ]
-        try:
+        ):
             yield tap
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def run_head(self, language_model: nn.Module, states: Tensor) -> Tensor:
         """Logits `(M, V')` of the head's inputs `(M, H)`, outside `attached`."""
