@@ -108,14 +108,15 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
     """Yield every mapping of settings on a command line, with its source (the file or the option)."""
-    words = iter(arguments)
-    for word in words:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         if asks_for_help([word]):
             continue
         if not word.startswith("--"):
             raise InputError(f"{word!r} is no setting; settings are given as --train.max_steps 100")
         name, equals, value = word[2:].partition("=")
-        value = value if equals else next(words, "")
+        value = value if equals or not words or words[0].startswith("--") else words.pop(0)
         if name == "config":
             path = Path(value)
             if not path.is_file():
