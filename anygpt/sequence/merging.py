@@ -68,16 +68,14 @@ def inject(text: Merged, features: Mapping[str, Tensor | list[Tensor]], token_id
     for key, token_id in token_ids.items():
         held = text.input_ids == token_id
         per_row = held.sum(dim=1).tolist()
-        given = features.get(key)
-        if isinstance(given, list):
-            lengths, given = [len(item) for item in given], torch.cat(given)
-        else:
-            lengths = [] if given is None or given.dim() == 2 else [given.shape[1]] * len(given)
-        _check_counts(key, per_row, lengths, 0 if given is None else given.numel() // given.shape[-1])
-        if given is None:
-            continue
-        embeds = embeds.index_put((held,), given.reshape(-1, given.shape[-1]).to(embeds.dtype))
-        media_in = media_in | held.any(dim=1)
+        given = features.get(key, embeds.new_empty(0, embeds.shape[-1]))
+        packed = isinstance(given, Tensor) and given.dim() == 2
+        lengths = [] if packed else [len(item) for item in given]
+        given = torch.cat(given) if isinstance(given, list) else given.flatten(0, -2)
+        _check_counts(key, per_row, lengths, len(given))
+        if len(given):
+            embeds = embeds.index_put((held,), given.to(embeds.dtype))
+            media_in = media_in | held.any(dim=1)
     without = sorted(set(features) - set(token_ids))
     if without:
         raise InputError(

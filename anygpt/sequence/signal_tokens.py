@@ -324,14 +324,11 @@ class SignalTokens(nn.Module):
             rows, positions = (places[:0] if beyond else places for places in tap.select)
             return (tap.hidden[rows, positions][None], *args[1:])
 
-        def extend(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return self.extend_logits(output, args[0])
-
         with (
             embedding.register_forward_pre_hook(clamp_ids),
             embedding.register_forward_hook(fill),
             head.register_forward_pre_hook(read),
-            head.register_forward_hook(extend),
+            head.register_forward_hook(lambda module, args, output: self.extend_logits(output, args[0])),
         ):
             yield tap
 
