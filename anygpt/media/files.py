@@ -305,17 +305,13 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         seconds = ending.stated or 0
         limits.check(path, seconds=seconds, bytes=seconds * rate * layout.nb_channels * 4)
         stream.codec_context.thread_count = 1  # data workers already decode in parallel
+        # Packed: PyAV makes no array of more than eight planes. A frame of another rate or layout is refused here.
         chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
         for frame in decoded(container, stream, ending):
             if not chunks:  # the frames may differ from the header
                 rate, layout = frame.sample_rate, frame.layout
             channels = layout.nb_channels
-            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
-                raise ValueError(
-                    f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
-                    f"{frame.layout.nb_channels} channels; convert it to one"
-                )
-            chunks.append(_to_float(frame, to_packed))
+            chunks += [part.to_ndarray().reshape(-1, channels).T for part in to_packed.resample(frame)]
             length += frame.samples
             limits.check(path, seconds=length / rate, bytes=length * channels * 4)
         if length == 0:
@@ -337,17 +333,3 @@ def _scale(waveform: np.ndarray) -> np.ndarray:
     if top is None:
         raise ValueError(f"its samples reach {peak:g}, so their range is not known; scale them to [-1, 1]")
     return waveform / np.float32(top)
-
-
-def _to_float(frame: av.AudioFrame, to_packed: av.AudioResampler) -> np.ndarray:
-    """Convert a frame to `(C, n)` float32, as `av.AudioResampler(format="fltp")`, whose threads a short file does not
-    repay: it is used where PyAV makes no array, for 64-bit integers and more than seven planes."""
-    if frame.format.name.startswith("s64") or (frame.format.is_planar and frame.layout.nb_channels > 7):
-        return np.concatenate([_to_float(packed, to_packed) for packed in to_packed.resample(frame)], axis=1)
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype == np.uint8:  # FFmpeg's only unsigned format
-        return (samples.astype(np.float32) - 128) / 128
-    scale = 1 if samples.dtype.kind == "f" else np.float32(2.0 ** -(8 * samples.itemsize - 1))
-    return samples.astype(np.float32) * scale
