@@ -6,13 +6,11 @@ tables, are opened: no URLs, no playlists, nothing that makes a decoder open a s
 
 import abc
 import contextlib
-import importlib.util
 import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,15 +85,14 @@ class MediaLimits:
 
 DEFAULT_LIMITS = MediaLimits()
 
-# Formats that Pillow, or pillow-heif, decodes without starting another program (as the EPS plugin does).
+# Formats that Pillow decodes without starting another program (as the EPS plugin does).
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-IMAGE_FORMATS += ("HEIF",)
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or the image's end
 MAX_SCANS = 100
 """Per JPEG. Progressive ones have about ten; a scan of a few bytes can cost as much as decoding the whole image."""
 # Common formats that are not supported: first bytes, name, and how to convert them.
 UNREAD = (
-    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "pip install pillow-heif, and it is read as it is"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "pillow-heif or heif-convert converts it"),
     (rb"\xff\x0a|....JXL ", "JPEG XL", "pillow-jxl-plugin or djxl reads it"),
     (rb"\s*(<\?xml[^<]*)?(<!--.*?-->\s*)?<svg", "SVG", "cairosvg draws it"),
     (rb"%PDF", "PDF", "pdftoppm draws it"),
@@ -115,7 +112,6 @@ CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,mp3,aac
 @contextlib.contextmanager
 def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
     """Open an image, reading only its header; Pillow detects the format."""
-    _register_heif()
     if limits.max_pixels > (Image.MAX_IMAGE_PIXELS or limits.max_pixels):  # Pillow would refuse what is allowed here
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
     with path.open("rb") as file:
@@ -162,13 +158,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-@cache
-def _register_heif() -> None:
-    """Let Pillow read what phones write, if pillow-heif is installed."""
-    if importlib.util.find_spec("pillow_heif") is not None:
-        importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def _check_scans(path: Place) -> None:

@@ -151,7 +151,7 @@ class Sound(MediaType):
         return content, int(rate)
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CLIPS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif")
 # Signal tokens: the paper's names and counts (NExT-GPT, arXiv 2309.05519, §4.2).
