@@ -107,8 +107,6 @@ class MediaRoot:
         self.folder = None if folder is None else os.path.realpath(folder)
         self.by_type = by_type
         self.follow_links = follow_links
-        # Resolving links costs a system call per path component, and millions of files share a few folders.
-        self._real_folders: dict[str, str] = {}
         if self.folder is not None and not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
@@ -134,7 +132,7 @@ class MediaRoot:
         root, path = os.path.join(self.folder, ""), os.path.normpath(os.path.join(self.folder, relative))
         by_link = path.startswith(root)
         if not (self.follow_links and by_link):
-            path = self._real_path(os.path.join(self.folder, relative))
+            path = os.path.realpath(os.path.join(self.folder, relative))
         if not path.startswith(root):
             links = ", or set follow_links if you trust the links in it" if by_link else ""
             raise InputError(
@@ -142,14 +140,6 @@ class MediaRoot:
                 f"move the file there, or set media_root to a folder that holds all media{links}."
             )
         return path
-
-    def _real_path(self, path: str) -> str:
-        folder, base = os.path.split(path)
-        if base not in ("", ".", ".."):
-            if folder not in self._real_folders:
-                self._real_folders[folder] = os.path.realpath(folder)
-            path = os.path.join(self._real_folders[folder], base)
-        return os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else path
 
 
 def parse_sample(row: Any, source: str, default_id: str, media_root: MediaRoot) -> Sample:
