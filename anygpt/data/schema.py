@@ -110,9 +110,8 @@ class MediaRoot:
         if self.folder is not None and not os.path.isdir(self.folder):
             raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
 
-    def resolve(self, name: Any, kind: str, where: str) -> Path:
+    def resolve(self, name: str, kind: str, where: str) -> Path:
         """Absolute path of `name`, which need not exist; an `InputError` for a URL or a path outside the root."""
-        name = checked_text(name, f"{where}: the path")
         if not name or "\0" in name or len(name) > 4096:  # PATH_MAX on Linux
             raise InputError(f"{where}: {shown(name)} is not a file name: give a path relative to the media root.")
         if "://" in name or name.startswith("data:"):

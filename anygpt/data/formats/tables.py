@@ -29,11 +29,8 @@ ROWS_AT_ONCE = 32
 MAX_ROW_GROUP = 320 * 1024**2
 """Bytes in memory that are always allowed; reading texts takes up to five times as much."""
 MAX_RATIO = 4  # bytes in memory per byte in the file, for larger row groups
-ROWS_MEASURED = 16  # decoded to measure values; fewer if values may be long
-REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}
-"""Encodings in which many values may share the bytes of one."""
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12, "BYTE_ARRAY": 4}
-"""Bytes of a value in memory, 8 for other types; for byte arrays, of the offset."""
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
+"""Bytes of a value in memory, 8 for other types."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +184,7 @@ def _media(column: pa.ChunkedArray, places: list[tuple[int, int | None]], cell: 
 
 
 def check_row_groups(path: Path) -> None:
-    """Check every row group of a Parquet file by its metadata; columns that may repeat long values are decoded.
+    """Check the size of every row group of a Parquet file; texts and other bytes are decoded to measure them.
 
     `datasets` reads a row group at a time, and a file of kilobytes may repeat a value of megabytes a million times
     through Parquet's dictionary, run-length and delta encodings.
@@ -201,14 +198,11 @@ def check_row_groups(path: Path) -> None:
             packed = sum(column.total_compressed_size for column in columns)
             limit = max(MAX_ROW_GROUP, MAX_RATIO * min(packed, path.stat().st_size))
             for i, column in enumerate(columns):
-                values, stored = max(0, column.num_values), max(0, column.total_uncompressed_size)
-                size = values * (max(0, file.schema.column(i).length) or WIDTHS.get(column.physical_type, 8))
                 if column.physical_type == "BYTE_ARRAY":
-                    size += stored
-                    most = total + size + stored * values  # if each value were as long as all together
-                    if total + size <= limit < most and not REPEATING.isdisjoint(column.encodings):
-                        size = _decoded(file, number, column.path_in_schema, limit - total, stored)
-                total += size
+                    total += _decoded(file, number, column, limit - total)
+                else:
+                    width = max(0, file.schema.column(i).length) or WIDTHS.get(column.physical_type, 8)
+                    total += max(0, column.num_values) * width
                 if total > limit:
                     raise InputError(
                         f"{path}: row group {number}, of {group.num_rows:,} rows, takes more than {limit:,} bytes in "
@@ -217,9 +211,10 @@ def check_row_groups(path: Path) -> None:
                     )
 
 
-def _decoded(file: pa.parquet.ParquetFile, group: int, name: str, limit: int, longest: int) -> int:
-    size, rows = 0, max(1, min(ROWS_MEASURED, limit // max(1, longest)))
-    for batch in file.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+def _decoded(file: pa.parquet.ParquetFile, group: int, column: Any, limit: int) -> int:
+    """Bytes of a column in memory, counted up to the limit, in batches that keep to it even if all values are long."""
+    size, rows = 0, max(1, limit // max(1, column.total_uncompressed_size))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[column.path_in_schema], use_threads=False):
         leaf = batch.column(0)
         while pa.types.is_nested(leaf.type):  # lists, and structs of which one field is read
             leaf = leaf.flatten()[0] if pa.types.is_struct(leaf.type) else leaf.flatten()
