@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet
 
 from anygpt.data.formats.base import Pair, Row, find_files
@@ -75,33 +74,20 @@ def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
         if name not in table.column_names:
             known = ", ".join(table.column_names)
             raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}.")
-    row = 0
-    for block in table.select_columns(list(dict.fromkeys(columns.values()))).iter(ROWS_AT_ONCE):
-        whole = _damage(block) is None
-        for part in [block] if whole else [block.slice(i, 1) for i in range(len(block))]:
-            if not whole and (damage := _damage(part)):
-                fault = InputError(f"{path}[{row}] is damaged: {damage}: write it again.")
-                yield Row(f"{path}[{row}]", f"{path.stem}-{row}", fault)
-                row += 1
-                continue
-            values = {key: part[name].to_pylist() for key, name in columns.items() if key != kind}
-            if kind is not None:
-                places = [(row + i, None) for i in range(len(part))]
-                values[kind] = _media(part[columns[kind]], places, partial(Cell, table, str(path), columns[kind]))
-            for i in range(len(part)):
-                found = {key: column_values[i] for key, column_values in values.items()}
-                name = f"{path.stem}-{row}" if found.get("id") is None else str(found["id"])
-                yield Row(f"{path}[{row}]", name, Pair(kind, found.get(kind), found["text"], found.get("prompt")))
-                row += 1
-
-
-def _damage(part: pa.Table) -> str | None:
-    """The reason why a block of a table is invalid, or None; Arrow does not validate what it reads."""
-    try:
-        part.validate(full=True)
-    except pa.ArrowException as error:
-        return str(error).splitlines()[0][:200]
-    return None
+    blocks = table.select_columns(list(dict.fromkeys(columns.values()))).iter(ROWS_AT_ONCE)
+    for row, one in enumerate(block.slice(i, 1) for block in blocks for i in range(len(block))):
+        source = f"{path}[{row}]"
+        try:
+            one.validate(full=True)  # Arrow does not validate what it reads
+        except pa.ArrowException as error:
+            damage = str(error).splitlines()[0][:200]
+            yield Row(source, f"{path.stem}-{row}", InputError(f"{source} is damaged: {damage}: write it again."))
+            continue
+        values = {key: one[name][0] for key, name in columns.items()}
+        found = {key: value.as_py() for key, value in values.items() if key != kind}
+        medium = None if kind is None else _medium(values[kind], partial(Cell, table, str(path), columns[kind], row))
+        label = f"{path.stem}-{row}" if found.get("id") is None else str(found["id"])
+        yield Row(source, label, Pair(kind, medium, found["text"], found.get("prompt")))
 
 
 def _load(path: Path) -> Any:
@@ -162,25 +148,20 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _media(column: pa.ChunkedArray, places: list[tuple[int, int | None]], cell: partial[Cell]) -> list[Any]:
-    """For each place a cell if it holds bytes, else its path or None; lists of these for a column of lists."""
-    kind, binary = column.type, (pa.binary(), pa.large_binary(), pa.binary_view())
+def _medium(value: pa.Scalar, cell: partial[Cell]) -> Any:
+    """A cell for bytes, else a path or None; a list of these for a list."""
+    kind, binary = value.type, (pa.binary(), pa.large_binary(), pa.binary_view())
     if _is_list(kind) and not _is_list(kind.value_type):
-        lengths = pa.compute.list_value_length(column).to_pylist()
-        inner = [(row, i) for (row, _), length in zip(places, lengths, strict=True) for i in range(length or 0)]
-        items = iter(_media(pa.compute.list_flatten(column), inner, cell))
-        return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
+        items = value.values  # None for a list that is null
+        return None if items is None else [_medium(item, partial(cell, item=i)) for i, item in enumerate(items)]
     if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        return column.to_pylist()
-    paths, there = [None] * len(column), column
+        return value.as_py()
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     if "path" in fields and fields.get("bytes") in (*binary, pa.null()):
-        paths = pa.compute.struct_field(column, "path").to_pylist()
-        there = pa.compute.struct_field(column, "bytes")
-    elif kind not in binary:
+        return cell() if value["bytes"].is_valid else value["path"].as_py()
+    if kind not in binary:
         raise InputError(f"{cell.args[1]} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
-    stored = there.is_valid().to_pylist()
-    return [cell(*place) if has else name for place, has, name in zip(places, stored, paths, strict=True)]
+    return cell() if value.is_valid else None
 
 
 def check_row_groups(path: Path) -> None:
