@@ -7,10 +7,10 @@ A sample is the members with one base name: a medium (`000012.jpg`), its caption
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row, find_files
 from anygpt.data.formats.json_files import parse_json
@@ -46,7 +46,7 @@ class TarMember(StoredMedium):
 def shard_rows(path: Path) -> Iterator[Row]:
     """Pairs of all shards that `path` stands for, named `00000.tar[000012]`, with ids such as `00000/000012`."""
     for shard in find_files(path):
-        samples: list[tuple[str, dict[str, Any]]] = []
+        samples: list[tuple[str, dict[str, TarMember | None]]] = []
         fault = None
         try:
             _index(shard, samples)
@@ -63,30 +63,25 @@ def shard_rows(path: Path) -> Iterator[Row]:
             yield Row(str(shard), shard.stem, fault)
 
 
-def _index(shard: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
-    """Fill in each key with `{suffix: member or fault}`, in the shard's order.
+def _index(shard: Path, samples: list[tuple[str, dict[str, TarMember | None]]]) -> None:
+    """Fill in each key with `{suffix: member}`, in the shard's order; a member that is there twice or sparse is None.
 
-    Members of a sample need not be adjacent, unless its key occurs again with the same suffixes.
+    Members of a sample need not be adjacent, unless its key occurs again with the same suffixes. Links are not read, so
+    that a sample which needs one lacks a medium or a caption.
     """
-    latest: dict[str, dict[str, Any]] = {}
+    latest: dict[str, dict[str, TarMember | None]] = {}
     for info in _headers(shard):
         name = NAME.fullmatch(info.name)
-        linked = info.issym() or info.islnk()
-        if not (info.isreg() or linked) or META.match(info.name) or not name:
+        if not (info.isreg() or info.issym() or info.islnk()) or META.match(info.name) or not name:
             continue
         key, suffix = name[1].removeprefix("./"), name[2].lower()
         again = suffix in latest.get(key, ())
         if key not in latest or (again and samples[-1][0] != key):
             latest[key] = {}
             samples.append((key, latest[key]))
-        problem = None
-        if linked:
-            problem = Link(f"the member {_printable(info.name)} is a link")
-        elif info.issparse():
-            problem = f"the member {_printable(info.name)} is a sparse file"
-        elif suffix in latest[key]:
-            problem = f"there are two members {_printable(info.name)}"
-        latest[key][suffix] = problem or TarMember(shard, info.name, info.offset_data, info.size)
+        if info.isreg():
+            member = TarMember(shard, info.name, info.offset_data, info.size)
+            latest[key][suffix] = None if suffix in latest[key] or info.issparse() else member
 
 
 def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
@@ -134,17 +129,9 @@ class _Guarded(io.FileIO):
         return super().read(size)
 
 
-class Link(str):
-    """The fault of a member that is a link. It counts only if the sample has no other medium or caption."""
-
-
-def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
-    files = {suffix: member for suffix, member in members.items() if not isinstance(member, Link)}
-    if any(media_type_of(f"x.{suffix}") for suffix in files) and _ending_in(files, (*TEXTS, *JSONS)):
-        members = files
-    problem = next((member for member in members.values() if isinstance(member, str)), None)
-    if problem:
-        raise InputError(f"{where}: {problem}: pack the shard again, or leave the sample out.")
+def _pair(members: dict[str, TarMember | None], key: str, where: str) -> Pair:
+    if bad := [suffix for suffix, member in members.items() if member is None]:
+        raise InputError(f"{where}: its member .{_printable(bad[0])} is there twice or sparse: pack the shard again.")
     if _printable(key) != key:
         raise InputError(f"{where}: the member's name is not UTF-8: rename it.")
     kinds = {suffix: media_type_of(f"x.{suffix}") for suffix in members}
@@ -154,8 +141,8 @@ def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
     if len(media) != 1:
         ends = _printable(", ".join(members))
         known = ", ".join(suffix for kind in MEDIA.values() for suffix in kind.suffixes)
-        text = f"{where} must have one medium, and has {len(media)}: its members end in {ends}, media in {known}."
-        raise InputError(text)
+        text = f"{where} must have one medium, and has {len(media)}: its members end in {ends}, media in {known}"
+        raise InputError(f"{text}; links are not read.")
     caption = None
     if name := _ending_in(members, TEXTS):
         try:
@@ -168,7 +155,7 @@ def _pair(members: dict[str, Any], key: str, where: str) -> Pair:
     return Pair(kind=kinds[media[0]].name, medium=members[media[0]], text=caption)
 
 
-def _ending_in(members: dict[str, Any], endings: tuple[str, ...]) -> str | None:
+def _ending_in(members: Collection[str], endings: tuple[str, ...]) -> str | None:
     """A suffix equal to one of `endings`, else the first whose last part is."""
     whole = [ending for ending in endings if ending in members]
     return next(iter(whole or [suffix for suffix in members if suffix.rpartition(".")[2] in endings]), None)
