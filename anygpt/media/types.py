@@ -57,10 +57,6 @@ class MediaType:
     def to_target(self, medium: Any) -> Any:
         return medium
 
-    def to_part(self, content: Any, rate: float | None) -> Any:
-        """Convert a decoder's output to the value of a message's content part."""
-        return content
-
     def write(self, path: Path, content: Any, rate: float | None) -> None:
         """Write a decoder's output to a file, at `rate` frames or samples per second."""
         raise NotImplementedError
@@ -146,9 +142,6 @@ class Sound(MediaType):
         if isinstance(medium, tuple):
             return medium
         return medium.waveform if len(medium.waveform) == 2 else medium.mono(), medium.sampling_rate
-
-    def to_part(self, content: np.ndarray, rate: float) -> tuple[np.ndarray, int]:
-        return content, int(rate)
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from anygpt.errors import InputError
-from anygpt.media.types import MEDIA
+from anygpt.media.types import is_heard
 from anygpt.outputs import Answer
 from anygpt.sequence.merging import IGNORE
 
@@ -51,8 +51,7 @@ def answer_message(answer: Answer) -> dict[str, Any]:
     """The assistant's message for an answer, with its media, which `feed_back` makes inputs."""
     parts = []
     for segment in answer.segments:
-        kind = MEDIA.get(segment.type)  # None for text
-        content = kind.to_part(segment.content, segment.rate) if kind else segment.content
+        content = (segment.content, int(segment.rate)) if is_heard(segment.type) else segment.content
         maker = {} if segment.key is None else {"key": segment.key}  # of several decoders of a type
         parts.append({"type": segment.type, segment.type: content} | maker)
     return {"role": "assistant", "content": parts}
