@@ -144,13 +144,9 @@ class CheckedRows(IterableDataset):
             if self.max_tokens is not None and tokens > self.max_tokens:
                 text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
                 faults.append(DataError(f"{sample.name} has {text}: shorten it.", "too long"))
-        parts = [
-            (m.role, p.type, p.text, str(p.path), p.caption, p.others, str(p.source))
-            for m in sample.messages
-            for p in m.content
-        ]
-        hashes = (_hash(sample.id), _hash(repr(parts)))
-        return CheckedRow(faults, tokens, [f"{role} {part.type}" for role, part in sample.media()], hashes)
+        id_hash, messages_hash = (xxhash.xxh3_64_intdigest(x.encode()) for x in (sample.id, repr(sample.messages)))
+        media = [f"{role} {part.type}" for role, part in sample.media()]
+        return CheckedRow(faults, tokens, media, (id_hash, messages_hash))
 
     def usable(self, sample: Sample) -> int:
         """Number of tokens of a sample, 0 if not counted; an `InputError` if training would reject it."""
@@ -173,7 +169,3 @@ def _to_the_end(rows: Iterator[Sample | InputError]) -> Iterator[Sample | InputE
         yield from rows
     except InputError as fault:
         yield fault
-
-
-def _hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode())
