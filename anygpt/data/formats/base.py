@@ -21,6 +21,7 @@ from anygpt.media.files import StoredMedium
 # Longer than any conversation; parsed JSON can take 25 times the memory of its text.
 MAX_ROW_BYTES = 16 * 1024**2
 MAX_FILES = 100_000
+PATHS = ("media_root", "follow_links")  # settings of formats whose rows name media by their paths
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
@@ -73,18 +74,16 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, or `rows(path, columns)` if `takes_columns`. model: the row model, None for `Pair`s, which need
+    rows: `rows(path)`, or `rows(path, columns)` if it uses columns. model: the row model, None for `Pair`s, which need
     a task, and the project's own form. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
-    paths: whether rows name media by their paths.
+    uses: the optional settings of a `DataSource` that it uses.
     """
 
     rows: Callable[..., Iterator[Row]]
     model: type[RowModel] | None = None
     suffixes: tuple[str, ...] = ()
     media_by_type: bool = False
-    takes_columns: bool = False
-    pairs: bool = False
-    paths: bool = True
+    uses: tuple[str, ...] = PATHS
 
 
 def find_files(path: str | Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anygpt.data.formats import dialects
-from anygpt.data.formats.base import DataSource, Format, find_files
+from anygpt.data.formats.base import PATHS, DataSource, Format, find_files
 from anygpt.data.formats.json_files import json_rows, line_rows
 from anygpt.data.formats.tables import COLUMNS, table_rows
 from anygpt.data.formats.webdataset import shard_rows
@@ -20,10 +20,10 @@ FORMATS: dict[str, Format] = {
     "jsonl": Format(line_rows, suffixes=(".jsonl",)),
     "nextgpt": Format(json_rows, dialects.NextGptRow, (".json",), media_by_type=True),
     "llava": Format(json_rows, dialects.LlavaRow, media_by_type=True),
-    "alpaca": Format(json_rows, dialects.AlpacaRow, paths=False),
+    "alpaca": Format(json_rows, dialects.AlpacaRow, uses=()),
     "videochat": Format(json_rows, dialects.VideoChatRow, media_by_type=True),
-    "webdataset": Format(shard_rows, suffixes=(".tar",), pairs=True, paths=False),
-    "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), takes_columns=True, pairs=True),
+    "webdataset": Format(shard_rows, suffixes=(".tar",), uses=("task",)),
+    "datasets": Format(table_rows, suffixes=(".parquet", ".arrow"), uses=("columns", "task", *PATHS)),
 }
 # First bytes of files that none of these readers takes.
 UNREAD = {b"\x1f\x8b": "gzip-compressed: unpack it (gunzip)"}
@@ -83,24 +83,20 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     path = Path(source.path)
     name = _format_of(path, source.format)
     chosen = FORMATS[name]
-    text_alone = chosen.takes_columns and source.columns and set(source.columns) <= set(COLUMNS)
-    paths = chosen.paths and not text_alone
-    for setting, value, used in (
-        ("columns", source.columns, chosen.takes_columns),
-        ("task", source.task, chosen.pairs and not text_alone),
-        ("media_root", source.media_root, paths),
-        ("follow_links", source.follow_links or None, paths),
-    ):
-        if value is not None and not used:
+    text_alone = "columns" in chosen.uses and source.columns and set(source.columns) <= set(COLUMNS)
+    uses = ("columns",) if text_alone else chosen.uses
+    for setting in ("columns", "task", *PATHS):
+        if getattr(source, setting) and setting not in uses:
             what = f"format {name!r}{' without a media column' if text_alone else ''}"
             raise InputError(f"{setting} is given for {path}, whose {what} has no use for it: leave it out.")
-    path = path if chosen.pairs else find_files(path)[0]
-    rows = chosen.rows(path, source.columns) if chosen.takes_columns else chosen.rows(path)
-    if chosen.pairs and not text_alone and source.task not in dialects.TASKS:
+    if "task" in uses and source.task not in dialects.TASKS:
         raise InputError(
             f"{path} holds media with captions, and task is {source.task!r}: give comprehension (the medium is asked "
             "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)."
         )
+    pairs = "task" in chosen.uses
+    path = path if pairs else find_files(path)[0]
+    rows = chosen.rows(path, source.columns) if "columns" in uses else chosen.rows(path)
     folder = source.media_root
     if folder is None:
         first, *others = {path.parent} if path.exists() else {file.parent for file in find_files(path)}
@@ -113,7 +109,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
             if isinstance(value, InputError):
                 raise value
             where = row_name(value, row.source, row.id)
-            if chosen.pairs:
+            if pairs:
                 value = dialects.convert_pair(value, where, source.task)
             elif chosen.model is not None:
                 found = checked(chosen.model, value, where)
@@ -132,7 +128,7 @@ def _format_of(path: Path, name: str | None) -> str:
         raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
     if not (name == "datasets" and os.path.isdir(path)):
         first, *others = find_files(path)  # also checks that they exist
-        if others and name and not FORMATS[name].pairs:
+        if others and name and "task" not in FORMATS[name].uses:
             raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
         with first.open("rb") as file:
             problem = UNREAD.get(file.read(2)) if name != "datasets" else None
