@@ -85,10 +85,7 @@ class CacheWriter:
         ]
         if entry.kind == CAPTIONS:
             return list(dict.fromkeys(text for *_, part in uses for text in (part.caption, *part.others)))
-        first: dict[Any, tuple] = {}
-        for use in uses:
-            first.setdefault(use[3].path, use)
-        return list(first.values())
+        return list({use[3].path: use for use in uses}.values())
 
     def write_store(self, entry: Entry, contents: list) -> Counter:
         key = store_key(entry, self.model, self.processor, self.datasets[0].num_video_frames, self.precision)
