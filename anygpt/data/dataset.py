@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -75,46 +75,43 @@ class BadSample:
         return cls(sample.id, sample.naming(error), kind)
 
 
+@dataclass(eq=False, repr=False)
 class ConversationDataset(Dataset):
     """Samples in the order given, by index in their first wording, by `(index, number)` in that wording.
 
-    Args:
+    Attributes:
         samples: from `read_samples`; repeated ids get a number appended.
         num_video_frames: frames per video, evenly spaced (see `read_video`); None keeps all.
         on_bad_sample: for media that cannot be decoded, "error" raises `InputError` and "skip" returns a `BadSample`,
             so that indices and lengths do not change.
-
-    Attributes:
         lengths, weights: one per data source, for `UpdateSampler`.
+        faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
         in_memory: keep decoded media, so that a process decodes each file once.
         decode_targets: whether to decode the assistant's media; False if only captions are needed.
         references: media types whose targets get a reference: their `source`, else the last such medium before them.
-        faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        num_video_frames: int | None = None,
-        on_bad_sample: str = "error",
-        limits: MediaLimits = DEFAULT_LIMITS,
-    ):
-        if on_bad_sample not in ("error", "skip"):
-            raise InputError(f"on_bad_sample is {on_bad_sample!r}, and must be 'error' or 'skip'.")
-        if not samples:
+    samples: Sequence[Sample]
+    num_video_frames: int | None = None
+    on_bad_sample: str = "error"
+    limits: MediaLimits = DEFAULT_LIMITS
+    _: KW_ONLY
+    lengths: Sequence[int] = ()
+    weights: Sequence[float] = (1.0,)
+    faults: Sequence[InputError] = ()
+    in_memory: bool = False
+    decode_targets: bool = True
+    references: Collection[str] = ()
+    cache: FeatureCache | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_sample not in ("error", "skip"):
+            raise InputError(f"on_bad_sample is {self.on_bad_sample!r}, and must be 'error' or 'skip'.")
+        if not self.samples:
             raise InputError("The dataset has no samples: give at least one data file with a usable row.")
-        self.samples = with_unique_ids(samples)
-        self.num_video_frames = num_video_frames
-        self.decode_targets = True
-        self.references: Collection[str] = ()
-        self.cache: FeatureCache | None = None
-        self.in_memory = False
+        self.samples = with_unique_ids(self.samples)
+        self.lengths = self.lengths or [len(self.samples)]
         self._kept: dict[tuple[str, Place], Media] = {}
-        self.on_bad_sample = on_bad_sample
-        self.limits = limits
-        self.lengths: list[int] = [len(self.samples)]
-        self.weights: list[float] = [1.0]
-        self.faults: list[InputError] = []
 
     @classmethod
     def from_files(
@@ -133,11 +130,9 @@ class ConversationDataset(Dataset):
             by_source.append(read_samples(faults=faults if on_bad_sample == "skip" else None, **options))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {faults[before]}")
-        dataset = cls(list(itertools.chain(*by_source)), num_video_frames, on_bad_sample, limits)
-        dataset.lengths = [len(samples) for samples in by_source]
-        dataset.weights = [source.weight for source in sources]
-        dataset.faults = faults
-        return dataset
+        lengths, weights = [len(samples) for samples in by_source], [source.weight for source in sources]
+        whole = list(itertools.chain(*by_source))
+        return cls(whole, num_video_frames, on_bad_sample, limits, lengths=lengths, weights=weights, faults=faults)
 
     def output_groups(self) -> list[int]:
         """Group number of each sample; samples whose targets have the same media types share one."""
