@@ -81,7 +81,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     `InputError` is raised for a file that is unreadable or empty, for an invalid JSON list after the rows before that
     place, and for a setting that the format does not use."""
     path = Path(source.path)
-    name = _format_of(path, source.format)
+    name, files = _format_and_files(path, source.format)
     chosen = FORMATS[name]
     text_alone = "columns" in chosen.uses and source.columns and set(source.columns) <= set(COLUMNS)
     uses = ("columns",) if text_alone else chosen.uses
@@ -95,12 +95,11 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
             "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)."
         )
     pairs = "task" in chosen.uses
-    path = path if pairs else find_files(path)[0]
+    path = path if pairs else files[0]
     rows = chosen.rows(path, source.columns) if "columns" in uses else chosen.rows(path)
-    folder = source.media_root
-    if folder is None:
-        first, *others = {path.parent} if path.exists() else {file.parent for file in find_files(path)}
-        folder = None if others else first
+    folder, folders = source.media_root, {file.parent for file in files} or {path.parent}
+    if folder is None and len(folders) == 1:
+        (folder,) = folders
     root = MediaRoot(folder, by_type=chosen.media_by_type, follow_links=source.follow_links)
     empty = True
     for row in rows:
@@ -121,22 +120,22 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
         raise InputError(f"{path} holds no samples: it is empty, or holds other things.")
 
 
-def _format_of(path: Path, name: str | None) -> str:
+def _format_and_files(path: Path, name: str | None) -> tuple[str, list[Path]]:
+    """A key of `FORMATS`, and the files that a path stands for, which exist; none for a folder of tables."""
     if name is None:
         name = next((known for known, value in FORMATS.items() if path.suffix.lower() in value.suffixes), None)
     elif name not in FORMATS:
         raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
-    if not (name == "datasets" and os.path.isdir(path)):
-        first, *others = find_files(path)  # also checks that they exist
-        if others and name and "task" not in FORMATS[name].uses:
-            raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
-        with first.open("rb") as file:
-            problem = UNREAD.get(file.read(2)) if name != "datasets" else None
-        if problem:
-            raise InputError(f"{first} is {problem}, and give that file.")
+    files = [] if name == "datasets" and os.path.isdir(path) else find_files(path)
+    if len(files) > 1 and name and "task" not in FORMATS[name].uses:
+        raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
+    for file in files[:1] if name != "datasets" else ():
+        with file.open("rb") as opened:
+            if problem := UNREAD.get(opened.read(2)):
+                raise InputError(f"{file} is {problem}, and give that file.")
     if name is None:
         raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")
-    return name
+    return name, files
 
 
 def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
