@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from anygpt.data.schema import Sample
+from anygpt.data.schema import Message, Sample
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.fitting import varies
 from anygpt.errors import InputError
@@ -135,10 +135,10 @@ def expanded(
     processor: Any, samples: Sequence[Sample], counts: Mapping[str, list[int] | None]
 ) -> list[list[dict[str, str]]]:
     """Messages of samples as text, with placeholders, one per feature of an input, and signal spans for the media."""
-    conversations = []
-    for sample in samples:
-        contents = ([{"type": part.type, "text": part.text} for part in m.content] for m in sample.messages)
-        turns = zip(sample.messages, contents, strict=True)
-        conversations.append(processor.flatten_messages([{"role": m.role, "content": c} for m, c in turns]))
+
+    def message(given: Message) -> dict[str, Any]:
+        return {"role": given.role, "content": [{"type": part.type, "text": part.text} for part in given.content]}
+
+    conversations = [processor.flatten_messages(list(map(message, sample.messages))) for sample in samples]
     contents = iter(processor.expand([m["content"] for messages in conversations for m in messages], counts))
     return [[m | {"content": next(contents)} for m in messages] for messages in conversations]
