@@ -233,13 +233,11 @@ def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
         raise DataError(f"{where} has an empty list of media: give it one, or leave it out.")
     parts = [{"type": pair.kind, "path": medium} for medium in media]
     if task == "generation":
-        captions = [texts] if len(media) == 1 else texts
         if len(media) > 1 and not len(media) == len(given) == len(texts):
             text = f"{where} has {len(media)} targets and {len(given)} captions ({len(given) - len(texts)} blank)"
             raise DataError(f"{text}: give one each.", "caption")
-        asked = prompt or [GENERATION_PROMPT.format(kind=pair.kind, caption=text) for text in texts]
-        if len(media) > 1 and not prompt:
-            asked = GENERATION_PROMPT.format(kind=pair.kind, caption="; ".join(texts))
+        captions, wishes = ([texts], texts) if len(media) == 1 else (texts, ["; ".join(texts)])
+        asked = prompt or [GENERATION_PROMPT.format(kind=pair.kind, caption=wish) for wish in wishes]
         targets = [part | {"caption": caption} for part, caption in zip(parts, captions, strict=True)]
         return _turn([_text(asked)], targets)
     prompt = prompt or COMPREHENSION_PROMPT.format(kind=pair.kind)
