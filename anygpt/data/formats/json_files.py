@@ -1,6 +1,5 @@
 """JSON lines and JSON lists, read row by row in constant memory."""
 
-import codecs
 import io
 import itertools
 import json
@@ -13,9 +12,9 @@ from typing import Any, BinaryIO
 from anygpt.data.formats.base import MAX_ROW_BYTES, Row
 from anygpt.errors import InputError
 
-BOM = b"\xef\xbb\xbf"  # a byte order mark, from Windows editors
 BLOCK = 4 * 1024**2
 SPACE = re.compile(r"[ \t\r\n]*")
+ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -31,7 +30,6 @@ def line_rows(path: Path) -> Iterator[Row]:
             rest, number = line, number + 1
             while len(line) > MAX_ROW_BYTES and rest and not rest.endswith(b"\n"):  # cut: `parse_json` rejects it
                 rest = file.readline(MAX_ROW_BYTES)
-            line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
                 try:
                     value = parse_json(line.rstrip(), str(path), number)
@@ -47,8 +45,6 @@ def list_rows(path: Path) -> Iterator[Row]:
     surrogates into "?", and reports no line numbers.
     """
     with path.open("rb") as file:
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
         text = _Text(file, str(path), 1)
         if not text.next():
             return
@@ -86,8 +82,8 @@ class _Text:
     `line`, counted from 1 and from the first line's number, or of no known line."""
 
     def __init__(self, file: BinaryIO, name: str, line: int | None):
-        self.file, self.name, self.line, self.column = file, name, line, 1
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        self.name, self.line, self.column = name, line, 1
         self.text, self.place = "", 0
 
     def next(self) -> str:
@@ -97,16 +93,14 @@ class _Text:
             if len(self.text) - self.place > MAX_ROW_BYTES:
                 break
             block = self.file.read(BLOCK)
-            try:
-                more = self.decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                self.text += error.object[: error.start].decode()
+            if bad := ESCAPED.search(block):
+                self.text += block[: bad.start()]
                 self.move(len(self.text))
-                byte = error.object[error.start]
-                raise InputError(f"{self.where()} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.") from error
+                byte = ord(bad[0]) - 0xDC00
+                raise InputError(f"{self.where()} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.")
             if not block:
                 break
-            self.text, self.place = self.text[self.place :] + more, 0
+            self.text, self.place = self.text[self.place :] + block, 0
         return self.text[self.place : self.place + 1]
 
     def took(self, mark: str) -> bool:
