@@ -84,14 +84,13 @@ def read_video(
             limits.check(path, bytes=times * header.pixels * 3)
             return [bisect_right(starts, i / Fraction(fps)) - 1 for i in range(times)]
 
-        starts, seconds, kept, chosen = header.starts, header.end, None, []
+        seconds, kept = header.end, None
+        chosen = choose(header.starts, seconds) if header.starts else []
         if header.times and not whole and (num_frames is not None or fps is not None):
-            chosen = choose(starts, seconds)
             kept = _seek_frames(path, header, chosen, limits)
         while kept is None or not kept.keys() >= set(chosen):  # decoded again if the header was wrong
-            wanted = set(choose(starts, seconds)) if starts else set()
             frames = (_animation_frames if animated else _video_frames)(path, limits)
-            kept, starts, seconds = _in_order(frames, wanted, path, limits)
+            kept, starts, seconds = _in_order(frames, set(chosen), path, limits)
             chosen = choose(starts, seconds)
         rate = float(len(chosen) / seconds if fps is None else fps)
         return Video(frames=np.stack([kept[i] for i in chosen]), fps=rate)
