@@ -119,7 +119,7 @@ class ChatModel:
         # keep only the video frames that the encoder samples
         consumer = self.processor.encoder_processors.get(key) or self.processor.coded[key]
         medium = kind.read(place, getattr(consumer, "num_frames", None) if kind.timed else None, limits, whole=False)
-        if size := kind.size(medium):
+        if size := getattr(medium, "size", None):  # of a picture or a clip
             width, height = size
             if max(size) > MAX_ASPECT * min(size):
                 raise InputError(

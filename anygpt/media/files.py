@@ -46,6 +46,10 @@ class Video:
     frames: np.ndarray
     fps: float
 
+    @property
+    def size(self) -> tuple[int, int]:  # as of a `PIL.Image`
+        return self.frames.shape[2], self.frames.shape[1]
+
 
 @dataclass
 class Audio:

@@ -46,10 +46,6 @@ class MediaType:
     timed = False
     heard = False
 
-    def size(self, medium: Any) -> tuple[int, int] | None:
-        """Width and height in pixels; None for media without."""
-        return None
-
     def to_input(self, medium: Any, processor: Any) -> Any:
         """Convert a medium to the input of an encoder's `processor`."""
         return medium
@@ -80,9 +76,6 @@ class Picture(MediaType):
     def blank(self, num_frames: int | None = None) -> Image.Image:
         return Image.new(self.mode, (SIDE, SIDE))
 
-    def size(self, medium: Image.Image) -> tuple[int, int]:
-        return medium.size
-
     def to_input(self, medium: Any, processor: Any) -> Any:
         """Convert to 8-bit RGB, unless the processor's `channels` say that it takes the image's own mode."""
         deep = self.mode != "RGB" and getattr(processor, "channels", 3) == 3
@@ -103,9 +96,6 @@ class Clip(MediaType):
 
     def blank(self, num_frames: int | None = None) -> Video:
         return Video(np.zeros((num_frames or FRAMES, SIDE, SIDE, 3), np.uint8), float(FRAMES))
-
-    def size(self, medium: Video) -> tuple[int, int]:
-        return medium.frames.shape[2], medium.frames.shape[1]
 
     def to_input(self, medium: Video | np.ndarray, processor: Any) -> Video | np.ndarray:
         """The frames alone, unless the processor samples by time (`reads_times`)."""
