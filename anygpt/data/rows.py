@@ -213,7 +213,7 @@ class SampleRow(RowModel):
     id: Id = ""
 
     @model_validator(mode="after")
-    def _can_be_learnt(self) -> "SampleRow":
+    def _is_consistent(self) -> "SampleRow":
         if not any(message.role == "assistant" for message in self.messages):
             raise fault("has no assistant message, so there is nothing to learn from it: add the answer.")
         counts = {len(part.wordings) for message in self.messages for part in message.content} - {1}
@@ -222,18 +222,11 @@ class SampleRow(RowModel):
                 f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, and one number is "
                 "drawn for all: give each list as many."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _sources_come_before(self) -> "SampleRow":
         media = [part for message in self.messages for part in message.content if part.type != "text"]
         for number, part in enumerate(media):
-            if part.source is None:
-                continue
-            what = f"medium {number} has the source {part.source}, "
-            if part.source >= number:
-                least = f"{number - 1} at most" if number else "none, being the first"
-                raise fault(what + f"which does not come before it: name an earlier medium, counted from 0 ({least}).")
-            if media[part.source].type != part.type:
-                raise fault(what + f"which is no {part.type} but a medium of type {media[part.source].type!r}.")
+            what = f"medium {number} has the source {part.source}, which"
+            if part.source is not None and part.source >= number:
+                raise fault(f"{what} does not come before it: name an earlier medium, counted from 0.")
+            if part.source is not None and media[part.source].type != part.type:
+                raise fault(f"{what} is no {part.type} but a medium of type {media[part.source].type!r}.")
         return self
