@@ -258,9 +258,6 @@ _TURNS = {
 }
 
 
-BITS_PER_SAMPLE = 258  # TIFF tag
-
-
 def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: str = "RGB") -> Image.Image:
     """Read an image, or the first frame of an animation, and apply its EXIF orientation.
 
@@ -270,7 +267,7 @@ def read_image(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS, mode: st
     with decoding(path, "an image") as path, open_image(path, limits) as image:
         image.load()  # the TIFF and AVIF plugins apply the orientation here, and remove the tag
         if image.format == "TIFF" and image.mode.startswith("I"):
-            image.info["white"] = 2.0 ** min(image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 16) - 1
+            image.info["white"] = 2.0 ** min(image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0], 16) - 1
         return to_mode(upright(image), mode)
 
 
