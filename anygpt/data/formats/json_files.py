@@ -45,7 +45,7 @@ def list_rows(path: Path) -> Iterator[Row]:
     surrogates into "?", and reports no line numbers.
     """
     with path.open("rb") as file:
-        text = _Text(file, str(path), 1)
+        text = _Text(file, str(path))
         if not text.next():
             return
         if not text.took("["):
@@ -62,7 +62,7 @@ def list_rows(path: Path) -> Iterator[Row]:
             raise text.invalid("Extra data")
 
 
-def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
+def parse_json(content: bytes, name: str, line: int = 1) -> Any:
     """Parse one JSON value; `name` and `line`, the number of its first line, are for messages. An `InputError` refuses
     invalid JSON, an object with a repeated key (of which Python would keep the last), and what is too long."""
     text = _Text(io.BytesIO(content), name, line)
@@ -79,9 +79,9 @@ def parse_json(content: bytes, name: str, line: int | None = None) -> Any:
 
 class _Text:
     """The text of a file from `place` on, of which little more than a row is in memory; `place` is in `column` of
-    `line`, counted from 1 and from the first line's number, or of no known line."""
+    `line`, counted from 1 and from the first line's number."""
 
-    def __init__(self, file: BinaryIO, name: str, line: int | None):
+    def __init__(self, file: BinaryIO, name: str, line: int = 1):
         self.file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
         self.name, self.line, self.column = name, line, 1
         self.text, self.place = "", 0
@@ -110,8 +110,7 @@ class _Text:
 
     def move(self, to: int) -> None:
         passed = self.text[self.place : to]
-        if self.line is not None:
-            self.line += passed.count("\n")
+        self.line += passed.count("\n")
         self.column = len(passed) - passed.rfind("\n") if "\n" in passed else self.column + len(passed)
         self.place = to
 
@@ -145,7 +144,7 @@ class _Text:
         return value
 
     def where(self) -> str:
-        return self.name if self.line is None else f"{self.name}:{self.line}"
+        return f"{self.name}:{self.line}"
 
     def too_long(self) -> InputError:
         what = f"is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is"
