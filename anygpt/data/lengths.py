@@ -14,6 +14,7 @@ from anygpt.media.files import DEFAULT_LIMITS, MediaLimits, Place
 from anygpt.media.types import MEDIA, media_type, read_media
 from anygpt.processing.chat_template import tokenize_with_labels
 from anygpt.sequence.merging import IGNORE
+from anygpt.sequence.signal_tokens import token_names
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -104,9 +105,8 @@ def reserved_tokens(processor: Any) -> list[str]:
 
 def usual_reserved_tokens() -> list[str]:
     """Reserved tokens of a model whose parts are named after their media types."""
-    return [f"<{kind.name}>" for kind in MEDIA.values()] + [
-        f"[{kind.prefix}{i}]" for kind in MEDIA.values() for i in range(kind.signal_tokens)
-    ]
+    signals = (name for kind in MEDIA.values() for name in token_names(kind.name, kind.signal_tokens))
+    return [*(f"<{kind.name}>" for kind in MEDIA.values()), *signals]
 
 
 def refuse_sources(processor: Any, sample: Sample) -> None:
