@@ -125,9 +125,8 @@ class ConversationDataset(Dataset):
         faults: list[InputError] = []
         by_source = []
         for source in sources:
-            options = {name: value for name, value in vars(source).items() if name != "weight"}
             before = len(faults)
-            by_source.append(read_samples(faults=faults if on_bad_sample == "skip" else None, **options))
+            by_source.append(read_samples(**vars(source), faults=faults if on_bad_sample == "skip" else None))
             if not by_source[-1]:
                 raise InputError(f"{source.path} has no usable row, and the first fault is: {faults[before]}")
         lengths, weights = [len(samples) for samples in by_source], [source.weight for source in sources]

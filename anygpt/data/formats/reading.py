@@ -44,9 +44,7 @@ def read_samples(
     """
     samples: list[Sample] = []
     missing: list[tuple[Sample, Path]] = []
-    for sample in iterate_samples(
-        DataSource(str(path), format, None if media_root is None else str(media_root), **options)
-    ):
+    for sample in iterate_samples(DataSource(str(path), format, media_root and str(media_root), **options)):
         absent = [] if isinstance(sample, InputError) else [(sample, file) for file in sample.missing_files()]
         if isinstance(sample, InputError):
             if faults is None:
