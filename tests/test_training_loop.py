@@ -31,7 +31,6 @@ from training_utils import (
 from anygpt.data.collation import TARGET_IDS, move
 from anygpt.training.config import parse_config
 from anygpt.training.loading import BadSampleError, count_epochs, make_generators
-from anygpt.training.setup import kept_dtypes
 
 BOARD = ("--run.tracker", "tensorboard")
 
@@ -282,13 +281,6 @@ def test_bf16_keeps_trained_tensors_in_float32(make_arguments, data, tmp_path):
     half, full = losses_of(tmp_path / "half"), losses_of(tmp_path / "full")
     for name in EXPECTED[2]:
         assert half[1][name] == pytest.approx(full[1][name], rel=0.05), name
-
-
-def test_parts_of_the_start_keep_their_dtype_and_the_log_says_so(make_arguments, tmp_path):
-    args = make_arguments(3, tmp_path / "run")
-    assert kept_dtypes(parse_config(args)) == []
-    (line,) = kept_dtypes(parse_config([*args, "--train.mixed_precision=bf16"]))
-    assert "language_model (its own)" in line and "image_decoder (its own)" in line
 
 
 def test_gradient_checkpointing_changes_no_loss(make_arguments, tmp_path):

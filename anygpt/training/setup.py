@@ -131,20 +131,6 @@ def compose(
     return model, processor
 
 
-def kept_dtypes(config: Config) -> list[str]:
-    """A line for the log on parts of `model.init_from` in another dtype than `train.mixed_precision` gives new ones."""
-    if config.model.init_from is None:
-        return []
-    saved = read_config(Path(config.model.init_from))
-    parts = {"language_model": saved.language_model}
-    for kind, entries in (("encoder", saved.encoders), ("decoder", saved.decoders)):
-        parts |= {f"{key}_{kind}": entry for key, entry in entries.items()}
-    dtypes = {part: (entry["source"] or {}).get("dtype") for part, entry in parts.items() if entry["source"]}
-    usual = "bfloat16" if config.train.mixed_precision == "bf16" else None
-    kept = [f"{part} ({dtype or 'its own'})" for part, dtype in dtypes.items() if dtype != usual]
-    return [f"parts of model.init_from keep the dtype that they had there: {', '.join(kept)}"] if kept else []
-
-
 def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
     """Load the tensors in `model.init_from` that are not a pretrained part's; those of new parts stay as they are."""
     signals = [

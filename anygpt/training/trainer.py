@@ -36,7 +36,7 @@ from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
-from anygpt.training.setup import build, build_data, check_metrics, check_watched, init_projectors, kept_dtypes
+from anygpt.training.setup import build, build_data, check_metrics, check_watched, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
@@ -98,7 +98,7 @@ class Trainer:
         self.notes = [f"{stage.name}: {len(self.dataset)} samples, {len(names)} trainable tensors"]
         if self.held_out is not None and not (config.train.eval_steps or config.train.sample_steps):
             self.notes.append("data.eval is not used: train.eval_steps and train.sample_steps are 0")
-        self.notes += kept_dtypes(config) + loading.count_epochs(config, self.dataset, accelerator.num_processes)
+        self.notes += loading.count_epochs(config, self.dataset, accelerator.num_processes)
         self.notes += fitting.notes(processor.modalities, processor.encoder_processors, processor.fit)
         self.notes += [f"{key}: {targets.note}" for key, targets in (processor.coded | processor.targets).items()]
         if checkpoint is not None:
