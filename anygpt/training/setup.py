@@ -334,41 +334,29 @@ def init_projectors(
     return [f"{key} {said}, λ = {value:.3g}, gain {gain:g}" for key, value in strengths.items()]
 
 
-def check_watched(train: TrainConfig, found: Collection[str]) -> None:
-    """Check what `train.keep_best` and `train.abort_above` watch of a suite, whose metrics may give several values
-    (`bleu_1`, …). One that had no answers to score gives none yet."""
-    suite = read_suite(train.eval_suite)
-    metrics = [f"{suite.name}/{spec.name or spec.metric}" for spec in suite.metrics]
-    watched = {
-        "train.abort_above": list(train.abort_above),
-        "train.keep_best": [(train.keep_best or "").removeprefix(MAX)],
-    }
-    for setting, names in watched.items():
-        for name in names:
-            given = [one for one in found for metric in metrics if name.startswith(metric) and one.startswith(metric)]
-            if given and name not in found:
-                raise InputError(
-                    f"{setting} names {name!r}, which the suite does not give; it gives {', '.join(given)}"
-                )
+def check_metrics(train: TrainConfig, losses: list[str], found: Collection[str] = ()) -> None:
+    """Check that `train.keep_best` and `train.abort_above` name metrics of this run.
 
-
-def check_metrics(config: Config, model: MultimodalModel) -> None:
-    """Check that `train.keep_best` and `train.abort_above` name metrics of this run."""
-    train, names = config.train, ["loss", "gradient_norm", *model.loss_names()]
-    evaluated = [f"eval/{name}" for name in names if name != "gradient_norm"]
-    best = (train.keep_best or "loss").removeprefix(MAX)
-    wanted = {"train.abort_above": list(train.abort_above), "train.keep_best": [best]}
+    Those of `train.eval_suite` may give several values (`bleu_1`, …), whose names are known once there is an evaluation
+    with the values `found`. A metric that had no answers to score gives none yet.
+    """
+    best, of_suite = (train.keep_best or "loss").removeprefix(MAX), []
     if train.eval_suite:
         suite = read_suite(train.eval_suite)
-        of_suite = tuple(f"{suite.name}/{spec.name or spec.metric}" for spec in suite.metrics)
-        evaluated += [name for chosen in wanted.values() for name in chosen if name.startswith(of_suite)]  # bleu_1, …
-    for setting, chosen in wanted.items():
-        for name in chosen:
-            if name in evaluated and not train.eval_steps:
+        of_suite = [f"{suite.name}/{spec.name or spec.metric}" for spec in suite.metrics]
+    names, evaluated = ["loss", "gradient_norm", *losses], [f"eval/{name}" for name in ("loss", *losses)]
+    for setting, name in (*(("train.abort_above", name) for name in train.abort_above), ("train.keep_best", best)):
+        begun = tuple(metric for metric in of_suite if name.startswith(metric))
+        given = [value for value in found if value.startswith(begun)]
+        if given and name not in found:
+            raise InputError(f"{setting} names {name!r}, which the suite does not give; it gives {', '.join(given)}")
+        if begun or name in evaluated:
+            evaluated.append(name)
+            if not train.eval_steps:
                 raise InputError(f"{setting} names {name}, but there is no evaluation; give train.eval_steps")
-            if name not in names + evaluated:
-                near = difflib.get_close_matches(name, names + evaluated, n=1, cutoff=0.0)[0]
-                raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
+        elif name not in names:
+            near = difflib.get_close_matches(name, names + evaluated, n=1, cutoff=0.0)[0]
+            raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
     if train.keep_best and not train.save_steps:
         raise InputError(f"train.keep_best is {train.keep_best!r}, but there are no checkpoints; give train.save_steps")
     if best in evaluated and train.save_steps % train.eval_steps:

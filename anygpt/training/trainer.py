@@ -36,7 +36,7 @@ from anygpt.training.loading import MicroBatch
 from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
 from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
-from anygpt.training.setup import build, build_data, check_metrics, check_watched, init_projectors
+from anygpt.training.setup import build, build_data, check_metrics, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
 from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
 
@@ -87,7 +87,7 @@ class Trainer:
         self.model, self.processor = model, processor = build(config)
         names = prepare_stage(model, stage, config)
         processor.describe_targets(model)
-        check_metrics(config, model)
+        check_metrics(config.train, model.loss_names())
         model.pack_to = config.data.pack_to
         if model.pack_to is not None:
             check_packing(model)
@@ -306,8 +306,8 @@ class Trainer:
         if suite := self.config.train.eval_suite:
             folder = self.folder / EVALUATION / f"{self.done:06d}"
             found |= run_suite(suite, folder, self.model, self.processor, accelerator)
-            if self.done == self.config.train.eval_steps:  # the first: a metric's name may be several values'
-                check_watched(self.config.train, found)
+            if self.done == self.config.train.eval_steps:
+                check_metrics(self.config.train, names, found)
         return found
 
     def sample(self) -> None:
