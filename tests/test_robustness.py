@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
 from training_utils import REPOSITORY, STAGES, toy_data
 
 from anygpt import InputError, commands
 from anygpt.data.dataset import DataSource
 from anygpt.sequence.merging import Merged, inject
-from anygpt.training.checkpoint import load_tensors, load_training_state
+from anygpt.training.checkpoint import load_tensors
 from anygpt.training.config import parse_config
 from anygpt.training.setup import build
 from anygpt.training.stages import prepare_stage
@@ -87,14 +86,11 @@ def test_resume_restores_frozen_tensors_and_buffers(data, tmp_path, final):
     train(config, STAGES[1])
     model, _ = build(config)
     prepare_stage(model, STAGES[1], config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     model.train("image_projector", mode=False)  # as an earlier stage's projector is in a later one
     with torch.no_grad():
         for tensor in model.own_tensors().values():
             tensor += 1
     load_tensors(tmp_path / "run/checkpoint-2", model)
-    load_training_state(tmp_path / "run/checkpoint-2", optimizer, scheduler, Accelerator(cpu=True))
     saved = type(model).from_pretrained(tmp_path / "run/checkpoint-2").state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 

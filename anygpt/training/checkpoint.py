@@ -178,23 +178,6 @@ def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
     model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
-def load_training_state(
-    checkpoint: Path, optimizer: torch.optim.Optimizer | None, scheduler: Any, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Restore optimizer, scheduler and random state; returns the content of `training_state.json`.
-
-    With `optimizer=None` its state is left to `read_optimizer_state`: a sharded optimizer loads it once prepared.
-    """
-    if optimizer is not None:
-        optimizer.load_state_dict(read_optimizer_state(checkpoint))
-    state = read_state(checkpoint)
-    scheduler.load_state_dict(state["scheduler"])
-    own = rng_file(checkpoint, accelerator)
-    if own.is_file():
-        set_rng_state(_load(own))
-    return state
-
-
 def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
     return _load(checkpoint / OPTIMIZER)
 
@@ -223,7 +206,11 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def restore_random_state(checkpoint: Path, accelerator: Accelerator) -> None:
+    own = rng_file(checkpoint, accelerator)
+    if not own.is_file():  # the run was one of fewer processes
+        return
+    state = _load(own)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

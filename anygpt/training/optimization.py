@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anygpt.errors import InputError, refusing
 from anygpt.model.multimodal import MultimodalModel
-from anygpt.training.checkpoint import read_optimizer_state
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.sharding import is_sharded
 from anygpt.training.stages import part_kinds
@@ -86,13 +84,10 @@ class Averages:
     After update n the decay is min(ema_decay, n / (n + 9)), and 0 for n = 1, so that the beginning is soon forgotten.
     """
 
-    def __init__(self, model: MultimodalModel, train: TrainConfig, checkpoint: Path | None = None):
+    def __init__(self, model: MultimodalModel, train: TrainConfig):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.used_for = train.ema_for
         self.ema = None if train.ema_decay is None else EMAModel(self.parameters, decay=train.ema_decay)
-        if self.ema is not None and checkpoint is not None:
-            self.ema.load_state_dict(read_optimizer_state(checkpoint)["ema"])
-            self.ema.to(self.parameters[0].device)
 
     def step(self) -> None:
         """Take in the weights after an update."""
@@ -120,6 +115,11 @@ class Averages:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the optimizer's state."""
         return {} if self.ema is None else {"ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.parameters[0].device)
 
 
 def compile_layers(model: MultimodalModel) -> None:

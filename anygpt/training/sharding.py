@@ -84,6 +84,9 @@ def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Acceler
 
 
 def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` returned into a prepared optimizer."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return optimizer.load_state_dict(state)
     set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 

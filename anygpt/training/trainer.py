@@ -103,30 +103,30 @@ class Trainer:
         self.notes += [f"{key}: {targets.note}" for key, targets in (processor.coded | processor.targets).items()]
         if checkpoint is not None:
             checkpoints.load_tensors(checkpoint, model)  # before the cache is compared with the tensors
-        sharded = sharding.is_sharded(accelerator)
         datasets = [one for one in (self.dataset, self.held_out) if one is not None]
-        self.notes += loading.use_cache(datasets, self.collator, model, config, sharded)
+        self.notes += loading.use_cache(datasets, self.collator, model, config, sharding.is_sharded(accelerator))
         if checkpoint is None:
             self.notes += init_projectors(model, self.dataset, self.collator, config, accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
-        if checkpoint is not None:
-            self.restore(checkpoint, None if sharded else optimizer)
         if config.train.compile:
             model.to(accelerator.device)
             compile_layers(model)
         self.wrapped, self.optimizer, self.whole = sharding.prepare(model, optimizer, accelerator, config)
+        self.averages = Averages(model, config.train)
         if checkpoint is not None:
-            if sharded:
-                sharding.load_optimizer_state(model, self.optimizer, checkpoints.read_optimizer_state(checkpoint))
-            set_rates(self.optimizer, self.scheduler)
-        self.averages = Averages(model, config.train, checkpoint)
+            self.restore(checkpoint)
         self.wrapped.train()
         return self
 
-    def restore(self, checkpoint: Path, optimizer: Any) -> None:
-        """Restore the state of training; the model's tensors are loaded before, a sharded optimizer's state after."""
-        state = checkpoints.load_training_state(checkpoint, optimizer, self.scheduler, self.accelerator)
+    def restore(self, checkpoint: Path) -> None:
+        """Restore the state of training, but for the model's tensors."""
+        state, saved = folders.read_state(checkpoint), checkpoints.read_optimizer_state(checkpoint)
         checkpoints.check_same_data(checkpoint, state["data"], self.digests, self.config)
+        sharding.load_optimizer_state(self.model, self.optimizer, saved)
+        self.averages.load(saved)
+        self.scheduler.load_state_dict(state["scheduler"])
+        set_rates(self.optimizer, self.scheduler)
+        checkpoints.restore_random_state(checkpoint, self.accelerator)
         self.done, self.tracker_run = state["step"], state["tracker_run"]
         self.notes.append(f"continues from {checkpoint} after update {self.done}")
         before, steps = state["max_steps"], self.config.train.max_steps
