@@ -159,12 +159,6 @@ class LossBatch:
         """Rows and positions `(M,)` where logits are needed."""
         return self.labels.rows, self.labels.positions
 
-    def __iter__(self) -> Iterator[tuple[str, Labels | Pairs | Target]]:
-        """Yield the labels (with an empty key), then pairs and targets with their keys."""
-        yield "", self.labels
-        yield from self.pairs.items()
-        yield from self.targets.items()
-
 
 def find_losses(
     model: Composition,
@@ -282,15 +276,11 @@ SUB_TERMS = (  # in the order of computation, which fixes the order of draws fro
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
     SubTerm("pooled_alignment", Target, Target.pooled_alignment, MEDIA_OUT, needs=("captions", "pooled")),
     SubTerm("mask_alignment", Target, Target.mask_alignment, MEDIA_OUT, needs=("captions", "mask")),
-    SubTerm("reconstruction/vae", Target, lambda target: target.reconstructions["vae"], needs=("media", "vae")),
-    SubTerm(
-        "reconstruction/vocoder", Target, lambda target: target.reconstructions["vocoder"], needs=("media", "vocoder")
-    ),
-    SubTerm(
-        "reconstruction/tokenizer",
-        Target,
-        lambda target: target.reconstructions["tokenizer"],
-        needs=("media", "tokenizer"),
+    *(
+        SubTerm(
+            f"reconstruction/{name}", Target, lambda target, of=name: target.reconstructions[of], needs=("media", name)
+        )
+        for name in ("vae", "vocoder", "tokenizer")
     ),
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
@@ -304,8 +294,9 @@ def is_read(part: str, weights: LossWeights, key: str = "") -> bool:
 
 
 def wanted(batch: LossBatch, weights: LossWeights) -> Iterator[tuple[SubTerm, str, Labels | Pairs | Target]]:
-    """Yield each sub-term that applies to the batch and has a weight, with the key and the object it applies to."""
-    for key, thing in batch:
+    """Yield each sub-term that applies to the batch and has a weight, with the key (`""` for the labels) and the object
+    it applies to."""
+    for key, thing in (("", batch.labels), *batch.pairs.items(), *batch.targets.items()):
         for sub in SUB_TERMS:
             applies = (
                 isinstance(thing, sub.of) and thing.has.issuperset(sub.needs) and (len(thing.rows) or sub.everywhere)
@@ -340,8 +331,7 @@ def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]
     """
     ids, labels, _ = model.write_codes(batch["input_ids"], batch.get("labels"), batch, needed=False)
     mask = batch.get("attention_mask")
-    placeholders = torch.tensor(list((model.token_ids or {}).values()), dtype=ids.dtype, device=ids.device)
-    media = torch.isin(ids, placeholders)
+    media = _is_one_of(ids, list((model.token_ids or {}).values()))
     labels = None if labels is None else labels.masked_fill(media, IGNORE)
     merged = Merged(ids.new_empty(0), ids, torch.ones_like(ids) if mask is None else mask, labels, media.any(dim=1))
     found = find_losses(model, merged, batch.get("decoder_targets"), model.trained_media(batch))
