@@ -147,13 +147,7 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 
 
 def check_same_settings(checkpoint: Path, config: Config) -> None:
-    state, now = read_state(checkpoint), settings_that_count(config)
-    before = state.get("settings", {})
-    if not before or "data" not in state:
-        raise InputError(
-            f"{checkpoint} was written by a version of anygpt that kept neither settings nor data in it, so no run can "
-            "continue from it; start over with run.resume=never"
-        )
+    before, now = read_state(checkpoint)["settings"], settings_that_count(config)
     named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if named:
         others = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in named)
