@@ -172,15 +172,11 @@ def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
     model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
-def read_optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    return _load(checkpoint / OPTIMIZER)
-
-
 def rng_file(checkpoint: Path, accelerator: Accelerator) -> Path:
     return checkpoint / f"rng-{accelerator.process_index}.pt"
 
 
-def _load(path: Path) -> Any:
+def load_state(path: Path) -> Any:
     """Content written by `save_state`; only tensors and plain types are unpickled."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -204,7 +200,7 @@ def restore_random_state(checkpoint: Path, accelerator: Accelerator) -> None:
     own = rng_file(checkpoint, accelerator)
     if not own.is_file():  # the run was one of fewer processes
         return
-    state = _load(own)
+    state = load_state(own)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -119,7 +119,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Restore the state of training, but for the model's tensors."""
-        state, saved = folders.read_state(checkpoint), checkpoints.read_optimizer_state(checkpoint)
+        state, saved = folders.read_state(checkpoint), checkpoints.load_state(checkpoint / checkpoints.OPTIMIZER)
         checkpoints.check_same_data(checkpoint, state["data"], self.digests, self.config)
         sharding.load_optimizer_state(self.model, self.optimizer, saved)
         self.averages.load(saved)
@@ -189,8 +189,9 @@ class Trainer:
                         found = self.evaluate()
                         log.metrics(self.done, found)
                         metrics |= found
-                    if self.is_due(train.sample_steps):
-                        self.sample()
+                    if self.is_due(train.sample_steps):  # on every process, as a sharded model requires
+                        rows = self.held_out, self.accelerator, self.config
+                        log.say(take_samples(self.model, self.processor, *rows, self.done))
                 if last:
                     self.describe(metrics)
                 self.stop_if_above(metrics)
@@ -308,11 +309,6 @@ class Trainer:
             if self.done == self.config.train.eval_steps:
                 check_metrics(self.config.train, names, found)
         return found
-
-    def sample(self) -> None:
-        """Generate answers to the first rows of data.eval, on every process, as a sharded model requires."""
-        rows = self.held_out, self.accelerator, self.config
-        self.log.say(take_samples(self.model, self.processor, *rows, self.done))
 
     def stop_if_above(self, metrics: dict[str, float]) -> None:
         """Raise `Aborted`, after a checkpoint for inspection, if a metric is above its bound or NaN."""
