@@ -99,27 +99,23 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in held}
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=made)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._note(tensor.untyped_storage())
+        for storage in (tensor.untyped_storage() for tensor in tree_leaves(made) if isinstance(tensor, Tensor)):
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
         return made
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def gone(_: Any) -> None:
-            if self._known.pop(key, None) is not None:
-                self.now -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def _forget(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.now -= size
 
 
 def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: Mapping[Rows, tuple[int, int]]) -> Plan:
