@@ -1,23 +1,11 @@
 """Loss formulas and weights, the routing of rows to the terms, and what training leaves out at random.
 
-A run's loss is `L = Σ wᵢ Lᵢ` over the terms below (arXiv 2309.05519, §4, and its recipe's six-term sum). Each row of a
-batch feeds exactly one NLL term:
-
-=================  ===================  =======================================================
-term               rows                 sub-terms
-=================  ===================  =======================================================
-`llm`              text in, text out    `nll`, `retention`
-`encoder_llm`      media in, text out   `nll`
-`llm_decoder`      text in, media out   `nll`, `alignment/<decoder>`, `denoising/<decoder>`
-`encoder_decoder`  media in, media out  `nll`, `alignment/<decoder>`, `denoising/<decoder>`
-=================  ===================  =======================================================
-
-Three more train parts, with weight 0 by default: `encoder` (`info_nce/<encoder>`, over rows that hold that encoder's
-input and the one it is bound to), `decoder` (`denoising/<decoder>` under the decoder's own encoding of the caption) and
-stage 0's `reconstruction/<network>/<key>`. Decoders with a pooled condition, or with padding in it, also have
-`pooled_alignment/<decoder>` or `mask_alignment/<decoder>`, with the weight of `alignment`. Denominators: label tokens
-for `nll`, those of rows of `llm` for `retention`, pairs for `info_nce`, samples for the others, counted over the rows
-of all four terms; logs show each term's own mean. Shape legend: `anygpt.outputs`.
+A run's loss is `L = Σ wᵢ Lᵢ` over the sub-terms of `SUB_TERMS` (arXiv 2309.05519, §4, and its recipe's six-term sum).
+Each row of a batch feeds exactly one of the four `TERMS`; `encoder`, `decoder` and `reconstruction` train parts, with
+weight 0 by default. `pooled_alignment` and `mask_alignment`, of decoders with a pooled condition or padding in it, have
+the weight of `alignment`. Denominators: label tokens for `nll`, those of rows of `llm` for `retention`, pairs for
+`info_nce`, samples for the others, counted over the rows of all four terms; logs show each term's own mean. Shape
+legend: `anygpt.outputs`.
 """
 
 from __future__ import annotations
@@ -53,7 +41,7 @@ class LossWeights:
         llm: NLL of rows without media.
         encoder_llm: NLL of the answer given the media (stage 1).
         llm_decoder, encoder_decoder: all sub-terms of rows that turn text (stage 2), or media (stage 3), into media.
-        encoder: InfoNCE between the encoders' pooled features and those of `binding`.
+        encoder: InfoNCE between the encoders' pooled features and those of `binding`, over rows that hold both.
         decoder: denoising under the decoder's own text encoding.
         reconstruction: of the decoders' VAEs and vocoders, and of tokenizers, where they train (stage 0).
         nll: next-token negative log-likelihood, text and signal tokens alike.

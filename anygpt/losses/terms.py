@@ -1,6 +1,6 @@
 """What the losses of a batch are computed from, and its sub-terms, each declared once in `SUB_TERMS`.
 
-Formulas, weights and the table of terms: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
+Formulas and weights: `anygpt.losses.formulas`. Shape legend: `anygpt.outputs`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
