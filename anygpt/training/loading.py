@@ -118,19 +118,13 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
     data, train = config.data, config.train
     if train.num_epochs is None:
         return []
-    rows = sum(round(length * weight) for length, weight in zip(dataset.lengths, dataset.weights, strict=True))
     micro, parts = train.batch_size * processes, train.gradient_accumulation_steps
+    groups = dataset.output_groups() if data.group_by_modality else [0] * sum(dataset.lengths)
+    options = {"weights": dataset.weights, "batch_size": micro, "seed": config.run.seed, "groups": groups}
+    sampler = UpdateSampler(dataset.lengths, num_updates=sys.maxsize, **options)
+    rows = sampler.epoch_size
     train.max_steps = math.ceil(train.num_epochs * rows / (micro * parts))
     if data.group_by_modality or data.group_by_length:  # the last micro-batch of a group, or of an epoch, may be short
-        groups = dataset.output_groups() if data.group_by_modality else [0] * sum(dataset.lengths)
-        sampler = UpdateSampler(
-            dataset.lengths,
-            weights=dataset.weights,
-            batch_size=micro,
-            num_updates=sys.maxsize,
-            seed=config.run.seed,
-            groups=groups,
-        )
         drawn = itertools.accumulate(map(len, sampler))
         full = itertools.takewhile(lambda count: count < train.num_epochs * rows, drawn)
         train.max_steps = math.ceil((1 + sum(1 for _ in full)) / parts)

@@ -36,7 +36,7 @@ class Stage:
         return [part for part, kind in part_kinds(model).items() if kind in self.trains and part not in idle]
 
 
-PEFT_NAMES = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 ENCODER_LLM = Stage("stage 1, encoder-LLM", ("projector",), ("encoder_llm",))
 LLM_DECODER = Stage("stage 2, LLM-decoder", ("output_projector", "signal_tokens"), ("llm_decoder",))
 COMPONENTS = Stage("stage 0, components", (), TERMS)
@@ -90,8 +90,8 @@ def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, t
     if there is not None:
         check_adapter(there, lora, section)
         return there
-    options = {there: getattr(lora, name) for name, there in PEFT_NAMES.items()}
-    adapter = LoraConfig(**options, target_modules=lora.target_modules, task_type=task)
+    options = {PEFT_NAMES.get(name, name): value for name, value in vars(lora).items()}
+    adapter = LoraConfig(**options, task_type=task)
     where = f"{section}.target_modules={lora.target_modules!r} does not fit"
     with refusing(where, (ValueError, re.error)):
         wrapper = get_peft_model(network, adapter)
@@ -142,12 +142,10 @@ def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:
 def check_adapter(wrapper: PeftModel, lora: LoraSettings, section: str) -> None:
     """Reject LoRA settings that differ from those of an adapter from `model.init_from`, which stays as it is."""
     adapter, default = wrapper.peft_config[wrapper.active_adapter], LoraSettings()
-    for name, there in {**PEFT_NAMES, "target_modules": "target_modules"}.items():
-        value, saved = (
-            one if isinstance(one, str | int | float) else sorted(one)
-            for one in (getattr(lora, name), getattr(adapter, there))
-        )
-        if value not in (saved, getattr(default, name)):
+    for name, value in vars(lora).items():
+        saved = getattr(adapter, PEFT_NAMES.get(name, name))
+        saved = sorted(saved) if isinstance(saved, set) else saved
+        if value != getattr(default, name) and (sorted(value) if isinstance(value, list) else value) != saved:
             raise InputError(
                 f"{section}.{name} is {value}, but the adapter in model.init_from was made with {saved}; leave it "
                 "out, or start from a model without an adapter"
