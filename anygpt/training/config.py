@@ -287,16 +287,9 @@ class Config:
 
 def parse_config(arguments: Sequence[str], description: str = "") -> Config:
     """Parse and check settings from `--config FILE` and dotted overrides (`--train.learning_rate 1e-3`); an
-    `InputError` names all unknown keys, or all values out of range."""
+    `InputError` names all unknown keys, or all values out of range with their bounds."""
     config = parse_settings(arguments, Config, description)
-    check_values(config)
-    return config
-
-
-def check_values(config: Config) -> None:
-    """Raise one `InputError` that names every value out of range and its bounds."""
-    train = config.train
-    faults = find_misfits(config)
+    train, faults = config.train, find_misfits(config)
     if not config.run.output_dir.strip():
         faults.append(f"run.output_dir is {config.run.output_dir!r}, expected a folder")
     if config.model.language_model is None and config.model.init_from is None:
@@ -325,3 +318,4 @@ def check_values(config: Config) -> None:
         faults.append("data.train is empty, expected at least one file, as in [{path: data.jsonl}]")
     if faults:
         raise InputError("; ".join(faults))
+    return config
