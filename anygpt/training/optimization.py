@@ -57,12 +57,6 @@ def make_optimizer(model: MultimodalModel, config: Config) -> tuple[torch.optim.
     return optimizer, get_scheduler(_SCHEDULERS[train.scheduler], optimizer, train.warmup_steps, train.max_steps)
 
 
-def set_rates(optimizer: Any, scheduler: Any) -> None:
-    """Set the rates of the next update from the current schedule: a resumed run may have become longer."""
-    for group, peak, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = peak * share(scheduler.last_epoch)
-
-
 def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, accelerator: Accelerator) -> float:
     """Clip the gradients to a norm of `bound`; returns the norm before clipping.
 

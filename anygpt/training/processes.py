@@ -1,6 +1,7 @@
 """The processes of a run: start, signals, agreement, and shutdown."""
 
 import contextlib
+import importlib.util
 import signal
 import traceback
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
+from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 from anygpt.training.sharding import local
@@ -38,6 +40,8 @@ def started(config: Config) -> Iterator[Accelerator]:
     is destroyed, DDP's destructor holds the GIL while it waits for gloo's threads, which may need the GIL to free
     their last tensors.
     """
+    if config.run.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("run.tracker is tensorboard, which is not installed; pip install tensorboard")
     accelerator = Accelerator(
         # Must be explicit: otherwise several processes on a machine without an accelerator form no process group.
         cpu=config.run.device == "cpu" or not torch.accelerator.is_available(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
@@ -93,12 +92,6 @@ class RunLog:
         """Log metrics as one line and to the tracker."""
         self.say(f"update {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.log(values, step=step)
-
-
-def check_tracker(config: Config) -> None:
-    """Check, before anything is loaded, that the tracker's package is installed."""
-    if config.run.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("run.tracker is tensorboard, which is not installed; pip install tensorboard")
 
 
 def take_samples(

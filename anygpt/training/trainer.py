@@ -33,12 +33,12 @@ from anygpt.training import loading, processes, sharding
 from anygpt.training.config import Config
 from anygpt.training.folder import EVALUATION, FINAL, PREFIX, PROFILE, STATE, STOPPED
 from anygpt.training.loading import MicroBatch
-from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer, set_rates
+from anygpt.training.optimization import Averages, clip_gradients, compile_layers, make_optimizer
 from anygpt.training.performance import Meter, profiler
 from anygpt.training.processes import Aborted, Interrupted, NonFiniteLoss
 from anygpt.training.setup import build, build_data, check_metrics, init_projectors
 from anygpt.training.stages import Stage, prepare_stage
-from anygpt.training.tracking import RunLog, check_tracker, part_table, run_suite, take_samples
+from anygpt.training.tracking import RunLog, part_table, run_suite, take_samples
 
 LOSS, TOKENS, PLACES = "loss", "tok", "places"
 ROWS = {"samples": SAMPLE_IDS, "skipped": BAD, "cut": CUT}
@@ -52,7 +52,6 @@ def train(config: Config, stage: Stage) -> Path:
         NonFiniteLoss: a loss or gradient that is not finite.
         Aborted: a metric above its bound.
     """
-    check_tracker(config)
     folder = Path(config.run.output_dir)
     folders.check_folder(folder, config)
     checkpoint, passed_over = checkpoints.choose_checkpoint(config)
@@ -124,7 +123,9 @@ class Trainer:
         sharding.load_optimizer_state(self.model, self.optimizer, saved)
         self.averages.load(saved)
         self.scheduler.load_state_dict(state["scheduler"])
-        set_rates(self.optimizer, self.scheduler)
+        rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        for group, (peak, share) in zip(self.optimizer.param_groups, rates, strict=True):  # the run may be longer now
+            group["lr"] = peak * share(self.scheduler.last_epoch)
         checkpoints.restore_random_state(checkpoint, self.accelerator)
         self.done, self.tracker_run = state["step"], state["tracker_run"]
         self.notes.append(f"continues from {checkpoint} after update {self.done}")
