@@ -179,12 +179,8 @@ def _bytes(pieces: Iterable[nn.Module | nn.Parameter]) -> int:
 
 
 def _tensors(pieces: Iterable[nn.Module | nn.Parameter]) -> list[Tensor]:
-    """Each parameter and buffer once."""
-    found: dict[int, Tensor] = {}
-    for piece in pieces:
-        tensors = [piece] if isinstance(piece, nn.Parameter) else [*piece.parameters(), *piece.buffers()]
-        found |= {id(tensor): tensor for tensor in tensors}
-    return list(found.values())
+    held = ([x] if isinstance(x, nn.Parameter) else [*x.parameters(), *x.buffers()] for x in pieces)
+    return [tensor for tensors in held for tensor in tensors]
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
