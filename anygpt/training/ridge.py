@@ -44,11 +44,9 @@ class RidgeRegression:
         Samples are held back by a hash of their outputs, so that repeated captions do not occur on both sides.
         """
         x, y = x.double().cpu(), y.double().cpu()
-        back = torch.zeros(len(x), dtype=torch.bool)
-        for row, outputs in enumerate(y.float()):
-            # Rounded, since the last bits of the same caption's encoding may depend on the batch.
-            key = xxh3_64_intdigest(outputs.mul(1e3).round().to(torch.int64).numpy().tobytes())
-            back[row] = key % HOLD_BACK_EVERY == 0
+        # Rounded, since the last bits of the same caption's encoding may depend on the batch.
+        rounded = y.float().mul(1e3).round().to(torch.int64).numpy()
+        back = torch.tensor([xxh3_64_intdigest(row.tobytes()) % HOLD_BACK_EVERY == 0 for row in rounded]).bool()
         back &= self.seen_back + back.cumsum(0) <= MAX_HELD_BACK
         self.seen_back += int(back.sum())
         if back.any():
