@@ -105,7 +105,7 @@ def from_pretrained(
         preprocess_llm_callback = build_callback(config.preprocess_llm_callback)
     composed = (encoders, parts["language_model"], decoders, tokenizers)
     model = cls(*composed, preprocess_llm_callback=preprocess_llm_callback)
-    load_own_tensors(model, folder, as_stored=True)
+    load_own_tensors(model, folder)
     if config.signal_token_ids:
         model.signal_tokens.set_ids(config.signal_token_ids)
     model.set_token_ids(config.token_ids)
@@ -179,20 +179,13 @@ def _check_callbacks(folder: Path, config: MultimodalConfig, callbacks: Mapping[
         )
 
 
-def load_own_tensors(
-    model: Composition, folder: str | Path, *, may_lack: tuple[str, ...] = (), as_stored: bool = False
-) -> None:
-    """Load the tensors of a saved composition that belong to no pretrained part; an `InputError` names those that are
-    missing, unexpected, mis-shaped, of another kind of dtype or not finite.
-
-    `may_lack` are prefixes of tensors that the file may lack, because their parts are new in this model; `as_stored`
-    takes the file's dtypes too.
-    """
+def load_own_tensors(model: Composition, folder: str | Path) -> None:
+    """Load the tensors of a saved composition that belong to no pretrained part, in the file's dtypes; an `InputError`
+    names those that are missing, unexpected, mis-shaped, of another kind of dtype or not finite."""
     weights = find_weights(Place(str(folder)))
     found = {name: tensor[...] for name, tensor in weights.tensors()}
-    _check_tensors(weights.entry, own_tensors(model), found, may_lack)
-    if as_stored:
-        _cast(model, {name: tensor.dtype for name, tensor in found.items()})
+    _check_tensors(weights.entry, own_tensors(model), found)
+    _cast(model, {name: tensor.dtype for name, tensor in found.items()})
     model.load_state_dict(found, strict=False)
 
 
@@ -203,13 +196,11 @@ def _cast(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
             tensor.data = tensor.data.to(dtypes[name])
 
 
-def _check_tensors(
-    where: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()
-) -> None:
+def _check_tensors(where: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise one `InputError` that lists every missing, unexpected, mis-shaped, mistyped and non-finite tensor."""
     pairs = {name: (found[name], expected[name]) for name in sorted(found.keys() & expected.keys())}
     faults = {
-        "missing": sorted(n for n in expected.keys() - found.keys() if not n.startswith(may_lack or ("\0",))),
+        "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": [
             f"{n} is {tuple(a.shape)}, expected {tuple(b.shape)}" for n, (a, b) in pairs.items() if a.shape != b.shape

@@ -78,7 +78,6 @@ class MultimodalModel(Composition):
     push_to_hub = saving.push_to_hub
     from_pretrained = classmethod(loading.from_pretrained)  # type: ignore[var-annotated]
     own_tensors = loading.own_tensors
-    load_own_tensors = loading.load_own_tensors
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ def compose(
 
 
 def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
-    """Load the tensors in `model.init_from` that are not a pretrained part's; those of new parts stay as they are."""
+    """Take over the start's signal tokens, the only tensors that are not in a part; those of new parts stay."""
     signals = [
         {key: one.ids[key][: len(names)] for key, names in one.names.items() if one.ids}
         for one in (start.signal_tokens, model.signal_tokens)
@@ -144,11 +144,8 @@ def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> N
                 f"the tokenizer in {folder} gives the tokens of {', '.join(moved)} other ids than the model there was "
                 "trained with; it is another model's"
             )
-    new = [f"{key}_encoder." for key in set(model.encoder_keys) - set(start.encoder_keys)]
-    new += [f"{key}_decoder." for key in set(model.decoder_keys) - set(start.decoder_keys)]
-    for key in set(model.signal_tokens.names) - set(start.signal_tokens.names):
-        new += [f"signal_tokens.input_rows.{key}", f"signal_tokens.output_rows.{key}"]
-    model.load_own_tensors(folder, may_lack=tuple(new))
+    if lost := model.signal_tokens.load_state_dict(start.signal_tokens.state_dict(), strict=False).unexpected_keys:
+        raise InputError(f"{folder} has signal tokens that this model has no place for: {', '.join(lost)}")
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
