@@ -270,6 +270,12 @@ def test_a_finished_run_goes_on_with_more_updates(data, finished, run):
     assert f"learning_rate {rate:.4g}" in shown[-1]
 
 
+def test_a_run_killed_before_its_end_says_what_was_trained(data, finished, run):
+    train_here(1, stage1(data, run))
+    first, second = (json.loads((folder / "final/config.json").read_text()) for folder in (finished, run))
+    assert first["trained"]["losses"] and first["trained"] == second["trained"]
+
+
 def test_a_run_is_not_made_shorter_than_it_is(data, run, capsys):
     code, lines = cli_here(1, stage1(data, run, steps=3), capsys)
     check_mistake(code, lines, "checkpoint-4 is beyond train.max_steps, which is 3")

@@ -168,8 +168,11 @@ def check_same_data(checkpoint: Path, before: list[str], now: list[str], config:
 
 
 def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
-    """Restore all tensors, buffers and frozen projectors too: `model.init_from` may have changed."""
-    model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+    """Restore all tensors, buffers and frozen projectors too, as `model.init_from` may have changed, and the record of
+    the training, which a run that has only `final/` left to write does not make again."""
+    saved = type(model).from_pretrained(checkpoint)
+    model.load_state_dict(saved.state_dict())
+    model.config.trained = saved.config.trained
 
 
 def rng_file(checkpoint: Path, accelerator: Accelerator) -> Path:
