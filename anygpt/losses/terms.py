@@ -276,11 +276,10 @@ SUB_TERMS = (  # in the order of computation, which fixes the order of draws fro
     SubTerm("alignment", Target, Target.alignment, MEDIA_OUT, needs=("captions",)),
     SubTerm("pooled_alignment", Target, Target.pooled_alignment, MEDIA_OUT, needs=("captions", "pooled")),
     SubTerm("mask_alignment", Target, Target.mask_alignment, MEDIA_OUT, needs=("captions", "mask")),
-    *(
-        SubTerm(
-            f"reconstruction/{name}", Target, lambda target, of=name: target.reconstructions[of], needs=("media", name)
-        )
-        for name in ("vae", "vocoder", "tokenizer")
+    SubTerm("reconstruction/vae", Target, lambda one: one.reconstructions["vae"], needs=("media", "vae")),
+    SubTerm("reconstruction/vocoder", Target, lambda one: one.reconstructions["vocoder"], needs=("media", "vocoder")),
+    SubTerm(
+        "reconstruction/tokenizer", Target, lambda one: one.reconstructions["tokenizer"], needs=("media", "tokenizer")
     ),
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
@@ -296,7 +295,8 @@ def is_read(part: str, weights: LossWeights, key: str = "") -> bool:
 def wanted(batch: LossBatch, weights: LossWeights) -> Iterator[tuple[SubTerm, str, Labels | Pairs | Target]]:
     """Yield each sub-term that applies to the batch and has a weight, with the key (`""` for the labels) and the object
     it applies to."""
-    for key, thing in (("", batch.labels), *batch.pairs.items(), *batch.targets.items()):
+    things: list[tuple[str, Labels | Pairs | Target]] = [("", batch.labels)]
+    for key, thing in (*things, *batch.pairs.items(), *batch.targets.items()):
         for sub in SUB_TERMS:
             applies = (
                 isinstance(thing, sub.of) and thing.has.issuperset(sub.needs) and (len(thing.rows) or sub.everywhere)

@@ -120,8 +120,8 @@ def count_epochs(config: Config, dataset: ConversationDataset, processes: int) -
         return []
     micro, parts = train.batch_size * processes, train.gradient_accumulation_steps
     groups = dataset.output_groups() if data.group_by_modality else [0] * sum(dataset.lengths)
-    options = {"weights": dataset.weights, "batch_size": micro, "seed": config.run.seed, "groups": groups}
-    sampler = UpdateSampler(dataset.lengths, num_updates=sys.maxsize, **options)
+    settings: dict[str, Any] = {"batch_size": micro, "num_updates": sys.maxsize, "seed": config.run.seed}
+    sampler = UpdateSampler(dataset.lengths, weights=dataset.weights, groups=groups, **settings)
     rows = sampler.epoch_size
     train.max_steps = math.ceil(train.num_epochs * rows / (micro * parts))
     if data.group_by_modality or data.group_by_length:  # the last micro-batch of a group, or of an epoch, may be short
