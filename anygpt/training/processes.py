@@ -77,7 +77,7 @@ def any_rank(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
-def check_finite(model: MultimodalModel, accelerator: Accelerator) -> None:
+def check_finite(model: MultimodalModel) -> None:
     """Raise `NonFiniteLoss` on all processes if a trainable parameter is not finite."""
     trainable = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
     bad = gather_object([name for name, tensor in trainable if not bool(tensor.isfinite().all())])

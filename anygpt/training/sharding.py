@@ -81,10 +81,11 @@ def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Acceler
 
 def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
     """Load what `optimizer_state` returned into a prepared optimizer."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return optimizer.load_state_dict(state)
-    whole = state_dict.StateDictOptions(full_state_dict=True)
-    state_dict.set_optimizer_state_dict(model, optimizer.optimizer, state, options=whole)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        whole = state_dict.StateDictOptions(full_state_dict=True)
+        state_dict.set_optimizer_state_dict(model, optimizer.optimizer, state, options=whole)
+    else:
+        optimizer.load_state_dict(state)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

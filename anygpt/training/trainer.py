@@ -210,7 +210,7 @@ class Trainer:
                 "no gradient reached anything that trains, in no update: the data has nothing for the parts that "
                 "train, or every sample was skipped"
             )
-        processes.check_finite(self.model, self.accelerator)
+        processes.check_finite(self.model)
 
     def is_due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -324,7 +324,7 @@ class Trainer:
         """Write a checkpoint `<name><updates done>`, with an earlier `rng_state` if given, and return its folder.
         Raises `NonFiniteLoss` if a run could not continue from it, as a trainable parameter is not finite."""
         if name == PREFIX:
-            processes.check_finite(self.model, self.accelerator)
+            processes.check_finite(self.model)
         path = self.folder / f"{name}{self.done}"
         state = {"step": self.done, "max_steps": self.config.train.max_steps, "data": self.digests}
         state |= {"scheduler": self.scheduler.state_dict(), "metrics": metrics, "tracker_run": self.log.run_id}
