@@ -46,7 +46,8 @@ def arguments(stage: int, output: Path, folder: Path, steps: int, processes: int
         *("--data.train", f"[{{path: {data}, media_root: {folder}}}]"),
         *("--data.eval", f"[{{path: {held_out}, media_root: {folder}}}]"),
         *("--train.max_steps", str(steps), "--train.batch_size", str(4 // processes), "--train.log_steps", "1"),
-        *("--train.save_steps", "1", "--train.eval_steps", str(max(2, steps // 3)), "--train.warmup_steps", "2"),
+        *("--train.save_steps", "1", "--train.eval_steps", str(max(2, steps // 3))),
+        *("--train.warmup_steps", str(min(2, steps))),
         *(("--lora.dropout", "0.1") if stage == 3 else ()),
     ]
 
