@@ -298,6 +298,18 @@ def test_evaluations_of_a_run_before_are_not_taken_for_this_ones(data, tmp_path)
         train_here(1, stage1(data, output, f"--model.language_model.path={output / 'parts/language_model'}"))
 
 
+def test_samples_of_updates_that_come_again_do_not_contradict_them(data, tmp_path):
+    sampled = ("--train.sample_steps=1", "--train.sample_rows=1", f"--data.eval=[{{path: {data / 'stage1.jsonl'}}}]")
+    args = stage1(data, tmp_path / "run", *sampled, steps=2)
+    train_here(1, args)
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    index = tmp_path / "run/samples/000002/index.jsonl"
+    line = json.loads(index.read_text())
+    index.write_text(json.dumps(line | {"text": "another machine's answer"}) + "\n")
+    train_here(1, args)
+    assert json.loads(index.read_text()) == line
+
+
 def test_epochs_are_counted_in_updates(data, tmp_path):
     more = ("--train.num_epochs=1.5", "--train.gradient_accumulation_steps=2")
     train_here(1, stage1(data, tmp_path / "run", *more))

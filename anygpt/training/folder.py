@@ -144,11 +144,11 @@ def remove_old(folder: Path, config: Config) -> None:
 def set_aside(folder: Path, step: int) -> list[str]:
     """Rename checkpoints beyond `step`, which are damaged or of an abandoned branch; returns lines about them.
 
-    Otherwise they would count as newer than those that the run is about to write. Evaluations beyond it are removed,
-    since their answers would be taken for those of the coming updates.
+    Otherwise they would count as newer than those that the run is about to write. Evaluations and samples beyond it are
+    removed, since their answers would be taken for those of the coming updates, or contradict them.
     """
     lines = []
-    for path in (folder / EVALUATION).glob("*"):
+    for path in (*(folder / EVALUATION).glob("*"), *(folder / SAMPLES).glob("*")):
         if path.name.isdigit() and int(path.name) > step:
             remove(path)
     for path in find_checkpoints(folder):
