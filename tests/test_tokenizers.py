@@ -93,7 +93,6 @@ BUILDERS = {
     "vq_amused": ("image", lambda: vq(lookup_from_codebook=True), {}),
     "vq_spatial": ("image", lambda: vq(width=32, norm_type="spatial"), {"size": [8, 16]}),
     "vq_frames": ("video", vq, {"num_frames": 3}),
-    "vq_stacks": ("video", lambda: vq(6), {"num_frames": 4}),
     "vq_mels": ("audio", lambda: vq(1), {"vocoder": vocoder}),
     "emu3": ("image", emu3, {"size": 16}),
     "emu3_clips": ("video", emu3, {"size": 16, "num_frames": 4}),
@@ -162,8 +161,6 @@ def library_codes(name, tokenizer, given):
         return network.encode(raw).image_tokens.view(len(raw), -1)
     if name == "vq_frames":
         raw = raw.transpose(1, 2).flatten(0, 1)
-    elif name == "vq_stacks":
-        raw = torch.stack([raw[:, :, i : i + 2].transpose(1, 2).flatten(1, 2) for i in (0, 2)], 1).flatten(0, 1)
     return network.quantize(network.encode(raw).latents)[2][2]
 
 
@@ -209,8 +206,6 @@ def library_media(name, tokenizer, codes):
     if name == "vq_mels":
         return tokenizer.vocoder((made * tokenizer.vocoder.scale + tokenizer.vocoder.mean)[:, 0])
     made = made.unflatten(0, (len(codes), -1)) if tokenizer.modality == "video" else made
-    if name == "vq_stacks":
-        made = made.unflatten(2, (2, 3)).flatten(1, 2)
     return (made.transpose(1, 2) + 1) / 2 if tokenizer.modality == "video" else (made + 1) / 2
 
 
@@ -372,9 +367,9 @@ def test_bad_input_is_named(tmp_path):
         r"codes of image are torch.float32": lambda: tokenizer.decode(codes.float()),
         r"ChameleonVQVAE only encodes": lambda: build("chameleon").decode(codes),
         r"size is 10 × 15 pixels, expected multiples of 2": lambda: MediaTokenizer(vq(), "image", size=[10, 15]),
-        r"num_frames is 3, expected a multiple of 2": lambda: MediaTokenizer(vq(6), "video", num_frames=3),
+        r"num_frames is 3, expected a multiple of 2": lambda: MediaTokenizer(emu3(), "video", size=16, num_frames=3),
         r"has 6 channels, expected 3": lambda: MediaTokenizer(vq(6), "image"),
-        r"has 1 channels, expected 3 a frame": lambda: MediaTokenizer(vq(1), "video"),
+        r"has 1 channels, expected 3": lambda: MediaTokenizer(vq(1), "video"),
         r"size is 0 × 0 pixels": lambda: MediaTokenizer(vq(), "image", size=0),
         r"name a vocoder": lambda: MediaTokenizer(vq(1), "audio"),
         r"vocoder takes 16 mels, but the VQModel has 32": lambda: MediaTokenizer(vq(1, 32), "audio", vocoder=vocoder()),

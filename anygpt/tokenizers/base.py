@@ -134,19 +134,16 @@ class MediaTokenizer(nn.Module):
         grid = (height // factor, width // factor)
         if is_heard(self.modality):
             return self._mels(height, width), grid
+        if config.in_channels != 3:
+            raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3")
         if not is_timed(self.modality):
-            if config.in_channels != 3:
-                raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3")
             return ImageTargets(height, width), grid
-        stack = self.family.clip_factor(config) if self.family.clip_factor else config.in_channels / 3
-        if stack != int(stack):
-            raise InputError(f"this {self.family.network} has {config.in_channels} channels, expected 3 a frame")
-        stack = int(stack)
-        frames = self.settings.get("num_frames", stack)
-        if frames % stack:
-            raise InputError(f"num_frames is {frames}, expected a multiple of {stack}, the frames of one code")
+        each = self.family.clip_factor(config) if self.family.clip_factor else 1
+        frames = self.settings.get("num_frames", each)
+        if frames % each:
+            raise InputError(f"num_frames is {frames}, expected a multiple of {each}, the frames of one code")
         self.rate = check_rate(self.settings.get("frame_rate", 8.0))
-        return VideoTargets(height, width, frames), (frames // stack, *grid)
+        return VideoTargets(height, width, frames), (frames // each, *grid)
 
     def _mels(self, frames: int, bins: int) -> TargetProcessor:
         if self.vocoder is None:
@@ -279,8 +276,8 @@ class MediaTokenizer(nn.Module):
         """The network's input of raw media, or of a tensor from `targets`: normalised, clips as it takes them."""
         found = media if isinstance(media, Tensor) else self.targets(media)
         found = found.to(self.device, next(self.network.parameters()).dtype)
-        if is_timed(self.modality) and self.family.clip_factor is None:  # (K, 3, F, H, W) -> frames in channels
-            found = found.transpose(1, 2).reshape(-1, self.network.config.in_channels, *found.shape[3:])
+        if is_timed(self.modality) and self.family.clip_factor is None:  # frame by frame
+            found = found.transpose(1, 2).flatten(0, 1)
         if self.family.hop is not None:
             return found
         shift, scale = self._normalization(found)
@@ -306,7 +303,7 @@ class MediaTokenizer(nn.Module):
         if not is_timed(self.modality):
             return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
         if self.family.clip_factor is None:
-            pixels = pixels.reshape(-1, self.targets.num_frames, 3, *pixels.shape[2:])
+            pixels = pixels.unflatten(0, (-1, self.targets.num_frames))
         else:
             pixels = pixels.transpose(1, 2)
         return list(np.ascontiguousarray(pixels.permute(0, 1, 3, 4, 2).numpy()))

@@ -29,7 +29,7 @@ class TokenizerFamily:
         size: height and width of a network's input in pixels; None if it has none of its own.
         any_size: whether it takes other sizes.
         clip_factor: frames per frame of codes, of a network that takes clips `(K, C, F, H, W)`; None for others, which
-            are given single frames, or as many as fit into their channels.
+            are given single frames.
         hop: samples per frame of codes; None for images and clips.
     """
 
