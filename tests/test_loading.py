@@ -432,7 +432,10 @@ def test_arguments_of_a_decoder_are_taken_or_refused(parts):
     folder = parts.folder / "image_decoder"
     for options in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": torch.bfloat16}):
         assert StableDiffusionDecoder.from_pretrained(folder, **options).dtype == torch.bfloat16
-    for options, text in (({"hieght": 64}, "no argument 'hieght'"), ({"dtype": "half-size"}, "dtype is 'half-size'")):
+    for options, text in (
+        ({"hieght": 64}, "no argument 'hieght'"),
+        ({"dtype": "half-size"}, "dtype 'half-size' of part"),
+    ):
         with pytest.raises(InputError, match=text):
             StableDiffusionDecoder.from_pretrained(folder, **options)
 

@@ -25,10 +25,10 @@ from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
-from anygpt.decoders.wrapping import SIZES, WrappedPipeline
+from anygpt.decoders.wrapping import UNUSED, WrappedPipeline
 from anygpt.errors import InputError, warn_once
 from anygpt.parts.networks import without_report
-from anygpt.parts.source import MEMORY, DecoderSettings, Source, load
+from anygpt.parts.source import DecoderSettings, Source, load
 
 
 class DiffusionDecoder(WrappedPipeline, ABC):
@@ -381,20 +381,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
 
 def load_decoder(path: str | Path | Source, **options: Any) -> DiffusionDecoder:
-    """Load a pipeline (folder, hub id or `zoo:<name>`) strictly; `options` are other fields of `Source`, as in a YAML.
-
-    Raises:
-        InputError: nothing at `path`, an unknown pipeline, or missing or unexpected tensors.
-    """
+    """`DiffusionDecoder.from_pretrained` with the fields of `DecoderSettings`, as for a part in YAML."""
     source = Source.of(path, options, kind=DecoderSettings)
-    given = {name: getattr(source, name) for name in ("torch_dtype", "quantization_config", *SIZES, *MEMORY)}
-    given = {name: value for name, value in given.items() if value is not None}
-
-    def build() -> DiffusionDecoder:
-        return DiffusionDecoder.from_pretrained(
-            source.folder, variant=source.variant, weights=source.weights, **source.where, **given
-        )
-
-    decoder = load(source, "decoder", build, unused=("attn_implementation", "gguf_file"))
+    decoder = load(source, "decoder", lambda: DiffusionDecoder.from_pretrained(source), unused=UNUSED)
     decoder.anygpt_state_beside_tensors = decoder.state_beside_tensors
     return decoder

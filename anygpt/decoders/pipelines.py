@@ -21,12 +21,6 @@ from anygpt.parts.source import check_vocabulary
 
 TESTED = ">=0.36,<0.43"
 """Versions of diffusers with all the pipelines of our decoders, as in pyproject.toml."""
-OPTIONS = (
-    *("torch_dtype", "low_cpu_mem_usage", "device_map", "max_memory", "proxies", "disable_mmap"),
-    *("offload_folder", "offload_state_dict"),
-)
-"""Arguments of diffusers' `from_pretrained` that are no component and no argument of the decoder's own."""
-DTYPE = torch.float32  # diffusers' default, whatever the dtype of the files
 
 
 def find_pipeline(name: str) -> type[DiffusionPipeline]:
@@ -62,23 +56,22 @@ def load_pipeline(
     cls: type[DiffusionPipeline],
     index: Mapping[str, Any],
     place: Place,
+    dtype: torch.dtype,
     quantization_config: Mapping[str, Any] | None = None,
-    **options: Any,
+    **components: Any,
 ) -> DiffusionPipeline:
-    """Load the pipeline at `place`, whose `model_index.json` is `index`, with `options` for its `from_pretrained`.
+    """Load the pipeline at `place`, whose `model_index.json` is `index`; given `components` are not loaded.
 
     Raises:
         InputError: missing or unexpected tensors of a network, or a `quantization_config` (see `quantizers`) that does
             not apply.
     """
-    known = {*inspect.signature(cls.__init__).parameters, *OPTIONS}
-    if unknown := sorted(options.keys() - known):
+    if unknown := sorted(components.keys() - inspect.signature(cls.__init__).parameters):
         raise InputError(f"{place}: a decoder of a {cls.__name__} has no argument {unknown[0]!r}")
-    dtype = options.get("torch_dtype") or DTYPE
     given: dict[str, Any] = {}
     networks: dict[str, type[nn.Module]] = {}
     for name, entry in index.items():
-        if not isinstance(entry, (list, tuple)) or name in options:
+        if not isinstance(entry, (list, tuple)) or name in components:
             continue
         if list(entry) == [None, None]:
             given[name] = None  # saved without it (SD 3's T5), which diffusers must be told explicitly
@@ -94,7 +87,7 @@ def load_pipeline(
         with refusing(other) if name in quantized else nullcontext():
             given[name] = load_network_of_pipeline(network, place.inside(name), dtype, quantized.get(name))
     folder = place.download(weights=False)
-    pipeline = cls.from_pretrained(str(folder), **given, **{"torch_dtype": dtype} | options)
+    pipeline = cls.from_pretrained(str(folder), torch_dtype=dtype, **given, **components)
     if pipeline.components.get("unet") is None and pipeline.components.get("transformer") is None:
         raise InputError(f"{place}/model_index.json names neither a unet nor a transformer, which a decoder needs")
     for name, component in pipeline.components.items():

@@ -18,20 +18,21 @@ from anygpt.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+SHIFTING = (
+    *("num_train_timesteps", "use_dynamic_shifting", "time_shift_type"),
+    *("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"),
+)
+"""Settings of a flow's noise levels that schedulers of several classes have."""
 
 
 class TrainingSchedule(ABC):
-    """Timesteps, noise, targets and weights of a denoising loss.
-
-    Attributes:
-        scheduler: of diffusers, holds the noise levels.
-        method: what the training is called, in messages.
-        last: the last timestep; the first is 0.
-    """
+    """Timesteps, noise, targets and weights of a denoising loss, at the noise levels of diffusers' `scheduler`."""
 
     scheduler: Any
     method: str
+    """What the training is called, in messages."""
     last: float
+    """The last timestep; the first is 0."""
 
     def draw(self, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
         """Draw training timesteps `(B,)` on `device`, each with its own generator if a list is given."""
@@ -40,7 +41,7 @@ class TrainingSchedule(ABC):
         return self.density(batch_size, generator, device if generator is None else generator.device).to(device)
 
     def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
-        """Shift drawn timesteps as the schedule does for a sequence of `tokens`; nothing by default."""
+        """Shift drawn timesteps as sampling does for a sequence of `tokens`; not at all by default."""
         return timesteps
 
     def check(self, timesteps: Tensor) -> None:
@@ -132,28 +133,22 @@ class FlowSchedule(TrainingSchedule):
     """Rectified flow (arXiv 2403.03206): x_t = (1−σ)·x₀ + σ·ε, target ε − x₀, with the pipeline's noise levels.
 
     `scheme`, of `WEIGHTING_SCHEMES`, is the `weighting_scheme` of diffusers' SD 3 training script: the density of σ and
-    the loss weights. An unknown one, or a scheduler that is not configured for flow matching, is an `InputError`.
+    the loss weights. A scheduler that is not configured for flow matching is an `InputError`.
     """
 
     method = "flow matching"
 
     def __init__(self, scheduler: Any, scheme: str = "logit_normal"):
-        if scheme not in WEIGHTING_SCHEMES:
-            raise InputError(f"weighting_scheme is {scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")
-        self.scheme = scheme
-        config = scheduler.config
+        self.scheme, config = scheme, scheduler.config
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
         if shift is None:
             raise InputError(
                 f"the decoder trains by flow matching, but the pipeline's {type(scheduler).__name__} is not configured "
                 "for it: give it the flow's scheduler."
             )
-        dynamic = config.get("use_dynamic_shifting", False)  # if so, the levels are unshifted, and `shift` shifts them
-        self.config = config
-        kind = config.get("time_shift_type", "exponential")
-        self.scheduler = FlowMatchEulerDiscreteScheduler(
-            config.num_train_timesteps, shift, use_dynamic_shifting=dynamic, time_shift_type=kind
-        )
+        # With use_dynamic_shifting, its levels are unshifted, and `shift` shifts them.
+        known = {name: config[name] for name in SHIFTING if name in config}
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, **known)
         self.last = float(config.num_train_timesteps)
 
     def density(self, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -169,12 +164,12 @@ class FlowSchedule(TrainingSchedule):
 
         A scheduler whose `time_shift_type` is linear has μ in place of e^μ.
         """
-        if not self.config.get("use_dynamic_shifting", False):
+        config = self.scheduler.config
+        if not config.use_dynamic_shifting:
             return timesteps
-        names = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
-        least, most, low, high = (self.config.get(name, default) for name, default in names)
-        mu = low + (high - low) * (tokens - least) / (most - least)
-        return self.scheduler.time_shift(mu, 1.0, self._sigmas(timesteps)) * self.config.num_train_timesteps
+        least, most = config.base_image_seq_len, config.max_image_seq_len
+        mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - least) / (most - least)
+        return self.scheduler.time_shift(mu, 1.0, self._sigmas(timesteps)) * self.last
 
     def noise_and_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigmas = self._sigmas(timesteps).to(latents.dtype).view(-1, *(1,) * (latents.dim() - 1))
@@ -187,7 +182,7 @@ class FlowSchedule(TrainingSchedule):
         )
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:
-        return timesteps / self.scheduler.config.num_train_timesteps
+        return timesteps / self.last
 
 
 class AngularSchedule(TrainingSchedule):

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +18,12 @@ from anygpt.decoders.options import is_integer
 from anygpt.decoders.pipelines import find_class, find_pipeline, is_hooked, load_pipeline
 from anygpt.decoders.schedules import WEIGHTING_SCHEMES
 from anygpt.errors import InputError, warn_once
-from anygpt.parts.files import Place
-from anygpt.parts.source import MEMORY
+from anygpt.parts.source import MEMORY, DecoderSettings, Source
 
 SETTINGS_FILE = "anygpt_decoder.json"
 SIZES = ("num_frames", "height", "width")
+UNUSED = ("attn_implementation", "gguf_file")
+OF_PART = [field.name for field in fields(DecoderSettings) if field.name not in ("path", *UNUSED)]
 
 
 class WrappedPipeline(nn.Module):
@@ -108,34 +110,34 @@ class WrappedPipeline(nn.Module):
         return None if parameter is None else parameter.default
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, **kwargs) -> Any:
-        """Load a pipeline folder or hub id; `DiffusionDecoder` itself picks the class by `_class_name`.
+    def from_pretrained(cls, path: str | Path | Source, **options: Any) -> Any:
+        """Load a pipeline from a folder, hub id or `zoo:<name>`; `DiffusionDecoder` itself picks the class.
 
-        `kwargs` are arguments of the family's constructor, of `Place` (`revision`, `subfolder`, `variant`, `weights`),
-        of the hub (`cache_dir`, `token`, …), or of the pipeline's `from_pretrained` (`dtype` or `torch_dtype`, …).
-        Pickled weights are refused unless `weights="any"`, which still refuses any code in them. Missing or unexpected
-        tensors, pipelines of another class, and unknown arguments are an `InputError`.
+        `options` are fields of `DecoderSettings` (`torch_dtype` is `dtype`), `cache_dir` and `token` of the hub,
+        further arguments of the family's constructor, and components of the pipeline.
+
+        Raises:
+            InputError: nothing at `path`, a pipeline of another class, missing or unexpected tensors, pickled weights
+                without `weights="any"`, or an unknown option.
         """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise InputError(f"{path_or_id}: use_safetensors can only be True; weights='any' also reads .bin files.")
 
         def taken(*names: str) -> dict[str, Any]:
-            found = {name: kwargs.pop(name, None) for name in names}
+            found = {name: options.pop(name, None) for name in names}
             return {name: value for name, value in found.items() if value is not None}
 
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        if dtype is not None:
-            kwargs["torch_dtype"] = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-            if not isinstance(kwargs["torch_dtype"], torch.dtype):
-                raise InputError(f"{path_or_id}: dtype is {dtype!r}; expected a torch dtype or its name")
-        hub = taken("cache_dir", "token", "local_files_only", "force_download")
-        place = Place(str(path_or_id), **taken("revision", "subfolder", "variant", "weights"), hub=hub)
+        if "torch_dtype" in options:
+            options["dtype"] = options.pop("torch_dtype")
+        source = Source.of(path, taken(*OF_PART), kind=DecoderSettings)
+        place = replace(source.place, hub=taken("cache_dir", "token"))
         found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
-        settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
-        if unknown := [name for name in SIZES if kwargs.get(name) is not None]:
+        given = {name: value for name, value in source.to_dict().items() if name in (*SIZES, *MEMORY)}
+        settings = (place.json(SETTINGS_FILE) or {}) | given | taken(*found._setting_names())
+        if unknown := [name for name in given if name not in found._setting_names()]:
             made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
             raise InputError(f"{unknown[0]} is set, but a decoder of {found.modality} makes no {made}; leave it out")
-        return found(load_pipeline(find_pipeline(found.pipeline_name), index, place, **kwargs), **settings)
+        kind, dtype = find_pipeline(found.pipeline_name), source.torch_dtype or torch.float32
+        pipeline = load_pipeline(kind, index, place, dtype, source.quantization_config, **options)
+        return found(pipeline, **settings)
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write the pipeline (safetensors, `options` of diffusers) and this decoder's own settings into `path`."""
