@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import GenerationMixin, GPT2LMHeadModel
 
-from anygpt.decoders.conditions import Condition, Generators, check_captions
+from anygpt.decoders.conditions import Condition, Generators
 from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.reconstruction import vocoder_loss
 from anygpt.decoders.targets import AudioTargets
@@ -31,7 +31,6 @@ class AudioLDMDecoder(AudioDecoder):
 
     @property
     def sampling_rate(self) -> int:
-        """The vocoder's sampling rate, Hz."""
         return self.vocoder.config.sampling_rate
 
     @property
@@ -44,17 +43,12 @@ class AudioLDMDecoder(AudioDecoder):
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(1, D)` with the dimension `D` of CLAP's projection."""
         return 1, self.text_encoder.config.projection_dim
 
     @property
     def targets(self) -> AudioTargets:
-        """(waveform, rate) pairs -> log-mel `(B, 1, frames, mels)`, with as many frames as the pipeline generates.
-
-        Where the vocoder trains, each frame's samples follow its mels (see `AudioTargets.waveforms`).
-        """
+        """Log-mels of as many frames as the pipeline generates, with waveforms where the vocoder trains."""
         factor = self.pipeline.vae_scale_factor
-        # Rounded as in the pipeline.
         frames = math.ceil(int(self.audio_length_in_s / (self._hop_length / self.sampling_rate)) / factor) * factor
         return AudioTargets(
             num_frames=frames,
@@ -66,13 +60,12 @@ class AudioLDMDecoder(AudioDecoder):
             waveforms="vocoder" in self.trains,
         )
 
-    def encode_text(self, captions: list[str]) -> Tensor:
+    def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
         """The normalised CLAP projection, `(B, 1, D)`."""
-        check_captions(captions)
         return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Normalise to unit length, as the pipeline does with CLAP's projection."""
+        """To unit length, as the pipeline does with CLAP's projection."""
         if isinstance(condition, Tensor):
             return F.normalize(condition, dim=-1)
         return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
@@ -93,7 +86,7 @@ class AudioLDMDecoder(AudioDecoder):
         return self.denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=labels).sample
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """Return both conditions as the `(B, D)` tensors that this pipeline takes."""
+        """Both conditions `(B, D)`, as this pipeline takes them."""
         arguments = super().prompt_arguments(condition, negative)
         return {name: None if embeds is None else embeds.squeeze(1) for name, embeds in arguments.items()}
 
@@ -131,12 +124,11 @@ class AudioLDM2Decoder(AudioLDMDecoder):
         count, *widths = self._sizes
         return count + self.pipeline.tokenizer_2.model_max_length, max(widths)
 
-    def encode_text(self, captions: list[str]) -> Condition:
+    def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
         """The pipeline's generated states and T5's, padded to the full length, and the mask.
 
         Captions are encoded one by one: the language model would read a batch's padding as text.
         """
-        check_captions(captions)
         tokens, width = self.condition_shape
         rows, masks = [], []
         for caption in captions:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from anygpt.decoders.conditions import Condition, Generators, check_captions, check_condition, check_generators
+from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
 from anygpt.decoders.options import ALTERNATIVES, STEERING, Rule, check_options, is_integer, is_number, seeded
 from anygpt.decoders.pipelines import is_hooked, step_callback
 from anygpt.decoders.reconstruction import autoencoder_loss
@@ -32,10 +32,7 @@ from anygpt.parts.source import DecoderSettings, Source, load
 
 
 class DiffusionDecoder(WrappedPipeline, ABC):
-    """A diffusers pipeline as a frozen, differentiable decoder of conditions.
-
-    The defaults suit a U-Net that attends to a CLIP text encoder; other families override them.
-    """
+    """A frozen, differentiable decoder of conditions; the defaults suit a U-Net that attends to a CLIP text encoder."""
 
     modality: ClassVar[str]
     size_names: ClassVar[tuple[str, ...]]
@@ -43,12 +40,11 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     masked: ClassVar[bool] = False
     """Whether conditions have padding (`Condition.mask`)."""
-    zero_padding: ClassVar[bool] = False
-    """Whether padding is zeros, which the network attends to."""
-    mask_argument: ClassVar[str | None] = None
-    """Name of the mask in the pipeline's call."""
     encodes: ClassVar[tuple[str | None, ...]] = ("embeds",)
-    """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others."""
+    """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others.
+
+    If `mask` is none of them, padding is zeros, which the network attends to.
+    """
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser also reads a reference medium, which it is to edit."""
     guided: ClassVar[tuple[str, ...]] = ALTERNATIVES[0]
@@ -88,12 +84,14 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
         Differentiable only if the text encoder trains. Captions with too many tokens are cut.
         """
-        check_captions(captions)
+        if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
+            raise InputError(f"captions are {captions!r:.80}; expected a list of texts, as ['a red ring']")
         if self.max_sequence_length is not None:
             return self.encode_prompt(captions)
-        most, tokenizer = self.condition_shape[0], self.pipeline.tokenizer
-        if any(len(ids) > most for ids in tokenizer(captions, verbose=False)["input_ids"]):
-            warn_once(f"the {self.modality} decoder reads {most} tokens of a caption: longer captions are cut")
+        for tokenizer in filter(None, map(self.pipeline.components.get, ("tokenizer", "tokenizer_2"))):
+            most = tokenizer.model_max_length
+            if any(len(ids) > most for ids in tokenizer(captions, verbose=False)["input_ids"]):
+                warn_once(f"the {self.modality} decoder reads {most} tokens of a caption: longer captions are cut")
         # diffusers says so of each batch, with the padding of every other caption in it
         with without_report(type(self.pipeline).__module__, "was truncated because"):
             return self.encode_prompt(captions)
@@ -109,7 +107,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         parts = zip(self.encodes, found if isinstance(found, tuple) else [found], strict=False)
         condition = Condition(**{part: x for part, x in parts if part is not None})
         if self.masked:
-            condition.mask = (condition.embeds != 0).any(dim=-1) if self.zero_padding else condition.mask.bool()
+            condition.mask = (condition.embeds != 0).any(dim=-1) if condition.mask is None else condition.mask.bool()
         return condition if self.masked or self.pooled_dim is not None else condition.embeds
 
     def encode_negative(self, prompts: list[str]) -> Tensor | Condition:
@@ -118,7 +116,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
         """Normalise a projected condition as the text encoder's output is (idempotent); loss and sampling apply it."""
-        if not self.zero_padding or isinstance(condition, Tensor):
+        if not self.masked or "mask" in self.encodes or isinstance(condition, Tensor):
             return condition
         return replace(condition, embeds=condition.embeds * condition.real[..., None])
 
@@ -316,14 +314,12 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""
-        names = {"embeds": "prompt_embeds", "mask": self.mask_argument}
-        names["pooled"] = None if self.pooled_dim is None else "pooled_prompt_embeds"
+        names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_attention_mask"}
         length = self.max_sequence_length
         arguments: dict[str, Any] = {} if length is None else {"max_sequence_length": length}
-        for part, name in names.items():
-            if name is not None:
-                arguments[name] = getattr(condition, part)
-                arguments[f"negative_{name}"] = None if negative is None else getattr(negative, part)
+        for part in filter(None, self.encodes):
+            arguments[names[part]] = getattr(condition, part)
+            arguments[f"negative_{names[part]}"] = None if negative is None else getattr(negative, part)
         return arguments
 
     def _ready(self, condition: Tensor | Condition, batch_size: int | None = None) -> Condition:

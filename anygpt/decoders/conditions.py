@@ -62,12 +62,6 @@ class Condition:
         return Condition(*(None if x is None else function(x) for x in (self.embeds, self.pooled, self.mask)))
 
 
-def check_captions(captions: Any) -> None:
-    """Raise an `InputError` for captions that are no list of texts."""
-    if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"captions are {captions!r:.80}; expected a list of texts, as ['a red ring']")
-
-
 def check_generators(generator: Generators, batch_size: int) -> None:
     """Raise an `InputError` for a list of generators without exactly one a sample."""
     if isinstance(generator, list) and len(generator) != batch_size:

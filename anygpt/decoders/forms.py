@@ -58,7 +58,6 @@ class ImageDecoder(DiffusionDecoder):
 
     @property
     def targets(self) -> TargetProcessor:
-        """PIL images -> `(B, channels, height, width)` in [-1, 1], with the VAE's number of channels."""
         return ImageTargets(self.height, self.width, self.vae.config.in_channels, self.takes_reference)
 
     @property
@@ -149,7 +148,6 @@ class VideoDecoder(ImageDecoder):
 
     @property
     def targets(self) -> VideoTargets:
-        """uint8 videos `(F, H, W, 3)` -> `(B, 3, num_frames, height, width)` in [-1, 1]."""
         return VideoTargets(self.height, self.width, self.num_frames)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from anygpt.decoders.conditions import Condition, check_captions
+from anygpt.decoders.conditions import Condition
 from anygpt.decoders.forms import STRENGTH, ImageDecoder
 from anygpt.decoders.options import Rule
 
@@ -21,17 +21,15 @@ class SanaDecoder(ImageDecoder):
     pipeline_name = "SanaPipeline"
     weighting_scheme = "none"
     masked = True
-    mask_argument = "prompt_attention_mask"
     encodes = ("embeds", "mask")
     pixel_multiple = 32
 
-    def encode_text(self, captions: list[str]) -> Condition:
-        check_captions(captions)
+    def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
         instruction = self.call_default("complex_human_instruction")
-        return self.encode_prompt(captions, complex_human_instruction=instruction)
+        return super().encode_prompt(captions, complex_human_instruction=instruction, **more)
 
-    def encode_negative(self, prompts: list[str]) -> Condition:
-        return self.encode_prompt(prompts)
+    def encode_negative(self, prompts: list[str]) -> Tensor | Condition:
+        return super().encode_prompt(prompts)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The autoencoder's latents, which have no deviation."""

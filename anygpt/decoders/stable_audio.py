@@ -24,11 +24,9 @@ class StableAudioDecoder(AudioDecoder):
 
     pipeline_name = "StableAudioPipeline"
     masked = True
-    zero_padding = True
 
     @property
     def sampling_rate(self) -> int:
-        """The VAE's sampling rate, Hz."""
         return self.vae.config.sampling_rate
 
     @property
@@ -49,7 +47,6 @@ class StableAudioDecoder(AudioDecoder):
 
     @property
     def targets(self) -> WaveformTargets:
-        """(waveform, rate) pairs -> waveforms `(B, C, N)` of the window's length."""
         length = int(self.audio_length_in_s * self.sampling_rate)
         window = self.transformer.config.sample_size * self.vae.hop_length
         return WaveformTargets(window, self.sampling_rate, self.vae.config.audio_channels, length)

@@ -25,13 +25,11 @@ class StableDiffusionXLDecoder(ImageDecoder):
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(T, D)` of the two text encoders' concatenated states."""
         widths = (encoder.config.hidden_size for encoder in (self.text_encoder, self.text_encoder_2))
         return self.pipeline.tokenizer.model_max_length, sum(widths)
 
     @property
     def pooled_dim(self) -> int:
-        """`P`, the width of the second text encoder's projection."""
         return self.text_encoder_2.config.projection_dim
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,6 @@ class LTXDecoder(VideoDecoder):
     pipeline_name = "LTXPipeline"
     weighting_scheme = "none"
     masked = True
-    mask_argument = "prompt_attention_mask"
     encodes = ("embeds", "mask")
     pixel_multiple = 32
 
@@ -82,7 +81,6 @@ class WanDecoder(VideoDecoder):
     pipeline_name = "WanPipeline"
     weighting_scheme = "none"
     masked = True
-    zero_padding = True
     native_rate = 16
     pixel_multiple = 16
 

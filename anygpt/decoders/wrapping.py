@@ -151,7 +151,6 @@ class WrappedPipeline(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The further arguments of the constructor, as they are now."""
         return {name: getattr(self, name) for name in self._setting_names()}
 
     @property
@@ -187,22 +186,21 @@ class WrappedPipeline(nn.Module):
 
     @property
     def quantized(self) -> list[str]:
-        """Names of quantised networks."""
         return [name for name, network in self.named_children() if getattr(network, "is_quantized", False)]
 
     def save_memory(self, **options: Any) -> None:
         """Set `vae_tiling`, `vae_slicing` and `offload`, before the decoder is moved to an accelerator; an `InputError`
         for a value that is unknown, or that the VAE lacks."""
         for name, value in options.items():
-            expected = ("model", "group") if name == "offload" else (True, False)
-            if value is not None and value not in expected:
-                said = " or ".join(map(str, expected)).lower()
-                raise InputError(f"{name} of a {self.pipeline_name} is {value!r}; expected {said}")
+            known = ("model", "group") if name == "offload" else (True, False)
+            if value not in (None, *known):
+                expected = " or ".join(map(str, known)).lower()
+                raise InputError(f"{name} of a {self.pipeline_name} is {value!r}; expected {expected}")
             setattr(self, name, value)
-            attribute = name.replace("vae", "use")
-            if value and name != "offload" and not hasattr(self.vae, attribute):
-                raise InputError(f"{name} is set, but the vae is a {type(self.vae).__name__}, which cannot do it")
             if value is not None and name != "offload":
+                attribute = name.replace("vae", "use")
+                if value and not hasattr(self.vae, attribute):
+                    raise InputError(f"{name} is set, but the vae is a {type(self.vae).__name__}, which cannot do it")
                 setattr(self.vae, attribute, value)
         if self.offload is not None and not torch.accelerator.is_available():
             warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
