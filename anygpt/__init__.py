@@ -46,8 +46,7 @@ from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.language_models import load_language_model, load_tokenizer
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.tokenizers.base import MediaTokenizer
-from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.base import MediaTokenizer, load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.version import __version__
 

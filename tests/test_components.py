@@ -12,7 +12,8 @@ from PIL import Image
 from training_utils import shared
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, DacConfig, DacModel
 
-from anygpt.decoders.reconstruction import KL_WEIGHT, autoencoder_loss, vocoder_loss
+from anygpt.decoders.audioldm import vocoder_loss
+from anygpt.decoders.base import KL_WEIGHT, autoencoder_loss
 from anygpt.errors import InputError
 from anygpt.losses.formulas import LossWeights
 from anygpt.losses.terms import Target

@@ -12,9 +12,19 @@ from transformers import GenerationMixin, GPT2LMHeadModel
 
 from anygpt.decoders.conditions import Condition, Generators
 from anygpt.decoders.forms import AudioDecoder
-from anygpt.decoders.reconstruction import vocoder_loss
 from anygpt.decoders.targets import AudioTargets
 from anygpt.errors import InputError
+
+
+def vocoder_loss(made: Tensor, waveform: Tensor) -> Tensor:
+    """Squared error of `(B, N)` waveforms, relative to the power of the target: `(B,)`.
+
+    It penalises phase, so it suits only sounds whose spectrograms determine the phases, as ToyWorld's; others need
+    HiFi-GAN's losses (arXiv 2010.05646). A distance of spectrograms trains far slower, because a tone that is still
+    missing gives it no gradient.
+    """
+    error = (made - waveform.float()).square().sum(1)
+    return error / waveform.float().square().sum(1).clamp(min=1e-8)
 
 
 class AudioLDMDecoder(AudioDecoder):
@@ -50,15 +60,8 @@ class AudioLDMDecoder(AudioDecoder):
         """Log-mels of as many frames as the pipeline generates, with waveforms where the vocoder trains."""
         factor = self.pipeline.vae_scale_factor
         frames = math.ceil(int(self.audio_length_in_s / (self._hop_length / self.sampling_rate)) / factor) * factor
-        return AudioTargets(
-            num_frames=frames,
-            sampling_rate=self.sampling_rate,
-            hop_length=self._hop_length,
-            num_mel_bins=self.vocoder.config.model_in_dim,
-            fmax=min(AudioTargets.fmax, self.sampling_rate / 2),
-            normalize=self.normalize_waveform,
-            waveforms="vocoder" in self.trains,
-        )
+        options = {"normalize": self.normalize_waveform, "waveforms": "vocoder" in self.trains}
+        return AudioTargets.of_vocoder(self.vocoder.config, frames, **options)
 
     def encode_prompt(self, captions: list[str], **more: Any) -> Tensor | Condition:
         """The normalised CLAP projection, `(B, 1, D)`."""

@@ -22,13 +22,28 @@ from torch import Tensor
 from anygpt.decoders.conditions import Condition, Generators, check_condition, check_generators
 from anygpt.decoders.options import ALTERNATIVES, STEERING, Rule, check_options, is_integer, is_number, seeded
 from anygpt.decoders.pipelines import is_hooked, step_callback
-from anygpt.decoders.reconstruction import autoencoder_loss
 from anygpt.decoders.schedules import DiffusionSchedule, FlowSchedule, TrainingSchedule
 from anygpt.decoders.targets import TargetProcessor
 from anygpt.decoders.wrapping import UNUSED, WrappedPipeline
 from anygpt.errors import InputError, warn_once
 from anygpt.parts.networks import without_report
 from anygpt.parts.source import DecoderSettings, Source, load
+
+KL_WEIGHT = 0.03072
+"""Weight of the KL divergence beside the absolute error, both summed over a sample: small, to keep latents bounded
+(similar to latent diffusion, arXiv 2112.10752, §3.1)."""
+
+
+def autoencoder_loss(decoded: Tensor, media: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean absolute error of `(B, …)` media plus the weighted KL divergence of the posterior from N(0, 1): `(B,)`.
+
+    The divergence is summed over the latents and divided by the number of values of a medium, as the error is: larger
+    media have more latents, and each of these a smaller share in the mean error.
+    """
+    error = decoded.float() - media.float()
+    variance = std.float().square()
+    divergence = 0.5 * (mean.float().square() + variance - 1 - variance.clamp(min=1e-12).log())
+    return error.abs().flatten(1).mean(1) + KL_WEIGHT * divergence.flatten(1).sum(1) / media[0].numel()
 
 
 class DiffusionDecoder(WrappedPipeline, ABC):

@@ -5,6 +5,7 @@ Shapes: `B` batch, `F` frames, `H` height, `W` width (pixels), `N` waveform samp
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -165,6 +166,13 @@ class AudioTargets(TargetProcessor):
     fmax: float = 8000.0
     normalize: bool = True
     waveforms: bool = False
+
+    @classmethod
+    def of_vocoder(cls, config: Any, num_frames: int, **options: bool) -> AudioTargets:
+        """Log-mels as a vocoder (`SpeechT5HifiGan`) of this config takes them."""
+        rate, hop_length = config.sampling_rate, math.prod(config.upsample_rates)
+        sizes = {"hop_length": hop_length, "num_mel_bins": config.model_in_dim, "fmax": min(cls.fmax, rate / 2)}
+        return cls(num_frames, rate, **sizes, **options)
 
     @property
     def note(self) -> str:

@@ -26,8 +26,7 @@ from anygpt.model.parts import adapter_name, build_callback, fingerprint, import
 from anygpt.parts.files import Place, find_weights, open_composition, wants_shapes_only
 from anygpt.parts.networks import load_network
 from anygpt.parts.source import Source
-from anygpt.tokenizers.base import MediaTokenizer
-from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.base import MediaTokenizer, load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")

@@ -14,16 +14,22 @@ import torch
 from diffusers import VQModel
 from PIL import Image
 from torch import Tensor, nn
+from transformers import SpeechT5HifiGan
 
 from anygpt.decoders.options import check_rate
+from anygpt.decoders.pipelines import load_network_of_pipeline
 from anygpt.decoders.targets import AudioTargets, ImageTargets, TargetProcessor, VideoTargets, WaveformTargets
 from anygpt.errors import InputError
 from anygpt.media.types import is_heard, is_timed
-from anygpt.tokenizers.families import FAMILIES, TokenizerFamily
+from anygpt.parts.files import built_from
+from anygpt.parts.networks import load_network
+from anygpt.parts.source import Source, TokenizerSettings, load
+from anygpt.tokenizers.families import FAMILIES, WHOLE_MODELS, TokenizerFamily
 
 PATIENCE, COMMITMENT = 25, 0.125
 """In training: batches without use after which a code moves, and the weight of the network's own loss."""
 SETTINGS_FILE, OWN_VOCODER = "anygpt_tokenizer.json", "vocoder"
+_OPTIONS = ("size", "num_frames", "frame_rate", "seconds", "codebooks", "delay")
 PIXELS = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255}
 """Settings of an image processor, where a folder has none: pixels in [-1, 1]."""
 _SWITCHES = {"do_normalize": {"image_mean": 0.0, "image_std": 1.0}, "do_rescale": {"rescale_factor": 1.0}}
@@ -44,9 +50,8 @@ class MediaTokenizer(nn.Module):
             log-mels as the vocoder normalises them.
         pixels: `image_mean`, `image_std` and `rescale_factor` of an image processor; `PIXELS` by default. Where it has
             `do_normalize` or `do_rescale` off, the values that change nothing.
-        settings: `size`, height and width in pixels, one for both if an int (the network's own by default);
-            `num_frames` and `frame_rate` of clips (the fewest that the network takes, and 8 per second); `seconds` of a
-            codec's sounds (1), `codebooks`, the number of those used, from the first (all), and `delay` (False).
+        settings: further fields of `TokenizerSettings`. By default clips have the fewest frames that the network takes,
+            8 per second, and a codec's sounds are one second long.
 
     Attributes:
         targets: converts raw media to `encode`'s input, without weights.
@@ -151,9 +156,8 @@ class MediaTokenizer(nn.Module):
         config = self.vocoder.config
         if config.model_in_dim != bins:
             raise InputError(f"the vocoder takes {config.model_in_dim} mels, but the {self.family.network} has {bins}")
-        hop, self.rate = math.prod(config.upsample_rates), config.sampling_rate
-        fmax = min(AudioTargets.fmax, self.rate / 2)
-        return AudioTargets(frames, config.sampling_rate, hop_length=hop, num_mel_bins=bins, fmax=fmax)
+        self.rate = config.sampling_rate
+        return AudioTargets.of_vocoder(config, frames)
 
     # ------------------------------------------------------------------------------------------------- codes and media
 
@@ -273,7 +277,7 @@ class MediaTokenizer(nn.Module):
     # ----------------------------------------------------------------------------------------------- the network's side
 
     def to_network(self, media: list | Tensor) -> Tensor:
-        """The network's input of raw media, or of a tensor from `targets`: normalised, clips as it takes them."""
+        """The network's input: raw media, or a tensor from `targets`, normalised, and clips as it takes them."""
         found = media if isinstance(media, Tensor) else self.targets(media)
         found = found.to(self.device, next(self.network.parameters()).dtype)
         if is_timed(self.modality) and self.family.clip_factor is None:  # frame by frame
@@ -292,7 +296,6 @@ class MediaTokenizer(nn.Module):
         return mean / unit - 1, std / unit
 
     def to_media(self, made: Tensor) -> list[Any]:
-        """Media of the network's output."""
         if self.family.hop is None:
             shift, scale = self._normalization(made)
             made = made * scale + shift
@@ -325,3 +328,63 @@ def family_of(network: nn.Module) -> TokenizerFamily:
             return family
     known = ", ".join(family.network for family in FAMILIES.values())
     raise InputError(f"{type(network).__name__} is no tokenizer; expected {known}")
+
+
+def load_media_tokenizer(path: str | Path | Source, modality: str, **options: Any) -> MediaTokenizer:
+    """Load a tokenizer; from a whole model (Emu3, Janus, Chameleon) only the tokenizer's tensors are read.
+
+    `path` is a folder, Hub id or `zoo:<name>`, and `options` are the other fields of `TokenizerSettings`, as in YAML.
+    An `InputError` names a path that does not exist, has no tokenizer of the modality, or does not hold exactly its
+    tensors.
+    """
+    source = Source.of(path, options, kind=TokenizerSettings)
+
+    def build() -> MediaTokenizer:
+        saved = source.place.json(SETTINGS_FILE) or {}
+        pixels = (
+            saved.pop("pixels", None)
+            or (source.place.json("processor_config.json") or {}).get("image_processor")  # of transformers 5
+            or source.place.json("preprocessor_config.json")
+        )
+        own = saved.pop("vocoder", None)
+        vocoder = source.vocoder or own
+        settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
+        voice = _load_vocoder(source, vocoder) if vocoder else None
+        network = _load_network(source)
+        with built_from(f"{source.place}/{SETTINGS_FILE}"):
+            tokenizer = MediaTokenizer(network, modality, vocoder=voice, pixels=pixels, **settings)
+        if vocoder not in (None, OWN_VOCODER):
+            tokenizer.settings["vocoder"] = vocoder
+        return tokenizer
+
+    return load(source, f"{modality} tokenizer", build, unused=("gguf_file", "quantization_config"))
+
+
+def _load_network(source: Source) -> nn.Module:
+    content = source.place.json("config.json") or {}
+    whole = config = None
+    name = content.get("_class_name")  # of diffusers
+    if name is None:
+        whole = source.config()
+        config = whole.vq_config if whole.model_type in WHOLE_MODELS else whole
+        name = config.model_type
+    if name not in FAMILIES:
+        raise InputError(
+            f"{name!r} is no tokenizer; expected one of {', '.join(FAMILIES)}, or a whole model with one in it: "
+            f"{', '.join(WHOLE_MODELS)}"
+        )
+    cls, dtype = FAMILIES[name].network_class, source.torch_dtype or torch.float32
+    if config is None:
+        if source.attn_implementation is not None:
+            raise InputError(f"attn_implementation is set, but a {name} of diffusers has no choice of it; leave it out")
+        return load_network_of_pipeline(cls, source.place, dtype)
+    names = WHOLE_MODELS.get(whole.model_type, {})
+    return load_network(cls, config, source.place, names=names, dtype=dtype, **source.model_options())
+
+
+def _load_vocoder(source: Source, vocoder: str) -> SpeechT5HifiGan:
+    """The vocoder in the tokenizer's own folder (`vocoder`), or in that of a pipeline."""
+    place = source.place if vocoder == OWN_VOCODER else Source(vocoder).place
+    place = place.inside(OWN_VOCODER)
+    config = SpeechT5HifiGan.config_class.from_dict(place.config())
+    return load_network(SpeechT5HifiGan, config, place, dtype=source.torch_dtype or torch.float32)

@@ -35,7 +35,7 @@ from anygpt.model.loading import read_config
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.parts.source import MEMORY, PartSettings, Source
 from anygpt.processing.processor import MultimodalProcessor
-from anygpt.tokenizers.loading import load_media_tokenizer
+from anygpt.tokenizers.base import load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.training.config import Config, DecoderConfig, EncoderConfig, TrainConfig
 from anygpt.training.folder import GIB, MAX
