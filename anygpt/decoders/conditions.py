@@ -70,21 +70,17 @@ def check_generators(generator: Generators, batch_size: int) -> None:
 
 def check_condition(condition: Condition, decoder: Any, batch_size: int | None) -> None:
     """Raise an `InputError` for a condition whose embeds, pooled part or mask do not fit the decoder."""
-    name, pooled_dim = type(decoder).__name__, decoder.pooled_dim
-    given, expected = tuple(condition.embeds.shape), (batch_size or len(condition), *decoder.condition_shape)
-    if given != expected:
-        raise InputError(
-            f"The condition of {name} is {given}, expected (batch, tokens, dim) = {expected}: "
-            "make the output projector for this decoder's condition_shape, with one condition a sample."
-        )
-    pooled = None if condition.pooled is None else tuple(condition.pooled.shape)
-    if pooled_dim is not None and pooled != (expected[0], pooled_dim):
-        raise InputError(
-            f"The pooled condition of {name} is {pooled}, expected (batch, dim) = {(expected[0], pooled_dim)}: give "
-            "Condition(embeds, pooled)."
-        )
-    mask = None if condition.mask is None else tuple(condition.mask.shape)
-    if mask is not None and not decoder.masked:
+    name, rows, (tokens, dim) = type(decoder).__name__, batch_size or len(condition), decoder.condition_shape
+    if condition.mask is not None and not decoder.masked:
         raise InputError(f"The condition has a mask, but {name} attends to every token: give it none.")
-    if mask is not None and mask != given[:2]:
-        raise InputError(f"The mask of a condition of {name} is {mask}, expected (batch, tokens) = {given[:2]}.")
+    shapes = {"embeds": (rows, tokens, dim)}
+    shapes |= {} if decoder.pooled_dim is None else {"pooled": (rows, decoder.pooled_dim)}
+    shapes |= {} if condition.mask is None else {"mask": (rows, tokens)}
+    for part, expected in shapes.items():
+        tensor = getattr(condition, part)
+        given = None if tensor is None else tuple(tensor.shape)
+        if given != expected:
+            raise InputError(
+                f"The {part} of a condition of {name} is {given}, expected the shape {expected}: make the output "
+                "projector for this decoder, and give one condition a sample."
+            )
