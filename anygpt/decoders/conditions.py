@@ -73,9 +73,11 @@ def check_condition(condition: Condition, decoder: Any, batch_size: int | None) 
     name, rows, (tokens, dim) = type(decoder).__name__, batch_size or len(condition), decoder.condition_shape
     if condition.mask is not None and not decoder.masked:
         raise InputError(f"The condition has a mask, but {name} attends to every token: give it none.")
-    shapes = {"embeds": (rows, tokens, dim)}
-    shapes |= {} if decoder.pooled_dim is None else {"pooled": (rows, decoder.pooled_dim)}
-    shapes |= {} if condition.mask is None else {"mask": (rows, tokens)}
+    shapes: dict[str, tuple[int, ...]] = {"embeds": (rows, tokens, dim)}
+    if decoder.pooled_dim is not None:
+        shapes["pooled"] = (rows, decoder.pooled_dim)
+    if condition.mask is not None:
+        shapes["mask"] = (rows, tokens)
     for part, expected in shapes.items():
         tensor = getattr(condition, part)
         given = None if tensor is None else tuple(tensor.shape)

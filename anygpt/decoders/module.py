@@ -47,8 +47,6 @@ class ModalDecoderModule(MediaMaker):
                 f"ModalDecoderModule takes a DiffusionDecoder, got {type(model).__name__}; wrap a diffusers pipeline "
                 "first, for instance StableDiffusionDecoder(pipe)"
             )
-        if not (hidden_layer == "mix" or isinstance(hidden_layer, int)):
-            raise InputError(f"hidden_layer is {hidden_layer!r}; expected a layer index or 'mix'")
         if signal not in SIGNALS:
             raise InputError(f"signal is {signal!r}; expected {' or '.join(SIGNALS)}")
         self.signal = signal
@@ -122,9 +120,10 @@ class ModalDecoderModule(MediaMaker):
                 )
         if self.hidden_layer == "mix":
             self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1))
-        elif isinstance(self.hidden_layer, int) and not -num_layers - 1 <= self.hidden_layer <= num_layers:
+        elif self.hidden_layer not in range(-num_layers - 1, num_layers + 1):
             raise InputError(
-                f"hidden_layer={self.hidden_layer} is not among the language model's {num_layers + 1} states"
+                f"hidden_layer is {self.hidden_layer!r}; expected 'mix', or one of the language model's "
+                f"{num_layers + 1} states"
             )
 
     def select_states(self, last: Tensor, all_states: tuple[Tensor, ...] | None) -> Tensor:
