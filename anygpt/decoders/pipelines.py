@@ -73,7 +73,7 @@ def load_pipeline(
             not apply.
     """
     if unknown := sorted(components.keys() - inspect.signature(cls.__init__).parameters):
-        raise InputError(f"{place}: a decoder of a {cls.__name__} has no argument {unknown[0]!r}")
+        raise InputError(f"{place}: a decoder of a {cls.__name__} has no argument {unknown[0]!r}; leave it out")
     given: dict[str, Any] = {}
     networks: dict[str, type[nn.Module]] = {}
     for name, entry in index.items():

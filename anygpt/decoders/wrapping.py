@@ -37,10 +37,8 @@ class WrappedPipeline(nn.Module):
         pipeline: of the class named by `pipeline_name`.
         max_sequence_length: tokens of the text encoder, the pipeline's by default.
         weighting_scheme: of a flow (see `FlowSchedule`), the family's by default.
-        vae_tiling, vae_slicing: let the VAE work on overlapping tiles, or on one sample at a time, to save memory; by
-            default as the pipeline is set.
-        offload: keep weights on the CPU when the decoder is moved to an accelerator, to which they come as they are
-            used: a whole network at a time (`model`), or a layer (`group`, which gradients cannot pass through).
+        vae_tiling, vae_slicing, offload: see `DecoderSettings`; by default as the pipeline is set. Gradients cannot
+            pass through layers that are offloaded one by one (`group`).
 
     Raises:
         InputError: a pipeline of another class, or a setting that does not apply or is not valid.
@@ -130,11 +128,8 @@ class WrappedPipeline(nn.Module):
         source = Source.of(path, taken(*OF_PART), kind=DecoderSettings)
         place = replace(source.place, hub=taken("cache_dir", "token"))
         found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
-        given = {name: value for name, value in source.to_dict().items() if name in (*SIZES, *MEMORY)}
-        settings = (place.json(SETTINGS_FILE) or {}) | given | taken(*found._setting_names())
-        if unknown := [name for name in given if name not in found._setting_names()]:
-            made = "clips" if unknown[0] == "num_frames" else "pictures or clips"
-            raise InputError(f"{unknown[0]} is set, but a decoder of {found.modality} makes no {made}; leave it out")
+        options |= {name: value for name, value in source.to_dict().items() if name in (*SIZES, *MEMORY)}
+        settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
         kind, dtype = find_pipeline(found.pipeline_name), source.torch_dtype or torch.float32
         pipeline = load_pipeline(kind, index, place, dtype, source.quantization_config, **options)
         return found(pipeline, **settings)

@@ -346,8 +346,8 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
             or (source.place.json("processor_config.json") or {}).get("image_processor")  # of transformers 5
             or source.place.json("preprocessor_config.json")
         )
-        own = saved.pop("vocoder", None)
-        vocoder = source.vocoder or own
+        named = saved.pop("vocoder", None)
+        vocoder = source.vocoder or named
         settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
         voice = _load_vocoder(source, vocoder) if vocoder else None
         network = _load_network(source)
@@ -385,6 +385,4 @@ def _load_network(source: Source) -> nn.Module:
 def _load_vocoder(source: Source, vocoder: str) -> SpeechT5HifiGan:
     """The vocoder in the tokenizer's own folder (`vocoder`), or in that of a pipeline."""
     place = source.place if vocoder == OWN_VOCODER else Source(vocoder).place
-    place = place.inside(OWN_VOCODER)
-    config = SpeechT5HifiGan.config_class.from_dict(place.config())
-    return load_network(SpeechT5HifiGan, config, place, dtype=source.torch_dtype or torch.float32)
+    return load_network_of_pipeline(SpeechT5HifiGan, place.inside(OWN_VOCODER), source.torch_dtype or torch.float32)
