@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -45,7 +44,7 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
     if name is None:
         raise InputError(
             f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id"
-            + ("." if Path(place.path).is_dir() else " (there is no such folder).")
+            f"{place.taken_for}"
         )
     found = cls or known.get(str(name))
     if found is None:

@@ -129,9 +129,16 @@ class TransformerProjection(nn.Module):
     def __init__(self, config: OutputProjectorConfig):
         super().__init__()
         tokens, width = config.condition_shape
+        if config.d_model % config.num_attention_heads:
+            raise InputError(
+                f"an output projector has d_model={config.d_model}, expected a multiple of num_attention_heads, "
+                f"{config.num_attention_heads}"
+            )
+        layer: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        layer |= {"d_model": config.d_model, "nhead": config.num_attention_heads, "dim_feedforward": config.ffn_dim}
+        depth = config.num_decoder_layers
         self.input = nn.Linear(config.in_features, config.d_model)
         self.queries = nn.Parameter(torch.randn(1, tokens, config.d_model))
-        layer, depth = _layer_sizes(config), config.num_decoder_layers
         if config.projection_type == "perceiver":
             self.transformer = RepeatedLayer(nn.TransformerDecoderLayer(**layer), depth, config.d_model)
         else:
@@ -163,17 +170,6 @@ class RepeatedLayer(nn.Module):
         for _ in range(self.repetitions):
             queries = self.layer(queries, states)
         return self.norm(queries)
-
-
-def _layer_sizes(config: OutputProjectorConfig) -> dict[str, Any]:
-    """Arguments of torch's pre-norm transformer layers."""
-    if config.d_model % config.num_attention_heads:
-        raise InputError(
-            f"an output projector has d_model={config.d_model}, expected a multiple of num_attention_heads, "
-            f"{config.num_attention_heads}"
-        )
-    sizes = {"d_model": config.d_model, "nhead": config.num_attention_heads, "dim_feedforward": config.ffn_dim}
-    return sizes | {"dropout": 0.0, "batch_first": True, "norm_first": True}
 
 
 def _qformer(config: OutputProjectorConfig) -> nn.Module:
