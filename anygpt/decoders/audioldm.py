@@ -13,7 +13,6 @@ from transformers import GenerationMixin, GPT2LMHeadModel
 from anygpt.decoders.conditions import Condition, Generators
 from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.targets import AudioTargets
-from anygpt.errors import InputError
 
 
 def vocoder_loss(made: Tensor, waveform: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
 
     A condition is what the U-Net attends to: the `G` states that the language model generates, then T5's states, which
     have padding; `D` is the larger of both widths, and the narrower ones end in zeros. Sizes and targets are as in
-    `AudioLDMDecoder`. A model for speech, which reads a transcription, is an `InputError`.
+    `AudioLDMDecoder`.
     """
 
     pipeline_name = "AudioLDM2Pipeline"
@@ -113,8 +112,6 @@ class AudioLDM2Decoder(AudioLDMDecoder):
             whole.tie_weights()
             pipeline.register_modules(language_model=whole.eval())
         super().__init__(pipeline, **settings)
-        if self.text_encoder_2.config.model_type == "vits":
-            raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription.")
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
