@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -29,7 +28,7 @@ from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.errors import InputError, refusing
+from anygpt.errors import InputError
 from anygpt.model.card import write_card
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.loading import load_source
@@ -44,7 +43,7 @@ from anygpt.model.parts import (
     unwrapped,
 )
 from anygpt.parts.manifest import MANIFEST
-from anygpt.parts.publishing import PUSH_ARGUMENTS, let_umask_decide, push
+from anygpt.parts.publishing import let_umask_decide, push
 from anygpt.sequence.signal_tokens import SignalTokens
 from anygpt.tokenizers.base import MediaTokenizer
 
@@ -60,8 +59,6 @@ def save_pretrained(
     portable: bool = False,
     max_shard_size: int | str = SHARD,
     push_to_hub: bool = False,
-    safe_serialization: bool = True,
-    is_main_process: bool = True,
     **hub: Any,
 ) -> None:
     """Write the composition into `folder`.
@@ -78,21 +75,9 @@ def save_pretrained(
         max_shard_size: of each file of tensors, in bytes or as `5GB`.
         push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
             name.
-        safe_serialization: only True.
-        is_main_process: False writes nothing.
-
-    Raises:
-        InputError: an unknown argument, or a `max_shard_size` that is no size.
     """
-    expected = "expected bytes, or a size such as '5GB'"
-    with refusing(f"max_shard_size is {max_shard_size!r}; {expected}", (ValueError, AttributeError)):
-        convert_file_size_to_int(max_shard_size)
-    if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
-        raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
-    if not safe_serialization:
-        raise InputError("safe_serialization can only be True: nothing is ever pickled")
-    if not is_main_process:
-        return
+    if hub and not push_to_hub:
+        raise InputError(f"save_pretrained has no argument {next(iter(hub))!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous content
@@ -135,7 +120,7 @@ def push_to_hub(
 ) -> str:
     """Upload the composition with a model card to `name` or `owner/name`; returns the URL of the commit.
 
-    Parts from local folders are uploaded whole. `options` are `PUSH_ARGUMENTS`; the others as in `save_pretrained`.
+    Parts from local folders are uploaded whole. `options` are those of `push`; the others as in `save_pretrained`.
     """
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
