@@ -229,7 +229,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     ),
     "anygpt_qwen2_vl_patches": EncoderFamily(
         count=products("image_grid_thw"),
-        encoder_class="anygpt.model.vlm.qwen2_vl.Qwen2VLPatchEncoder",
+        encoder_class="anygpt.model.vlm.Qwen2VLPatchEncoder",
         arguments=_QWEN_ARGUMENTS,
         feature_size=lambda config: config.embed_dim,
         layout="packed",

@@ -68,18 +68,11 @@ class VideoEncoder(PreTrainedModel):
             )
         super().__init__(VideoEncoderConfig(image_encoder=image_encoder.config, num_frames=num_frames, **settings))
         self.image_encoder = image_encoder
+        self.name_or_path = image_encoder.name_or_path
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Do nothing: only the image encoder, already initialized, has weights."""
-
-    @property
-    def name_or_path(self) -> str:
-        return self.image_encoder.name_or_path
-
-    @name_or_path.setter
-    def name_or_path(self, value: str) -> None:
-        """Ignored: `PreTrainedModel.__init__` sets it before the image encoder exists."""
 
     def forward(self, pixel_values_videos: Tensor) -> BaseModelOutput:
         """Encode `(B, frames, 3, height, width)` pixels to `(B, frames, features)` or `(B, frames · n, features)`."""

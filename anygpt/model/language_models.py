@@ -16,7 +16,7 @@ from transformers import (
 
 from anygpt.composition import evaluating
 from anygpt.errors import InputError
-from anygpt.model.vlm.qwen2_vl import Qwen2VLForCausalLM
+from anygpt.model.vlm import Qwen2VLForCausalLM
 from anygpt.parts.files import Weights, built_from
 from anygpt.parts.networks import check_report, load_network
 from anygpt.parts.source import Source, check_vocabulary, load

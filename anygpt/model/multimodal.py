@@ -26,7 +26,7 @@ from anygpt.model import freezing, loading, saving
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.language_models import check_causal
 from anygpt.model.packing import read_packed
-from anygpt.model.vlm.take_apart import take_apart
+from anygpt.model.vlm import take_apart
 from anygpt.outputs import MultimodalOutput
 from anygpt.sequence import signal_tokens
 from anygpt.sequence.merging import Merged

@@ -23,6 +23,7 @@ TRUSTED_PACKAGES = ("transformers", "diffusers", "anygpt")
 MOVED = {
     "anygpt.encoders.selection": "anygpt.encoders.callbacks",
     "anygpt.model.vlm.llava": "anygpt.encoders.callbacks",
+    "anygpt.model.vlm.qwen2_vl": "anygpt.model.vlm",
     "anygpt.decoders.sdxl": "anygpt.decoders.stable_diffusion",
     "anygpt.decoders.sd3": "anygpt.decoders.stable_diffusion",
     "anygpt.decoders.zeroscope": "anygpt.decoders.videos",

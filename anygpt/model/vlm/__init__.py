@@ -1,1 +1,0 @@
-"""Existing vision- and audio-language models split into parts, with the same tensors and logits."""
