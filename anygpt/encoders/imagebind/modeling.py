@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from anygpt.encoders.contrast import info_nce
 from anygpt.encoders.imagebind.configuration import (
     MAIN_INPUT,
     MEDIA,
@@ -92,13 +91,7 @@ class Tokens(nn.Module):
             tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         else:
             tokens = self.token_embedding(inputs)
-        positions = self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper["pos_embed"]
-        if tokens.shape[1] != positions.shape[1]:
-            raise InputError(
-                f"ImageBind's positions are for {positions.shape[1]} tokens, but inputs of shape "
-                f"{tuple(inputs.shape[1:])} give {tokens.shape[1]}; use its own processors"
-            )
-        return tokens + positions
+        return tokens + (self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper["pos_embed"])
 
 
 class Block(nn.Module):
@@ -261,19 +254,6 @@ class ImageBindModel(PreTrainedModel):
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`{modality: embeddings (B, D)}` for `{modality: inputs}`."""
         return {modality: self.embed(modality, values) for modality, values in inputs.items()}
-
-    def contrastive_loss(
-        self, inputs: Mapping[str, Tensor], binding: str = "vision", temperature: float = 0.07, gather: bool = False
-    ) -> Tensor:
-        """ImageBind's objective: sum of the symmetric InfoNCE losses of each modality with the binding one.
-
-        `inputs` are by modality, paired by row; `gather` as in `info_nce`; the other defaults are the paper's.
-        """
-        embeddings = self(inputs)
-        if binding not in embeddings or len(embeddings) < 2:
-            raise InputError(f"the inputs are {', '.join(inputs)}; expected {binding!r} and one more at least")
-        bound = embeddings.pop(binding)
-        return sum(info_nce(other, bound, temperature, gather).mean() for other in embeddings.values())
 
 
 class ImageBindEncoder(ImageBindModel):
