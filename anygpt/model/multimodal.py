@@ -163,11 +163,10 @@ class MultimodalModel(Composition):
 
         Arguments and errors as in `take_apart`; `decoders` are added.
         """
-        pieces = take_apart(model, **loading_options)
-        callback = pieces.preprocess_llm_callback
-        composed = cls(pieces.encoders, pieces.language_model, decoders, preprocess_llm_callback=callback)
-        composed.set_token_ids(pieces.token_ids)
-        return composed.train(pieces.language_model.training)
+        encoder, language_model, placeholder, callback = take_apart(model, **loading_options)
+        composed = cls({encoder.modality: encoder}, language_model, decoders, preprocess_llm_callback=callback)
+        composed.set_token_ids({encoder.modality: placeholder})
+        return composed.train(language_model.training)
 
     def train(self, part: str | bool = True, mode: bool = True) -> MultimodalModel:
         """Unfreeze (`mode=False`: freeze) a part by name; with a bool or no argument, set torch's training mode.

@@ -6,7 +6,7 @@ The parts share their tensors with the model, and give the same logits. Shape le
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -127,17 +127,11 @@ class MRopePositions(SavedCallback):
         return torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long)
 
 
-class Pieces(NamedTuple):
-    """The arguments of `MultimodalModel`, and the placeholder's id by encoder key."""
-
-    encoders: dict[str, ModalEncoderModule]
-    language_model: PreTrainedModel
-    token_ids: dict[str, int]
-    preprocess_llm_callback: Any = None
-
-
-def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> Pieces:
-    """The parts of a LLaVA, LLaVA-NeXT, Qwen2-VL or Qwen2-Audio model.
+def take_apart(
+    model: str | Path | PreTrainedModel, **loading_options: Any
+) -> tuple[ModalEncoderModule, PreTrainedModel, int, MRopePositions | None]:
+    """The encoder of a LLaVA, LLaVA-NeXT, Qwen2-VL or Qwen2-Audio model, its language model, the placeholder's id, and
+    the `preprocess_llm_callback`.
 
     `model` is a hub id or folder, with `loading_options` as of any part, or the model itself. An unsupported kind is an
     `InputError`, and so is one that cannot be loaded.
@@ -149,10 +143,9 @@ def take_apart(model: str | Path | PreTrainedModel, **loading_options: Any) -> P
     encoder, language_model = _taker(config)(model), _language_model(model)
     for part in (language_model, encoder.module):
         part.anygpt_source = None  # it cannot be loaded by itself, so checkpoints must save it whole
-    if config.model_type == "qwen2_audio":
-        return Pieces({"audio": encoder}, language_model, {"audio": config.audio_token_id})
     callback = MRopePositions(config.vision_config.spatial_merge_size) if config.model_type == "qwen2_vl" else None
-    return Pieces({"image": encoder}, language_model, {"image": config.image_token_id}, callback)
+    placeholder = config.audio_token_id if encoder.modality == "audio" else config.image_token_id
+    return encoder, language_model, placeholder, callback
 
 
 def _load(source: Source) -> PreTrainedModel:
@@ -192,7 +185,7 @@ def _take_llava(model: PreTrainedModel) -> ModalEncoderModule:
         out_features=native.linear_2.out_features,
         bias=native.linear_1.bias is not None,
     )
-    return ModalEncoderModule(model.model.vision_tower, projector, callbacks=callbacks)
+    return ModalEncoderModule(model.model.vision_tower, projector, callbacks=callbacks, modality="image")
 
 
 def _take_qwen2_vl(model: PreTrainedModel) -> ModalEncoderModule:
@@ -210,14 +203,14 @@ def _take_qwen2_vl(model: PreTrainedModel) -> ModalEncoderModule:
         out_features=vision.hidden_size,
         merge_size=vision.spatial_merge_size,
     )
-    return ModalEncoderModule(encoder.train(model.training), projector)
+    return ModalEncoderModule(encoder.train(model.training), projector, modality="image")
 
 
 def _take_qwen2_audio(model: PreTrainedModel) -> ModalEncoderModule:
     linear = model.model.multi_modal_projector.linear
     projector = _projector({}, in_features=linear.in_features, out_features=linear.out_features)
     projector.projection = linear
-    return ModalEncoderModule(model.model.audio_tower, projector)
+    return ModalEncoderModule(model.model.audio_tower, projector, modality="audio")
 
 
 def _projector(children: dict[str, nn.Module], **settings: Any) -> MultimodalProjector:
@@ -228,7 +221,6 @@ def _projector(children: dict[str, nn.Module], **settings: Any) -> MultimodalPro
 
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model's trunk and head in a causal language model."""
     config, head = copy.deepcopy(model.config.text_config), model.get_output_embeddings()
     # Only the tensors tell: the whole model's config and the text's may disagree, or say nothing.
     config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
