@@ -108,19 +108,19 @@ class LlavaNextCallbacks(LlavaCallbacks):
 
     def num_tiles(self, image_size: Any) -> int:
         """The number of tiles of an image of `(height, width)`, the whole image included."""
-        return image_size_to_num_patches(_pair(image_size), self.grid_pinpoints, self.tile_size)
+        return image_size_to_num_patches(image_size, self.grid_pinpoints, self.tile_size)
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Drop padding tiles: `(items, most tiles, 3, height, width)` pixels to `(all tiles, 3, height, width)`."""
         pixels = inputs["pixel_values"]
         if pixels.dim() == 5:
-            numbers = [self.num_tiles(size) for size in inputs["image_sizes"]]
+            numbers = [self.num_tiles(size) for size in inputs["image_sizes"].tolist()]
             pixels = torch.cat([image[:number] for image, number in zip(pixels, numbers, strict=True)])
         return super().preprocess(inputs | {"pixel_values": pixels})
 
     def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
         """Pack `(all tiles, n, H)` into one `(features, H)` an image."""
-        sizes = [_pair(size) for size in inputs["image_sizes"]]
+        sizes = inputs["image_sizes"].tolist()
         images = output[0].split([self.num_tiles(size) for size in sizes])
         packed = [self.pack(image, size) for image, size in zip(images, sizes, strict=True)]
         return with_features(output, packed)
@@ -136,18 +136,12 @@ class LlavaNextCallbacks(LlavaCallbacks):
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
         counts = []
-        for size in map(_pair, inputs["image_sizes"]):
+        for size in torch.as_tensor(inputs["image_sizes"]).tolist():
             rows, columns = get_anyres_image_grid_shape(size, self.grid_pinpoints, self.tile_size)
             # On the meta device, to get unpad_image's own rounding without memory.
             plane = unpad_image(torch.empty(1, rows * self.side, columns * self.side, device="meta"), size)
             counts.append(self.side**2 + plane.shape[1] * (plane.shape[2] + 1))
         return counts
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """`(height, width)` as a tuple of integers, which transformers' functions compare."""
-    height, width = size
-    return int(height), int(width)
 
 
 def check_selection(config: PreTrainedConfig, feature_layer: int | None, drop_cls: bool | None) -> None:

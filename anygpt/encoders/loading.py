@@ -179,9 +179,7 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
     config = load(source, "config", lambda: _read_config(source))
     with built_from(f"{source.place}/preprocessor_config.json"):
         processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
-    if isinstance(processor, ImageBindProcessor) and source.num_frames is not None:
-        load(source, f"{modality} processor", lambda: _check_frames({"num_frames": source.num_frames}, modality, None))
-    elif is_timed(modality):
+    if is_timed(modality) and not isinstance(processor, ImageBindProcessor):  # which splits clips in its own way
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has its own number
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor

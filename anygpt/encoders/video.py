@@ -35,9 +35,6 @@ class VideoEncoderConfig(PreTrainedConfig):
         family = FAMILIES.get(self.image_encoder.model_type, UNKNOWN)
         return (family.feature_size or hidden_size_of)(self.image_encoder)
 
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"image_encoder": self.image_encoder.to_dict() if self.image_encoder else None}
-
 
 class VideoEncoder(PreTrainedModel):
     """Runs an image encoder, whose output or what its family selects is `(items, n, features)`, on frames of a clip.
