@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -34,11 +34,9 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_onl
 AUTO_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "config"}
 AUTO_ARGUMENTS |= {"proxies", "trust_remote_code"}
 
-C = TypeVar("C", bound=Composition)
-
 
 def from_pretrained(
-    cls: type[C],
+    cls: type[Composition],
     folder: str | Path,
     *,
     projections: Mapping[str, nn.Module] | None = None,
@@ -121,7 +119,6 @@ def from_pretrained(
 
 
 def _dtype(dtype: Any) -> torch.dtype | None:
-    """The dtype of this name; None for each part's own."""
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto"):
@@ -162,7 +159,6 @@ def read_config(folder: Path) -> MultimodalConfig:
 
 
 def _check_callbacks(folder: Path, config: MultimodalConfig, callbacks: Mapping[str, Mapping], of_llm: Any) -> None:
-    """Raise an `InputError` if a function that the saved model had as a callback is not given again."""
     lacking = [
         f"callbacks={{'{key}_encoder': {{'{name}': …}}}}"
         for key, entry in config.encoders.items()
@@ -189,7 +185,6 @@ def load_own_tensors(model: Composition, folder: str | Path) -> None:
 
 
 def _cast(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast parameters and buffers in place."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
@@ -264,7 +259,6 @@ def load_source(entry: dict[str, Any]) -> nn.Module:
 
 
 def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
-    """Load a part that the composition's own folder holds."""
     if not folder.is_dir():
         raise InputError(f"the checkpoint lacks its folder {folder}, which should hold a {entry['class']}")
     cls, dtypes = import_class(entry["class"]), entry.get("dtypes", {})

@@ -1,4 +1,4 @@
-"""Saving a composition: the tensors that no source supplies.
+"""Saving a composition, the tensors that no source supplies, and pushing it to the hub with a model card.
 
 A folder holds::
 
@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import ModelCardData, save_torch_state_dict
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,9 +30,8 @@ from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
 from anygpt.errors import InputError
-from anygpt.model.card import write_card
 from anygpt.model.configuration import MultimodalConfig
-from anygpt.model.loading import load_source
+from anygpt.model.loading import load_source, read_config
 from anygpt.model.parts import (
     adapter_name,
     adapter_of,
@@ -44,10 +44,34 @@ from anygpt.model.parts import (
 )
 from anygpt.parts.manifest import MANIFEST
 from anygpt.parts.publishing import let_umask_decide, push
+from anygpt.parts.source import Source
 from anygpt.sequence.signal_tokens import SignalTokens
 from anygpt.tokenizers.base import MediaTokenizer
 
 SHARD = "50GB"
+CARD = """---
+{data}
+---
+
+# {title}
+
+An any-to-any composition of pretrained parts, made with AnyGPT: it reads {reads} and answers with {makes}.
+
+| part | class | from | revision | licence |
+|---|---|---|---|---|
+{parts}
+
+{trained}
+
+```python
+from anygpt import MultimodalModel, MultimodalProcessor
+
+model = MultimodalModel.from_pretrained("{repo_id}")
+processor = MultimodalProcessor.from_pretrained("{repo_id}", model=model)
+```
+
+Parts that are named by id are downloaded from their own repositories, under their own licences.
+"""
 
 
 def save_pretrained(
@@ -93,7 +117,7 @@ def save_pretrained(
             part = _write_signal_rows(part, model.signal_tokens, (model.token_ids or {}).values())
         entry["fingerprint"] = fingerprint(part)
         source = source_of(part)
-        whole = standalone or source is None or (portable and not source.is_hub_id)
+        whole = standalone or source is None or (portable and Path(source.folder).exists())
         if whole or not _supplies(part, entry):
             entry["source"], entry["dtypes"] = None, _dtypes(part)
             _save_part(part, folder / "parts" / name, max_shard_size)
@@ -124,8 +148,49 @@ def push_to_hub(
     """
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
-        write_card(Path(folder), repo_id)
+        _write_card(Path(folder), repo_id)
         return push(folder, repo_id, **options)
+
+
+def _write_card(folder: Path, repo_id: str) -> None:
+    """Write the card of a saved composition as its `README.md`."""
+    config = read_config(folder)
+    rows, bases = [], []
+    for name, entry in config.parts.items():
+        row = [f"this repository, `parts/{name}`", "", "see its origin"]
+        if entry["source"]:
+            source = Source(**entry["source"])
+            bases.append(source.path)
+            origin = f"[{source.path}](https://huggingface.co/{source.path})"
+            row = [origin, source.revision or "main", _licence(source)]
+        kind = entry["class"].rpartition(".")[2] + (" and an adapter" if entry["adapter"] else "")
+        rows.append(f"| {' | '.join([name, kind, *row])} |")
+    reads, makes = (
+        ", ".join(["text", *dict.fromkeys(entry["modality"] for entry in entries.values())])
+        for entries in (config.encoders, config.decoders)
+    )
+    data = ModelCardData(library_name="anygpt", pipeline_tag="any-to-any", base_model=bases or None)
+    trained = "Nothing is noted of its training."
+    if notes := config.trained:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in notes["losses"].items())
+        trained = (
+            f"Trained in {notes['stage']} for {notes['updates']} updates: {', '.join(notes['parts'])}. "
+            f"At the end: {losses or 'no loss was taken'}."
+        )
+    title, parts = repo_id.rpartition("/")[2], "\n".join(rows)
+    (folder / "README.md").write_text(
+        CARD.format(
+            data=data.to_yaml(), title=title, reads=reads, makes=makes, parts=parts, trained=trained, repo_id=repo_id
+        )
+    )
+
+
+def _licence(source: Source) -> str:
+    try:
+        card = source.place.file("README.md")
+        return str((metadata_load(card) or {}).get("license", "unknown")) if card else "unknown"
+    except (InputError, OSError, ValueError):
+        return "unknown"
 
 
 def _supplies(part: nn.Module, entry: dict[str, Any]) -> bool:

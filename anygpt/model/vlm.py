@@ -208,8 +208,8 @@ def _take_qwen2_vl(model: PreTrainedModel) -> ModalEncoderModule:
 
 def _take_qwen2_audio(model: PreTrainedModel) -> ModalEncoderModule:
     linear = model.model.multi_modal_projector.linear
-    projector = _projector({}, in_features=linear.in_features, out_features=linear.out_features)
-    projector.projection = linear
+    config = MultimodalProjectorConfig(in_features=linear.in_features, out_features=linear.out_features)
+    projector = MultimodalProjector(config, linear)
     return ModalEncoderModule(model.model.audio_tower, projector, modality="audio")
 
 

@@ -167,10 +167,6 @@ class Source(EncoderSettings, DecoderSettings, TokenizerSettings):
         return str(zoo_part(self.path.removeprefix(ZOO_PREFIX)))
 
     @property
-    def is_hub_id(self) -> bool:
-        return not self.path.startswith(ZOO_PREFIX) and not Path(self.path).exists()
-
-    @property
     def place(self) -> Place:
         return Place(self.folder, self.revision, self.subfolder or "", self.variant, self.weights or WEIGHTS[0])
 

@@ -1,9 +1,9 @@
 """`ImageBindConfig`, and the number of features of each modality."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from anygpt.errors import InputError
@@ -70,23 +70,19 @@ class ImageBindConfig(PreTrainedConfig):
     def of(self, tower: str, name: str) -> Any:
         return getattr(self, f"{tower}_{name}")
 
-    def grid(self, tower: str) -> tuple[int, ...]:
-        """Grid of a clip's tokens, without the class token."""
+    def num_tokens(self, tower: str) -> int:
+        """Number of tokens of a clip in the trunk: a class token, which text does not have, and patches."""
+        if tower == "text":
+            return TEXT_LENGTH
+        if tower == "imu":
+            return 1 + MOTION_LENGTH // self.imu_kernel_size
         if tower == "vision":
             sizes = (self.video_frames, IMAGE_SIZE, IMAGE_SIZE)
-            return tuple(size // kernel for size, kernel in zip(sizes, self.kernel_size, strict=True))
+            return 1 + math.prod(size // kernel for size, kernel in zip(sizes, self.kernel_size, strict=True))
         if tower == "audio":
             spectrogram = (self.audio_num_mel_bins, self.audio_target_len)
-            return tuple((size - self.audio_kernel_size) // self.audio_stride + 1 for size in spectrogram)
-        if tower == "text":
-            return (TEXT_LENGTH,)
-        if tower == "imu":
-            return (MOTION_LENGTH // self.imu_kernel_size,)
-        return (IMAGE_SIZE // self.of(tower, "kernel_size"),) * 2
-
-    def num_tokens(self, tower: str) -> int:
-        """Number of tokens of a clip in the trunk; text has no class token."""
-        return int(torch.Size(self.grid(tower)).numel()) + (tower != "text")
+            return 1 + math.prod((size - self.audio_kernel_size) // self.audio_stride + 1 for size in spectrogram)
+        return 1 + (IMAGE_SIZE // self.of(tower, "kernel_size")) ** 2
 
     def encoder_of(self, modality: str, feature: str | None = None) -> "ImageBindConfig":
         tower = MEDIA.get(modality, modality)
