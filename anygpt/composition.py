@@ -250,9 +250,9 @@ def lowest_layers(model: Composition) -> Iterator[None]:
     name than `layers` run whole.
     """
     decoder, read = model.language_model.get_decoder(), [one.hidden_layer for one in model.decoders.values()]
-    layers = getattr(decoder, "layers", None)
-    if layers is not None and read and all(isinstance(layer, int) and layer >= 0 for layer in read):
-        decoder.layers = layers[: max(read) + 1]
+    layers, numbers = getattr(decoder, "layers", None), [k for k in read if isinstance(k, int) and k >= 0]
+    if layers is not None and numbers and len(numbers) == len(read):
+        decoder.layers = layers[: max(numbers) + 1]
     try:
         yield
     finally:

@@ -46,17 +46,14 @@ class Packing:
         lengths = attention_mask.sum(dim=1).tolist()
         pack_to = max(pack_to, *lengths)
         sequences: list[list[int]] = []
-        used: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            fits = (i for i, taken in enumerate(used) if taken + lengths[row] <= pack_to)
-            chosen = next(fits, len(used))
-            if chosen == len(used):
-                sequences.append([])
-                used.append(0)
-            sequences[chosen].append(row)
-            used[chosen] += lengths[row]
-        device, longest, width = attention_mask.device, max(1, *used), attention_mask.shape[1]
-        source, positions = torch.zeros(2, len(used), longest, dtype=torch.long)
+            fits = (rows for rows in sequences if sum(lengths[i] for i in (*rows, row)) <= pack_to)
+            if (chosen := next(fits, None)) is None:
+                sequences.append(chosen := [])
+            chosen.append(row)
+        longest = max(1, *(sum(lengths[row] for row in rows) for rows in sequences))
+        device, width = attention_mask.device, attention_mask.shape[1]
+        source, positions = torch.zeros(2, len(sequences), longest, dtype=torch.long)
         place = torch.zeros(attention_mask.numel(), dtype=torch.long)
         kept = [row * width + mask.nonzero()[:, 0] for row, mask in enumerate(attention_mask.cpu())]
         for i, rows in enumerate(sequences):
