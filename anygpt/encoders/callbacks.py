@@ -27,7 +27,7 @@ class SavedCallback:
 
 
 class EncoderCallbacks(SavedCallback, nn.Module):
-    """The three callbacks of an encoder as one object, which also counts the resulting features.
+    """The three callbacks of `ModalEncoderModule` as one object, which also counts the resulting features.
 
     Subclasses override what they need. Their parameters are saved with the projectors and train with `<key>_projector`.
     """
@@ -39,15 +39,12 @@ class EncoderCallbacks(SavedCallback, nn.Module):
         self.settings = settings
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Runs before the encoder."""
         return inputs
 
     def postprocess_module(self, inputs: dict[str, Any], output: Any) -> Any:
-        """Runs between encoder and projector."""
         return output
 
     def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
-        """Runs after the projector."""
         return output
 
     def feature_size(self, size: int) -> int:
@@ -55,8 +52,8 @@ class EncoderCallbacks(SavedCallback, nn.Module):
         return size
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        """Number of features of each input; replaces the family's count."""
-        raise NotImplementedError
+        """Number of features of each input: by default, as many as the encoder gives."""
+        return FAMILIES[config.model_type].count(config, inputs)
 
 
 class LlavaCallbacks(EncoderCallbacks):
@@ -86,7 +83,7 @@ class LlavaCallbacks(EncoderCallbacks):
         return size * max(1, len(self.layers))
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        return [n - self.drops_class_token for n in FAMILIES[config.model_type].count(config, inputs)]
+        return [n - self.drops_class_token for n in super().count(config, inputs)]
 
 
 class LlavaNextCallbacks(LlavaCallbacks):

@@ -76,9 +76,6 @@ class ModalEncoderModule(nn.Module):
         super().__init__()
         if (model is None) == (module is None):
             raise InputError("ModalEncoderModule takes one encoder: give either model= or module=, not both or none")
-        functions = (preprocess_callback, postprocess_module_callback, postprocess_projector_callback)
-        if callbacks is not None and any(function is not None for function in functions):
-            raise InputError("ModalEncoderModule takes callbacks= or single callback functions, not both")
         self.module = model if model is not None else module
         if tokens := sorted(argument_names(self.module) & {"input_ids", "decoder_input_ids"}):
             raise InputError(
@@ -86,17 +83,18 @@ class ModalEncoderModule(nn.Module):
                 "media part alone (CLIPVisionModel in place of CLIPModel, whisper.get_encoder() in place of "
                 "WhisperModel, …)"
             )
-        own = getattr(base_model(self.module), "anygpt_callbacks", None)
-        if own is not None and any(functions):
-            raise InputError(
-                "the encoder was loaded with feature_layer, drop_cls, or its whole model's selection, which are "
-                "callbacks, too, so that it takes no functions: give a subclass of "
-                f"{type(own).__name__} as callbacks=, or load it without them"
-            )
-        callbacks = own if callbacks is None else callbacks
+        if callbacks is None:
+            callbacks = getattr(base_model(self.module), "anygpt_callbacks", None)
+        functions = (preprocess_callback, postprocess_module_callback, postprocess_projector_callback)
         self.projector = projector
         self.callbacks = callbacks
         if callbacks is not None:
+            if any(functions):
+                raise InputError(
+                    "callback functions cannot be combined with callbacks=, which an encoder that was loaded with "
+                    "feature_layer, drop_cls or its whole model's selection has, too: give a subclass of "
+                    f"{type(callbacks).__name__} as callbacks=, or load it without them"
+                )
             additional_args = (*additional_args, *callbacks.additional_args)
             functions = (callbacks.preprocess, callbacks.postprocess_module, callbacks.postprocess_projector)
         self.additional_args = tuple(dict.fromkeys(additional_args))

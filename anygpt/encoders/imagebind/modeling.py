@@ -251,10 +251,6 @@ class ImageBindModel(PreTrainedModel):
             embeddings = self.modality_postprocessors[tower](embeddings)
         return embeddings.mean(dim=1)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`{modality: embeddings (B, D)}` for `{modality: inputs}`."""
-        return {modality: self.embed(modality, values) for modality, values in inputs.items()}
-
 
 class ImageBindEncoder(ImageBindModel):
     """One tower as a media encoder: returns a unit embedding per clip, or the trunk's tokens (`config.feature`)."""

@@ -30,13 +30,11 @@ class ImageBindProcessor(FeatureExtractionMixin):
 
     model_input_names = (MAIN_INPUT,)
     ndim: int
+    convert: Callable[[Any], np.ndarray]
     defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **settings: Any):
         super().__init__(**(self.defaults | settings))
-
-    def convert(self, item: Any) -> np.ndarray:
-        raise NotImplementedError
 
     def batch(self, items: Any, return_tensors: str) -> BatchFeature:
         several = isinstance(items, (list, tuple)) or getattr(items, "ndim", 0) > self.ndim
