@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
 
 from anygpt.encoders.imagebind import configuration as imagebind
 
@@ -101,16 +102,13 @@ def count_qwen2_audio_frames(config: PreTrainedConfig, inputs: Inputs) -> list[i
 
 
 def mask_qwen2_audio_frames(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Convert the mask `(items, frames)` to `(items, 1, n, n)`, which the encoder adds to the attention scores."""
+    """Convert the mask `(items, frames)` to that of the encoder's attention, over half as many states."""
     mask = arguments.get("attention_mask")
     if mask is None:
         return arguments
-    features = arguments["input_features"]
-    lengths = (mask.sum(dim=-1) - 1) // 2 + 1
-    kept = torch.arange(features.shape[-1] // 2, device=features.device) < lengths[:, None]
-    scores = torch.zeros(kept.shape, dtype=features.dtype, device=features.device)
-    scores = scores.masked_fill(~kept, torch.finfo(features.dtype).min)
-    return arguments | {"attention_mask": scores[:, None, None].expand(-1, 1, kept.shape[1], -1)}
+    states = arguments["input_features"].mT[:, ::2]  # of their number, dtype and device
+    kept = torch.arange(states.shape[1], device=mask.device) < (mask.sum(dim=-1, keepdim=True) - 1) // 2 + 1
+    return arguments | {"attention_mask": create_bidirectional_mask(config, states, kept)}
 
 
 def count_frames(config: PreTrainedConfig, inputs: Inputs) -> list[int]:

@@ -120,21 +120,16 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
         frames = {name: value for name, value in frames.items() if value is not None}
         if is_timed(modality) and family.main_input == "pixel_values":
             return VideoEncoder(encoder, feature_layer=layer, drop_cls=drop, **frames)
-        _check_frames(frames, modality, config)
+        for name, value in frames.items():  # without effect: of no clips, or of an encoder that reads whole ones
+            if not is_timed(modality):
+                raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
+            if value != getattr(config, name, None):
+                raise InputError(f"{name} is {value}, but this encoder reads clips in its own way; leave it out")
         if layer is not None or drop:
             encoder.anygpt_callbacks = LlavaCallbacks(layer, "default" if drop else "full")
         return encoder
 
     return load(source, f"{modality} encoder", build, unused=("gguf_file",))
-
-
-def _check_frames(frames: Mapping[str, Any], modality: str, config: Any) -> None:
-    """Raise `InputError` for settings of frames without effect: of no clips, or of an encoder that reads whole ones."""
-    for name, value in frames.items():
-        if not is_timed(modality):
-            raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
-        if value != getattr(config, name, None):
-            raise InputError(f"{name} is {value}, but this encoder reads clips in its own way; leave it out")
 
 
 def _read_config(source: Source) -> PreTrainedConfig:
