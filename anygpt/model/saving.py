@@ -128,10 +128,8 @@ def save_pretrained(
         if merge and (folder / "parts/language_model").is_dir():
             model.tokenizer.save_pretrained(folder / "parts/language_model")
     config.save_pretrained(folder)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in own_tensors(model).items()}
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    tensors = {name: tensor.cpu() for name, tensor in own_tensors(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)  # in place of the files of an earlier save
     if not tensors:  # save_torch_state_dict then writes no file
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     let_umask_decide(folder)
