@@ -1,4 +1,4 @@
-"""What the tests of the servers share: a server in a thread, and a client that goes on and on."""
+"""What the tests of the servers share: a server in a thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 
-import httpx
 import uvicorn
 
 from anygpt.serving.gate import server_config
@@ -29,23 +28,3 @@ def serving(app):
         finally:
             server.should_exit = True
             thread.join()
-
-
-def send_without_end(url, kind="application/json"):
-    """POST far more than any server here would read; returns the status, or None where the server hung up before."""
-    pieces = 16_384  # a gibibyte, so that a server that reads on fails the test rather than hangs it
-
-    def body():
-        nonlocal pieces
-        while pieces:
-            pieces -= 1
-            yield b" " * 65_536
-
-    try:
-        answer = httpx.post(url, content=body(), headers={"Content-Type": kind}, timeout=120)
-        status = answer.status_code
-        assert answer.headers["Connection"] == "close"
-    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-        status = None
-    assert pieces, "the server read on and on"
-    return status

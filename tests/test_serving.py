@@ -25,7 +25,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving_utils import send_without_end, serving
+from serving_utils import serving
 from training_utils import REPOSITORY, run_forked
 
 from anygpt import InputError, commands
@@ -309,19 +309,6 @@ def post(address, body, **headers):
 def test_broken_bodies(address, body, headers, status, message):
     answer = post(address, body, **headers)
     assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
-
-
-@pytest.mark.parametrize(
-    ("path", "kind", "status"),
-    [
-        ("/v1/chat/completions", "application/json", 413),
-        ("/v1/chat/completions", "text/plain", 415),
-        ("/v1/models", "application/json", 405),
-        ("/nowhere", "application/json", 404),
-    ],
-)
-def test_a_body_without_an_end_ends_the_connection(address, path, kind, status):
-    assert send_without_end(f"{address}{path}", kind) in (status, None)
 
 
 def test_a_body_that_does_not_come(address):

@@ -1,5 +1,5 @@
-"""What stands before both servers: middleware that rejects requests from other sites' pages, and too many at once, and
-drops unread bodies; and uvicorn's HTTP/1.1 with a bounded number of connections.
+"""What stands before both servers: middleware that rejects requests from other sites' pages, and too many at once; and
+uvicorn's HTTP/1.1 with a bounded number of connections.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -13,11 +13,10 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-import anyio
 import uvicorn
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -77,45 +76,6 @@ class Gate:
         if origin is not None and not {"*", origin} & self.origins and origin.partition("://")[2] != (host or None):
             return f"pages of {origin[:80]!r} may not send requests to this server; allow them with --cors-origin"
         return None
-
-
-class Unread:
-    """ASGI middleware that closes a connection if its request is answered before the body has been read.
-
-    uvicorn would read and discard the rest of a body without limit. Here such an answer has `Connection: close`. Some
-    of the body, up to `more_bytes` and for `more_seconds`, is still read, since a client that sends everything before
-    it reads the answer would otherwise lose it.
-    """
-
-    def __init__(self, app: ASGIApp, more_bytes: int = 64 * 1024**2, more_seconds: float = 3.0):
-        self.app, self.more_bytes, self.more_seconds = app, more_bytes, more_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        closing = False
-
-        async def receiving() -> Message:
-            nonlocal unread
-            message = await receive()
-            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
-            return message
-
-        async def sending(message: Message) -> None:
-            nonlocal closing
-            if message["type"] == "http.response.start" and unread:
-                closing = True
-                MutableHeaders(scope=message)["Connection"] = "close"
-            if closing and message["type"] == "http.response.body" and not message.get("more_body", False):
-                await send(message | {"more_body": True})
-                size = 0
-                with anyio.move_on_after(self.more_seconds):
-                    while unread and size <= self.more_bytes:
-                        size += len((await receiving()).get("body", b""))
-                message = {"type": "http.response.body", "body": b""}
-            await send(message)
-
-        await self.app(scope, receiving, sending)
 
 
 class BoundedProtocol(H11Protocol):

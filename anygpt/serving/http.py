@@ -26,12 +26,17 @@ from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import UNCOUNTED, Gate, Unread
+from anygpt.serving.gate import UNCOUNTED, Gate
 
 logger = logging.getLogger(__name__)
 
 FAULT = "something went wrong here; the server's log says what"
-HEADERS = {429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
+    429: {"Retry-After": "5"},
+    503: {"Retry-After": "5"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Interface:
         def refuse(status: int, reason: str) -> Response:
             return Refused(status, reason, "busy" if status == 503 else "invalid_request_error").response()
 
-        return Unread(Gate(app, refuse, host, hosts, origins))
+        return Gate(app, refuse, host, hosts, origins)
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:

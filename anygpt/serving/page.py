@@ -26,7 +26,7 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.gate import Gate, Unread
+from anygpt.serving.gate import Gate
 from anygpt.serving.guard import Guard, QuietTraceback, refuse
 from anygpt.serving.http import FAULT, logger
 
@@ -310,7 +310,7 @@ def _said_error(sentence: str) -> dict[str, Any]:
     return {"role": "assistant", "content": html.escape(sentence), "metadata": {"title": "This did not work"}}
 
 
-def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Unread:
+def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Gate:
     """The page as an ASGI application; `folder` is for its uploads and generated media only."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     gradio.queueing.traceback = QuietTraceback
@@ -329,4 +329,4 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
         css=STYLE,
     )
     page.has_launched = True  # otherwise gradio does not check the paths in events
-    return Unread(Gate(Guard(app, folder), refuse, host, hosts))
+    return Gate(Guard(app, folder), refuse, host, hosts)
