@@ -1,5 +1,5 @@
-"""What stands before both servers: middleware that rejects requests from other sites' pages, and too many at once; and
-uvicorn's HTTP/1.1 with a bounded number of connections.
+"""What stands before both servers: middleware that rejects requests from other sites' pages, and uvicorn with a bounded
+number of connections.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -21,8 +21,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
-MAX_REQUESTS = 256  # requests handled at once, including those waiting for the model
-UNCOUNTED = ("/health", "/metrics")
 MAX_CONNECTIONS = 512  # open connections; beyond it, those idle longest are closed
 KEEP_ALIVE = 20
 """Seconds that an idle connection stays open after an answer: more than the 5 of httpx (and OpenAI's client), so that
@@ -33,13 +31,13 @@ class Gate:
     """ASGI middleware that accepts this machine's names, `host` and `hosts`, and pages of `origins` (`*`: any).
 
     Starlette's `TrustedHostMiddleware` knows neither IPv6 addresses nor "any address of this machine". `refuse` builds
-    a response from a status and a message.
+    a response of status 403 from a message.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        refuse: Callable[[int, str], Response],
+        refuse: Callable[[str], Response],
         host: str = "127.0.0.1",
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
@@ -47,23 +45,12 @@ class Gate:
         self.app, self.refuse = app, refuse
         self.everywhere = host in EVERYWHERE
         self.hosts, self.origins = {*LOCAL, host, *hosts}, set(origins)
-        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        counted = scope["type"] == "http" and scope["path"] not in UNCOUNTED
-        if scope["type"] == "websocket":  # neither server uses them
-            await send({"type": "websocket.close", "code": 1008})
-        elif scope["type"] == "http" and (reason := self._foreign(Headers(scope=scope))):
-            await self.refuse(403, reason)(scope, receive, send)
-        elif counted and self._running >= MAX_REQUESTS:
-            reason = f"{MAX_REQUESTS} requests are open already; try again in a while"
-            await self.refuse(503, reason)(scope, receive, send)
+        if scope["type"] == "http" and (reason := self._foreign(Headers(scope=scope))):
+            await self.refuse(reason)(scope, receive, send)
         else:
-            self._running += counted
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                self._running -= counted
+            await self.app(scope, receive, send)
 
     def _foreign(self, headers: Headers) -> str | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -99,7 +86,7 @@ def server_config(app: Any, **options: Any) -> uvicorn.Config:
     # Answers in progress are cancelled on shutdown, which needs no traceback.
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options
-    return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, **options)
+    return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, ws="none", **options)
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:

@@ -26,17 +26,13 @@ from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import UNCOUNTED, Gate
+from anygpt.serving.gate import Gate
 
 logger = logging.getLogger(__name__)
 
+UNCOUNTED = ("/health", "/metrics")
 FAULT = "something went wrong here; the server's log says what"
-HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"},
-    408: {"Connection": "close"},
-    429: {"Retry-After": "5"},
-    503: {"Retry-After": "5"},
-}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "5"}}
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,7 @@ class Interface:
         app: ASGIApp = self._counted(Starlette(routes=routes, exception_handlers=handlers))
         if origins:
             app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-
-        def refuse(status: int, reason: str) -> Response:
-            return Refused(status, reason, "busy" if status == 503 else "invalid_request_error").response()
-
-        return Gate(app, refuse, host, hosts, origins)
+        return Gate(app, lambda reason: Refused(403, reason).response(), host, hosts, origins)
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:

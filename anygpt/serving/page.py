@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,4 +330,4 @@ def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Seque
         css=STYLE,
     )
     page.has_launched = True  # otherwise gradio does not check the paths in events
-    return Gate(Guard(app, folder), refuse, host, hosts)
+    return Gate(Guard(app, folder), partial(refuse, 403), host, hosts)
