@@ -34,7 +34,7 @@ from anygpt.generation.events import Closed, DecodingStarted, MediumDone, TextPi
 from anygpt.media.writing import write_audio, write_video
 from anygpt.outputs import Segment
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.http import BodyLimits, Interface
+from anygpt.serving.http import Interface
 from anygpt.serving.openai_form import Limits, _of_answer
 
 QUICK = {"decoders": {key: {"num_inference_steps": 2} for key in ("image", "video", "audio")}}
@@ -58,8 +58,8 @@ def engine(checkpoint):
 
 @pytest.fixture(scope="module")
 def address(engine):
-    limits = Limits(new_tokens=400, messages=20, characters=5000, media=3)
-    with serving(Interface(engine, "anygpt", limits, BodyLimits(bytes=2 * 1024**2, seconds=2.0)).app()) as address:
+    limits = Limits(body_bytes=2 * 1024**2, body_seconds=2.0, characters=5000, media=3)
+    with serving(Interface(engine, "anygpt", limits).app()) as address:
         yield address
 
 
@@ -211,7 +211,6 @@ def image_part(url, **more):
         ({"messages": [{"role": "user", "content": "  "}]}, 400, r"messages\[0\] is empty"),
         ({"messages": [{"role": "robot", "content": "a"}]}, 400, "the role is 'robot'; expected system"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, 400, "last message is the assistant's"),
-        ({"messages": HELLO * 21}, 400, "number of messages is 21, more than the 20"),
         ({"messages": [{"role": "user", "content": "a" * 5001}]}, 400, "characters is 5001"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "lone surrogate"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, 400, "type is 'file'; expected text"),
@@ -240,7 +239,6 @@ def image_part(url, **more):
         ({"modalities": ["image"]}, 400, "name text, too"),
         ({"modalities": []}, 400, "name text, too"),
         ({"decoders": {"image": {"seed": [5, 6]}}}, 400, "seed is a list; expected one whole number"),
-        ({"max_tokens": 401}, 400, "max_tokens is 401, more than the 400"),
         ({"max_tokens": "many"}, 400, "max_tokens is 'many'"),
         ({"temperature": 3}, 400, "temperature is 3"),
         ({"temperature": True}, 400, "temperature is True"),
@@ -266,7 +264,6 @@ def image_part(url, **more):
         ({"stream": "yes"}, 400, "stream must be true or false"),
         ({"seed": 2**63}, 400, "seed is 9223372036854775808"),
         ({"temperature": 1e-300, "seed": True}, 400, "seed is True"),
-        ({"max_tokens": 10**400}, 400, "max_tokens is 1000"),
         ({"temperature": 10**400}, 400, "temperature is 1000"),
         ({"decoders": {"image": {"height": 8 * 10**400}}}, 400, "is 8000"),
         ({"decoders": {"image": {"guidance_scale": 10**400}}}, 400, "expected a finite number"),
@@ -322,27 +319,6 @@ def test_a_body_that_does_not_come(address):
     assert answer.status == 408 and "2 seconds" in answer.read().decode()
     assert connection.sock is None, "the rest of the body would be taken for a request"
     connection.close()
-
-
-def test_the_bodies_of_all_requests_together_have_a_limit(engine):
-    body = json.dumps({"model": "anygpt", "messages": [{"role": "user", "content": " " * 40_000}]})  # in time a 400
-    interface = Interface(engine, "anygpt", bodies=BodyLimits(all_bytes=60_000))
-    with serving(interface.app()) as address:
-        parsed = urlparse(address)
-        slow = http.client.HTTPConnection(parsed.hostname, parsed.port, timeout=30)
-        slow.putrequest("POST", "/v1/chat/completions")
-        slow.putheader("Content-Type", "application/json")
-        slow.putheader("Content-Length", str(len(body)))
-        slow.endheaders(body[:30_000].encode())
-        while interface._held < 30_000:
-            time.sleep(0.01)
-        refused = post(address, body)
-        assert refused.status_code == 429 and "too many large requests" in refused.json()["error"]["message"]
-        assert refused.headers["Retry-After"]
-        slow.send(body[30_000:].encode())
-        assert slow.getresponse().status == 400 and interface._held == 0
-        slow.close()
-        assert post(address, body).status_code == 400
 
 
 def test_wrong_routes(address):

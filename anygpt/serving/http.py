@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -35,15 +34,6 @@ FAULT = "something went wrong here; the server's log says what"
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "5"}}
 
 
-@dataclass(frozen=True)
-class BodyLimits:
-    """Limits of request bodies: bytes of one, bytes of all at once, and seconds to receive one."""
-
-    bytes: int = 32 * 1024**2
-    all_bytes: int = 512 * 1024**2
-    seconds: float = 60.0
-
-
 class Refused(Exception):
     """A rejected request; `status` is HTTP's, `kind` and `code` are OpenAI's `type` and `code`."""
 
@@ -57,22 +47,13 @@ class Refused(Exception):
 
 
 class Interface:
-    """The routes, for a model of this name, with limits of a request's settings and of request bodies.
+    """The routes, for a model of this name, with limits of a request.
 
     With a `key`, clients must send it to `/v1` as `Authorization: Bearer <key>`.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        model: str,
-        limits: form.Limits | None = None,
-        bodies: BodyLimits | None = None,
-        key: str | None = None,
-    ):
-        self.engine, self.model, self.key = engine, model, key
-        self.limits, self.bodies = limits or form.Limits(), bodies or BodyLimits()
-        self._held = 0  # bytes of bodies being read or parsed
+    def __init__(self, engine: Engine, model: str, limits: form.Limits | None = None, key: str | None = None):
+        self.engine, self.model, self.limits, self.key = engine, model, limits or form.Limits(), key
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
@@ -150,25 +131,16 @@ class Interface:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, f"the content type is {kind!r:.60}; expected application/json")
-        body, limits = bytearray(), self.bodies
-        stated = request.headers.get("content-length", "")
-        too_large = Refused(413, f"the body has more than the {limits.bytes:,} bytes that this server allows")
-        if stated.isdigit() and int(stated) > limits.bytes:
-            raise too_large
+        body, limits = bytearray(), self.limits
         try:
-            with anyio.fail_after(limits.seconds):
+            with anyio.fail_after(limits.body_seconds):
                 async for piece in request.stream():
                     body += piece
-                    self._held += len(piece)
-                    if len(body) > limits.bytes:
-                        raise too_large
-                    if self._held > limits.all_bytes:
-                        raise Refused(429, "too many large requests are being read; try again in a while", "busy")
-            return await self._in_thread(self._understand, bytes(body))
+                    if len(body) > limits.body_bytes:
+                        raise Refused(413, f"the body has more than {limits.body_bytes:,} bytes, which are allowed")
         except TimeoutError:
-            raise Refused(408, f"the body had not arrived after {limits.seconds:g} seconds") from None
-        finally:
-            self._held -= len(body)
+            raise Refused(408, f"the body had not arrived after {limits.body_seconds:g} seconds") from None
+        return await self._in_thread(self._understand, bytes(body))
 
     def _understand(self, body: bytes) -> form.Request:
         content = parse_json(body)

@@ -44,8 +44,10 @@ MAX_STOPS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    new_tokens: int = 2**20
-    messages: int = 200
+    """Limits of a request: of its body, of what it contains, and of what it asks of decoders."""
+
+    body_bytes: int = 32 * 1024**2
+    body_seconds: float = 60.0
     characters: int = 100_000
     media: int = 16
     steps: int = 200
@@ -173,7 +175,6 @@ def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
     if len({given.max_completion_tokens, given.max_tokens} - {None}) > 1:
         raise InputError("max_tokens and max_completion_tokens differ; give one of them")
     tokens = given.max_completion_tokens or given.max_tokens or Settings.max_new_tokens
-    limits.check("max_tokens", tokens, limits.new_tokens)
     makes, forbid = chat_model.makes, given.forbid
     for name, keys in (("require", given.require), ("forbid", forbid), ("decoders", given.decoders)):
         _check_names(name, keys, makes)
@@ -210,7 +211,6 @@ def _check_names(field: str, names: Collection[str], known: Collection[str]) -> 
 def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list of at least one message")
-    limits.check("the number of messages", len(messages), limits.messages)
     parsed = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if parsed[-1]["role"] != "user":
         raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected the user's, which is answered")
