@@ -1,7 +1,5 @@
 """The page: in a real browser, and for visitors who ask for what is not theirs."""
 
-import asyncio
-import http.client
 import io
 import json
 import os
@@ -28,13 +26,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from serving_utils import serving
-from starlette.exceptions import HTTPException
 from training_utils import REPOSITORY
 
 from anygpt.chat.chat_model import ChatModel
 from anygpt.media.writing import write_audio
 from anygpt.serving.engine import Engine
-from anygpt.serving.guard import Guard
+from anygpt.serving.gate import Guard
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE = 240  # seconds; a browser and a model on a busy machine
@@ -332,14 +329,6 @@ def test_too_much_is_refused(address):
         f"{address}/gradio_api/upload", files={"files": ("a.png", b"0" * (17 * 1024**2))}, timeout=PATIENCE
     )
     assert big.status_code == 413
-    connection = http.client.HTTPConnection(urlparse(address).netloc, timeout=PATIENCE)
-    connection.putrequest("POST", "/gradio_api/upload")
-    connection.putheader("Content-Length", str(2**40))
-    connection.endheaders()
-    assert connection.getresponse().status == 413
-    connection.close()
-    unknown = httpx.post(f"{address}/gradio_api/upload", content=iter([b"a"]), timeout=PATIENCE)
-    assert unknown.status_code == 411
     join = f"{address}/gradio_api/queue/join"
     assert httpx.post(join, content=b" " * 300_000, timeout=PATIENCE).status_code == 413
     assert httpx.post(join, content=iter([b" " * 300_000]), timeout=PATIENCE).status_code == 413
@@ -347,10 +336,8 @@ def test_too_much_is_refused(address):
     assert deep.status_code == 400 and "nested too deeply" in deep.text
 
 
-def test_headers_keep_the_browser_here(address):
+def test_the_page_names_no_other_site(address):
     answer = httpx.get(address, timeout=PATIENCE)
-    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
-    assert answer.headers["Referrer-Policy"] == "no-referrer"
     assert "googleapis" not in answer.text and "cdnjs" not in answer.text
     config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
     assert config["analytics_enabled"] is False
@@ -364,14 +351,6 @@ def test_uploads_are_those_inside_the_folder(tmp_path):
     assert guard._uploaded(str(tmp_path / "in"))
     for path in (str(tmp_path), str(tmp_path) + "2/a", str(tmp_path / "link"), str(tmp_path / ".." / "a"), "a\0b", ""):
         assert not guard._uploaded(path)
-
-
-def test_uploads_have_a_limit_together(tmp_path):
-    (tmp_path / "in").write_bytes(b"0" * 90)
-    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": [(b"content-length", b"20")]}
-    asyncio.run(Guard(None, tmp_path, all_bytes=110)._checked(scope, None))
-    with pytest.raises(HTTPException, match="no room for uploads"):
-        asyncio.run(Guard(None, tmp_path, all_bytes=109)._checked(scope, None))
 
 
 # ---------------------------------------------------------------------------------------- the process

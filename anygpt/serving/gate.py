@@ -1,5 +1,5 @@
-"""What stands before both servers: middleware that rejects requests from other sites' pages, and uvicorn with a bounded
-number of connections.
+"""What stands before the servers: middleware that rejects requests from other sites' pages, and on the page those for
+other files of the server; and uvicorn with a bounded number of connections.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -7,20 +7,36 @@ A page of another site can make a visitor's browser send requests to a server on
 
 import asyncio
 import ipaddress
+import json
 import logging
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from anygpt.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")
+# Routes that the page does not use.
+CLOSED = (
+    *("run/", "api/", "call/", "proxy=", "stream/", "file/"),
+    *("deep_link", "runs", "component_server", "monitoring"),
+)
+EVENT_BYTES = 256 * 1024  # of an event of the page
 MAX_CONNECTIONS = 512  # open connections; beyond it, those idle longest are closed
 KEEP_ALIVE = 20
 """Seconds that an idle connection stays open after an answer: more than the 5 of httpx (and OpenAI's client), so that
@@ -63,6 +79,105 @@ class Gate:
         if origin is not None and not {"*", origin} & self.origins and origin.partition("://")[2] != (host or None):
             return f"pages of {origin[:80]!r} may not send requests to this server; allow them with --cors-origin"
         return None
+
+
+class Guard:
+    """ASGI middleware for gradio: closes the routes that the page does not use, and refuses events that are large or
+    name files outside the folder of `uploads`."""
+
+    def __init__(self, app: ASGIApp, uploads: Path):
+        self.app, self.uploads = app, os.path.realpath(uploads)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            checked = await self._checked(scope, receive) if scope["type"] == "http" else receive
+            await self.app(scope, checked, sending)
+        except ClientDisconnect:
+            pass
+        except HTTPException as refused:
+            await refuse(refused.status_code, refused.detail)(scope, receive, send)
+        except Exception as error:  # gradio failed on a request that its page would not send
+            logger.warning("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
+            if not started:
+                await refuse(400, "this request cannot be understood")(scope, receive, send)
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """A `receive` of the request, whose body, if no upload, was read and checked; raises `HTTPException`."""
+        route = scope["path"].partition("/gradio_api/")[2]
+        if route.startswith(CLOSED):
+            raise HTTPException(404, "there is nothing here")
+        if route.startswith("file=") and not self._uploaded(route.removeprefix("file=")):
+            raise HTTPException(403, "only uploaded and generated files can be read")
+        if route.rstrip("/") == "upload" or scope["method"] in ("GET", "HEAD"):
+            return receive
+        body = bytearray()
+        async for piece in Request(scope, receive).stream():
+            body += piece
+            if len(body) > EVENT_BYTES:
+                raise HTTPException(413, f"this has more than the {EVENT_BYTES:,} bytes that are allowed")
+        try:
+            paths = list(_paths(parse_json(bytes(body)))) if body else []
+        except (InputError, RecursionError) as error:
+            raise HTTPException(400, str(error)) from error
+        if not all(isinstance(path, str) and self._uploaded(path) for path in paths):
+            raise HTTPException(400, "this names a file that was not uploaded here")
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return again
+
+    def _uploaded(self, path: str) -> bool:
+        return "\0" not in path and os.path.realpath(path).startswith(os.path.join(self.uploads, ""))
+
+
+def one_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class QuietTraceback:
+    """Replaces the module `traceback` in gradio's queue, which prints one for any invalid request."""
+
+    @staticmethod
+    def print_exc() -> None:
+        logger.warning("an event of the page was refused: %s", one_line(sys.exc_info()[1]))
+
+
+def refuse(status: int, reason: str) -> JSONResponse:
+    return JSONResponse({"detail": reason}, status)
+
+
+def _paths(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "path" and value is not None:
+                yield value
+            yield from _paths(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _paths(value)
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse strict JSON; raises `InputError` if it is invalid, nested too deeply, or has NaN or infinite numbers."""
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(body, parse_constant=no_constant)
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    except ValueError as error:  # also invalid UTF-8, and integers with thousands of digits
+        raise InputError(f"the body is not JSON: {error}") from None
 
 
 class BoundedProtocol(H11Protocol):

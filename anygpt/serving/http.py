@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,9 +24,7 @@ from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
 from anygpt.serving.engine import Busy, Engine, Job
-from anygpt.serving.gate import Gate
-
-logger = logging.getLogger(__name__)
+from anygpt.serving.gate import Gate, logger, parse_json
 
 UNCOUNTED = ("/health", "/metrics")
 FAULT = "something went wrong here; the server's log says what"
@@ -137,7 +134,7 @@ class Interface:
                 async for piece in request.stream():
                     body += piece
                     if len(body) > limits.body_bytes:
-                        raise Refused(413, f"the body has more than {limits.body_bytes:,} bytes, which are allowed")
+                        raise Refused(413, f"the body has more than the {limits.body_bytes:,} bytes that are allowed")
         except TimeoutError:
             raise Refused(408, f"the body had not arrived after {limits.body_seconds:g} seconds") from None
         return await self._in_thread(self._understand, bytes(body))
@@ -226,20 +223,6 @@ class Listening:
             pass
         self._job.cancel()  # immediately, even if nobody awaits an event
         self._events.put_nowait(ClientDisconnect())
-
-
-def parse_json(body: bytes) -> Any:
-    """Parse strict JSON; raises `InputError` if it is invalid, nested too deeply, or has NaN or infinite numbers."""
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        return json.loads(body, parse_constant=no_constant)
-    except RecursionError:
-        raise InputError("the body is nested too deeply") from None
-    except ValueError as error:  # also invalid UTF-8, and integers with thousands of digits
-        raise InputError(f"the body is not JSON: {error}") from None
 
 
 def _sse(content: dict[str, Any]) -> str:

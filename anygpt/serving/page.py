@@ -27,9 +27,8 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.gate import Gate
-from anygpt.serving.guard import Guard, QuietTraceback, refuse
-from anygpt.serving.http import FAULT, logger
+from anygpt.serving.gate import Gate, Guard, QuietTraceback, logger, refuse
+from anygpt.serving.http import FAULT
 
 MAX_FILES = 8
 MAX_CHARACTERS = 4000
