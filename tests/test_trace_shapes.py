@@ -23,7 +23,7 @@ def run(script, capsys):
         lines = capsys.readouterr().out.splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("hop "))
         assert lines[start].split()[:5] == ["hop", "tensor", "shape", "dtype", "device"]
-        starts = [lines[start].index(name) for name in ("tensor", "shape", "dtype", "device", "in letters")]
+        starts = [lines[start].index(name) for name in ("tensor", "shape", "dtype", "device")]
         found, hop = {}, None
         for line in lines[start + 2 :]:
             cells = [line[a:b].strip() for a, b in zip([0, *starts], [*starts, None], strict=True)]

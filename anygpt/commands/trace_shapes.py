@@ -4,7 +4,7 @@
     anygpt trace-shapes --checkpoint runs/quickstart/stage3/final
 
 Traces one real forward pass on samples of the config's data that cover every input and output modality, or on samples
-of ToyWorld if there is no data. The letters of shapes are explained in `anygpt/outputs.py`.
+of ToyWorld if there is no data.
 """
 
 import tempfile
@@ -29,24 +29,18 @@ from anygpt.training.config import parse_config
 from anygpt.training.loading import use_frames_of
 from anygpt.training.setup import build
 
-CONDITION = {".embeds": "(K, T, D)", ".pooled": "(K, P)", ".mask": "(K, T)", "": "(K, T, D)"}
-SEQUENCE = {".inputs_embeds": "(B, S, H)", ".media_in": "(B,)", "": "(B, S)"}
-ENCODED = {".pooler_output": "(items, width)", "": "(items, n, width)"}
-FEATURES, STATES, LATENTS = {"": "(items, n, H)"}, {"": "(B, S, H)"}, {"": "(K, C, …)"}
-LOGITS = {"": "(B, S, V') or, at labels, (1, M, V')"}
-COLUMNS = ("hop", "tensor", "shape", "dtype", "device", "in letters")
+COLUMNS = ("hop", "tensor", "shape", "dtype", "device")
 
-Found = tuple[str, str, Any, dict[str, str]]
-"""Hop, name, tensors, and their shapes in letters by place in the value, `""` for the others."""
+Found = tuple[str, str, Any]
+"""Hop, name, and tensors."""
 See = Callable[[tuple, Any], Iterable[Found]]  # picks from the arguments and the result of a call
 
 
-def rows_of(hop: str, name: str, value: Any, letters: dict[str, str], at: str = "") -> Iterator[tuple[str, ...]]:
+def rows_of(hop: str, name: str, value: Any) -> Iterator[tuple[str, ...]]:
     """Rows of the table for all tensors in a value, with their place: `.key` of a mapping or field, `[i]` of a list."""
     inside: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Tensor):
-        shape, dtype = str(tuple(value.shape)), str(value.dtype).removeprefix("torch.")
-        yield hop, name + at, shape, dtype, str(value.device), letters.get(at, letters[""])
+        yield hop, name, str(tuple(value.shape)), str(value.dtype).removeprefix("torch."), str(value.device)
     elif hasattr(value, "keys"):
         inside = [(f".{key}", value[key]) for key in value]
     elif is_dataclass(value):
@@ -54,41 +48,41 @@ def rows_of(hop: str, name: str, value: Any, letters: dict[str, str], at: str = 
     elif isinstance(value, (list, tuple)):
         inside = [(f"[{index}]", item) for index, item in enumerate(value)]
     for place, item in inside:
-        yield from rows_of(hop, name, item, letters, at + place)
+        yield from rows_of(hop, name + place, item)
 
 
 def calls(model: MultimodalModel) -> Iterator[tuple[Any, str, See]]:
     """Yield every hop: the owner of a method, its name, and what to list of each call."""
 
-    def output(hop: str, name: str, letters: dict[str, str]) -> See:
-        return lambda _, result: [(hop, name, result, letters)]
+    def output(hop: str, name: str) -> See:
+        return lambda _, result: [(hop, name, result)]
 
     def states(_: tuple, result: tuple) -> list[Found]:
-        return [("language model", "logits", result[0], LOGITS), ("language model", "hidden_states", result[1], STATES)]
+        return [("language model", "logits", result[0]), ("language model", "hidden_states", result[1])]
 
     def spans(arguments: tuple, result: dict[str, Tensor]) -> Iterator[Found]:
-        yield "language model", "last states", arguments[2], STATES
+        yield "language model", "last states", arguments[2]
         for key, state in result.items():
-            yield "signal tokens", f"positions of {key}", arguments[1][key].positions, {"": "(K, N)"}
-            yield "signal tokens", f"states of {key}", state, {"": "(K, N, H)"}
+            yield "signal tokens", f"positions of {key}", arguments[1][key].positions
+            yield "signal tokens", f"states of {key}", state
 
     def noise(hop: str, arguments: tuple, result: Any) -> list[Found]:
-        return [(hop, "noisy latents", arguments[0], LATENTS), (hop, "prediction", result, LATENTS)]
+        return [(hop, "noisy latents", arguments[0]), (hop, "prediction", result)]
 
     for key, encoder in model.encoders.items():
-        yield encoder.module, "forward", output(f"{key} encoder", "output", ENCODED)
-        yield encoder.projector, "forward", output(f"{key} projector", "output", FEATURES)
-        yield encoder, "forward", output(f"{key} projector", "features", FEATURES)
-    yield model, "embed", output("token embeddings", "text", SEQUENCE)
-    yield model, "merge", output("merge", "sequence", SEQUENCE)
+        yield encoder.module, "forward", output(f"{key} encoder", "output")
+        yield encoder.projector, "forward", output(f"{key} projector", "output")
+        yield encoder, "forward", output(f"{key} projector", "features")
+    yield model, "embed", output("token embeddings", "text")
+    yield model, "merge", output("merge", "sequence")
     yield model, "run_language_model", states
     yield model, "read_spans", spans
     for key, decoder in model.decoders.items():
         projector, hop = f"{key} output projector", f"{key} decoder"
-        yield decoder.projector, "forward", output(projector, "projected", CONDITION)
-        yield decoder, "condition", output(projector, "condition", CONDITION)
-        yield decoder.module, "encode_text", output(hop, "encoding of captions", CONDITION)
-        yield decoder.module, "encode_media", output(hop, "latents of targets", LATENTS)
+        yield decoder.projector, "forward", output(projector, "projected")
+        yield decoder, "condition", output(projector, "condition")
+        yield decoder.module, "encode_text", output(hop, "encoding of captions")
+        yield decoder.module, "encode_media", output(hop, "latents of targets")
         yield decoder.module.denoiser, "forward", partial(noise, hop)
 
 
@@ -96,42 +90,31 @@ def calls(model: MultimodalModel) -> Iterator[tuple[Any, str, See]]:
 def trace(model: MultimodalModel, batch: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
 
-    def add(*found: Any) -> None:
-        rows.extend(rows_of(*found))
-
     def watched(original: Callable, see: See) -> Callable:
         @wraps(original)  # encoders' arguments are chosen by signature
         def call(*arguments: Any, **kwargs: Any) -> Any:
             result = original(*arguments, **kwargs)
-            for found in see(arguments, result):
-                add(*found)
+            rows.extend(row for found in see(arguments, result) for row in rows_of(*found))
             return result
 
         return call
 
-    for name, value in batch.items():
-        if name != "decoder_targets":
-            text = name in ("input_ids", "attention_mask", "labels")
-            add("processor", name, value, {"": "(B, S)" if text else "(items, …)"})
-    for key, target in batch["decoder_targets"].items():
-        add("processor", f"targets of {key}", target.get("media"), {"": "(K, …)"})
+    targets = {f"targets of {key}": target.get("media") for key, target in batch["decoder_targets"].items()}
+    for name, value in ({name: batch[name] for name in batch if name != "decoder_targets"} | targets).items():
+        rows.extend(rows_of("processor", name, value))
     with ExitStack() as stack:
         for owner, method, see in calls(model):
             stack.enter_context(patch.object(owner, method, watched(getattr(owner, method), see)))
         output = model(**batch)
-    add("losses", "sum", {name: term.total for name, term in (output.losses or {}).items()}, {"": "()"})
-    add("losses", "loss", output.loss, {"": "()"})
+    rows.extend(rows_of("losses", "sum", {name: term.total for name, term in (output.losses or {}).items()}))
+    rows.extend(rows_of("losses", "loss", output.loss))
     return rows
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines, before = [], None
-    for row in [COLUMNS, tuple("─" * width for width in widths), *rows]:
-        cells = ("", *row[1:]) if row[0] == before else row
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-        before = row[0]
-    return "\n".join(lines)
+    lines = [COLUMNS, tuple("─" * width for width in widths), *rows]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: list[DataSource]) -> dict[str, Any]:
