@@ -32,8 +32,6 @@ from anygpt.toyworld.evaluation.matrix import THINGS, check_settings, evaluate
 from anygpt.toyworld.evaluation.report import text_table, tracked_values, write_report
 from anygpt.toyworld.evaluation.requests import WAYS
 
-DEFAULTS = Settings()
-
 
 def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and for a suite file the remaining arguments, which override its settings."""
@@ -54,11 +52,11 @@ def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--conversations", type=int, help="number of conversations of four turns (default: %(default)s)")
     add("--batch-size", type=int, help="number answered at once (default: %(default)s)")
     add("--things", choices=sorted(THINGS), help="which things (default: %(default)s)")
-    add("--steps", nargs="*", metavar="[KIND=]N", help="denoising steps (default: the checkpoint's own)")
-    add("--guidance", nargs="*", metavar="[KIND=]G", help="guidance scale (default: the checkpoint's own)")
+    add("--steps", type=int, help="denoising steps (default: the checkpoint's own)")
+    add("--guidance", type=float, help="guidance scale (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, help="tokens per answer (default: %(default)s)")
     add("--seed", type=int, help="seed of requests, renders and noise (default: %(default)s)")
-    parser.set_defaults(**vars(DEFAULTS))
+    parser.set_defaults(**vars(Settings()) | {"steps": None, "guidance": None})
     options = parser.parse_args(given)
     if options.answers is not None:
         parser.error("--answers needs a suite file: ToyWorld's requests are made anew each time")
@@ -66,23 +64,10 @@ def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, []
 
 
-def by_kind(flag: str, given: list[str], number_type: type) -> dict[str, Any]:
-    """Values by kind: `["10"]` sets all kinds, `["image=10", "video=8"]` some."""
-    kinds, values = WAYS[1:], {}
-    for item in given:
-        kind, _, number = item.rpartition("=")
-        if kind and kind not in kinds:
-            raise InputError(f"{flag} {item}: there is no {kind!r}; the kinds are {', '.join(kinds)}")
-        try:
-            values |= {name: number_type(number) for name in ([kind] if kind else kinds)}
-        except ValueError:
-            raise InputError(f"{flag} {item}: {number!r} is not a number; write for example image=2") from None
-    return values
-
-
 def run_matrix(options: argparse.Namespace) -> str:
-    options.steps = by_kind("--steps", options.steps, int)
-    options.guidance = by_kind("--guidance", options.guidance, float)
+    for name in ("steps", "guidance"):
+        value = getattr(options, name)
+        setattr(options, name, {} if value is None else dict.fromkeys(WAYS[1:], value))
     options.baselines = not options.no_baselines
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     check_settings(settings)
