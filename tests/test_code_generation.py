@@ -8,7 +8,7 @@ from test_codes import resized
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.errors import InputError
-from anygpt.generation.codes import choose_code
+from anygpt.generation.choosing import choose_code
 from anygpt.generation.events import MediumCalled, MediumDone, TextPiece
 
 GREEDY = {"temperature": 0}

@@ -13,9 +13,9 @@ from anygpt.decoders.options import MAX_SEED, is_integer, is_number
 from anygpt.encoders.module import base_model
 from anygpt.errors import InputError, reading
 from anygpt.generation.checks import check_options
+from anygpt.generation.choosing import SpanRules
 from anygpt.generation.decoding import special_tokens
 from anygpt.generation.events import Listener, first_stop
-from anygpt.generation.span_rules import SpanRules
 from anygpt.media.files import MediaLimits, Place
 from anygpt.media.types import MEDIA, media_type, media_type_of
 from anygpt.model.multimodal import MultimodalModel
@@ -209,8 +209,7 @@ class ChatModel:
     @cached_property
     def _ends(self) -> set[int]:
         own = base_model(self.model.language_model).generation_config
-        ends = special_tokens(self.model, own).get("eos_token_id")
-        return set(ends if isinstance(ends, (list, tuple)) else [ends])
+        return set(special_tokens(self.model, own).get("eos_token_id", ()))
 
 
 def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:

@@ -25,10 +25,8 @@ from anygpt.encoders.module import argument_names, base_model
 from anygpt.errors import InputError
 from anygpt.generation.answering import SpanStates, assemble, text_of
 from anygpt.generation.checks import check_by_row, check_options, check_references, check_request
-from anygpt.generation.codes import code_options, spans_of_codes
+from anygpt.generation.choosing import Row, SpanForcing, SpanRules, code_options, spans_of_codes
 from anygpt.generation.events import EventEmitter, Listener, end_where_all_are_closed
-from anygpt.generation.rows import Row
-from anygpt.generation.span_rules import SpanForcing, SpanRules
 from anygpt.outputs import GenerationOutput
 from anygpt.sequence.merging import Merged, pad_left
 from anygpt.sequence.signal_tokens import Spans, Tap
@@ -335,17 +333,15 @@ def _placeholders(model: Composition) -> tuple[int, ...]:
 def special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
     """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer; and the
     token with which the chat template ends a turn, as base models in ChatML have another end."""
-    sources = (model.tokenizer, base_model(model.language_model).generation_config, config)
-    tokens = {
-        name: getattr(source, name)
-        for source in sources
-        for name in ("eos_token_id", "pad_token_id")
-        if getattr(source, name, None) is not None
-    }
-    if model.end_of_turn is not None and "eos_token_id" in tokens:
-        ends = tokens["eos_token_id"]
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        if model.end_of_turn not in ends:
-            tokens["eos_token_id"] = [*ends, model.end_of_turn]
-    eos = tokens.get("eos_token_id")
-    return ({"pad_token_id": eos[0] if isinstance(eos, (list, tuple)) else eos} if eos is not None else {}) | tokens
+
+    def first(name: str) -> Any:
+        sources = (config, base_model(model.language_model).generation_config, model.tokenizer)
+        return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
+
+    ends, pad = first("eos_token_id"), first("pad_token_id")
+    if ends is None:
+        return {} if pad is None else {"pad_token_id": pad}
+    ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
+    if model.end_of_turn not in (None, *ends):
+        ends.append(model.end_of_turn)
+    return {"eos_token_id": ends, "pad_token_id": ends[0] if pad is None else pad}

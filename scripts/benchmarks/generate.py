@@ -15,8 +15,8 @@ from pathlib import Path
 from anygpt import ModalDecoderModule, MultimodalModel, StableDiffusionDecoder
 from anygpt.chat.chat_model import ChatModel, Settings
 from anygpt.commands import CHECKPOINT
-from anygpt.generation.decoding import Row, SpanDecoder
-from anygpt.generation.span_rules import SpanRules
+from anygpt.generation.choosing import Row, SpanRules
+from anygpt.generation.decoding import SpanDecoder
 
 import torch
 from benchmarks._shared import DEVICE, make_pipeline, seconds, smollm2
