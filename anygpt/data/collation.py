@@ -15,7 +15,7 @@ from anygpt.decoders.conditions import Condition
 from anygpt.encoders.module import FEATURES
 from anygpt.errors import InputError
 from anygpt.media.types import media_type
-from anygpt.processing.chat_template import tokenize_many, tokenize_with_labels
+from anygpt.processing.chat_template import tokenize_with_labels
 from anygpt.processing.processor import MultimodalProcessor, stack_rows
 from anygpt.sequence.merging import IGNORE
 from anygpt.tokenizers.module import CODES
@@ -69,8 +69,7 @@ class Collator:
                 raise
             return [item if isinstance(found, dict) else found[0] for item, found in zip(items, alone, strict=True)]
         conversations = expanded(self.processor, [item.sample for item in items], counts)
-        found = tokenize_many(self.processor.llm_tokenizer, conversations)
-        rows = [self.fit(*row) for row in zip(items, conversations, found, strict=True)]
+        rows = [self.fit(*row) for row in zip(items, conversations, strict=True)]
         if not all(isinstance(row, tuple) for row in rows):
             return [item if isinstance(row, tuple) else row for item, row in zip(items, rows, strict=True)]
         states = [state for *_, state in rows]
@@ -92,17 +91,18 @@ class Collator:
         return {TARGET_IDS: {}, "decoder_targets": {}} | self.texts([([self.pad_id], [IGNORE])])
 
     def fit(
-        self, item: LoadedSample, messages: list[dict[str, str]], found: tuple[list[int], list[int]] | InputError
+        self, item: LoadedSample, messages: list[dict[str, str]]
     ) -> tuple[list[int], list[int], dict[str, Tensor] | None] | LoadedSample | BadSample:
         """Ids, labels and cached language model states of a row (None if the model must run); if it is too long, the
         sample without its last turns, or a bad sample.
 
-        `messages` have their placeholders expanded; `found` is from tokenizing them. Rows are cut after an assistant
-        turn only, never within a signal span or a run of placeholders.
+        `messages` have their placeholders expanded. Rows are cut after an assistant turn only, never within a signal
+        span or a run of placeholders.
         """
-        if isinstance(found, InputError):
-            return BadSample.of(item.sample, found)
-        ids, labels = found
+        try:
+            ids, labels = tokenize_with_labels(self.processor.llm_tokenizer, messages)
+        except InputError as error:
+            return BadSample.of(item.sample, error)
         if self.max_length is None or len(ids) <= self.max_length:
             states = None
             try:

@@ -2,8 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -79,10 +79,15 @@ class Rendered(str):
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
     """Render a conversation as text, with `options` for the template; an `InputError` if it refuses it."""
-    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-    with _refusals():
-        form = _in_form_of(tokenizer, messages)
-        return Rendered(tokenizer.apply_chat_template(form, chat_template=template, tokenize=False, **options))
+    return Rendered(_apply(tokenizer, messages, tokenize=False, **options))
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:
+    form, template = _in_form_of(tokenizer, messages), tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    try:
+        return tokenizer.apply_chat_template(form, chat_template=template, **options)
+    except TemplateError as error:
+        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
 
 
 def _in_form_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -113,14 +118,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except TemplateError as error:
-        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-
-
 def tokenize_with_labels(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
@@ -128,10 +125,10 @@ def tokenize_with_labels(
 
     Turns are found by the template's `{% generation %}` marks, else by `find_turns`, which needs offsets of tokens.
     """
-    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-    if _MARKS_GENERATION.search(template):
-        with _refusals():
-            return _tokenize_marked(tokenizer, template, [messages])[0]
+    if _MARKS_GENERATION.search(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
+        encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        return ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)]
     if not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__} does not tell where in the text its tokens stand; use a fast tokenizer"
@@ -145,39 +142,6 @@ def tokenize_with_labels(
             if first < last and begin < last <= end:
                 labels[i] = ids[i]
     return ids, labels
-
-
-def tokenize_many(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
-) -> list[tuple[list[int], list[int]] | InputError]:
-    """Apply `tokenize_with_labels` to each conversation, if possible in one faster call; errors are returned."""
-    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-    if conversations and _MARKS_GENERATION.search(template):
-        with suppress(TemplateError):  # below, to find which conversation it is
-            return list(_tokenize_marked(tokenizer, template, conversations))
-    results: list[tuple[list[int], list[int]] | InputError] = []
-    for messages in conversations:
-        try:
-            results.append(tokenize_with_labels(tokenizer, messages))
-        except InputError as error:
-            results.append(error)
-    return results
-
-
-def _tokenize_marked(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[list[dict[str, str]]]
-) -> list[tuple[list[int], list[int]]]:
-    encoded = tokenizer.apply_chat_template(
-        [_in_form_of(tokenizer, messages) for messages in conversations],
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return [
-        (ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)])
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    ]
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
