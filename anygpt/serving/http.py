@@ -23,7 +23,7 @@ from anygpt.chat.chat_model import Reply, TooLong
 from anygpt.errors import InputError
 from anygpt.generation.events import DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.serving import openai_form as form
-from anygpt.serving.engine import Busy, Engine, Job
+from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.gate import Gate, logger, parse_json
 
 UNCOUNTED = ("/health", "/metrics")
@@ -105,24 +105,20 @@ class Interface:
         return {"id": model, "object": "model", "created": 0, "owned_by": "anygpt"}
 
     async def chat_completions(self, request: HTTPRequest) -> Response:
-        listening = None
         try:
             wanted = await self._accept(request)
-            listening = Listening(self.engine, wanted, request)
-            event = await listening.next()
+            events = self._events(wanted, request)
+            event = await anext(events)  # before a stream begins, so that errors have their status
             if wanted.stream:
-                stream, listening = self._stream(wanted, listening, event), None
-                return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+                stream, kind = self._stream(wanted, event, events), "text/event-stream"
+                return StreamingResponse(stream, media_type=kind, headers={"Cache-Control": "no-cache"})
             while not isinstance(event, Reply):
-                event = await listening.next()
+                event = await anext(events)
             return JSONResponse(await self._in_thread(wanted.completion, event))
         except ClientDisconnect:
             return Response(status_code=499)  # the client has gone
         except Exception as error:
             raise self._refusal(error) from error
-        finally:
-            if listening is not None:
-                listening.end()
 
     async def _accept(self, request: HTTPRequest) -> form.Request:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -146,7 +142,37 @@ class Interface:
         self._card(content.get("model"))
         return form.parse_request(content, self.engine.chat_model, self.limits)
 
-    async def _stream(self, wanted: form.Request, listening: "Listening", event: Any) -> AsyncIterator[str]:
+    async def _events(self, wanted: form.Request, request: HTTPRequest) -> AsyncIterator[Any]:
+        """The events of an answer, and its `Reply`; raises its error, or `ClientDisconnect` once the client has gone.
+
+        The request's body must have been read.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def deliver(event: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has shut down
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = self.engine.submit(wanted.messages, wanted.settings, deliver)
+
+        async def watch_client() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            job.cancel()  # immediately, even if nobody awaits an event
+            events.put_nowait(ClientDisconnect())
+
+        watching, event = asyncio.create_task(watch_client()), None
+        try:
+            while not isinstance(event, Reply):
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            watching.cancel()
+            job.cancel()  # no effect on a finished job
+
+    async def _stream(self, wanted: form.Request, event: Any, events: AsyncIterator[Any]) -> AsyncIterator[str]:
         try:
             yield _sse(wanted.chunk({"role": "assistant", "content": ""}))
             while not isinstance(event, Reply):
@@ -160,7 +186,7 @@ class Interface:
                 elif isinstance(event, MediumDone):
                     part = await self._in_thread(form.part_of, event.content)
                     yield _sse(wanted.chunk({"parts": [part | {"index": event.segment}]}))
-                event = await listening.next()
+                event = await anext(events)
             yield _sse(wanted.chunk({}, form.finish_reason(event)))
             if wanted.include_usage:
                 yield _sse(wanted.usage_chunk(event))
@@ -169,8 +195,6 @@ class Interface:
             return
         except Exception as error:
             yield _sse(self._refusal(error).body)
-        finally:
-            listening.end()
 
     def _refusal(self, error: Exception) -> Refused:
         if isinstance(error, Refused):
@@ -191,38 +215,6 @@ class Interface:
         response = Refused(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response()
         response.headers.update(error.headers or {})  # such as `Allow`
         return response
-
-
-class Listening:
-    """A queued request and its events, until its client disconnects; the request's body must have been read."""
-
-    def __init__(self, engine: Engine, wanted: form.Request, request: HTTPRequest):
-        loop, events = asyncio.get_running_loop(), asyncio.Queue()
-
-        def deliver(event: Any) -> None:  # without `self`: a cycle would keep the media
-            with contextlib.suppress(RuntimeError):  # the server has shut down
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        self._events: asyncio.Queue[Any] = events
-        self._job: Job = engine.submit(wanted.messages, wanted.settings, deliver)
-        self._gone = asyncio.create_task(self._wait_until_gone(request))
-
-    async def next(self) -> Any:
-        """The next event; raises `ClientDisconnect` if the client has gone, or the error of the answer."""
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def end(self) -> None:
-        self._gone.cancel()
-        self._job.cancel()  # no effect on a finished job
-
-    async def _wait_until_gone(self, request: HTTPRequest) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self._job.cancel()  # immediately, even if nobody awaits an event
-        self._events.put_nowait(ClientDisconnect())
 
 
 def _sse(content: dict[str, Any]) -> str:
