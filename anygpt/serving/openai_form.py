@@ -66,10 +66,7 @@ class Limits:
         self.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
 
 
-Tokens = Annotated[int | None, Field(ge=1, description="is {}; expected a whole number from 1")]
-Names = Annotated[list[str], Field(description="is {}; expected a list of names")]
-Share = Annotated[float, Field(ge=0, le=1, description="is {}; expected a number from 0 to 1")]
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -80,36 +77,28 @@ class StreamOptions(BaseModel):
 
 
 class Fields(BaseModel):
-    """The fields that affect an answer; the descriptions say what is wrong with other values."""
+    """The fields that affect an answer."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Any = None
     messages: Any = None
-    max_tokens: Tokens = None
-    max_completion_tokens: Tokens = None
-    temperature: float = Field(0.0, ge=0, le=2, description="is {}; expected a number from 0 to 2")
-    top_p: Share = 1.0
-    seed: int = Field(
-        default_factory=lambda: secrets.randbelow(2**32),  # random unless given, as in OpenAI's API
-        ge=-MAX_SEED - 1,
-        le=MAX_SEED,
-        description="is {}; expected a whole number of 64 bits",
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    # random unless given, as in OpenAI's API
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=-MAX_SEED - 1, le=MAX_SEED)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: Literal[1] = 1
+    modalities: list[str] | None = None
+    stop: Annotated[list[Stop], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
+        [], max_length=MAX_STOPS
     )
-    stream: bool = Field(False, description="must be true or false")
-    stream_options: StreamOptions = Field(
-        StreamOptions(), description="is {}; expected an object with include_usage, true or false"
-    )
-    n: Literal[1] = Field(1, description="is not 1; a request gets one answer")
-    modalities: Names | None = None
-    stop: Annotated[Stop, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
-        [], description=f"is {{}}; expected a text, or a list of up to {MAX_STOPS} texts"
-    )
-    require: Names = []
-    forbid: Names = []
-    decoders: dict[str, dict[str, Any]] = Field(
-        {}, description="must be an object of objects, as {{'image': {{'num_inference_steps': 25}}}}"
-    )
+    require: list[str] = []
+    forbid: list[str] = []
+    decoders: dict[str, dict[str, Any]] = {}
 
 
 @dataclass
@@ -157,9 +146,9 @@ def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -
     try:
         given = Fields.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
-        name = str(error.errors(include_url=False)[0]["loc"][0])
-        wrong = (Fields.model_fields[name].description or "is {}").format(f"{body[name]!r:.80}")
-        raise InputError(f"{name} {wrong}") from None
+        fault = error.errors(include_url=False)[0]
+        name = str(fault["loc"][0])
+        raise InputError(f"{name} is {body[name]!r:.80}: {fault['msg']}") from None
     messages = _messages(given.messages, limits)
     settings = _settings(given, chat_model, limits)
     if body.get("stream_options") and not given.stream:
