@@ -285,7 +285,13 @@ class MultimodalProcessor(ConversationProcessor):
                     f"a known encoder family) or with num_feature_calculation_funcs={{{key!r}: …}}"
                 )
             rows = (per_row or {}).get(key)
-            _check_placeholders(key, token, in_rows, len(given), rows)
+            by_row = rows is not None and len(rows) == len(in_rows)
+            if (rows != in_rows) if by_row else (sum(in_rows) != len(given)):
+                where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
+                raise InputError(
+                    f"{key!r}: the text has {sum(in_rows)} {token} placeholders ({where}) but {len(given)} inputs were "
+                    f"given{f', in rows {rows}' if by_row else ''}; write one placeholder for each input"
+                )
             numbers = iter(given)
             for row, text in enumerate(texts):
                 head, *tails = text.split(token)
@@ -297,12 +303,10 @@ class MultimodalProcessor(ConversationProcessor):
     ) -> dict[str, list[Any]]:
         """The last medium that each row shows, or None, by decoder that could edit it."""
         found: dict[str, list[Any]] = {}
-        for key, made in self.makes.items():
+        for key in (key for key, target in self.targets.items() if target.editable):
             for shown in set(self.tokens) & set(encoder_inputs):
                 media, rows = _flatten(encoder_inputs[shown].get(self.media_argument(shown)))
-                if media is None or self.modalities[shown] != made or key not in self.targets:
-                    continue
-                if not self.targets[key].editable:
+                if media is None or self.modalities[shown] != self.makes[key]:
                     continue
                 media = media if isinstance(media, list) else [media]
                 rows = rows or [text.count(self.tokens[shown]) for text in texts]
@@ -354,19 +358,6 @@ def _flatten(media: Any) -> tuple[Any, list[int] | None]:
 
 def _sums(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return [int(group.sum()) for group in torch.tensor(values).split(list(lengths))]
-
-
-def _check_placeholders(key: str, token: str, in_rows: list[int], inputs: int, rows: list[int] | None) -> None:
-    found = None
-    if rows is not None and len(rows) == len(in_rows):
-        pairs = enumerate(zip(in_rows, rows, strict=True))
-        wrong = (f"row {row} has {n} {token} placeholders but {m} inputs" for row, (n, m) in pairs if n != m)
-        found = next(wrong, None)
-    elif sum(in_rows) != inputs:
-        where = ", ".join(f"row {row}: {count}" for row, count in enumerate(in_rows))
-        found = f"the text has {sum(in_rows)} {token} placeholders ({where}) but {inputs} inputs were given"
-    if found:
-        raise InputError(f"{key!r}: {found}; write one placeholder for each input")
 
 
 def stack_rows(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
