@@ -99,7 +99,7 @@ def test_rounds_are_taken_in_turn_and_their_medians_shown(script, monkeypatch, c
         __doc__="", add_arguments=lambda parser: parser.set_defaults(rounds=3), sides=lambda options: ["a", "b"]
     )
     order, times = [], iter([4.0, 1.0, 2.0, 3.0, 8.0, 1.5])
-    monkeypatch.setattr(script, "run_side", lambda arguments, side: order.append(side) or {"step_s": next(times)})
+    monkeypatch.setattr(script, "run_side", lambda side, options: order.append(side) or {"step_s": next(times)})
     script.main(["stage2"])
     assert order == ["a", "b"] * 3
     assert "| b | 1.5 (0.25×) |" in capsys.readouterr().out.splitlines()

@@ -17,14 +17,14 @@ slow phases of the machine affect all of them; medians are shown, of ratios thos
 
 import argparse
 import importlib
-import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from types import ModuleType
 
 import torch
@@ -33,7 +33,6 @@ from anygpt.commands import REPOSITORY, check_range, new_parser
 from anygpt.errors import InputError
 
 HERE = REPOSITORY / "scripts"
-RESULT = "benchmark result: "
 GIB = 2**30
 
 Numbers = dict[str, dict[str, float]]  # by side and name
@@ -60,14 +59,17 @@ def peak_memory() -> dict[str, float]:
     return memory
 
 
-def run_side(arguments: list[str], side: str) -> dict[str, float]:
-    """Measure one side in a fresh process; exits if it fails, whose messages have been printed."""
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    if options.cpu_seconds:
+        load("_shared").timer = time.process_time
+    return load(options.benchmark).measure(side, options) | peak_memory()
+
+
+def run_side(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Measure one side in a fresh process, whose exception is raised here."""
     print(f"  {side} …", file=sys.stderr)
-    command = [sys.executable, "-m", "anygpt", "benchmark", *arguments, "--side", side]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode or RESULT not in done.stdout:
-        sys.exit(f"error: the side {side} ended with {done.returncode}: {' '.join(command)}\n{done.stdout}")
-    return json.loads(done.stdout.rpartition(RESULT)[2].splitlines()[0])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(measure, side, options).result()
 
 
 def table(rounds: list[Numbers]) -> str:
@@ -104,20 +106,14 @@ def main(arguments: list[str]) -> None:
         module.add_arguments(command)
         command.add_argument("--only", metavar="TEXT", default="", help="only the ways whose names contain this")
         command.add_argument("--cpu-seconds", action="store_true", help="the process's CPU time, on a busy machine")
-        command.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     check_range(options, 1, 1000, "rounds")
     module = load(options.benchmark)
-    if options.side is not None:
-        if options.cpu_seconds:
-            load("_shared").timer = time.process_time
-        print(RESULT + json.dumps(module.measure(options.side, options) | peak_memory()))
-        return
     sides = [side for side in module.sides(options) if options.only in side]
     if not sides:
         raise InputError(f"--only {options.only!r} is in none of {', '.join(module.sides(options))}")
     rounds: list[Numbers] = []
     for number in range(1, options.rounds + 1):
         print(f"{options.benchmark}: round {number} of {options.rounds}", file=sys.stderr)
-        rounds.append({side: run_side(arguments, side) for side in sides})
+        rounds.append({side: run_side(side, options) for side in sides})
     print(f"{options.benchmark} on {machine()}\n\n{table(rounds)}")
