@@ -33,26 +33,16 @@ LEAST_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an answer.
+    """Settings of an answer."""
 
-    Attributes:
-        max_new_tokens: maximum tokens of an answer, signal tokens included; the model's context is a limit, too.
-        temperature: sampling temperature; 0 for greedy decoding.
-        top_p: probability mass of the tokens to sample from.
-        seed: seed of sampled text and of the media.
-        require, forbid: decoders that the answer must call, and must not call.
-        decoder_kwargs: `{decoder key: options}`, as `generate` takes them.
-        stop: texts that end an answer, which excludes them.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    require: tuple[str, ...] = ()
-    forbid: tuple[str, ...] = ()
-    decoder_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 128  # signal tokens included; the model's context is a limit, too
+    temperature: float = 0.0  # 0 for greedy decoding
+    top_p: float = 1.0  # probability mass of the tokens to sample from
+    seed: int = 0  # of sampled text and of the media
+    require: tuple[str, ...] = ()  # decoders that the answer must call
+    forbid: tuple[str, ...] = ()  # decoders that it must not call
+    decoder_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # as `generate` takes them
+    stop: tuple[str, ...] = ()  # texts that end an answer, which excludes them
 
     @property
     def kind(self) -> str:

@@ -30,21 +30,14 @@ from anygpt.tokenizers.module import ModalTokenizerModule
 
 @dataclass
 class SpanStates:
-    """The output projector's input for one finished span, or its codes.
-
-    Attributes:
-        row, start: the row, and the index of the span's first token in the answer.
-        key: the decoder or tokenizer key.
-        states: `(N, H)`, states plus token embeddings; or codes `(n,)` int64.
-        place, index: among the key's spans of this row, and of all rows.
-    """
+    """The output projector's input for one finished span, or its codes."""
 
     row: int
-    start: int
-    key: str
-    states: Tensor
-    place: int = 0
-    index: int = 0
+    start: int  # index of its first token in the answer
+    key: str  # of a decoder or tokenizer
+    states: Tensor  # `(N, H)`, states plus token embeddings; or codes `(n,)` int64
+    place: int = 0  # among the key's spans of this row
+    index: int = 0  # among those of all rows
 
 
 def assemble(
@@ -60,12 +53,8 @@ def assemble(
     A decoder that edits runs once for the first medium of each answer, then for the second, which edits the first, and
     so on; rows without a reference run by themselves.
 
-    Args:
-        sequences: `(B, new tokens)`.
-        spans: those in `sequences`, in any order.
-        decoder_kwargs: checked sampling options by decoder.
-        emitters: one a row, or none. Closed rows get no media.
-        references: see `generate`.
+    `sequences` `(B, new tokens)` hold the `spans`; `decoder_kwargs` are checked; there is one emitter a row, or none at
+    all. Closed rows get no media. `references` are those of `generate`.
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.makers:

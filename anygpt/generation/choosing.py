@@ -19,22 +19,14 @@ from anygpt.generation.events import EventEmitter
 
 @dataclass
 class SpanRules:
-    """Constraints on the next token, given the answer so far.
+    """Constraints on the next token, given the answer so far."""
 
-    Attributes:
-        spans: `{key: what each place of its span may hold}`: an id or, of a tokenizer's codes, a range.
-        budget: maximal number of new tokens.
-        require, forbid: decoders that every row must call at least once, and that no row may call.
-        never: other tokens that are never generated: the encoders' placeholders.
-        unfree: `(tokens,)` int64, those and the insides of spans, which are not chosen freely.
-    """
-
-    spans: Mapping[str, Sequence[Any]]
-    budget: int
-    require: tuple[str, ...] = ()
-    forbid: tuple[str, ...] = ()
-    never: tuple[int, ...] = ()
-    unfree: Tensor = field(init=False)
+    spans: Mapping[str, Sequence[Any]]  # what each place of a key's span may hold: an id or, of a tokenizer, a range
+    budget: int  # maximal number of new tokens
+    require: tuple[str, ...] = ()  # decoders that every row must call at least once
+    forbid: tuple[str, ...] = ()  # decoders that no row may call
+    never: tuple[int, ...] = ()  # other tokens that are never generated: the encoders' placeholders
+    unfree: Tensor = field(init=False)  # `(tokens,)` int64, those and the insides of spans, which are not chosen freely
 
     def __post_init__(self) -> None:
         self.key_of_first = {span[0]: key for key, span in self.spans.items()}
@@ -154,33 +146,20 @@ def spans_of_codes(model: Composition, answer: Sequence[int]) -> Iterator[tuple[
 
 @dataclass
 class Row:
-    """The answer of one row so far.
-
-    Attributes:
-        rules: constraints on its next token.
-        emitter, generator: of its events and its draws; None for no events, and for torch's default generator.
-        answer: its tokens.
-        waiting, fed: chosen tokens that the language model has yet to read, and those that it reads now.
-        running: whether another token will be chosen.
-        begun: key, index in the answer, and states so far of the span that is read.
-        left: what the places of the begun span of codes that follow may hold.
-        codes: options of the tokenizers.
-        coding: the key of the span of codes that the last tokens belong to.
-        conditions: the keys of spans whose states condition a decoder.
-    """
+    """The answer of one row so far."""
 
     rules: SpanRules
     emitter: EventEmitter | None = None
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # of its draws; None for torch's default
     answer: list[int] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
-    running: bool = True
-    begun: tuple[str, int, list[Tensor]] | None = None
-    left: list[Any] = field(default_factory=list)
-    codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    coding: str | None = None
-    conditions: Collection[str] = ()
+    waiting: list[int] = field(default_factory=list)  # chosen tokens that the language model has yet to read
+    fed: list[int] = field(default_factory=list)  # those that it reads now
+    running: bool = True  # whether another token will be chosen
+    begun: tuple[str, int, list[Tensor]] | None = None  # key, index in the answer, and states so far of the span read
+    left: list[Any] = field(default_factory=list)  # what the places of the begun span of codes that follow may hold
+    codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of the tokenizers
+    coding: str | None = None  # the key of the span of codes that the last tokens belong to
+    conditions: Collection[str] = ()  # the keys of spans whose states condition a decoder
 
     def choose(
         self, score: Tensor, free: Tensor | None, process: Callable, stops: Callable, config: GenerationConfig

@@ -37,23 +37,14 @@ BEAM_MODES = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 @dataclass
 class SpanDecoder:
-    """The decoding loop that transformers' `generate(custom_generate=…)` calls, for greedy search and sampling.
+    """The decoding loop that transformers' `generate(custom_generate=…)` calls, for greedy search and sampling."""
 
-    Attributes:
-        model: the `MultimodalModel`, its signal tokens attached to the language model.
-        tap: records the states that the language model's head reads.
-        rows: one a row of the batch.
-        prompt: further arguments of the prompt's forward, from `preprocess_llm_callback`.
-        guided: whether codes are guided: each row has a twin in the batch that sees nothing but its span of codes.
-        spans: result: the generated spans.
-    """
-
-    model: Composition = field(repr=False)
-    tap: Tap
+    model: Composition = field(repr=False)  # its signal tokens are attached to the language model
+    tap: Tap  # records the states that the language model's head reads
     rows: list[Row]
-    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    guided: bool = False
-    spans: list[SpanStates] = field(default_factory=list)
+    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the callback's arguments of the first forward
+    guided: bool = False  # whether each row has a twin in the batch that sees nothing but its span of codes
+    spans: list[SpanStates] = field(default_factory=list)  # the result
 
     @torch.no_grad()
     def __call__(

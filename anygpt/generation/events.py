@@ -79,26 +79,16 @@ class Closed(Exception):
 
 @dataclass
 class EventEmitter:
-    """Turns the tokens of one row into events as they are generated.
+    """Turns the tokens of one row into events as they are generated."""
 
-    Attributes:
-        listener: called with the events; if it raises `Closed` the row ends, with any other exception the generation.
-        decode: ids, and whether a span stands before them, to text, as for the finished answer.
-        types: `{decoder key: modality}`.
-        row: index of the row in the batch.
-        stop: texts that end the answer, which excludes them.
-        segments: `{index of a span's first token in the answer: index of its segment}`.
-        closed, stopped: whether the listener, or a stop text, has ended this row.
-    """
-
-    listener: Listener
-    decode: Callable[[list[int], bool], str]
-    types: Mapping[str, str]
+    listener: Listener  # if it raises `Closed` the row ends, with any other exception the generation
+    decode: Callable[[list[int], bool], str]  # ids, and whether a span precedes them, to text
+    types: Mapping[str, str]  # `{decoder key: modality}`
     row: int = 0
-    stop: Sequence[str] = ()
-    segments: dict[int, int] = field(default_factory=dict)
-    closed: bool = False
-    stopped: bool = False
+    stop: Sequence[str] = ()  # texts that end the answer, which excludes them
+    segments: dict[int, int] = field(default_factory=dict)  # index of a span's first token: index of its segment
+    closed: bool = False  # whether the listener has ended this row
+    stopped: bool = False  # whether a stop text has
     _begun: int = 0  # finished segments
     _length: int = 0  # tokens so far
     _run: list[int] = field(default_factory=list)  # tokens since the last span
