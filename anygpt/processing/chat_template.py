@@ -153,9 +153,8 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     differently from the last one, for instance without thinking. An `InputError` says that the conversation begins with
     the assistant, or that the template omits or changes contents.
     """
-    left, right = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][:2]
-    marks = [f"{left}{i}{right}" for i in range(len(messages))]
-    any_mark = re.compile(f"{left}[0-9]+{right}")
+    marks = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][: len(messages)]
+    unmark = str.maketrans(dict.fromkeys(marks))
     marked = []
     for message, mark in zip(messages, marks, strict=True):
         end = len(message["content"].rstrip())  # a template may strip trailing space
@@ -170,15 +169,12 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
         _, found, rest = render(tokenizer, marked[:count], **options).rpartition(mark)
         if not found:
             raise lost
-        return any_mark.sub("", rest)
+        return rest.translate(unmark)
 
     whole = render(tokenizer, marked)
-    places, passed = {}, 0
-    for found in any_mark.finditer(whole):
-        places[found[0]] = found.start() - passed
-        passed += len(found[0])
-    if any_mark.sub("", whole) != text:
+    if whole.translate(unmark) != text:
         raise lost
+    places = {mark: len(whole.rpartition(mark)[0].translate(unmark)) for mark in marks if mark in whole}
     turns = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
