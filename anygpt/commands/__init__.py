@@ -65,7 +65,4 @@ def check_range(options: argparse.Namespace, least: float, most: float, *names: 
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
-            flag = f"--{name.replace('_', '-')}"
-            if most == float("inf"):
-                raise InputError(f"{flag} must be at least {least}, but is {value}")
-            raise InputError(f"{flag} is {value}, expected a whole number from {least} to {most}")
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected a number from {least} to {most}")
