@@ -88,12 +88,6 @@ def test_codes_on_their_data(run, tmp_path):
     assert hops["losses"]["sum.encoder_llm/nll"][0] == "()"
 
 
-def test_a_checkpoint(run, checkpoint):
-    hops = run("--checkpoint", checkpoint)
-    assert hops["signal tokens"]["states of audio"][0] == "(1, 2, 128)"
-    assert hops["losses"]["loss"][:3] == ["()", "float32", "cpu"]
-
-
 def test_watching_leaves_the_model_as_it_was(script, tiny_model):
     model, processor = tiny_model(("image",), ("image",))
     before = set(vars(model)), {name: len(m._forward_hooks) for name, m in model.named_modules()}

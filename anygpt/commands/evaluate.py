@@ -40,7 +40,7 @@ def parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--checkpoint", type=Path, default=CHECKPOINT, help="a run's final/ folder (default: the quickstart's last)")
     add("--suite", default="toyworld", help="toyworld, or a YAML file as in configs/evaluation/ (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder to write to")
-    add("--no-baselines", action="store_true", help="leave out the upper bound and the baselines")
+    add("--no-baselines", dest="baselines", action="store_false", help="leave out the upper bound and the baselines")
     add("--device", help="where to run, for example cuda (default: cpu; with a suite file an accelerator)")
     add("--tracker", choices=["none", "wandb", "tensorboard"], default="none", help="also log the numbers there")
     add("--answers", type=Path, help="with a suite file: score the finished answers in this folder, without a model")
@@ -68,7 +68,6 @@ def run_matrix(options: argparse.Namespace) -> str:
     for name in ("steps", "guidance"):
         value = getattr(options, name)
         setattr(options, name, {} if value is None else dict.fromkeys(WAYS[1:], value))
-    options.baselines = not options.no_baselines
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     check_settings(settings)
     made, samples = options.output, options.output / "samples"
@@ -93,7 +92,7 @@ def run_matrix(options: argparse.Namespace) -> str:
 
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     suite = read_suite(options.suite, overrides)
-    suite.baselines = [] if options.no_baselines else suite.baselines
+    suite.baselines = suite.baselines if options.baselines else []
     # Processes may wait long for each other. Without a device, accelerate must be told to use the CPU.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()

@@ -1,7 +1,6 @@
 """List the tensors between all parts, from input to decoder: name, shape, dtype and device, in order of computation.
 
     anygpt trace-shapes configs/tiny/stage3.yaml [--section.key value …]
-    anygpt trace-shapes --checkpoint runs/quickstart/stage3/final
 
 Traces one real forward pass on samples of the config's data that cover every input and output modality, or on samples
 of ToyWorld if there is no data.
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from anygpt import InputError, MultimodalModel, MultimodalProcessor
-from anygpt.chat.chat_model import load_checkpoint
 from anygpt.commands import new_parser
 from anygpt.data.collation import BAD, NOT_FOR_MODEL, Collator, move
 from anygpt.data.dataset import ConversationDataset, DataSource
@@ -145,18 +143,9 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
 
 def main(arguments: list[str]) -> None:
     parser = new_parser("trace-shapes", __doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", nargs="?", help="a YAML file of a stage; dotted overrides may follow")
-    what.add_argument("--checkpoint", metavar="DIR", help="a final/ folder")
+    parser.add_argument("config", help="a YAML file of a stage; dotted overrides may follow")
     options, overrides = parser.parse_known_args(arguments)
-    sources: list[DataSource] = []
-    if options.checkpoint is None:
-        config = parse_config([f"--config={options.config}", *overrides])
-        sources = config.data.train
-        model, processor = build(config)
-    elif overrides:
-        parser.error(f"unknown arguments: {' '.join(overrides)}")
-    else:
-        model, processor = load_checkpoint(options.checkpoint)
+    config = parse_config([f"--config={options.config}", *overrides])
+    model, processor = build(config)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    print(table(trace(model, move(make_batch(model, processor, sources), model.device))))
+    print(table(trace(model, move(make_batch(model, processor, config.data.train), model.device))))

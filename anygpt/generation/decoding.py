@@ -255,7 +255,9 @@ def generate(
     budget = config.max_new_tokens
     if budget is None:
         raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")
-    rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, _placeholders(model))
+    size = max(model.language_model.get_output_embeddings().weight.shape[0], model.signal_tokens.vocabulary)
+    placeholders = tuple(i for i in (model.token_ids or {}).values() if i < size)  # others have no logits
+    rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, placeholders)
     if generation_config is not None:
         options["generation_config"] = generation_config
     with evaluating(model):
@@ -313,12 +315,6 @@ def _decode_with_beams(
         for row, end, state in zip(found[key].rows.tolist(), ends, states, strict=True):
             spans.append(SpanStates(row, end - length, key, state))
     return sequences, spans
-
-
-def _placeholders(model: Composition) -> tuple[int, ...]:
-    """Placeholder ids that have logits, inside a padded vocabulary or between signal tokens."""
-    size = max(model.language_model.get_output_embeddings().weight.shape[0], model.signal_tokens.vocabulary)
-    return tuple(i for i in (model.token_ids or {}).values() if i < size)
 
 
 def special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
