@@ -10,8 +10,7 @@ stages 1 to 3 never saw, or with `--things seen` the others.
 """
 
 import argparse
-import secrets
-import shutil
+import tempfile
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -79,13 +78,11 @@ def run_matrix(options: argparse.Namespace) -> str:
     model, processor = load_checkpoint(options.checkpoint)
     model.to(options.device).eval()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    samples = options.output.parent / f".{options.output.name}-{secrets.token_hex(4)}"
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{options.output.name}-", dir=options.output.parent) as folder:
+        samples = Path(folder, "samples")
         report, judged = evaluate(model, processor, samples, settings)
         report["checkpoint"] = str(options.checkpoint)
         sheet = write_report(options.output, samples, report, judged)
-    finally:
-        shutil.rmtree(samples, ignore_errors=True)
     suite_report.log_values(options.tracker, options.output, tracked_values(report), contact_sheet=sheet)
     return f"{text_table(report)}\n\nmatrix.json, contact_sheet.png, report.html and samples/ are in {options.output}"
 

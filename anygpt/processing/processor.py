@@ -100,13 +100,8 @@ class MultimodalProcessor(ConversationProcessor):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.llm_tokenizer
-
-    @property
-    def chat_template(self) -> str | None:
-        return self.llm_tokenizer.chat_template
+    tokenizer = property(lambda self: self.llm_tokenizer)
+    chat_template = property(lambda self: self.llm_tokenizer.chat_template)
 
     def post_process_multimodal_output(
         self,

@@ -57,7 +57,7 @@ class Interface:
         routes = [
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.models, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
         ]
@@ -94,10 +94,8 @@ class Interface:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
 
     async def models(self, request: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(self.model)]})
-
-    async def one_model(self, request: HTTPRequest) -> Response:
-        return JSONResponse(self._card(request.path_params["name"]))
+        name = request.path_params.get("name")
+        return JSONResponse(self._card(name) if name else {"object": "list", "data": [self._card(self.model)]})
 
     def _card(self, model: Any) -> dict[str, Any]:
         if model != self.model:
