@@ -141,12 +141,8 @@ def one_line(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-class QuietTraceback:
-    """Replaces the module `traceback` in gradio's queue, which prints one for any invalid request."""
-
-    @staticmethod
-    def print_exc() -> None:
-        logger.warning("an event of the page was refused: %s", one_line(sys.exc_info()[1]))
+def log_refused_event() -> None:
+    logger.warning("an event of the page was refused: %s", one_line(sys.exc_info()[1]))
 
 
 def refuse(status: int, reason: str) -> JSONResponse:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Disables telemetry; must be set before gradio is imported.
@@ -27,7 +28,7 @@ from anygpt.generation.events import DecodingStarted, DecodingStep, Event, Mediu
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
-from anygpt.serving.gate import Gate, Guard, QuietTraceback, logger, refuse
+from anygpt.serving.gate import Gate, Guard, log_refused_event, logger, refuse
 from anygpt.serving.http import FAULT
 
 MAX_FILES = 8
@@ -313,7 +314,7 @@ def _said_error(sentence: str) -> dict[str, Any]:
 def make_app(engine: Engine, folder: Path, host: str = "127.0.0.1", hosts: Sequence[str] = ()) -> Gate:
     """The page as an ASGI application; `folder` is for its uploads and generated media only."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    gradio.queueing.traceback = QuietTraceback
+    gradio.queueing.traceback = SimpleNamespace(print_exc=log_refused_event)  # it prints one for any invalid request
     page = Page(engine, folder).build()
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
