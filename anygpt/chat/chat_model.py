@@ -11,7 +11,7 @@ import torch
 
 from anygpt.decoders.options import MAX_SEED, is_integer, is_number
 from anygpt.encoders.module import base_model
-from anygpt.errors import InputError, reading
+from anygpt.errors import InputError, reading, refusing
 from anygpt.generation.checks import check_options
 from anygpt.generation.choosing import SpanRules
 from anygpt.generation.decoding import special_tokens
@@ -213,10 +213,8 @@ def cut_at_stop(answer: Answer, stop: Sequence[str]) -> bool:
 
 
 def check_device(device: str, offload: bool = False) -> None:
-    try:
+    with refusing(f"--device {device!r} cannot be used", (RuntimeError, AssertionError)):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if offload and torch.device(device).type == "cpu":
         raise InputError("--offload keeps decoders on the CPU while they are idle; name another --device, like cuda")
 

@@ -25,7 +25,7 @@ from typing import Any
 from anygpt.chat.chat_model import ChatModel, Settings, modality_of, write_segment
 from anygpt.commands import REPOSITORY, add_model_arguments, new_parser
 from anygpt.data.schema import checked_text
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.processing.chat_template import answer_message
 
@@ -162,10 +162,8 @@ class Printer:
             self.write(f"\r{event.key}: step {event.step} of {event.steps}")
         elif isinstance(event, MediumDone):
             self.end_line()
-            try:
+            with refusing(f"--output {self.folder} cannot be written", (OSError,)):
                 path = write_segment(event.content, self.folder / f"{self.turn:02d}-{event.segment}")
-            except OSError as error:
-                raise InputError(f"--output {self.folder} cannot be written: {error.strerror}") from error
             self.paths[event.segment] = str(path)
             print(f"[{event.content.type} {event.segment}: {path}]", flush=True)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from anygpt.chat.chat_model import ChatModel
 from anygpt.commands import add_model_arguments, check_range, new_parser
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 
 
 def main(arguments: list[str]) -> None:
@@ -56,11 +56,9 @@ def load_engine(options: argparse.Namespace) -> Any:
     if missing:
         raise InputError(f"{', '.join(missing)} is not installed; pip install -e '.[demo]' installs it")
     check_range(options, 1, float("inf"), "max_waiting", "max_batch")
-    try:
-        with socket.create_server((options.host, options.port)) as probe:
-            options.port = probe.getsockname()[1]
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; name another --port") from error
+    what, kinds = f"cannot listen on {options.host}:{options.port}", (OSError, OverflowError)
+    with refusing(what, kinds, "; name another --port"), socket.create_server((options.host, options.port)) as probe:
+        options.port = probe.getsockname()[1]
     from anygpt.serving.engine import Engine
 
     chat_model = ChatModel(options.checkpoint, options.device, options.offload)

@@ -13,7 +13,7 @@ from anygpt.composition import Composition
 from anygpt.encoders import fitting
 from anygpt.encoders.families import FAMILIES
 from anygpt.encoders.module import count_features
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.types import AUDIO, IMAGE, MEDIA, VIDEO, media_type
 from anygpt.model.language_models import with_padding
 from anygpt.processing import files, repeatable
@@ -220,11 +220,9 @@ class MultimodalProcessor(ConversationProcessor):
             family = FAMILIES.get(self.encoder_configs[key].model_type) if key in self.encoder_configs else None
             options = {"return_tensors": return_tensors, **(family.processor_options if family else {})}
             options |= repeatable.accepted(processor.__call__, kwargs) | inputs
-            try:
+            # processors raise anything for media that they cannot take
+            with refusing(f"the {key!r} encoder's {type(processor).__name__} refuses it"):
                 outputs[key] = repeatable.call(processor, options, name)
-            except Exception as error:  # processors raise anything for media that they cannot take
-                reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-                raise InputError(f"the {key!r} encoder's {type(processor).__name__} refuses it: {reason}") from error
             counts[key] = self.count_features(key, inputs, outputs[key])
             if counts[key] is not None and min(counts[key], default=1) < 1:
                 raise InputError(f"the {key!r} encoder gives no features of it: it is too small or too thin")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, write_segment
 from anygpt.data.schema import checked_text
 from anygpt.decoders.options import MAX_SEED
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.files import StoredMedium
 from anygpt.media.types import MEDIA, MediaType, media_type
 from anygpt.outputs import Segment
@@ -274,11 +274,9 @@ def _part(part: Any, role: str, where: str) -> dict[str, Any]:
     data = _data_of(held.get("url"), name, medium) if is_url else held.get("data")
     if not isinstance(data, str) or not data:
         raise InputError(f"{name} has no data; expected the file's bytes in base64")
-    try:
+    with refusing(f"{name} is not base64", (ValueError,)):
         # data URLs may be percent-encoded, and many encoders wrap lines
         content = base64.b64decode("".join(unquote(data).split()), validate=True)
-    except ValueError as error:
-        raise InputError(f"{name} is not base64: {error}") from error
     return {"type": medium.name, "medium": SentMedium(name, content)}
 
 
