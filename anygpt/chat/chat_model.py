@@ -155,18 +155,16 @@ class ChatModel:
             self.check(one)
         batch = self.processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
         prompt_tokens = batch["attention_mask"].sum(dim=1).tolist()
-        pairs = list(zip(settings, prompt_tokens, strict=True))
-        budgets = [min(one.max_new_tokens, self._room(tokens)) for one, tokens in pairs]
+        rooms = map(self._room, prompt_tokens)
+        budgets = [min(one.max_new_tokens, room) for one, room in zip(settings, rooms, strict=True)]
         sampling: dict[str, Any] = {"do_sample": False}
         if shared.temperature >= LEAST_TEMPERATURE:
             sampling = {"do_sample": True, "temperature": shared.temperature, "top_p": shared.top_p, "top_k": 0}
             sampling["seeds"] = [one.seed for one in settings]
         decoder_kwargs = {}
         for key in self.model.makers:
-            own = dict(shared.decoder_kwargs.get(key, {}))
-            if "generator" not in own:
-                own["seed"] = [one.decoder_kwargs.get(key, {}).get("seed", one.seed) for one in settings]
-            decoder_kwargs[key] = own
+            seeds = [one.decoder_kwargs.get(key, {}).get("seed", one.seed) for one in settings]
+            decoder_kwargs[key] = {**shared.decoder_kwargs.get(key, {}), "seed": seeds}
         output: GenerationOutput = self.model.generate(
             **batch.to(self.model.device),
             max_new_tokens=max(budgets),
