@@ -59,11 +59,6 @@ class Chat:
         self.history: list[dict[str, Any]] = []  # the messages with media as paths
         self.files: list[str] = []  # of the next message
 
-    def attach(self, path: str) -> str:
-        part = self.chat_model.read(modality_of(path), path)
-        self.files.append(path)
-        return part["type"]
-
     def say(self, text: str, prefix: str = "") -> None:
         """Send the user's text and files and stream the answer; a failed turn is not kept."""
         said = [{"type": "text", "text": checked_text(text, "what you say")}] if text else []
@@ -125,7 +120,9 @@ class Chat:
             self.save(path)
             print(f"saved: {path}")
         elif command == "/attach":
-            print(f"attached {self.attach(path)}: {path}")
+            part = self.chat_model.read(modality_of(path), path)
+            self.files.append(path)
+            print(f"attached {part['type']}: {path}")
         elif command.startswith("/"):
             raise InputError(f"there is no command {command}; there are {COMMANDS}")
         elif text or self.files:

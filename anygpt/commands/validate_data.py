@@ -20,8 +20,6 @@ from anygpt.data.lengths import Lengths
 from anygpt.data.validation import validate
 from anygpt.processing.processor import MultimodalProcessor
 
-FAULTY = 1
-
 
 def main(arguments: list[str]) -> int:
     parser = new_parser("validate-data", __doc__)
@@ -71,4 +69,4 @@ def main(arguments: list[str]) -> int:
     rows += [(f"faults: {kind}", count) for kind, count in sorted(report.faults.items())] or [("faults", 0)]
     width = max(len(what) for what, _ in rows)
     print("\n".join(f"{what:<{width}}  {count:>10,}" for what, count in rows))
-    return FAULTY if report.faults else 0
+    return 1 if report.faults else 0
