@@ -110,16 +110,14 @@ def _decode_media(
     """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order, and perhaps one
     medium each to edit."""
     decoder = model.makers[key]
-    rows = [span.row for span in spans]
-    if emitters:
-        told = {row: emitters[row] for row in rows}
-        for row, emitter in told.items():
-            emitter.emit(DecodingStarted, key, tuple(emitter.segments[s.start] for s in spans if s.row == row))
+    told = {span.row: emitters[span.row] for span in spans} if emitters else {}
+    for row, emitter in told.items():
+        emitter.emit(DecodingStarted, key, tuple(emitter.segments[s.start] for s in spans if s.row == row))
 
-        def on_step(step: int, steps: int) -> None:
-            for emitter in told.values():
-                emitter.emit(DecodingStep, key, step, steps)
-            end_where_all_are_closed(list(told.values()))
+    def on_step(step: int, steps: int) -> None:
+        for emitter in told.values():
+            emitter.emit(DecodingStep, key, step, steps)
+        end_where_all_are_closed(list(told.values()))
 
     stacked = torch.stack([span.states for span in spans])
     media = {}
@@ -131,13 +129,12 @@ def _decode_media(
     else:
         options = decoder.options(options)
         if isinstance(seed := options.get("seed"), (list, tuple)):
-            options["seed"] = [seed[row] for row in rows]
-        arguments = decoder.module.sampling_arguments(options, [span.place for span in spans]) | (
-            {"on_step": on_step} if emitters else {}
-        )
+            options["seed"] = [seed[span.row] for span in spans]
+        arguments = decoder.module.sampling_arguments(options, [span.place for span in spans])
+        arguments |= {"reference": reference, "on_step": on_step if told else None}
         condition = decoder.condition(stacked)
         try:
-            contents = decoder.module.sample(condition, reference=reference, **arguments)
+            contents = decoder.module.sample(condition, **arguments)
         except Closed:  # all rows of this decoder are closed, other rows may not be
             return {}
         finally:
@@ -148,8 +145,8 @@ def _decode_media(
     for span, segment in zip(spans, segments, strict=True):
         segment.rate = decoder.module.rate
         media[span.row, span.start] = segment
-        if emitters:
-            emitters[span.row].emit(MediumDone, emitters[span.row].segments[span.start], segment)
+        if emitter := told.get(span.row):
+            emitter.emit(MediumDone, emitter.segments[span.start], segment)
     return media
 
 
