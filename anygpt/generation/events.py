@@ -7,8 +7,8 @@ media. `segment` is the index into the row's `Answer.segments`.
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from anygpt.outputs import Answer, Segment
@@ -138,7 +138,7 @@ def generate_stream(model: Any, *args: Any, **kwargs: Any) -> Iterator[Event]:
     Closing the iterator ends the generation at its next token or denoising step. Do not use the model elsewhere before
     the iterator has ended.
     """
-    events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     closed = threading.Event()
 
     def on_event(event: Event) -> None:
@@ -146,25 +146,14 @@ def generate_stream(model: Any, *args: Any, **kwargs: Any) -> Iterator[Event]:
             raise Closed
         events.put(event)
 
-    def work() -> None:
+    with ThreadPoolExecutor(1, "generate_stream") as pool:
+        work = pool.submit(model.generate, *args, on_event=on_event, **kwargs)
+        work.add_done_callback(lambda _: events.put(None))
         try:
-            model.generate(*args, on_event=on_event, **kwargs)
-            events.put(None)
-        except Closed:
-            pass
-        except BaseException as error:  # re-raised in the consumer's thread
-            events.put(error)
-
-    worker = threading.Thread(target=work, name="generate_stream", daemon=True)
-    worker.start()
-    try:
-        for event in iter(partial(events.get), None):
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-    finally:
-        closed.set()
-        worker.join()
+            yield from iter(events.get, None)
+            work.result()  # raises what it has raised
+        finally:
+            closed.set()
 
 
 def end_where_all_are_closed(emitters: Sequence[EventEmitter]) -> None:

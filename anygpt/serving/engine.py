@@ -96,12 +96,15 @@ class Engine:
     def submit(self, messages: Sequence[Mapping[str, Any]], settings: Settings, deliver: Callable) -> Job:
         job = Job(messages, settings, deliver)
         with self._changed:
-            self._jobs = [job for job in self._jobs if not job.cancelled]
-            if len(self._jobs) >= self.max_waiting:
+            if len(self._uncancelled()) >= self.max_waiting:
                 raise Busy(f"{self.max_waiting} requests are waiting already; try again in a while")
             self._jobs.append(job)
             self._changed.notify()
         return job
+
+    def _uncancelled(self) -> list[Job]:
+        self._jobs = [job for job in self._jobs if not job.cancelled]
+        return self._jobs
 
     def close(self) -> None:
         """Stop after the waiting jobs."""
@@ -117,11 +120,7 @@ class Engine:
     def _next_batch(self) -> list[Job]:
         """The job waiting longest and others of its kind; empty on shutdown."""
         with self._changed:
-            while True:
-                self._jobs = [job for job in self._jobs if not job.cancelled]
-                if self._jobs or self._closing:
-                    break
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._uncancelled() or self._closing)
             alike = [job for job in self._jobs if job.settings.kind == self._jobs[0].settings.kind]
             batch = alike[: self.max_batch]
             self._jobs = [job for job in self._jobs if job not in batch]
