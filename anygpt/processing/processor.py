@@ -97,9 +97,6 @@ class MultimodalProcessor(ConversationProcessor):
         self.targets = {key: decoder.module.targets for key, decoder in model.decoders.items()}
         self.coded = {key: tokenizer.module.targets for key, tokenizer in model.tokenizers.items()}
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.encoder_processors)})"
-
     tokenizer = property(lambda self: self.llm_tokenizer)
     chat_template = property(lambda self: self.llm_tokenizer.chat_template)
 

@@ -24,7 +24,7 @@ from gradio.components import Component
 
 from anygpt.chat.chat_model import Reply, Settings, modality_of, write_segment
 from anygpt.errors import InputError
-from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
+from anygpt.generation.events import DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.media.types import MEDIA, media_type_of
 from anygpt.processing.chat_template import answer_message
 from anygpt.serving.engine import Busy, Engine
@@ -271,11 +271,10 @@ class Drawing:
         elif isinstance(event, MediumCalled):
             self.contents[event.segment] = f"[{event.type}: waits]"
             self._called[event.segment] = event
-        elif isinstance(event, DecodingStarted | DecodingStep):
-            progress = f"step {event.step} of {event.steps}" if isinstance(event, DecodingStep) else "begins"
+        elif isinstance(event, DecodingStep):
             for segment, called in self._called.items():
                 if called.key == event.key:
-                    self.contents[segment] = f"[{called.type}: {progress}]"
+                    self.contents[segment] = f"[{called.type}: step {event.step} of {event.steps}]"
         elif isinstance(event, MediumDone):
             path = write_segment(event.content, self.folder / str(event.segment))
             self.contents[event.segment] = shown_file(str(path), "generated")
