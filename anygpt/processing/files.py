@@ -100,7 +100,7 @@ def from_pretrained(
     if not path.is_file():
         raise InputError(f"{folder} holds no saved processor: there is no {CONFIG}; expected a run's final/ folder")
     content = json.loads(path.read_text())
-    encoders, decoders = content["encoders"], content["decoders"]
+    encoders, decoders, tokenizers = content["encoders"], content["decoders"], content.get("tokenizers", {})
     functions = dict(num_feature_calculation_funcs or {})
     lacking = [key for key, entry in encoders.items() if entry["own_feature_function"] and key not in functions]
     if lacking:
@@ -116,25 +116,22 @@ def from_pretrained(
         processor.encoder_processors[key] = VideoFrameProcessor(inner, frames) if frames else inner
     processor.llm_tokenizer = load_tokenizer(folder)
     processor.num_feature_funcs = functions
-    processor.tokens = {key: entry["token"] for key, entry in encoders.items()}
-    processor.modalities = {key: entry["modality"] for key, entry in encoders.items()}
+    processor.modalities = {key: entry["modality"] for key, entry in (encoders | tokenizers).items()}
     fits = {key: entry.get("fit") for key, entry in encoders.items()}
-    processor.fit = fitting.checked(processor.modalities, fits)
+    processor.fit = fitting.checked({key: processor.modalities[key] for key in encoders}, fits)
     known = {key: entry for key, entry in encoders.items() if entry["encoder_config"] is not None}
     processor.encoder_configs = {key: AutoConfig.for_model(**entry["encoder_config"]) for key, entry in known.items()}
     processor.projector_configs = {key: MultimodalProjectorConfig(**e["projector"]) for key, e in known.items()}
     processor.encoder_callbacks = {key: build_callback(entry["callbacks"]) for key, entry in encoders.items()}
-    processor.signal_tokens = {key: entry["tokens"] for key, entry in decoders.items()}
+    processor.signal_tokens = {key: entry["tokens"] for key, entry in (decoders | tokenizers).items()}
+    processor.tokens = {key: entry["token"] for key, entry in encoders.items()}
+    processor.tokens |= {key: processor.signal_tokens[key][0] for key in tokenizers}
     processor.targets = {key: target_processor_from_dict(entry["targets"]) for key, entry in decoders.items()}
-    tokenizers = content.get("tokenizers", {})
     makes = {key: entry.get("modality", processor.targets[key].modality) for key, entry in decoders.items()}
     makes |= {key: entry["makes"] for key, entry in tokenizers.items() if entry["makes"] and key not in makes}
     processor.makes = makes
-    processor.signal_tokens |= {key: entry["tokens"] for key, entry in tokenizers.items()}
     processor.coded = {key: target_processor_from_dict(entry["targets"]) for key, entry in tokenizers.items()}
     processor.spans = {key: entry["span"] for key, entry in tokenizers.items()}
-    processor.modalities |= {key: entry["modality"] for key, entry in tokenizers.items()}
-    processor.tokens |= {key: processor.signal_tokens[key][0] for key in tokenizers}
     processor.injects = content["injects"]
     if model is not None:
         processor.register(model)
