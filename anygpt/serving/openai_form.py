@@ -63,7 +63,6 @@ class Limits:
         most = {"num_inference_steps": self.steps, "height": self.side, "width": self.side, "num_frames": self.frames}
         for name, limit in (most | {"audio_length_in_s": self.seconds}).items():
             self.check(f"decoders.{key}.{name}", options.get(name) or 0, limit)
-        self.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
 
 
 Stop = Annotated[str, Field(min_length=1)]

@@ -171,8 +171,6 @@ class Page:
                     settings.append(
                         gr.Slider(least, max(most, value), value, step=step, label=label, elem_id=named, visible=shown)
                     )
-                negative, drawn = own.get("negative_prompt", ""), key in self.engine.chat_model.model.decoders
-                settings.append(gr.Textbox(negative, label="Negative prompt", max_length=500, visible=drawn))
         return settings
 
     def restore(self, token: str | None) -> tuple[list[dict[str, Any]], str]:
@@ -229,12 +227,9 @@ class Page:
         require, forbid, tokens, temperature, seed, *by_decoder = values
         decoders = {}
         for place, key in enumerate(self.engine.chat_model.makes):
-            count, own = len(SLIDERS) + 1, self.engine.chat_model.options(key)
-            *values, negative = by_decoder[count * place : count * (place + 1)]
-            chosen = zip(SLIDERS.items(), values, strict=True)
+            count, own = len(SLIDERS), self.engine.chat_model.options(key)
+            chosen = zip(SLIDERS.items(), by_decoder[count * place : count * (place + 1)], strict=True)
             decoders[key] = {name: type(step)(value) for (name, (*_, step, _)), value in chosen if name in own}
-            if negative and negative.strip():
-                decoders[key]["negative_prompt"] = _whole(negative).strip()
         return Settings(
             max_new_tokens=int(tokens),
             temperature=float(temperature),
