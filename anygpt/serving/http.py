@@ -5,7 +5,6 @@ import contextlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -51,7 +50,6 @@ class Interface:
 
     def __init__(self, engine: Engine, model: str, limits: form.Limits | None = None, key: str | None = None):
         self.engine, self.model, self.limits, self.key = engine, model, limits or form.Limits(), key
-        self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
         routes = [
@@ -112,7 +110,7 @@ class Interface:
                 return StreamingResponse(stream, media_type=kind, headers={"Cache-Control": "no-cache"})
             while not isinstance(event, Reply):
                 event = await anext(events)
-            return JSONResponse(await self._in_thread(wanted.completion, event))
+            return JSONResponse(await asyncio.to_thread(wanted.completion, event))
         except ClientDisconnect:
             return Response(status_code=499)  # the client has gone
         except Exception as error:
@@ -131,7 +129,7 @@ class Interface:
                         raise Refused(413, f"the body has more than the {limits.body_bytes:,} bytes that are allowed")
         except TimeoutError:
             raise Refused(408, f"the body had not arrived after {limits.body_seconds:g} seconds") from None
-        return await self._in_thread(self._understand, bytes(body))
+        return await asyncio.to_thread(self._understand, bytes(body))
 
     def _understand(self, body: bytes) -> form.Request:
         content = parse_json(body)
@@ -182,7 +180,7 @@ class Interface:
                     progress = {"decoder": event.key, "step": event.step, "steps": event.steps}
                     yield _sse(wanted.chunk({}, progress=progress))
                 elif isinstance(event, MediumDone):
-                    part = await self._in_thread(form.part_of, event.content)
+                    part = await asyncio.to_thread(form.part_of, event.content)
                     yield _sse(wanted.chunk({"parts": [part | {"index": event.segment}]}))
                 event = await anext(events)
             yield _sse(wanted.chunk({}, form.finish_reason(event)))
@@ -203,9 +201,6 @@ class Interface:
             return Refused(400, str(error), code="context_length_exceeded" if isinstance(error, TooLong) else None)
         logger.error("a request failed", exc_info=error)
         return Refused(500, FAULT, "server_error")
-
-    async def _in_thread(self, function, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, function, *arguments)
 
     async def _respond(self, request: HTTPRequest, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
