@@ -213,8 +213,6 @@ class Page:
     def _read(self, text: str, files: list[str]) -> list[dict[str, Any]]:
         if len(files) > MAX_FILES:
             raise InputError(f"{len(files)} files are attached; attach at most {MAX_FILES}")
-        if len(text) > MAX_CHARACTERS:
-            raise InputError(f"the message has {len(text)} characters; write at most {MAX_CHARACTERS}")
         parts = []
         for path in files:
             try:
