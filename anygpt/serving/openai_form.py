@@ -81,7 +81,7 @@ class Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Any = None
-    messages: Any = None
+    messages: list[dict[str, Any]] = Field([], min_length=1, validate_default=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -147,7 +147,7 @@ def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = str(fault["loc"][0])
-        raise InputError(f"{name} is {body[name]!r:.80}: {fault['msg']}") from None
+        raise InputError(f"{name} is {body.get(name)!r:.80}: {fault['msg']}") from None
     messages = _messages(given.messages, limits)
     settings = _settings(given, chat_model, limits)
     if body.get("stream_options") and not given.stream:
@@ -196,9 +196,7 @@ def _check_names(field: str, names: Collection[str], known: Collection[str]) -> 
         raise InputError(f"{field} is {list(names)!r:.80}; expected a list of {', '.join(known)}")
 
 
-def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages must be a list of at least one message")
+def _messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     parsed = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if parsed[-1]["role"] != "user":
         raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected the user's, which is answered")
@@ -208,9 +206,7 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     return parsed
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise InputError(f"{where} must be an object with role and content")
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}: the role is {role!r:.40}; expected {', '.join(ROLES)}")
