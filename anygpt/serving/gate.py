@@ -182,13 +182,9 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self.since = self.loop.time()
         if len(self.connections) > MAX_CONNECTIONS:
-            idle = [one for one in self.connections if one is not self and one.idle]
-            for one in sorted(idle, key=lambda one: one.since)[: len(self.connections) - MAX_CONNECTIONS]:
-                one.transport.abort()
-
-    @property
-    def idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+            others = [one for one in self.connections - {self} if not one.transport.is_closing()]
+            if idle := [one for one in others if one.cycle is None or one.cycle.response_complete]:
+                min(idle, key=lambda one: one.since).transport.abort()
 
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
