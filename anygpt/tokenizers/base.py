@@ -338,6 +338,7 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
     tensors.
     """
     source = Source.of(path, options, kind=TokenizerSettings)
+    dtype = source.torch_dtype or torch.float32
 
     def build() -> MediaTokenizer:
         saved = source.place.json(SETTINGS_FILE) or {}
@@ -349,7 +350,10 @@ def load_media_tokenizer(path: str | Path | Source, modality: str, **options: An
         named = saved.pop("vocoder", None)
         vocoder = source.vocoder or named
         settings = saved | {name: value for name in _OPTIONS if (value := getattr(source, name)) is not None}
-        voice = _load_vocoder(source, vocoder) if vocoder else None
+        voice = None
+        if vocoder:  # in the tokenizer's own folder, or in that of a pipeline
+            place = source.place if vocoder == OWN_VOCODER else Source(vocoder).place
+            voice = load_network_of_pipeline(SpeechT5HifiGan, place.inside(OWN_VOCODER), dtype)
         network = _load_network(source)
         with built_from(f"{source.place}/{SETTINGS_FILE}"):
             tokenizer = MediaTokenizer(network, modality, vocoder=voice, pixels=pixels, **settings)
@@ -380,9 +384,3 @@ def _load_network(source: Source) -> nn.Module:
         return load_network_of_pipeline(cls, source.place, dtype)
     names = WHOLE_MODELS.get(whole.model_type, {})
     return load_network(cls, config, source.place, names=names, dtype=dtype, **source.model_options())
-
-
-def _load_vocoder(source: Source, vocoder: str) -> SpeechT5HifiGan:
-    """The vocoder in the tokenizer's own folder (`vocoder`), or in that of a pipeline."""
-    place = source.place if vocoder == OWN_VOCODER else Source(vocoder).place
-    return load_network_of_pipeline(SpeechT5HifiGan, place.inside(OWN_VOCODER), source.torch_dtype or torch.float32)
