@@ -16,6 +16,7 @@ media become inputs of your next message. Commands:
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from anygpt.chat.chat_model import ChatModel, Settings, modality_of, write_segment
-from anygpt.commands import REPOSITORY, add_model_arguments, new_parser
+from anygpt.commands import REPOSITORY, add_model_arguments, check_range, new_parser
 from anygpt.data.schema import checked_text
+from anygpt.decoders.options import MAX_SEED
 from anygpt.errors import InputError, refusing
 from anygpt.generation.events import DecodingStarted, DecodingStep, Event, MediumCalled, MediumDone, TextPiece
 from anygpt.processing.chat_template import answer_message
@@ -180,6 +182,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--guidance", type=float, help="guidance scale (default: the checkpoint's own)")
     add("--seed", type=int, default=0, help="seed of sampled text and of media (default: %(default)s)")
     options = parser.parse_args(arguments)
+    check_range(options, 1, 2**31, "max_new_tokens", "steps")
+    check_range(options, 0, MAX_SEED, "seed")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise InputError(f"--guidance is {options.guidance}, expected a finite number")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output {options.output} is a file; give a folder")
     if options.prompt is not None and not options.prompt.strip() and not options.attach:
