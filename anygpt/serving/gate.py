@@ -113,6 +113,8 @@ class Guard:
         route = scope["path"].partition("/gradio_api/")[2]
         if route.startswith(CLOSED):
             raise HTTPException(404, "there is nothing here")
+        if route.startswith("file=") and not self._uploaded(route.removeprefix("file=")):
+            raise HTTPException(403, "only uploaded and generated files can be read")
         if route.rstrip("/") == "upload" or scope["method"] in ("GET", "HEAD"):
             return receive
         body = bytearray()
