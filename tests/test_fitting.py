@@ -62,9 +62,11 @@ def test_windows_are_counted_wherever_a_sound_goes(parts, label):
     said = [{"role": "user", "content": [{"type": "audio", "audio": long}, {"type": "text", "text": "what is it"}]}]
     batch = processor.apply_chat_template(said, tokenize=True)
     assert int((batch["input_ids"] == processor.token_ids["audio"]).sum()) == counts[0]
+    rows = {"audio": {processor.media_argument("audio"): [[speech(2.5)], [speech(1.0)]], "sampling_rate": RATE}}
+    batch = processor(rows, {"text": ["<audio> say", "say <audio>"]})
+    assert (batch["input_ids"] == processor.token_ids["audio"]).sum(dim=1).tolist() == counts
     model.set_token_ids(None)
     processor.injects = False
-    rows = {"audio": {processor.media_argument("audio"): [[speech(2.5)], [speech(1.0)]], "sampling_rate": RATE}}
     batch = processor(rows, {"text": ["say", "say"]})
     assert batch["items_per_row"] == {"audio": [3, 1]}
     assert model(**batch).logits.shape[0] == 2

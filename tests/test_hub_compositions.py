@@ -98,6 +98,10 @@ def test_unknown_arguments_are_errors(composed, tmp_path):
     for one in (model, processor):
         with pytest.raises(InputError, match="save_pretrained has no argument 'max_shard'"):
             one.save_pretrained(tmp_path, max_shard="1GB")
+    for size in ("abc", "-1GB", None):
+        with pytest.raises(InputError, match=r"max_shard_size is .*; expected bytes, or a size"):
+            model.save_pretrained(tmp_path / "none", max_shard_size=size)
+    assert not (tmp_path / "none").exists()
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="from_pretrained has no argument 'projection'"):
         MultimodalModel.from_pretrained(tmp_path, projection={})

@@ -338,6 +338,7 @@ def test_too_much_is_refused(address):
 
 def test_the_page_names_no_other_site(address):
     answer = httpx.get(address, timeout=PATIENCE)
+    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
     assert "googleapis" not in answer.text and "cdnjs" not in answer.text
     config = httpx.get(f"{address}/config", timeout=PATIENCE).json()
     assert config["analytics_enabled"] is False

@@ -295,12 +295,17 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
         seconds = ending.stated or 0
         limits.check(path, seconds=seconds, bytes=seconds * rate * layout.nb_channels * 4)
         stream.codec_context.thread_count = 1  # data workers already decode in parallel
-        # Packed: PyAV makes no array of more than eight planes. A frame of another rate or layout is refused here.
+        # Packed, since PyAV makes no array of more than eight planes.
         chunks, length, to_packed = [], 0, av.AudioResampler(format="flt")
         for frame in decoded(container, stream, ending):
             if not chunks:  # the frames may differ from the header
                 rate, layout = frame.sample_rate, frame.layout
             channels = layout.nb_channels
+            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
+                raise ValueError(
+                    f"it changes from {rate} Hz and {channels} channels to {frame.sample_rate} Hz and "
+                    f"{frame.layout.nb_channels} channels; convert it to one"
+                )
             chunks += [part.to_ndarray().reshape(-1, channels).T for part in to_packed.resample(frame)]
             length += frame.samples
             limits.check(path, seconds=length / rate, bytes=length * channels * 4)

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import ModelCardData, save_torch_state_dict
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ from anygpt.composition import Composition
 from anygpt.decoders.base import DiffusionDecoder
 from anygpt.encoders.module import base_model
 from anygpt.encoders.video import VideoEncoder
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.model.configuration import MultimodalConfig
 from anygpt.model.loading import load_source, read_config
 from anygpt.model.parts import (
@@ -102,6 +103,8 @@ def save_pretrained(
     """
     if hub and not push_to_hub:
         raise InputError(f"save_pretrained has no argument {next(iter(hub))!r}")
+    with refusing(f"max_shard_size is {max_shard_size!r}; expected bytes, or a size such as '5GB'"):
+        convert_file_size_to_int(max_shard_size)  # before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous content

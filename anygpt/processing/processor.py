@@ -178,15 +178,13 @@ class MultimodalProcessor(ConversationProcessor):
                 data["references"] = references
         if decoder_targets:
             data["decoder_targets"] = self.process_targets(decoder_targets)
-        if per_row and not self.injects:
-            data["items_per_row"] = per_row
         return BatchFeature(data)
 
     def process_media(
         self, encoder_inputs: Mapping[str, Mapping[str, Any]], return_tensors: str | None = "pt", **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, list[int] | None], dict[str, list[int]]]:
         """Convert encoder inputs to tensors by argument name; also returns the numbers of features of each input by key
-        (None if unknown), and the number of inputs of each row for keys given as one list a row."""
+        (None if unknown), and the number of media of each row for keys given as one list a row."""
         if unknown := sorted(set(encoder_inputs) - set(self.tokens)):
             raise InputError(
                 f"inputs are given for {unknown}, which no encoder reads; the encoders are {list(self.tokens)}"
@@ -194,6 +192,7 @@ class MultimodalProcessor(ConversationProcessor):
         outputs: dict[str, dict[str, Any]] = {}
         counts: dict[str, list[int] | None] = {}
         per_row: dict[str, list[int]] = {}
+        pieces_per_row: dict[str, list[int]] = {}
         data: dict[str, Any] = {}
         for key in self.spans:
             media, rows = _flatten(encoder_inputs.get(key, {}).get("media", []))
@@ -227,12 +226,14 @@ class MultimodalProcessor(ConversationProcessor):
                 lengths = [len(pieces) for pieces in parts]
                 counts[key] = counts[key] and _sums(counts[key], lengths)
                 if key in per_row:
-                    per_row[key] = _sums(lengths, per_row[key])
+                    pieces_per_row[key] = _sums(lengths, per_row[key])
         for key, output in outputs.items():
             others = [getattr(own, "model_input_names", ()) for k, own in self.encoder_processors.items() if k != key]
             others += [other for k, other in outputs.items() if k != key]
             shared = {*self.llm_tokenizer.model_input_names}.union(*others)
             data |= {f"{key}.{name}" if name in shared else name: value for name, value in output.items()}
+        if per_row and not self.injects:
+            data["items_per_row"] = per_row | pieces_per_row
         return data, counts, per_row
 
     def pieces(self, key: str, inputs: Mapping[str, Any]) -> list[list[Any]] | None:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -35,6 +35,12 @@ EVERYWHERE = ("0.0.0.0", "::", "")
 CLOSED = (
     *("run/", "api/", "call/", "proxy=", "stream/", "file/"),
     *("deep_link", "runs", "component_server", "monitoring"),
+)
+# The text of a model or a visitor must not make the browser load anything from another site.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 EVENT_BYTES = 256 * 1024  # of an event of the page
 MAX_CONNECTIONS = 512  # open connections; beyond it, those idle longest are closed
@@ -82,8 +88,8 @@ class Gate:
 
 
 class Guard:
-    """ASGI middleware for gradio: closes the routes that the page does not use, and refuses events that are large or
-    name files outside the folder of `uploads`."""
+    """ASGI middleware for gradio: closes the routes that the page does not use, refuses events that are large or name
+    files outside the folder of `uploads`, and lets browsers load nothing from other sites."""
 
     def __init__(self, app: ASGIApp, uploads: Path):
         self.app, self.uploads = app, os.path.realpath(uploads)
@@ -93,7 +99,9 @@ class Guard:
 
         async def sending(message: Message) -> None:
             nonlocal started
-            started = True
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
         try:
