@@ -113,7 +113,7 @@ def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     last = f"the last checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
     reason = "another process could not write" if failure is None else str(failure)
     raise InputError(
-        f"{folder} could not be written: {reason}; {last}. Make room, or see who may write there, and give the same "
+        f"{folder} could not be written: {reason}; {last}. Make room, or check who may write there, and give the same "
         "command again"
     ) from failure
 

@@ -181,7 +181,7 @@ def build_projector(where: str, kind: type[PreTrainedModel], sizes: dict[str, An
     with torch.device("meta"):
         size = sum(4 * parameter.numel() for parameter in kind(config).parameters())
     if size > psutil.virtual_memory().total:
-        raise InputError(f"{where} would take {size / GIB:,.0f} GiB, more than there are; make it smaller")
+        raise InputError(f"{where} would take {size / GIB:,.0f} GiB, more than this machine has; make it smaller")
     return kind(config)
 
 

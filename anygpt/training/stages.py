@@ -78,7 +78,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
             parameter.data = parameter.data.float()  # small updates would be lost in half precision
     trainable, expected = model.trainable_names(), expected_names(model, parts, rows)
     if wrong := set(trainable) ^ expected:
-        raise RuntimeError(f"{stage.name} trains what it should not, or the reverse: {', '.join(sorted(wrong))}")
+        raise RuntimeError(f"{stage.name} should train other tensors than it does: {', '.join(sorted(wrong))}")
     if not trainable:
         raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
     return trainable
@@ -98,7 +98,7 @@ def adapted(part: nn.Module, network: nn.Module, section: str, config: Config, t
     names = [f".{name}" for name in wrapper.base_model.targeted_module_names]
     for layer in lora.target_modules if isinstance(lora.target_modules, list) else ():
         if not any(name.endswith(f".{layer}") for name in names):
-            raise InputError(f"{where}: no layer is called {layer!r}; the last names of layers are adapted, as q_proj")
+            raise InputError(f"{where}: no layer is called {layer!r}; name them by their last part, as q_proj")
     return wrapper
 
 

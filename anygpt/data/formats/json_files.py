@@ -49,7 +49,7 @@ def list_rows(path: Path) -> Iterator[Row]:
         if not text.next():
             return
         if not text.took("["):
-            raise InputError(f"{path} must hold one JSON list of rows, and its first character is another than '['.")
+            raise InputError(f"{path} must hold one JSON list of rows, but it does not begin with '['.")
         ended = text.took("]")
         for index in itertools.count():
             if ended:

@@ -103,7 +103,7 @@ def _load(path: Path) -> Any:
             builder = BUILDERS.get(files[0].suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
-                raise InputError(f"{path} is no table that can be read: its suffix must be one of {known}.")
+                raise InputError(f"{path} is not a table of a known format: its suffix must be one of {known}.")
             names = [glob.escape(str(file)) for file in files]
             table = _build(datasets.load_dataset_builder(builder, data_files=names), path)
     except InputError:
