@@ -6,7 +6,7 @@ them, adds its constructor, `forward`, saving and loading. Shape legend: `anygpt
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,18 +246,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def lowest_layers(model: Composition) -> Iterator[None]:
     """Leave out the language model's layers above those whose states the decoders read.
 
-    One more layer runs, since a language model normalizes the last state. Language models whose layers have another
-    name than `layers` run whole.
+    One more layer runs, since a language model normalizes the last state. Classes whose code asks the config for the
+    number of layers once run that many of them; others, such as Gemma 3n or Jamba, need the number elsewhere, and run
+    whole.
     """
     decoder, read = model.language_model.get_decoder(), [one.hidden_layer for one in model.decoders.values()]
-    layers, numbers = getattr(decoder, "layers", None), [k for k in read if isinstance(k, int) and k >= 0]
-    if layers is not None and numbers and len(numbers) == len(read):
-        decoder.layers = layers[: max(numbers) + 1]
+    config, code = decoder.config, ""
+    with suppress(OSError, TypeError):  # a class without a file
+        code = inspect.getsource(type(decoder))
+    layers, numbers = config.num_hidden_layers, [k for k in read if isinstance(k, int) and k >= 0]
+    if code.count("self.config.num_hidden_layers") == 1 and len(numbers) == len(read):
+        config.num_hidden_layers = min(layers, max(numbers, default=layers) + 1)
     try:
         yield
     finally:
-        if layers is not None:
-            decoder.layers = layers
+        config.num_hidden_layers = layers
 
 
 Reader = Callable[[Composition, Merged, Mapping[str, Spans], Tap, Mapping[str, Any]], Reading]

@@ -220,7 +220,7 @@ def test_layers_that_no_decoder_reads_do_not_run(parts, layer, run):
     [hook.remove() for hook in hooks]
 
 
-def test_states_of_a_language_model_that_needs_its_number_of_layers():
+def test_a_language_model_that_needs_its_number_of_layers_runs_whole():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     types = ["sliding_attention", "full_attention"] * 3
     config = Gemma3nTextConfig(
@@ -240,10 +240,7 @@ def test_states_of_a_language_model_that_needs_its_number_of_layers():
     decoders = {"image": SimpleNamespace(hidden_layer=2)}
     with torch.no_grad(), lowest_layers(SimpleNamespace(language_model=network, decoders=decoders)):
         states = network(torch.arange(6)[None], output_hidden_states=True).hidden_states
-    with torch.no_grad():
-        whole = network(torch.arange(6)[None], output_hidden_states=True).hidden_states
-    assert len(states) == 4 and len(whole) == 7
-    assert all(torch.equal(one, other) for one, other in zip(states[:3], whole, strict=False))
+    assert len(states) == 7
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
