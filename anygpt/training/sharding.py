@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.checkpoint import state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from anygpt.encoders.module import base_model
@@ -18,7 +18,7 @@ from anygpt.errors import InputError
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config
 
-_WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -62,10 +62,14 @@ def prepare(model: MultimodalModel, optimizer: Any, accelerator: Accelerator, co
 
 def gather_into(whole: MultimodalModel | None, model: MultimodalModel) -> None:
     """Copy trainable parameters of a sharded model into the full copy (None except on the main process); collective."""
-    if whole is model:
-        return
-    tensors = state_dict.get_model_state_dict(model, options=_WHOLE)
-    if whole is not None:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and whole is not model:
+            tensor = parameter.detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if whole is not None:
+                tensors[name] = tensor.cpu()
+    if tensors:
         missing = whole.load_state_dict(tensors, strict=False).unexpected_keys
         assert not missing, f"{missing} are not in the whole copy"
 
@@ -75,15 +79,15 @@ def optimizer_state(model: MultimodalModel, optimizer: Any, accelerator: Acceler
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return {}
     if is_sharded(accelerator):
-        return state_dict.get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
+        return get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
     return optimizer.state_dict()
 
 
 def load_optimizer_state(model: MultimodalModel, optimizer: Any, state: dict[str, Any]) -> None:
     """Load what `optimizer_state` returned into a prepared optimizer."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        whole = state_dict.StateDictOptions(full_state_dict=True)
-        state_dict.set_optimizer_state_dict(model, optimizer.optimizer, state, options=whole)
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer.optimizer, state, options=whole)
     else:
         optimizer.load_state_dict(state)
 
