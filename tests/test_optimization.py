@@ -23,6 +23,7 @@ from anygpt import InputError
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.optimization import (
     clip_gradients,
+    compile_layers,
     make_optimizer,
     parameter_groups,
 )
@@ -154,6 +155,15 @@ def test_the_largest_rates_are_mistakes(make_arguments, tmp_path, capsys):
     code, lines = cli_here(1, make_arguments(1, tmp_path / "run", "--train.learning_rates={a: -1}"), capsys)
     check_mistake(code, lines, "train.learning_rates.a is -1")
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_compiling_is_refused(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=r"torch\.compile does not work here"):
+        compile_layers(model)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.model.multimodal import MultimodalModel
 from anygpt.training.config import Config, TrainConfig
 from anygpt.training.sharding import is_sharded
@@ -120,8 +120,12 @@ def compile_layers(model: MultimodalModel) -> None:
     """Apply torch.compile to the repeated layers of encoders, language model and denoisers.
 
     Whole parts would recompile at each step, because hooks insert the signal tokens into the language model; and layers
-    of one class share their compiled code.
+    of one class share their compiled code. Where torch.compile does not work, an `InputError` says so.
     """
+    advice = "; install what it needs (on a CPU a C++ compiler, on a GPU Triton), or leave it off"
+    with refusing("train.compile is on, but torch.compile does not work here", advice=advice):
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
+    torch._dynamo.reset()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(dynamic=True)

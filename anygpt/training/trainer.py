@@ -108,6 +108,7 @@ class Trainer:
             self.notes += init_projectors(model, self.dataset, self.collator, config, accelerator)
         optimizer, self.scheduler = make_optimizer(model, config)
         if config.train.compile:
+            model.to(accelerator.device)
             compile_layers(model)
         self.wrapped, self.optimizer, self.whole = sharding.prepare(model, optimizer, accelerator, config)
         self.averages = Averages(model, config.train)
