@@ -116,7 +116,10 @@ def _given(arguments: Sequence[str], kind: type) -> Iterator[tuple[str, Any]]:
         if not word.startswith("--"):
             raise InputError(f"{word!r} is no setting; settings are given as --train.max_steps 100")
         name, equals, value = word[2:].partition("=")
-        value = value if equals or not words or words[0].startswith("--") else words.pop(0)
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise InputError(f"{word} has no value, so {name} is null: give one, or {word}=null if that is meant")
+            value = words.pop(0)
         if name == "config":
             path = Path(value)
             if not path.is_file():

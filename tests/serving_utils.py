@@ -13,11 +13,11 @@ from anygpt.serving.gate import server_config
 
 
 @contextlib.contextmanager
-def serving(app):
-    """`app` on a free port, in a thread; gives its address."""
+def serving(app, **options):
+    """`app` on a free port, in a thread, with options of uvicorn; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(server_config(app, timeout_graceful_shutdown=2))
+        server = uvicorn.Server(server_config(app, timeout_graceful_shutdown=2, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -221,6 +221,8 @@ def test_unknown_arguments_name_the_nearest(argument, nearest):
 
 def test_an_argument_that_is_no_option():
     assert "stray" in fault(*STAGE_1, "stray")
+    for words in (("--model.init_from",), ("--model.init_from", "--train.max_steps", "300")):  # not null
+        assert "--model.init_from has no value" in fault(*STAGE_1, *words)
 
 
 VALUES = [

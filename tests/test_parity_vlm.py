@@ -234,8 +234,8 @@ def test_a_folder_is_taken_apart_only_if_whole(tmp_path):
     whole = load_file(file)
     first = next(name for name in whole if "layers.1.mlp" in name)
     for change, text in (
-        ({first: None}, r"lacks model\.\S+layers\.1\.mlp\.\S+"),
-        ({first: whole[first][1:].clone()}, r"in another shape model\.\S+layers\.1\.mlp"),
+        ({first: None}, f"lacks {first}"),
+        ({first: whole[first][1:].clone()}, f"in another shape {first}"),
         ({"model.other": torch.ones(2)}, r"left over model\.other"),
     ):
         save_file({n: t for n, t in (whole | change).items() if t is not None}, file, {"format": "pt"})

@@ -27,6 +27,8 @@ from training_utils import (
 
 from anygpt import MultimodalModel, MultimodalProcessor
 from anygpt.data import read_media
+from anygpt.training.config import Config, ModelConfig
+from anygpt.training.setup import build
 
 STEPS = 4
 ENCODERS, DECODERS = ("image", "video", "audio"), ("image", "video", "audio")
@@ -233,6 +235,20 @@ def test_stage_2_with_a_part_other_than_stage_1s(runs, data, tmp_path, capsys, o
     code, lines = cli_here(2, args, capsys)
     check_mistake(code, lines, runs / "stage1/final", *said)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_start_has_learnt_beside_its_parts_is_kept(tiny_model, tmp_path):
+    """The weights of layers, which are neither a part's nor a projector's, and the signal tokens."""
+    model, processor = tiny_model((), ("image",), hidden_layer="mix")
+    mix = torch.arange(float(len(model.decoders["image"].layer_weights)))
+    with torch.no_grad():
+        model.decoders["image"].layer_weights.copy_(mix)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    started, _ = build(Config(model=ModelConfig(init_from=str(tmp_path))))
+    torch.testing.assert_close(started.decoders["image"].layer_weights, mix, check_device=False)
+    rows, others = model.signal_tokens.state_dict(), started.signal_tokens.state_dict()
+    assert rows.keys() == others.keys() and all(torch.equal(rows[name], others[name]) for name in rows)
 
 
 def test_stage_2_from_no_checkpoint(data, tmp_path, capsys):

@@ -356,7 +356,7 @@ def test_a_limit_draws_from_all_rows(tmp_path):
 def test_baselines_that_fit_a_model_of_codes():
     """It makes media without decoders, which the upper bound and references belong to."""
     asker = object.__new__(Asker)
-    asker.model, asker.looked_at = SimpleNamespace(decoders={}), ["image"]
+    asker.model, asker.looked_at, asker.makes = SimpleNamespace(decoders={}), ["image"], {"image": "image"}
     asker.suite = SimpleNamespace(ask=SimpleNamespace(choices=None), baselines=None)
     rows = [SimpleNamespace(sources={"image": "a.png"}, captions={"image": "a ring"})]
     assert list(asker.ways(rows, words=True)) == ["model", "without_media"]

@@ -13,6 +13,7 @@ from transformers import GenerationMixin, GPT2LMHeadModel
 from anygpt.decoders.conditions import Condition, Generators
 from anygpt.decoders.forms import AudioDecoder
 from anygpt.decoders.targets import AudioTargets
+from anygpt.errors import InputError
 
 
 def vocoder_loss(made: Tensor, waveform: Tensor) -> Tensor:
@@ -112,6 +113,8 @@ class AudioLDM2Decoder(AudioLDMDecoder):
             whole.tie_weights()
             pipeline.register_modules(language_model=whole.eval())
         super().__init__(pipeline, **settings)
+        if self.text_encoder_2.config.model_type == "vits":
+            raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription.")
 
     @property
     def _sizes(self) -> tuple[int, int, int]:

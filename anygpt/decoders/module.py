@@ -119,8 +119,9 @@ class ModalDecoderModule(MediaMaker):
                     f"need {name}={value}"
                 )
         if self.hidden_layer == "mix":
-            self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1))
-        elif self.hidden_layer not in range(-num_layers - 1, num_layers + 1):
+            if self.layer_weights is None or len(self.layer_weights) != num_layers + 1:
+                self.layer_weights = nn.Parameter(torch.zeros(num_layers + 1))
+        elif not isinstance(self.hidden_layer, int) or not -num_layers - 1 <= self.hidden_layer <= num_layers:
             raise InputError(
                 f"hidden_layer is {self.hidden_layer!r}; expected 'mix', or one of the language model's "
                 f"{num_layers + 1} states"

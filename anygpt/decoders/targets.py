@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.audio import resample, to_mono
 from anygpt.media.files import to_mode
 
@@ -67,9 +67,10 @@ class TargetProcessor(ABC):
 
 
 def target_processor_from_dict(config: dict[str, Any]) -> TargetProcessor:
-    """The inverse of `to_dict`."""
+    """The inverse of `to_dict`; an `InputError` for an unknown type or setting."""
     kinds = {kind.__name__: kind for kind in TargetProcessor.__subclasses__()}
-    return kinds[config["type"]](**{name: value for name, value in config.items() if name != "type"})
+    with refusing(f"cannot make targets of {config}; the types are {', '.join(kinds)}", (KeyError, TypeError)):
+        return kinds[config["type"]](**{name: value for name, value in config.items() if name != "type"})
 
 
 @dataclass(frozen=True)

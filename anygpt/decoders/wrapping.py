@@ -129,6 +129,9 @@ class WrappedPipeline(nn.Module):
         place = replace(source.place, hub=taken("cache_dir", "token"))
         found, index = find_class(place, cls if hasattr(cls, "pipeline_name") else None, WrappedPipeline._registry)
         options |= {name: value for name, value in source.to_dict().items() if name in (*SIZES, *MEMORY)}
+        if lost := [name for name in SIZES if name in options and name not in found._setting_names()]:
+            made = "clips" if lost[0] == "num_frames" else "pictures or clips"
+            raise InputError(f"{lost[0]} is set, but a decoder of {found.modality} makes no {made}; leave it out")
         settings = (place.json(SETTINGS_FILE) or {}) | taken(*found._setting_names())
         kind, dtype = find_pipeline(found.pipeline_name), source.torch_dtype or torch.float32
         pipeline = load_pipeline(kind, index, place, dtype, source.quantization_config, **options)

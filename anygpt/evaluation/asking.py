@@ -62,7 +62,8 @@ class Asker:
             "without_media": (_in_words, say),
             "without_reference": (lambda row: row.prompt, partial(self.write, edit=False)),
         }
-        decoders = [decoder for decoder in self.model.decoders.values() if decoder.modality in self.looked_at]
+        keys = [self.makes[kind] for kind in self.looked_at]
+        decoders = [self.model.decoders[key] for key in keys if key in self.model.decoders]  # of codes there are none
         draws = any(decoder.modality in row.captions for row in rows for decoder in decoders)
         shown = any(row.sources for row in rows)
         edits = draws and shown and any(decoder.module.takes_reference for decoder in decoders)

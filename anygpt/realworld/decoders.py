@@ -168,6 +168,8 @@ def main(arguments: list[str]) -> None:
     commands.add_parser("keep", help="store trained decoders").add_argument("decoders", type=Path, nargs="+")
     options = parser.parse_args(arguments)
     if options.command == "grow":
+        if options.target.exists():
+            raise InputError(f"{options.target} exists; give a new folder")
         with replacing(options.target) as folder:
             write_video_decoder(options.image_decoder, folder)
             let_umask_decide(folder)

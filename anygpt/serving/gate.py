@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -95,6 +96,8 @@ class Guard:
         self.app, self.uploads = app, os.path.realpath(uploads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
         started = False
 
         async def sending(message: Message) -> None:
@@ -105,8 +108,7 @@ class Guard:
             await send(message)
 
         try:
-            checked = await self._checked(scope, receive) if scope["type"] == "http" else receive
-            await self.app(scope, checked, sending)
+            await self.app(scope, await self._checked(scope, receive), sending)
         except ClientDisconnect:
             pass
         except HTTPException as refused:
@@ -196,13 +198,19 @@ class BoundedProtocol(H11Protocol):
             if idle := [one for one in others if one.cycle is None or one.cycle.response_complete]:
                 min(idle, key=lambda one: one.since).transport.abort()
 
+    def _unset_keepalive_if_required(self) -> None:
+        # The rest of a body whose request was answered is discarded for as long as an idle connection is kept.
+        if self.conn.our_state is not h11.DONE or self.conn.their_state is not h11.SEND_BODY:
+            super()._unset_keepalive_if_required()
+
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
-    # Answers in progress are cancelled on shutdown, which needs no traceback.
-    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "backlog": 256} | options
     return uvicorn.Config(app, log_level="warning", http=BoundedProtocol, ws="none", **options)
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """False for answers that are cancelled on shutdown, and for advice on websockets, which neither server has."""
+    cancelled = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))

@@ -50,6 +50,7 @@ class Interface:
 
     def __init__(self, engine: Engine, model: str, limits: form.Limits | None = None, key: str | None = None):
         self.engine, self.model, self.limits, self.key = engine, model, limits or form.Limits(), key
+        self._decoding = asyncio.Semaphore(2)  # decoded media are larger than bodies
 
     def app(self, host: str = "127.0.0.1", hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
         routes = [
@@ -93,7 +94,9 @@ class Interface:
 
     async def models(self, request: HTTPRequest) -> Response:
         name = request.path_params.get("name")
-        return JSONResponse(self._card(name) if name else {"object": "list", "data": [self._card(self.model)]})
+        return JSONResponse(
+            self._card(name) if name is not None else {"object": "list", "data": [self._card(self.model)]}
+        )
 
     def _card(self, model: Any) -> dict[str, Any]:
         if model != self.model:
@@ -129,7 +132,8 @@ class Interface:
                         raise Refused(413, f"the body has more than the {limits.body_bytes:,} bytes that are allowed")
         except TimeoutError:
             raise Refused(408, f"the body had not arrived after {limits.body_seconds:g} seconds") from None
-        return await asyncio.to_thread(self._understand, bytes(body))
+        async with self._decoding:
+            return await asyncio.to_thread(self._understand, bytes(body))
 
     def _understand(self, body: bytes) -> form.Request:
         content = parse_json(body)

@@ -63,6 +63,7 @@ class Limits:
         most = {"num_inference_steps": self.steps, "height": self.side, "width": self.side, "num_frames": self.frames}
         for name, limit in (most | {"audio_length_in_s": self.seconds}).items():
             self.check(f"decoders.{key}.{name}", options.get(name) or 0, limit)
+        self.check(f"the length of decoders.{key}.negative_prompt", len(options.get("negative_prompt") or ""), 2000)
 
 
 Stop = Annotated[str, Field(min_length=1)]
@@ -146,8 +147,9 @@ def parse_request(body: dict[str, Any], chat_model: ChatModel, limits: Limits) -
         given = Fields.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        name = str(fault["loc"][0])
-        raise InputError(f"{name} is {body.get(name)!r:.80}: {fault['msg']}") from None
+        first, *others = fault["loc"]
+        name = "".join([str(first), *(f"[{one}]" if isinstance(one, int) else f".{one}" for one in others)])
+        raise InputError(f"{name} is {fault['input']!r:.80}: {fault['msg']}") from None
     messages = _messages(given.messages, limits)
     settings = _settings(given, chat_model, limits)
     if body.get("stream_options") and not given.stream:

@@ -147,7 +147,9 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 
 
 def check_same_settings(checkpoint: Path, config: Config) -> None:
-    before, now = read_state(checkpoint)["settings"], settings_that_count(config)
+    before, now = read_state(checkpoint).get("settings"), settings_that_count(config)
+    if before is None:
+        raise InputError(f"{checkpoint} is of an older version of anygpt; start over with run.resume=never")
     named = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if named:
         others = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in named)

@@ -25,7 +25,7 @@ from anygpt.decoders.projector import OutputProjector, OutputProjectorConfig
 from anygpt.encoders.loading import load_encoder, load_encoder_processor
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.projector import MultimodalProjector, MultimodalProjectorConfig
-from anygpt.errors import InputError, reading
+from anygpt.errors import InputError, reading, refusing
 from anygpt.evaluation.suite import read_suite
 from anygpt.losses.formulas import TERMS
 from anygpt.losses.terms import is_read
@@ -144,8 +144,9 @@ def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> N
                 f"the tokenizer in {folder} gives the tokens of {', '.join(moved)} other ids than the model there was "
                 "trained with; it is another model's"
             )
-    if lost := model.signal_tokens.load_state_dict(start.signal_tokens.state_dict(), strict=False).unexpected_keys:
-        raise InputError(f"{folder} has signal tokens that this model has no place for: {', '.join(lost)}")
+    with refusing(f"the signal tokens in {folder} do not fit this model", (RuntimeError,)):
+        lost = model.signal_tokens.load_state_dict(start.signal_tokens.state_dict(), strict=False).unexpected_keys
+    assert not lost, lost  # a start's decoders and tokenizers are kept
 
 
 def new_encoder(key: str, entry: EncoderConfig, width: int, precision: str) -> tuple[ModalEncoderModule, Any]:
