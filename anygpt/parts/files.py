@@ -177,9 +177,15 @@ def open_composition(path: str | Path, **hub: Any) -> Path:
     it is missing, or differs from its manifest."""
     hub = {name: value for name, value in hub.items() if value is not None}
     where = {name: hub.pop(name) for name in ("revision", "subfolder") if name in hub}
-    what = f"{path} does not exist; expected a run's final/ folder, or the id of a composition on the hub"
-    with refusing(what, (OSError, ValueError)):
-        folder = Place(str(path), **where, hub=hub).download()
+    place = Place(str(path), **where, hub=hub)
+    if not Path(path).is_dir():
+        if isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise InputError(f"{path} does not exist; expected a run's final/ folder")
+        if place.file("config.json") is None and place.file("processor_config.json") is None:
+            raise InputError(
+                f"{path} does not exist: there is no such folder, and no composition of that id can be reached"
+            )
+    folder = place.download()
     if (folder / MANIFEST).is_file() and (fault := find_fault(folder)) is not None:
         raise InputError(f"{folder} is damaged, or was changed since it was written: {fault}; copy it again")
     return folder
@@ -254,6 +260,8 @@ def _open_all(place: Place, entry: Path, suffixes: tuple[str, ...], names: Mappi
         if path is None:
             raise InputError(f"{entry} names the shard {shard}, which is not there; download it again")
         files[path] = _open(path)
+        if lacking := sorted({name for name, of in index.items() if of == shard} - set(files[path].keys())):
+            raise InputError(f"{path} lacks {some(lacking)}, which {entry.name} says is there")
     return files
 
 
@@ -280,6 +288,9 @@ def read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path} is refused: it holds other things than tensors, such as code, or is cut off ({reason}); nothing "
             "in it was run"
         ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
         for name, value in content.items()
