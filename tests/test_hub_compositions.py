@@ -98,6 +98,9 @@ def test_unknown_arguments_are_errors(composed, tmp_path):
     for one in (model, processor):
         with pytest.raises(InputError, match="save_pretrained has no argument 'max_shard'"):
             one.save_pretrained(tmp_path, max_shard="1GB")
+    for push in (lambda **more: model.save_pretrained(tmp_path / "none", push_to_hub=True, **more), model.push_to_hub):
+        with pytest.raises(InputError, match="has no argument 'comit_message'"):
+            push(**({"repo_id": "someone/one"} | {"comit_message": "a"}))
     for size in ("abc", "-1GB", None):
         with pytest.raises(InputError, match=r"max_shard_size is .*; expected bytes, or a size"):
             model.save_pretrained(tmp_path / "none", max_shard_size=size)

@@ -289,10 +289,14 @@ def test_an_encoder_is_its_tower_of_the_joint_model(original):
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="no tower for"):
         ImageBindConfig(modalities=["smell"])
+    with pytest.raises(InputError, match="audio_num_heads = 7"):
+        ImageBindConfig(audio_num_heads=7)
     with pytest.raises(InputError, match="expected embedding or tokens"):
         ImageBindConfig(feature="pixels")
     model = ImageBindModel(ImageBindConfig(**IMAGEBIND, modalities=["vision"]))
     with pytest.raises(InputError, match="no tower for 'audio'"):
         model.embed("audio", torch.zeros(1, 1, 128, 204))
+    with pytest.raises(InputError, match="give 10"):
+        model.embed("image", torch.zeros(1, 3, 168, 168))
     with pytest.raises(InputError, match="one tower"):
         ImageBindEncoder(ImageBindConfig(**IMAGEBIND))

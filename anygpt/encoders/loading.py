@@ -174,7 +174,9 @@ def load_encoder_processor(path: str | Path | Source, modality: str, **options: 
     config = load(source, "config", lambda: _read_config(source))
     with built_from(f"{source.place}/preprocessor_config.json"):
         processor = load(source, f"{modality} processor", lambda: _processor(source, config, modality))
-    if is_timed(modality) and not isinstance(processor, ImageBindProcessor):  # which splits clips in its own way
+    if isinstance(processor, ImageBindProcessor) and source.num_frames is not None:
+        raise InputError(f"num_frames is {source.num_frames}, but ImageBind reads clips in its own way; leave it out")
+    if is_timed(modality) and not isinstance(processor, ImageBindProcessor):
         frames = source.num_frames or getattr(config, "num_frames", None)  # a video encoder has its own number
         return VideoFrameProcessor(processor, **({"num_frames": frames} if frames else {}))
     return processor

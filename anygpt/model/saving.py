@@ -44,7 +44,7 @@ from anygpt.model.parts import (
     unwrapped,
 )
 from anygpt.parts.manifest import MANIFEST
-from anygpt.parts.publishing import let_umask_decide, push
+from anygpt.parts.publishing import PUSH_ARGUMENTS, check_push, let_umask_decide, push
 from anygpt.parts.source import Source
 from anygpt.sequence.signal_tokens import SignalTokens
 from anygpt.tokenizers.base import MediaTokenizer
@@ -101,8 +101,8 @@ def save_pretrained(
         push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
             name.
     """
-    if hub and not push_to_hub:
-        raise InputError(f"save_pretrained has no argument {next(iter(hub))!r}")
+    if unknown := sorted(set(hub) - {"repo_id", *PUSH_ARGUMENTS} if push_to_hub else hub):
+        raise InputError(f"save_pretrained has no argument {unknown[0]!r}")
     with refusing(f"max_shard_size is {max_shard_size!r}; expected bytes, or a size such as '5GB'"):
         convert_file_size_to_int(max_shard_size)  # before anything is written
     folder = Path(folder)
@@ -132,7 +132,9 @@ def save_pretrained(
             model.tokenizer.save_pretrained(folder / "parts/language_model")
     config.save_pretrained(folder)
     tensors = {name: tensor.cpu() for name, tensor in own_tensors(model).items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)  # in place of the files of an earlier save
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
     if not tensors:  # save_torch_state_dict then writes no file
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     let_umask_decide(folder)
@@ -147,6 +149,7 @@ def push_to_hub(
 
     Parts from local folders are uploaded whole. `options` are those of `push`; the others as in `save_pretrained`.
     """
+    check_push(options)
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, standalone=standalone, portable=True, max_shard_size=max_shard_size)
         _write_card(Path(folder), repo_id)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from anygpt.errors import refusing
+from anygpt.errors import InputError, refusing
 
 
 def let_umask_decide(place: Path) -> None:
@@ -37,12 +38,21 @@ def halve(folder: Path) -> None:
     let_umask_decide(folder)
 
 
+PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "commit_description", "create_pr")
+
+
+def check_push(options: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(options) - set(PUSH_ARGUMENTS)):
+        raise InputError(f"push_to_hub has no argument {unknown[0]!r}; it takes {', '.join(PUSH_ARGUMENTS)}")
+
+
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: Any = None, **commit: Any) -> str:
     """Upload a folder to a model repository, created if necessary; returns the URL of the commit.
 
-    `commit` has further arguments of `HfApi.upload_folder`, such as `revision`. An `InputError` is raised if the Hub
-    rejects the upload.
+    `commit` has further arguments of `HfApi.upload_folder` (`PUSH_ARGUMENTS`). An `InputError` is raised for others, or
+    if the Hub rejects the upload.
     """
+    check_push(commit)
     api, commit = HfApi(token=token), {"commit_message": "Upload composition"} | commit
     advice = "; run `hf auth login`, or give token="
     with refusing(f"{repo_id!r} cannot be written at the hub", (HfHubHTTPError, OSError), advice):

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def line_rows(path: Path) -> Iterator[Row]:
             rest, number = line, number + 1
             while len(line) > MAX_ROW_BYTES and rest and not rest.endswith(b"\n"):  # cut: `parse_json` rejects it
                 rest = file.readline(MAX_ROW_BYTES)
-            if line.strip():
+            if line.strip().removeprefix(BOM_UTF8):
                 try:
                     value = parse_json(line.rstrip(), str(path), number)
                 except InputError as fault:

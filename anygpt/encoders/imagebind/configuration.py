@@ -66,6 +66,10 @@ class ImageBindConfig(PreTrainedConfig):
             raise InputError(f"ImageBind has no tower for {unknown or 'nothing'}; it has {', '.join(TOWERS)}")
         if self.feature not in ("embedding", "tokens"):
             raise InputError(f"ImageBind's feature is {self.feature!r}; expected embedding or tokens")
+        for tower in self.modalities:
+            width, heads = self.of(tower, "embed_dim"), self.of(tower, "num_heads")
+            if width % heads:
+                raise InputError(f"{tower}_embed_dim is {width}, which {tower}_num_heads = {heads} does not divide")
 
     def of(self, tower: str, name: str) -> Any:
         return getattr(self, f"{tower}_{name}")

@@ -91,7 +91,13 @@ class Tokens(nn.Module):
             tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         else:
             tokens = self.token_embedding(inputs)
-        return tokens + (self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper["pos_embed"])
+        positions = self.pos_embed if hasattr(self, "pos_embed") else self.pos_embedding_helper["pos_embed"]
+        if tokens.shape[1] != positions.shape[1]:
+            raise InputError(
+                f"ImageBind's positions are for {positions.shape[1]} tokens, but inputs of shape "
+                f"{tuple(inputs.shape[1:])} give {tokens.shape[1]}; use its own processors"
+            )
+        return tokens + positions
 
 
 class Block(nn.Module):
