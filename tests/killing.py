@@ -141,7 +141,8 @@ def survives(runner: Runner, stage: int, folder: Path, kills: int, steps: int, p
     draw, log = random.Random(f"{seed}/{stage}/{processes}"), Path(f"{broken}.log")
     command = arguments(stage, broken, folder, steps, processes)
     inside = 0
-    for number, step in enumerate(sorted(draw.sample(range(1, steps), kills))):
+    last = max(kills + 1, steps - 8)  # a quick run may make several updates before the kill, and must not end before it
+    for number, step in enumerate(sorted(draw.sample(range(1, last), kills))):
         run = runner.start(stage, command, processes, log)
         hit = runner.kill(run, broken, step, number % 2 == 0, draw)
         inside += hit.startswith("inside")
