@@ -42,11 +42,6 @@ def reading(folder: str | Path) -> AbstractContextManager[None]:
     return refusing(f"{folder} is damaged or incomplete", kinds, "; copy it again, or train it again")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if it has none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 @cache
 def warn_once(message: str) -> None:
     logger.warning(message)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from training_utils import reset_accelerate, toy_data
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
 from anygpt import ModalDecoderModule, MultimodalModel, MultimodalProcessor, OutputProjector, OutputProjectorConfig
 from anygpt.composition import lowest_layers
@@ -218,6 +218,20 @@ def test_layers_that_no_decoder_reads_do_not_run(parts, layer, run):
     expected = model.decoders["image"].condition(states).embeds
     torch.testing.assert_close(expected, conditions, rtol=0, atol=0)
     [hook.remove() for hook in hooks]
+
+
+def test_the_other_layers_run_and_are_seen_afterwards():
+    """transformers hooks the layers that it finds at a model's first call, so these must be all."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=6, vocab_size=99)).eval()
+    decoders = {"image": SimpleNamespace(hidden_layer=2)}
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        with lowest_layers(SimpleNamespace(language_model=network, decoders=decoders)):
+            states = network(ids, output_hidden_states=True).hidden_states
+        whole = network(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 4 and len(whole) == 7
+    assert all(torch.equal(one, other) for one, other in zip(states[:3], whole[:3], strict=True))
 
 
 def test_a_language_model_that_needs_its_number_of_layers_runs_whole():

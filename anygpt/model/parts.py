@@ -112,12 +112,6 @@ def fingerprint(part: nn.Module) -> str:
     return fingerprint_tensors(own_state(part))
 
 
-def present_name(name: str) -> str:
-    """The dotted path of a class that an older file names by its module of then."""
-    module, _, attribute = name.rpartition(".")
-    return f"{MOVED.get(module, module)}.{attribute}"
-
-
 def class_name(part: nn.Module) -> str:
     """The dotted path of a part's class, inside any PEFT wrapper."""
     cls = type(base_model(part))
@@ -125,11 +119,11 @@ def class_name(part: nn.Module) -> str:
 
 
 def import_class(name: str) -> Any:
-    """The class at a dotted path; an `InputError` outside `TRUSTED_PACKAGES`."""
+    """The class at a dotted path, of today or of an older file; an `InputError` outside `TRUSTED_PACKAGES`."""
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
-    return getattr(importlib.import_module(present_name(name).rpartition(".")[0]), attribute)
+    return getattr(importlib.import_module(MOVED.get(module, module)), attribute)
 
 
 def callback_dict(callback: Any) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from anygpt.errors import InputError, first_line
+from anygpt.errors import InputError
 from anygpt.parts.files import WEIGHTS, Place, built_from
 from anygpt.parts.manifest import fingerprint_tensors
 
@@ -226,7 +226,7 @@ def load(source: Source, kind: str, loader: Callable[[], Any], unused: Collectio
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load the {kind} {source.path!r}: a package is missing: {reason}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
-        reason = first_line(error)
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = reason if len(reason) < MOST else f"{reason[:MOST]} …"  # some list every model that there is
         raise InputError(f"cannot load the {kind} {source.path!r}{source.place.taken_for}: {reason}") from error
     if isinstance(part, nn.Module):
