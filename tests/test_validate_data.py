@@ -141,11 +141,15 @@ def test_deep_refuses_reserved_tokens_in_texts_as_training_does(folder, main, ca
     assert f"{path}:2 (sample '2'): the text contains '<video>'" in shown and "not usable" in shown
 
 
-def test_workers_end_with_a_parent_that_is_killed(folder):
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_workers_end_with_a_parent_that_is_killed(folder, seconds):
+    """Also one that starts so late that its parent is killed before."""
     path = write(folder, *(row(id=str(i)) for i in range(5)))
     code = (
-        "import os, sys, time, multiprocessing as mp\n"
-        "from anygpt.data import DataSource\nfrom anygpt.data.validation import validate\n"
+        "import os, time, multiprocessing as mp\n"
+        "from anygpt.data import DataSource, validation\nfrom anygpt.data.validation import validate\n"
+        "end_with_parent = validation.end_with_parent\n"
+        f"validation.end_with_parent = lambda i: (time.sleep(i * {seconds}), end_with_parent(i))\n"
         "def slow(rows):\n"
         "    for i, row in enumerate(rows):\n"
         "        print(*(p.pid for p in mp.active_children()), flush=True)\n"

@@ -16,6 +16,7 @@ from anygpt.cache.store import Store, StoreWriter, create_store
 from anygpt.cache.text_states import read_text
 from anygpt.data.collation import BAD, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
+from anygpt.data.workers import end_with_parent
 from anygpt.decoders.conditions import Condition
 from anygpt.errors import InputError
 from anygpt.losses.terms import is_read
@@ -100,6 +101,7 @@ class CacheWriter:
             contents[self.accelerator.process_index :: self.accelerator.num_processes],
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            worker_init_fn=end_with_parent,
             collate_fn=Preparation(entry, store, self.processor, self.collator or Collator(self.processor)),
         )
         try:

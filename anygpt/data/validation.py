@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,6 +18,7 @@ from anygpt.data.formats.reading import iterate_samples, missing_error
 from anygpt.data.lengths import Lengths, refuse_reserved, usual_reserved_tokens
 from anygpt.data.rows import DataError
 from anygpt.data.schema import Sample
+from anygpt.data.workers import end_with_parent
 from anygpt.errors import InputError
 from anygpt.media.files import DEFAULT_LIMITS, MediaLimits
 from anygpt.media.types import read_media
@@ -87,8 +89,9 @@ def validate(
 
 def _checked(rows: "CheckedRows", num_workers: int) -> Iterator["CheckedRow"]:
     done, ahead = 0, AHEAD if num_workers else None
+    options: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": ahead, "worker_init_fn": end_with_parent}
     try:
-        for row in DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead):
+        for row in DataLoader(rows, batch_size=None, **options):
             yield row
             done += 1
     except RuntimeError as error:

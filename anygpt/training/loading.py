@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import itertools
 import math
 import os
 import random
-import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from anygpt.data.collation import BAD, NOT_FOR_MODEL, SAMPLE_IDS, Collator, move
 from anygpt.data.dataset import ConversationDataset, LoadedSample
 from anygpt.data.lengths import Lengths
 from anygpt.data.sampling import UpdateSampler
+from anygpt.data.workers import end_with_parent
 from anygpt.encoders.module import EncoderRefusal
 from anygpt.errors import InputError
 from anygpt.media.types import VIDEO, is_timed
@@ -148,8 +147,7 @@ def loader_options(config: Config) -> dict[str, Any]:
 def leave_signals_to_the_loop(worker: int) -> None:
     """Ignore signals in workers, so that the loop can finish its update; workers end with the loop's process."""
     os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(worker)
 
 
 def ridge_batches(
