@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from types import SimpleNamespace
 
@@ -28,6 +29,8 @@ from anygpt import (
 )
 from anygpt.parts.source import Source
 from anygpt.toyworld import write_untrained
+
+gc.freeze()  # each run of a stage collects, and looked at the million objects of the libraries for a third of a second
 
 SIGNAL_TOKENS = {"image": 4, "video": 3, "audio": 2}
 

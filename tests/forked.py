@@ -7,6 +7,7 @@ what it needs. What matters before that, as variables that libraries read when t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -42,6 +43,7 @@ def run_program(command, environment, output):
     """What a process does: the program, with its output in files, as the first of a process group."""
     import torch  # the server has it
 
+    gc.freeze()  # as a program's start does
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # the platform's own, for its workers
     for number, name in ((1, "out"), (2, "err")):

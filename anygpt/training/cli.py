@@ -1,12 +1,14 @@
 """Command line of the stages: parses settings, sets the exit code, and prints user errors as one line."""
 
 import errno
+import gc
 import logging
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -104,8 +106,12 @@ def say_last(line: str, launcher: int | None) -> None:
         subprocess.Popen([sys.executable, "-c", _LAST, str(launcher), line], start_new_session=True)
 
 
+freeze_once = cache(gc.freeze)
+
+
 def quiet_libraries() -> None:
     """Show this package's messages; of the libraries' only what they warn of, and no deprecations or progress bars."""
+    freeze_once()  # no collection, nor the one at exit, looks at the million objects of the libraries again
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("anygpt").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each repository read from the cache
