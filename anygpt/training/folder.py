@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ def set_aside(folder: Path, step: int) -> list[str]:
     return lines
 
 
+@cache
+def packages() -> dict[str, str]:
+    return {package.name: package.version for package in importlib.metadata.distributions()}
+
+
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -168,7 +174,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         commit = ""
     return {
         "commit": commit or None,
-        "packages": {package.name: package.version for package in importlib.metadata.distributions()},
+        "packages": packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine()},

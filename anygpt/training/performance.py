@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class Meter:
         return values
 
 
+@cache
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Peak TFLOP/s of a device: for bfloat16 from its data sheet if known, otherwise measured by a matrix product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
