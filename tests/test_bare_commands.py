@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 from training_utils import REPOSITORY, SCRIPTS, cli_here, launch
 
 from anygpt import threads
+from anygpt.training import cli
 from anygpt.training.config import parse_config
 from anygpt.training.stages import ENCODER_LLM, INSTRUCTION_TUNING, LLM_DECODER
 from anygpt.training.tiny import make_data, with_tiny_config
@@ -108,6 +110,15 @@ def test_without_a_launcher_the_line_is_all(capsys):
     assert code == 2 and len(lines) == 1
 
 
+def test_other_processes_give_the_first_time_to_say_it(monkeypatch, capsys):
+    """The launcher ends all once one has ended."""
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "find_launcher", lambda: 1)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append))
+    assert cli_here(1, ["--config", "absent.yaml"], capsys) == (2, []) and waited == [cli.PATIENCE]
+
+
 # -- threads -----------------------------------------------------------------------------------------------------
 
 LOOK = """
@@ -128,7 +139,7 @@ def test_threads_that_wait_give_their_core_away(given, expected):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     command = [sys.executable, "-c", LOOK]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True)
     assert done.stdout == f"{expected}\n", done.stderr
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -26,6 +27,7 @@ from anygpt.training.tiny import with_tiny_config
 from anygpt.training.trainer import train
 
 NON_FINITE, ABORTED = 3, 4
+PATIENCE = 60  # seconds in which the first process comes to an error that another process had, if it does
 # Disk errors: no space, quota or file size exceeded, read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -71,6 +73,8 @@ def run_stage(
             raise
         if rank == 0 or isinstance(error, BadSampleError):
             say_last(f"error: {line}", launcher)
+        elif launcher is not None:
+            time.sleep(PATIENCE)  # the launcher ends all once one has ended, the first perhaps before it has said it
         sys.exit(codes.get(type(error), MISTAKE))
 
 
