@@ -16,6 +16,7 @@ import threading
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlparse
 
@@ -30,7 +31,7 @@ from training_utils import REPOSITORY, run_forked
 
 from anygpt import InputError, commands
 from anygpt.chat.chat_model import ChatModel, Reply, Settings, TooLong
-from anygpt.generation.events import Closed, DecodingStarted, MediumDone, TextPiece
+from anygpt.generation.events import Closed, DecodingStarted, DecodingStep, MediumDone, TextPiece
 from anygpt.media.writing import write_audio, write_video
 from anygpt.outputs import Segment
 from anygpt.serving.engine import Busy, Engine, Job
@@ -38,6 +39,7 @@ from anygpt.serving.http import Interface
 from anygpt.serving.openai_form import Limits, _of_answer
 
 QUICK = {"decoders": {key: {"num_inference_steps": 2} for key in ("image", "video", "audio")}}
+get, ask_options = partial(httpx.get, timeout=240), partial(httpx.options, timeout=240)
 HELLO = [{"role": "user", "content": "Draw a ring."}]
 
 
@@ -58,7 +60,7 @@ def engine(checkpoint):
 
 @pytest.fixture(scope="module")
 def address(engine):
-    limits = Limits(body_bytes=2 * 1024**2, body_seconds=2.0, characters=5000, media=3)
+    limits = Limits(body_bytes=2 * 1024**2, characters=5000, media=3)
     with serving(Interface(engine, "anygpt", limits).app()) as address:
         yield address
 
@@ -184,7 +186,7 @@ def test_models_and_health(client, address):
     assert client.models.retrieve("anygpt").id == "anygpt"
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.models.retrieve("other")
-    assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    assert get(f"{address}/health").json()["status"] == "ok"
 
 
 def bomb():
@@ -312,37 +314,38 @@ def test_broken_bodies(address, body, headers, status, message):
     assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
 
 
-def test_a_body_that_does_not_come(address):
-    parsed = urlparse(address)
-    connection = http.client.HTTPConnection(parsed.hostname, parsed.port, timeout=30)
-    connection.putrequest("POST", "/v1/chat/completions")
-    connection.putheader("Content-Type", "application/json")
-    connection.putheader("Content-Length", "100")
-    connection.endheaders(b"{")
-    answer = connection.getresponse()
-    assert answer.status == 408 and "2 seconds" in answer.read().decode()
-    assert connection.sock is None, "the rest of the body would be taken for a request"
-    connection.close()
+def test_a_body_that_does_not_come(engine):
+    with serving(Interface(engine, "anygpt", Limits(body_seconds=2.0)).app()) as address:
+        parsed = urlparse(address)
+        connection = http.client.HTTPConnection(parsed.hostname, parsed.port, timeout=240)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b"{")
+        answer = connection.getresponse()
+        assert answer.status == 408 and "2 seconds" in answer.read().decode()
+        assert connection.sock is None, "the rest of the body would be taken for a request"
+        connection.close()
 
 
 @pytest.mark.parametrize(("path", "status"), [("chat/completions", 415), ("nowhere", 404)])
 def test_a_body_without_an_end_ends_its_connection(engine, path, status):
     with serving(Interface(engine, "anygpt").app(), timeout_keep_alive=1) as address:
         parsed, start = urlparse(address), time.monotonic()
-        with socket.create_connection((parsed.hostname, parsed.port), timeout=30) as client:
+        with socket.create_connection((parsed.hostname, parsed.port), timeout=240) as client:
             head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
             client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
             assert str(status) in client.recv(4096).decode()
             with pytest.raises(OSError):
-                while time.monotonic() < start + 20:
+                while time.monotonic() < start + 240:
                     client.sendall(b"1\r\na\r\n")
                     time.sleep(0.05)
 
 
 def test_wrong_routes(address):
-    answer = httpx.get(f"{address}/v1/chat/completions")
+    answer = get(f"{address}/v1/chat/completions")
     assert answer.status_code == 405 and "Method Not Allowed" in answer.json()["error"]["message"]
-    assert httpx.get(f"{address}/../../etc/passwd").status_code == 404
+    assert get(f"{address}/../../etc/passwd").status_code == 404
 
 
 def complete(client, **options):
@@ -432,26 +435,39 @@ def test_media_with_line_breaks_in_their_base64(client, media):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_an_answer_ends_when_its_client_is_gone(address, engine, stream):
+def test_an_answer_ends_when_its_client_is_gone(address, engine, monkeypatch, stream):
     """Plain requests as streamed ones, while tokens come and while a decoder works."""
+    model, tell, work = engine.chat_model.model, Job.tell, []
+    denoiser = model.decoders["image"].module.denoiser
+    worked = [m.register_forward_pre_hook(lambda *_: work.append(1)) for m in (model.language_model, denoiser)]
     slow = {"decoders": {"image": {"num_inference_steps": 200, "height": 64, "width": 64}}, "require": ["image"]}
-    for more in ({"max_tokens": 400, **NO_MEDIA}, {"max_tokens": 12, **slow}):
+    for kind, more in ((TextPiece, {"max_tokens": 400, **NO_MEDIA}), (DecodingStep, {"max_tokens": 12, **slow})):
+        begun, at_end = threading.Event(), []
+
+        def wait_for_its_end(job, event, kind=kind, begun=begun, at_end=at_end):
+            if isinstance(event, kind) and not begun.is_set():
+                begun.set()
+                deadline = time.monotonic() + 240
+                while not job.cancelled and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                at_end.append(len(work))
+            tell(job, event)
+
+        monkeypatch.setattr(Job, "tell", wait_for_its_end)
         body = json.dumps({"model": "anygpt", "messages": HELLO, "stream": stream, **more}).encode()
         host = urlparse(address)
         connection = socket.create_connection((host.hostname, host.port))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        deadline = time.monotonic() + 60
-        while not [job for job in gc.get_objects() if type(job) is Job]:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.3)
+        assert begun.wait(240)
         connection.close()
-        gone = time.monotonic()
-        engine.submit(HELLO, Settings(max_new_tokens=1), (done := queue.SimpleQueue()).put)
-        while not isinstance(done.get(timeout=60), Reply):
+        nothing_more = Settings(max_new_tokens=1, forbid=("image", "video", "audio"))
+        engine.submit(HELLO, nothing_more, (done := queue.SimpleQueue()).put)
+        while not isinstance(done.get(timeout=240), Reply):
             pass
-        assert time.monotonic() - gone < 1.5  # seconds it would go on otherwise; a busy machine needs one
+        assert len(work) - at_end[0] < 5
+    for hook in worked:
+        hook.remove()
 
 
 def test_connections_that_say_nothing_shut_nobody_out(address):
@@ -461,13 +477,15 @@ def test_connections_that_say_nothing_shut_nobody_out(address):
     silent = []
     try:
         for number in range(1100):
-            silent.append(socket.create_connection((host.hostname, host.port), timeout=30))
+            silent.append(socket.create_connection((host.hostname, host.port), timeout=240))
             if number % 2:
                 silent[-1].sendall(b"POST /v1/chat/com")
-        for _ in range(3):
+        seconds = []
+        for _ in range(5):
             began = time.monotonic()
-            assert httpx.get(f"{address}/health", timeout=10).status_code == 200
-            assert time.monotonic() - began < 1
+            assert get(f"{address}/health").status_code == 200
+            seconds.append(time.monotonic() - began)
+        assert min(seconds) < 1  # a busy machine may take longer for some
         body = json.dumps({"model": "anygpt", "messages": HELLO, "max_tokens": 1, **NO_MEDIA})
         assert post(address, body).status_code == 200
     finally:
@@ -479,7 +497,7 @@ def test_foreign_pages_are_refused(engine):
     """By the name that they call the server by, and by their own; both can be allowed."""
 
     def ask(address, path="/v1/models", method="GET", **headers):
-        return httpx.request(method, f"{address}{path}", headers=headers, timeout=60)
+        return httpx.request(method, f"{address}{path}", headers=headers, timeout=240)
 
     with serving(Interface(engine, "anygpt").app()) as address:
         port = urlparse(address).port
@@ -514,17 +532,17 @@ def test_an_api_key(engine):
         assert refused.value.code == "invalid_api_key"
         for given in ("", "Bearer", "Bearer s\u00e9cre", "Bearer s\u00e9crets", "Basic s\u00e9cret"):
             headers = {"Authorization": given.encode()}
-            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 401, given
-        good = httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer s\u00e9cret".encode()})
+            assert get(f"{address}/v1/models", headers=headers).status_code == 401, given
+        good = get(f"{address}/v1/models", headers={"Authorization": "Bearer s\u00e9cret".encode()})
         assert good.status_code == 200
-        assert httpx.get(f"{address}/health").status_code == httpx.get(f"{address}/metrics").status_code == 200
+        assert get(f"{address}/health").status_code == get(f"{address}/metrics").status_code == 200
         asked = {"Access-Control-Request-Method": "POST", "Origin": "https://a.example"}
-        assert httpx.options(f"{address}/v1/models", headers=asked).status_code == 200, "a browser asks without it"
+        assert ask_options(f"{address}/v1/models", headers=asked).status_code == 200, "a browser asks without it"
 
 
 def test_metrics(client, address):
     def read():
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        lines = get(f"{address}/metrics").text.splitlines()
         return {name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))}
 
     before = read()
@@ -539,9 +557,10 @@ def test_metrics(client, address):
     assert after["anygpt_requests_waiting"] == 0
 
 
-def test_a_decoders_seconds_are_those_of_its_own_batch():
+def test_a_decoders_seconds_are_those_of_its_own_batch(monkeypatch):
     """Those of an answer whose client hung up meanwhile end with it."""
-    told = queue.SimpleQueue()
+    told, clock = queue.SimpleQueue(), iter([0.0, 100.0, 100.25])
+    monkeypatch.setattr("anygpt.serving.engine.time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
     def answer_together(conversations, settings, tell):
         tell(DecodingStarted("image", (0,)))
@@ -552,13 +571,12 @@ def test_a_decoders_seconds_are_those_of_its_own_batch():
 
     engine = Engine(SimpleNamespace(answer_together=answer_together))
     engine.submit("hangs up", Settings(), told.put)
-    told.get(timeout=60)
-    time.sleep(0.5)
+    told.get(timeout=240)
     engine.submit("stays", Settings(), told.put)
     engine.close()
     text = engine.metrics.text().decode()
     assert 'anygpt_decoder_seconds_count{decoder="image"} 1.0' in text
-    assert float(re.search(r'anygpt_decoder_seconds_sum{decoder="image"} (.*)', text)[1]) < 0.5
+    assert 'anygpt_decoder_seconds_sum{decoder="image"} 0.25' in text
 
 
 def resident():
@@ -616,14 +634,14 @@ def test_32_clients_at_once(client, address, engine):
 
     before = [round_of_clients() for _ in range(3)][-1]  # what the first rounds leave are caches, oneDNN's among them
     after = round_of_clients()
-    assert engine.waiting == 0
-    deadline = time.monotonic() + 20  # a handler ends a moment after its client has the answer
+    deadline = time.monotonic() + 240  # a handler ends a moment after its client has the answer
     # type, since isinstance would touch dead weak proxies
     while left := [found for found in gc.get_objects() if type(found) is Job]:
         assert time.monotonic() < deadline, left
         del left
         time.sleep(0.1)
         gc.collect()
+    assert engine.waiting == 0
     assert after < before + 48 * 1024**2, f"{(after - before) / 1024**2:.0f} MiB more than before"
 
 
@@ -633,7 +651,7 @@ def test_clients_that_hang_up_and_ask_again(address, engine, monkeypatch):
     hang_ups = importlib.import_module("benchmarks.serving").hang_ups
     found = hang_ups(f"{address}/v1/chat/completions", 8)
     assert min(found["answered"], found["hung_up"], found["refused"]) > 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while engine.waiting:  # those that hung up last are still in the queue
         assert time.monotonic() < deadline
         time.sleep(0.1)
