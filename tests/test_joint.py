@@ -72,10 +72,10 @@ def encode(first, second, weight):
     return first @ weight, second @ weight.square()
 
 
-def train_rank(rank, port, folder):
+def train_rank(rank, folder):
     """One process's share of the loss and of the weight's gradient, over its own pairs, for all `COUNTS`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for case, counts in enumerate(COUNTS):
         weight = torch.eye(6).add(0.3).requires_grad_()
         own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -86,15 +86,9 @@ def train_rank(rank, port, folder):
     dist.destroy_process_group()
 
 
-def free_port():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store.port
-
-
 def test_two_processes_with_unequal_pairs_are_as_one(tmp_path):
     """Also where one process, or both, have no pair at all: none may wait for the other."""
-    port, context = free_port(), server()
-    ranks = [context.Process(target=train_rank, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
+    ranks = [server().Process(target=train_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
