@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertModel, WhisperConfig, WhisperModel
 from anygpt import InputError, load_decoder, load_encoder
 from anygpt.commands import execute
 from anygpt.data.dataset import ConversationDataset, DataSource
+from anygpt.errors import warn_once
 from anygpt.evaluation.metrics.features import PretrainedNetwork
 from anygpt.media.files import Audio
 from anygpt.model.language_models import load_tokenizer
@@ -288,6 +289,7 @@ def test_a_sentence_encoder_is_the_text_encoder_of_a_decoder(networks, tmp_path,
     decoder = load_decoder(tmp_path / "part")
     assert decoder.condition_shape == (12, 16) and decoder.height == 64
     tokenizer, encoder = AutoTokenizer.from_pretrained(networks / "bert"), decoder.text_encoder
+    warn_once.cache_clear()
     found = decoder.encode_text(["a red ring", "two green squares and a cross"])
     for states, text in zip(found, ["a red ring", "two green squares and a cross"], strict=True):
         with torch.no_grad():

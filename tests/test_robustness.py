@@ -60,8 +60,8 @@ def test_a_run_without_a_weighted_loss_is_refused(data, tmp_path, override):
 def test_a_run_that_moves_nothing_is_no_success(tmp_path, data):
     rows = [json.loads(line) for line in (data / "stage1.jsonl").read_text().splitlines()]
     images = [row for row in rows if any(p["type"] == "image" for p in row["messages"][0]["content"])]
-    (data / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in images))
-    source = f"[{{path: {data / 'images.jsonl'}}}]"
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in images))
+    source = f"[{{path: {tmp_path / 'images.jsonl'}, media_root: {data}}}]"
     config = stage1(data, tmp_path / "run", "--data.train", source, "--train.parts", "[audio_projector]")
     with pytest.raises(InputError, match="no gradient reached"):
         train(config, STAGES[1])
