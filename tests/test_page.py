@@ -118,7 +118,13 @@ def fits(browser):
     return inside and left >= 0 and right <= width and right - left > min(0.75 * width, 900)
 
 
+def stops(browser):
+    """The buttons to stop an answer, while one comes."""
+    return [b for b in find(browser, "#message button.stop-button") if b.is_displayed()]
+
+
 def say(browser, text, files=()):
+    wait(browser, lambda: not stops(browser), "the answer before does not end")
     box = wait(browser, lambda: (find(browser, "#message textarea") or [None])[0], "no box to write in")
     if files:  # at once: a second choice adds to the first
         find(browser, "#message input[type=file]")[0].send_keys("\n".join(map(str, files)))
@@ -126,6 +132,11 @@ def say(browser, text, files=()):
         wait(browser, there, f"not uploaded: {files}")
     box.send_keys(text)
     box.send_keys(Keys.ENTER)
+
+
+def click(browser, selector, what):
+    """Click the first, as soon as it is there and the page does not move."""
+    wait(browser, lambda: any(clicked(element) for element in find(browser, selector)[:1]), what)
 
 
 def clicked(element):
@@ -150,18 +161,17 @@ def test_a_conversation_in_a_browser(browser, address, media, tmp_path):
     wait(browser, lambda: fits(browser), "the page is not as wide as it should be")
     shot(browser, tmp_path, "wide-empty")
 
-    find(browser, "button.toggle-button")[0].click()
-    box = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")[0]
-    wait(browser, box.is_displayed, "the settings did not open")
-    box.click()  # the answer must contain an image
-    wait(browser, lambda: find(browser, "#decoder-image button"), "no settings of a decoder")[0].click()
+    click(browser, "button.toggle-button", "no button of the settings")
+    click(browser, "#require input[type=checkbox]", "the settings did not open")  # the answer must contain an image
+    click(browser, "#decoder-image button", "no settings of a decoder")
     steps = wait(browser, lambda: find(browser, "#steps-image input[type=number]"), "no slider of steps")[0]
+    wait(browser, steps.is_displayed, "the decoder's settings did not open")
     steps.send_keys(Keys.CONTROL, "a")
     steps.send_keys("3", Keys.TAB)
     beside = lambda: rectangle(browser, "#message")[1] <= rectangle(browser, ".sidebar")[0]  # noqa: E731
     wait(browser, beside, "the settings hide the box to write in")
     shot(browser, tmp_path, "wide-settings")
-    find(browser, "button.toggle-button")[0].click()
+    click(browser, "button.toggle-button", "no button of the settings")
     wait(browser, lambda: fits(browser), "the settings did not close")
 
     say(browser, "Draw a red ring.")
@@ -205,25 +215,24 @@ def test_what_a_visitor_expects(browser, address, tmp_path):
     wait(browser, lambda: find(browser, "#message textarea"), "the page did not come")
     next(b for b in find(browser, "button") if b.text == "New conversation").click()
     wait(browser, lambda: not bot_says(browser), "an earlier test's conversation is still there")
-    stops = lambda: [b for b in find(browser, "#message button.stop-button") if b.is_displayed()]  # noqa: E731
-    assert not stops(), "there is nothing to stop"
+    assert not stops(browser), "there is nothing to stop"
 
-    find(browser, "button.toggle-button")[0].click()
+    click(browser, "button.toggle-button", "no button of the settings")
     boxes = wait(browser, lambda: find(browser, "#require input[type=checkbox]"), "no settings")
     for box in boxes[:2]:  # an image and a video
         wait(browser, lambda box=box: clicked(box), "the settings did not open")
     for key in ("image", "video"):
-        find(browser, f"#decoder-{key} button")[0].click()
+        click(browser, f"#decoder-{key} button", "no settings of a decoder")
         steps = wait(browser, lambda k=key: find(browser, f"#steps-{k} input[type=number]"), "no slider")[0]
         wait(browser, steps.is_displayed, "the decoder's settings did not open")
         steps.send_keys(Keys.CONTROL, "a")
         steps.send_keys("99", Keys.TAB)
-    find(browser, "button.toggle-button")[0].click()
+    click(browser, "button.toggle-button", "no button of the settings")
 
     next(e for e in find(browser, "button") if e.text == "Draw a red ring.").click()
-    wait(browser, stops, "no button to stop what runs")
+    wait(browser, lambda: stops(browser), "no button to stop what runs")
     wait(browser, lambda: pictures(browser, ".bot") >= 1 and find(browser, "#chat .bot video"), "no picture and clip")
-    wait(browser, lambda: not stops(), "the stop button stays")
+    wait(browser, lambda: not stops(browser), "the stop button stays")
     assert find(browser, "#chat .bot img")[0].get_attribute("alt") == "generated image"
     video = find(browser, "#chat .bot video")[0]
     assert video.get_attribute("loop") and video.get_attribute("autoplay")
@@ -231,15 +240,15 @@ def test_what_a_visitor_expects(browser, address, tmp_path):
 
     users = lambda: [e.text for e in find(browser, "#chat .user.message")]  # noqa: E731
     next(e for e in find(browser, "button") if e.text == "Draw a red ring.").click()
-    wait(browser, stops, "no button to stop what runs")[0].click()
-    wait(browser, lambda: not stops(), "the stop button does not stop")
+    wait(browser, lambda: stops(browser), "no button to stop what runs")[0].click()
+    wait(browser, lambda: not stops(browser), "the stop button does not stop")
     time.sleep(1)
-    assert not stops() and len(users()) == 2 and pictures(browser, ".bot") == 1, "it goes on"
+    assert not stops(browser) and len(users()) == 2 and pictures(browser, ".bot") == 1, "it goes on"
 
     typed = "<b>no</b> <img src=x onerror=alert(1)> &amp; *a* 'b'"
     say(browser, typed)
     wait(browser, lambda: pictures(browser, ".bot") == len(find(browser, "#chat .bot video")) == 2, "no second answer")
-    wait(browser, lambda: not stops(), "the stop button stays")
+    wait(browser, lambda: not stops(browser), "the stop button stays")
     assert users()[-1].endswith(typed) and not find(browser, "#chat .user b, #chat .user img")
     before = users(), bot_says(browser), pictures(browser, ".bot")
     browser.refresh()
@@ -363,7 +372,8 @@ def test_foreign_pages_are_refused(address):
         for path in ("/", "/config", "/gradio_api/info"):
             answer = httpx.get(f"{address}{path}", headers=headers, timeout=PATIENCE)
             assert answer.status_code == 403 and "allow" in answer.json()["detail"]
-    assert httpx.get(address, headers={"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}).is_success
+    own = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
+    assert httpx.get(address, headers=own, timeout=PATIENCE).is_success
 
 
 def test_sigterm_removes_uploads(tiny_model, tmp_path):
@@ -380,14 +390,16 @@ def test_sigterm_removes_uploads(tiny_model, tmp_path):
             while True:
                 try:
                     picture = png(Image.new("RGB", (8, 8)))
-                    up = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", picture)}, timeout=60)
+                    up = httpx.post(
+                        f"{address}/gradio_api/upload", files={"files": ("a.png", picture)}, timeout=PATIENCE
+                    )
                     break
                 except httpx.ConnectError:
                     assert time.monotonic() < deadline
                     time.sleep(0.2)
             assert Path(up.json()[0]).is_file() and str(temporary) in up.json()[0]
             demo.terminate()
-            assert demo.wait(60) == 128 + signal.SIGTERM
+            assert demo.wait(PATIENCE) == 128 + signal.SIGTERM
             assert not list(temporary.glob("anygpt-demo-*"))
         finally:
             demo.kill()
