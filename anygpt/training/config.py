@@ -181,7 +181,7 @@ class TrainConfig:
         weight_decay: weight decay of AdamW.
         max_grad_norm: norm to which the gradient is clipped.
         mixed_precision: `bf16` computes in bfloat16 and loads frozen parts in it; trained tensors stay float32.
-        save_steps: updates between checkpoints; 0 writes none before the end.
+        save_steps: updates between checkpoints; 0 writes one only where the run is interrupted.
         keep_checkpoints: number of checkpoints to keep; older ones are removed.
         keep_best: a metric, such as `eval/loss`, whose lowest checkpoint is kept as well; with `max:`, as in
             `max:captions/cider`, the highest.
@@ -260,6 +260,7 @@ class LoraSettings:
 NEEDS = {
     "train.ridge_gain": "train.projector_init ridge",
     "train.eval_suite": "train.eval_steps",
+    "train.keep_best": "train.save_steps",
     "train.sample_rows": "train.sample_steps",
     "train.ema_for": "train.ema_decay",
     "loss.binding": "loss.encoder",

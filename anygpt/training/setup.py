@@ -355,8 +355,6 @@ def check_metrics(train: TrainConfig, losses: list[str], found: Collection[str] 
         elif name not in names:
             near = difflib.get_close_matches(name, names + evaluated, n=1, cutoff=0.0)[0]
             raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
-    if train.keep_best and not train.save_steps:
-        raise InputError(f"train.keep_best is {train.keep_best!r}, but there are no checkpoints; give train.save_steps")
     if best in evaluated and train.save_steps % train.eval_steps:
         raise InputError(
             f"train.keep_best is {train.keep_best!r}, so there must be an evaluation at each checkpoint; "
