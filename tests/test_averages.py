@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,18 @@ def test_where_they_are_used_is_a_setting(run, data, tmp_path):
         averaged = weights(run / "final") if used == "final" else weights(run / f"checkpoint-{STEPS}")
         assert all(torch.equal(x, averaged[name]) for name, x in weights(folder / "final").items())
     assert losses["evaluation"] != losses["final"]
+
+
+def test_the_averages_of_a_kept_checkpoint_are_written_by_a_run_of_no_updates(data, tmp_path):
+    args = start(data, tmp_path / "run", "--train.keep_best", "max:loss", "--train.num_epochs", 2)
+    train_here(1, args)
+    (line,) = [one for one in (tmp_path / "run/log.txt").read_text().splitlines() if "its averages" in one]
+    checkpoint = Path(line.split("--run.resume=")[1].split()[0])
+    assert checkpoint.name != f"checkpoint-{STEPS}"
+    train_here(1, [*args, "--run.output_dir", str(tmp_path / "best"), *line.partition(": ")[2].split()])
+    written = weights(tmp_path / "best/final")
+    shadow = averages(checkpoint)["shadow_params"]
+    assert len(written) == len(shadow) and all(any(torch.equal(x, y) for y in shadow) for x in written.values())
 
 
 def test_wrong_settings_are_refused():

@@ -369,8 +369,10 @@ class Trainer:
         best = folders.best_checkpoint(self.folder, keep)
         if best is not None:
             word = "highest" if keep.startswith(folders.MAX) else "lowest"
-            averaged = " (of averaged weights, which are in its optimizer.pt)" if self.averages.evaluated else ""
-            self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}{averaged}")
+            self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}")
+            if self.averages.evaluated:
+                last = f"train.max_steps={folders.step_of(best[0])} --train.num_epochs=null --train.ema_for=[final]"
+                self.log.say(f"its averages, in a new run.output_dir: --run.resume={best[0]} --{last}")
         self.log.say(f"finished: {self.folder / FINAL}")
 
 
