@@ -274,7 +274,7 @@ def test_report_and_sheet(evaluated):
     ("arguments", "message"),
     [
         (["--samples", "0"], "--samples is 0"),
-        (["--steps", "0"], "--steps image is 0"),
+        (["--steps", "0"], "error: --steps is 0, expected greater than 0\n"),
         (["--guidance", "nan"], "finite"),
         (["--device", "nowhere"], "--device"),
         (["--checkpoint", "nowhere"], "nowhere"),
@@ -300,8 +300,8 @@ def test_settings_are_checked():
     check_settings(Settings())
     with pytest.raises(InputError, match=r"--samples is 0.*--batch-size is 0"):
         check_settings(Settings(samples=0, batch_size=0))
-    with pytest.raises(InputError, match=r"^--steps image is 0, expected"):
-        check_settings(Settings(steps={"image": 0}))
+    with pytest.raises(InputError, match=r"^--steps is 0, expected greater than 0$"):
+        check_settings(Settings(steps={"image": 0, "video": 0}))
 
 
 def test_linear_probe_finds_a_linear_rule():

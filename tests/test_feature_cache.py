@@ -656,7 +656,7 @@ def test_the_script_says_what_is_wrong(script, make_arguments, tmp_path, capsys)
     for more, said in (
         ((), "data.cache_dir is null"),
         (("--data.cache_dir", "x", "--train.batch_sise=3"), "did you mean train.batch_size"),
-        (("--data.cache_dir", "x", "--batch-size=0"), "--batch-size is 0, expected a number from 1"),
+        (("--data.cache_dir", "x", "--batch-size=0"), "--batch-size is 0, expected a number of at least 1"),
     ):
         capsys.readouterr()
         assert script(make_arguments(3, tmp_path / "run", *more)) == 2

@@ -65,4 +65,5 @@ def check_range(options: argparse.Namespace, least: float, most: float, *names: 
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected a number from {least} to {most}")
+            bounds = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected a number {bounds}")

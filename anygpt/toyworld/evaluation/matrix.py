@@ -143,6 +143,6 @@ def sample_path(one: Judged) -> str:
 
 def check_settings(settings: Settings) -> None:
     """Raise an `InputError` that names each option with a value out of range."""
-    if faults := [fault.partition(" ") for fault in find_misfits(settings)]:
-        names = str.maketrans("_.", "- ")  # as on the command line: --batch-size, --steps image
-        raise InputError("; ".join(f"--{name.translate(names)} {fault}" for name, _, fault in faults))
+    faults = (fault.partition(" ") for fault in find_misfits(settings))  # of `steps.image`, which --steps sets for all
+    if named := dict.fromkeys(f"--{name.partition('.')[0].replace('_', '-')} {fault}" for name, _, fault in faults):
+        raise InputError("; ".join(named))
