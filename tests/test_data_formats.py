@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -217,13 +218,27 @@ def test_many_rows_with_a_key_that_stands_twice(tmp_path):
     assert "data.json:100000 has the key 'a' more than once" in str(last.value)
 
 
+@pytest.mark.parametrize("name", ["table.csv", ""])
+def test_a_table_that_was_rewritten_is_read_anew(tmp_path, name):
+    file, read = tmp_path / "table.csv", []
+    for text in ("one", "two", "three"):
+        file.write_text(f"question,answer\na,{text}\n")
+        os.utime(file, (1, 1))  # as rsync and tar set it
+        (sample,) = read_samples(tmp_path / name, "datasets", columns={"prompt": "question", "text": "answer"})
+        read.append(sample.messages[1].content[0].text)
+    assert read == ["one", "two", "three"]
+
+
 def test_a_folder_of_tables_has_one_split(tmp_path):
     (tmp_path / "validation.csv").write_text("question,answer\na,b\n")
     assert len(tables._load(tmp_path)) == 1
     (tmp_path / "train.csv").write_text("question,answer\nc,d\n")
     with pytest.raises(InputError, match=r"several splits \(train, validation\): name the files of one"):
         tables._load(tmp_path)
-    assert len(tables._load(tmp_path / "validation*")) == 1
+    columns = {"prompt": "question", "text": "answer"}
+    assert [sample.id for sample in read_samples(tmp_path / "validation*", "datasets", columns=columns)] == [
+        "validation-0"
+    ]
 
 
 def test_no_table_of_a_folder_is_left_out(tmp_path):

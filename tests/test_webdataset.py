@@ -232,7 +232,11 @@ def test_names_with_marks_of_patterns_and_files_in_several_folders(tmp_path, tab
         assert sample.messages[1].content[0].caption == name
     with pytest.raises(InputError, match="the data files are in several folders: give media_root"):
         read_samples(tmp_path / "{a1,b/a*}.parquet", **columns)
-    assert len(read_samples(tmp_path / "{a1,b/a*}.parquet", media_root=tmp_path, **columns)) == 2
+    two = read_samples(tmp_path / "{a1,b/a*}.parquet", media_root=tmp_path, **columns)
+    assert [sample.id for sample in two] == ["a1-0", "a*-0"]
+    pq.write_table(pa.table({"img": ["c.png"] * 2, "said": ["a", " "]}), tmp_path / "a2.parquet")
+    with pytest.raises(InputError, match=r"a2\.parquet\[1\]"):
+        read_samples(tmp_path / "a[12].parquet", **columns | {"media_root": tmp_path})
     (tmp_path / "b" / "a0.parquet").write_bytes(b"PAR1xxxx")
     with pytest.raises(InputError, match=r"a0\.parquet cannot be read as a table"):
         read_samples(tmp_path / "b" / "*.parquet", **columns)

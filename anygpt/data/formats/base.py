@@ -74,7 +74,7 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(path)`, or `rows(path, columns)` if it uses columns. model: the row model, None for `Pair`s, which need
+    rows: `rows(file)`, or `rows(file, columns)` if it uses columns. model: the row model, None for `Pair`s, which need
     a task, and the project's own form. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
     uses: the optional settings of a `DataSource` that it uses.
     """

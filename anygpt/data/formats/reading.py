@@ -93,8 +93,8 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
             "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)."
         )
     pairs = "task" in chosen.uses
-    path = path if pairs else files[0]
-    rows = chosen.rows(path, source.columns) if "columns" in uses else chosen.rows(path)
+    columns = [source.columns] if "columns" in uses else []
+    rows = (row for file in files or [path] for row in chosen.rows(file, *columns))
     folder, folders = source.media_root, {file.parent for file in files} or {path.parent}
     if folder is None and len(folders) == 1:
         (folder,) = folders

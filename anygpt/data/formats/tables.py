@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
-from anygpt.data.formats.base import Pair, Row, find_files
+from anygpt.data.formats.base import Pair, Row
 from anygpt.data.rows import nearest
 from anygpt.errors import InputError, refusing
 from anygpt.media.files import StoredMedium
@@ -97,15 +97,13 @@ def _load(path: Path) -> Any:
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(str(path))
         elif os.path.isdir(path):
-            table = _build(datasets.load_dataset_builder(str(path)), path)
+            table = _build(path, str(path))
         else:
-            files = find_files(path)
-            builder = BUILDERS.get(files[0].suffix.lower())
+            builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
                 raise InputError(f"{path} is not a table of a known format: its suffix must be one of {known}.")
-            names = [glob.escape(str(file)) for file in files]
-            table = _build(datasets.load_dataset_builder(builder, data_files=names), path)
+            table = _build(path, builder, data_files=glob.escape(str(path)))
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
@@ -118,9 +116,16 @@ def _load(path: Path) -> Any:
     return table
 
 
-def _build(builder: Any, path: Path) -> Any:
+def _build(path: Path, name: str, **options: Any) -> Any:
     """Dataset of a builder, which must have one split and read all tables of a folder; row groups of Parquet files
     that it has not read before are checked first."""
+    from datasets import load_dataset_builder
+    from datasets.data_files import FILES_TO_IGNORE
+
+    tables = (Path(name) for name in glob.glob("**", root_dir=path, recursive=True))  # without hidden ones
+    found = [path / name for name in tables if name.suffix.lower() in BUILDERS and name.name not in FILES_TO_IGNORE]
+    changed = sorted(file.stat().st_ctime_ns for file in found or [path])  # an mtime can be set
+    builder = load_dataset_builder(name, description=str(changed), **options)  # keys of its cache
     files = list(itertools.chain.from_iterable((builder.config.data_files or {}).values()))
     if not os.path.isdir(builder.cache_dir):
         for file in files:
@@ -134,10 +139,6 @@ def _build(builder: Any, path: Path) -> Any:
             f"{path} holds several splits ({', '.join(splits)}): name the files of one of them, such as "
             f"{builder.config.data_files[splits[0]][0]}"
         )
-    from datasets.data_files import FILES_TO_IGNORE
-
-    tables = (Path(name) for name in glob.glob("**", root_dir=path, recursive=True))  # without hidden ones
-    found = [path / name for name in tables if name.suffix.lower() in BUILDERS and name.name not in FILES_TO_IGNORE]
     if left := set(map(os.path.realpath, found)) - set(map(os.path.realpath, files)):
         what = f"{path} is read without {len(left)} of its tables, such as {min(left)}"
         raise InputError(f"{what}: name the files, such as {path}/*{Path(files[0]).suffix}")

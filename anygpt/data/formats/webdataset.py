@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row, find_files
+from anygpt.data.formats.base import MAX_ROW_BYTES, Pair, Row
 from anygpt.data.formats.json_files import parse_json
 from anygpt.errors import InputError
 from anygpt.media.files import StoredMedium
@@ -43,24 +43,23 @@ class TarMember(StoredMedium):
             return io.BytesIO(file.read(self.size))
 
 
-def shard_rows(path: Path) -> Iterator[Row]:
-    """Pairs of all shards that `path` stands for, named `00000.tar[000012]`, with ids such as `00000/000012`."""
-    for shard in find_files(path):
-        samples: list[tuple[str, dict[str, TarMember | None]]] = []
-        fault = None
+def shard_rows(shard: Path) -> Iterator[Row]:
+    """Pairs of a shard, named `00000.tar[000012]`, with ids such as `00000/000012`."""
+    samples: list[tuple[str, dict[str, TarMember | None]]] = []
+    fault = None
+    try:
+        _index(shard, samples)
+    except InputError as error:
+        fault = error
+    for key, members in samples:
+        source = f"{shard}[{_printable(key)}]"
         try:
-            _index(shard, samples)
+            value: Pair | InputError = _pair(members, key, source)
         except InputError as error:
-            fault = error
-        for key, members in samples:
-            source = f"{shard}[{_printable(key)}]"
-            try:
-                value: Pair | InputError = _pair(members, key, source)
-            except InputError as error:
-                value = error
-            yield Row(source, f"{shard.stem}/{_printable(key)}", value)
-        if fault:  # the shard itself is damaged; the pairs before that place have been yielded
-            yield Row(str(shard), shard.stem, fault)
+            value = error
+        yield Row(source, f"{shard.stem}/{_printable(key)}", value)
+    if fault:  # the shard itself is damaged; the pairs before that place have been yielded
+        yield Row(str(shard), shard.stem, fault)
 
 
 def _index(shard: Path, samples: list[tuple[str, dict[str, TarMember | None]]]) -> None:
