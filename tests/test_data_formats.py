@@ -170,8 +170,8 @@ def test_faults_are_collected_and_the_good_rows_are_given(folder):
         (b'{"messages": [\n', r"data\.jsonl:1 is not valid JSON"),
         (b"\n\n{]\n", r"data\.jsonl:3 is not valid JSON: .* at column 2"),
         (b'{"id": "\xff"}\n', r"data\.jsonl:1 is not UTF-8 \(byte 0xff\)"),
-        (b"[" * 100_000, "is not JSON that can be read|is not valid JSON"),
-        (b"9" * 5000, "is not JSON that can be read"),
+        (b"[" * 100_000, "is not readable JSON|is not valid JSON"),
+        (b"9" * 5000, "is not readable JSON"),
         (b'{"id": "a", "messages": [], "id": "b"}\n', r"data\.jsonl:1 has the key 'id' more than once"),
     ],
 )

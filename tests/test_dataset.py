@@ -172,7 +172,7 @@ def test_weights_say_how_often_an_epoch_draws_from_a_dataset():
         ({"weights": [-1]}, "weight of dataset 0 is -1"),
         ({"weights": [float("nan")]}, "weight of dataset 0 is nan"),
         ({"weights": [0.01]}, "rounds to none: raise it to 0.1 or more"),
-        ({"weights": [0]}, "All weights are 0"),
+        ({"weights": [0]}, "all weights are 0"),
     ],
 )
 def test_the_sampler_checks_its_settings(settings, message):

@@ -122,7 +122,7 @@ def test_the_validator_counts_tokens(world, main, tmp_path, capsys):  # noqa: F8
     for workers in ("0", "2"):
         assert main([*command, "--max-tokens", str(lengths[1]), "--deep", "--num-workers", workers]) == 1
         shown = capsys.readouterr().out
-        assert f"{path}:3 (sample 'wordy') has {lengths[2]} tokens with its media's" in shown
+        assert f"{path}:3 (sample 'wordy') has {lengths[2]} tokens including its media's" in shown
         assert shown.count("too long") == 1 and f"{sum(lengths)}" in shown and f"{max(lengths)}" in shown
     assert main(command) == 0
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [part() | {"type": "audio"}]}, *TURN[1:]]}))

@@ -1,4 +1,4 @@
-"""Writing the feature cache: runs each medium and caption of the datasets through the frozen parts once."""
+"""Writing the feature cache: each medium and caption of the datasets runs through the frozen parts once."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ from anygpt.media.types import media_type
 class CacheWriter:
     """Creates or completes the stores that a training run on these datasets can use.
 
-    Work is split by rank, and entries that are there are not computed again, so that an interrupted run resumes. The
+    Work is split by rank, and stored entries are not computed again, so that an interrupted run resumes. The
     model is on its device, in eval mode, with `requires_grad` set as in the run; datasets and `collator` are the run's.
     `progress` wraps `(batches, store name)`, as `tqdm` does, and `say` is called with each line of the report.
     """
@@ -123,7 +123,7 @@ class CacheWriter:
         return counts
 
     def outputs(self, entry: Entry, batch: "Prepared") -> Iterator[dict[str, Tensor]]:
-        """Yield the tensors to store for each content of a batch; a split medium's have a first axis for its pieces."""
+        """Yield the tensors to store for each content of a batch; those of split media have a first axis for pieces."""
         data = move(batch.data, self.model.device)
         if entry.kind == STATES:
             yield from read_text(self.model, *data)
@@ -145,8 +145,8 @@ class CacheWriter:
 
 @dataclass
 class Prepared:
-    """A batch prepared by a data worker: fingerprints of what to compute, its part's input, the pieces of each medium
-    that can have several, the number of contents already in the store, and messages about unreadable ones."""
+    """A batch prepared by a data worker: fingerprints of what to compute, the part's inputs, the number of pieces of
+    each medium that can have several, the number of contents already stored, and messages about unreadable ones."""
 
     names: list[str]
     data: Any = None

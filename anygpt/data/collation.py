@@ -32,7 +32,7 @@ class Collator:
     key: one id per target}`, which seed the noise), `bad_samples` and `cut_samples` (ids).
 
     Rows have at most `max_length` tokens, with placeholders and signal spans expanded. With `cut`, the last turns of a
-    longer one are dropped; otherwise, or if its first turns do not fit, the row is. The processor must know its model.
+    longer one are dropped, otherwise (or if its first turns do not fit) the row. The processor must know its model.
     """
 
     def __init__(self, processor: MultimodalProcessor, max_length: int | None = None, cut: bool = False):
@@ -54,7 +54,7 @@ class Collator:
         return ids | {BAD: bad} | found
 
     def arguments(self, items: Sequence[LoadedSample]) -> dict[str, Any] | list[LoadedSample | BadSample]:
-        """Arguments of the model, and target ids; or the samples anew where any has to be cut or left out."""
+        """Arguments of the model, and target ids; or new samples if some have to be cut or left out."""
         try:
             for item in items:
                 refuse_reserved(reserved_tokens(self.processor), item.sample)
@@ -109,7 +109,7 @@ class Collator:
                 if self.cache is not None and not item.inputs:
                     states = self.cache.get(STATES, "text", (ids, labels))
             except StaleCache as error:
-                if not item.cut:  # the cache holds whole rows; a cut one may have lost its input media
+                if not item.cut:  # the cache holds whole rows, and a cut row may have lost its input media
                     return BadSample.of(item.sample, error, "stale")
             return ids, labels, states
         ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"] if self.cut else []
@@ -118,7 +118,7 @@ class Collator:
                 return item.first_messages(end)
         but = " and its first turn does not fit either" if self.cut else ""
         reason = (
-            f"{item.sample.name} has {len(ids):,} tokens with its media's, more than "
+            f"{item.sample.name} has {len(ids):,} tokens including its media's, more than "
             f"data.max_length = {self.max_length:,}{but}: shorten it, raise the limit, or set data.on_long_sample"
         )
         return BadSample(item.sample.id, reason, "long")

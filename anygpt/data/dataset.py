@@ -77,7 +77,7 @@ class BadSample:
 
 @dataclass(eq=False, repr=False)
 class ConversationDataset(Dataset):
-    """Samples in the order given, by index in their first wording, by `(index, number)` in that wording.
+    """Samples in the order given: an index gives the first wording, `(index, number)` that wording.
 
     Attributes:
         samples: from `read_samples`; repeated ids get a number appended.
@@ -88,7 +88,7 @@ class ConversationDataset(Dataset):
         faults: with "skip" and `from_files`, one `InputError` per row left out on reading.
         in_memory: keep decoded media, so that a process decodes each file once.
         decode_targets: whether to decode the assistant's media; False if only captions are needed.
-        references: media types whose targets get a reference: their `source`, else the last such medium before them.
+        references: media types whose targets get a reference: their `source`, else the last one of the type before.
     """
 
     samples: Sequence[Sample]
@@ -106,9 +106,9 @@ class ConversationDataset(Dataset):
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in ("error", "skip"):
-            raise InputError(f"on_bad_sample is {self.on_bad_sample!r}, and must be 'error' or 'skip'.")
+            raise InputError(f"on_bad_sample is {self.on_bad_sample!r}, expected 'error' or 'skip'")
         if not self.samples:
-            raise InputError("The dataset has no samples: give at least one data file with a usable row.")
+            raise InputError("the dataset has no samples: give at least one data file with a usable row")
         self.samples = with_unique_ids(self.samples)
         self.lengths = self.lengths or [len(self.samples)]
         self._kept: dict[tuple[str, Place], Media] = {}
@@ -179,7 +179,7 @@ class ConversationDataset(Dataset):
         return loaded
 
     def _medium(self, sample: Sample, role: str, part: ContentPart, kind: str | None) -> Any:
-        """A medium, or what a cache has of this kind in place of it."""
+        """A medium, or what the cache stores in place of it."""
         try:
             if (found := self._cached(sample, kind, part.type, part.path)) is not None:
                 return Cached(found[kind])
@@ -197,8 +197,8 @@ class ConversationDataset(Dataset):
             raise StaleCache(f"{sample.name}: {error}") from error
 
     def use_cache(self, cache: FeatureCache) -> None:
-        """Read from a cache. Captions, in every wording, are looked up at once, so that no run ends late for one that
-        is missing; media when they are loaded, since that reads their files."""
+        """Read from a cache. Captions, in every wording, are looked up now, so that a missing one does not end a run
+        late; media are looked up when they are loaded, since that reads their files."""
         self.cache = cache
         for sample in self.samples if cache.stores[CAPTIONS] else ():
             for role, part in sample.media():

@@ -78,8 +78,8 @@ class Lengths:
         return count
 
     def estimate(self, samples: Sequence[Sample], measured: int = 256) -> np.ndarray:
-        """Approximate token counts, `(samples,)` int64: those of blank media, and of texts by a least-squares fit of
-        tokens per character and message to `measured` counted rows."""
+        """Approximate token counts, `(samples,)` int64: of media as if blank, of texts by a least-squares fit of tokens
+        per character and message to `measured` counted rows."""
         media, known = np.zeros(len(samples), np.int64), np.ones((len(samples), 3))
         for i, sample in enumerate(samples):
             known[i, 0] = sum(len(p.text or "") for m in sample.messages for p in m.content)
@@ -110,7 +110,7 @@ def usual_reserved_tokens() -> list[str]:
 
 
 def refuse_sources(processor: Any, sample: Sample) -> None:
-    """Raise an `InputError` for a target that names a source which its decoder could not use."""
+    """Raise an `InputError` for a target that names a source which its decoder cannot use."""
     for _, part in sample.media():
         targets = None if part.source is None else processor.targets.get(processor.decoder_key(part.type))
         if part.source is not None and (targets is None or not targets.reference):
@@ -134,7 +134,7 @@ def refuse_reserved(reserved: Collection[str], sample: Sample) -> None:
 def expanded(
     processor: Any, samples: Sequence[Sample], counts: Mapping[str, list[int] | None]
 ) -> list[list[dict[str, str]]]:
-    """Messages of samples as text, with placeholders, one per feature of an input, and signal spans for the media."""
+    """Messages of samples as text: input media become one placeholder per feature, targets become signal spans."""
 
     def message(given: Message) -> dict[str, Any]:
         return {"role": given.role, "content": [{"type": part.type, "text": part.text} for part in given.content]}

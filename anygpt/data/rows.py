@@ -71,14 +71,14 @@ def _sentence(error: ErrorDetails) -> str:
         case "row":
             text = error["ctx"]["message"]
         case "string_type":
-            text = f"must be a string, and is {value}."
+            text = f"must be a string, and is {value}"
         case "literal_error":
             known = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-            text = f"is {value}, which is not known{nearest(error['input'], known)}."
+            text = f"is {value}, which is not known{nearest(error['input'], known)}"
         case "too_short" | "string_too_short":
-            text = "is empty: give it a value, or leave it out."
+            text = "is empty: give it a value, or leave it out"
         case _:
-            text = f"is {value}: {error['msg']}."
+            text = f"is {value}: {error['msg']}"
     return f"{f', {at[1:]}' if at else ''}{': ' if error['loc'] or error['type'] == 'row' else ' '}{what}{text}"
 
 
@@ -94,12 +94,12 @@ class RowModel(BaseModel, strict=True, extra="forbid", arbitrary_types_allowed=T
     def _known_keys(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise fault(
-                f"must be a JSON object with the keys {', '.join(sorted(cls.model_fields))}, and is {shown(value)}."
+                f"must be a JSON object with the keys {', '.join(sorted(cls.model_fields))}, and is {shown(value)}"
             )
         known = cls.keys(value)
         for key in value:
             if key not in known:
-                raise fault(f"the key {shown(key)} is not known{nearest(key, known)}.")
+                raise fault(f"the key {shown(key)} is not known{nearest(key, known)}")
         required = (field.alias or name for name, field in cls.model_fields.items() if field.is_required())
         return dict.fromkeys(required) | dict(value)  # None for missing keys: the error then states the expected type
 
@@ -109,7 +109,7 @@ def _encodable(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair, "\ud83d"
         place = error.start
-        raise fault(f"holds half a character (a lone surrogate) at position {place}: write it as UTF-8.") from error
+        raise fault(f"holds half a character (a lone surrogate) at position {place}: write it as UTF-8") from error
     return text
 
 
@@ -120,7 +120,7 @@ def _number_as_text(value: Any) -> Any:
 def at_least_one(what: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if not isinstance(value, list) or not value:
-            raise fault(f"must be a list of at least one {what}, and is {shown(value)}.")
+            raise fault(f"must be a list of at least one {what}, and is {shown(value)}")
         return value
 
     return BeforeValidator(check)
@@ -139,7 +139,7 @@ Texts = Annotated[
 
 def _place(value: Any) -> Any:
     if not isinstance(value, str | StoredMedium | None):
-        raise fault(f"must be a string, and is {shown(value)}.")
+        raise fault(f"must be a string, and is {shown(value)}")
     return _encodable(value) if isinstance(value, str) else value
 
 
@@ -160,15 +160,15 @@ class PartRow(RowModel):
     def keys(cls, value: Mapping[str, Any]) -> set[str]:
         kind = value.get("type")
         if not isinstance(kind, str) or kind not in ("text", *MEDIA):
-            raise fault(f"the part type {shown(kind)} is not known{nearest(kind, ('text', *MEDIA))}.")
+            raise fault(f"the part type {shown(kind)} is not known{nearest(kind, ('text', *MEDIA))}")
         return {"type", "text"} if kind == "text" else {"type", "path", "caption", "source"}
 
     @model_validator(mode="after")
     def _has_content(self) -> "PartRow":
         if self.type == "text" and self.text is None:
-            raise fault("'text' must be a string, and is missing.")
+            raise fault("'text' must be a string, and is missing")
         if self.type != "text" and self.path is None:
-            raise fault(f"this {self.type} has no 'path': give the file, relative to the media root.")
+            raise fault(f"this {self.type} has no 'path': give the file, relative to the media root")
         return self
 
     @property
@@ -180,7 +180,7 @@ class PartRow(RowModel):
 
 def _text_as_parts(value: Any) -> Any:
     if not isinstance(value, str | list):
-        raise fault(f"must be a string or a list of parts, and is {shown(value)}.")
+        raise fault(f"must be a string or a list of parts, and is {shown(value)}")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -194,17 +194,17 @@ class MessageRow(RowModel):
             for key in ("source", "caption"):
                 if getattr(part, key) is not None and self.role != "assistant":
                     text = f"content[{i}]: this {part.type} has a {key!r}, which only a target of the assistant has"
-                    raise fault(f"{text}: leave it out.")
+                    raise fault(f"{text}: leave it out")
             if part.type != "text" and self.role == "system":
-                raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message.")
+                raise fault(f"content[{i}]: a system message holds text only: move the {part.type} to a user message")
             if part.type != "text" and self.role == "assistant" and not all(map(str.strip, part.wordings)):
                 raise fault(
                     f"content[{i}]: this {part.type} is a target and has no 'caption', which its decoder is aligned "
-                    "with: add one.",
+                    "with: add one",
                     "caption",
                 )
         if not any(part.type != "text" or all(map(str.strip, part.wordings)) for part in self.content):
-            raise fault("is empty: give it text or media, or leave the message out.")
+            raise fault("is empty: give it text or media, or leave the message out")
         return self
 
 
@@ -215,18 +215,18 @@ class SampleRow(RowModel):
     @model_validator(mode="after")
     def _is_consistent(self) -> "SampleRow":
         if not any(message.role == "assistant" for message in self.messages):
-            raise fault("has no assistant message, so there is nothing to learn from it: add the answer.")
+            raise fault("has no assistant message, so there is nothing to learn from it: add the answer")
         counts = {len(part.wordings) for message in self.messages for part in message.content} - {1}
         if len(counts) > 1:
             raise fault(
                 f"its lists of wordings have {' and '.join(map(str, sorted(counts)))} entries, and one number is "
-                "drawn for all: give each list as many."
+                "drawn for all: give each list as many"
             )
         media = [part for message in self.messages for part in message.content if part.type != "text"]
         for number, part in enumerate(media):
             what = f"medium {number} has the source {part.source}, which"
             if part.source is not None and part.source >= number:
-                raise fault(f"{what} does not come before it: name an earlier medium, counted from 0.")
+                raise fault(f"{what} does not come before it: name an earlier medium, counted from 0")
             if part.source is not None and media[part.source].type != part.type:
-                raise fault(f"{what} is no {part.type} but a medium of type {media[part.source].type!r}.")
+                raise fault(f"{what} is no {part.type} but a medium of type {media[part.source].type!r}")
         return self

@@ -19,16 +19,16 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
     """A batch sampler that yields the micro-batches of one rank: lists of `batch_size` pairs of a dataset index and a
     number that chooses one of the sample's wordings.
 
-    Epochs, each in its own order, form one endless sequence, which micro-batches of all ranks together cut in turn, so
-    that none is left out: one process with batch size 2b and two with b see the same samples in the same micro-batches.
-    An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and the remainder at
-    random without repetition. Order and wordings depend on `(seed, epoch)` alone, so starting at update k continues as
-    the uninterrupted run would. Do not let accelerate shard the batches again.
+    Epochs, each in its own order, form one endless sequence, which is dealt out to the micro-batches of all ranks, so
+    that no sample is left out: one process with batch size 2b and two with b see the same samples in the same
+    micro-batches. An epoch draws `round(weight · length)` samples from each dataset: as many whole copies as fit, and
+    the rest at random without repetition. Order and wordings depend on `(seed, epoch)` alone, so starting at update k
+    continues as the uninterrupted run would. Do not let accelerate shard the batches again.
 
     With `groups` or `sizes` of the samples, micro-batches are formed within an epoch, from one group or from similar
     sizes within a window of `SORTED_BATCHES` micro-batches, and shuffled; the last one of a group may be shorter. With
-    `max_tokens`, that of a rank holds as many rows as fit, in place of `batch_size`: counted as rows times the longest
-    row, or as the sum of the rows if `packed`. Micro-batches then depend on the number of ranks.
+    `max_tokens`, a rank's micro-batch has as many rows as fit, instead of `batch_size`: the number of rows times the
+    longest row, or the sum of the rows if `packed`, is limited. Micro-batches then depend on the number of ranks.
 
     `lengths` and `weights` (1 by default) are of the concatenated datasets, `num_updates` of the whole run. An
     `InputError` refuses a row that exceeds `max_tokens`, and a weight so small that its dataset would never be drawn.
@@ -54,11 +54,11 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
         self.groups = None if self.groups is None else np.asarray(self.groups)
         self.sizes = None if self.sizes is None else np.asarray(self.sizes)
         if self.batch_size * self.world_size > MAX_ROWS:
-            raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows.")
+            raise InputError(f"batch_size is {self.batch_size:,}: a micro-batch has no more than {MAX_ROWS:,} rows")
         if self.max_tokens is not None and self.sizes.max() > self.max_tokens:
             raise InputError(
                 f"max_batch_tokens is {self.max_tokens:,}, and a row has about {self.sizes.max():,} tokens: raise it, "
-                "or set max_length."
+                "or set max_length"
             )
         weights = [1.0] * len(self.lengths) if self.weights is None else list(self.weights)
         self.draws = _draws(self.lengths, weights)
@@ -138,17 +138,17 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
 
 def _draws(lengths: list[int], weights: list[float]) -> list[int]:
     if len(weights) != len(lengths):
-        raise InputError(f"There are {len(lengths)} datasets and {len(weights)} weights: give one weight a dataset.")
+        raise InputError(f"there are {len(lengths)} datasets and {len(weights)} weights: give one weight per dataset")
     draws = []
     for i, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"The weight of dataset {i} is {weight}, and must be a finite number of at least 0.")
+            raise InputError(f"the weight of dataset {i} is {weight}, expected a finite number of at least 0")
         draws.append(round(weight * length))
         if weight > 0 and draws[-1] == 0:
             raise InputError(
-                f"The weight of dataset {i}, {weight}, of {length} sample(s) rounds to none: "
-                f"raise it to {1 / length:.3g} or more, or set it to 0 to leave the dataset out."
+                f"the weight of dataset {i}, {weight}, of {length} sample(s) rounds to none: "
+                f"raise it to {1 / length:.3g} or more, or set it to 0 to leave the dataset out"
             )
     if sum(draws) == 0:
-        raise InputError("All weights are 0: give at least one dataset a positive weight.")
+        raise InputError("all weights are 0: give at least one dataset a positive weight")
     return draws

@@ -96,7 +96,7 @@ class Sample:
 
 
 class MediaRoot:
-    """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder, links included.
+    """Resolves the file names of a data file to paths that are guaranteed to lie inside one folder, even through links.
 
     With `by_type` it also looks in `images`, `videos` and `audios` for names missing in the folder itself. With
     `follow_links` links may lead out of the folder, as in a snapshot of the Hub's cache. Without a folder (the data
@@ -108,19 +108,19 @@ class MediaRoot:
         self.by_type = by_type
         self.follow_links = follow_links
         if self.folder is not None and not os.path.isdir(self.folder):
-            raise InputError(f"The media root {folder} is not a folder: give one that exists as media_root.")
+            raise InputError(f"the media root {folder} is not a folder: give one that exists as media_root")
 
     def resolve(self, name: str, kind: str, where: str) -> Path:
         """Absolute path of `name`, which need not exist; an `InputError` for a URL or a path outside the root."""
         if not name or "\0" in name or len(name) > 4096:  # PATH_MAX on Linux
-            raise InputError(f"{where}: {shown(name)} is not a file name: give a path relative to the media root.")
+            raise InputError(f"{where}: {shown(name)} is not a file name: give a path relative to the media root")
         if "://" in name or name.startswith("data:"):
             raise InputError(
-                f"{where}: {name[:80]!r} is a URL, and URLs are not fetched: download it and give its path."
+                f"{where}: {name[:80]!r} is a URL, and URLs are not fetched: download it and give its path"
             )
         if self.folder is None:
             text = f"{where}: {shown(name)} is a path, and the data files are in several folders"
-            raise InputError(f"{text}: give media_root, which paths are relative to.")
+            raise InputError(f"{text}: give media_root, which paths are relative to")
         path = self._inside(name, name, where)
         if self.by_type and not os.path.isfile(path):
             beside = self._inside(os.path.join(MEDIA[kind].plural, name), name, where)
@@ -136,7 +136,7 @@ class MediaRoot:
             links = ", or set follow_links if you trust the links in it" if by_link else ""
             raise InputError(
                 f"{where}: {shown(name)} leads to {path[:300]}, which is not inside the media root {self.folder}: "
-                f"move the file there, or set media_root to a folder that holds all media{links}."
+                f"move the file there, or set media_root to a folder that holds all media{links}"
             )
         return path
 

@@ -29,8 +29,8 @@ AHEAD = 32  # rows that a worker checks before they are asked for
 
 @dataclass
 class Report:
-    """Counts of a validation: `samples` are rows without a fault, `media` are `{"user image": count, …}`, `faults` by
-    kind; repeated conversations and ids are none."""
+    """Counts of a validation: `samples` are rows without a fault, `media` are `{"user image": count, …}`, `faults` are
+    by kind; repeated conversations and ids do not count as faults."""
 
     rows: int = 0
     samples: int = 0
@@ -58,14 +58,14 @@ def validate(
     Args:
         deep: also decode every medium and reject reserved tokens in texts; with `lengths`, also collate each row with
             the processors of the parts, as training does.
-        lengths: count tokens, with placeholders and signal spans expanded; rows with more than `max_tokens` are faults.
+        lengths: counts tokens, with placeholders and signal spans expanded; rows of more than `max_tokens` are faults.
         num_workers: worker processes, each of which reads the whole file and checks its share of the rows.
         on_fault: called with each fault; faults are not stored.
         progress: wraps the rows, as `tqdm` does.
     """
     if num_workers > MAX_WORKERS:
-        raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core.")
-    next(iterate_samples(source), None)  # raises for a file of which nothing can be read
+        raise InputError(f"num_workers is {num_workers:,}, and {MAX_WORKERS:,} is the most: give one for each core")
+    next(iterate_samples(source), None)  # raises if nothing in the file can be read
     report = Report()
     ids, conversations = array("Q"), array("Q")
     rows = CheckedRows(source, deep, limits, lengths, max_tokens)
@@ -106,7 +106,7 @@ def _checked(rows: "CheckedRows", num_workers: int) -> Iterator["CheckedRow"]:
 
 @dataclass
 class CheckedRow:
-    """What `validate` counts of a row. `hashes` are of its id and its conversation (None if it is no sample)."""
+    """What `validate` counts of a row; `hashes` are those of its id and conversation (None if it is not a sample)."""
 
     faults: list[InputError]
     tokens: int = 0
@@ -145,8 +145,8 @@ class CheckedRows(IterableDataset):
             except InputError as error:
                 faults.append(DataError(sample.naming(error), "not usable"))
             if self.max_tokens is not None and tokens > self.max_tokens:
-                text = f"{tokens:,} tokens with its media's, more than the {self.max_tokens:,} that are allowed"
-                faults.append(DataError(f"{sample.name} has {text}: shorten it.", "too long"))
+                text = f"{tokens:,} tokens including its media's, more than the {self.max_tokens:,} that are allowed"
+                faults.append(DataError(f"{sample.name} has {text}: shorten it", "too long"))
         id_hash, messages_hash = (xxhash.xxh3_64_intdigest(x.encode()) for x in (sample.id, repr(sample.messages)))
         media = [f"{role} {part.type}" for role, part in sample.media()]
         return CheckedRow(faults, tokens, media, (id_hash, messages_hash))

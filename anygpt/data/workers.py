@@ -10,7 +10,7 @@ import sys
 def end_with_parent(worker: int) -> None:
     """A loader's `worker_init_fn`: end with the process that started the workers, even if it is killed.
 
-    Torch's own watchdog compares parents from a worker's first row on: one whose parent was killed before would stay.
+    Torch's own watchdog works only from a worker's first row on, too late if the parent was killed before.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

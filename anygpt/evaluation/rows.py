@@ -75,7 +75,7 @@ def rows_of(sample: Sample, ask: Ask) -> Iterator[Row]:
     """A sample's last answer, or each of its answers, as a row."""
     turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant" and i]
     if not turns:
-        raise InputError(f"{sample.source} (sample {sample.id!r}) begins with the answer: there is nothing to ask.")
+        raise InputError(f"{sample.source} (sample {sample.id!r}) begins with the answer: there is nothing to ask")
     for turn in turns if ask.turns == "all" else turns[-1:]:
         before, answer = sample.messages[:turn], sample.messages[turn]
         question = text_of(before[-1])

@@ -17,7 +17,7 @@ def to_mono(waveform: np.ndarray, layout: str | None = None) -> np.ndarray:
     over surrounds, no low-frequency channel). An unknown layout and stereo get equal weights.
     """
     if waveform.ndim not in (1, 2):
-        raise InputError(f"A waveform is (samples,) or (channels, samples), but this one is {waveform.shape}.")
+        raise InputError(f"a waveform is (samples,) or (channels, samples), but this one is {waveform.shape}")
     if waveform.ndim == 1:
         return waveform
     weights = _downmix(layout) if layout is not None and len(waveform) > 2 else None
@@ -47,7 +47,7 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     """
     for rate in (source_rate, target_rate):
         if rate != int(rate) or rate <= 0:
-            raise InputError(f"A sampling rate is a positive whole number of Hz, not {rate}.")
+            raise InputError(f"a sampling rate is a positive whole number of Hz, not {rate}")
     if source_rate == target_rate:
         return waveform
     length = math.ceil(waveform.shape[-1] * target_rate / source_rate)

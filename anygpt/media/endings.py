@@ -64,7 +64,7 @@ class Ending:
         if self.corrupt > self.last_corrupt:
             warn_once(f"{self.name} has {self.corrupt} damaged packets; what FFmpeg makes of them is used")
         if self.stated is None:
-            warn_once(f"Of {self.container.format.name} files that state no length some cuts cannot be noticed.")
+            warn_once(f"in {self.container.format.name} files that state no length, some cuts cannot be noticed")
         if self.stated is None or self.end == -math.inf:
             return
         there = max(self.end, self.end - self.begin)

@@ -83,7 +83,7 @@ class MediaLimits:
             if amount > (limit := getattr(self, f"max_{name}")):
                 raise InputError(
                     f"{path} has {amount:,.6g} {name}, more than max_{name} = {limit:,.6g}: "
-                    "leave it out, make it smaller, or raise the limit."
+                    "leave it out, make it smaller, or raise the limit"
                 )
 
 
@@ -124,7 +124,7 @@ def open_image(path: Place, limits: MediaLimits) -> Iterator[Image.Image]:
         with Image.open(file) as image:
             if image.format not in IMAGE_FORMATS:
                 name = image.format_description or image.format
-                raise InputError(f"{path} is {name}, which is not read here: convert it to PNG or JPEG.")
+                raise InputError(f"{path} is {name}, which is not read here: convert it to PNG or JPEG")
             if image.format in ("JPEG", "MPO"):
                 _check_scans(path)
             limits.check(path, pixels=image.width * image.height, bytes=image.width * image.height * 3)
@@ -223,7 +223,7 @@ def decoding(path: str | Place, what: str) -> Iterator[Place]:
     """Check that the file exists, and turn a decoder's exceptions inside the block into `InputError`."""
     path = Path(path) if isinstance(path, str) else path
     if isinstance(path, Path) and not os.path.isfile(path):  # nor are folders, pipes and devices accepted
-        raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path.")
+        raise InputError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: check the path")
     head = b""
     try:
         with path.open("rb") as file:
@@ -237,13 +237,11 @@ def decoding(path: str | Place, what: str) -> Iterator[Place]:
     except Exception as error:  # on broken files Pillow and PyAV raise many kinds of exceptions
         for begins, name, advice in UNREAD:
             if re.match(begins, head, re.DOTALL | re.IGNORECASE):
-                raise InputError(f"{path} is {name}, which is not read here: {advice}.") from error
+                raise InputError(f"{path} is {name}, which is not read here: {advice}") from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError | av.ArgumentError):  # a repr of the file, and "Invalid argument"
             reason = "its format is not known"
-        raise InputError(
-            f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out."
-        ) from error
+        raise InputError(f"{path} cannot be read as {what}: {reason}: fetch the file again, or leave it out") from error
 
 
 # Transposition by EXIF orientation. `ImageOps.exif_transpose` also rewrites the other tags, and fails on odd ones.
@@ -289,7 +287,7 @@ def read_audio(path: str | Place, limits: MediaLimits = DEFAULT_LIMITS) -> Audio
     """
     with decoding(path, "audio") as path, open_container(path, limits) as (container, ending):
         if not container.streams.audio:
-            raise InputError(f"{path} has no audio stream: give a file with sound.")
+            raise InputError(f"{path} has no audio stream: give a file with sound")
         stream = container.streams.audio[0]
         rate, layout = codec_of(stream).sample_rate, codec_of(stream).layout
         seconds = ending.stated or 0

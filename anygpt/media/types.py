@@ -147,7 +147,7 @@ MEDIA: dict[str, MediaType] = {kind.name: kind for kind in (IMAGE, VIDEO, AUDIO)
 def media_type(name: str) -> MediaType:
     """The media type called `name`; raises `InputError` if there is none."""
     if name not in MEDIA:
-        raise InputError(f"The media type {name!r} is not known: it is one of {', '.join(MEDIA)}.")
+        raise InputError(f"the media type {name!r} is not known: it is one of {', '.join(MEDIA)}")
     return MEDIA[name]
 
 

@@ -66,9 +66,9 @@ def read_video(
     An `InputError` refuses what is missing, empty, truncated, no video, without a picture stream, or over a limit.
     """
     if num_frames is not None and (num_frames < 1 or fps is not None):
-        raise InputError(f"num_frames is {num_frames}, and must be at least 1, or None for all frames or with fps.")
+        raise InputError(f"num_frames is {num_frames}, and must be at least 1, or None for all frames or with fps")
     if fps is not None and not 0 < fps < math.inf:
-        raise InputError(f"fps is {fps}, and must be a number above 0, or None.")
+        raise InputError(f"fps is {fps}, and must be a number above 0, or None")
     with files.decoding(path, "a video") as path:
         with path.open("rb") as file:
             animated = re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavi", file.read(12), re.DOTALL) is not None
@@ -157,7 +157,7 @@ def _picture_stream(container: av.container.InputContainer, path: Place) -> av.V
             # Data workers already decode in parallel, and starting threads takes longer than decoding a few frames.
             files.codec_of(stream).thread_count = 1
             return stream
-    raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures.")
+    raise InputError(f"{path} has no video stream: use it as audio, or give a file with pictures")
 
 
 def _video_frames(path: Place, limits: MediaLimits) -> Iterator[Frame]:

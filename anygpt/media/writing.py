@@ -25,7 +25,7 @@ def write_image(path: str | Path, image: Image.Image) -> None:
     Image.init()
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format not in Image.SAVE:
-        raise InputError(f"{path}: the suffix {Path(path).suffix!r} names no image format: use .png or .jpg.")
+        raise InputError(f"{path}: the suffix {Path(path).suffix!r} names no image format: use .png or .jpg")
     with replacing(path) as temporary:
         image.save(temporary, format=image_format)
 
@@ -36,9 +36,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     The codec needs even sizes: the last row or column of an odd height or width is repeated.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise InputError(f"{path}: frames must be uint8 (F, H, W, 3), and are {frames.dtype} {frames.shape}.")
+        raise InputError(f"{path}: frames must be uint8 (F, H, W, 3), and are {frames.dtype} {frames.shape}")
     if not (math.isfinite(fps) and fps > 0):
-        raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second.")
+        raise InputError(f"{path}: fps is {fps}, and must be a positive number of frames a second")
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # On tiny frames x264's macroblock tree reads out of bounds, which made the output nondeterministic.
@@ -55,7 +55,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
     """Write float samples in [-1, 1], (N,) or (C, N), as a 16-bit PCM WAV file; values beyond are clipped."""
     waveform = np.atleast_2d(waveform)
     if waveform.ndim != 2 or waveform.size == 0 or not np.isfinite(waveform).all():
-        raise InputError(f"{path}: the waveform must be finite and (N,) or (C, N), and is {waveform.shape}.")
+        raise InputError(f"{path}: the waveform must be finite and (N,) or (C, N), and is {waveform.shape}")
     samples = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
     with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(len(samples))

@@ -28,7 +28,7 @@ def zoo_part(name: str) -> Path:
     """`from_pretrained` folder of a tiny part in the package; raises `InputError` for an unknown name."""
     parts = sorted(path.name for path in ZOO.iterdir() if path.is_dir())
     if name not in parts:
-        raise InputError(f"The zoo has no part {name!r}: expected one of {', '.join(parts)}.")
+        raise InputError(f"the zoo has no part {name!r}: expected one of {', '.join(parts)}")
     return ZOO / name
 
 

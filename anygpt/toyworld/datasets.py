@@ -95,11 +95,11 @@ def write_dataset(
     """
     kinds = KINDS_OF[world]
     if kind not in kinds:
-        raise InputError(f"Unknown kind of dataset {kind!r} in world {world}: expected one of {', '.join(kinds)}.")
+        raise InputError(f"unknown kind of dataset {kind!r} in world {world}: expected one of {', '.join(kinds)}")
     if num_samples < 1 or seed < 0 or not things:
         raise InputError(
-            "A dataset needs num_samples >= 1, seed >= 0 and at least one thing, "
-            f"but got num_samples={num_samples}, seed={seed} and {len(things)} things."
+            "a dataset needs num_samples >= 1, seed >= 0 and at least one thing, "
+            f"but got num_samples={num_samples}, seed={seed} and {len(things)} things"
         )
     output = Path(output)
     rows_path, folder = output / f"{kind}.jsonl", output / kind

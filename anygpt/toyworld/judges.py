@@ -209,7 +209,7 @@ def _pixels(image: Image.Image | np.ndarray) -> Tensor:
     """RGB -> float32 `(3, 32, 32)` in [0, 1]."""
     array = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise InputError(f"A picture is uint8 (height, width, 3), but this one is {array.dtype} {array.shape}.")
+        raise InputError(f"a picture is uint8 (height, width, 3), but this one is {array.dtype} {array.shape}")
     pixels = torch.from_numpy(array).permute(2, 0, 1).float() / 255
     if pixels.shape[1:] != (SIZE, SIZE):
         pixels = F.interpolate(pixels[None], (SIZE, SIZE), mode="bilinear", antialias=True)[0].clamp(0, 1)

@@ -132,7 +132,7 @@ def request(
         ways = {"image": ("Draw {}.",), "video": ("Film {}.",), "audio": ("Let me hear {}.", "Play {}.")}
         return pick(rng, (f"Make {noun} of {{}}.", f"I want {noun} of {{}}.", *ways[modality])).format(what)
     if modality == "video" and motion not in MOTIONS:
-        raise InputError(f"A request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}.")
+        raise InputError(f"a request for a video needs a motion ({', '.join(MOTIONS)}), but it is {motion!r}")
     return pick(rng, (_LATER_REQUESTS if it else _CONVERSIONS)[modality]).format(it=it, motion=motion)
 
 

@@ -87,9 +87,9 @@ def render_video(thing: Thing, motion: str | None, rng: np.random.Generator, num
     `rng` determines radius, path, speed, brightness and background; it is advanced.
     """
     if motion not in MOTIONS:
-        raise InputError(f"Unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}.")
+        raise InputError(f"unknown motion {motion!r}: expected one of {', '.join(MOTIONS)}")
     if num_frames < 2:
-        raise InputError(f"A clip needs at least 2 frames to show a motion, but num_frames is {num_frames}.")
+        raise InputError(f"a clip needs at least 2 frames to show a motion, but num_frames is {num_frames}")
     radius = SIZE * rng.uniform(0.18, 0.26)
     room = SIZE / 2 - radius - 1
     travel = rng.uniform(0.7, 1.0) * 2 * room

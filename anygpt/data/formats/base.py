@@ -1,6 +1,6 @@
 """Building blocks of the formats: a data source, raw rows, and the files that a path stands for."""
 
-from __future__ import annotations  # jsonargparse leaves bounds in annotations to the check of all values at once
+from __future__ import annotations  # so that jsonargparse does not check bounds: all values are checked at once
 
 import glob
 import itertools
@@ -29,7 +29,7 @@ RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 class DataSource:
     """One data file.
 
-    path: the file; for "webdataset" and "datasets" also a glob or braces (see `find_files`), for the latter a folder.
+    path: the file; a glob or braces for "webdataset" and "datasets" (see `find_files`), a folder for "datasets".
     format: a key of `FORMATS`; by default by the suffix (`.jsonl`: "jsonl", `.json`: "nextgpt", `.tar`: "webdataset",
         `.parquet` and `.arrow`: "datasets").
     media_root: folder that media paths are relative to and may not leave; by default the folder of `path`. For
@@ -74,8 +74,8 @@ class Pair(NamedTuple):
 class Format(NamedTuple):
     """Reader of a file's rows and their conversion to the project's own form.
 
-    rows: `rows(file)`, or `rows(file, columns)` if it uses columns. model: the row model, None for `Pair`s, which need
-    a task, and the project's own form. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
+    rows: `rows(file)`, or `rows(file, columns)` if it uses columns. model: the row model; None for the project's own
+    form, and for `Pair`s, which need a task. suffixes: those that imply the format. media_by_type: see `MediaRoot`.
     uses: the optional settings of a `DataSource` that it uses.
     """
 
@@ -97,20 +97,20 @@ def find_files(path: str | Path) -> list[Path]:
         large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in RANGE.findall(str(path)))
         names = [] if large else list(itertools.islice(braceexpand(str(path)), MAX_FILES + 1))
     except ValueError as error:  # unbalanced braces, or numbers with thousands of digits
-        raise InputError(f"The braces of {str(path)[:80]} are not right: {error}.") from error
+        raise InputError(f"the braces of {str(path)[:80]} cannot be expanded: {error}") from error
     if not 0 < len(names) <= MAX_FILES:
-        raise InputError(f"The braces of {str(path)[:80]} stand for more than {MAX_FILES:,} files: give fewer.")
+        raise InputError(f"the braces of {str(path)[:80]} stand for more than {MAX_FILES:,} files: give fewer")
     found: list[Path] = []
     for name in names:
         matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         if not matches:
-            raise InputError(f"No file matches {name}: check the pattern.")
+            raise InputError(f"no file matches {name}: check the pattern")
         found += map(Path, matches)
     for file in found:
         if not os.path.isfile(file):
             folder = " (format 'datasets' reads a folder of tables)" if os.path.isdir(file) else ""
             state = f"is not a file{folder}" if os.path.exists(file) else "does not exist"
-            raise InputError(f"The data file {file} {state}: check the path.")
+            raise InputError(f"the data file {file} {state}: check the path")
         if not os.access(file, os.R_OK):
-            raise InputError(f"The data file {file} may not be read: change its permissions.")
+            raise InputError(f"the data file {file} may not be read: change its permissions")
     return found

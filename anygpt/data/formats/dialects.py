@@ -87,7 +87,7 @@ def split_markers(text: str, left: Mapping) -> list[dict]:
 
 
 def _count_error(where: str, speaker: str, kind: str, markers: int, key: str, files: list[str]) -> DataError:
-    text = f"hold {markers} '<{kind}>' marker(s), but {key!r} names {len(files)} file(s): give one marker a file."
+    text = f"hold {markers} '<{kind}>' marker(s), but {key!r} names {len(files)} file(s): give one marker a file"
     return DataError(f"{where}: its {speaker} turns {text}", "placeholders")
 
 
@@ -118,7 +118,7 @@ class NextGptRow(TurnsRow):
     `input_<type>`, in a gpt turn the next of `output_<type>` with the next of `<type>_captions` (each a string or a
     list). Inputs of a type without markers open the first human turn, as in LLaVA. A turn's own `caption` is used if
     the row has none. A row with captions but no media (NExT-GPT's T-T+X and MosIT files, which rely on precomputed
-    encodings) is an error, as it has no target to decode.
+    encodings) is an error, because it has no target to decode.
     """
 
     media_keys = ("input_{}", "output_{}", "{}_captions", "{}_caption_embeddings")
@@ -131,8 +131,8 @@ class NextGptRow(TurnsRow):
         gpt = {kind: self.targets(kind, where) for kind in MEDIA}
         used = {part["caption"] for parts in gpt.values() for part in parts}
         if lost := [turn.caption for turn in self.conversations if turn.caption and turn.caption not in used]:
-            text = f"{where}: the caption {shown(lost[0])} of a turn is that of no target"
-            raise DataError(f"{text}: give the turn a marker, 'output_modality' and a file, or take it out.", "caption")
+            text = f"{where}: the caption {shown(lost[0])} of a turn belongs to no target"
+            raise DataError(f"{text}: give the turn a marker, 'output_modality' and a file, or take it out", "caption")
         return self.in_place({"human": human, "gpt": gpt})
 
     def targets(self, kind: str, where: str) -> list[dict]:
@@ -140,7 +140,7 @@ class NextGptRow(TurnsRow):
         if captions and not files:
             raise InputError(
                 f"{where} has '{kind}_captions' but no 'output_{kind}': a target is a {kind} file with its caption; "
-                f"add the file names, or take the '<{kind}>' markers and captions out."
+                f"add the file names, or take the '<{kind}>' markers and captions out"
             )
         if (markers := self.markers("gpt", kind)) != len(files):
             raise _count_error(where, "gpt", kind, markers, f"output_{kind}", files)
@@ -149,7 +149,7 @@ class NextGptRow(TurnsRow):
             captions = [turn.caption for turn in turns if turn.caption]
         if len(captions) != len(files):
             text = f"'output_{kind}' names {len(files)} file(s) and '{kind}_captions' holds {len(captions)} caption(s)"
-            raise DataError(f"{where}: {text}: give one caption a file.", "caption")
+            raise DataError(f"{where}: {text}: give one caption per file", "caption")
         return [{"type": kind, "path": f, "caption": c} for f, c in zip(files, captions, strict=True)]
 
 
@@ -190,9 +190,9 @@ class VideoChatRow(RowModel):
     @model_validator(mode="after")
     def _has_one_whole_medium(self) -> "VideoChatRow":
         if (self.video is None) == (self.image is None):
-            raise fault(f"must have either 'video' or 'image', and has {'neither' if self.video is None else 'both'}.")
+            raise fault(f"must have either 'video' or 'image', and has {'neither' if self.video is None else 'both'}")
         if self.start is not None or self.end is not None:
-            raise fault("means a part of its video, from 'start' to 'end': cut that part out beforehand.")
+            raise fault("means a part of its video, from 'start' to 'end': cut that part out beforehand")
         return self
 
     def converted(self, where: str) -> dict:
@@ -209,7 +209,7 @@ class VideoChatRow(RowModel):
 # -- pairs ------------------------------------------------------------------------------------------------
 
 TASKS = ("comprehension", "generation")
-# The user's text where the data has no prompt.
+# The user's text if the data has no prompt.
 COMPREHENSION_PROMPT = "Describe this {kind}."
 GENERATION_PROMPT = "Make this {kind}: {caption}"
 
@@ -224,18 +224,18 @@ def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
     texts = [checked_text(text, f"{where}: the text").strip() for text in given if text is not None]
     texts = [text for text in texts if text]
     if not texts:
-        raise DataError(f"{where} has no caption or answer: give it one, or leave it out.", "caption")
+        raise DataError(f"{where} has no caption or answer: give it one, or leave it out", "caption")
     prompt = None if pair.prompt is None else checked_text(pair.prompt, f"{where}: the prompt")
     if pair.kind is None:
         return _turn([_text(prompt or "")], [_text(texts)])
     media = pair.medium if isinstance(pair.medium, list) else [pair.medium]
     if not media:
-        raise DataError(f"{where} has an empty list of media: give it one, or leave it out.")
+        raise DataError(f"{where} has an empty list of media: give it one, or leave it out")
     parts = [{"type": pair.kind, "path": medium} for medium in media]
     if task == "generation":
         if len(media) > 1 and not len(media) == len(given) == len(texts):
             text = f"{where} has {len(media)} targets and {len(given)} captions ({len(given) - len(texts)} blank)"
-            raise DataError(f"{text}: give one each.", "caption")
+            raise DataError(f"{text}: give one each", "caption")
         captions, wishes = ([texts], texts) if len(media) == 1 else (texts, ["; ".join(texts)])
         asked = prompt or [GENERATION_PROMPT.format(kind=pair.kind, caption=wish) for wish in wishes]
         targets = [part | {"caption": caption} for part, caption in zip(parts, captions, strict=True)]
@@ -243,7 +243,7 @@ def convert_pair(pair: Pair, where: str, task: str | None) -> dict:
     prompt = prompt or COMPREHENSION_PROMPT.format(kind=pair.kind)
     markers = prompt.count(f"<{pair.kind}>")
     if markers not in (0, len(parts)):
-        text = f"{where}: its prompt has {markers} '<{pair.kind}>' marker(s) for {len(parts)} media: give one each."
+        text = f"{where}: its prompt has {markers} '<{pair.kind}>' marker(s) for {len(parts)} media: give one each"
         raise DataError(text, "placeholders")
     said = split_markers(prompt, {pair.kind: iter(parts)}) if markers else [*parts, _text(prompt)]
     return _turn(said, [_text(texts)])

@@ -50,7 +50,7 @@ def list_rows(path: Path) -> Iterator[Row]:
         if not text.next():
             return
         if not text.took("["):
-            raise InputError(f"{path} must hold one JSON list of rows, but it does not begin with '['.")
+            raise InputError(f"{path} must hold one JSON list of rows, but it does not begin with '['")
         ended = text.took("]")
         for index in itertools.count():
             if ended:
@@ -79,8 +79,8 @@ def parse_json(content: bytes, name: str, line: int = 1) -> Any:
 
 
 class _Text:
-    """The text of a file from `place` on, of which little more than a row is in memory; `place` is in `column` of
-    `line`, counted from 1 and from the first line's number."""
+    """The text of a file from `place` on, with little more than a row in memory. `place` is at `line` and `column`,
+    counted from the first line's number and from 1."""
 
     def __init__(self, file: BinaryIO, name: str, line: int = 1):
         self.file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
@@ -88,7 +88,7 @@ class _Text:
         self.text, self.place = "", 0
 
     def next(self) -> str:
-        """Go to the next character that is no space, and read on until a whole row follows it."""
+        """Go to the next character that is not a space, and read on until a whole row follows it."""
         while True:
             self.move(SPACE.match(self.text, self.place).end())
             if len(self.text) - self.place > MAX_ROW_BYTES:
@@ -98,7 +98,7 @@ class _Text:
                 self.text += block[: bad.start()]
                 self.move(len(self.text))
                 byte = ord(bad[0]) - 0xDC00
-                raise InputError(f"{self.where()} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8.")
+                raise InputError(f"{self.where()} is not UTF-8 (byte {byte:#04x}): save the file as UTF-8")
             if not block:
                 break
             self.text, self.place = self.text[self.place :] + block, 0
@@ -116,7 +116,7 @@ class _Text:
         self.place = to
 
     def value(self) -> Any:
-        """The value here, or the fault of one that can be passed over."""
+        """The value here, or the fault of a value that can be skipped."""
         self.next()
         repeated: list[str] = []
 
@@ -135,10 +135,10 @@ class _Text:
             self.move(error.pos)
             raise self.invalid(error.msg) from error
         except (ValueError, RecursionError) as error:  # a number with thousands of digits, or too many nested brackets
-            raise InputError(f"{self.where()} is not JSON that can be read: {error}.") from error
+            raise InputError(f"{self.where()} is not readable JSON: {error}") from error
         if repeated:
             key = repeated[0][:80]
-            value = InputError(f"{self.where()} has the key {key!r} more than once in one object: leave one.")
+            value = InputError(f"{self.where()} has the key {key!r} more than once in one object: keep one")
         if end - self.place > MAX_ROW_BYTES:
             value = self.too_long()
         self.move(end)
@@ -148,8 +148,8 @@ class _Text:
         return f"{self.name}:{self.line}"
 
     def too_long(self) -> InputError:
-        what = f"is longer than {MAX_ROW_BYTES:,} bytes, which no conversation is"
-        return InputError(f"{self.where()} {what}: check the file.")
+        what = f"is longer than {MAX_ROW_BYTES:,} bytes, longer than any conversation"
+        return InputError(f"{self.where()} {what}: check the file")
 
     def invalid(self, reason: str) -> InputError:
-        return InputError(f"{self.where()} is not valid JSON: {reason} at column {self.column}.")
+        return InputError(f"{self.where()} is not valid JSON: {reason} at column {self.column}")

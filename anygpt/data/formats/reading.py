@@ -76,8 +76,8 @@ def with_unique_ids(samples: Sequence[Sample]) -> list[Sample]:
 
 def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     """Yield the samples of a data file, with a fault in place of each invalid row; media may be missing. An
-    `InputError` is raised for a file that is unreadable or empty, for an invalid JSON list after the rows before that
-    place, and for a setting that the format does not use."""
+    `InputError` is raised for a file that is unreadable or empty, for a JSON list that becomes invalid (after the rows
+    before that place), and for a setting that the format does not use."""
     path = Path(source.path)
     name, files = _format_and_files(path, source.format)
     chosen = FORMATS[name]
@@ -86,11 +86,11 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
     for setting in ("columns", "task", *PATHS):
         if getattr(source, setting) and setting not in uses:
             what = f"format {name!r}{' without a media column' if text_alone else ''}"
-            raise InputError(f"{setting} is given for {path}, whose {what} has no use for it: leave it out.")
+            raise InputError(f"{setting} is given for {path}, whose {what} has no use for it: leave it out")
     if "task" in uses and source.task not in dialects.TASKS:
         raise InputError(
             f"{path} holds media with captions, and task is {source.task!r}: give comprehension (the medium is asked "
-            "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)."
+            "about, its caption is the answer) or generation (the caption is asked for, the medium is the answer)"
         )
     pairs = "task" in chosen.uses
     columns = [source.columns] if "columns" in uses else []
@@ -115,7 +115,7 @@ def iterate_samples(source: DataSource) -> Iterator[Sample | InputError]:
         except InputError as fault:
             yield fault
     if empty:
-        raise InputError(f"{path} holds no samples: it is empty, or holds other things.")
+        raise InputError(f"{path} holds no samples: it is empty, or holds something else")
 
 
 def _format_and_files(path: Path, name: str | None) -> tuple[str, list[Path]]:
@@ -123,16 +123,16 @@ def _format_and_files(path: Path, name: str | None) -> tuple[str, list[Path]]:
     if name is None:
         name = next((known for known, value in FORMATS.items() if path.suffix.lower() in value.suffixes), None)
     elif name not in FORMATS:
-        raise InputError(f"The format {name!r} of {path} is not known{nearest(name, FORMATS)}.")
+        raise InputError(f"the format {name!r} of {path} is not known{nearest(name, FORMATS)}")
     files = [] if name == "datasets" and os.path.isdir(path) else find_files(path)
     if len(files) > 1 and name and "task" not in FORMATS[name].uses:
-        raise InputError(f"{path} stands for several files, and {name!r} takes one: give each by itself.")
+        raise InputError(f"{path} stands for several files, and {name!r} takes one: give each separately")
     for file in files[:1] if name != "datasets" else ():
         with file.open("rb") as opened:
             if problem := UNREAD.get(opened.read(2)):
-                raise InputError(f"{file} is {problem}, and give that file.")
+                raise InputError(f"{file} is {problem}, and give that file")
     if name is None:
-        raise InputError(f"The format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)}).")
+        raise InputError(f"the format of {path} cannot be told from its suffix: give format ({', '.join(FORMATS)})")
     return name, files
 
 
@@ -141,6 +141,6 @@ def missing_error(missing: list[tuple[Sample, Path]]) -> DataError:
     count = len({file for _, file in missing})
     total = "1 media file is missing" if count == 1 else f"{count} media files are missing in all"
     return DataError(
-        f"{sample.name}: {file} does not exist or is not a file ({total}): put the files there, or set media_root.",
+        f"{sample.name}: {file} does not exist or is not a file ({total}): put the files there, or set media_root",
         "missing media",
     )

@@ -29,7 +29,7 @@ MAX_ROW_GROUP = 320 * 1024**2
 """Bytes in memory that are always allowed; reading texts takes up to five times as much."""
 MAX_RATIO = 4  # bytes in memory per byte in the file, for larger row groups
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
-"""Bytes of a value in memory, 8 for other types."""
+"""Bytes of a value in memory by type; other types take 8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +60,20 @@ def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     Video feature, or a path below the media root; or a list of these, in the order of the prompt's markers (`<image>`).
     """
     if not columns:
-        raise InputError(f"{path} is a table: give columns, as {{image: <its image column>, text: <its captions>}}.")
+        raise InputError(f"{path} is a table: give columns, as {{image: <its image column>, text: <its captions>}}")
     known = (*MEDIA, *COLUMNS)
     for key in columns:
         if key not in known:
-            raise InputError(f"columns of {path}: the key {key!r} is not known{nearest(key, known)}.")
+            raise InputError(f"columns of {path}: the key {key!r} is not known{nearest(key, known)}")
     media = [key for key in columns if key in MEDIA]
     if "text" not in columns or len(media) > 1 or (not media and "prompt" not in columns):
-        raise InputError(f"columns of {path} must give 'text', and one of {', '.join(MEDIA)} or 'prompt' with it.")
+        raise InputError(f"columns of {path} must give 'text', and one of {', '.join(MEDIA)} or 'prompt' with it")
     kind = media[0] if media else None
     table = _load(path).with_format("arrow")
     for key, name in columns.items():
         if name not in table.column_names:
             known = ", ".join(table.column_names)
-            raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}.")
+            raise InputError(f"{path} has no column {name!r}, which columns gives for {key}: it has {known}")
     blocks = table.select_columns(list(dict.fromkeys(columns.values()))).iter(ROWS_AT_ONCE)
     for row, one in enumerate(block.slice(i, 1) for block in blocks for i in range(len(block))):
         source = f"{path}[{row}]"
@@ -81,7 +81,7 @@ def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
             one.validate(full=True)  # Arrow does not validate what it reads
         except pa.ArrowException as error:
             damage = str(error).splitlines()[0][:200]
-            yield Row(source, f"{path.stem}-{row}", InputError(f"{source} is damaged: {damage}: write it again."))
+            yield Row(source, f"{path.stem}-{row}", InputError(f"{source} is damaged: {damage}: write it again"))
             continue
         values = {key: one[name][0] for key, name in columns.items()}
         found = {key: value.as_py() for key, value in values.items() if key != kind}
@@ -102,22 +102,22 @@ def _load(path: Path) -> Any:
             builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
                 known = ", ".join(BUILDERS)
-                raise InputError(f"{path} is not a table of a known format: its suffix must be one of {known}.")
+                raise InputError(f"{path} is not a table of a known format: its suffix must be one of {known}")
             table = _build(path, builder, data_files=glob.escape(str(path)))
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
         reason = f"{type(error).__name__}: {str(error.__cause__ or error).strip().splitlines()[0][:300]}"
-        raise InputError(f"{path} cannot be read as a table: {reason}.") from error
+        raise InputError(f"{path} cannot be read as a table: {reason}") from error
     if not isinstance(table, datasets.Dataset):
         if len(table) == 1:
             return next(iter(table.values()))
-        raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them.")
+        raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them")
     return table
 
 
 def _build(path: Path, name: str, **options: Any) -> Any:
-    """Dataset of a builder, which must have one split and read all tables of a folder; row groups of Parquet files
+    """Dataset of a builder, which must have one split and read all tables of a folder. Row groups of Parquet files
     that it has not read before are checked first."""
     from datasets import load_dataset_builder
     from datasets.data_files import FILES_TO_IGNORE
@@ -161,7 +161,7 @@ def _medium(value: pa.Scalar, cell: partial[Cell]) -> Any:
     if "path" in fields and fields.get("bytes") in (*binary, pa.null()):
         return cell() if value["bytes"].is_valid else value["path"].as_py()
     if kind not in binary:
-        raise InputError(f"{cell.args[1]} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths.")
+        raise InputError(f"{cell.args[1]} has a media column of type {str(kind)[:80]}: it must hold bytes, or paths")
     return cell() if value.is_valid else None
 
 
@@ -189,7 +189,7 @@ def check_row_groups(path: Path) -> None:
                     raise InputError(
                         f"{path}: row group {number}, of {group.num_rows:,} rows, takes more than {limit:,} bytes in "
                         f"memory, of {packed:,} in the file, and can only be read whole: write the file again with "
-                        "smaller ones (row_group_size of pyarrow.parquet.write_table)."
+                        "smaller ones (row_group_size of pyarrow.parquet.write_table)"
                     )
 
 

@@ -63,10 +63,10 @@ def shard_rows(shard: Path) -> Iterator[Row]:
 
 
 def _index(shard: Path, samples: list[tuple[str, dict[str, TarMember | None]]]) -> None:
-    """Fill in each key with `{suffix: member}`, in the shard's order; a member that is there twice or sparse is None.
+    """Fill in each key with `{suffix: member}`, in the shard's order; a member that occurs twice or is sparse is None.
 
     Members of a sample need not be adjacent, unless its key occurs again with the same suffixes. Links are not read, so
-    that a sample which needs one lacks a medium or a caption.
+    a sample that needs one lacks a medium or a caption.
     """
     latest: dict[str, dict[str, TarMember | None]] = {}
     for info in _headers(shard):
@@ -108,7 +108,7 @@ def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # on broken headers tarfile raises many types
         raise InputError(
             f"{shard} is not a whole, uncompressed tar file, and only what comes before the fault is read: "
-            f"{str(error) or type(error).__name__}."
+            f"{str(error) or type(error).__name__}"
         ) from error
 
 
@@ -130,9 +130,9 @@ class _Guarded(io.FileIO):
 
 def _pair(members: dict[str, TarMember | None], key: str, where: str) -> Pair:
     if bad := [suffix for suffix, member in members.items() if member is None]:
-        raise InputError(f"{where}: its member .{_printable(bad[0])} is there twice or sparse: pack the shard again.")
+        raise InputError(f"{where}: its member .{_printable(bad[0])} occurs twice or is sparse: pack the shard again")
     if _printable(key) != key:
-        raise InputError(f"{where}: the member's name is not UTF-8: rename it.")
+        raise InputError(f"{where}: the member's name is not UTF-8: rename it")
     kinds = {suffix: media_type_of(f"x.{suffix}") for suffix in members}
     media = [suffix for suffix, kind in kinds.items() if kind is not None]
     # prefer "jpg" to "seg.png": further fields of a sample have longer suffixes
@@ -141,13 +141,13 @@ def _pair(members: dict[str, TarMember | None], key: str, where: str) -> Pair:
         ends = _printable(", ".join(members))
         known = ", ".join(suffix for kind in MEDIA.values() for suffix in kind.suffixes)
         text = f"{where} must have one medium, and has {len(media)}: its members end in {ends}, media in {known}"
-        raise InputError(f"{text}; links are not read.")
+        raise InputError(f"{text}; links are not read")
     caption = None
     if name := _ending_in(members, TEXTS):
         try:
             caption = _read(members[name], where).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8.") from error
+            raise InputError(f"{where}: the caption is not UTF-8: save it as UTF-8") from error
     elif name := _ending_in(members, JSONS):
         row = parse_json(_read(members[name], where), f"{where}: the member .{name}")
         caption = row.get("caption") if isinstance(row, dict) else None
@@ -162,7 +162,7 @@ def _ending_in(members: Collection[str], endings: tuple[str, ...]) -> str | None
 
 def _read(member: TarMember, where: str) -> bytes:
     if member.size > MAX_ROW_BYTES:
-        raise InputError(f"{where}: {_printable(member.name)} has {member.size:,} bytes, which no caption has.")
+        raise InputError(f"{where}: {_printable(member.name)} has {member.size:,} bytes, more than any caption")
     return member.open().read()
 
 
