@@ -116,10 +116,10 @@ def test_a_batch_has_one_length():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (noise(100), "Audio 1 is a ndarray"),
-        ((np.zeros(0, np.float32), 16000), "Audio 1 is float32"),
-        ((np.zeros(100, np.int16), 16000), "Audio 1 is int16"),
-        ((np.full(100, np.nan, np.float32), 16000), "Audio 1 is float32"),
+        (noise(100), "audio 1 is a ndarray"),
+        ((np.zeros(0, np.float32), 16000), "audio 1 is float32"),
+        ((np.zeros(100, np.int16), 16000), "audio 1 is int16"),
+        ((np.full(100, np.nan, np.float32), 16000), "audio 1 is float32"),
         ((noise(100), 0), "not 0"),
         ((noise(100).reshape(1, 1, 100), 16000), r"\(1, 1, 100\)"),
     ],
@@ -233,12 +233,12 @@ def test_video_frames_are_taken_evenly_and_repeated():
     "video", [np.zeros((2, 4, 4, 4), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((0, 4, 4, 3), np.uint8), "x"]
 )
 def test_bad_videos_are_said(video):
-    with pytest.raises(InputError, match=r"Video 0 is .*expected a uint8 array"):
+    with pytest.raises(InputError, match=r"video 0 is .*expected a uint8 array"):
         VideoTargets(height=4, width=4, num_frames=2)([video])
 
 
 def test_bad_images_and_no_media_are_said():
-    with pytest.raises(InputError, match="Image 0 is a ndarray"):
+    with pytest.raises(InputError, match="image 0 is a ndarray"):
         ImageTargets(height=4, width=4)([np.zeros((4, 4, 3), np.uint8)])
     with pytest.raises(InputError, match="at least one image"):
         ImageTargets(height=4, width=4)([])

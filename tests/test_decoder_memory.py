@@ -182,7 +182,7 @@ def test_check_knows_what_a_decoder_saves(folders, tmp_path):
 def test_a_quantised_denoiser_trains_an_adapter_alone(folders, tmp_path):
     pytest.importorskip("torchao")
     model, _ = compose(load_decoder(folders("sd"), quantization_config=INT8))
-    with pytest.raises(InputError, match=r"the unet .* is quantised and cannot train: train an adapter"):
+    with pytest.raises(InputError, match=r"the unet .* is quantised and cannot be trained: train an adapter"):
         model.train("thing_decoder")
     names = prepare_stage(model, LLM_DECODER, settings(tmp_path, {"path": "x"}, **{"train.parts": "[thing_denoiser]"}))
     assert names and all("lora_" in name for name in names)
@@ -324,7 +324,7 @@ def test_groups_make_the_same_media_and_refuse_gradients(tmp_path):
         with torch.no_grad():
             assert decoder.denoising_loss(condition, torch.randn(3, 4, 8, 8)).shape == (3,)
     np.testing.assert_array_equal(*made)
-    with pytest.raises(InputError, match=r"offload: group lets go of each layer's weights.*use offload: model"):
+    with pytest.raises(InputError, match=r"offload: group drops each layer's weights.*use offload: model"):
         decoder.denoising_loss(condition, torch.randn(3, 4, 8, 8))
 
 
@@ -357,5 +357,5 @@ def test_options_with_other_values_are_refused(folders):
     with pytest.raises(InputError, match="vae_tiling is set, but the vae is a AutoencoderKL, which cannot do it"):
         StableDiffusionDecoder(pipeline, vae_tiling=True)
     model, _ = compose(load_decoder(folders("sd"), offload="model"))
-    with pytest.raises(InputError, match="thing_decoder cannot train while its weights come and go"):
+    with pytest.raises(InputError, match="thing_decoder cannot train while its weights are offloaded"):
         model.train("thing_decoder")

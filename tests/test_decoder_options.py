@@ -46,7 +46,7 @@ def tokenize(processor, texts):
         ("audio", {"seed": "1"}, "seed of the audio decoder is '1'"),
         ("image", {"negative_prompt": ["a"]}, "expected a text"),
         ("image", {"seed": 1, "generator": torch.Generator()}, "both seed and generator"),
-        ("image", {"generator": []}, "a torch.Generator, or a list with one a sample"),
+        ("image", {"generator": []}, "a torch.Generator, or a list with one per sample"),
         ("image", {"negative_prompt": "a", "guidance_scale": 1}, "negative_prompt of the image decoder .* no effect"),
         ("audio", {"negative_condition": torch.zeros(1), "guidance_scale": -3.0}, "negative_condition .* no effect"),
     ],
@@ -114,7 +114,7 @@ def test_each_row_may_have_a_seed_of_its_own(full_model):
     assert not np.array_equal(first, second)
     with pytest.raises(InputError, match="image is given 1 seeds for 2 rows"):
         images(same, [3])
-    with pytest.raises(InputError, match="a list of such"):
+    with pytest.raises(InputError, match="a list with one per row"):
         images(same, [3, -1])
 
 

@@ -154,7 +154,7 @@ def test_only_an_own_condition_moves_a_sample(family):
 def test_with_a_generator_a_sample_the_split_does_not_matter(family, snr_gamma):
     decoder, condition, latents = family
     if snr_gamma is not None and isinstance(decoder, StableDiffusion3Decoder):
-        with pytest.raises(InputError, match="flow matching, where snr_gamma means nothing"):
+        with pytest.raises(InputError, match="flow matching, where snr_gamma has no meaning"):
             decoder.denoising_loss(condition, latents, snr_gamma=snr_gamma)
         return
 
@@ -248,7 +248,7 @@ def test_timesteps_beyond_the_schedule_are_refused(wrong):
 
 def test_noise_and_timesteps_of_another_shape_are_refused():
     condition, latents, noise, timesteps = inputs()
-    with pytest.raises(InputError, match=r"timesteps are \(1,\), expected one a sample: \(4,\)"):
+    with pytest.raises(InputError, match=r"timesteps are \(1,\), expected one per sample: \(4,\)"):
         image_decoder().denoising_loss(condition, latents, timesteps=timesteps[:1])
     with pytest.raises(InputError, match=r"noise is \(4, 4, 8, 4\), expected the latents' shape \(4, 4, 8, 8\)"):
         image_decoder().denoising_loss(condition, latents, noise=noise[..., :4])

@@ -19,9 +19,9 @@ from anygpt.errors import InputError
 def vocoder_loss(made: Tensor, waveform: Tensor) -> Tensor:
     """Squared error of `(B, N)` waveforms, relative to the power of the target: `(B,)`.
 
-    It penalises phase, so it suits only sounds whose spectrograms determine the phases, as ToyWorld's; others need
-    HiFi-GAN's losses (arXiv 2010.05646). A distance of spectrograms trains far slower, because a tone that is still
-    missing gives it no gradient.
+    It penalises phase, so it suits only sounds whose spectrograms determine the phases, like ToyWorld's; others need
+    HiFi-GAN's losses (arXiv 2010.05646). A distance between spectrograms trains far more slowly, because a tone that is
+    still missing gives it no gradient.
     """
     error = (made - waveform.float()).square().sum(1)
     return error / waveform.float().square().sum(1).clamp(min=1e-8)
@@ -68,7 +68,7 @@ class AudioLDMDecoder(AudioDecoder):
         return self.pipeline._encode_prompt(captions, self.device, 1, False).unsqueeze(1)
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """To unit length, as the pipeline does with CLAP's projection."""
+        """Scale to unit length, as the pipeline does with CLAP's projection."""
         if isinstance(condition, Tensor):
             return F.normalize(condition, dim=-1)
         return replace(condition, embeds=F.normalize(condition.embeds, dim=-1))
@@ -98,7 +98,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
     """Conditions `(B, G + T5, D)` with their mask -> float32 waveforms `(N,)` at `sampling_rate` (arXiv 2308.05734).
 
     A condition is what the U-Net attends to: the `G` states that the language model generates, then T5's states, which
-    have padding; `D` is the larger of both widths, and the narrower ones end in zeros. Sizes and targets are as in
+    have padding; `D` is the larger of both widths, and narrower states end in zeros. Sizes and targets are as in
     `AudioLDMDecoder`.
     """
 
@@ -106,7 +106,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
     masked = True
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: Any):
-        if not isinstance(pipeline.language_model, GenerationMixin):  # older repositories have the trunk alone
+        if not isinstance(pipeline.language_model, GenerationMixin):  # older repositories only have the trunk
             with torch.device("meta"):
                 whole = GPT2LMHeadModel(pipeline.language_model.config)
             whole.transformer = pipeline.language_model
@@ -114,7 +114,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
             pipeline.register_modules(language_model=whole.eval())
         super().__init__(pipeline, **settings)
         if self.text_encoder_2.config.model_type == "vits":
-            raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription.")
+            raise InputError("AudioLDM2Decoder is for sounds and music; this pipeline speaks a transcription")
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -143,7 +143,7 @@ class AudioLDM2Decoder(AudioLDMDecoder):
         return Condition(torch.cat(rows), mask=torch.cat(masks).bool())
 
     def normalize_condition(self, condition: Tensor | Condition) -> Tensor | Condition:
-        """Nothing: the states are as they are."""
+        """Return the states unchanged: this pipeline does not normalise them."""
         return condition
 
     def _split(self, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:

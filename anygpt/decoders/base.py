@@ -37,8 +37,8 @@ KL_WEIGHT = 0.03072
 def autoencoder_loss(decoded: Tensor, media: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Mean absolute error of `(B, …)` media plus the weighted KL divergence of the posterior from N(0, 1): `(B,)`.
 
-    The divergence is summed over the latents and divided by the number of values of a medium, as the error is: larger
-    media have more latents, and each of these a smaller share in the mean error.
+    The divergence is summed over the latents and, like the error, divided by the number of values of a medium: larger
+    media have more latents, each with a smaller share in the mean error.
     """
     error = decoded.float() - media.float()
     variance = std.float().square()
@@ -58,7 +58,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     encodes: ClassVar[tuple[str | None, ...]] = ("embeds",)
     """The parts of a condition in the order in which the pipeline's `encode_prompt` returns them; None for others.
 
-    If `mask` is none of them, padding is zeros, which the network attends to.
+    Without `mask` among them, padding is zeros, which the network attends to.
     """
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser also reads a reference medium, which it is to edit."""
@@ -69,7 +69,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """`(T, D)` of a condition, from the configs of the tokenizer and of what has its width."""
+        """`(T, D)` of a condition, from the configs of the tokenizer and of the network that determines its width."""
         tokens = self.max_sequence_length or self.pipeline.tokenizer.model_max_length
         return tokens, self.denoiser.config.get("joint_attention_dim") or self.text_encoder.config.hidden_size
 
@@ -107,7 +107,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             most = tokenizer.model_max_length
             if any(len(ids) > most for ids in tokenizer(captions, verbose=False)["input_ids"]):
                 warn_once(f"the {self.modality} decoder reads {most} tokens of a caption: longer captions are cut")
-        # diffusers says so of each batch, with the padding of every other caption in it
+        # diffusers warns for each batch, and prints the padding of its other captions
         with without_report(type(self.pipeline).__module__, "was truncated because"):
             return self.encode_prompt(captions)
 
@@ -164,8 +164,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         return distribution.mean, distribution.std
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Shift and scale by what the VAE has of these, which the pipeline undoes: means and deviations by channel,
-        `shift_factor`, `scaling_factor`."""
+        """Shift and scale by the VAE's settings, which the pipeline undoes: means and deviations by channel,
+        `shift_factor` and `scaling_factor`, whichever it has."""
         known = dict(self.vae.config) | dict(self.vae.named_buffers(recurse=False))
         scale = known.get("scaling_factor") or 1.0
         mean, std = known.get("latents_mean"), known.get("latents_std")
@@ -187,7 +187,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         """The training schedule with the pipeline's scheduler config: a flow if there is a `weighting_scheme`."""
         if self.denoiser.config.get("time_cond_proj_dim"):
             raise InputError(
-                "a U-Net that is told its guidance (time_cond_proj_dim) is distilled, and not trained by denoising: "
+                "a U-Net with its guidance as input (time_cond_proj_dim) is distilled, and not trained by denoising: "
                 "give the denoising loss weight 0, or use the model that it was distilled from"
             )
         if self.weighting_scheme is None:
@@ -226,7 +226,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             latents: `(B, C, …)` from `encode_media`.
             reference: `(B, …)` from `targets`, for a decoder that takes one; zeros (or None for all) are none.
             noise, timesteps: like `latents`, and `(B,)`; drawn by default.
-            generator: one for the batch, or a list with one a sample, which makes a sample's loss independent of
+            generator: one for the batch, or a list with one per sample, which makes a sample's loss independent of
                 its batch. A CPU generator works on any device.
             snr_gamma: γ of min-SNR weighting, applied per sample; None for none.
 
@@ -240,18 +240,18 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         latents = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
         if self.offload == "group" and is_hooked(self.pipeline) and torch.is_grad_enabled():
             raise InputError(
-                "offload: group lets go of each layer's weights before the backward pass needs them; use offload: "
+                "offload: group drops each layer's weights before the backward pass needs them; use offload: "
                 "model, or give the denoising loss weight 0"
             )
         if noise is None:
             noise = randn_tensor(latents.shape, generator, self.device, latents.dtype)
         elif noise.shape != latents.shape:
-            raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}.")
+            raise InputError(f"noise is {tuple(noise.shape)}, expected the latents' shape {tuple(latents.shape)}")
         if timesteps is None:
             timesteps = self.schedule.draw(len(latents), generator, self.device)
             timesteps = self.schedule.shift(timesteps, self.count_tokens(latents))
         elif timesteps.shape != (len(latents),):
-            raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one a sample: ({len(latents)},).")
+            raise InputError(f"timesteps are {tuple(timesteps.shape)}, expected one per sample: ({len(latents)},)")
         else:
             self.schedule.check(timesteps)
         timesteps = timesteps.to(self.device)
@@ -288,9 +288,9 @@ class DiffusionDecoder(WrappedPipeline, ABC):
             condition: `(B, T, D)`.
             num_inference_steps, guidance_scale: the pipeline's defaults if None. Guidance up to 1 is none.
             negative_condition: `(B, T, D)`; the pipeline's default if None.
-            generator: one, or a list with one a sample.
+            generator: one, or a list with one per sample.
             on_step: called with the numbers of finished and of all denoising steps; an exception ends the sampling.
-            reference: one raw medium a sample, to edit.
+            reference: one raw medium per sample, to edit.
             size: the family's `size_names`, the decoder's own by default, and its other options.
 
         Raises:
@@ -300,7 +300,7 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         given = {name: value for name, value in (steering | size).items() if value is not None}
         for name, instead in ALTERNATIVES:
             if name in given:
-                raise InputError(f"sample takes no {name}, which is for generate's decoder_kwargs: give {instead}.")
+                raise InputError(f"sample takes no {name}, which is for generate's decoder_kwargs: give {instead}")
         self.check_options(given | {"negative_condition": negative_condition})
         condition = self._ready(condition)
         if negative_condition is not None:
@@ -317,18 +317,18 @@ class DiffusionDecoder(WrappedPipeline, ABC):
         return self.collect(self.call_pipeline(**arguments, generator=generator))
 
     def check_reference(self, reference: Any, batch_size: int, options: Collection[str] = ()) -> None:
-        """Raise an `InputError` unless there is one reference a sample, and this decoder uses it with such options."""
+        """Raise an `InputError` unless there is one reference per sample, which the decoder uses with these options."""
         if not self.takes_reference and "strength" not in options:
-            raise InputError(f"{type(self).__name__} takes no reference: leave it out.")
+            raise InputError(f"{type(self).__name__} takes no reference: leave it out")
         if len(reference) != batch_size:
-            raise InputError(f"{len(reference)} references for {batch_size} samples: give one a sample.")
+            raise InputError(f"{len(reference)} references for {batch_size} samples: give one per sample")
 
     def call_pipeline(self, **arguments: Any) -> Any:
         """Call the pipeline; a hook for families whose pipelines name arguments otherwise."""
         return self.pipeline(**arguments)
 
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
-        """The conditions as arguments of the pipeline's call; for a negative of None it uses its default."""
+        """The conditions as arguments of the pipeline's call; if `negative` is None, the pipeline uses its default."""
         names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_attention_mask"}
         length = self.max_sequence_length
         arguments: dict[str, Any] = {} if length is None else {"max_sequence_length": length}
@@ -379,8 +379,8 @@ class DiffusionDecoder(WrappedPipeline, ABC):
     def sampling_arguments(self, options: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """Convert checked options of generation to arguments of `sample`.
 
-        A `seed` (or a list with one a sample) and the sample's place, its index among this decoder's media in its
-        answer, give each sample its own generator, so that a medium does not depend on the rest of the batch.
+        A `seed` (or a list with one per sample) and the sample's place (its index among this decoder's media in its
+        answer) give each sample its own generator, so that a medium does not depend on the rest of the batch.
         """
         arguments = {name: value for name, value in options.items() if value is not None}
         prompt, seed = arguments.pop("negative_prompt", None), arguments.pop("seed", None)

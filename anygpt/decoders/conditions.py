@@ -34,7 +34,7 @@ class Condition:
 
     @property
     def real(self) -> Tensor:
-        """`(B, T)` bool, at least one a row: all without a mask, the likeliest if logits name none."""
+        """`(B, T)` bool, at least one per row: all tokens without a mask, the likeliest if no logit is positive."""
         if self.mask is None:
             return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
         if not self.mask.is_floating_point():
@@ -49,7 +49,7 @@ class Condition:
         return self._map(lambda tensor: tensor[rows])
 
     def replaced(self, rows: list[bool], by: "Condition") -> "Condition":
-        """The samples, with the only one of `by` in place of those that `rows` marks."""
+        """The samples, with those that `rows` marks replaced by the only sample of `by`."""
         parts = ((self.embeds, by.embeds), (self.pooled, by.pooled), (self.mask, by.mask))
         both = Condition(*(None if x is None else torch.cat([x, y.to(x)]) for x, y in parts))
         return both[[len(self) if marked else i for i, marked in enumerate(rows)]]
@@ -63,16 +63,16 @@ class Condition:
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raise an `InputError` for a list of generators without exactly one a sample."""
+    """Raise an `InputError` for a list of generators without exactly one per sample."""
     if isinstance(generator, list) and len(generator) != batch_size:
-        raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one a sample.")
+        raise InputError(f"{len(generator)} generators for {batch_size} samples: give one, or one per sample")
 
 
 def check_condition(condition: Condition, decoder: Any, batch_size: int | None) -> None:
     """Raise an `InputError` for a condition whose embeds, pooled part or mask do not fit the decoder."""
     name, rows, (tokens, dim) = type(decoder).__name__, batch_size or len(condition), decoder.condition_shape
     if condition.mask is not None and not decoder.masked:
-        raise InputError(f"The condition has a mask, but {name} attends to every token: give it none.")
+        raise InputError(f"the condition has a mask, but {name} attends to every token: give it none")
     shapes: dict[str, tuple[int, ...]] = {"embeds": (rows, tokens, dim)}
     if decoder.pooled_dim is not None:
         shapes["pooled"] = (rows, decoder.pooled_dim)
@@ -83,6 +83,6 @@ def check_condition(condition: Condition, decoder: Any, batch_size: int | None) 
         given = None if tensor is None else tuple(tensor.shape)
         if given != expected:
             raise InputError(
-                f"The {part} of a condition of {name} is {given}, expected the shape {expected}: make the output "
-                "projector for this decoder, and give one condition a sample."
+                f"the {part} of a condition of {name} is {given}, expected the shape {expected}: make the output "
+                "projector for this decoder, and give one condition per sample"
             )

@@ -1,4 +1,4 @@
-"""Images from FLUX.1: a transformer of image and text tokens, with the guidance distilled into it or without."""
+"""Images from FLUX.1: a transformer of image and text tokens, with or without distilled guidance."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,9 @@ from anygpt.errors import InputError
 class FluxDecoder(ImageDecoder):
     """Conditions of T5, embeds `(B, T, D)`, and CLIP, pooled `(B, P)` -> PIL images. Padding counts as text.
 
-    A model with `guidance_embeds` (FLUX.1 dev) is told the guidance as a number: `guidance_scale`, in training the
-    pipeline's default. Others (schnell) take none. Real guidance away from a negative condition, by a second pass, is
-    `true_cfg_scale`.
+    A model with `guidance_embeds` (FLUX.1 dev) has the guidance as an input number: `guidance_scale`, in training the
+    pipeline's default. Others (schnell) have none. `true_cfg_scale` is classifier-free guidance, with a second pass
+    on a negative condition.
     """
 
     pipeline_name = "FluxPipeline"
@@ -26,7 +26,7 @@ class FluxDecoder(ImageDecoder):
     pixel_multiple = 1
     patch = (2, 2)
     most_tokens = 512
-    guided = ()  # `check_options` sees to it
+    guided = ()  # `check_options` handles them
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -87,12 +87,12 @@ class FluxDecoder(ImageDecoder):
         if scaled != any(options.get(name) is not None for name in ("negative_prompt", "negative_condition")):
             raise InputError(
                 f"the {self.modality} decoder is given only one of true_cfg_scale and a negative prompt, which FLUX "
-                "ignores without the other: give both, or neither."
+                "ignores without the other: give both, or neither"
             )
 
 
 class FluxKontextDecoder(FluxDecoder):
-    """FLUX.1 Kontext (arXiv 2506.15742): edits a reference, whose latents are further tokens; without, as FLUX.1."""
+    """FLUX.1 Kontext (arXiv 2506.15742): edits a reference, whose latents are further tokens; else like FLUX.1."""
 
     pipeline_name = "FluxKontextPipeline"
     takes_reference = True
@@ -100,7 +100,7 @@ class FluxKontextDecoder(FluxDecoder):
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, reference: Tensor | None = None
     ) -> Tensor:
-        """The velocity prediction; rows without a reference, whose latents are zeros, run by themselves."""
+        """The velocity prediction; rows without a reference, whose latents are zeros, run separately."""
         given = torch.zeros_like(timesteps, dtype=torch.bool) if reference is None else reference.flatten(1).any(dim=1)
         prediction = torch.empty_like(noisy)
         for rows in filter(len, (given.nonzero()[:, 0], (~given).nonzero()[:, 0])):

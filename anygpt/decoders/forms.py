@@ -31,7 +31,7 @@ class ImageDecoder(DiffusionDecoder):
     modality = "image"
     size_names: ClassVar[tuple[str, ...]] = ("height", "width")
     pixel_multiple: ClassVar[int] = 8
-    """What the pipeline demands height and width in pixels to be multiples of."""
+    """Height and width in pixels must be multiples of this, as the pipeline requires."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None, **settings: Any
@@ -51,7 +51,7 @@ class ImageDecoder(DiffusionDecoder):
 
     @property
     def size_multiple(self) -> int:
-        """What height and width must be multiples of: `pixel_multiple`, and the pixels of a patch."""
+        """Height and width must be multiples of this: `pixel_multiple`, and the pixels of a patch."""
         names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
         factor = next((getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)), 1)
         return math.lcm(self.pixel_multiple, factor * self.patch[-1])
@@ -73,10 +73,10 @@ class ImageDecoder(DiffusionDecoder):
         super().check_options(options)
         steps = options.get("num_inference_steps") or self.call_default("num_inference_steps")
         if (strength := options.get("strength")) is not None and int(steps * strength) < 1:
-            raise InputError(f"strength {strength} of {steps} steps is less than one step: raise either")
+            raise InputError(f"strength {strength} of {steps} steps is less than one step: raise one of them")
 
     def call_pipeline(self, **arguments: Any) -> Any:
-        """Call the pipeline, or with a reference and `strength` the image-to-image one; without one, strength is 1."""
+        """Call the pipeline; with a reference and `strength`, its image-to-image variant."""
         strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
         if reference is None:
             return super().call_pipeline(**arguments)
@@ -178,7 +178,7 @@ class AudioDecoder(DiffusionDecoder):
     @property
     @abstractmethod
     def seconds_per_latent(self) -> float:
-        """Seconds that one place in the latents stands for, the least length of a sound."""
+        """Seconds of sound per position of the latents, which is the shortest sound."""
 
     @property
     def rate(self) -> float:

@@ -17,8 +17,8 @@ from anygpt.decoders.pipelines import find_pipeline
 class InstructPix2PixDecoder(ImageDecoder):
     """Conditions `(B, T, D)` of CLIP, and references -> PIL images (arXiv 2211.09800).
 
-    The U-Net has the reference's unscaled latents as further channels; zeros are none. `guidance_scale` guides by the
-    text, `image_guidance_scale` by the reference.
+    The U-Net gets the reference's unscaled latents as further channels, or zeros without one. `guidance_scale` guides
+    by the text, `image_guidance_scale` by the reference.
     """
 
     pipeline_name = "StableDiffusionInstructPix2PixPipeline"
@@ -27,7 +27,7 @@ class InstructPix2PixDecoder(ImageDecoder):
 
     @classmethod
     def widened(cls, pipeline: DiffusionPipeline) -> InstructPix2PixDecoder:
-        """A Stable Diffusion pipeline with further input channels, whose weights are zeros, as training starts from."""
+        """A Stable Diffusion pipeline with further input channels of zero weight, from which training starts."""
         unet = pipeline.unet
         wide = UNet2DConditionModel.from_config(unet.config, in_channels=2 * unet.config.in_channels)
         weights = unet.state_dict()
@@ -48,7 +48,7 @@ class InstructPix2PixDecoder(ImageDecoder):
         return super().predict(torch.cat([noisy, reference], dim=1), timesteps, condition)
 
     def call_pipeline(self, **arguments: Any) -> Any:
-        """Call the pipeline; without references, on latents of zeros in their place."""
+        """Call the pipeline; without references, with latents of zeros in their place."""
         height, width, reference = arguments.pop("height"), arguments.pop("width"), arguments.pop("reference", None)
         if reference is not None:
             return self.pipeline(image=self.reference_pixels(reference, height, width), **arguments)

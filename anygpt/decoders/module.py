@@ -19,7 +19,7 @@ class ModalDecoderModule(MediaMaker):
     """One output modality: states at a signal span → output projector → condition → diffusion decoder.
 
     Args:
-        model: the diffusion decoder, the attribute `module`.
+        model: the diffusion decoder, which becomes the attribute `module`.
         projector: if None, built by `MultimodalModel` with sizes from both sides.
         num_signal_tokens: `N`; if None, the paper's count for the modality.
         hidden_layer: which of the language model's states are read: `-1` the last, after the final norm (the paper),
@@ -64,7 +64,7 @@ class ModalDecoderModule(MediaMaker):
         self.module.check_options(options)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Also leaves out defaults that do nothing where a request goes without guidance."""
+        """Also leaves out defaults that have no effect in a request without guidance."""
         merged = super().options(given)
         idle = [name for name in self.module.idle(merged) if given.get(name) is None]
         return {name: value for name, value in merged.items() if name not in idle}
@@ -79,7 +79,7 @@ class ModalDecoderModule(MediaMaker):
         return self.hidden_layer != -1
 
     def read_codes_of(self, key: str, tokenizer: nn.Module | None) -> None:
-        """Read the codes of this tokenizer, `N` a medium; an `InputError` if it is none of the key and media type."""
+        """Read the codes of this tokenizer, `N` per medium; an `InputError` if its key or media type is another."""
         modality = getattr(tokenizer, "modality", None)
         if modality != self.modality:
             raise InputError(

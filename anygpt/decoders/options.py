@@ -1,4 +1,4 @@
-"""Options of generation for what makes media: `generate(decoder_kwargs={key: options})`."""
+"""Generation options of decoders and tokenizers: `generate(decoder_kwargs={key: options})`."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from anygpt.errors import InputError
 ALTERNATIVES = (("negative_prompt", "negative_condition"), ("seed", "generator"))
 MAX_SEED = 2**63 - 1
 Rule: TypeAlias = tuple[Callable[[Any], bool], str]
-"""A test of an option's value, and the words for what is expected."""
+"""A test of an option's value, and a description of what is expected."""
 
 
 def is_integer(value: Any) -> bool:
@@ -44,8 +44,8 @@ STEERING: dict[str, Rule] = {
     "guidance_scale": (is_number, "a finite number"),
     "negative_prompt": (is_text, "a text of whole characters"),
     "negative_condition": (lambda value: isinstance(value, (torch.Tensor, Condition)), "a tensor or a Condition"),
-    "seed": (are_seeds, "a whole number from 0, or a list of such with one a row"),
-    "generator": (are_generators, "a torch.Generator, or a list with one a sample"),
+    "seed": (are_seeds, "a whole number from 0, or a list with one per row"),
+    "generator": (are_generators, "a torch.Generator, or a list with one per sample"),
 }
 """Options of every decoder, besides its steps and its family's sizes."""
 
@@ -65,7 +65,7 @@ def check_options(who: str, rules: Mapping[str, Rule], options: Mapping[str, Any
 
 
 def check_rate(rate: Any) -> float:
-    """The frame rate, or an `InputError` for one that is none."""
+    """The frame rate; an `InputError` if it is not valid."""
     if not is_number(rate) or rate <= 0:
         raise InputError(f"frame_rate is {rate!r:.80}, expected a number above 0")
     return rate
@@ -77,11 +77,11 @@ class MediaMaker(nn.Module):
     modality: str
 
     def check_values(self, options: Mapping[str, Any]) -> None:
-        """Raise an `InputError` for options that, without any defaults, the module cannot use."""
+        """Raise an `InputError` for options that the module cannot use, leaving defaults aside."""
         raise NotImplementedError
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise an `InputError` for options of a request that, over the defaults, the module cannot use."""
+        """Raise an `InputError` for a request's options that the module cannot use together with the defaults."""
         self.check_values(dict.fromkeys(options) | self.options(options))
 
     @property
@@ -104,7 +104,7 @@ class MediaMaker(nn.Module):
 
 
 def seeded(seed: int | Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
-    """One generator a sample, seeded by the seed (one, or one a sample) plus the sample's place in its answer."""
+    """One generator per sample, seeded by the seed (one, or one per sample) plus the sample's place in its answer."""
     seeds = [seed] * len(places) if isinstance(seed, int) else seed
     return [
         torch.Generator().manual_seed(min(int(own), MAX_SEED - max(places)) + place)

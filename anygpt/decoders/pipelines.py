@@ -43,16 +43,16 @@ def find_class(place: Place, cls: Any, known: Mapping[str, Any]) -> tuple[Any, d
     name = (config or {}).get("_class_name")
     if name is None:
         raise InputError(
-            f"No diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id"
+            f"no diffusers pipeline at {str(place)!r}: expected a folder with a model_index.json, or a hub id"
             f"{place.taken_for}"
         )
     found = cls or known.get(str(name))
     if found is None:
-        raise InputError(f"{place}: no decoder for the pipeline class {name}; known are {', '.join(sorted(known))}.")
+        raise InputError(f"{place}: no decoder for the pipeline class {name}; known are {', '.join(sorted(known))}")
     if found.pipeline_name != name:
         raise InputError(
             f"{place} holds a {name}, but {found.__name__} needs a {found.pipeline_name}: name a folder of "
-            "that kind, or use DiffusionDecoder.from_pretrained."
+            "that kind, or use DiffusionDecoder.from_pretrained"
         )
     return found, config
 
@@ -94,7 +94,7 @@ def load_pipeline(
     folder = place.download(weights=False)
     pipeline = cls.from_pretrained(str(folder), torch_dtype=dtype, **given, **components)
     if pipeline.components.get("unet") is None and pipeline.components.get("transformer") is None:
-        raise InputError(f"{place}/model_index.json names neither a unet nor a transformer, which a decoder needs")
+        raise InputError(f"{place}/model_index.json names neither a unet nor a transformer: a decoder needs one")
     for name, component in pipeline.components.items():
         if isinstance(component, transformers.PreTrainedTokenizerBase):
             check_vocabulary(component, place.inside(name))
@@ -134,7 +134,7 @@ def load_network_of_pipeline(
             quantize_outline(outline, quantizer)
         return outline
     with without_report("diffusers.models.modeling_utils"):
-        # From the local folder: by a hub id, diffusers would ask the hub about shards that are all there.
+        # From the local folder: with a hub id, diffusers would ask the hub about shards that are already local.
         network, info = cls.from_pretrained(
             str(weights.entry.parent),
             variant=weights.variant,
@@ -143,7 +143,7 @@ def load_network_of_pipeline(
             quantization_config=quantizer,
             output_loading_info=True,
         )
-    # Of a folder that holds a network twice, diffusers may have read other files than those checked above.
+    # If a folder holds a network twice, diffusers may have read other files than those checked above.
     check_report(weights, cls, {"lacks": info["missing_keys"], "has left over": info["unexpected_keys"]})
     return network
 
@@ -171,7 +171,7 @@ def quantizers(config: Mapping[str, Any] | None, networks: Mapping[str, type[nn.
 
     `config` are arguments of diffusers' `PipelineQuantizationConfig`: `quant_backend`, `quant_kwargs` and
     `components_to_quantize`, by default the denoiser. torchao's `quant_type` is the name of one of its config classes
-    (`Int8WeightOnlyConfig`), whose arguments stand beside it. Whatever is unknown or missing is an `InputError`.
+    (`Int8WeightOnlyConfig`), with its arguments beside it. Anything unknown or missing is an `InputError`.
     """
     if config is None:
         return {}
@@ -218,7 +218,7 @@ def quantize_outline(network: ModelMixin, config: Any) -> None:
 
 
 def is_hooked(pipeline: DiffusionPipeline) -> bool:
-    """Whether offloading keeps a pipeline's weights on another device than the one it computes on."""
+    """Whether offloading keeps a pipeline's weights on a device other than the one it computes on."""
     networks = [x for x in pipeline.components.values() if isinstance(x, nn.Module)]
     # accelerate's hooks and diffusers' block-level ones are on the networks, diffusers' leaf-level ones on the leaves.
     leaves = [next((m for m in network.modules() if m._parameters), network) for network in networks]
@@ -231,7 +231,7 @@ def step_callback(pipeline: DiffusionPipeline, on_step: Callable[[int, int], Non
     if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
 
         def at_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, getattr(pipeline, "num_timesteps", len(scheduler.timesteps)))  # fewer from a picture
+            on_step(step + 1, getattr(pipeline, "num_timesteps", len(scheduler.timesteps)))  # fewer with strength
             return tensors
 
         return {"callback_on_step_end": at_step_end}

@@ -17,10 +17,10 @@ class OutputProjectorConfig(PreTrainedConfig):
 
     Args:
         projection_type: `linear` (one Linear on the flattened span), `mlp` (two, with `activation` between them),
-            `transformer` (the paper's: in-projection, encoder and decoder layers, one learned query a condition
+            `transformer` (the paper's: in-projection, encoder and decoder layers, one learned query per condition
             token; arXiv 2309.05519, §3 and its code), `qformer` (BLIP-2's, without the encoder layers) or `perceiver`
-            (one layer, in which a query a condition token attends to the states and the others, `num_decoder_layers`
-            times with the same weights, as in arXiv 2103.03206: small for wide conditions).
+            (one layer, in which one query per condition token attends to the states and the other queries,
+            `num_decoder_layers` times with the same weights, as in arXiv 2103.03206: small for wide conditions).
         in_features: `H`, width of the language model's states.
         num_signal_tokens: `N`.
         condition_shape: `(T, D)` of the decoder.
@@ -61,8 +61,8 @@ class OutputProjectorConfig(PreTrainedConfig):
 class OutputProjector(PreTrainedModel):
     """Maps `(K, N, H)` states at signal spans to a `Condition`: embeds `(K, T, D)`, and pooled part and mask if any.
 
-    `projection`, a module of your own that maps the states to `(K, T, D)`, stands in place of the one built from the
-    config, for which an `InputError` names missing sizes.
+    `projection`, a module of your own that maps the states to `(K, T, D)`, replaces the one built from the config. An
+    `InputError` names sizes missing in the config.
     """
 
     config_class = OutputProjectorConfig

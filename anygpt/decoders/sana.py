@@ -14,8 +14,8 @@ from anygpt.decoders.options import Rule
 class SanaDecoder(ImageDecoder):
     """Conditions `(B, T, D)` of Gemma 2 with their mask -> PIL images (arXiv 2410.10629).
 
-    Captions are encoded after the pipeline's instruction to enhance them, negative prompts alone. Images have exactly
-    the size asked for: the pipeline's rounding to its training resolutions is off.
+    Captions are encoded after the pipeline's instruction to enhance them, negative prompts without it. Images have
+    exactly the size asked for: the pipeline's rounding to its training resolutions is off.
     """
 
     pipeline_name = "SanaPipeline"
@@ -39,7 +39,7 @@ class SanaDecoder(ImageDecoder):
     def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Any]:
         more: dict[str, Any] = {"use_resolution_binning": False}
         if negative is not None:
-            more["negative_prompt"] = None  # the default is a text, which the pipeline takes for a second negative
+            more["negative_prompt"] = None  # its default is a text, which the pipeline would take as a second negative
         return super().prompt_arguments(condition, negative) | more
 
     @property
@@ -48,7 +48,7 @@ class SanaDecoder(ImageDecoder):
         return super().option_rules | {"strength": STRENGTH}
 
     def call_pipeline(self, **arguments: Any) -> Any:
-        """Call the pipeline; with a reference, at the step of its schedule that `strength` says, from the reference's
+        """Call the pipeline; with a reference, from the step of the schedule that `strength` gives, on the reference's
         latents under that step's noise."""
         strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
         if reference is None:
@@ -64,7 +64,7 @@ class SanaDecoder(ImageDecoder):
         noisy = torch.lerp(latents, noise, float(scheduler.sigmas[first]))
 
         def begin(*_: Any, **__: Any) -> Tensor:
-            scheduler.timesteps = timesteps  # by whose number it knows the last step
+            scheduler.timesteps = timesteps  # whose number tells it the last step
             return noisy
 
         scheduler.timesteps = timesteps[first:]

@@ -1,4 +1,4 @@
-"""Training noise schedules of decoders, separate from the pipeline's scheduler, whose tables are set for sampling.
+"""Training noise schedules of decoders, separate from the pipeline's scheduler, whose state is for sampling.
 
 `DiffusionSchedule` is for DDPM, `FlowSchedule` for flow matching, `AngularSchedule` for Stable Audio.
 Shapes: `B` batch, `C` latent channels.
@@ -22,7 +22,7 @@ SHIFTING = (
     *("num_train_timesteps", "use_dynamic_shifting", "time_shift_type"),
     *("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"),
 )
-"""Settings of a flow's noise levels that schedulers of several classes have."""
+"""Settings of a flow's noise levels, shared by several scheduler classes."""
 
 
 class TrainingSchedule(ABC):
@@ -30,7 +30,7 @@ class TrainingSchedule(ABC):
 
     scheduler: Any
     method: str
-    """What the training is called, in messages."""
+    """Name of the training method in messages."""
     last: float
     """The last timestep; the first is 0."""
 
@@ -50,7 +50,7 @@ class TrainingSchedule(ABC):
         if (whole and timesteps.is_floating_point()) or not bool(((timesteps >= 0) & (timesteps <= self.last)).all()):
             raise InputError(
                 f"timesteps are {timesteps.tolist()!s:.80}, expected {'whole ' if whole else ''}numbers from 0 to "
-                f"{self.last} for {self.method}."
+                f"{self.last} for {self.method}"
             )
 
     @abstractmethod
@@ -65,7 +65,7 @@ class TrainingSchedule(ABC):
         """Loss weights `(B,)` of the samples; an `InputError` if min-SNR-γ does not apply."""
         if snr_gamma is not None:
             raise InputError(
-                f"snr_gamma is {snr_gamma}, but the decoder trains by {self.method}, where snr_gamma means nothing."
+                f"snr_gamma is {snr_gamma}, but the decoder trains by {self.method}, where snr_gamma has no meaning"
             )
         return 1.0
 
@@ -87,12 +87,12 @@ class DiffusionSchedule(TrainingSchedule):
             raise InputError(
                 f"the decoder trains with a DDPM noise schedule, but the pipeline's {type(scheduler).__name__} is "
                 "configured for flow matching or continuous noise levels: give the pipeline the diffusion scheduler "
-                "that it was trained with."
+                "that it was trained with"
             )
         if self.kind not in PREDICTION_TYPES:
             raise InputError(
-                f"The scheduler's prediction_type is {self.kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
-                "correct scheduler_config.json."
+                f"the scheduler's prediction_type is {self.kind!r}, expected one of {', '.join(PREDICTION_TYPES)}: "
+                "correct scheduler_config.json"
             )
         # With this key, from_config would replace defaults of the other class (such as LCM's betas) by DDPM's.
         self.scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
@@ -118,11 +118,11 @@ class DiffusionSchedule(TrainingSchedule):
         if snr_gamma is None:
             return 1.0
         if not is_number(snr_gamma) or snr_gamma <= 0:
-            raise InputError(f"snr_gamma is {snr_gamma!r:.80}, expected a number above 0, or None for no weights.")
+            raise InputError(f"snr_gamma is {snr_gamma!r:.80}, expected a number above 0, or None for no weights")
         if self.kind == "epsilon" and self.scheduler.alphas_cumprod.min() == 0:
             raise InputError(
                 "snr_gamma cannot be used with epsilon prediction at zero terminal SNR (the weight is 0/0): "
-                "leave snr_gamma unset, or use a v_prediction model."
+                "leave snr_gamma unset, or use a v_prediction model"
             )
         snr = compute_snr(self.scheduler, timesteps)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.kind]
@@ -144,7 +144,7 @@ class FlowSchedule(TrainingSchedule):
         if shift is None:
             raise InputError(
                 f"the decoder trains by flow matching, but the pipeline's {type(scheduler).__name__} is not configured "
-                "for it: give it the flow's scheduler."
+                "for it: give it the flow's scheduler"
             )
         # With use_dynamic_shifting, its levels are unshifted, and `shift` shifts them.
         known = {name: config[name] for name in SHIFTING if name in config}
@@ -160,7 +160,7 @@ class FlowSchedule(TrainingSchedule):
         return steps[(u * len(steps)).long().clamp(max=len(steps) - 1).cpu()]
 
     def shift(self, timesteps: Tensor, tokens: int) -> Tensor:
-        """σ → e^μ / (e^μ + 1/σ − 1) with μ linear in the number of tokens, where the pipelines do so for sampling.
+        """σ → e^μ / (e^μ + 1/σ − 1) with μ linear in the number of tokens, if the pipeline does so for sampling.
 
         A scheduler whose `time_shift_type` is linear has μ in place of e^μ.
         """
@@ -200,7 +200,7 @@ class AngularSchedule(TrainingSchedule):
         if (config.get("prediction_type"), config.get("sigma_data")) != ("v_prediction", 1.0):
             raise InputError(
                 f"the decoder trains with v-prediction at a data deviation of 1, which the pipeline's "
-                f"{type(scheduler).__name__} is not configured for: give it the scheduler that it was trained with."
+                f"{type(scheduler).__name__} is not configured for: give it the scheduler that it was trained with"
             )
         self.scheduler = scheduler
 

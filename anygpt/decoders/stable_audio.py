@@ -70,7 +70,7 @@ class StableAudioDecoder(AudioDecoder):
         ).sample
 
     def call_pipeline(self, **arguments: Any) -> Any:
-        """Call the pipeline with the end in seconds, and without projecting the condition once more."""
+        """Call the pipeline with the end in seconds, without projecting the condition again."""
         projection = self.projection_model.text_projection
         self.projection_model.text_projection = nn.Identity()
         try:

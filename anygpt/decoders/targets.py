@@ -32,7 +32,7 @@ class TargetProcessor(ABC):
 
     modality: ClassVar[str]
     editable: ClassVar[bool] = False
-    """Whether generation passes on the conversation's last such medium, for decoders that edit it or start from it."""
+    """Whether generation passes on the conversation's last medium of this type, to edit it or start from it."""
     reference: bool = False
     """Whether the decoder trains with references, media that it edits."""
 
@@ -43,18 +43,18 @@ class TargetProcessor(ABC):
             InputError: no media, or one of the wrong kind or shape; names its row.
         """
         if not isinstance(media, (list, tuple)) or not media:
-            raise InputError(f"{type(self).__name__} needs a list of at least one {self.modality}, not {media!r:.80}.")
+            raise InputError(f"{type(self).__name__} needs a list of at least one {self.modality}, not {media!r:.80}")
         return torch.stack([torch.from_numpy(self.one(item, row)) for row, item in enumerate(media)])
 
     def or_zeros(self, media: list) -> Tensor:
-        """Convert `B` media, of which some but not all may be None: these are zeros, which no 8-bit picture is."""
+        """Convert `B` media, of which some but not all may be None: they become zeros, which no 8-bit picture is."""
         given = torch.tensor([medium is not None for medium in media])
         made = self([medium for medium in media if medium is not None])
         return made.new_zeros(len(media), *made.shape[1:]).index_copy(0, given.nonzero()[:, 0], made)
 
     @abstractmethod
     def one(self, item: Any, row: int) -> np.ndarray:
-        """Convert one medium to a float32 array; `row` is for messages."""
+        """Convert one medium to a float32 array; `row` is used in messages."""
 
     @property
     @abstractmethod
@@ -94,11 +94,11 @@ class ImageTargets(TargetProcessor):
 
     def one(self, item: Image.Image, row: int) -> np.ndarray:
         if not isinstance(item, Image.Image):
-            raise InputError(f"Image {row} is a {type(item).__name__}, expected a PIL image.")
+            raise InputError(f"image {row} is a {type(item).__name__}, expected a PIL image")
         try:
             item = to_mode(item, "I;16" if self.channels == 1 else "RGB")
         except ValueError as error:
-            raise InputError(f"Image {row} cannot be used: {error}") from error
+            raise InputError(f"image {row} cannot be used: {error}") from error
         if self.channels == 1:
             item = Image.fromarray(np.asarray(item, dtype=np.float32) / 257)  # to the 8-bit range: 65535 -> 255
         return _pixels(item, self.height, self.width)
@@ -126,7 +126,7 @@ class VideoTargets(TargetProcessor):
         dtype = getattr(item, "dtype", type(item).__name__)
         if len(shape) != 4 or shape[0] == 0 or shape[-1] != 3 or dtype != np.uint8:
             raise InputError(
-                f"Video {row} is {dtype} {tuple(shape)}, expected a uint8 array (frames, height, width, 3)."
+                f"video {row} is {dtype} {tuple(shape)}, expected a uint8 array (frames, height, width, 3)"
             )
         chosen = np.linspace(0, len(item) - 1, self.num_frames).round().astype(int)
         frames = [_pixels(Image.fromarray(frame), self.height, self.width) for frame in item[chosen]]
@@ -136,11 +136,11 @@ class VideoTargets(TargetProcessor):
 def _checked_waveform(item: Any, row: int) -> tuple[np.ndarray, int]:
     """The item, if it is a pair of finite floating-point samples and a rate."""
     if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], np.ndarray):
-        raise InputError(f"Audio {row} is a {type(item).__name__}, expected a (waveform array, sampling rate) pair.")
+        raise InputError(f"audio {row} is a {type(item).__name__}, expected a (waveform array, sampling rate) pair")
     waveform, rate = item
     if waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating) or not np.isfinite(waveform).all():
         raise InputError(
-            f"Audio {row} is {waveform.dtype} {waveform.shape}, expected finite floating-point samples in [-1, 1]."
+            f"audio {row} is {waveform.dtype} {waveform.shape}, expected finite floating-point samples in [-1, 1]"
         )
     return waveform, rate
 

@@ -73,7 +73,7 @@ class WrappedPipeline(nn.Module):
         if not isinstance(pipeline, find_pipeline(self.pipeline_name)):
             raise InputError(
                 f"{type(self).__name__} needs a {self.pipeline_name}, but was given a "
-                f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained."
+                f"{type(pipeline).__name__}: pass such a pipeline, or use DiffusionDecoder.from_pretrained"
             )
         self.pipeline = pipeline
         for name, component in pipeline.components.items():
@@ -82,7 +82,7 @@ class WrappedPipeline(nn.Module):
         self.max_sequence_length = self.call_default("max_sequence_length")
         if max_sequence_length is not None:
             if self.max_sequence_length is None:
-                raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed.")
+                raise InputError(f"{type(self).__name__} has no max_sequence_length: its pipeline's length is fixed")
             if not is_integer(max_sequence_length) or not 1 <= max_sequence_length <= self.most_tokens:
                 most = "" if self.most_tokens == math.inf else f" up to {self.most_tokens}"
                 raise InputError(
@@ -91,16 +91,16 @@ class WrappedPipeline(nn.Module):
             self.max_sequence_length = max_sequence_length
         if weighting_scheme is not None:
             if self.weighting_scheme is None:
-                raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching.")
+                raise InputError(f"{type(self).__name__} has no weighting_scheme: it is not trained by flow matching")
             if weighting_scheme not in WEIGHTING_SCHEMES:
-                raise InputError(f"weighting_scheme is {weighting_scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}.")
+                raise InputError(f"weighting_scheme is {weighting_scheme!r}: expected {', '.join(WEIGHTING_SCHEMES)}")
             self.weighting_scheme = weighting_scheme
         self.save_memory(vae_tiling=vae_tiling, vae_slicing=vae_slicing, offload=offload)
         self.trains: tuple[str, ...] = (next(name for name, part in self.named_children() if part is self.denoiser),)
         self.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         if pipeline.components.get("safety_checker") is None:
-            warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered.")
+            warn_once(f"{self.pipeline_name} has no safety checker: what it generates is not filtered")
 
     def call_default(self, name: str) -> Any:
         """Default of an argument of the pipeline's call; None if it has no such argument."""
@@ -153,8 +153,8 @@ class WrappedPipeline(nn.Module):
 
     @property
     def state_beside_tensors(self) -> tuple[dict[str, Any], str]:
-        """What makes two decoders with the same tensors generate, or learn, other things: settings but for those that
-        save memory, and the scheduler's config as JSON."""
+        """What can make decoders with the same tensors behave differently, as JSON: settings, except those that save
+        memory, and the scheduler's config."""
         settings = {name: value for name, value in self.settings.items() if name not in MEMORY}
         return settings, self.pipeline.scheduler.to_json_string()
 
@@ -201,7 +201,7 @@ class WrappedPipeline(nn.Module):
                     raise InputError(f"{name} is set, but the vae is a {type(self.vae).__name__}, which cannot do it")
                 setattr(self.vae, attribute, value)
         if self.offload is not None and not torch.accelerator.is_available():
-            warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory.")
+            warn_once(f"offload: {self.offload} does nothing without an accelerator: all weights stay in memory")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WrappedPipeline":
         """Apply what `to` asks for; an offloaded pipeline's tensors stay where they are, and hooks move them."""
@@ -252,7 +252,7 @@ class WrappedPipeline(nn.Module):
         super().requires_grad_(False)
         if requires_grad and (found := [name for name in self.trains if name in self.quantized]):
             raise InputError(
-                f"the {found[0]} of a {self.pipeline_name} is quantised and cannot train: train an adapter "
+                f"the {found[0]} of a {self.pipeline_name} is quantised and cannot be trained: train an adapter "
                 "(`<key>_denoiser`), or leave it out of quantization_config"
             )
         for name in self.trains:
