@@ -143,7 +143,7 @@ def test_refused_requests(made):
     model, processor = made
     batch = prompts(processor, TALKS[0])
     for options, said in [
-        ({"num_beams": 2, "do_sample": False}, "codes are not searched by beams"),
+        ({"num_beams": 2, "do_sample": False}, "beam search cannot generate codes"),
         ({"require": ["image"], "max_new_tokens": 20}, "no room for the 22 signal tokens"),
         ({"decoder_kwargs": {"image": {"num_inference_steps": 4}}}, "has no option 'num_inference_steps'"),
         ({"decoder_kwargs": {"image": {"temperature": -1}}}, "temperature of the image tokenizer is -1; expected"),

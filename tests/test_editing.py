@@ -538,7 +538,7 @@ def test_options_that_cannot_be_are_refused(made):
             decoder.check_options({"strength": 0.5})
     with pytest.raises(InputError, match="2 references for 1 samples"):
         editor.sample(condition, reference=shown * 2)
-    with pytest.raises(InputError, match="Image 0 is a str, expected a PIL image"):
+    with pytest.raises(InputError, match="image 0 is a str, expected a PIL image"):
         editor.sample(condition, reference=["a.png"])
     for decoder in (editor, kontext):
         with pytest.raises(InputError, match=f"expected a multiple of {decoder.size_multiple}"):
@@ -556,9 +556,9 @@ def test_references_of_a_generation_are_one_a_row_for_a_decoder_that_could_use_t
     batch = processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, add_generation_prompt=True)
     (shown,) = pictures(1, (16, 16))
     for wrong, message in (
-        ({"image": [shown, None]}, "for 1 rows; expected .* one a row"),
-        ({"image": shown}, "one a row"),
-        ({"image": None}, "one a row"),
+        ({"image": [shown, None]}, "for 1 rows; expected .* one per row"),
+        ({"image": shown}, "one per row"),
+        ({"image": None}, "one per row"),
         ([shown], "expected {decoder key"),
         ({"picture": [shown]}, "references name the decoder 'picture'; there are"),
     ):

@@ -146,7 +146,7 @@ def test_features_given_are_features_computed(tiny):
             assert torch.equal(whole, module({"features": torch.stack(features)}))
     for one, other in zip(whole, given, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    with pytest.raises(InputError, match="in place of all inputs"):
+    with pytest.raises(InputError, match="replace all other inputs"):
         module({"features": features} | inputs)
 
 

@@ -61,9 +61,9 @@ def test_documented_architecture(clip, llm, parts):
 
 def test_model_and_module_are_one_argument(clip):
     assert ModalEncoderModule(model=clip).module is ModalEncoderModule(module=clip).module
-    with pytest.raises(InputError, match="not both or none"):
+    with pytest.raises(InputError, match="give either model= or module="):
         ModalEncoderModule(clip, module=clip)
-    with pytest.raises(InputError, match="not both or none"):
+    with pytest.raises(InputError, match="give either model= or module="):
         ModalEncoderModule()
 
 

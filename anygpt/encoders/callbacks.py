@@ -52,15 +52,15 @@ class EncoderCallbacks(SavedCallback, nn.Module):
         return size
 
     def count(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
-        """Number of features of each input: by default, as many as the encoder gives."""
+        """Number of features of each input; by default, as many as the encoder gives."""
         return FAMILIES[config.model_type].count(config, inputs)
 
 
 class LlavaCallbacks(EncoderCallbacks):
     """Features of chosen layers, with or without the class token, as in LLaVA (arXiv 2304.08485).
 
-    `feature_layer` is an index into the encoder's hidden states, of several, which are concatenated, or None for its
-    output; `select_strategy` `default` drops the class token, `full` keeps everything.
+    `feature_layer` is an index into the encoder's hidden states, a list of indices, whose states are concatenated, or
+    None for its output; `select_strategy` `default` drops the class token, `full` keeps everything.
     """
 
     def __init__(self, feature_layer: int | list[int] | None = -2, select_strategy: str = "default", **settings: Any):
@@ -116,7 +116,7 @@ class LlavaNextCallbacks(LlavaCallbacks):
         return super().preprocess(inputs | {"pixel_values": pixels})
 
     def postprocess_projector(self, inputs: dict[str, Any], output: Any) -> Any:
-        """Pack `(all tiles, n, H)` into one `(features, H)` an image."""
+        """Pack `(all tiles, n, H)` into one `(features, H)` per image."""
         sizes = inputs["image_sizes"].tolist()
         images = output[0].split([self.num_tiles(size) for size in sizes])
         packed = [self.pack(image, size) for image, size in zip(images, sizes, strict=True)]

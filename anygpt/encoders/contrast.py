@@ -9,8 +9,8 @@ from torch import Tensor
 def info_nce(first: Tensor, second: Tensor, temperature: float, gather: bool = False) -> Tensor:
     """Symmetric InfoNCE per pair (CLIP, arXiv 2103.00020, figure 3), `(P,)` float32, between both sides `(P, H)`.
 
-    The other pairs of the batch are the negatives, so values depend on the batch; with `gather` those of all processes
-    are, for the gradient too. Every process must then call.
+    The other pairs of the batch are the negatives, so values depend on the batch; with `gather`, the pairs of all
+    processes are, also for the gradient, and every process must call this function.
     """
     first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
     (all_first, start), (all_second, _) = (gather_rows(x) if gather else (x, 0) for x in (first, second))

@@ -36,7 +36,7 @@ def patches(config: PreTrainedConfig, inputs: Inputs) -> int:
 
 
 def count_patches(config: PreTrainedConfig, inputs: Inputs) -> list[int]:
-    """Patches of images of one size, a class token and registers (arXiv 2309.16588) if the family has them."""
+    """Patches of images of one size, plus a class token and registers (arXiv 2309.16588) if the family has them."""
     others = FAMILIES[config.model_type].class_token + getattr(config, "num_register_tokens", 0)
     return [others + patches(config, inputs)] * len(inputs["pixel_values"])
 

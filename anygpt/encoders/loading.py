@@ -35,12 +35,12 @@ class Whole:
     """An encoder inside a whole model, whose config determines its family.
 
     Attributes:
-        config: its name in the whole model's, or a function that extracts it from there, for a modality.
-        names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model.
-            A tensor without a match is an error. Or a function of the encoder's config that returns such a mapping.
+        config: name of the encoder's config in the whole model's, or a function that extracts it for a modality.
+        names: `{prefix in the files: new prefix}`, the longest match wins; None for tensors of the rest of the model;
+            a tensor without a match is an error. Or a function of the encoder's config that returns this mapping.
         processor: builds the processor of a modality if the folder has none.
-        image_processor: class for the folder's settings, where the model's own makes tiles, which the tower does not
-            take.
+        image_processor: class to use with the folder's settings, if the model's own makes tiles, which the tower does
+            not take.
     """
 
     config: str | Callable[[PreTrainedConfig, str], PreTrainedConfig]
@@ -89,7 +89,7 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
 
     From a whole model (Whisper, CLAP, Qwen2-VL, LLaVA, …: `WHOLE_MODELS`) only the encoder's tensors are read. `path`
     is a folder, Hub id or `zoo:<name>`, and `options` are the other fields of `Source`, as in YAML. An `InputError`
-    names a path that does not exist, has no encoder of the modality, or does not hold exactly its tensors.
+    names a path that does not exist, has no encoder of the modality, or lacks tensors or has others.
     """
     source = Source.of(path, options, kind=EncoderSettings)
 
@@ -108,19 +108,19 @@ def load_encoder(path: str | Path | Source, modality: str, **options: Any) -> nn
             **source.model_options(),
         )
         check_selection(config, source.feature_layer, source.drop_cls)
-        # What the whole model chooses is followed: LLaVA leaves out the first feature whatever its encoder is.
+        # Follow the whole model's choice: LLaVA leaves out the first feature of any encoder.
         layer, drop = source.feature_layer, source.drop_cls
         if layer is None:
             layer = getattr(whole, "vision_feature_layer", None)
         if drop is None:
             drop = layer is not None and getattr(whole, "vision_feature_select_strategy", None) == "default"
         if source.feature_layer is None and layer == -1 and whole.model_type == "internvl":
-            layer = None  # by its last layer, it means the output, behind the norm
+            layer = None  # its last layer means its output, after the norm
         frames = {"num_frames": source.num_frames, "pool_frames": source.pool_frames}
         frames = {name: value for name, value in frames.items() if value is not None}
         if is_timed(modality) and family.main_input == "pixel_values":
             return VideoEncoder(encoder, feature_layer=layer, drop_cls=drop, **frames)
-        for name, value in frames.items():  # without effect: of no clips, or of an encoder that reads whole ones
+        for name, value in frames.items():  # no effect without clips, or if the encoder reads whole clips
             if not is_timed(modality):
                 raise InputError(f"{name} is set, but an encoder of {modality} reads no clips; leave it out")
             if value != getattr(config, name, None):

@@ -48,10 +48,10 @@ class ModalEncoderModule(nn.Module):
 
     Args:
         model: the encoder, a `PreTrainedModel` of a known family or one whose first output is `(items, n, features)`,
-            possibly PEFT-wrapped; the attribute `module`, which is also an alias. One that reads tokens is refused.
+            possibly PEFT-wrapped; `module` is an alias and the attribute. One that reads tokens is refused.
         projector: if None, built by `MultimodalModel` with sizes from the two configs.
         additional_args: names of inputs for the callbacks alone; not passed to the encoder.
-        preprocess_callback: `(inputs: dict) -> dict`, before the encoder.
+        preprocess_callback: `(inputs: dict) -> dict`, called before the encoder.
         postprocess_module_callback: `(inputs, output) -> output`, a `ModelOutput` or a tuple, after the encoder.
         postprocess_projector_callback: `(inputs, output) -> output`, after the projector. Its first entry is what
             is merged: `(items, n, H)`, a list of `(n, H)`, or `(features, H)` packed in order.
@@ -75,7 +75,7 @@ class ModalEncoderModule(nn.Module):
     ):
         super().__init__()
         if (model is None) == (module is None):
-            raise InputError("ModalEncoderModule takes one encoder: give either model= or module=, not both or none")
+            raise InputError("ModalEncoderModule takes one encoder: give either model= or module=")
         self.module = model if model is not None else module
         if tokens := sorted(argument_names(self.module) & {"input_ids", "decoder_input_ids"}):
             raise InputError(
@@ -133,7 +133,7 @@ class ModalEncoderModule(nn.Module):
         return {"in_features": self.feature_size, "pool_size": pool(self.config) if pool else None}
 
     def init_projector(self, out_features: int, projection_type: str, activation: str) -> None:
-        """Build the projector if there is none; if there is, an `InputError` names its sizes where they do not fit."""
+        """Build the projector if there is none; if there is one whose sizes do not fit, an `InputError` names them."""
         if self.projector is None:
             built: dict[str, Any] = {"projection_type": projection_type, "activation": activation}
             built |= self.projector_sizes | {"out_features": out_features}
@@ -166,7 +166,7 @@ class ModalEncoderModule(nn.Module):
         """
         if FEATURES in inputs:
             if len(inputs) > 1:
-                raise InputError(f"features stand in place of all inputs, but there are {', '.join(inputs)} as well")
+                raise InputError(f"features replace all other inputs, but there are {', '.join(inputs)} as well")
             return self._project(inputs[FEATURES])
         inputs, output = self._encode(inputs)
         output = self.projector(output)

@@ -15,7 +15,7 @@ from anygpt.errors import InputError
 
 
 class VideoEncoderConfig(PreTrainedConfig):
-    """Config of a `VideoEncoder`: the image encoder's config or its dict, and how frames are read (see there)."""
+    """Config of a `VideoEncoder`: the image encoder's config or its dict, and arguments of `VideoEncoder`."""
 
     model_type = "anygpt_video_encoder"
 

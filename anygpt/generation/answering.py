@@ -51,10 +51,10 @@ def assemble(
     """Run each decoder once, batched over its spans, and put text and media in order.
 
     A decoder that edits runs once for the first medium of each answer, then for the second, which edits the first, and
-    so on; rows without a reference run by themselves.
+    so on; rows without a reference run separately.
 
-    `sequences` `(B, new tokens)` hold the `spans`; `decoder_kwargs` are checked; there is one emitter a row, or none at
-    all. Closed rows get no media. `references` are those of `generate`.
+    `sequences` `(B, new tokens)` contain the `spans`; `decoder_kwargs` are already checked; there is one emitter per
+    row, or none at all. Closed rows get no media. `references` are those of `generate`.
     """
     media: dict[tuple[int, int], Segment] = {}
     for key in model.makers:
@@ -87,14 +87,14 @@ def assemble(
 
 
 def _options_of(spans: list[SpanStates], key: str, options: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The options with those that are given one a medium, of `count` in all, for these spans alone."""
+    """The options for these spans; options given as one per medium, `count` in all, are reduced to them."""
     own, places = dict(options), [span.index for span in spans]
     for name in ("generator", "negative_condition"):
         given = own.get(name)
         if given is None or isinstance(given, torch.Generator):
             continue
         if len(given) != count:
-            raise InputError(f"{name} of {key} holds {len(given)} for {count} media; give one a medium, or one for all")
+            raise InputError(f"{name} of {key} holds {len(given)} for {count} media; give one each, or one for all")
         own[name] = [given[place] for place in places] if isinstance(given, list) else given[places]
     return own
 
@@ -107,8 +107,8 @@ def _decode_media(
     emitters: Sequence[EventEmitter],
     reference: list[Any] | None,
 ) -> dict[tuple[int, int], Segment]:
-    """Generate the media of one decoder, `{(row, start of span): segment}`, from spans in that order, and perhaps one
-    medium each to edit."""
+    """Generate the media of one decoder, `{(row, start of span): segment}`, from its spans in order; `reference` is one
+    medium each to edit, or None."""
     decoder = model.makers[key]
     told = {span.row: emitters[span.row] for span in spans} if emitters else {}
     for row, emitter in told.items():
@@ -135,7 +135,7 @@ def _decode_media(
         condition = decoder.condition(stacked)
         try:
             contents = decoder.module.sample(condition, **arguments)
-        except Closed:  # all rows of this decoder are closed, other rows may not be
+        except Closed:  # all rows of this decoder are closed, but other rows may be open
             return {}
         finally:
             # Releases memory held by diffusers' offloading, also if a stream was closed midway.
@@ -164,7 +164,7 @@ def _in_order(model: Composition, ids: list[int], row: int, media: Mapping[tuple
 def text_of(model: Composition, ids: list[int], continued: bool = False) -> str:
     """Decode ids without special tokens; empty if the model has no tokenizer.
 
-    `continued`: they follow others. Tokenizers of Llama's kind drop a text's first space, so a letter is put before it.
+    `continued`: they follow other ids. Llama's tokenizers drop a text's first space, so a letter is put before it.
     """
     if model.tokenizer is None:
         return ""

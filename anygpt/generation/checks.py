@@ -17,8 +17,8 @@ def check_options(options: Mapping[str, Any], rows: int, stop: Sequence[str], re
         "custom_generate": "it decodes in its own way",
         "guidance_scale": "media are guided by decoder_kwargs={decoder key: {'guidance_scale': …}}",
         "negative_prompt_ids": "media have a negative_prompt in decoder_kwargs",
-        **{f"output_{what}": "a GenerationOutput has none" for what in ("scores", "logits", "attentions")},
-        "output_hidden_states": "a GenerationOutput has those of spans alone",
+        **{f"output_{what}": "a GenerationOutput has no such field" for what in ("scores", "logits", "attentions")},
+        "output_hidden_states": "a GenerationOutput has only those of spans",
         "streamer": "use on_event, or generate_stream",
         "stop_strings": "use stop",
         "return_dict_in_generate": "a GenerationOutput is returned",
@@ -37,10 +37,10 @@ def check_options(options: Mapping[str, Any], rows: int, stop: Sequence[str], re
 
 
 def check_by_row(name: str, values: Sequence[int] | None, rows: int, least: int) -> None:
-    """Raise an `InputError` unless there is one whole number from `least` a row, or None in all."""
+    """Raise an `InputError` unless `values` are None, or one whole number per row, each at least `least`."""
     fits = isinstance(values, (list, tuple)) and all(is_integer(one) and least <= one <= MAX_SEED for one in values)
     if values is not None and (not fits or len(values) != rows):
-        raise InputError(f"{name} are {values!r:.80} for {rows} rows; expected a list of one number from {least} a row")
+        raise InputError(f"{name} are {values!r:.80} for {rows} rows; expected one number from {least} per row")
 
 
 def check_request(
@@ -69,8 +69,8 @@ def check_request(
 
 
 def check_references(model: Composition, references: Mapping[str, Sequence[Any]], rows: int) -> None:
-    """Raise an `InputError` unless there is one reference, or None, a row for decoders that could use it."""
-    form = "expected {decoder key: [medium or None, one a row]}"
+    """Raise an `InputError` unless there is one reference or None per row, for decoders that can use it."""
+    form = "expected {decoder key: [medium or None, one per row]}"
     if not isinstance(references, Mapping):
         raise InputError(f"references are {references!r:.80}; {form}")
     for key, given in references.items():

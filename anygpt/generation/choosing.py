@@ -1,4 +1,4 @@
-"""The choice of the next tokens of an answer: whole spans, within the budget, required ones included; and codes.
+"""The choice of an answer's next tokens: text, whole spans within the budget, including required ones, and codes.
 
 Shape legend: `anygpt.outputs`.
 """
@@ -21,12 +21,12 @@ from anygpt.generation.events import EventEmitter
 class SpanRules:
     """Constraints on the next token, given the answer so far."""
 
-    spans: Mapping[str, Sequence[Any]]  # what each place of a key's span may hold: an id or, of a tokenizer, a range
+    spans: Mapping[str, Sequence[Any]]  # what each position of a span may hold: an id or, for a tokenizer, a range
     budget: int  # maximal number of new tokens
     require: tuple[str, ...] = ()  # decoders that every row must call at least once
     forbid: tuple[str, ...] = ()  # decoders that no row may call
     never: tuple[int, ...] = ()  # other tokens that are never generated: the encoders' placeholders
-    unfree: Tensor = field(init=False)  # `(tokens,)` int64, those and the insides of spans, which are not chosen freely
+    unfree: Tensor = field(init=False)  # `(tokens,)` int64: `never`, and the insides of spans
 
     def __post_init__(self) -> None:
         self.key_of_first = {span[0]: key for key, span in self.spans.items()}
@@ -52,7 +52,7 @@ class SpanRules:
         return [key for key in self.require if self.spans[key][0] not in answer]
 
     def room(self, answer: list[int]) -> int:
-        """Tokens left beside the spans that are still required."""
+        """Tokens left apart from the spans that are still required."""
         return self.budget - len(answer) - sum(len(self.spans[key]) for key in self.missing(answer))
 
     def ban(self, answer: list[int], scores: Tensor) -> None:
@@ -104,7 +104,7 @@ def code_options(
     options: list[dict[str, dict[str, Any]]] = [{} for _ in range(rows)]
     for key, tokenizer in model.tokenizers.items():
         given = decoder_kwargs.get(key, {})
-        if key in model.decoder_keys:  # whose options these are
+        if key in model.decoder_keys:  # the options are the decoder's
             given = {name: value for name, value in given.items() if name in ("seed", "generator")}
         given = tokenizer.options(given)
         seeds, generators = (
@@ -112,15 +112,15 @@ def code_options(
             for found in (given.get("seed"), given.get("generator"))
         )
         for row, (own, seed) in enumerate(zip(options, seeds, strict=True)):
-            # a decoder takes a list with one generator a medium, which need not be one a row
+            # a decoder takes a list with one generator per medium, not per row
             generator = generators[row % len(generators)] if seed is None else torch.Generator().manual_seed(seed)
             own[key] = given | {"generator": generator}
     return options
 
 
 def choose_code(logits: Tensor, free: Tensor | None, allowed: range, options: Mapping[str, Any]) -> int:
-    """The next code's id, among those `allowed`, from logits `(V',)` given all that precedes it and, for guidance,
-    given the span alone."""
+    """The next code's id, among those `allowed`, from its logits `(V',)` given all that precedes it and, for guidance,
+    from those given only its span."""
     scores = logits[allowed.start : allowed.stop].log_softmax(dim=-1)
     if free is not None:
         base = free[allowed.start : allowed.stop].log_softmax(dim=-1)
@@ -156,7 +156,7 @@ class Row:
     fed: list[int] = field(default_factory=list)  # those that it reads now
     running: bool = True  # whether another token will be chosen
     begun: tuple[str, int, list[Tensor]] | None = None  # key, index in the answer, and states so far of the span read
-    left: list[Any] = field(default_factory=list)  # what the places of the begun span of codes that follow may hold
+    left: list[Any] = field(default_factory=list)  # what the remaining positions of the begun span of codes may hold
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of the tokenizers
     coding: str | None = None  # the key of the span of codes that the last tokens belong to
     conditions: Collection[str] = ()  # the keys of spans whose states condition a decoder
@@ -164,9 +164,9 @@ class Row:
     def choose(
         self, score: Tensor, free: Tensor | None, process: Callable, stops: Callable, config: GenerationConfig
     ) -> None:
-        """Choose the next token from its `(1, V')` scores, and whatever must follow: the whole span of a decoder.
+        """Choose the next token from its `(1, V')` scores, and what must follow it: the rest of a decoder's span.
 
-        `free` are the scores `(V',)` of a code given its span alone, for guidance.
+        `free` are the scores `(V',)` of a code given only its span, for guidance.
         """
         rules, key = self.rules, None
         if self.left:

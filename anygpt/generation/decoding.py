@@ -42,8 +42,8 @@ class SpanDecoder:
     model: Composition = field(repr=False)  # its signal tokens are attached to the language model
     tap: Tap  # records the states that the language model's head reads
     rows: list[Row]
-    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the callback's arguments of the first forward
-    guided: bool = False  # whether each row has a twin in the batch that sees nothing but its span of codes
+    prompt: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what the callback added to the first forward
+    guided: bool = False  # whether each row has a copy in the batch that sees only its span of codes
     spans: list[SpanStates] = field(default_factory=list)  # the result
 
     @torch.no_grad()
@@ -59,15 +59,15 @@ class SpanDecoder:
         """Decode until every row has stopped.
 
         Each step feeds a chunk, aligned right: one token of each row, or all tokens of a span for rows that begin one.
-        Padding at the left is masked, so that rows do not depend on each other. It would occupy slots of a sliding
-        window, so unless all layers have a plain `DynamicLayer` cache, spans are fed token by token.
+        Padding at the left is masked, so that rows do not depend on each other. It would take up room in
+        a sliding window, so unless all layers have a plain `DynamicLayer` cache, spans are fed token by token.
 
         Returns:
             `(B, new tokens)` int64, padded on the right.
         """
         chunk, mask = model_kwargs["inputs_embeds"], model_kwargs.get("attention_mask")
         past_key_values = model_kwargs.get("past_key_values")
-        # transformers drops an all-ones mask
+        # because transformers drops an all-ones mask
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.long) if mask is None else mask
         pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad.flatten()[0])
@@ -115,7 +115,7 @@ class SpanDecoder:
             mask = torch.cat([mask, seen], dim=1)
 
     def forward(self, language_model: Any, chunk: Tensor, mask: Tensor, past_key_values: Any) -> Any:
-        """Run the language model on embeddings `(B, length, H)`, its head on the last of each row."""
+        """Run the language model on embeddings `(B, length, H)`, and its head on the last position of each row."""
         rows, length = chunk.shape[:2]
         last = torch.full((rows,), length - 1, device=chunk.device)
         self.tap.select = (torch.arange(rows, device=chunk.device), last)
@@ -195,21 +195,21 @@ def generate(
         decoder_kwargs: `{decoder key: options}`: `num_inference_steps`, `guidance_scale`, `negative_prompt` (or
             `negative_condition`, see `sample`), `seed` (or `generator`), and the decoder's sizes: `height` and
             `width` (pixels), `num_frames`, `audio_length_in_s`. Missing options take the decoder's `defaults`, else the
-            pipeline's. A `seed`, or a list with one a row, makes a row's media independent of the other rows. Those of
-            a tokenizer are its `SAMPLING`, and `seed` or `generator`.
+            pipeline's. A `seed`, or a list with one per row, makes a row's media independent of the other rows. A
+            tokenizer's options are those in `SAMPLING`, and `seed` or `generator`.
         generation_config: transformers' own; `max_new_tokens` and the like may also be given by name.
         on_event: called with each `Event` (see `generate_stream` for an iterator); not with beam search. If it raises
             `Closed`, the event's row ends; any other exception ends the generation.
-        stop: texts that end a row's text (which still holds them; its events do not); not with beam search.
+        stop: texts that end a row's text (which still contains them; its events do not); not with beam search.
         budgets: maximal number of new tokens by row, in place of `max_new_tokens`; not with beam search.
-        seeds: one a row, which makes sampled text independent of the other rows; not with greedy or beam search.
-        references: `{decoder key: [medium or None, one a row]}`: the last medium shown. Decoders that take references
-            edit it, others start from it if their options have a `strength`; later media of an answer edit the one
-            before.
+        seeds: one per row, so that sampled text does not depend on the other rows; not with greedy or beam search.
+        references: `{decoder key: [medium or None, one per row]}`: the last medium shown. Decoders that take references
+            edit it, others start from it if their options have a `strength`; later media of an answer edit the
+            previous one.
         kwargs: encoder inputs, as in `forward`, and generation options.
 
     Returns:
-        The new tokens, and one `Answer` a row.
+        The new tokens, and one `Answer` per row.
 
     Raises:
         InputError: an unknown decoder or option; a decoding mode other than greedy search, sampling and beam search;
@@ -221,7 +221,7 @@ def generate(
     check_references(model, references, len(input_ids))
     for key, given in (decoder_kwargs or {}).items():
         if isinstance(own := given.get("seed"), (list, tuple)) and len(own) != len(input_ids):
-            raise InputError(f"{key} is given {len(own)} seeds for {len(input_ids)} rows; give one a row")
+            raise InputError(f"{key} is given {len(own)} seeds for {len(input_ids)} rows; give one per row")
     names = {name for encoder in model.encoders.values() for name in encoder.input_names}
     inputs = {name: value for name, value in kwargs.items() if name in names or "." in name}
     left_out = {"labels", "decoder_targets", *inputs}  # the first two are for training
@@ -239,7 +239,7 @@ def generate(
     if mode not in OWN_MODES + BEAM_MODES or (config.num_return_sequences or 1) > 1:
         raise InputError(
             f"generation mode {mode.value} with num_return_sequences={config.num_return_sequences} is not "
-            "supported; use greedy search, sampling or beam search, one answer a row"
+            "supported; use greedy search, sampling or beam search, one answer per row"
         )
     if mode in BEAM_MODES and (on_event or stop or budgets or seeds):
         raise InputError(
@@ -247,14 +247,14 @@ def generate(
         )
     forbid = (*forbid, *(key for key in model.tokenizers if key not in model.makers))
     if mode in BEAM_MODES and (codes := sorted(set(model.tokenizers) - set(forbid))):
-        raise InputError(f"codes are not searched by beams; set num_beams=1, or forbid {', '.join(codes)}")
+        raise InputError(f"beam search cannot generate codes; set num_beams=1, or forbid {', '.join(codes)}")
     sampling = code_options(model, decoder_kwargs or {}, len(input_ids))
     types, decode = {key: maker.modality for key, maker in model.makers.items()}, partial(text_of, model)
     listener, count = on_event or (lambda event: None), len(input_ids) if on_event or stop else 0
     emitters = [EventEmitter(listener, decode, types, row, stop) for row in range(count)]
     budget = config.max_new_tokens
     if budget is None:
-        raise InputError("max_new_tokens is not set; say how many tokens, signal tokens included, an answer may have")
+        raise InputError("max_new_tokens is not set; give the most tokens of an answer, signal tokens included")
     size = max(model.language_model.get_output_embeddings().weight.shape[0], model.signal_tokens.vocabulary)
     placeholders = tuple(i for i in (model.token_ids or {}).values() if i < size)  # others have no logits
     rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, placeholders)
@@ -318,8 +318,8 @@ def _decode_with_beams(
 
 
 def special_tokens(model: Composition, config: GenerationConfig) -> dict[str, Any]:
-    """End and padding tokens of the generation config, else of the language model's own, else of the tokenizer; and the
-    token with which the chat template ends a turn, as base models in ChatML have another end."""
+    """End and padding tokens: from the generation config, else the language model's own, else the tokenizer. The token
+    with which the chat template ends a turn is added, since base models in ChatML have another end token."""
 
     def first(name: str) -> Any:
         sources = (config, base_model(model.language_model).generation_config, model.tokenizer)

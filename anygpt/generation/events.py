@@ -88,7 +88,7 @@ class EventEmitter:
     stop: Sequence[str] = ()  # texts that end the answer, which excludes them
     segments: dict[int, int] = field(default_factory=dict)  # index of a span's first token: index of its segment
     closed: bool = False  # whether the listener has ended this row
-    stopped: bool = False  # whether a stop text has
+    stopped: bool = False  # whether a stop text has ended it
     _begun: int = 0  # finished segments
     _length: int = 0  # tokens so far
     _run: list[int] = field(default_factory=list)  # tokens since the last span
@@ -151,7 +151,7 @@ def generate_stream(model: Any, *args: Any, **kwargs: Any) -> Iterator[Event]:
         work.add_done_callback(lambda _: events.put(None))
         try:
             yield from iter(events.get, None)
-            work.result()  # raises what it has raised
+            work.result()  # raises its exception, if any
         finally:
             closed.set()
 

@@ -25,7 +25,7 @@ from anygpt.outputs import LossTerm
 from anygpt.sequence.merging import IGNORE
 
 TERMS = ("llm", "encoder_llm", "llm_decoder", "encoder_decoder")
-"""Terms that rows are routed to: without media, media in, media out, both."""
+"""Terms that rows are routed to: rows without media, with media in, with media out, with both."""
 MEDIA_OUT = TERMS[2:]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TEXT = "text"  # value of `binding` that stands for no encoder
@@ -49,7 +49,7 @@ class LossWeights:
             (learning without forgetting, arXiv 1606.09282, with the model's whole distribution).
         alignment: distance between the projected condition and the decoder's own encoding of the caption.
         denoising: the frozen decoder's denoising loss under the projected condition.
-        by_modality: factor on the sub-terms of one decoder key, not on an encoder's `info_nce`; 1 where not named.
+        by_modality: factors on decoders' sub-terms by key (not on encoders' `info_nce`); 1 by default.
         alignment_kind: `l2`, `mse` or `cosine`.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); None turns it off.
         caption_dropout: share of captions that `decoder` replaces by the empty one, and of answers with codes that are
@@ -160,8 +160,8 @@ def sum_by_term(
 ) -> dict[str, LossTerm]:
     """Sum per-token or per-sample values `(M,)` float32, of the batch rows `(M,)` int64, by the term of their row.
 
-    `suffix` is the rest of the name, such as `nll` or `alignment/image`; `known` are the terms to sum by, and if there
-    are none, all values are summed under `suffix` alone.
+    `suffix` is the rest of the name, such as `nll` or `alignment/image`; `known` are the terms to sum by. If there are
+    none, all values are summed under `suffix`.
     """
     groups = {f"{term}/{suffix}": [name == term for name in terms] for term in known} or {suffix: [True] * len(terms)}
     sums: dict[str, LossTerm] = {}
@@ -186,7 +186,7 @@ def hide_conditions(
 ) -> Tensor | None:
     """Mask all but the codes of a share `caption_dropout` of the rows `(B, S)` that answer with codes, in training.
 
-    So nothing is learned of these rows' texts. A row's draw is from the generator of its first medium.
+    Nothing is learned from these rows' texts. A row's draw is from the generator of its first medium.
     """
     share, signals = model.loss_weights.caption_dropout, model.signal_tokens
     if not (share and model.training and labels is not None and model.tokenizer_keys):
@@ -203,10 +203,10 @@ def hide_conditions(
 
 
 def denominators(counts: Mapping[str, float]) -> dict[str, float]:
-    """The denominator of each sub-term: the count of its kind over all rows, whatever their term.
+    """The denominator of each sub-term: the count of its kind over the rows of all terms.
 
-    So the NLL is one mean over all label tokens, as in transformers, and one short row of text does not weigh as much
-    as all rows with media together.
+    The NLL is thus one mean over all label tokens, as in transformers, and one short row of text does not weigh as
+    much as all rows with media together.
     """
     parted = {name: name.partition("/") for name in counts}
     kinds = {name: sub if term in TERMS else name for name, (term, _, sub) in parted.items()}

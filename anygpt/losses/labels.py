@@ -1,4 +1,4 @@
-"""The label tokens of a batch: their likelihood, and how far adapters take the language model from what it was.
+"""The label tokens of a batch: their likelihood, and how far adapters move the language model's predictions.
 
 Shape legend: `anygpt.outputs`.
 """
@@ -22,8 +22,8 @@ from anygpt.sequence.merging import Merged
 
 @dataclass
 class Labels:
-    """The label tokens of a batch: rows and positions `(M,)` int64 where the state predicts a label, and the labels;
-    without `reading` while losses are only counted."""
+    """The label tokens of a batch: rows and positions `(M,)` int64 of the states that predict them, and their ids;
+    `reading` is None while losses are only counted."""
 
     model: Composition
     merged: Merged
@@ -36,7 +36,7 @@ class Labels:
     reading: Reading | None = None
 
     def nll(self) -> Tensor:
-        """`(M,)`; without logits, of `CHUNK` labels at a time, whose logits the backward pass computes again."""
+        """NLL of each label, `(M,)`; logits that are not given are computed in chunks, again in the backward pass."""
         weights, signals, places = self.model.loss_weights, self.model.signal_tokens, (self.rows, self.positions)
         factor = torch.ones_like(self.values, dtype=torch.float32)
         for key in self.model.tokenizer_keys:
@@ -52,7 +52,7 @@ class Labels:
         return factor * torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
 
     def retention(self) -> Tensor:
-        """`(M,)`, in rows without media, of `CHUNK` labels at a time as `nll`; 0 in others.
+        """KL divergence at each label in rows without media, 0 in others, `(M,)`; in chunks as `nll`.
 
         An `InputError` without adapters, or without the model's states (`text_states`).
         """
@@ -74,7 +74,7 @@ class Labels:
 
 
 def check_retention(model: Composition) -> None:
-    """An `InputError` if the language model has no adapters to be compared without."""
+    """Raise an `InputError` if the language model has no adapters, so that there is nothing to compare."""
     if not isinstance(model.language_model, PeftModel):
         raise InputError(
             "loss.retention compares the language model with itself without its LoRA adapters, and it has none; set it "
@@ -98,10 +98,10 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def states_before(model: Composition, merged: Merged, rows: Tensor, positions: Tensor) -> Tensor:
-    """What the head reads at rows and positions `(M,)` of a batch without adapters and dropout, `(M, H)`.
+    """The states that the head reads at rows and positions `(M,)`, without adapters and dropout, `(M, H)`.
 
-    Only the rows in question are run. If there are none, one process alone does nothing; several run the first row,
-    since the others may wait for a sharded model's parameters.
+    Only these rows are run. If there are none, a single process does nothing; one of several runs the first row, since
+    the others may wait for a sharded model's parameters.
     """
     chosen, index = rows.unique(return_inverse=True)
     if not len(chosen) and torch.distributed.is_initialized():
@@ -117,7 +117,7 @@ def states_before(model: Composition, merged: Merged, rows: Tensor, positions: T
 
 @torch.no_grad()
 def logits_before(model: Composition, states: Tensor) -> Tensor:
-    """Logits `(M, V')` of such states `(M, H)`; the lowest number for signal tokens, which the model did not know."""
+    """Logits `(M, V')` of states `(M, H)`; the lowest number for signal tokens, which the model did not know."""
     signals = model.signal_tokens
     with without_adapters(model.language_model):
         logits = signals.run_head(model.language_model, states)

@@ -61,11 +61,11 @@ class Pairs:
 
 @dataclass
 class Target:
-    """The `K` targets of one decoder, or media of a tokenizer, at rows `(K,)` int64; any of captions and media may be
-    missing or encoded.
+    """The `K` targets of one decoder, or media of a tokenizer, at rows `(K,)` int64; captions and media may be missing,
+    or already encoded.
 
-    `given` is the decoder's entry of `decoder_targets`, see `MultimodalModel.forward`; `condition` and `generator` are
-    the projected condition, and one generator a target, None while losses are only counted.
+    `given` is the decoder's entry of `decoder_targets` (see `MultimodalModel.forward`), `condition` the projected
+    condition, `generator` one generator per target; both are None while losses are only counted.
     """
 
     key: str
@@ -78,7 +78,7 @@ class Target:
 
     @cached_property
     def has(self) -> frozenset[str]:
-        """What sub-terms can use: `captions`, `media`, `pooled`, `mask`, and the names of networks that train."""
+        """What sub-terms may need: `captions`, `media`, `pooled`, `mask`, and the names of networks that train."""
         kinds = {"captions": ("captions", "conditions"), "media": ("media", "posterior")}
         found = {kind for kind, names in kinds.items() if any(self.given.get(name) is not None for name in names)}
         parts = {"pooled": self.decoder.pooled_dim, "mask": self.decoder.masked}
@@ -86,7 +86,7 @@ class Target:
 
     @cached_property
     def dropped(self) -> list[bool]:
-        """Which captions the empty one replaces, where only the decoder's own training uses them."""
+        """Which captions are replaced by the empty one, if only the decoder's own training uses them."""
         trains = self.weights.decoder and self.has.issuperset(("captions", "media"))
         alone = trains and not is_read("captions", replace(self.weights, decoder=0.0), self.key)
         return dropped(self.weights.caption_dropout if alone else 0.0, len(self.rows), self.generator)
@@ -193,7 +193,7 @@ def find_losses(
         known = (*model.token_ids, TEXT)
         if weights.binding not in known:
             raise InputError(
-                f"loss.binding is {weights.binding!r}, which is no encoder; expected one of {', '.join(known)}"
+                f"loss.binding is {weights.binding!r}, which is not an encoder; expected one of {', '.join(known)}"
             )
         bound = _features_in(model, merged, weights.binding).any(dim=1)
         for key, token in model.token_ids.items():
@@ -206,7 +206,7 @@ def find_losses(
     for key, one in media.items():
         if key in batch.targets:
             raise InputError(f"the {key!r} tokenizer trains, so give no targets for the decoder that reads its codes")
-        rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # its sub-term has no term of rows
+        rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # unused: its sub-term is not summed by row
         batch.targets[key] = Target(key, rows, {"media": one}, model.tokenizers[key].module, weights)
     return batch
 
@@ -248,7 +248,7 @@ class SubTerm:
 
     Attributes:
         of: the class it applies to: `Labels` of a batch, `Pairs` of an encoder or `Target` of a decoder.
-        values: computes one value a row of such an object, `(M,)` float32.
+        values: computes one value per row of such an object, `(M,)` float32.
         terms: the row terms it is logged under; empty where `name` includes the term.
         needs: what the object must have, see `Target.has`.
         everywhere: compute it even without rows, because it communicates between processes.
@@ -287,8 +287,8 @@ SUB_TERMS = (  # in the order of computation, which fixes the order of draws fro
 
 
 def is_read(part: str, weights: LossWeights, key: str = "") -> bool:
-    """Whether a sub-term with a weight needs this part of a decoder's targets (see `Target.has`); any decoder's if no
-    key is given."""
+    """Whether a sub-term with a weight needs this part of a decoder's targets (see `Target.has`); without a key, of any
+    decoder's."""
     return any(weights.of(name) for sub in SUB_TERMS if part in sub.needs for name in sub.names(key))
 
 
@@ -312,8 +312,8 @@ def compute_losses(
     conditions: Mapping[str, Condition],
     generators: Mapping[str, list[Generator]] | None,
 ) -> dict[str, LossTerm]:
-    """Compute every sub-term that has a weight, by full name; `generators` are `{decoder key: one generator a
-    target}`."""
+    """Compute every sub-term that has a weight, by full name; `generators` are `{decoder key: one generator
+    per target}`."""
     batch.labels.reading = reading
     for key, target in batch.targets.items():
         target.condition, target.generator = conditions.get(key), (generators or {}).get(key)
@@ -327,7 +327,7 @@ def compute_losses(
 def count_losses(model: Composition, batch: Mapping[str, Any]) -> dict[str, int]:
     """Count what `forward` would sum in each sub-term, for a batch with injected features, without running the model.
 
-    A training loop adds the counts up over micro-batches and ranks before the first backward of an update.
+    The training loop adds up the counts over micro-batches and ranks before the first backward of an update.
     """
     ids, labels, _ = model.write_codes(batch["input_ids"], batch.get("labels"), batch, needed=False)
     mask = batch.get("attention_mask")

@@ -20,15 +20,15 @@ class MultimodalConfig(PreTrainedConfig):
     Attributes:
         encoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "additional_args", "callbacks",
             "saved_callbacks", "projector"}}`; `callbacks` names functions, which must be given again on loading.
-        language_model: `{"class", "source", "fingerprint", "adapter"}`, and `"vocab_size"`, the number of rows before
-            signal tokens were written into its matrices, where they were.
+        language_model: `{"class", "source", "fingerprint", "adapter"}`; also `"vocab_size"`, the number of rows of its
+            matrices before signal tokens were written into them, if they were.
         decoders: `{key: {"modality", "class", "source", "fingerprint", "adapter", "num_signal_tokens",
             "hidden_layer", "signal", "defaults", "projector"}}`.
         tokenizers: `{key: {"modality", "class", "source", "fingerprint", "adapter", "row_ends", "defaults"}}`.
-        encoder_keys, decoder_keys, tokenizer_keys: the keys in order, as transformers sorts a config's keys.
+        encoder_keys, decoder_keys, tokenizer_keys: the keys in order; needed because transformers sorts dicts in JSON.
         token_ids: `{encoder key: placeholder id}`, or None for prepending.
         signal_token_ids: `{decoder or tokenizer key: ids}`, see `SignalTokens`.
-        preprocess_llm_callback: the saved form of the model's; True for a function, which must be given again.
+        preprocess_llm_callback: the model's callback in saved form; True for a function, which must be given again.
         trained: `{"stage", "updates", "parts", "losses"}` of the run that trained it.
 
     `source` is a `Source` as a dict, or None for a part saved whole under `parts/`, whose `dtypes` then lists its

@@ -56,7 +56,7 @@ def train_part(model: Composition, part: str, mode: bool) -> None:
     _check_known(model, [part])
     key, _, kind = part.rpartition("_")
     if mode and kind in ("decoder", "denoiser") and model.decoders[key].module.offload:
-        raise InputError(f"{part} cannot train while its weights come and go: leave out offload of decoder {key!r}")
+        raise InputError(f"{part} cannot train while its weights are offloaded: leave out offload of decoder {key!r}")
     for piece in parts_of(model)[part]:
         adapted = is_peft(piece)
         piece.requires_grad_(mode and not adapted)

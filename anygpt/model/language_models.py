@@ -64,7 +64,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
         cls = Qwen2VLForCausalLM if is_qwen2_vl else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(own), None)
         if cls is None or cls.__name__.endswith("ForConditionalGeneration"):
             raise InputError(
-                f"a {config.model_type!r} model is no causal language model, or one with encoders of its own; expected "
+                f"a {config.model_type!r} model is no causal language model, or has encoders of its own; expected "
                 f"a language model alone, or one of {', '.join(WHOLE_MODELS)}, whose language model is read"
             )
         given |= {"dtype": source.torch_dtype, "fallback_dtype": config.dtype}
@@ -74,7 +74,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
 
 
 def check_causal(language_model: nn.Module) -> None:
-    """Raise `InputError` if the first token attends to later ones, as in BERT or XLNet: labels would be read there."""
+    """Raise `InputError` if tokens attend to later ones, as in BERT or XLNet: labels would leak to the predictions."""
     weight = language_model.get_input_embeddings().weight
     if weight.is_meta or any(getattr(module, "is_causal", False) for module in language_model.modules()):
         return
@@ -90,8 +90,8 @@ def check_causal(language_model: nn.Module) -> None:
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, which pads with its end token if it has none of its own (Llama, Mistral, GPT-2): the
-    attention mask hides padding."""
+    """The tokenizer itself; without a padding token (Llama, Mistral, GPT-2) it pads with its end token, which the
+    attention mask hides."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -51,18 +51,18 @@ def from_pretrained(
     """Load a saved composition, with strict tensors and verified frozen parts.
 
     Args:
-        folder: written by `save_pretrained`, or the hub id of a model uploaded by `push_to_hub`.
+        folder: a folder written by `save_pretrained`, or the hub id of a model uploaded by `push_to_hub`.
         projections: `{"<key>_projector": module}` for projectors that wrap a module of your own.
         callbacks: `{"<key>_encoder": {"postprocess_projector_callback": function, …}}`; functions cannot be saved.
-        dtype, torch_dtype: of the whole model; each part's own if None or "auto".
+        dtype, torch_dtype: dtype of the whole model; each part's own if None or "auto".
         device_map: one device for all, or "auto" for the accelerator if there is one.
         output_loading_info: return `(model, info)` as transformers does; the lists in `info` are always empty.
-        preprocess_llm_callback: of `MultimodalModel`, if the saved model had a function.
-        hub: `revision`, `token`, `cache_dir`, … of a hub id. Arguments that transformers' auto classes add are ignored.
+        preprocess_llm_callback: argument of `MultimodalModel`, needed if the saved model's was a function.
+        hub: `revision`, `token`, `cache_dir`, … for a hub id. What transformers' auto classes add is ignored.
 
     Raises:
         InputError: nothing at `folder`; a callback of the saved model is not given; a part has changed at its source;
-            tensors that are missing, unexpected, mis-shaped, of another kind of dtype or not finite, by name.
+            tensors that are missing, unexpected, mis-shaped, of another kind of dtype or not finite.
     """
     hub = {name: value for name, value in hub.items() if name not in AUTO_ARGUMENTS}
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
@@ -110,7 +110,7 @@ def from_pretrained(
     if (folder / "tokenizer_config.json").is_file():
         model.tokenizer = load_tokenizer(folder)
     elif source is not None:  # saved without its processor
-        with suppress(InputError):  # nothing needs it but text, which then says so
+        with suppress(InputError):  # only decoding text needs it, and then says what is missing
             model.tokenizer = load_tokenizer(source)
     model.config.trained = config.trained
     model = model.eval().to(device=device, dtype=dtype)
@@ -207,7 +207,7 @@ def _check_tensors(where: Path, expected: Mapping[str, Tensor], found: Mapping[s
     }
     if said := [f"{label}: {', '.join(names)}" for label, names in faults.items() if names]:
         raise InputError(
-            f"{where} does not fit this model ({'; '.join(said)}); it is of a model with other parts or sizes"
+            f"{where} does not fit this model ({'; '.join(said)}); it belongs to a model with other parts or sizes"
         )
     _check_finite(where, found)
 
@@ -231,7 +231,7 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any]) -> nn.Module:
     else:
         where = entry["source"]["path"]
         part = load_source(entry)
-    if getattr(part, "anygpt_fingerprint", entry["fingerprint"]) != entry["fingerprint"]:  # unread on the meta device
+    if getattr(part, "anygpt_fingerprint", entry["fingerprint"]) != entry["fingerprint"]:  # unknown on the meta device
         raise InputError(
             f"the {name} at {str(where)!r} is not the one that {folder} was trained with (its tensors have fingerprint "
             f"{part.anygpt_fingerprint}, expected {entry['fingerprint']}); restore the original, or train again on the "
@@ -276,7 +276,7 @@ def _load_own(folder: Path, entry: dict[str, Any]) -> nn.Module:
         optional = FAMILIES.get(config.model_type, UNKNOWN).optional
         part = load_network(cls, config, place, optional=optional, dtype=getattr(torch, widest or "", None))
     _cast(part, {name: getattr(torch, dtype) for dtype, names in dtypes.items() for name in names})
-    part.anygpt_source = None  # the folder of a checkpoint is no source: save the part whole again
+    part.anygpt_source = None  # a checkpoint's folder is no source: save the part whole again
     return part
 
 

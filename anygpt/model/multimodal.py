@@ -43,8 +43,8 @@ class MultimodalModel(Composition):
         language_model: a transformers causal language model, or a `PeftModel` around one.
         decoders: output modules by key.
         tokenizers: media tokenizers by key: media that the language model reads and writes as codes.
-        preprocess_llm_callback: called with what it names among the language model's arguments, `input_ids`,
-            `token_ids` and encoder inputs; returns a dict of language model arguments to add or replace.
+        preprocess_llm_callback: its parameters name what it gets among the language model's arguments, `input_ids`,
+            `token_ids` and encoder inputs; it returns a dict of language model arguments to add or replace.
         init_projector_type, init_activation: for encoders given without a projector.
         init_output_projector_type: for decoders given without a projector.
 
@@ -100,7 +100,7 @@ class MultimodalModel(Composition):
         other = [key for key in decoders if decoders[key].signal != "codes"]
         if both := sorted(set(tokenizers) & {*encoders, *other}):
             raise InputError(
-                f"{', '.join(both)} is both a tokenizer and an encoder or decoder; name one otherwise, or give the "
+                f"{', '.join(both)} is both a tokenizer and an encoder or decoder; rename one, or give the "
                 "decoder signal='codes', with which it reads the tokenizer's codes"
             )
         embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
@@ -144,7 +144,7 @@ class MultimodalModel(Composition):
     def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Module:
         """Raise an `InputError`: new tokens have rows in `SignalTokens`, outside the language model's matrices."""
         raise InputError(
-            "the language model's matrices stay as they are: new tokens have rows of their own; to have others, call "
+            "the language model's matrices stay as they are: new tokens have rows of their own; to add others, call "
             "resize_token_embeddings on the language model before it is composed"
         )
 
@@ -203,7 +203,7 @@ class MultimodalModel(Composition):
         """Compute logits, conditions and losses from text and media.
 
         Args:
-            input_ids: `(B, S)` int64, with one placeholder a feature if token ids are set.
+            input_ids: `(B, S)` int64, with one placeholder per feature if token ids are set.
             attention_mask: `(B, S)`, padded on either side; ones by default.
             labels: `(B, S)` int64, not shifted, `-100` where no loss is taken.
             decoder_targets: `{decoder key: {"captions": [str], "media": tensor}}` in the order of the batch's signal
@@ -213,8 +213,8 @@ class MultimodalModel(Composition):
             items_per_row: `{encoder key: inputs of each row}`, for prepending where rows differ.
             return_logits: return full logits `(B, S, V')`; by default only if there are no labels.
             loss_counts: denominators by term instead of this batch's own (see `losses.formulas.weighted_total`).
-            generators: `{decoder key: one generator a target}`, for posterior samples, timesteps and noise.
-            references: of `generate`; not used here, where targets have their own.
+            generators: `{decoder key: one generator per target}`, for posterior samples, timesteps and noise.
+            references: an argument of `generate`, ignored here: targets have their own.
             text_states: replaces the language model, as `cache.TextStates` does; gives no full logits or hidden states.
             encoder_inputs: encoders' arguments, by bare name (`pixel_values`) if only one encoder takes it, or as
                 `<key>.<name>`; `<key>.features` replaces all others of an encoder (see `ModalEncoderModule.encode`).

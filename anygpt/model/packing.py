@@ -2,8 +2,8 @@
 
 Only the language model sees packed sequences; its states are unpacked into the rows of the padded batch. Rows are
 separated by positions that restart at 0: without a mask, transformers' `create_causal_mask` makes attention causal
-within each run of positions, and FlashAttention treats runs as separate sequences. torch's attention would compute
-what that mask hides, too; on a CPU it runs row by row instead. Shape legend: `anygpt.outputs`.
+within each run of positions, and FlashAttention treats runs as separate sequences. torch's attention would also
+compute what that mask hides, so on a CPU it runs row by row instead. Shape legend: `anygpt.outputs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from anygpt.sequence.merging import Merged
 from anygpt.sequence.signal_tokens import Spans, Tap
 
 BY_ROW = "sdpa_by_row"
-"""transformers' name of an attention that is `sdpa` but for packed rows on a CPU, each of which is attended alone."""
+"""The name in transformers of an attention like `sdpa`, except that on a CPU each packed row is attended alone."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Packing:
 def mask_by_row(
     batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: Any, **options: Any
 ) -> Tensor | None:
-    """Lengths of the packed rows `(R,)`, int64, padding included; transformers' own mask where that does not suffice.
+    """Lengths of the packed rows `(R,)`, int64, padding included; transformers' own mask where lengths do not suffice.
 
-    It does not where attention within a row is not causal and complete (sliding windows, tokens that look ahead).
+    They suffice if attention within a row is causal and complete (no sliding windows, no tokens that look ahead).
     """
     packed = options.get("attention_mask") is None and not options.get("allow_is_causal_skip", True)
     if packed and not options.get("use_vmap") and torch.device(device).type == "cpu":

@@ -119,7 +119,7 @@ def class_name(part: nn.Module) -> str:
 
 
 def import_class(name: str) -> Any:
-    """The class at a dotted path, of today or of an older file; an `InputError` outside `TRUSTED_PACKAGES`."""
+    """The class at a dotted path, which older files may have; an `InputError` outside `TRUSTED_PACKAGES`."""
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")
@@ -136,5 +136,5 @@ def build_callback(entry: dict[str, Any] | None) -> Any:
         return None
     cls = import_class(entry["class"])
     if not issubclass(cls, SavedCallback):
-        raise InputError(f"the checkpoint names {entry['class']!r} as a callback, which it is not")
+        raise InputError(f"the checkpoint names {entry['class']!r} as a callback, but it is none")
     return cls(**entry["settings"])

@@ -5,7 +5,7 @@ A folder holds::
     config.json               the composition; source and fingerprint of each frozen part
     model.safetensors         projectors, signal tokens, layer mixes
     adapters/<part>/          PEFT adapters, in PEFT's own format; a decoder's as `<key>_denoiser`
-    parts/<part>/             whole parts that have no source, or changed since they were loaded
+    parts/<part>/             parts that have no source, or changed since they were loaded, as a whole
     tokenizer and processor   written by `MultimodalProcessor.save_pretrained`
 
 With `save_pretrained(merge=True)` there are no adapters, and `parts/language_model` is a causal language model whose
@@ -96,7 +96,7 @@ def save_pretrained(
         merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
             its own matrices and the tokenizer beside it. Works on copies of the adapted parts and the language model.
         standalone: write every part whole, so that loading needs no other files.
-        portable: write parts whole whose sources are local folders.
+        portable: write whole all parts whose sources are local folders.
         max_shard_size: of each file of tensors, in bytes or as `5GB`.
         push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
             name.

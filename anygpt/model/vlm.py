@@ -99,7 +99,7 @@ class MRopePositions(SavedCallback):
             return {}
         if not token_ids or self.key not in token_ids:
             raise InputError(
-                "positions in height and width are those of placeholders, but the model prepends; build the "
+                "positions in height and width are those of placeholders, but the model prepends features; build the "
                 f"MultimodalProcessor with model=, or call set_token_ids({{{self.key!r}: …}})"
             )
         grids = iter(image_grid_thw.tolist())
@@ -133,8 +133,8 @@ def take_apart(
     """The encoder of a LLaVA, LLaVA-NeXT, Qwen2-VL or Qwen2-Audio model, its language model, the placeholder's id, and
     the `preprocess_llm_callback`.
 
-    `model` is a hub id or folder, with `loading_options` as of any part, or the model itself. An unsupported kind is an
-    `InputError`, and so is one that cannot be loaded.
+    `model` is a hub id or folder, with `loading_options` as for any part, or the model itself. A model that is not
+    supported or cannot be loaded is an `InputError`.
     """
     if isinstance(model, (str, Path)):
         source = Source.of(model, loading_options)
@@ -222,7 +222,7 @@ def _projector(children: dict[str, nn.Module], **settings: Any) -> MultimodalPro
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     config, head = copy.deepcopy(model.config.text_config), model.get_output_embeddings()
-    # Only the tensors tell: the whole model's config and the text's may disagree, or say nothing.
+    # Only the tensors are reliable: the whole model's config and the text config may disagree, or not say.
     config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
         is_qwen2_vl = isinstance(config, Qwen2VLForCausalLM.config_class)

@@ -147,7 +147,7 @@ def _head(config: ImageBindConfig, tower: str) -> nn.Module:
 
 
 class Scale(nn.Module):
-    """Factor of embeddings, stored as its logarithm; constant ones are applied directly, as 16 bits are 0.4% off."""
+    """Factor of embeddings, stored as its logarithm; constant ones are applied directly: 16 bits are 0.4% off."""
 
     def __init__(self, tower: str):
         super().__init__()
