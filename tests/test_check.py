@@ -26,7 +26,7 @@ def test_a_run_that_is_right(stage, arguments, tmp_path, capsys):
     code, out, err = run_check(stage, arguments(stage, tmp_path / "run"), capsys)
     assert (code, err) == (0, [])
     assert not (tmp_path / "run").exists()
-    assert "| language_model |" in out and "tokens a row" in out and "computed, not measured" in out
+    assert "| language_model |" in out and "tokens per row" in out and "computed, not measured" in out
     assert "not counted" not in out
     trained = {1: "image_projector", 2: "image_output_projector", 3: "language_model"}[stage]
     row = next(line for line in out.splitlines() if line.startswith(f"| {trained} |"))
@@ -53,7 +53,7 @@ def test_all_faults_at_once(arguments, tmp_path, capsys):
 def test_a_start_that_is_not_there_yet_is_a_note(arguments, tmp_path, capsys):
     args = arguments(2, tmp_path / "run", "--model.init_from", tmp_path / "later")
     code, out, _ = run_check(2, args, capsys)
-    assert code == 0 and "is not there yet" in out
+    assert code == 0 and "does not exist yet" in out
     code, _, err = run_check(3, arguments(3, tmp_path / "run", "--model.init_from", tmp_path / "later"), capsys)
     assert code == 2 and "later" in err[0]  # it names no parts of its own
 

@@ -110,8 +110,8 @@ def test_damaged_checkpoints_are_passed_over(data, finished, run):
     (run / "checkpoint-3/model.safetensors").unlink()
     final = train_here(1, stage1(data, run))
     log = (run / "log.txt").read_text()
-    assert "checkpoint-4 is damaged and passed over: optimizer.pt has 10 bytes" in log
-    assert "checkpoint-3 is damaged and passed over: model.safetensors is missing" in log
+    assert "checkpoint-4 is damaged and skipped: optimizer.pt has 10 bytes" in log
+    assert "checkpoint-3 is damaged and skipped: model.safetensors is missing" in log
     assert f"continues from {run / 'checkpoint-2'}" in log
     assert not list(run.glob(".*.incomplete"))
     assert [path.name for path in find_checkpoints(run)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]

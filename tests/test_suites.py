@@ -549,7 +549,7 @@ def test_a_suite_runs_during_training(described, tmp_path_factory, tmp_path):
     watched = ("--train.eval_suite", bleu, "--train.eval_steps", "1", "--train.save_steps", "1", "--data.eval", data)
     with pytest.raises(InputError, match=r"names 'words/bleu', which the suite does not give; it gives words/bleu_1"):
         train_here(1, make(1, tmp_path / "bleu", *watched, "--train.keep_best", "max:words/bleu", steps=2))
-    with pytest.raises(InputError, match=r"names the metric 'words/bleu', which there is not"):
+    with pytest.raises(InputError, match=r"names the metric 'words/bleu', which does not exist"):
         train_here(
             1, make(1, tmp_path / "other", *options, "--data.eval", data, "--train.keep_best", "words/bleu", steps=2)
         )

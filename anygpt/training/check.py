@@ -30,7 +30,7 @@ FLAG = "--check"
 ROWS = 8
 """Rows checked in each data file."""
 DEFAULT_TOKENS = 512
-"""Assumed for a row if no data can be read."""
+"""Tokens assumed for a row if no data can be read."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def check(config: Config, stage: Stage) -> Findings:
         check_folder(Path(config.run.output_dir), config)
     start = config.model.init_from
     if start is not None and not Path(start).exists() and config.model.language_model is not None:
-        found.notes.append(f"model.init_from={start!r} is not there yet: train the stage before first")
+        found.notes.append(f"model.init_from={start!r} does not exist yet: train the previous stage first")
         config = replace(config, model=replace(config.model, init_from=None))
     with shapes_only(), found.collected("model"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, that tensors are not copied to the meta device
@@ -82,7 +82,7 @@ def check(config: Config, stage: Stage) -> Findings:
             tokens = config.data.max_length or DEFAULT_TOKENS
             kinds = [Rows((key,)) for key in model.encoders] + [Rows((), (key,)) for key in model.decoders]
             found.kinds = dict.fromkeys(kinds, (tokens, tokens // 2))
-            found.notes.append(f"no rows could be read: the plan is for {tokens} tokens a row")
+            found.notes.append(f"no rows could be read: the plan assumes {tokens} tokens per row")
         found.plan = plan_memory(model, processor, config, found.kinds)
     return found
 
@@ -131,7 +131,7 @@ def report(found: Findings, config: Config) -> str:
             dtypes = ", ".join(sorted(part.bytes_by_dtype)) or "none"
             lines.append(f"| {part.part} | {part.parameters:,} | {part.trainable:,} | {dtypes} | {sizes} |")
     if found.rows:
-        lines += ["", *_table("data", "rows read", "tokens a row")]
+        lines += ["", *_table("data", "rows read", "tokens per row")]
         lines += [f"| {path} | {rows} | {low} to {high} |" for path, rows, low, high in found.rows]
     if plan := found.plan:
         lines += ["", *_table("rows of a micro-batch", "tokens", "activations, GiB", "TFLOP")]
@@ -141,7 +141,7 @@ def report(found: Findings, config: Config) -> str:
         held = psutil.Process().memory_info()
         process = (held.rss - getattr(held, "shared", 0)) / GIB  # without mapped files
         lines += ["", f"computed, not measured: {plan.total / GIB:.2f} GiB on one device, "]
-        lines[-1] += f"and {process:.2f} GiB of the process with its libraries"
+        lines[-1] += f"and {process:.2f} GiB for the process with its libraries"
         lines += [f"note: not counted: {line}" for line in plan.left_out]
         for part in (part for part in plan.parts if part.waiting):
             lines.append(

@@ -32,7 +32,7 @@ from anygpt.training.folder import STATE, find_checkpoints, hide, read_state, re
 from anygpt.training.processes import any_rank
 
 OPTIMIZER = "optimizer.pt"
-WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data and start (a run can be moved), its length
+WITHOUT_EFFECT = (  # on the trained weights: output, logging, paths of data and start (a run can be moved), its length
     *("run.output_dir", "run.name", "run.project", "run.tracker", "run.resume", "model.init_from"),
     *("data.cache_dir", "data.num_workers", "data.in_memory", "data.eval", "train.max_steps", "train.num_epochs"),
     *("train.save_steps", "train.keep_checkpoints", "train.keep_best", "train.abort_above", "train.eval_steps"),
@@ -44,8 +44,8 @@ WITHOUT_EFFECT = (  # on the trained weights: output, logging, places of data an
 def settings_that_count(config: Config) -> dict[str, Any]:
     """Settings on which the trained weights depend, by name.
 
-    Micro-batches are counted over all processes: one process with 2b rows and two with b train the same. Those of
-    `data.max_batch_tokens` depend on the number of processes.
+    Micro-batches are counted over all processes: one process with 2b rows and two with b rows each train the same. With
+    `data.max_batch_tokens`, they depend on the number of processes.
     """
     settings = config.to_dict()
     for source in settings["data"]["train"]:
@@ -126,8 +126,8 @@ def save_state(content: Any, path: Path) -> None:
 
 
 def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints. An
-    `InputError` says that there is no intact one at the given path, or that the chosen one has other settings."""
+    """Checkpoint to resume from by `run.resume`, or None to start anew; and notes on skipped checkpoints. It is an
+    `InputError` if the given path holds no intact checkpoint, or the chosen one has other settings."""
     resume, own = config.run.resume, find_checkpoints(Path(config.run.output_dir))
     passed_over: list[str] = []
     for checkpoint in {"never": [], "auto": own[::-1]}.get(resume, [Path(resume)]):
@@ -142,7 +142,7 @@ def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 f"run.resume={resume!r} is no checkpoint, or a damaged one: {fault}; give another checkpoint-<step> "
                 "folder, auto or never"
             )
-        passed_over.append(f"{checkpoint} is damaged and passed over: {fault}")
+        passed_over.append(f"{checkpoint} is damaged and skipped: {fault}")
     return None, passed_over
 
 
@@ -164,14 +164,14 @@ def check_same_data(checkpoint: Path, before: list[str], now: list[str], config:
     for source, was, there in zip(config.data.train, before, now, strict=True):
         if was != there:
             raise InputError(
-                f"{source.path} has other rows, or in another order, than when {checkpoint} was written (it had {was}, "
-                f"and has {there}); restore it, or start over with run.resume=never"
+                f"{source.path} does not have the same rows in the same order as when {checkpoint} was written (it "
+                f"had {was}, and has {there}); restore it, or start over with run.resume=never"
             )
 
 
 def load_tensors(checkpoint: Path, model: MultimodalModel) -> None:
-    """Restore all tensors, buffers and frozen projectors too, as `model.init_from` may have changed, and the record of
-    the training, which a run that has only `final/` left to write does not make again."""
+    """Restore all tensors, also buffers and frozen projectors, since `model.init_from` may have changed, and the record
+    of the training, which a run that only has to write `final/` does not make again."""
     saved = type(model).from_pretrained(checkpoint)
     model.load_state_dict(saved.state_dict())
     model.config.trained = saved.config.trained
@@ -187,8 +187,8 @@ def load_state(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
-            f"{path} is no state of an optimizer or of random numbers, and is not loaded; remove its checkpoint, or "
-            "give run.resume the path of another"
+            f"{path} is not the state of an optimizer or of random numbers, so it is not loaded; remove its "
+            "checkpoint, or give run.resume the path of another"
         ) from error
 
 

@@ -40,9 +40,9 @@ def run_stage(
 ) -> None:
     """Run a stage and exit: 0 done, 2 user error, 3 non-finite loss, 4 metric above its bound, 128 + n after signal n.
 
-    `afterwards` is called by the first process with the `final/` folder and the settings. A user error is printed as
-    one line, by the first process only unless it concerns a sample of another process; other errors keep their
-    traceback. Under a launcher the line follows the launcher's own failure report.
+    The first process calls `afterwards` with the `final/` folder and the settings. A user error is printed as one line,
+    by the first process unless it concerns a sample of another one; other errors keep their traceback. Under a
+    launcher, the line follows the launcher's own failure report.
     """
     quiet_libraries()
     rank, launcher = int(os.environ.get("RANK", "0")), find_launcher()
@@ -68,7 +68,7 @@ def run_stage(
         codes: dict[type, int] = {NonFiniteLoss: NON_FINITE, Aborted: ABORTED}
         if not isinstance(error, InputError | NonFiniteLoss | Aborted) and getattr(error, "errno", None) not in DISK:
             if launcher is not None:
-                line = f"{type(error).__name__}: {line} (a fault of the program's; its traceback is above)"
+                line = f"{type(error).__name__}: {line} (a bug in the program; its traceback is above)"
                 say_last(f"error: {line}", launcher)
             raise
         if rank == 0 or isinstance(error, BadSampleError):
@@ -114,11 +114,11 @@ freeze_once = cache(gc.freeze)
 
 
 def quiet_libraries() -> None:
-    """Show this package's messages; of the libraries' only what they warn of, and no deprecations or progress bars."""
+    """Show this package's messages; of the libraries' only warnings, without deprecations and progress bars."""
     freeze_once()  # no collection, nor the one at exit, looks at the million objects of the libraries again
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("anygpt").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each repository read from the cache
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns about each repository read from the cache
     for category in (FutureWarning, DeprecationWarning):  # raised by one library about another
         warnings.filterwarnings("ignore", category=category)
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")

@@ -25,13 +25,13 @@ SCALED_SAMPLES = 512
 
 
 def write_components(final: Path, config: Config) -> None:
-    """Write the trained parts of `final` to `output_dir/parts/<part>`; a trained VAE with the scaling factor that
-    brings its latents to unit variance (arXiv 2112.10752, §G)."""
+    """Write the trained parts of `final` to `output_dir/parts/<part>`; a trained VAE gets the scaling factor that gives
+    its latents unit variance (arXiv 2112.10752, §G)."""
     model = MultimodalModel.from_pretrained(final)
     processor = MultimodalProcessor.from_pretrained(final)
     processor.describe_targets(model)
     trained = {part.partition(".")[0] for part in config.train.parts}
-    for part, module in part_modules(model).items():  # a projector belongs to this composition
+    for part, module in part_modules(model).items():  # projectors are left out: they belong to this composition
         if part not in trained:
             continue
         folder = Path(config.run.output_dir) / PARTS / part

@@ -18,7 +18,7 @@ from anygpt.losses.formulas import LossWeights
 from anygpt.parts.source import DecoderSettings, EncoderSettings, PartSettings, TokenizerSettings, Tokens
 from anygpt.settings import find_misfits, flatten, parse_settings
 
-# Bounds far beyond practical values: a few zeros too many should be an error message, not exhausted memory.
+# Bounds far beyond practical values, so that a few zeros too many give an error message, not exhausted memory.
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 Every = Annotated[int, Field(ge=0, le=10**9)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
@@ -112,11 +112,11 @@ class ModelConfig:
     """The composition.
 
     Attributes:
-        init_from: a `final/` folder to start from. Parts named here as well must be the same; missing parts are added.
+        init_from: a `final/` folder to start from. Parts that are also named here must be the same; others are added.
         encoders: by key, in the order in which features are prepended.
         language_model: a causal language model.
         decoders: by key.
-        tokenizers: by key, in place of an encoder and a decoder.
+        tokenizers: media tokenizers by key, each in place of an encoder and a decoder.
     """
 
     init_from: str | None = None
@@ -196,12 +196,12 @@ class TrainConfig:
         projector_init: initialization of new output projectors: `random`, or `ridge`, the closed-form solution of
             caption alignment on the training captions (linear projectors; a transformer gets a parallel linear path).
         ridge_captions: maximum number of captions for ridge.
-        ridge_gain: factor on the deviations of ridge's conditions from the mean one. Ridge shrinks towards the mean
-            what it cannot predict; 1 has the least squared error, more the strength that the decoder is used to.
+        ridge_gain: factor on the deviations of ridge's conditions from their mean. Ridge shrinks what it cannot predict
+            towards the mean: 1 has the least squared error, more restores the strength that the decoder is used to.
         parts: parts to train in place of the stage's own, such as `image_projector` or `audio_decoder`; used by the
             joint configuration. `image_denoiser` is LoRA on the image decoder's denoiser, set by `denoiser_lora`.
         ema_decay: decay of the exponential moving averages of what trains (see `Averages`), as 0.999; None for none.
-        ema_for: where the averages stand in for the weights: in `evaluation` (samples too), in `final`.
+        ema_for: where the averages replace the weights: in `evaluation` (and samples), in `final`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile: apply torch.compile to the layers of encoders, language model and denoisers.
         profile: updates to trace with torch's profiler into `profile/`, after two others; 0 for none.

@@ -86,7 +86,7 @@ def written_or_as_before(folder: Path, accelerator: Accelerator) -> Iterator[Non
 
 
 def sync(*paths: Path) -> None:
-    """Flush files, or folders' entries, to disk."""
+    """Flush files, or the entries of folders, to disk."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -145,8 +145,8 @@ def remove_old(folder: Path, config: Config) -> None:
 def set_aside(folder: Path, step: int) -> list[str]:
     """Rename checkpoints beyond `step`, which are damaged or of an abandoned branch; returns lines about them.
 
-    Otherwise they would count as newer than those that the run is about to write. Evaluations and samples beyond it are
-    removed, since their answers would be taken for those of the coming updates, or contradict them.
+    Otherwise they would count as newer than those that the run is about to write. Evaluations and samples beyond `step`
+    are removed, since they would be mistaken for those of the coming updates, or contradict them.
     """
     lines = []
     for path in (*(folder / EVALUATION).glob("*"), *(folder / SAMPLES).glob("*")):
@@ -157,7 +157,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
             aside = folder / f"set-aside-{step_of(path)}"
             remove(aside)
             os.rename(path, aside)
-            lines.append(f"{path.name} is beyond update {step}, and now called {aside.name}")
+            lines.append(f"{path.name} is beyond update {step}, and was renamed to {aside.name}")
     return lines
 
 

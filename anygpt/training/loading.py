@@ -59,7 +59,7 @@ def take_ids(batch: dict[str, Any], config: Config) -> dict[str, Any]:
 def naming_rows(
     dataset: ConversationDataset, collator: Collator, model: MultimodalModel, ids: dict[str, Any]
 ) -> Iterator[None]:
-    """Turn what an encoder refuses in a batch into an error that names the row: the first that is refused alone."""
+    """Turn an encoder's refusal of a batch into an error that names the first row that is refused by itself."""
     try:
         yield
     except EncoderRefusal as refusal:
@@ -154,7 +154,7 @@ def ridge_batches(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
     """Yield the training captions in batches, the same on every process, without decoding targets that no
-    tokenizer encodes. More than `train.ridge_captions` are drawn from, since `data.train` is one file after another."""
+    tokenizer encodes. Of more than `train.ridge_captions`, some are drawn at random, as rows are ordered by file."""
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
     if len(rows) > config.train.ridge_captions:
         rows = sorted(random.Random(config.run.seed).sample(rows, config.train.ridge_captions))
@@ -184,16 +184,16 @@ def use_cache(
     if not sharded:
         collator.cache = cache
         return cache.notes
-    # All processes gather each layer together, so none may skip the language model while another needs it.
+    # All processes gather each layer together, so none may skip the language model while others need it.
     notes = [note for note in cache.notes if not note.startswith(f"{LANGUAGE_MODEL}:")]
     return [*notes, f"{LANGUAGE_MODEL}: computed anew: its layers are sharded"]
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
-    """Decode only as many frames of a clip as its consumers sample, references for decoders that take them, and leave
-    bad samples to the loop."""
+    """Make datasets decode only as many frames of a clip as its consumers sample, and references for decoders that take
+    them, and leave bad samples to the loop."""
     consumers = [*processor.encoder_processors.values(), *processor.targets.values(), *processor.coded.values()]
-    timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # a sound's frames are others
+    timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # not a sound's frames
     dataset.num_video_frames = max((c.num_frames for c in timed if hasattr(c, "num_frames")), default=None)
     dataset.references = {processor.makes[key] for key, one in processor.targets.items() if one.reference}
     dataset.on_bad_sample = "skip"

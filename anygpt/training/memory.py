@@ -32,8 +32,8 @@ ADAM_BYTES = 8  # two fp32 moments
 
 @dataclass(frozen=True)
 class PartMemory:
-    """Parameters of a part, those that train, bytes of all tensors by dtype, the bytes that training adds, and how many
-    bytes of the tensors wait on the CPU (`offload`)."""
+    """A part's parameters, those of them that train, bytes of all tensors by dtype, bytes that training adds, and bytes
+    of tensors that wait on the CPU (`offload`)."""
 
     part: str
     parameters: int
@@ -123,9 +123,9 @@ def plan_memory(model: MultimodalModel, processor: Any, config: Config, kinds: M
 
     Args:
         model: on the meta device, prepared for the stage; its tensors are replaced by fake ones.
-        kinds: for each kind of rows, tokens of a row, and how many of them carry a loss.
+        kinds: for each kind of rows, the tokens of a row and how many of them carry a loss.
     """
-    known = set[int]()  # what a denoiser's adapter holds is also in its decoder
+    known = set[int]()  # a denoiser's adapter is also part of its decoder
     parts = [measure_part(model, name, known) for name in reversed(model.parts)][::-1]
     activations, flops, left_out = {}, {}, []
     networks = [network for decoder in model.decoders.values() for network in decoder.module.children()]
@@ -198,7 +198,7 @@ class BlankBatch:
     """A micro-batch of rows with one blank medium per encoder and one target per decoder of their kind.
 
     Args:
-        model: not fake yet, since real media are processed here.
+        model: not fake yet, because real media are processed here.
         rows: rows of the micro-batch.
     """
 

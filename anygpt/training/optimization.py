@@ -40,7 +40,7 @@ def parameter_groups(model: MultimodalModel, train: TrainConfig) -> list[dict[st
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups.setdefault(name_of.get(id(parameter), ""), []).append(parameter)
-    # Where no signal rows train, a rate for them is no mistake.
+    # If no signal rows train, a rate for them is not a mistake.
     idle = sorted(set(rates) - set(groups) - ({"signal_tokens"} if train.signal_rows == "none" else set()))
     if idle:
         raise InputError(f"train.learning_rates names {', '.join(idle)}, of which nothing trains; leave it out")
@@ -75,7 +75,7 @@ def clip_gradients(model: MultimodalModel, optimizer: Any, bound: float, acceler
 class Averages:
     """Exponential moving averages of a model's trainable parameters (EMA); does nothing without `train.ema_decay`.
 
-    After update n the decay is min(ema_decay, n / (n + 9)), and 0 for n = 1, so that the beginning is soon forgotten.
+    After update n the decay is min(ema_decay, n / (n + 9)), and 0 for n = 1, so that the start is soon forgotten.
     """
 
     def __init__(self, model: MultimodalModel, train: TrainConfig):
@@ -84,13 +84,13 @@ class Averages:
         self.ema = None if train.ema_decay is None else EMAModel(self.parameters, decay=train.ema_decay)
 
     def step(self) -> None:
-        """Take in the weights after an update."""
+        """Update the averages with the weights after an update."""
         if self.ema is not None:
             self.ema.step(self.parameters)
 
     @contextmanager
     def instead(self, where: str) -> Iterator[None]:
-        """Put the averages in place of the weights, if `train.ema_for` names this place, and the weights back."""
+        """Replace the weights by the averages within the block, if `train.ema_for` names this place."""
         if self.ema is None or where not in self.used_for:
             yield
             return
@@ -103,7 +103,7 @@ class Averages:
 
     @property
     def evaluated(self) -> bool:
-        """Whether evaluations are of the averages, which no checkpoint's own tensors are."""
+        """Whether evaluations use the averages, which differ from a checkpoint's own tensors."""
         return self.ema is not None and "evaluation" in self.used_for
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def compile_layers(model: MultimodalModel) -> None:
     Whole parts would recompile at each step, because hooks insert the signal tokens into the language model; and layers
     of one class share their compiled code. Where torch.compile does not work, an `InputError` says so.
     """
-    advice = "; install what it needs (on a CPU a C++ compiler, on a GPU Triton), or leave it off"
+    advice = "; install what it needs (on a CPU a C++ compiler, on a GPU Triton), or turn it off"
     with refusing("train.compile is on, but torch.compile does not work here", advice=advice):
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
     torch._dynamo.reset()

@@ -44,7 +44,7 @@ class RidgeRegression:
         Samples are held back by a hash of their outputs, so that repeated captions do not occur on both sides.
         """
         x, y = x.double().cpu(), y.double().cpu()
-        # Rounded, since the last bits of the same caption's encoding may depend on the batch.
+        # Rounded, because the last bits of a caption's encoding may depend on its batch.
         rounded = y.float().mul(1e3).round().to(torch.int64).numpy()
         back = torch.tensor([xxh3_64_intdigest(row.tobytes()) % HOLD_BACK_EVERY == 0 for row in rounded]).bool()
         back &= self.seen_back + back.cumsum(0) <= MAX_HELD_BACK
@@ -96,7 +96,7 @@ class RidgeRegression:
         errors = [(in_basis @ (rotated / (values + s)[:, None]) - y).square().sum() for s in strengths]
         if not torch.stack(errors).isfinite().all():
             raise InputError(
-                "ridge regression met hidden states or caption encodings that are not finite: the language model or a "
+                "ridge regression got hidden states or caption encodings that are not finite: the language model or a "
                 "decoder's text encoder overflows (in half precision?), or a cached encoding is damaged"
             )
         return max(s for s, error in zip(strengths, errors, strict=True) if error <= TOLERANCE * min(errors))
@@ -105,7 +105,7 @@ class RidgeRegression:
 def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
     """Raise an `InputError` if XᵀX and XᵀY of `{decoder key: (inputs, outputs)}` do not fit into memory.
 
-    In float64, XᵀX is there four times while it is decomposed, XᵀY three times.
+    In float64, memory holds XᵀX four times while it is decomposed, XᵀY three times.
     """
     needed = sum(8 * (4 * inputs**2 + 3 * inputs * outputs) for inputs, outputs in sizes.values())
     if needed > psutil.virtual_memory().available:
@@ -121,7 +121,7 @@ def check_room(sizes: Mapping[str, tuple[int, int]]) -> None:
 def set_by_ridge(
     model: MultimodalModel, keys: Iterable[str], batches: Iterable[dict[str, Any]], gain: float = 1.0
 ) -> dict[str, float]:
-    """Set the linear path, which they must have, of output projectors to the ridge solution with this gain, in one pass
+    """Set the linear paths of output projectors, which must have one, to the ridge solution with this gain, in one pass
     over the captions.
 
     `batches` are arguments of `model.read_states` with captions in `decoder_targets`; returns each decoder's strength.

@@ -66,7 +66,7 @@ def build(config: Config) -> tuple[MultimodalModel, MultimodalProcessor]:
 def compose(
     config: Config, collected: Callable[[str], AbstractContextManager[None]]
 ) -> tuple[MultimodalModel, MultimodalProcessor] | None:
-    """See `build`. Each part is loaded within `collected(<setting>)`; None if that swallowed a fault."""
+    """See `build`. Each part is loaded within `collected(<setting>)`; None if that has recorded a fault."""
     check_parts_by_key(config)
     wanted = config.model
     precision, ridge = config.train.mixed_precision, config.train.projector_init == "ridge"
@@ -88,7 +88,7 @@ def compose(
             language_model = load_language_model(source(part, precision))
         with collected("model.language_model"):
             tokenizer = load_tokenizer(source(part, precision))
-    width = head = 8  # if the language model is faulty, so that the other parts are looked at
+    width = head = 8  # if the language model is faulty, so that the other parts are still checked
     if language_model is not None and tokenizer is not None:
         rows, width = language_model.get_input_embeddings().weight.shape
         head = language_model.get_output_embeddings().weight.shape[1]
@@ -132,7 +132,7 @@ def compose(
 
 
 def load_start(model: MultimodalModel, start: MultimodalModel, folder: str) -> None:
-    """Take over the start's signal tokens, the only tensors that are not in a part; those of new parts stay."""
+    """Load the start's signal tokens, the only tensors outside parts; those of new parts stay as they are."""
     signals = [
         {key: one.ids[key][: len(names)] for key, names in one.names.items() if one.ids}
         for one in (start.signal_tokens, model.signal_tokens)
@@ -196,7 +196,7 @@ def check_parts_by_key(config: Config) -> None:
     for modality, count in modalities.items():
         if count > 1:
             raise InputError(
-                f"model.encoders has several encoders for {modality!r}, of which only the first would be given media; "
+                f"model.encoders has several encoders for {modality!r}, of which only the first would get media; "
                 "name one, or compose the model in Python"
             )
 
@@ -243,7 +243,7 @@ def differences(wanted: PartSettings, found: dict[str, Any]) -> Iterator[tuple[s
 
 
 def feed_back(dataset: ConversationDataset, model: MultimodalModel, stage: Stage) -> None:
-    """Make media of the assistant inputs of the user's next turn, where a stage takes rows with media on both sides."""
+    """Make the assistant's media inputs of the user's next turn, if the stage takes rows with media on both sides."""
     if "encoder_decoder" in stage.terms:
         reads = {encoder.modality for encoder in model.encoders.values()}
         dataset.samples = [sample.fed_back(reads) for sample in dataset.samples]
@@ -335,8 +335,8 @@ def init_projectors(
 def check_metrics(train: TrainConfig, losses: list[str], found: Collection[str] = ()) -> None:
     """Check that `train.keep_best` and `train.abort_above` name metrics of this run.
 
-    Those of `train.eval_suite` may give several values (`bleu_1`, …), whose names are known once there is an evaluation
-    with the values `found`. A metric that had no answers to score gives none yet.
+    A metric of `train.eval_suite` may give several values (`bleu_1`, …), whose names are only known after an evaluation
+    with the values `found`. A metric without answers to score gives no value yet.
     """
     best, of_suite = (train.keep_best or "loss").removeprefix(MAX), []
     if train.eval_suite:
@@ -354,7 +354,7 @@ def check_metrics(train: TrainConfig, losses: list[str], found: Collection[str] 
                 raise InputError(f"{setting} names {name}, but there is no evaluation; give train.eval_steps")
         elif name not in names:
             near = difflib.get_close_matches(name, names + evaluated, n=1, cutoff=0.0)[0]
-            raise InputError(f"{setting} names the metric {name!r}, which there is not; did you mean {near}?")
+            raise InputError(f"{setting} names the metric {name!r}, which does not exist; did you mean {near}?")
     if best in evaluated and train.save_steps % train.eval_steps:
         raise InputError(
             f"train.keep_best is {train.keep_best!r}, so there must be an evaluation at each checkpoint; "

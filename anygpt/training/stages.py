@@ -22,7 +22,7 @@ class Stage:
         name: name in messages and the tracker.
         trains: suffixes of the parts that train: `projector`, `output_projector`, `signal_tokens`, `language_model`.
         terms: loss terms of the stage; rows of other kinds are an error.
-        lora: train LoRA adapters on the language model in its place, unless their rank is 0.
+        lora: train LoRA adapters on the language model instead of its weights, unless their rank is 0.
     """
 
     name: str
@@ -78,7 +78,7 @@ def prepare_stage(model: MultimodalModel, stage: Stage, config: Config) -> list[
             parameter.data = parameter.data.float()  # small updates would be lost in half precision
     trainable, expected = model.trainable_names(), expected_names(model, parts, rows)
     if wrong := set(trainable) ^ expected:
-        raise RuntimeError(f"{stage.name} should train other tensors than it does: {', '.join(sorted(wrong))}")
+        raise RuntimeError(f"{stage.name} would train other tensors than it should: {', '.join(sorted(wrong))}")
     if not trainable:
         raise InputError(f"{stage.name} has nothing to train: the model has no parts among {', '.join(stage.trains)}")
     return trainable
@@ -110,7 +110,7 @@ def part_kinds(model: MultimodalModel) -> dict[str, str]:
     for key in model.decoder_keys:
         kinds |= {f"{key}_{kind}": kind for kind in ("decoder", "denoiser", "output_projector")}
     kinds |= {f"{key}_tokenizer": "tokenizer" for key in model.tokenizer_keys}
-    return {part: kind for part, kind in kinds.items() if part in model.parts}  # denoisers only with an adapter
+    return {part: kind for part, kind in kinds.items() if part in model.parts}  # denoisers only if they have an adapter
 
 
 def choose_networks(model: MultimodalModel, parts: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Default of a stage without `--config`: its tiny configuration, on data that are made if missing."""
+"""Default of a stage without `--config`: its tiny configuration, with data that are made if missing."""
 
 import fcntl
 import json

@@ -78,7 +78,7 @@ class RunLog:
         try:
             self.accelerator.init_trackers(project, settings, init_kwargs={"wandb": wandb})
         except Exception as error:  # each tracker raises its own types
-            self.accelerator.trackers.clear()  # a tracker that did not start cannot be ended
+            self.accelerator.trackers.clear()  # a tracker that did not start cannot be closed
             reason = " ".join(str(error).split())
             raise InputError(f"run.tracker {config.run.tracker} cannot start: {reason}") from error
 
@@ -126,7 +126,7 @@ def take_samples(
 def run_suite(path: str, folder: Path, model: Any, processor: Any, accelerator: Accelerator) -> dict[str, float]:
     """Run a suite and write its results to `folder`; returns `{"<suite>/<metric>": value}`, equal on all processes."""
     if is_sharded(accelerator):
-        raise InputError("train.eval_suite: processes that share a model's layers cannot answer rows of their own")
+        raise InputError("train.eval_suite: with a sharded model, processes cannot answer different rows")
     suite = read_suite(path)
     suite.baselines = suite.baselines or []  # baselines do not change during training
     with evaluating(model), torch.random.fork_rng(), accelerator.autocast():

@@ -118,7 +118,7 @@ class Trainer:
         return self
 
     def restore(self, checkpoint: Path) -> None:
-        """Restore the state of training, but for the model's tensors."""
+        """Restore the state of training, except the model's tensors."""
         state, saved = folders.read_state(checkpoint), checkpoints.load_state(checkpoint / checkpoints.OPTIMIZER)
         checkpoints.check_same_data(checkpoint, state["data"], self.digests, self.config)
         sharding.load_optimizer_state(self.model, self.optimizer, saved)
@@ -143,7 +143,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         loader = loading.make_loader(self.dataset, self.collator, config, accelerator, start=self.done)
         with contextlib.closing(loading.take_updates(loader, config)) as updates, contextlib.ExitStack() as stack:
-            first = list(itertools.islice(updates, 1))  # find errors in it before anything is written
+            first = list(itertools.islice(updates, 1))  # finds its errors before anything is written
             stack.enter_context(folders.written_or_as_before(self.folder, accelerator))
             environment = folders.environment(accelerator)
             prepared = folders.prepare_folder(self.folder, config, environment, self.done, accelerator)
@@ -208,7 +208,7 @@ class Trainer:
                 raise Interrupted(caught[0] if caught else signal.SIGTERM, line)
         if not moved:
             raise InputError(
-                "no gradient reached anything that trains, in no update: the data has nothing for the parts that "
+                "no gradient reached any trained parameter in any update: the data has nothing for the parts that "
                 "train, or every sample was skipped"
             )
         processes.check_finite(self.model)
@@ -219,7 +219,7 @@ class Trainer:
     def step(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Make one update; returns its metrics over all processes: the weighted loss, the mean of each term, the norm
         before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step. If
-        nothing has a loss, as when every row was skipped, that is no metric, and the optimizer makes no step."""
+        nothing has a loss, because every row was skipped, there is no such metric, and the optimizer makes no step."""
         names, accelerator = self.model.loss_names(), self.accelerator
         counts = Counter(dict.fromkeys(names, 0))
         for batch, _ in micro_batches:
@@ -300,7 +300,7 @@ class Trainer:
         loss = weighted_total(losses, self.model.loss_weights)
         if loss is None:
             raise InputError(
-                f"no row of data.eval gives a loss, and {count['skipped']:.0f} of {len(rows)} were skipped; mend the "
+                f"no row of data.eval gives a loss, and {count['skipped']:.0f} of {len(rows)} were skipped; fix the "
                 "file, or leave it out"
             )
         left_out = {name: count[name] for name in ("skipped", "cut") if count[name]}
@@ -323,7 +323,7 @@ class Trainer:
 
     def save(self, name: str, metrics: dict[str, float], random_state: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint `<name><updates done>`, with an earlier `rng_state` if given, and return its folder.
-        Raises `NonFiniteLoss` if a run could not continue from it, as a trainable parameter is not finite."""
+        Raises `NonFiniteLoss` if a trainable parameter is not finite, as a run could not continue from that."""
         if name == PREFIX:
             processes.check_finite(self.model)
         path = self.folder / f"{name}{self.done}"
