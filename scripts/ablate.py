@@ -134,7 +134,7 @@ def run(plan: Plan, name: str, seed: int, things: str, output: Path) -> Report:
 def call(command: Sequence[str], name: str) -> None:
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     if code := subprocess.run(command, cwd=REPOSITORY).returncode:
-        raise InputError(f"{name} ended with exit code {code}, see above; start again: what is done is kept")
+        raise InputError(f"{name} ended with exit code {code}, see above; run it again: finished runs are kept")
 
 
 def table(results: Mapping[str, Sequence[Report]]) -> str:

@@ -62,7 +62,7 @@ def build(arguments: list[str]) -> None:
         write_dataset(WORK / "data", kind, SAMPLES[kind], seed=0, things=THINGS, progress=True)
     for name in STARTS:
         is_finished(name)  # refuses changed inputs before any training
-    for name in STARTS:  # each after the one that it starts from
+    for name in STARTS:  # each after the run that it starts from
         train(name)
     collect(options.output)
     for part, shares in measure(options.output, samples=200, seed=0).items():

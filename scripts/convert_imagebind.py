@@ -26,11 +26,11 @@ def convert(arguments: list[str]) -> None:
     source.add_argument("file", type=Path, nargs="?", help="imagebind_huge.pth, or its tensors as .safetensors")
     source.add_argument("--untrained", action="store_true", help="random weights, for stage 0 to train")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--config", type=Path, help="JSON of an ImageBindConfig, of a model that is not the huge one")
+    parser.add_argument("--config", type=Path, help="JSON of an ImageBindConfig, for a model other than the huge one")
     options = parser.parse_args(arguments)
     file, output = options.file, options.output
     if output.exists():
-        raise InputError(f"--output {output} is there already; choose another folder")
+        raise InputError(f"--output {output} already exists; choose another folder")
     config = ImageBindConfig.from_json_file(options.config) if options.config else ImageBindConfig()
     if options.untrained:
         ImageBindModel(config).save_pretrained(output)

@@ -83,7 +83,7 @@ def measure_rate(name: str, folder: Path, steps: int) -> dict[str, float]:
 
 
 def rate(name: str, folder: Path, options: argparse.Namespace) -> str:
-    """Measure one row of `RATES` in a process of its own; returns it in words."""
+    """Measure one row of `RATES` in a process of its own; returns it as text."""
     if FLASH in RATES[name][1]:
         needs(importlib.util.find_spec("flash_attn"), "flash-attn (pip install flash-attn)")
     command = [sys.executable, __file__, "--row", name, "--folder", folder, "--steps", options.steps]
@@ -109,7 +109,7 @@ def launch(folder: Path, name: str, stage: int, config: str, processes: int, *mo
 
 
 def call(command: list[object]) -> str:
-    """Run a command; returns what it prints, or raises `Failed` with its first line about an error."""
+    """Run a command; returns its output, or raises `Failed` with the first line about an error."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["no error was printed"]
@@ -123,7 +123,7 @@ def read_losses(output: Path) -> Losses:
 
 
 def difference(expected: Losses, found: Losses, close: float) -> str:
-    """The largest relative difference, in words; raises `Failed` if it exceeds `close`, or other losses were logged."""
+    """The largest relative difference, as text; raises `Failed` if it exceeds `close`, or other losses were logged."""
     if {step: set(v) for step, v in expected.items()} != {step: set(v) for step, v in found.items()}:
         raise Failed("other updates or loss terms were logged")
     # The floor on the denominator avoids large relative differences of losses near zero.
@@ -165,7 +165,7 @@ def main() -> int:
         print(json.dumps(measure_rate(options.row, options.folder, options.steps)))
         return 0
     if not (0 < options.gpus <= count or options.tiny):
-        print(f"error: --gpus is {options.gpus}, and there are {count} GPUs here; nothing was tried", file=sys.stderr)
+        print(f"error: --gpus is {options.gpus}, and there are {count} GPUs here; nothing was run", file=sys.stderr)
         return 2
     folder, failed = Path(tempfile.mkdtemp(prefix="gpu_test_")), False
     if not RATES.keys().isdisjoint(options.only):

@@ -4,7 +4,7 @@
     python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
 
 `DIR` holds `cc3m/`, `webvid/` and `audiocap/` in NExT-GPT's layout. Each stage is a process with micro-batches of one
-row in bfloat16, whose memory without mapped files, sampled ten times a second, stands beside `--check`'s estimate.
+row in bfloat16, whose memory without mapped files, sampled ten times a second, is printed beside `--check`'s estimate.
 """
 
 import argparse

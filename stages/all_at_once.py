@@ -1,5 +1,5 @@
 """All at once: one next-token cross-entropy over text and the codes that media tokenizers give every medium. Trains the
-language model whole (`lora.r: 0`) or by LoRA, and the rows of the codes.
+whole language model (`lora.r: 0`) or LoRA on it, and the rows of the codes.
 
     accelerate launch stages/all_at_once.py --config configs/tiny/all_at_once.yaml [--section.key value …]
 """

@@ -1,7 +1,7 @@
-"""Stage 0, components (optional): makes pretrained parts, as those of the tiny zoo. Trains what `train.parts` says:
+"""Stage 0, components (optional): makes pretrained parts, such as the tiny zoo's. Trains what `train.parts` says:
 encoders by InfoNCE (`loss.encoder`), the language model by NLL (`loss.llm`), a decoder's denoiser and text encoder by
 denoising (`loss.decoder`), its VAE and vocoder, and media tokenizers, by reconstruction (`loss.reconstruction`). Each
-part that it trained is written to `<output_dir>/parts/` as an ordinary `from_pretrained` folder.
+trained part is written to `<output_dir>/parts/` as an ordinary `from_pretrained` folder.
 
     accelerate launch stages/stage0_components.py --config configs/tiny/stage0/words.yaml [--section.key value …]
 """

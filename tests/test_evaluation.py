@@ -290,7 +290,7 @@ def test_what_is_not_of_an_evaluation_is_not_replaced(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/own.txt").write_text("mine")
     assert commands.run("evaluate", ["--output", str(tmp_path), "--checkpoint", "nowhere"]) == 2
-    assert "is not an evaluation's" in capsys.readouterr().err
+    assert "is not from an evaluation" in capsys.readouterr().err
     assert commands.run("evaluate", ["--output", str(tmp_path / "samples/own.txt/out"), "--checkpoint", "nowhere"]) == 2
     assert "own.txt is a file" in capsys.readouterr().err
     assert (tmp_path / "samples/own.txt").read_text() == "mine"

@@ -130,4 +130,4 @@ def test_the_script_merges_a_folder(parts, tiny_model, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert "is there already" in said and len(said.splitlines()) == 1
+    assert "already exists" in said and len(said.splitlines()) == 1

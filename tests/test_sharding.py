@@ -181,7 +181,7 @@ def script():
 def test_without_a_gpu_nothing_passes(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_test.py"])
     assert script.main() == 2
-    assert "nothing was tried" in capsys.readouterr().err
+    assert "nothing was run" in capsys.readouterr().err
 
 
 def test_losses_are_read_from_the_log_and_compared(script, tmp_path):

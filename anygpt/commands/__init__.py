@@ -43,7 +43,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's or a script's `main` as `exit_code` does, with the libraries quiet."""
+    """Run the `main` of a command or script as `exit_code` does, with the libraries quiet."""
     quiet_libraries()
     return exit_code(main, arguments)
 

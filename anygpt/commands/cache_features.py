@@ -75,11 +75,11 @@ def main(arguments: list[str]) -> None:
     model.to(accelerator.device).eval()
     if options.overwrite and accelerator.is_main_process:
         for place in (*(folder / entry.name for entry in entries(model)), *folder.glob(f"{LANGUAGE_MODEL}-*")):
-            if (place / KEY).is_file():  # anything else is not a store
+            if (place / KEY).is_file():  # any other folder is not a store
                 shutil.rmtree(place)
     accelerator.wait_for_everyone()
     shown = {"unit": "batch", "disable": not accelerator.is_main_process}
-    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 60  # a log, too, says how far it is
+    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 60  # so that a log also shows progress
     CacheWriter(
         folder,
         model,

@@ -51,7 +51,7 @@ class Chat:
         )
         self.chat_model.check(self.settings)
         self.output: Path = options.output
-        # turn numbers of media that are there, which must not be overwritten
+        # turn numbers of existing media, which must not be overwritten
         names = [path.name for path in options.output.iterdir()] if options.output.is_dir() else []
         self.turns = max((int(found[1]) for name in names if (found := re.match(r"(\d+)-\d+\.\w+$", name))), default=0)
         self.reset()
@@ -171,7 +171,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = new_parser("chat", __doc__)
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--prompt", help="answer this once, and end")
+    add("--prompt", help="answer this, then exit")
     add("--attach", nargs="*", default=[], metavar="PATH", help="files that precede the prompt")
     add("--output", type=Path, default=REPOSITORY / "runs/chat", help="folder for generated media")
     add("--require", nargs="*", default=[], metavar="KEY", help="decoders that every answer must call")

@@ -6,7 +6,7 @@
 A suite file writes metrics.json, samples/ and report.html; answers that are already in the output folder are reused,
 and the suite's settings can be overridden, as in `--ask.seed 1 --limit 1000`. `--suite toyworld` prints the matrix, its
 upper bound and baseline, and writes matrix.json, samples/, contact_sheet.png and report.html. It uses things that
-stages 1 to 3 never saw, or with `--things seen` the others.
+stages 1 to 3 have never seen, or with `--things seen` the others.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def run_matrix(options: argparse.Namespace) -> str:
     if file := next((path for path in (made, *made.parents) if path.exists() and not path.is_dir()), None):
         raise InputError(f"--output {made}: {file} is a file; give a folder")
     if samples.is_dir() and any(samples.iterdir()) and not (samples / "index.jsonl").is_file():
-        raise InputError(f"--output {made}: {samples} is not an evaluation's, and would be replaced; give another")
+        raise InputError(f"--output {made}: {samples} is not from an evaluation, and would be lost; give another")
     check_device(options.device)
     model, processor = load_checkpoint(options.checkpoint)
     model.to(options.device).eval()
@@ -90,7 +90,7 @@ def run_matrix(options: argparse.Namespace) -> str:
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     suite = read_suite(options.suite, overrides)
     suite.baselines = suite.baselines if options.baselines else []
-    # Processes may wait long for each other. Without a device, accelerate must be told to use the CPU.
+    # Processes may wait for each other for long. Without a device, accelerate must be told to use the CPU.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     output = options.output
     if output.exists():
-        raise InputError(f"--output {output} is there already; choose another folder")
+        raise InputError(f"--output {output} already exists; choose another folder")
     model, processor = load_checkpoint(options.checkpoint)
     if not model.signal_tokens.ids and not any(map(adapter_of, part_modules(model).values())):
         raise InputError(f"{options.checkpoint} has neither an adapter nor signal tokens, so there is nothing to merge")

@@ -50,7 +50,7 @@ def rows_of(hop: str, name: str, value: Any) -> Iterator[tuple[str, ...]]:
 
 
 def calls(model: MultimodalModel) -> Iterator[tuple[Any, str, See]]:
-    """Yield every hop: the owner of a method, its name, and what to list of each call."""
+    """Yield every hop: the owner of a method, its name, and what to list for each call."""
 
     def output(hop: str, name: str) -> See:
         return lambda _, result: [(hop, name, result)]
@@ -134,7 +134,7 @@ def make_batch(model: MultimodalModel, processor: MultimodalProcessor, sources: 
                 covered |= kinds
         if not chosen:
             given = ", ".join(source.path for source in sources)
-            raise InputError(f"no row of {given} is of media that the model reads and makes; give data that suit it")
+            raise InputError(f"no row of {given} has only media that the model reads and makes; give data that suit it")
         batch = Collator(processor)([dataset[index] for index in chosen])
     if batch[BAD]:
         raise InputError(batch[BAD][0].reason)

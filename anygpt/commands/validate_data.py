@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     add("--follow-links", action="store_true", help="links below the media root may lead out of it")
     add("--deep", action="store_true", help="decode every medium; with --processor, prepare every row")
     add("--processor", metavar="DIR", help="a run's final/ or checkpoint folder, to count tokens")
-    add("--max-tokens", type=int, help="maximum tokens of a row, media included; more are a fault")
+    add("--max-tokens", type=int, help="maximum tokens of a row, media included; more is a fault")
     add("--num-workers", type=int, default=0, help="processes that decode and count (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.processor is None:

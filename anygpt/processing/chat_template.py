@@ -52,7 +52,7 @@ def answer_message(answer: Answer) -> dict[str, Any]:
     parts = []
     for segment in answer.segments:
         content = (segment.content, int(segment.rate)) if is_heard(segment.type) else segment.content
-        maker = {} if segment.key is None else {"key": segment.key}  # of several decoders of a type
+        maker = {} if segment.key is None else {"key": segment.key}  # if a media type has several decoders
         parts.append({"type": segment.type, segment.type: content} | maker)
     return {"role": "assistant", "content": parts}
 
@@ -60,7 +60,7 @@ def answer_message(answer: Answer) -> dict[str, Any]:
 def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
     """Put media from the assistant's turns also at the beginning of the user's next turn, as inputs.
 
-    The assistant's turns keep their signal spans. Left out are parts without a medium, and types that nothing `reads`.
+    The assistant's turns keep their signal spans. Parts without medium, and types that nothing `reads`, stay out.
     """
     result, made = [], []
     for message in messages:
@@ -74,7 +74,7 @@ def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> 
 
 
 class Rendered(str):
-    """Text rendered by a chat template, which already has its special tokens."""
+    """Text rendered by a chat template, which has already added the special tokens."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Rendered:
@@ -91,7 +91,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
 
 
 def _in_form_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Messages with contents as texts, or as lists of parts if the template reads only these, as LLaVA's does."""
+    """Messages whose contents are texts, or lists of parts if the template only reads lists, like LLaVA's."""
     mark, template = "\ue000", tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE  # a character that is in no template
     for content, form in ((mark, messages), (_parts(mark), [m | {"content": _parts(m["content"])} for m in messages])):
         with suppress(TemplateError, TypeError):
@@ -106,7 +106,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes behind an answer, first of all; None if it writes none."""
+    """The first special token that the chat template writes after an answer; None if it writes none."""
     question, answer = "\ue000", "\ue001"  # in no template
     exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
@@ -131,7 +131,7 @@ def tokenize_with_labels(
         return ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)]
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} does not tell where in the text its tokens stand; use a fast tokenizer"
+            f"{type(tokenizer).__name__} does not tell the positions of its tokens in the text; use a fast tokenizer"
         )
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -149,9 +149,9 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
     The conversation is rendered again with a mark at the end of each message's content. A turn begins after the
     generation prompt that the template writes after the preceding message. It ends with the text that follows its
-    content both if it is the last message and in the whole conversation. So a template may render earlier turns
-    differently from the last one, for instance without thinking. An `InputError` says that the conversation begins with
-    the assistant, or that the template omits or changes contents.
+    content both as the last message and in the whole conversation, so a template may render earlier turns differently
+    from the last one, for instance without thinking. It is an `InputError` if the conversation begins with the
+    assistant, or the template omits or changes contents.
     """
     marks = [character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text][: len(messages)]
     unmark = str.maketrans(dict.fromkeys(marks))
@@ -165,7 +165,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     )
 
     def behind(mark: str, count: int, **options: Any) -> str:
-        """What the template writes behind a mark, given only the first `count` messages."""
+        """What the template writes after a mark, given only the first `count` messages."""
         _, found, rest = render(tokenizer, marked[:count], **options).rpartition(mark)
         if not found:
             raise lost

@@ -54,7 +54,7 @@ class ConversationProcessor(ProcessorMixin):
     def register(self, model: Composition) -> None:
         """Set the token ids and tokenizer of a model, which then injects features.
 
-        Codes get the ids behind the vocabularies of tokenizer and model. Nothing that is saved depends on them.
+        Codes get the ids after those of tokenizer and model. Nothing that is saved depends on these ids.
         """
         model.set_token_ids(self.token_ids)
         ids, first = self.signal_token_ids, max(self.llm_tokenizer.get_vocab().values()) + 1
@@ -77,8 +77,8 @@ class ConversationProcessor(ProcessorMixin):
         return _key_of(modality, self.makes, "decoder makes")
 
     def key_of(self, role: str, modality: str, named: str | None = None) -> str:
-        """The encoder, decoder or tokenizer of a media part; raises `InputError` if there is none. Of several that make
-        a type, the assistant's part may have named one."""
+        """The encoder, decoder or tokenizer of a media part; raises `InputError` if there is none. If several
+        make a type, the assistant's part may name one."""
         if role != "assistant":
             return self.encoder_key(modality)
         return named if named in self.makes else self.decoder_key(modality)

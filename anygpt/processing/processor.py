@@ -34,7 +34,7 @@ class MultimodalProcessor(ConversationProcessor):
             Not needed for the families of `anygpt.encoders.FAMILIES` if a model is given.
         predefined_tokens: placeholder token by encoder key; `<key>` by default.
         num_features_calculation_funcs: alias of `num_feature_calculation_funcs`.
-        fit: by encoder key, the treatment of media that do not fit its window (see `anygpt.encoders.fitting`): `crop`
+        fit: by encoder key, the treatment of media that do not fit the encoder (see `anygpt.encoders.fitting`): `crop`
             (the library's own), `pad`, `stretch` or `tile` pictures, `split` or `refuse` long sounds.
 
     Raises:
@@ -136,8 +136,8 @@ class MultimodalProcessor(ConversationProcessor):
         """Run every processor on its inputs, expand the placeholders, and tokenize.
 
         Args:
-            encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list a row. For
-                tokenizers `{tokenizer key: {"media": [media]}}`, in the form of targets.
+            encoder_inputs: `{encoder key: arguments of its processor}`. Media may be one, a list, or a list per row.
+                For tokenizers `{tokenizer key: {"media": [media]}}`, in the form of targets.
             llm_inputs: arguments of the tokenizer; `text` is a string or a list, which is padded by default. No special
                 tokens are added if it comes from a chat template or begins with the BOS token.
             return_tensors: framework of the tensors; PyTorch by default.
@@ -184,7 +184,7 @@ class MultimodalProcessor(ConversationProcessor):
         self, encoder_inputs: Mapping[str, Mapping[str, Any]], return_tensors: str | None = "pt", **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, list[int] | None], dict[str, list[int]]]:
         """Convert encoder inputs to tensors by argument name; also returns the numbers of features of each input by key
-        (None if unknown), and the number of media of each row for keys given as one list a row."""
+        (None if unknown), and the number of media of each row for keys given as one list per row."""
         if unknown := sorted(set(encoder_inputs) - set(self.tokens)):
             raise InputError(
                 f"inputs are given for {unknown}, which no encoder reads; the encoders are {list(self.tokens)}"
@@ -247,7 +247,7 @@ class MultimodalProcessor(ConversationProcessor):
         if key in self.num_feature_funcs:
             counts = self.num_feature_funcs[key](inputs, outputs)
             if isinstance(counts, (int, np.integer)):
-                # counted from the media, because a processor may pack them into one axis
+                # counts the media themselves, because a processor may pack them into one axis
                 media = inputs.get(self.media_argument(key))
                 listed = isinstance(media, list) and not isinstance(media[0], (int, float, np.number))
                 return [int(counts)] * len(media if listed else next(iter(outputs.values())))
@@ -292,7 +292,7 @@ class MultimodalProcessor(ConversationProcessor):
     def find_references(
         self, texts: Sequence[str], encoder_inputs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, list[Any]]:
-        """The last medium that each row shows, or None, by decoder that could edit it."""
+        """The last medium that each row shows, or None, by decoder that can edit it."""
         found: dict[str, list[Any]] = {}
         for key in (key for key, target in self.targets.items() if target.editable):
             for shown in set(self.tokens) & set(encoder_inputs):
@@ -338,7 +338,7 @@ class MultimodalProcessor(ConversationProcessor):
 
 
 def _flatten(media: Any) -> tuple[Any, list[int] | None]:
-    """Flatten one list a row into one list and the number of inputs of each row; leave anything else as it is."""
+    """Flatten one list per row into one list and the number of inputs of each row; return anything else as it is."""
     if isinstance(media, tuple):
         media = list(media)
     nested = isinstance(media, list) and media and all(isinstance(row, (list, tuple)) for row in media)

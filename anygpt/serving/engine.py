@@ -47,16 +47,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         names = {"registry": self.registry}
         self.requests = Counter("anygpt_requests", "Requests by HTTP status", ["status"], **names)
-        self.waiting = Gauge("anygpt_requests_waiting", "Requests that wait for the model", **names)
+        self.waiting = Gauge("anygpt_requests_waiting", "Requests waiting for the model", **names)
         sizes = {"buckets": (1, 2, 4, 8, 16, 32, 64)}
         self.batch = Histogram("anygpt_batch_size", "Requests answered together", **sizes, **names)
         self.tokens = Counter("anygpt_tokens", "Tokens, media and signal tokens included", ["kind"], **names)
-        self.decoder = Summary("anygpt_decoder_seconds", "Seconds of a decoder for a batch", ["decoder"], **names)
+        self.decoder = Summary("anygpt_decoder_seconds", "Seconds of a decoder per batch", ["decoder"], **names)
         self._begun: dict[str, float] = {}
 
     def event(self, event: Event) -> None:
-        """Record an event of a batch, before which `begin` forgets what another left; those of several rows come after
-        each other."""
+        """Record an event of a batch. `begin` must precede the batch, to drop the previous one's state; events of
+        several rows arrive one after the other."""
         if isinstance(event, DecodingStarted):
             self._begun.setdefault(event.key, time.perf_counter())
         elif isinstance(event, MediumDone) and (begun := self._begun.pop(event.content.key, None)) is not None:
@@ -97,7 +97,7 @@ class Engine:
         job = Job(messages, settings, deliver)
         with self._changed:
             if len(self._uncancelled()) >= self.max_waiting:
-                raise Busy(f"{self.max_waiting} requests are waiting already; try again in a while")
+                raise Busy(f"{self.max_waiting} requests are already waiting; try again later")
             self._jobs.append(job)
             self._changed.notify()
         return job
@@ -136,7 +136,7 @@ class Engine:
                 with suppress(Closed):
                     job.tell(outcome)
 
-        self.metrics.begin()  # decoders that were at work as all clients of a batch hung up have told no end
+        self.metrics.begin()  # decoders whose clients have all disconnected reported no end
         try:
             conversations, settings = [job.messages for job in batch], [job.settings for job in batch]
             replies = self.chat_model.answer_together(conversations, settings, tell)
@@ -148,7 +148,7 @@ class Engine:
             if len(batch) == 1 or any(job.told for job in batch):
                 finish([error] * len(batch))
                 return
-            for job in batch:  # one is faulty, or the batch does not fit into memory
+            for job in batch:  # one job is faulty, or the batch does not fit into memory
                 self._answer([job])
         finally:
             batch.clear()  # frees the media at once, though cycles of the generation may refer to `tell` for a while

@@ -1,5 +1,5 @@
-"""What stands before the servers: middleware that rejects requests from other sites' pages, and on the page those for
-other files of the server; and uvicorn with a bounded number of connections.
+"""Protection of the servers: middleware that rejects requests from other sites' pages and, on the demo page, requests
+for other files of the server; and uvicorn with a bounded number of connections.
 
 A page of another site can make a visitor's browser send requests to a server on the visitor's machine: with the page's
 `Origin`, or, after DNS rebinding, with the page's host name as `Host`.
@@ -90,7 +90,7 @@ class Gate:
 
 class Guard:
     """ASGI middleware for gradio: closes the routes that the page does not use, refuses events that are large or name
-    files outside the folder of `uploads`, and lets browsers load nothing from other sites."""
+    files outside the folder of `uploads`, and keeps browsers from loading anything from other sites."""
 
     def __init__(self, app: ASGIApp, uploads: Path):
         self.app, self.uploads = app, os.path.realpath(uploads)
@@ -187,8 +187,8 @@ def parse_json(body: bytes) -> Any:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, where idle connections make room for new ones: uvicorn itself answers 503 beyond its limit,
-    and waits for a request's first line without end."""
+    """uvicorn's protocol, except that idle connections make room for new ones. uvicorn itself answers 503 beyond its
+    limit, and waits for a request's first line forever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -211,6 +211,6 @@ def server_config(app: Any, **options: Any) -> uvicorn.Config:
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """False for answers that are cancelled on shutdown, and for advice on websockets, which neither server has."""
+    """False for answers that are cancelled on shutdown, and for advice on websockets, which the servers do not use."""
     cancelled = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not cancelled and not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))

@@ -26,7 +26,7 @@ from anygpt.serving.engine import Busy, Engine
 from anygpt.serving.gate import Gate, logger, parse_json
 
 UNCOUNTED = ("/health", "/metrics")
-FAULT = "something went wrong here; the server's log says what"
+FAULT = "an internal error; the server's log has the details"
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "5"}}
 
 
@@ -43,7 +43,7 @@ class Refused(Exception):
 
 
 class Interface:
-    """The routes, for a model of this name, with limits of a request.
+    """The routes, for a model of this name, with limits on requests.
 
     With a `key`, clients must send it to `/v1` as `Authorization: Bearer <key>`.
     """
@@ -115,7 +115,7 @@ class Interface:
                 event = await anext(events)
             return JSONResponse(await asyncio.to_thread(wanted.completion, event))
         except ClientDisconnect:
-            return Response(status_code=499)  # the client has gone
+            return Response(status_code=499)  # the client has disconnected
         except Exception as error:
             raise self._refusal(error) from error
 

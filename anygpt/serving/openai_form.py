@@ -171,7 +171,7 @@ def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
     if given.modalities is not None:
         _check_names("modalities", given.modalities, {"text": None} | dict.fromkeys(makes.values()))
         if "text" not in given.modalities:
-            raise InputError(f"modalities is {given.modalities}; an answer may always have text, so name text, too")
+            raise InputError(f"modalities is {given.modalities}; an answer may always have text, so also name text")
         forbid = forbid + [key for key, modality in makes.items() if modality not in given.modalities]
     for key, options in given.decoders.items():
         for name in ("generator", "negative_condition"):  # not representable in JSON
@@ -183,7 +183,7 @@ def _settings(given: Fields, chat_model: ChatModel, limits: Limits) -> Settings:
         limits.check_decoder(key, options)
     return Settings(
         max_new_tokens=tokens,
-        temperature=given.temperature if given.top_p else 0.0,  # no probability mass is the most probable token
+        temperature=given.temperature if given.top_p else 0.0,  # a top_p of 0 leaves the most probable token
         top_p=given.top_p or 1.0,
         seed=given.seed & MAX_SEED,
         require=tuple(given.require),
@@ -201,7 +201,7 @@ def _check_names(field: str, names: Collection[str], known: Collection[str]) -> 
 def _messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     parsed = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if parsed[-1]["role"] != "user":
-        raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected the user's, which is answered")
+        raise InputError(f"the last message is the {parsed[-1]['role']}'s; expected a user's message to answer")
     parts = [part for message in parsed for part in message["content"]]
     limits.check("the number of media", sum("medium" in part for part in parts), limits.media)
     limits.check("the number of characters", sum(len(part.get("text", "")) for part in parts), limits.characters)
@@ -227,7 +227,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _of_answer(content: Any, parts: Any, where: str) -> Any:
-    """Content of an earlier answer: its parts; where they came in a stream, the media alone, with its text."""
+    """Content of an earlier answer: its parts, or if a stream had only the media in `parts`, these and its text."""
     if not parts:
         return content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
@@ -238,12 +238,12 @@ def _of_answer(content: Any, parts: Any, where: str) -> Any:
         place = next(i for i in range(len(parts) + 1) if i not in taken)
         return [*parts[:place], {"type": "text", "text": content}, *parts[place:]]
     if content not in ("", parts, "".join(map(str, texts))):
-        raise InputError(f"{where} have another text than content; give one of them, or both as they came")
+        raise InputError(f"{where} have another text than content; give one of them, or both as they were sent")
     return parts
 
 
 def _check_keys(held: dict[str, Any], known: Collection[str], where: str) -> None:
-    """Refuse keys that would have no effect, unless they say nothing."""
+    """Refuse keys that would have no effect, unless their values are empty."""
     if unknown := [key for key, value in held.items() if key not in known and value not in (None, "", [], {})]:
         raise InputError(f"{where}.{unknown[0]:.60} is not supported; leave it out. Known are {', '.join(known)}")
 

@@ -44,7 +44,7 @@ SLIDERS = {
     "temperature": (0, 2, 0.05, "Temperature of codes"),
     "top_k": (0, 1000, 1, "Most probable codes to draw from (0: all)"),
 }
-"""Least and most value, step, whose type is the option's, and label of the options of decoders and tokenizers."""
+"""Lowest and highest value, step (of the option's type), and label of the options of decoders and tokenizers."""
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 EXAMPLES = [
@@ -87,7 +87,7 @@ class Conversation:
 class Page:
     """Builds the page and answers its events.
 
-    `folder` is of uploads and generated media; `conversations` are by token, the least recently used first.
+    `folder` holds uploads and generated media; `conversations` are by token, the least recently used first.
     """
 
     engine: Engine

@@ -41,7 +41,7 @@ def clock() -> float:
 
 
 def seconds(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
-    """Median seconds of `work`, after calls that do not count."""
+    """Median seconds of `work`, after warm-up calls."""
     times = []
     for _ in range(warm_up + repeats):
         begin = clock()

@@ -1,7 +1,7 @@
 """A step of stage 2: what trains of the signal tokens, the feature cache, and NExT-GPT's way.
 
 With `train.signal_rows` both, the input rows of the signal tokens train, and gradients pass through the whole language
-model; with output and none nothing below its last states trains, and it runs without a graph. Reading of JPEGs counts.
+model; with output and none nothing below its last states trains, and it runs without a graph. Reading JPEGs counts.
 
 `--peer` compares with a step as NExT-GPT's public code makes it, on the same rows: the whole embedding matrix and head
 train beside the output projector, so that gradients pass through the whole language model; logits at all positions;
