@@ -126,7 +126,7 @@ def prepend(
         if packed or len(counts) != rows or sum(counts) != len(values):
             raise InputError(
                 f"{key!r}: {len(values)} inputs cannot be assigned to {rows} rows; give one input a row, or say how "
-                "many each row has with items_per_row (the processor does, given one list a row)"
+                "many each row has with items_per_row (the processor does, given one list per row)"
             )
         items = iter(values)
         for row, count in enumerate(counts):
