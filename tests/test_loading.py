@@ -104,6 +104,20 @@ def test_left_over_and_other_shapes_and_integers_are_named(llama):
         load_language_model(llama)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [("lora_A.default.weight", "inside: merge its adapter"), ("_weight_qdata", "undo torchao's quantisation")],
+)
+def test_networks_saved_with_adapters_inside_or_quantised_are_named(llama, tmp_path, suffix, said):
+    change(llama, lambda t: t.update({f"model.layers.0.mlp.up_proj.{suffix}": torch.ones(2, 2)}))
+    stable_diffusion().save_pretrained(tmp_path)
+    more = {f"conv_in.{suffix}": torch.ones(2, 2)}
+    change(tmp_path / "unet", lambda t: t.update(more), "diffusion_pytorch_model.safetensors")
+    for load_part, path in ((load_language_model, llama), (load_decoder, tmp_path)):
+        with pytest.raises(InputError, match=said):
+            load_part(path)
+
+
 def test_many_faults_are_counted(llama):
     change(llama, lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n])
     with pytest.raises(InputError, match=r"it lacks model\.layers\.1\.\S+, .* and 4 more"):

@@ -36,10 +36,8 @@ wants_shapes_only = _SHAPES_ONLY.get  # whether the caller is within `shapes_onl
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Context in which networks are built on the meta device; no weights are read, and no weight files downloaded.
-
-    Networks are compared with the headers of weight files that are local or in the Hub's cache.
-    """
+    """Context in which networks are built on the meta device, and compared with the headers of weight files that are
+    local or in the Hub's cache; no weights are read, and no weight files downloaded."""
     token = _SHAPES_ONLY.set(True)
     try:
         yield
@@ -169,6 +167,9 @@ class Weights:
         """Yield names and lazy tensors: slices of safetensors, or tensors mapped from disk."""
         for file in self.files.values():
             for name in file.keys():  # noqa: SIM118 (safetensors' files cannot be iterated)
+                if ".lora_A." in name or "_qdata" in name:
+                    how = "merge its adapter (merge_and_unload)" if "lora" in name else "undo torchao's quantisation"
+                    raise InputError(f"{self.entry} was saved with {name} inside: {how}, and save it again")
                 yield name, file[name] if isinstance(file, Mapping) else file.get_slice(name)
 
 
@@ -312,10 +313,7 @@ def some(names: list[str], most: int = 5) -> str:
 
 
 def rename(names: Mapping[str, str | None], name: str) -> str | None:
-    """New name of a tensor by its longest matching prefix; None if it belongs to another part.
-
-    `names` is `{prefix in the file: new prefix}`, with None for tensors of other parts.
-    """
+    """New name of a tensor by its longest prefix in `{prefix in the file: new prefix}`; None for other parts'."""
     prefix = max((p for p in names if name.startswith(p)), key=len, default="")
     new = names.get(prefix, "")
     return None if new is None else new + name.removeprefix(prefix)

@@ -84,7 +84,6 @@ class Averages:
         self.ema = None if train.ema_decay is None else EMAModel(self.parameters, decay=train.ema_decay)
 
     def step(self) -> None:
-        """Update the averages with the weights after an update."""
         if self.ema is not None:
             self.ema.step(self.parameters)
 
