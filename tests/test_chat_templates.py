@@ -209,6 +209,15 @@ def test_a_processors_template_is_the_tokenizers(file, parts, tmp_path):
         assert load_tokenizer(tmp_path).chat_template == expected
 
 
+def test_of_several_templates_the_default_is_used(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of("qwen2_5")
+    expected = tokenize_with_labels(tokenizer, TURNS)
+    tokenizer.chat_template = {"tool_use": "{{ messages | length }}", "default": tokenizer.chat_template}
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert set(loaded.chat_template) == {"tool_use", "default"} and tokenize_with_labels(loaded, TURNS) == expected
+
+
 def test_what_else_a_message_holds_reaches_the_template(tiny_model):
     processor = tiny_model((), ("image", "audio"))[1]
     processor.llm_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"

@@ -82,17 +82,22 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
     return Rendered(_apply(tokenizer, messages, tokenize=False, **options))
 
 
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template; of several by name, as Command R has them, its `default`."""
+    return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
+
+
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:
-    form, template = _in_form_of(tokenizer, messages), tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    form = _in_form_of(tokenizer, messages)
     try:
-        return tokenizer.apply_chat_template(form, chat_template=template, **options)
+        return tokenizer.apply_chat_template(form, chat_template=_template_of(tokenizer), **options)
     except TemplateError as error:
         raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
 
 
 def _in_form_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Messages whose contents are texts, or lists of parts if the template only reads lists, like LLaVA's."""
-    mark, template = "\ue000", tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE  # a character that is in no template
+    mark, template = "\ue000", _template_of(tokenizer)  # a character that is in no template
     for content, form in ((mark, messages), (_parts(mark), [m | {"content": _parts(m["content"])} for m in messages])):
         with suppress(TemplateError, TypeError):
             probe = [{"role": "user", "content": content}]
@@ -125,7 +130,7 @@ def tokenize_with_labels(
 
     Turns are found by the template's `{% generation %}` marks, else by `find_turns`, which needs offsets of tokens.
     """
-    if _MARKS_GENERATION.search(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
+    if _MARKS_GENERATION.search(_template_of(tokenizer)):
         encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         return ids, [i if keep else IGNORE for i, keep in zip(ids, mask, strict=True)]
