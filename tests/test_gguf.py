@@ -90,6 +90,10 @@ def test_what_is_wrong_with_a_file_is_one_line(llama, tmp_path):
     with pytest.raises(InputError, match=r"tiny\.gguf .* it lacks model\.layers\.1\.mlp\.up_proj\.weight") as refusal:
         load_language_model(tmp_path, gguf_file="tiny.gguf")
     assert "\n" not in str(refusal.value)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a PEFT adapter"):
+        load_language_model(tmp_path, gguf_file="tiny.gguf")
+    (tmp_path / "adapter_config.json").unlink()
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     (tmp_path / "other.gguf").write_bytes(b"something else")

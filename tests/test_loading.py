@@ -432,6 +432,10 @@ def test_faults_of_a_pipeline_name_the_file(tmp_path):
     for option in ({"attn_implementation": "sdpa"}, {"gguf_file": "a"}, {"num_frames": 3}):
         with pytest.raises(InputError, match=f"{next(iter(option))}.* leave it out"):
             load_decoder(tmp_path, **option)
+    (tmp_path / "unet/adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="unet holds a PEFT adapter"):
+        load_decoder(tmp_path)
+    (tmp_path / "unet/adapter_config.json").unlink()
     for entry, text in ((["diffusers"], "expected a library and a class"), ([None, None], "neither a unet nor")):
         index.write_text(json.dumps(entries | {"unet": entry}))
         with pytest.raises(InputError, match=rf"model_index\.json .*{text}"):

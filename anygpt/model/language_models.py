@@ -46,6 +46,7 @@ def load_language_model(path: str | Path | Source, **options: Any) -> nn.Module:
         if source.gguf_file is not None:
             if source.place.file(source.gguf_file) is None:
                 raise InputError(f"{source.place} has no file {source.gguf_file}")
+            source.place.check_no_adapter()
             given |= {"gguf_file": source.gguf_file, "dtype": source.torch_dtype or "auto", **source.auto}
             if GgufConfig is not None:  # packed weights could neither train adapters nor be saved
                 given["quantization_config"] = GgufConfig(dequantize=True)

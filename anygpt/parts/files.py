@@ -201,7 +201,8 @@ def dtype_of(tensor: Any) -> torch.dtype | None:
 
 def find_weights(place: Place, names: Mapping[str, str | None] | None = None) -> Weights:
     """Find the weight files of the network at `place`; shards without tensors of it (see `rename`) are left out. An
-    `InputError` says why there are none, or which is missing or truncated."""
+    `InputError` says why there are none, which is missing or truncated, or that an adapter lies beside them."""
+    place.check_no_adapter()
     variants = [place.variant, None] if place.variant else [None]
     for suffixes in (SAFETENSORS, PICKLES) if place.weights == "any" else (SAFETENSORS,):
         for variant in variants:

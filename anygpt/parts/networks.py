@@ -37,7 +37,6 @@ def load_network(
         InputError: tensors that are missing, unexpected, of another shape, or integer instead of floating-point; or a
             PEFT adapter beside them.
     """
-    place.check_no_adapter()
     weights = files.find_weights(place, names)
     config_file = f"{place}/config.json"
     if not weights.files:  # not in the cache, and only shapes are wanted
