@@ -48,7 +48,8 @@ def naive_alignment(condition, target, kind):
 
 def test_nll_is_minus_the_log_probability():
     logits, labels = torch.randn(5, 11), torch.tensor([0, 3, 10, 3, 7])
-    torch.testing.assert_close(token_nll(logits, labels).double(), torch.tensor(naive_nll(logits, labels)).double())
+    expected = torch.tensor(naive_nll(logits, labels)).double()
+    torch.testing.assert_close(token_nll(logits, labels).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nll_of_half_precision_logits_is_computed_in_fp32():
@@ -335,6 +336,20 @@ def test_a_new_loss_is_one_entry_and_one_weight(setup, media, monkeypatch, tmp_p
     weights.consistency = 0.0
     with pytest.raises(InputError, match=r"every loss of the data's rows \(llm_decoder\) has weight 0"):
         build_dataset(*given, LLM_DECODER)
+
+
+def test_a_new_loss_of_labels_alone(setup, media, monkeypatch):
+    new = terms.SubTerm("consistency", terms.Labels, lambda labels: labels.values.float(), terms.TERMS)
+    monkeypatch.setattr(terms, "SUB_TERMS", (*terms.SUB_TERMS, new))
+    model, processor = setup
+    assert not terms.reads_labels(NewWeights(nll=0.0))
+    monkeypatch.setattr(model, "loss_weights", NewWeights(nll=0.0, alignment=0.0, denoising=0.0, consistency=2.0))
+    output = run(model, processor, media, range(5))
+    assert set(output.losses) == {f"{term}/consistency" for term in terms.TERMS}
+    counts = model.count_losses(make_batch(processor, media, range(5))[0])
+    assert counts == {name: term.count for name, term in output.losses.items()}
+    mean = sum(float(term.total) for term in output.losses.values()) / sum(counts.values())
+    assert float(output.loss) == pytest.approx(2 * mean) and mean > 0
 
 
 def test_targets_without_captions_or_without_media(setup, media):

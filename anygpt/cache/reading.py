@@ -22,6 +22,7 @@ from anygpt.encoders.callbacks import EncoderCallbacks
 from anygpt.encoders.module import ModalEncoderModule
 from anygpt.encoders.video import VideoFrameProcessor
 from anygpt.errors import InputError
+from anygpt.losses.terms import reads_labels
 from anygpt.media.files import Place
 from anygpt.media.types import is_timed
 from anygpt.model.parts import callback_dict, class_name, is_peft
@@ -135,7 +136,7 @@ def store_key(
             "config": plain(model.language_model.config.to_dict()),
             "signal_tokens": rows.ids,
             "hidden_layer": {name: decoder.hidden_layer for name, decoder in model.decoders.items()},
-            "nll": model.loss_weights.wants("nll"),
+            "nll": reads_labels(model.loss_weights),
         }
     one = model.tokenizers if entry.kind == CODES else model.decoders
     decoder = one[entry.part].module

@@ -3,7 +3,7 @@
 Shape legend: `anygpt.outputs`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,20 +36,25 @@ class Labels:
     reading: Reading | None = None
 
     def nll(self) -> Tensor:
-        """NLL of each label, `(M,)`; logits that are not given are computed in chunks, again in the backward pass."""
-        weights, signals, places = self.model.loss_weights, self.model.signal_tokens, (self.rows, self.positions)
+        """NLL of each label, `(M,)`."""
+        weights, signals = self.model.loss_weights, self.model.signal_tokens
         factor = torch.ones_like(self.values, dtype=torch.float32)
         for key in self.model.tokenizer_keys:
             factor[signals.row_of(self.values, key) >= 0] = weights.media_weight
+        return factor * self._of_logits(lambda logits, values: token_nll(logits, values, weights.label_smoothing))
 
-        def nll(states: Tensor, values: Tensor) -> Tensor:
-            return token_nll(signals.run_head(self.model.language_model, states), values, weights.label_smoothing)
+    def _of_logits(self, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`formula(logits, values)`; logits that are not given are computed in chunks, again in the backward pass."""
+        signals, places = self.model.signal_tokens, (self.rows, self.positions)
+
+        def chunk(states: Tensor, values: Tensor) -> Tensor:
+            return formula(signals.run_head(self.model.language_model, states), values)
 
         logits = self.reading.logits[places] if self.reading.everywhere else self.reading.logits[0]
         if len(logits) == len(self.values):
-            return token_nll(logits, self.values, weights.label_smoothing) * factor
+            return formula(logits, self.values)
         parts = (x.split(signal_tokens.CHUNK) for x in (self.reading.hidden[places], self.values))
-        return factor * torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
+        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)])
 
     def retention(self) -> Tensor:
         """KL divergence at each label in rows without media, 0 in others, `(M,)`; in chunks as `nll`.

@@ -182,7 +182,7 @@ def find_losses(
     for begin in (signals.ids[key][0] for key in signals.ids if key in model.tokenizer_keys):
         answered = torch.zeros_like(ids, dtype=torch.bool) if labels is None else labels == begin
         media_in, media_out = media_in | ((ids == begin) & ~answered).any(dim=1), media_out | answered.any(dim=1)
-    if labels is None or not (weights.wants("nll") or weights.wants("retention")):
+    if labels is None or not reads_labels(weights):
         labels = torch.full_like(ids, IGNORE)
     labelled = (labels != IGNORE) & ~_is_one_of(ids, signals.query_ids)
     rows, positions = (labelled[:, 1:] & merged.attention_mask[:, :-1].bool()).nonzero(as_tuple=True)
@@ -284,6 +284,11 @@ SUB_TERMS = (  # in the order of computation, which fixes the order of draws fro
     SubTerm("denoising", Target, lambda target: target.denoising(target.condition), MEDIA_OUT, needs=("media",)),
     SubTerm("decoder/denoising", Target, lambda target: target.denoising(target.encoding), needs=("captions", "media")),
 )
+
+
+def reads_labels(weights: LossWeights) -> bool:
+    """Whether a sub-term of `Labels` has a weight."""
+    return any(weights.of(name) for sub in SUB_TERMS if sub.of is Labels for name in sub.names(""))
 
 
 def is_read(part: str, weights: LossWeights, key: str = "") -> bool:
