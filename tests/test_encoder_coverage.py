@@ -63,12 +63,13 @@ def test_encoder_with_llama(encoder, tokenizer):
     assert_trains_and_answers(encoder, model, processor)
 
 
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (2, 1, 0)], ids=["longest", "shortest"])
 @pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)
-def test_media_matter_and_neighbours_do_not(encoder, tokenizer):
+def test_media_matter_and_neighbours_do_not(encoder, seeds, tokenizer):
     model, processor = compose(encoder, LLAMA, tokenizer)
-    batch = make_batch(encoder, processor)
-    alone = make_batch(encoder, processor, seeds=(2,), rows=("then <M>",))
-    other = make_batch(encoder, processor, seeds=(0, 1, 0), rows=("<M> and <M> say", "then <M>", "nothing"))
+    batch = make_batch(encoder, processor, seeds)
+    alone = make_batch(encoder, processor, seeds=seeds[2:], rows=("then <M>",))
+    other = make_batch(encoder, processor, seeds=(*seeds[:2], seeds[0]))
     with torch.no_grad():
         row = model(**batch).logits[1][batch["attention_mask"][1].bool()]
         expected = model(**alone).logits[0][alone["attention_mask"][0].bool()]

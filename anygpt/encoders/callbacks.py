@@ -146,7 +146,8 @@ def check_selection(config: PreTrainedConfig, feature_layer: int | None, drop_cl
     if feature_layer is not None:
         layers = getattr(config, "num_hidden_layers", None)
         if layers is None or ((family.layout != "fixed" or family.select) and config.model_type != "pixtral"):
-            raise InputError(f"feature_layer cannot be chosen of a {config.model_type!r} encoder")
+            why = "leave it out: only families with equally many features per input, and Pixtral, have layers to choose"
+            raise InputError(f"feature_layer cannot be chosen of a {config.model_type!r} encoder; {why}")
         if not isinstance(feature_layer, int):
             raise InputError(f"feature_layer is {feature_layer!r}; expected the index of one layer")
         if not -layers - 1 <= feature_layer <= layers:

@@ -136,6 +136,8 @@ class EncoderFamily:
         feature_size: `config -> int`, where it is not `hidden_size`.
         layout: `fixed`, the same number of features for each input; `padded`, `(items, n, features)` with the first
             `count` valid; `packed`, `(total, features)` with inputs concatenated.
+        cut_by: the encoder's argument with the mask of padding `(items, length)`, if features depend on the padding
+            nevertheless: inputs are then cut and run one by one.
         counted_by: outputs of the processor that the encoder does not take (that only `count` reads, if any).
         pool_size: `config -> int`, features per clip, which a pooled projector averages; all of the input's if None.
         processor_options: processor arguments needed to obtain everything that `count` and `prepare` read.
@@ -152,6 +154,7 @@ class EncoderFamily:
     select: Callable[[PreTrainedConfig, Any], Tensor] | None = None
     feature_size: Callable[[PreTrainedConfig], int] | None = None
     layout: str = "fixed"
+    cut_by: str | None = None
     counted_by: tuple[str, ...] = ()
     pool_size: Callable[[PreTrainedConfig], int] | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -268,6 +271,7 @@ FAMILIES: dict[str, EncoderFamily] = {
         # the encoder has no default for the mask, and a single sound comes without one
         prepare=lambda config, arguments: {"mask": None} | arguments,
         layout="padded",
+        cut_by="mask",
         counted_by=("audio_embed_sizes",),
     ),
     # video

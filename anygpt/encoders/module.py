@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from anygpt.encoders.callbacks import EncoderCallbacks
@@ -210,7 +212,7 @@ class ModalEncoderModule(nn.Module):
         if family.prepare:
             arguments = family.prepare(self.config, arguments)
         try:
-            output = self.module(**arguments)
+            output = self._run(arguments)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (RuntimeError, ValueError, IndexError) as error:  # of another size, too short, …
@@ -222,6 +224,14 @@ class ModalEncoderModule(nn.Module):
         if self.postprocess_module_callback is not None:
             output = self.postprocess_module_callback(inputs, output)
         return inputs, output
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        mask = arguments.get(self.family.cut_by or "")
+        if mask is None:
+            return self.module(**arguments)
+        cuts = [(slice(i, i + 1), slice(length)) for i, length in enumerate(mask.sum(dim=1).tolist())]
+        outputs = [self.module(**tree_map_only(Tensor, lambda x, cut=cut: x[cut], arguments)) for cut in cuts]
+        return with_features(outputs[0], pad_sequence([first_of(one)[0] for one in outputs], batch_first=True))
 
     def _split(self, output: Any, counts: list[int]) -> list[Tensor]:
         features = first_of(output)
