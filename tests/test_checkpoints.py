@@ -329,7 +329,7 @@ def test_other_rows_of_the_same_number_are_noticed(data, run, tmp_path, capsys, 
     file = tmp_path / "elsewhere/stage1.jsonl"
     file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
     code, lines = cli_here(1, stage1(file.parent, run, steps=6), capsys)
-    check_mistake(code, lines, file, "other rows", "12 rows", "run.resume=never")
+    check_mistake(code, lines, file, "the same rows in the same order", "12 rows", "run.resume=never")
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------

@@ -729,7 +729,7 @@ def test_a_full_queue_says_so(checkpoint):
         answer = post(address, json.dumps({"model": "anygpt", "messages": HELLO}))
         assert answer.status_code == 429 and "try again" in answer.json()["error"]["message"]
         assert answer.headers["Retry-After"]
-    with pytest.raises(Busy, match="1 requests are waiting"):
+    with pytest.raises(Busy, match="1 requests are already waiting"):
         engine.submit(HELLO, settings, hold)
     second.cancel()
     assert engine.waiting == 0
