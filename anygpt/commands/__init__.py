@@ -26,6 +26,7 @@ CHECKPOINT = REPOSITORY / "runs/quickstart/stage3/final"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`anygpt`: the first argument names the command."""
+    quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
