@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,9 +85,11 @@ def find(browser, selector):
 
 
 def bot_says(browser):
-    """The texts of the answers, without what stands in for text and media that are still to come."""
+    """The texts of the answers, without what stands in for text and media that are still to come, and without the
+    times that players show."""
     script = "return [...document.querySelectorAll('#chat .bot.message')].map(element => element.innerText.trim())"
-    return [text for text in browser.execute_script(script) if text not in ("", "…") and not text.startswith("[")]
+    texts = [re.sub(r"\d+:\d\d", "", text) for text in browser.execute_script(script)]
+    return [text for text in texts if text not in ("", "…") and not text.startswith("[")]
 
 
 def pictures(browser, whose):
