@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import time
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test may need the hub
@@ -81,6 +82,14 @@ def enlarge(model, factor=4.0):
             if parameter.dim() > 1:
                 parameter.mul_(factor)
     return model
+
+
+@pytest.fixture(autouse=True)
+def cpu_seconds(request):
+    """Fails a test that is marked with a limit and exceeds it."""
+    begun, limit = time.process_time(), request.node.get_closest_marker("cpu_seconds")
+    yield
+    assert limit is None or time.process_time() - begun < limit.args[0]
 
 
 @pytest.fixture(scope="session")

@@ -388,7 +388,7 @@ HOSTILE_SHARDS = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_SHARDS)
-@pytest.mark.timeout(20)
+@pytest.mark.cpu_seconds(20)
 def test_hostile_shards(tmp_path, what):
     """The fault names the shard; what stands before it is still given."""
     path = tmp_path / "s.tar"
@@ -412,7 +412,7 @@ def test_a_sparse_file_behind_a_huge_header(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{00000..99999999}.tar", "{0..-99999999}.tar", "{0..9}" * 12 + ".tar"])
-@pytest.mark.timeout(20)
+@pytest.mark.cpu_seconds(20)
 def test_braces_for_too_many_files(tmp_path, name):
     with pytest.raises(InputError, match="more than 100,000 files"):
         read_samples(tmp_path / name, task="generation")
@@ -484,7 +484,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-@pytest.mark.timeout(60)
+@pytest.mark.cpu_seconds(60)
 def test_row_groups_that_are_far_larger_in_memory(tmp_path, what):
     table, options = BOMBS[what]
     path = tmp_path / ("t.PARQUET" if what == "by packing" else "t.parquet")
@@ -502,7 +502,7 @@ def test_row_groups_that_are_as_large_in_the_file(tmp_path, monkeypatch):
     check_row_groups(tmp_path / "t.parquet")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.cpu_seconds(60)
 def test_row_groups_of_categories(tmp_path):
     """Read as dictionaries, a whole one with each few rows; and one long value, of which one row is decoded at once."""
     labels = pa.array([f"kind {i} of a thing" for i in range(5000)])
