@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -76,6 +77,23 @@ def test_media_matter_and_neighbours_do_not(encoder, seeds, tokenizer):
         changed = model(**other).logits[1][other["attention_mask"][1].bool()]
     torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
     assert (row[-1] - changed[-1]).abs().max() > 1e-3
+
+
+def test_long_sounds_of_phi_do_not_depend_on_their_neighbours(tokenizer):
+    """Above 500 states its attention is in chunks, of which the last is padded."""
+    encoder = next(one for one in ENCODERS if one.label == "Phi-4 audio")
+    model, processor = compose(encoder, LLAMA, tokenizer)
+    sounds = [np.random.default_rng(i).standard_normal(16000 * s).astype(np.float32) for i, s in enumerate((42, 45, 1))]
+    name = processor.media_argument("audio")
+
+    def encode(media):
+        batch = processor({"audio": {name: media}}, {"text": ["<audio>"] * len(media)})
+        inputs = {key.removeprefix("audio."): value for key, value in batch.items()}
+        with torch.no_grad():
+            return model.audio_encoder.encode({k: v for k, v in inputs.items() if k in model.audio_encoder.input_names})
+
+    for together, sound in zip(encode(sounds), sounds, strict=True):
+        torch.testing.assert_close(together, encode([sound])[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=by_label)

@@ -126,6 +126,7 @@ def store_key(
             "preprocessing": processing(processor.encoder_processors[entry.part]),
             "fit": processor.fit[entry.part],
             "callbacks": callback_dict(encoder.callbacks),
+            **({"cut_by": encoder.family.cut_by} if encoder.family.cut_by else {}),
         }
     if entry.kind == STATES:
         rows = model.signal_tokens

@@ -230,6 +230,7 @@ class ModalEncoderModule(nn.Module):
         if mask is None:
             return self.module(**arguments)
         cuts = [(slice(i, i + 1), slice(length)) for i, length in enumerate(mask.sum(dim=1).tolist())]
+        arguments = arguments | {self.family.cut_by: None}  # as one input alone
         outputs = [self.module(**tree_map_only(Tensor, lambda x, cut=cut: x[cut], arguments)) for cut in cuts]
         return with_features(outputs[0], pad_sequence([first_of(one)[0] for one in outputs], batch_first=True))
 
