@@ -229,6 +229,16 @@ def test_a_table_that_was_rewritten_is_read_anew(tmp_path, name):
     assert read == ["one", "two", "three"]
 
 
+def test_tables_of_a_glob_without_rows_are_passed_over(tmp_path):
+    columns = {"prompt": "question", "text": "answer"}
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n")
+    for name, text in (("b.csv", "question,answer\n"), ("c.csv", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match="holds no samples"):
+            read_samples(tmp_path / name, "datasets", columns=columns)
+    assert [sample.id for sample in read_samples(tmp_path / "*.csv", "datasets", columns=columns)] == ["a-0"]
+
+
 def test_a_folder_of_tables_has_one_split(tmp_path):
     (tmp_path / "validation.csv").write_text("question,answer\na,b\n")
     assert len(tables._load(tmp_path)) == 1

@@ -69,7 +69,9 @@ def table_rows(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     if "text" not in columns or len(media) > 1 or (not media and "prompt" not in columns):
         raise InputError(f"columns of {path} must give 'text', and one of {', '.join(MEDIA)} or 'prompt' with it")
     kind = media[0] if media else None
-    table = _load(path).with_format("arrow")
+    if (table := _load(path)) is None:
+        return
+    table = table.with_format("arrow")
     for key, name in columns.items():
         if name not in table.column_names:
             known = ", ".join(table.column_names)
@@ -103,13 +105,13 @@ def _load(path: Path) -> Any:
             if builder is None:
                 known = ", ".join(BUILDERS)
                 raise InputError(f"{path} is not a table of a known format: its suffix must be one of {known}")
-            table = _build(path, builder, data_files=glob.escape(str(path)))
+            table = _build(path, builder, data_files=glob.escape(str(path))) if path.stat().st_size else None
     except InputError:
         raise
     except Exception as error:  # datasets and Arrow raise many types on a broken table
         reason = f"{type(error).__name__}: {str(error.__cause__ or error).strip().splitlines()[0][:300]}"
         raise InputError(f"{path} cannot be read as a table: {reason}") from error
-    if not isinstance(table, datasets.Dataset):
+    if not isinstance(table, datasets.Dataset | None):
         if len(table) == 1:
             return next(iter(table.values()))
         raise InputError(f"{path} holds several splits ({', '.join(table)}): give the folder of one of them")
@@ -117,14 +119,15 @@ def _load(path: Path) -> Any:
 
 
 def _build(path: Path, name: str, **options: Any) -> Any:
-    """Dataset of a builder, which must have one split and read all tables of a folder. Row groups of Parquet files
-    that it has not read before are checked first."""
+    """Dataset of a builder, which must have one split and read all tables of a folder; None without rows. Row groups of
+    Parquet files that it has not read before are checked first."""
     from datasets import load_dataset_builder
     from datasets.data_files import FILES_TO_IGNORE
 
     tables = (Path(name) for name in glob.glob("**", root_dir=path, recursive=True))  # without hidden ones
     found = [path / name for name in tables if name.suffix.lower() in BUILDERS and name.name not in FILES_TO_IGNORE]
-    changed = sorted(file.stat().st_ctime_ns for file in found or [path])  # an mtime can be set
+    present = [file for file in path.rglob("*") if file.is_file()] or [path]
+    changed = sorted(file.stat().st_ctime_ns for file in present)  # an mtime can be set
     builder = load_dataset_builder(name, description=str(changed), **options)  # keys of its cache
     files = list(itertools.chain.from_iterable((builder.config.data_files or {}).values()))
     if not os.path.isdir(builder.cache_dir):
@@ -142,7 +145,7 @@ def _build(path: Path, name: str, **options: Any) -> Any:
     if left := set(map(os.path.realpath, found)) - set(map(os.path.realpath, files)):
         what = f"{path} is read without {len(left)} of its tables, such as {min(left)}"
         raise InputError(f"{what}: name the files, such as {path}/*{Path(files[0]).suffix}")
-    return builder.as_dataset(split=splits[0])
+    return builder.as_dataset(split=splits[0]) if builder.info.splits[splits[0]].num_examples else None
 
 
 def _is_list(kind: pa.DataType) -> bool:
