@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import CLIP, LANGUAGE_MODELS, LLAMA
 from tiny_pipelines import audioldm, stable_diffusion, stable_diffusion_3, zeroscope
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from whole_models import WHOLE_MODELS
 
 from anygpt import InputError, StableDiffusionDecoder, load_decoder, load_encoder, load_language_model, load_tokenizer
 
@@ -116,6 +117,16 @@ def test_networks_saved_with_adapters_inside_or_quantised_are_named(llama, tmp_p
     for load_part, path in ((load_language_model, llama), (load_decoder, tmp_path)):
         with pytest.raises(InputError, match=said):
             load_part(path)
+
+
+def test_adapters_in_other_parts_of_a_whole_model_are_not_its_encoders(tmp_path):
+    next(one for one in WHOLE_MODELS if one.label == "CLIP").build().save_pretrained(tmp_path)
+    layer = "model.encoder.layers.0.mlp.fc1.lora_A.default.weight"
+    change(tmp_path, lambda t: t.update({f"text_{layer}": torch.ones(2, 2)}))
+    load_encoder(tmp_path, "image")
+    change(tmp_path, lambda t: t.update({f"vision_{layer}": torch.ones(2, 2)}))
+    with pytest.raises(InputError, match="merge its adapter"):
+        load_encoder(tmp_path, "image")
 
 
 def test_many_faults_are_counted(llama):

@@ -163,12 +163,14 @@ class Weights:
     def pickled(self) -> bool:
         return any(path.suffix in PICKLES for path in self.files)
 
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Yield names and lazy tensors: slices of safetensors, or tensors mapped from disk."""
+    def tensors(self, names: Mapping[str, str | None] | None = None) -> Iterator[tuple[str, Any]]:
+        """Yield names and lazy tensors: slices of safetensors, or tensors mapped from disk. An `InputError` if those of
+        the network (see `rename`) are of adapters, or of torchao."""
         for file in self.files.values():
             for name in file.keys():  # noqa: SIM118 (safetensors' files cannot be iterated)
-                if ".lora_A." in name or "_qdata" in name:
-                    how = "merge its adapter (merge_and_unload)" if "lora" in name else "undo torchao's quantisation"
+                adapted = any(mark in name for mark in (".lora_", ".ia3_"))
+                if (adapted or "_qdata" in name) and rename(names or {}, name) is not None:
+                    how = "merge its adapter (merge_and_unload)" if adapted else "undo torchao's quantisation"
                     raise InputError(f"{self.entry} was saved with {name} inside: {how}, and save it again")
                 yield name, file[name] if isinstance(file, Mapping) else file.get_slice(name)
 

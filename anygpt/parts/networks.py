@@ -43,7 +43,7 @@ def load_network(
         with torch.device("meta"), files.built_from(config_file):
             return cls(config).to(dtype or config.dtype or fallback_dtype or torch.float32)
     state, origin, twice = {}, {}, []
-    for name, tensor in weights.tensors():
+    for name, tensor in weights.tensors(names):
         new = files.rename(names, name)
         if new is not None:
             twice += [name] if new in state else []
