@@ -216,6 +216,9 @@ def test_of_several_templates_the_default_is_used(tokenizer_of, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert set(loaded.chat_template) == {"tool_use", "default"} and tokenize_with_labels(loaded, TURNS) == expected
+    loaded.chat_template.pop("default")
+    with pytest.raises(InputError, match=r"no default specified.*set tokenizer.chat_template"):
+        tokenize_with_labels(loaded, TURNS)
 
 
 def test_what_else_a_message_holds_reaches_the_template(tiny_model):

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from anygpt.errors import InputError
+from anygpt.errors import InputError, refusing
 from anygpt.media.types import is_heard
 from anygpt.outputs import Answer
 from anygpt.sequence.merging import IGNORE
@@ -84,7 +84,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's template; of several by name, as Command R has them, its `default`."""
-    return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
+    advice = "; set tokenizer.chat_template to one of them"
+    with refusing("the tokenizer's chat templates cannot be used", (ValueError,), advice):
+        return tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:
