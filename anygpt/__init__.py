@@ -1,6 +1,5 @@
 """Any-to-any multimodal language models from pretrained Hugging Face parts."""
 
-import gc
 import logging
 import os
 
@@ -17,10 +16,6 @@ for name, note in {
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import",
 }.items():
     logging.getLogger(name).addFilter(lambda record, note=note: note not in record.getMessage())
-
-# The libraries make a million objects and no garbage: looking for it would take a sixth of the time of this import.
-collects = gc.isenabled()
-gc.disable()
 
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
@@ -54,9 +49,6 @@ from anygpt.processing.processor import MultimodalProcessor
 from anygpt.tokenizers.base import MediaTokenizer, load_media_tokenizer
 from anygpt.tokenizers.module import ModalTokenizerModule
 from anygpt.version import __version__
-
-if collects:
-    gc.enable()
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig, exist_ok=True)
 AutoModel.register(MultimodalConfig, MultimodalModel, exist_ok=True)

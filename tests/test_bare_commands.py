@@ -116,7 +116,11 @@ def test_other_processes_give_the_first_time_to_say_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cli, "find_launcher", lambda: 1)
     monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append))
-    assert cli_here(1, ["--config", "absent.yaml"], capsys) == (2, []) and waited == [cli.PATIENCE]
+    said = []
+    monkeypatch.setattr(cli, "say_last", lambda line, launcher: said.append((line, list(waited))))
+    assert cli_here(1, ["--config", "absent.yaml"], capsys) == (2, [])
+    ((line, before),) = said  # where the first process has no such mistake, and so did not end this one
+    assert "absent.yaml" in line and before == [cli.PATIENCE]
 
 
 # -- threads -----------------------------------------------------------------------------------------------------

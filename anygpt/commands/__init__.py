@@ -26,7 +26,7 @@ CHECKPOINT = REPOSITORY / "runs/quickstart/stage3/final"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`anygpt`: the first argument names the command."""
-    quiet_libraries()
+    quiet_libraries(starting=arguments is None)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
@@ -45,7 +45,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
 
 def execute(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run the `main` of a command or script as `exit_code` does, with the libraries quiet."""
-    quiet_libraries()
+    quiet_libraries(starting=arguments is None)
     return exit_code(main, arguments)
 
 

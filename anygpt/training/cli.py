@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import datasets
@@ -44,7 +43,7 @@ def run_stage(
     by the first process unless it concerns a sample of another one; other errors keep their traceback. Under a
     launcher, the line follows the launcher's own failure report.
     """
-    quiet_libraries()
+    quiet_libraries(starting=arguments is None)
     rank, launcher = int(os.environ.get("RANK", "0")), find_launcher()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
@@ -75,6 +74,7 @@ def run_stage(
             say_last(f"error: {line}", launcher)
         elif launcher is not None:
             time.sleep(PATIENCE)  # the launcher ends all once one has ended, the first perhaps before it has said it
+            say_last(f"error: {line}", launcher)  # still here, so the first has not come to it
         sys.exit(codes.get(type(error), MISTAKE))
 
 
@@ -110,12 +110,10 @@ def say_last(line: str, launcher: int | None) -> None:
         subprocess.Popen([sys.executable, "-c", _LAST, str(launcher), line], start_new_session=True)
 
 
-freeze_once = cache(gc.freeze)
-
-
-def quiet_libraries() -> None:
+def quiet_libraries(starting: bool = False) -> None:
     """Show this package's messages; of the libraries' only warnings, without deprecations and progress bars."""
-    freeze_once()  # no collection, nor the one at exit, looks at the million objects of the libraries again
+    if starting:  # of a program: no collection, nor the one at exit, looks at the libraries' million objects again
+        gc.freeze()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("anygpt").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns about each repository read from the cache
