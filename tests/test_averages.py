@@ -1,6 +1,7 @@
 """Moving averages of what trains: their formula, their place in evaluation and `final/`, and an exact resume."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -89,9 +90,10 @@ def test_the_averages_of_a_kept_checkpoint_are_written_by_a_run_of_no_updates(da
     args = start(data, tmp_path / "run", "--train.keep_best", "max:loss", "--train.num_epochs", 2)
     train_here(1, args)
     (line,) = [one for one in (tmp_path / "run/log.txt").read_text().splitlines() if "its averages" in one]
-    checkpoint = Path(line.split("--run.resume=")[1].split()[0])
+    options = shlex.split(line.partition(": ")[2])
+    checkpoint = Path(options[0].removeprefix("--run.resume="))
     assert checkpoint.name != f"checkpoint-{STEPS}"
-    train_here(1, [*args, "--run.output_dir", str(tmp_path / "best"), *line.partition(": ")[2].split()])
+    train_here(1, [*args, "--run.output_dir", str(tmp_path / "best"), *options])
     written = weights(tmp_path / "best/final")
     shadow = averages(checkpoint)["shadow_params"]
     assert len(written) == len(shadow) and all(any(torch.equal(x, y) for y in shadow) for x in written.values())

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -370,9 +371,10 @@ class Trainer:
         if best is not None:
             word = "highest" if keep.startswith(folders.MAX) else "lowest"
             self.log.say(f"{word} {keep.removeprefix(folders.MAX)}: {best[1]:.4g}, in {best[0]}")
-            if self.averages.evaluated:
-                last = f"train.max_steps={folders.step_of(best[0])} --train.num_epochs=null --train.ema_for=[final]"
-                self.log.say(f"its averages, in a new run.output_dir: --run.resume={best[0]} --{last}")
+            if self.averages.evaluated and (step := folders.step_of(best[0])) >= self.config.train.warmup_steps:
+                last = f"train.max_steps={step} --train.num_epochs=null '--train.ema_for=[final]'"
+                where = shlex.quote(f"--run.resume={best[0]}")
+                self.log.say(f"its averages, in a new run.output_dir: {where} --{last}")
         self.log.say(f"finished: {self.folder / FINAL}")
 
 
