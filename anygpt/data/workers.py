@@ -8,7 +8,8 @@ import sys
 
 
 def end_with_parent(worker: int) -> None:
-    """A loader's `worker_init_fn`: end with the process that started the workers, even if it is killed.
+    """A loader's `worker_init_fn`: end with the process that started the workers, even if it is killed, or with the
+    thread of it that did.
 
     Torch's own watchdog works only from a worker's first row on, too late if the parent was killed before.
     """
