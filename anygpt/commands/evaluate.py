@@ -90,7 +90,7 @@ def run_matrix(options: argparse.Namespace) -> str:
 def run_suite(options: argparse.Namespace, overrides: list[str]) -> str | None:
     suite = read_suite(options.suite, overrides)
     suite.baselines = suite.baselines if options.baselines else []
-    # Processes may wait for each other for long. Without a device, accelerate must be told to use the CPU.
+    # Processes may wait for each other for a long time. Without a device, accelerate must be told to use the CPU.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])

@@ -77,7 +77,7 @@ class BadSample:
 
 @dataclass(eq=False, repr=False)
 class ConversationDataset(Dataset):
-    """Samples in the order given: an index gives the first wording, `(index, number)` that wording.
+    """Samples in the order given: an index gives the first wording, `(index, number)` the wording of that number.
 
     Attributes:
         samples: from `read_samples`; repeated ids get a number appended.

@@ -92,7 +92,7 @@ class FluxDecoder(ImageDecoder):
 
 
 class FluxKontextDecoder(FluxDecoder):
-    """FLUX.1 Kontext (arXiv 2506.15742): edits a reference, whose latents are further tokens; else like FLUX.1."""
+    """FLUX.1 Kontext (arXiv 2506.15742): edits a reference, whose latents are more tokens; without one like FLUX.1."""
 
     pipeline_name = "FluxKontextPipeline"
     takes_reference = True

@@ -76,7 +76,7 @@ class ImageDecoder(DiffusionDecoder):
             raise InputError(f"strength {strength} of {steps} steps is less than one step: raise one of them")
 
     def call_pipeline(self, **arguments: Any) -> Any:
-        """Call the pipeline; with a reference and `strength`, its image-to-image variant."""
+        """Call the pipeline; with a reference, its image-to-image variant at this `strength`, unused without one."""
         strength, reference = (arguments.pop(name, None) for name in ("strength", "reference"))
         if reference is None:
             return super().call_pipeline(**arguments)

@@ -79,7 +79,7 @@ class ModalDecoderModule(MediaMaker):
         return self.hidden_layer != -1
 
     def read_codes_of(self, key: str, tokenizer: nn.Module | None) -> None:
-        """Read the codes of this tokenizer, `N` per medium; an `InputError` if its key or media type is another."""
+        """Read the codes of this tokenizer, `N` per medium; an `InputError` for None or another media type."""
         modality = getattr(tokenizer, "modality", None)
         if modality != self.modality:
             raise InputError(

@@ -73,7 +73,7 @@ class LTXDecoder(VideoDecoder):
 class WanDecoder(VideoDecoder):
     """Conditions `(B, T, D)` of UMT5 with their mask -> uint8 videos `(F, H, W, 3)` (arXiv 2503.20314).
 
-    The transformer attends to padding, which is zeros: the mask also says where a projected condition is set to zero.
+    The transformer attends to padding, which is zeros: the mask says where a projected condition, too, is set to zero.
     Clips have 4·n + 1 frames (the VAE's factor). Wan 2.2, with two transformers or a timestep per token, is an
     `InputError`.
     """

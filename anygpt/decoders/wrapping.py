@@ -153,8 +153,8 @@ class WrappedPipeline(nn.Module):
 
     @property
     def state_beside_tensors(self) -> tuple[dict[str, Any], str]:
-        """What can make decoders with the same tensors behave differently, as JSON: settings, except those that save
-        memory, and the scheduler's config."""
+        """What can make decoders with the same tensors behave differently: settings, except those that save memory,
+        and the scheduler's config as JSON."""
         settings = {name: value for name, value in self.settings.items() if name not in MEMORY}
         return settings, self.pipeline.scheduler.to_json_string()
 

@@ -40,7 +40,7 @@ def check_by_row(name: str, values: Sequence[int] | None, rows: int, least: int)
     """Raise an `InputError` unless `values` are None, or one whole number per row, each at least `least`."""
     fits = isinstance(values, (list, tuple)) and all(is_integer(one) and least <= one <= MAX_SEED for one in values)
     if values is not None and (not fits or len(values) != rows):
-        raise InputError(f"{name} are {values!r:.80} for {rows} rows; expected one number from {least} per row")
+        raise InputError(f"{name} are {values!r:.80} for {rows} rows; expected a list, one number from {least} per row")
 
 
 def check_request(

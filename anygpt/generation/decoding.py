@@ -254,7 +254,7 @@ def generate(
     emitters = [EventEmitter(listener, decode, types, row, stop) for row in range(count)]
     budget = config.max_new_tokens
     if budget is None:
-        raise InputError("max_new_tokens is not set; give the most tokens of an answer, signal tokens included")
+        raise InputError("max_new_tokens is not set; give the maximum tokens of an answer, signal tokens included")
     size = max(model.language_model.get_output_embeddings().weight.shape[0], model.signal_tokens.vocabulary)
     placeholders = tuple(i for i in (model.token_ids or {}).values() if i < size)  # others have no logits
     rules = SpanRules(model.signal_tokens.spans, budget, require, forbid, placeholders)

@@ -105,8 +105,8 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
 def states_before(model: Composition, merged: Merged, rows: Tensor, positions: Tensor) -> Tensor:
     """The states that the head reads at rows and positions `(M,)`, without adapters and dropout, `(M, H)`.
 
-    Only these rows are run. If there are none, a single process does nothing; one of several runs the first row, since
-    the others may wait for a sharded model's parameters.
+    Only these rows are run. If there are none, a single process does nothing; with several, each runs the first row,
+    since the others may wait for a sharded model's parameters.
     """
     chosen, index = rows.unique(return_inverse=True)
     if not len(chosen) and torch.distributed.is_initialized():

@@ -206,7 +206,7 @@ def find_losses(
     for key, one in media.items():
         if key in batch.targets:
             raise InputError(f"the {key!r} tokenizer trains, so give no targets for the decoder that reads its codes")
-        rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # unused: its sub-term is not summed by row
+        rows = torch.zeros(len(one), dtype=torch.long, device=ids.device)  # any rows: its sub-term has no row terms
         batch.targets[key] = Target(key, rows, {"media": one}, model.tokenizers[key].module, weights)
     return batch
 

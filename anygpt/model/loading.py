@@ -62,7 +62,7 @@ def from_pretrained(
 
     Raises:
         InputError: nothing at `folder`; a callback of the saved model is not given; a part has changed at its source;
-            tensors that are missing, unexpected, mis-shaped, of another kind of dtype or not finite.
+            tensors, by name, that are missing, unexpected, mis-shaped, of another kind of dtype or not finite.
     """
     hub = {name: value for name, value in hub.items() if name not in AUTO_ARGUMENTS}
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):

@@ -119,7 +119,7 @@ def class_name(part: nn.Module) -> str:
 
 
 def import_class(name: str) -> Any:
-    """The class at a dotted path, which older files may have; an `InputError` outside `TRUSTED_PACKAGES`."""
+    """The class at a dotted path, also one that has moved since; an `InputError` outside `TRUSTED_PACKAGES`."""
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] not in TRUSTED_PACKAGES:
         raise InputError(f"the checkpoint names the class {name!r}, which is not of {', '.join(TRUSTED_PACKAGES)}")

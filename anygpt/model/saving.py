@@ -96,7 +96,7 @@ def save_pretrained(
         merge: merge adapters into their parts, and write the language model whole, with the signal tokens' rows in
             its own matrices and the tokenizer beside it. Works on copies of the adapted parts and the language model.
         standalone: write every part whole, so that loading needs no other files.
-        portable: write whole all parts whose sources are local folders.
+        portable: write those parts whole whose sources are local folders.
         max_shard_size: of each file of tensors, in bytes or as `5GB`.
         push_to_hub: upload afterwards, with the arguments of `push_to_hub` in `hub`; `repo_id` defaults to the folder's
             name.

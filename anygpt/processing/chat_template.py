@@ -60,7 +60,7 @@ def answer_message(answer: Answer) -> dict[str, Any]:
 def feed_back(messages: Sequence[Mapping[str, Any]], reads: Collection[str]) -> list[Mapping[str, Any]]:
     """Put media from the assistant's turns also at the beginning of the user's next turn, as inputs.
 
-    The assistant's turns keep their signal spans. Parts without medium, and types that nothing `reads`, stay out.
+    The assistant's turns keep their signal spans. Parts without a medium, and types that nothing `reads`, stay out.
     """
     result, made = [], []
     for message in messages:
@@ -113,7 +113,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The first special token that the chat template writes after an answer; None if it writes none."""
+    """The special token that follows an answer directly in the chat template; None if none does."""
     question, answer = "\ue000", "\ue001"  # in no template
     exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:

@@ -125,7 +125,7 @@ def prepend(
         packed = isinstance(values, Tensor) and values.dim() != 3
         if packed or len(counts) != rows or sum(counts) != len(values):
             raise InputError(
-                f"{key!r}: {len(values)} inputs cannot be assigned to {rows} rows; give one input a row, or say how "
+                f"{key!r}: {len(values)} inputs cannot be assigned to {rows} rows; give one input per row, or say how "
                 "many each row has with items_per_row (the processor does, given one list per row)"
             )
         items = iter(values)

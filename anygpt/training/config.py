@@ -112,7 +112,7 @@ class ModelConfig:
     """The composition.
 
     Attributes:
-        init_from: a `final/` folder to start from. Parts that are also named here must be the same; others are added.
+        init_from: a `final/` folder to start from. Parts it has must be as named here; those that it lacks are added.
         encoders: by key, in the order in which features are prepended.
         language_model: a causal language model.
         decoders: by key.

@@ -153,8 +153,8 @@ def leave_signals_to_the_loop(worker: int) -> None:
 def ridge_batches(
     dataset: ConversationDataset, collator: Collator, config: Config, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
-    """Yield the training captions in batches, the same on every process, without decoding targets that no
-    tokenizer encodes. Of more than `train.ridge_captions`, some are drawn at random, as rows are ordered by file."""
+    """Yield the training captions in batches, the same on every process, without decoding targets that no tokenizer
+    encodes. Of more than `train.ridge_captions` rows, that many are drawn at random, as rows are ordered by file."""
     rows = [i for i, sample in enumerate(dataset.samples) if any(role == "assistant" for role, _ in sample.media())]
     if len(rows) > config.train.ridge_captions:
         rows = sorted(random.Random(config.run.seed).sample(rows, config.train.ridge_captions))
@@ -190,8 +190,8 @@ def use_cache(
 
 
 def use_frames_of(dataset: ConversationDataset, processor: Any) -> None:
-    """Make datasets decode only as many frames of a clip as its consumers sample, and references for decoders that take
-    them, and leave bad samples to the loop."""
+    """Make the dataset decode only as many frames of a clip as its consumers sample, and references for decoders that
+    take them, and leave bad samples to the loop."""
     consumers = [*processor.encoder_processors.values(), *processor.targets.values(), *processor.coded.values()]
     timed = [c for c in consumers if is_timed(getattr(c, "modality", VIDEO.name))]  # not a sound's frames
     dataset.num_video_frames = max((c.num_frames for c in timed if hasattr(c, "num_frames")), default=None)

@@ -220,7 +220,7 @@ class Trainer:
     def step(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Make one update; returns its metrics over all processes: the weighted loss, the mean of each term, the norm
         before clipping, and the share of padding if counted. Raises `NonFiniteLoss` before the optimizer's step. If
-        nothing has a loss, because every row was skipped, there is no such metric, and the optimizer makes no step."""
+        nothing has a loss, as when every row was skipped, there is no such metric, and the optimizer makes no step."""
         names, accelerator = self.model.loss_names(), self.accelerator
         counts = Counter(dict.fromkeys(names, 0))
         for batch, _ in micro_batches:

@@ -4,7 +4,7 @@ First a span of 24 signal tokens over a prompt's cache, in one forward pass as i
 one token and against the span token by token, in bf16 and fp32, at SmolLM2-135M's shape. Then an answer of text and one
 picture, against the language model's own `generate` (with as many forward passes) followed by the bare pipeline. The
 weights are random. `--busy` measures an answer of a trained model with a picture, on a quiet machine and while another
-program keeps one core busy, where actively waiting threads (`OMP_WAIT_POLICY`) would be a hundred times as slow.
+program keeps one core busy. Threads that wait actively (`OMP_WAIT_POLICY`) would make that one a hundred times as slow.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def split_markers(text: str, left: Mapping) -> list[dict]:
 
 
 def _count_error(where: str, speaker: str, kind: str, markers: int, key: str, files: list[str]) -> DataError:
-    text = f"hold {markers} '<{kind}>' marker(s), but {key!r} names {len(files)} file(s): give one marker a file"
+    text = f"hold {markers} '<{kind}>' marker(s), but {key!r} names {len(files)} file(s): give one marker per file"
     return DataError(f"{where}: its {speaker} turns {text}", "placeholders")
 
 
