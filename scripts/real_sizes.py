@@ -1,7 +1,7 @@
 """Run the stages of configs/small at the parts' real sizes: two updates each and an answer, with time and peak memory.
 
-    python tests/hub_mirror.py runs/real/hub ID … --real      # or a cache with the real repositories
-    python scripts/real_sizes.py --hub runs/real/hub --data DIR --output runs/real
+    python tests/hub_mirror.py runs/real_sizes/hub ID … --real      # or a cache with the real repositories
+    python scripts/real_sizes.py --hub runs/real_sizes/hub --data DIR --output runs/real_sizes
 
 `DIR` holds `cc3m/`, `webvid/` and `audiocap/` in NExT-GPT's layout. Each stage is a process with micro-batches of one
 row in bfloat16, whose memory without mapped files, sampled ten times a second, is printed beside `--check`'s estimate.
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hub", type=Path, required=True, help="an HF cache with the parts")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/real_sizes"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     found = {}
     for stage, script in enumerate(SCRIPTS, 1):
